@@ -1,0 +1,56 @@
+# camserve: the commands that people type. `make demo` and `make test` set everything up by themselves.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+BUF    := node_modules/.bin/buf
+BUF_VERSION := 1.75.0
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench lint proto proto-check clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(VENV)/.installed  ## the environment in .venv/: client, server and development extras, pinned
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install  ## explain three photographs by three methods; pictures and a page in demo/
+	$(BIN)/python examples/demo.py
+
+test: install  ## the whole test suite
+	$(BIN)/python -m pytest
+
+bench: install  ## measure against the plain forward pass; writes docs/benchmarks.md
+	$(BIN)/python -m tests.bench
+
+lint: install $(BUF)  ## ruff, mypy strict, import-linter, buf, fresh stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BUF) lint
+	./.ci/breaking $(BUF)
+	$(MAKE) proto-check
+
+proto: install  ## generate the stubs from proto/
+	$(BIN)/python -m grpc_tools.protoc --proto_path=proto \
+	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --python_out=$(OUT) --grpc_python_out=$(OUT) --mypy_out=$(OUT) --mypy_grpc_out=$(OUT) \
+	  camserve/v1/explain.proto
+OUT ?= client
+
+proto-check: install  # the committed stubs are those that proto/ gives
+	rm -rf build/stubs && mkdir -p build/stubs
+	$(MAKE) --no-print-directory proto OUT=build/stubs
+	for f in build/stubs/camserve/v1/*; do diff -u "client/camserve/v1/$${f##*/}" "$$f" || exit 1; done
+
+$(BUF):
+	npm install --no-save --no-package-lock --silent @bufbuild/buf@$(BUF_VERSION)
+
+clean:  ## remove everything that the commands above made
+	rm -rf $(VENV) node_modules build dist demo
