@@ -1,0 +1,73 @@
+"""camserve: ask a server why an image classifier sees what it sees.
+
+    with camserve.Client("127.0.0.1:50051") as client:
+        e = client.explain("dog.jpg", method="poly-cam")
+        e.saliency                       # float32 [H, W], in [0, 1]
+        e.overlay().save("overlay.png")
+
+`camserve.aio.Client` is the same, awaited.
+"""
+
+from camserve import aio
+from camserve.answers import (
+    Cost,
+    Evaluation,
+    Explanation,
+    Layer,
+    Level,
+    Method,
+    Metric,
+    Model,
+    Parameter,
+    Prediction,
+    Progress,
+    Receipt,
+    SaliencyMap,
+    Score,
+)
+from camserve.client import Client
+from camserve.errors import (
+    CamserveError,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InternalError,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
+from camserve.version import __version__
+
+__all__ = [
+    "CamserveError",
+    "Cancelled",
+    "Client",
+    "Cost",
+    "DeadlineExceeded",
+    "Evaluation",
+    "Explanation",
+    "FailedPrecondition",
+    "InternalError",
+    "InvalidArgument",
+    "Layer",
+    "Level",
+    "Method",
+    "Metric",
+    "Model",
+    "NotFound",
+    "Parameter",
+    "PermissionDenied",
+    "Prediction",
+    "Progress",
+    "Receipt",
+    "ResourceExhausted",
+    "SaliencyMap",
+    "Score",
+    "Unauthenticated",
+    "Unavailable",
+    "__version__",
+    "aio",
+]

@@ -1,0 +1,1 @@
+"""The server: plans ask the model questions, one engine a device answers them in full batches."""

@@ -1,0 +1,18 @@
+"""`camserve`, and `python -m camserve`: starts the command line, or says what it needs."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line. Exits with 0, 1 (something failed), 2 (wrong usage) or 130 (interrupted)."""
+    try:
+        from camserve.cli import app
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"error: the command line needs {missing.name}: pip install 'camserve[cli]'")
+    app(prog_name="camserve")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The client, blocking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import grpc
+
+from camserve import calls, errors
+from camserve.v1.explain_pb2_grpc import ExplainServiceStub
+
+__all__ = ["Client"]
+
+P = ParamSpec("P")
+Answer = TypeVar("Answer")
+Event = TypeVar("Event")
+
+
+def _unary(call: Callable[P, calls.Call[Answer]]) -> Callable[Concatenate[Client, P], Answer]:
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
+        return self._answer(call(*args, **kwargs))
+
+    calls.described(method, call)
+    return method
+
+
+def _stream(
+    call: Callable[P, calls.Streamable[Answer, Event]],
+) -> Callable[Concatenate[Client, P], Generator[Event, None, None]]:
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Generator[Event, None, None]:
+        return self._events(call(*args, **kwargs).streamed())
+
+    calls.described(method, call, Iterator, streams=True)
+    return method
+
+
+class Client:
+    """A connection to a camserve server at `address`, "host:port".
+
+    Connects when first used; may be shared between threads; to be closed, best by `with`. `timeout` is how many seconds
+    a call may take unless it says otherwise; None waits as long as it takes. A call that is interrupted, by Ctrl-C for
+    instance, is cancelled at the server, too.
+    """
+
+    def __init__(
+        self, address: str = calls.DEFAULT_ADDRESS, *, timeout: float | None = calls.DEFAULT_TIMEOUT_S
+    ) -> None:
+        self.address = address
+        self.timeout = timeout
+        self._channel = grpc.insecure_channel(address, options=calls.CHANNEL_OPTIONS)
+        self._stub = ExplainServiceStub(self._channel)
+
+    explain = _unary(calls.explain)
+    explain_stream = _stream(calls.explain)
+    evaluate = _unary(calls.evaluate)
+    evaluate_stream = _stream(calls.evaluate)
+    models = _unary(calls.list_models)
+    methods = _unary(calls.list_methods)
+    metrics = _unary(calls.list_metrics)
+
+    def close(self) -> None:
+        """Close the connection. Calls still under way are cancelled; the client is of no further use."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Client({self.address!r})"
+
+    def _answer(self, call: calls.Call[Answer]) -> Answer:
+        timeout = self.timeout if call.timeout is None else call.timeout
+        # As a future, because the blocking form would leave the call running at the server when interrupted.
+        rpc = getattr(self._stub, call.rpc).future(call.request, timeout=timeout)
+        try:
+            return call.read(rpc.result())
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error, address=self.address, timeout_s=timeout) from error
+        except grpc.FutureCancelledError as error:
+            raise errors.Cancelled("the client was closed while the call was under way") from error
+        finally:
+            rpc.cancel()  # does nothing to a call that has ended
+
+    def _events(self, call: calls.Call[Event | None]) -> Generator[Event, None, None]:
+        timeout = self.timeout if call.timeout is None else call.timeout
+        rpc: Any = getattr(self._stub, call.rpc)(call.request, timeout=timeout)
+        try:
+            for message in rpc:
+                event = call.read(message)
+                if event is not None:
+                    yield event
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error, address=self.address, timeout_s=timeout) from error
+        finally:
+            rpc.cancel()  # does nothing to a call that has ended

@@ -1,0 +1,67 @@
+"""Saliency as colour: heat maps, and overlays on the image.
+
+The colours go from black over violet, red and orange to pale yellow. Their lightness rises steadily, so the order can
+be read by people who see colours differently, and on a grey print.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+__all__ = ["COLOURS", "heatmap", "overlay"]
+
+# Evenly spaced from 0 to 1; between them the colours are interpolated.
+_ANCHORS = [
+    (4, 3, 16),
+    (36, 12, 82),
+    (88, 18, 112),
+    (138, 30, 108),
+    (188, 46, 86),
+    (226, 78, 52),
+    (246, 126, 20),
+    (250, 184, 34),
+    (252, 246, 168),
+]
+
+
+def _interpolated(anchors: list[tuple[int, int, int]]) -> NDArray[np.uint8]:
+    at, steps = np.linspace(0, 1, len(anchors)), np.linspace(0, 1, 256)
+    return np.stack(
+        [np.rint(np.interp(steps, at, channel)).astype(np.uint8) for channel in zip(*anchors, strict=True)], 1
+    )
+
+
+# uint8 [256, 3]
+COLOURS = _interpolated(_ANCHORS)
+
+
+def _levels(saliency: NDArray[np.float32], size: tuple[int, int]) -> PIL.Image.Image:
+    """[h, w] in [0, 1] → 8-bit grey of `size` (width, height). The map covers the whole image, as the model saw it."""
+    smooth = PIL.Image.fromarray(saliency).resize(size, PIL.Image.Resampling.BILINEAR)
+    return PIL.Image.fromarray(np.rint(np.clip(np.asarray(smooth), 0, 1) * 255).astype(np.uint8))
+
+
+def _coloured(levels: PIL.Image.Image) -> PIL.Image.Image:
+    indexed = levels.copy()
+    indexed.putpalette(list(chain.from_iterable(COLOURS.tolist())))
+    return indexed.convert("RGB")
+
+
+def heatmap(saliency: NDArray[np.float32], size: tuple[int, int]) -> PIL.Image.Image:
+    """Saliency [h, w] in [0, 1] → RGB image of `size` (width, height)."""
+    return _coloured(_levels(saliency, size))
+
+
+def overlay(image: PIL.Image.Image, saliency: NDArray[np.float32], alpha: float) -> PIL.Image.Image:
+    """RGB image under saliency [h, w] in [0, 1] → RGB image of the same size.
+
+    A pixel is covered with the root of its saliency times `alpha`: where the map is 0 the image is left as it is, where
+    it is 1 the colour covers `alpha` of it, and weak regions can still be seen.
+    """
+    levels = _levels(saliency, image.size)
+    opacity = levels.point([round(alpha * 255 * (level / 255) ** 0.5) for level in range(256)])
+    return PIL.Image.composite(_coloured(levels), image, opacity)

@@ -1,0 +1,142 @@
+"""The configuration: a TOML file, `CAMSERVE_…` environment variables, flags; each overrides the one before."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from camserve_server.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+Triple = tuple[float, float, float]
+
+
+class ModelConfig(BaseModel):
+    """One `[[models]]` table. Relative paths are looked up beside the configuration file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="What callers ask for.")]
+    source: Annotated[
+        str,
+        Field(
+            pattern=r"^(embedded|torchvision|python):.+$",
+            description="embedded:efficientnet-lite0, torchvision:NAME or python:package.module:factory.",
+        ),
+    ]
+    weights: Annotated[
+        str | None, Field(description="A .safetensors, .pt or .pth file, or a torchvision name of weights.")
+    ] = None
+    allow_random_weights: Annotated[bool, Field(description="Serve a torchvision network untrained.")] = False
+    layers: Annotated[
+        list[str] | None, Field(min_length=1, description="Fine to coarse; found by itself if left out.")
+    ] = None
+    labels: Annotated[str | None, Field(description='"imagenet", or a file with one label a line.')] = None
+    input_size: Annotated[tuple[Positive, Positive], Field(description="[height, width] in pixels.")] = (224, 224)
+    mean: Annotated[Triple, Field(description="Per channel, of pixels in [0, 1].")] = (0.485, 0.456, 0.406)
+    std: Annotated[Triple, Field(description="Per channel, of pixels in [0, 1].")] = (0.229, 0.224, 0.225)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    precision: Annotated[Literal["fp32", "fp64"], Field(description="Arithmetic of the network.")] = "fp32"
+    batch_size: Annotated[
+        int | None, Field(ge=1, le=1024, description="Of every lane; measured at warm-up if left out.")
+    ] = None
+
+    _folder: Path = Path()
+
+    def resolve(self, path: str) -> Path:
+        """The path, looked up beside the configuration file."""
+        return self._folder / path
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that `weights` names, if it is one."""
+        path = None if self.weights is None else self.resolve(self.weights)
+        return path if path is not None and path.is_file() else None
+
+
+def embedded() -> ModelConfig:
+    """The model that is served where the configuration names none: EfficientNet-Lite0 with its ImageNet weights."""
+    return ModelConfig(
+        name="efficientnet-lite0",
+        source="embedded:efficientnet-lite0",
+        labels="imagenet",
+        mean=(127 / 255, 127 / 255, 127 / 255),
+        std=(128 / 255, 128 / 255, 128 / 255),
+        interpolation="bicubic",
+    )
+
+
+class Config(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(env_prefix="CAMSERVE_", extra="forbid")
+
+    listen: Annotated[str, Field(pattern=r"^.+:\d+$", description="HOST:PORT; port 0 takes a free one.")] = (
+        "127.0.0.1:50051"
+    )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto takes a GPU if any.")] = "auto"
+    models: Annotated[list[ModelConfig], Field(description="The embedded model if there are none.")] = []
+    threads: Annotated[int | None, Field(ge=1, description="CPU threads of the engine; torch's own choice if none.")] = (
+        None
+    )
+    batch_invariant: Annotated[
+        bool, Field(description="Pad every batch to its lane's size, so that a map does not depend on its neighbours.")
+    ] = True
+    max_rows_owed: Annotated[Positive, Field(description="Requests beyond it are refused until rows are done.")] = (
+        200_000
+    )
+    max_image_pixels: Annotated[Positive, Field(description="Of an image before it is resized.")] = 50_000_000
+    max_message_bytes: Annotated[Positive, Field(description="Of a gRPC message in either direction.")] = 64 << 20
+    grace_s: Annotated[float, Field(ge=0, description="How long running requests may take after SIGTERM.")] = 30.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Self:
+        names = [model.name for model in self.models]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"models: the name {twice.pop()!r} is given twice")
+        return self
+
+
+def read(path: Path | None = None, **flags: Any) -> Config:
+    """The configuration from a file, the environment and those `flags` that are not None.
+
+    Raises ConfigError, naming the key at fault.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
+        config = _with_file(data)(**{key: value for key, value in flags.items() if value is not None})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise ConfigError("; ".join(_line(detail) for detail in error.errors())) from error
+    config.models = config.models or [embedded()]
+    for model in config.models:
+        model._folder = path.parent if path else Path()
+    return config
+
+
+def _with_file(data: dict[str, Any]) -> type[Config]:
+    class WithFile(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (init_settings, env_settings, InitSettingsSource(settings_cls, data))
+
+    return WithFile
+
+
+def _line(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"]) or "configuration"
+    return f"{key}: {detail['msg']}"

@@ -1,0 +1,394 @@
+"""The one thread of a device. It holds all plans in flight, answers their questions in full batches, and steps them.
+
+Whatever touches a model or a plan happens on this thread. Others hand in plans, and are told of events and results
+by callbacks on it: those must not block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import structlog
+import torch
+
+from camserve_server.device import Lane, Part, Work, run, start_work
+from camserve_server.errors import (
+    CamserveError,
+    Cancelled,
+    Expired,
+    InternalError,
+    OutOfMemory,
+    QueueFull,
+    Unavailable,
+)
+from camserve_server.models.model import Model
+from camserve_server.plan import Answer, Level, Owe, Plan, Query, Remark, Report, Stage
+from camserve_server.scheduler import Batch, Scheduler
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Rows done and rows in all, as far as is known; the total may shrink."""
+
+    rows_done: int
+    rows_total: int
+
+
+Event = Progress | Level | Stage | Remark
+
+
+@dataclass(eq=False)
+class Job(Generic[T]):
+    """A plan in flight. `future` gives its result or raises a CamserveError; `cancel` may be called from any thread.
+
+    The other fields belong to the engine's thread until the future is done; then they are the job's cost.
+    """
+
+    id: int
+    plan: Plan[T]
+    model: Model
+    future: Future[T]
+    tell: Callable[[Event], None]
+    owed: int
+    deadline: float | None
+    submitted: float
+    rows: int = 0
+    batches: int = 0
+    first_batch: float | None = None
+    finished: float | None = None
+    work: Work | None = None
+    lane: Lane | None = None
+
+    @property
+    def queue_ms(self) -> float:
+        """From arrival to the first batch."""
+        return 1e3 * ((self.first_batch or self.finished or self.submitted) - self.submitted)
+
+    @property
+    def compute_ms(self) -> float:
+        """From the first batch to the result."""
+        return 1e3 * ((self.finished or 0.0) - self.first_batch) if self.first_batch else 0.0
+
+
+@dataclass
+class Counters:
+    """What the engine has done since it started."""
+
+    batches: int = 0
+    rows: int = 0
+    padding: int = 0
+    rows_by_job: dict[int, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Runs plans on one device.
+
+    `max_rows_owed` bounds what may wait; with `batch_invariant`, batches are padded to their lane's size.
+    """
+
+    def __init__(
+        self, models: Mapping[str, Model], *, max_rows_owed: int = 200_000, batch_invariant: bool = True
+    ) -> None:
+        self.models = models
+        self.counters = Counters()
+        self._max_rows_owed = max_rows_owed
+        self._batch_invariant = batch_invariant
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._scheduler: Scheduler[Lane] = Scheduler(self._size)
+        self._jobs: dict[int, Job[Any]] = {}
+        self._ids = itertools.count(1)
+        self._lock = threading.Lock()  # guards what submit() reads and writes: _owed, _closing
+        self._owed: dict[int, int] = {}
+        self._closing = False
+        self._rows_per_s = 0.0
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.died: Future[None] = Future()  # done when the thread has ended; with an exception if it broke
+
+    # ---- for any thread ----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def submit(
+        self,
+        plan: Plan[T],
+        model: Model,
+        *,
+        rows: int,
+        deadline: float | None = None,
+        tell: Callable[[Event], None] = lambda event: None,
+    ) -> Job[T]:
+        """Takes in a plan that will ask for at most about `rows` rows of `model`.
+
+        `deadline` is of `time.monotonic()`. `tell` is called on the engine's thread and must not block. Raises
+        Unavailable while closing, QueueFull if the rows owed would be too many.
+        """
+        now = time.monotonic()
+        with self._lock:
+            if self._closing:
+                raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)
+            owed = sum(self._owed.values())
+            if owed and owed + rows > self._max_rows_owed:
+                wait_s = (owed + rows - self._max_rows_owed) / self._rows_per_s if self._rows_per_s else 1.0
+                raise QueueFull(
+                    f"{owed} rows are owed already and this request needs {rows}; the limit is {self._max_rows_owed}",
+                    retry_after_s=wait_s,
+                )
+            job = Job(next(self._ids), plan, model, Future(), tell, rows, deadline, now)
+            job.future.set_running_or_notify_cancel()  # only the engine settles it
+            self._owed[job.id] = rows
+        self._inbox.put(lambda: self._begin(job))
+        return job
+
+    def cancel(self, job: Job[Any]) -> None:
+        """Drops the job at the next batch; its future raises Cancelled."""
+        self._inbox.put(lambda: self._end(job, error=Cancelled("the caller cancelled the request")))
+
+    def close(self, grace_s: float = 0.0) -> None:
+        """Takes in no more, finishes what runs within `grace_s` seconds, fails the rest, ends the thread."""
+        with self._lock:
+            self._closing = True
+        until = time.monotonic() + grace_s
+        while self._owed and time.monotonic() < until and self._thread.is_alive():
+            time.sleep(0.01)
+        self._inbox.put(self._halt)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def rows_owed(self) -> int:
+        """Rows of all requests that are not done."""
+        with self._lock:
+            return sum(self._owed.values())
+
+    # ---- the thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad():
+                while not self._stop:
+                    self._read_inbox()
+                    self._drop_expired()
+                    batch = self._scheduler.next_batch()
+                    if batch is not None:
+                        self._run_batch(batch)
+        except BaseException as error:  # a bug of ours: nothing may wait for ever
+            log.exception("engine died")
+            with self._lock:
+                self._closing = True
+            for job in [*self._jobs.values()]:
+                self._finish(job, error=InternalError("the engine died"))
+            self.died.set_exception(error)
+        else:
+            self.died.set_result(None)
+
+    def _read_inbox(self) -> None:
+        """Does what others asked for; waits for it if there is nothing else to do."""
+        block = not len(self._scheduler)
+        while True:
+            try:
+                command = self._inbox.get(block=block)
+            except queue.Empty:
+                return
+            command()
+            if self._stop:
+                return
+            block = False
+
+    def _halt(self) -> None:
+        self._stop = True
+        for job in [*self._jobs.values()]:
+            self._end(job, error=Unavailable("the server has shut down", retry_after_s=1.0))
+
+    def _drop_expired(self) -> None:
+        now = time.monotonic()
+        for job in [j for j in self._jobs.values() if j.deadline is not None and j.deadline <= now]:
+            waited = 1e3 * (now - job.submitted)
+            self._end(
+                job,
+                error=Expired(
+                    f"the deadline passed after {waited:.0f} ms with {job.rows} of about {job.rows + job.owed} rows done",
+                    metadata={"queue_ms": f"{job.queue_ms:.0f}", "rows_done": str(job.rows)},
+                ),
+            )
+
+    def _begin(self, job: Job[Any]) -> None:
+        self._jobs[job.id] = job
+        self._step(job, None)
+
+    def _step(self, job: Job[Any], answer: Answer[Any] | None) -> None:
+        """Runs the plan until it asks for rows, or ends."""
+        while True:
+            try:
+                # The first send of a generator must be None; it has asked for nothing yet.
+                query = job.plan.send(answer)  # type: ignore[arg-type]
+                if torch.is_grad_enabled():
+                    torch.set_grad_enabled(False)
+                    raise RuntimeError("the plan left the grad mode on across a yield")
+                answer = self._remark(job, query)
+                if answer is None:
+                    self._ask(job, query)
+                    return
+            except StopIteration as stop:
+                self._end(job, result=stop.value)
+                return
+            except Exception as error:
+                self._end(job, error=error)
+                return
+
+    def _remark(self, job: Job[Any], query: Query[Any]) -> Answer[None] | None:
+        """Answers a query that costs nothing; None for one that costs rows."""
+        match query:
+            case Owe(rows):
+                self._owe(job, rows)
+            case Report(event):
+                _tell(job, event)
+            case _:
+                return None
+        return _nothing
+
+    def _ask(self, job: Job[Any], query: Query[Any]) -> None:
+        job.lane, job.work = start_work(query, job.model)
+        later = max(0, job.owed - job.work.rows)
+        self._scheduler.ask(job.id, job.lane, job.work.rows, width=job.work.width, later=later)
+
+    def _owe(self, job: Job[Any], rows: int) -> None:
+        job.owed = max(0, rows)
+        with self._lock:
+            if job.id in self._owed:
+                self._owed[job.id] = job.owed
+
+    def _run_batch(self, batch: Batch[Lane]) -> None:
+        jobs = [self._jobs[take.job] for take in batch.takes]
+        model = jobs[0].model
+        started = time.monotonic()
+        for job in jobs:
+            job.first_batch = job.first_batch or started
+        parts = [Part(self._work(job), t.start, t.stop) for job, t in zip(jobs, batch.takes, strict=True)]
+        failures = self._try(model, batch.lane, parts)
+        rows = sum(part.stop - part.start for part in parts)
+        self._count(rows, self._size(batch.lane), time.monotonic() - started)
+        for job, part in zip(jobs, parts, strict=True):
+            self._advance(job, part, failures.get(id(part)))
+
+    def _try(self, model: Model, lane: Lane, parts: list[Part]) -> dict[int, Exception]:
+        """Runs the parts together; if that fails, each alone. Returns the failures by the part's id."""
+        try:
+            self._run_halving(model, lane, parts)
+            return {}
+        except Exception as error:
+            if len(parts) == 1:
+                return {id(parts[0]): error}
+        failures: dict[int, Exception] = {}
+        for part in parts:
+            failures |= self._try(model, lane, [part])
+        return failures
+
+    def _run_halving(self, model: Model, lane: Lane, parts: list[Part]) -> None:
+        """Runs the parts as one batch or, where that does not fit into memory, as halves of it."""
+        size = self._size(lane) if self._batch_invariant else sum(p.stop - p.start for p in parts)
+        try:
+            run(model, lane, parts, size)
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise OutOfMemory(f"one row of {model.name} does not fit into the device's memory") from error
+            torch.cuda.empty_cache()
+            model.batch_sizes[lane.kind] = size // 2
+            log.warning("out of memory, batch halved", model=model.name, lane=lane.kind, size=size // 2)
+            for chunk in _chunks(parts, size // 2):
+                self._run_halving(model, lane, chunk)
+
+    def _advance(self, job: Job[Any], part: Part, failure: Exception | None) -> None:
+        if failure is not None:
+            self._end(job, error=failure)
+            return
+        rows = part.stop - part.start
+        job.rows += rows
+        job.batches += 1
+        self.counters.rows_by_job[job.id] = job.rows
+        work = self._work(job)
+        answered = work.answered()
+        self._owe(job, job.owed - rows - (work.rows - part.stop if answered else 0))
+        _tell(job, Progress(job.rows, job.rows + job.owed))
+        if answered:
+            self._scheduler.drop(job.id)
+            job.work = None
+            self._step(job, work.answer)
+
+    def _end(self, job: Job[Any], *, result: Any = None, error: Exception | None = None) -> None:
+        """Closes the plan, on this thread and nowhere else, and settles the future."""
+        if job.id not in self._jobs:
+            return
+        self._scheduler.drop(job.id)
+        job.work = None
+        try:
+            job.plan.close()
+        except Exception as broken:  # the plan yielded while being closed
+            error = error or broken
+        self._finish(job, result=result, error=error)
+
+    def _finish(self, job: Job[Any], *, result: Any = None, error: Exception | None = None) -> None:
+        del self._jobs[job.id]
+        self.counters.rows_by_job.pop(job.id, None)
+        with self._lock:
+            self._owed.pop(job.id, None)
+        job.finished = time.monotonic()
+        if error is None:
+            job.future.set_result(result)
+        elif isinstance(error, CamserveError):
+            job.future.set_exception(error)
+        else:
+            log.error("plan failed", job=job.id, exc_info=error)
+            job.future.set_exception(InternalError("an internal error; the server's log says more"))
+
+    def _work(self, job: Job[Any]) -> Work:
+        assert job.work is not None, "a job with rows in a batch has a work"
+        return job.work
+
+    def _size(self, lane: Lane) -> int:
+        return self.models[lane.model].batch_sizes[lane.kind]
+
+    def _count(self, rows: int, size: int, seconds: float) -> None:
+        self.counters.batches += 1
+        self.counters.rows += rows
+        self.counters.padding += max(0, size - rows)
+        self._rows_per_s = 0.9 * self._rows_per_s + 0.1 * rows / max(seconds, 1e-9)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _tell(job: Job[Any], event: Event) -> None:
+    try:
+        job.tell(event)
+    except Exception:  # whoever watches may be gone; the engine does not care
+        log.debug("nobody to tell", job=job.id)
+
+
+def _chunks(parts: list[Part], size: int) -> list[list[Part]]:
+    """The same rows, cut into batches of at most `size`."""
+    chunks: list[list[Part]] = [[]]
+    room = size
+    for part in parts:
+        start = part.start
+        while start < part.stop:
+            if not room:
+                chunks.append([])
+                room = size
+            stop = min(part.stop, start + room)
+            chunks[-1].append(Part(part.work, start, stop))
+            room -= stop - start
+            start = stop
+    return chunks

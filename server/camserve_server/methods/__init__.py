@@ -1,0 +1,1 @@
+"""One paper a file. A file holds equations; it asks, and the engine answers."""

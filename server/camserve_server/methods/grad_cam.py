@@ -1,0 +1,24 @@
+"""Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization.
+
+Selvaraju, Cogswell, Das, Vedantam, Parikh, Batra 2017, arXiv:1610.02391.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
+from camserve_server.registry import method
+from camserve_server.rows import Repeated
+
+
+@method("grad-cam", title="Grad-CAM", paper="arXiv:1610.02391", rows=lambda sizes: sizes.targets)
+def grad_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
+    """Activations weighted by the mean gradient of the class's logit: one forward and backward pass.
+
+    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+    """
+    answer = yield from Gradient(Repeated(x, len(c)), c.index, (layer,))
+    A, dA = answer.activations[0], answer.gradients[0]  # [T, K, h, w]
+    w = dA.mean(dim=(-2, -1))  # eq. 1
+    return SaliencyMaps(torch.einsum("tk,tkhw->thw", w, A).relu())  # eq. 2

@@ -1,0 +1,89 @@
+"""Opti-CAM: Optimizing saliency maps for interpretability.
+
+Zhang, Torres, Sicre, Avrithis, Ayache 2024, CVIU 248:104101, arXiv:2301.07002.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from camserve_server.plan import Ascend, Capture, Image, Plan, SaliencyMaps, Targets
+from camserve_server.registry import Range, Sizes, method
+from camserve_server.rows import minmax, up
+
+
+def _rows(sizes: Sizes, *, steps: int = 100, **_: object) -> int:
+    return 1 + steps * sizes.targets
+
+
+@method("opti-cam", title="Opti-CAM", paper="arXiv:2301.07002", rows=_rows)
+def opti_cam(
+    x: Image,
+    c: Targets,
+    layer: str,
+    *,
+    steps: Annotated[int, Range(1, 10_000), "iterations of Adam; the official command line takes 50"] = 100,
+    rate: Annotated[float, Range(1e-6, 100.0), "learning rate"] = 0.1,
+    relu: Annotated[bool, "negative activations count as zero; the paper's text does not for transformers"] = True,
+    norm: Annotated[Literal["range", "max", "sigmoid"], "how the map becomes a mask in [0, 1]"] = "range",
+    mask_space: Annotated[
+        Literal["raw", "normalised"], "what the mask multiplies: pixels in [0, 1], or the normalised image"
+    ] = "raw",
+    objective: Annotated[
+        Literal["mask", "diff"], "the masked image's logit (eq. 10), or its nearness to the image's own (eq. 19)"
+    ] = "mask",
+    stop: Annotated[
+        Literal["none", "official"], "official: end where, after a tenth of the steps, the objective has fallen"
+    ] = "none",
+) -> Plan[SaliencyMaps]:
+    """A combination of activations, optimised so that the image masked by it has the highest logit.
+
+    x [3, H, W], c [T] class indices → maps [T, h, w], unitless.
+    """
+    (A,) = yield from Capture(x, (layer,))  # [K, h, w]
+    if relu:
+        A = A.relu()
+    pixels = x.tensor * x.std + x.mean
+
+    def S(u: Tensor) -> Tensor:
+        return torch.einsum("k,khw->hw", u.softmax(dim=0), A)  # eq. 8
+
+    def masked(u: Tensor) -> Tensor:
+        s = _NORMS[norm](up(S(u), x.size))
+        return x.tensor * s if mask_space == "normalised" else (pixels * s - x.mean) / x.std
+
+    def gain(t: int, y: Tensor) -> Tensor:
+        return y[c.index[t]] if objective == "mask" else -(y[c.index[t]] - c.y[t].to(y.dtype)).abs()
+
+    u = A.new_full((len(c), len(A)), 0.5)
+    if (minmax(A) > 0).any():  # otherwise every combination is constant, and there is nothing to optimise
+        halt = _fell_since(max(1, steps // 10)) if stop == "official" else None
+        ascent = yield from Ascend(u, masked, gain, steps, rate, halt)  # eq. 9
+        u = ascent.u
+    return SaliencyMaps(torch.stack([S(u_t) for u_t in u]), _NORMS[norm])
+
+
+class _fell_since:
+    """True at every `period`-th step whose objective lies below the one at the check before."""
+
+    def __init__(self, period: int) -> None:
+        self.period = period
+
+    def __call__(self, history: Sequence[float]) -> bool:
+        step = len(history) - 1
+        return step > 0 and step % self.period == 0 and history[step] < history[step - self.period]
+
+
+def _by_max(S: Tensor) -> Tensor:
+    return S / S.amax(dim=(-2, -1), keepdim=True)
+
+
+def _by_sigmoid(S: Tensor) -> Tensor:
+    return S.sigmoid()  # the official code writes it as ½(tanh(S/2) + 1)
+
+
+_NORMS = {"range": minmax, "max": _by_max, "sigmoid": _by_sigmoid}

@@ -1,0 +1,126 @@
+"""Poly-CAM: High resolution class activation map for convolutional neural networks.
+
+Englebert, Cornu, De Vleeschouwer 2022, arXiv:2204.13359.
+
+Masks depend neither on the class nor on the variant, so more targets cost no further rows. A channel whose activation
+is zero everywhere owes none: its weight multiplies a zero map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from camserve_server.plan import Capture, Image, Level, Owe, Plan, Remark, Report, SaliencyMaps, Score, Targets
+from camserve_server.registry import Sizes, method
+from camserve_server.rows import Masked, Part, up
+
+Variant = Annotated[
+    Literal["paper", "official"],
+    "the paper's equations, or what the official code does: percentile scaling, bilinear pooling in LNorm",
+]
+Weights = Callable[[Targets, Sequence[Tensor]], Tensor]
+
+
+def _rows(masks: int, sizes: Sizes, **_: object) -> int:
+    return 1 + masks * sum(sizes.channels)
+
+
+def _increase(c: Targets, p: Sequence[Tensor]) -> Tensor:
+    """CIC, eq. 4 with f_c(X_b) = 0."""
+    return p[0]
+
+
+def _decrease(c: Targets, p: Sequence[Tensor]) -> Tensor:
+    """CDC, eq. 5."""
+    return (c.p - p[0]).relu()
+
+
+def _variation(c: Targets, p: Sequence[Tensor]) -> Tensor:
+    """CVC, eq. 6."""
+    return (c.p + p[0] - p[1]).relu()
+
+
+@method("poly-cam", title="Poly-CAM (PCAM±)", paper="arXiv:2204.13359", rows=partial(_rows, 2))
+def poly_cam(x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper") -> Plan[SaliencyMaps]:
+    """High resolution from several layers; a channel counts by what revealing it adds and hiding it takes away.
+
+    x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
+    """
+    return (yield from _poly_cam(x, c, layers, ("revealed", "hidden"), _variation, variant))
+
+
+@method("poly-cam+", title="Poly-CAM+ (PCAM+)", paper="arXiv:2204.13359", rows=partial(_rows, 1))
+def poly_cam_plus(x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper") -> Plan[SaliencyMaps]:
+    """High resolution from several layers; a channel counts by the class's probability when it alone is revealed.
+
+    x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
+    """
+    return (yield from _poly_cam(x, c, layers, ("revealed",), _increase, variant))
+
+
+@method("poly-cam-", title="Poly-CAM− (PCAM−)", paper="arXiv:2204.13359", rows=partial(_rows, 1))
+def poly_cam_minus(x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper") -> Plan[SaliencyMaps]:
+    """High resolution from several layers; a channel counts by how far the probability falls when it is hidden.
+
+    x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
+    """
+    return (yield from _poly_cam(x, c, layers, ("hidden",), _decrease, variant))
+
+
+def _poly_cam(
+    x: Image, c: Targets, layers: Sequence[str], parts: Sequence[Part], weights: Weights, variant: str
+) -> Plan[SaliencyMaps]:
+    A = yield from Capture(x, layers)  # fine to coarse, [K_l, h_l, w_l] each
+    for name, A_l in zip(layers, A, strict=True):
+        if A_l.min() < 0:
+            yield from Report(Remark(f"layer {name} has negative activations, which Poly-CAM does not expect"))
+    # A level of the coarser one's size adds nothing in the paper's equations.
+    levels = [
+        l
+        for l in reversed(range(len(layers)))
+        if variant == "official" or l + 1 == len(layers) or A[l].shape[-2:] != A[l + 1].shape[-2:]
+    ]
+    live = [A_l[A_l.flatten(1).any(dim=1)] for A_l in A]
+    yield from Owe(sum(len(parts) * len(live[l]) for l in levels))
+
+    official = variant == "official"
+    scale = _percentile if official else None
+    P: Tensor | None = None
+    for index, l in enumerate(levels):
+        masked = Masked(x, live[l], _percentile, parts, resize_last=True) if official else Masked(x, live[l], parts=parts)
+        w = yield from _channel_weights(c, masked, weights)
+        S = torch.einsum("kt,khw->thw", w.to(live[l].dtype), live[l]).relu()  # eq. 2
+        P = S if P is None else _lnorm(S, P.shape[-2:], official) * up(P, S.shape[-2:])  # eq. 3
+        yield from Report(Level(index, len(levels), layers[l], SaliencyMaps(P, scale)))
+    assert P is not None, "there is at least one layer"
+    return SaliencyMaps(P, scale)
+
+
+def _channel_weights(c: Targets, masked: Masked, weights: Weights) -> Plan[Tensor]:
+    """w [K, T] of the channels of one level, by eq. 4, 5 or 6."""
+    if not len(masked):
+        return c.p.new_zeros(0, len(c))
+    scores = yield from Score(masked, c)
+    P = len(masked.parts)
+    return weights(c, [scores.probabilities[i::P] for i in range(P)])
+
+
+def _lnorm(S: Tensor, coarse: Sequence[int], official: bool) -> Tensor:
+    """Local normalisation to the mean of each block, eq. 1; S [T, h, w], blocks of h/coarse[0] × w/coarse[1]."""
+    size = (coarse[0], coarse[1])
+    means = up(S, size) if official else F.adaptive_avg_pool2d(S, size)
+    return S / up(means, (S.shape[-2], S.shape[-1])).clamp(min=1e-12)
+
+
+def _percentile(maps: Tensor) -> Tensor:
+    """The official code's scaling of [..., h, w] to [0, 1]: from the 0.1th percentile, by the 99.9th."""
+    flat = maps.flatten(-2)
+    low = torch.quantile(flat, 0.001, dim=-1)[..., None, None]
+    high = torch.quantile(flat, 0.999, dim=-1)[..., None, None]
+    return ((maps - low) / high.clamp(min=1e-12)).clamp(0, 1)

@@ -1,0 +1,104 @@
+"""A model as the engine sees it: frozen, in evaluation mode, on one device, with its facts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from camserve_server.errors import InvalidArgument, Unservable
+from camserve_server.models.layers import Layer
+from camserve_server.models.pixels import Preprocessing
+from camserve_server.plan import Image
+
+Head = Literal["softmax", "sigmoid"]
+LaneKind = Literal["forward", "gradient", "ascend"]
+
+
+@dataclass(eq=False)
+class Model:
+    """`module` maps [N, 3, H, W] to logits [N, classes]; its parameters need no gradient.
+
+    `layers` are the defaults of methods that look at several, fine to coarse; the last of them is the default of those
+    that look at one. `spatial` are all that can be named. `batch_sizes` are set at warm-up, one for each lane.
+    """
+
+    name: str
+    source: str
+    digest: str
+    module: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    classes: int
+    spatial: dict[str, Layer]
+    layers: tuple[Layer, ...]
+    random_weights: bool = False
+    batch_sizes: dict[LaneKind, int] = field(default_factory=dict)
+
+    @property
+    def head(self) -> Head:
+        """How logits become probabilities."""
+        return "sigmoid" if self.classes == 1 else "softmax"
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of the forward pass."""
+        return {torch.float32: "fp32", torch.float64: "fp64"}[self.dtype]
+
+    def image(self, tensor: Tensor) -> Image:
+        """A preprocessed [3, H, W] on the model's device, in its precision, with its normalisation."""
+        values = (tensor, Preprocessing.column(self.preprocessing.mean), Preprocessing.column(self.preprocessing.std))
+        return Image(*(value.to(self.device, self.dtype) for value in values))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[..., classes] logits → probabilities of the same shape, float64, so that 1 − p keeps its digits."""
+        logits = logits.double()
+        return logits.sigmoid() if self.head == "sigmoid" else logits.softmax(dim=-1)
+
+    def label(self, index: int) -> str:
+        """The class's label, or nothing."""
+        return self.labels[index] if self.labels else ""
+
+    def find_class(self, target: int | str, field: str) -> int:
+        """The index of a class given by index or label. Raises InvalidArgument, naming `field`."""
+        if isinstance(target, int):
+            if not 0 <= target < self.classes:
+                raise InvalidArgument(f"{self.name} has classes 0 to {self.classes - 1}, not {target}", field=field)
+            return target
+        if not self.labels:
+            raise InvalidArgument(f"{self.name} has no labels; give the target's index", field=field)
+        wanted = target.strip().casefold()
+        found = [i for i, label in enumerate(self.labels) if label.casefold() == wanted]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise InvalidArgument(f"several classes are called {target!r}: {found}; give the index", field=field)
+        raise InvalidArgument(f"{self.name} has no class {target!r}{_nearest(target, self.labels)}", field=field)
+
+    def find_layers(self, names: Sequence[str], field: str) -> tuple[Layer, ...]:
+        """The layers of those names. Raises InvalidArgument for one that does not exist or has no spatial output."""
+        for i, name in enumerate(names):
+            if name not in self.spatial:
+                raise InvalidArgument(
+                    f"{self.name} has no layer {name!r} that is run once and whose output is [N, K, h, w]"
+                    f"{_nearest(name, self.spatial)}",
+                    field=f"{field}[{i}]",
+                )
+        return tuple(self.spatial[name] for name in names)
+
+    def default_layers(self, many: bool) -> tuple[Layer, ...]:
+        """Its own choice: all resolutions, fine to coarse, or the coarsest alone. Raises Unservable if it has none."""
+        if not self.layers:
+            raise Unservable(f"{self.name} has no layer with a spatial, non-negative output; name the layers")
+        return self.layers if many else self.layers[-1:]
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, Layer]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; the nearest: {', '.join(close)}" if close else ""

@@ -1,0 +1,211 @@
+"""The vocabulary in which methods and metrics ask the model questions. The one file that owns the bottom `yield`.
+
+A *plan* is a generator that yields queries and returns its result. It never touches the model, the device or a
+thread: the engine answers each query with a callable, which gives the answer or raises, inside the plan, at the line
+that asked:
+
+    logits = yield from Predict(x)
+
+A plan is stepped under `torch.no_grad()` on the engine's thread. It holds nothing open across a `yield`: no `with`,
+no lock, no grad mode; its randomness comes from generators that it seeds itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from camserve_server.rows import Rows
+
+T = TypeVar("T")
+
+Answer = Callable[[], T]
+Plan = Generator["Query[Any]", Answer[Any], T]
+
+
+class Query(Generic[T]):
+    """A question to the engine; `yield from` it to have the answer."""
+
+    def __iter__(self) -> Generator[Query[Any], Answer[T], T]:
+        answer = yield self
+        return answer()
+
+
+# ---- what plans speak of ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """The model's input.
+
+    `tensor` [3, H, W] is normalised and lies on the model's device; `mean` and `std` [3, 1, 1] are those of the
+    normalisation, so that `tensor * std + mean` are the pixels in [0, 1].
+    """
+
+    tensor: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return (self.tensor.shape[-2], self.tensor.shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The classes to be explained, with what the model says of them on the unmasked image.
+
+    `index` T class indices; `p` [T] probabilities p_c(x) in [0, 1], `y` [T] logits y_c(x), both float64.
+    """
+
+    index: tuple[int, ...]
+    p: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@dataclass(frozen=True, eq=False)
+class SaliencyMaps:
+    """What a method returns: `raw` [T, h, w], a map for each target at the method's own resolution, unitless.
+
+    `scale` brings the maps, once resized to the input, into [0, 1]; None stands for min-max, the default of all
+    papers.
+    """
+
+    raw: Tensor
+    scale: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a metric returns: its `value` and, where the value is the area under a curve, the curve's points."""
+
+    value: float
+    curve: tuple[float, ...] = ()
+
+
+# ---- questions that cost rows ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Predict(Query["Tensor"]):
+    """One row. Answer: the logits [classes] of the image, float64."""
+
+    x: Image
+
+
+@dataclass(frozen=True, eq=False)
+class Capture(Query["tuple[Tensor, ...]"]):
+    """One row. Answer: the activations [K, h, w] of each layer on the image."""
+
+    x: Image
+    layers: Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """`logits` and `probabilities` [N, T], float64: of N rows, for the T targets asked about."""
+
+    logits: Tensor
+    probabilities: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Score(Query[Scores]):
+    """`len(rows)` rows. Answer: what the model says of the targets on each of them.
+
+    Answered whatever the number of targets: a row costs one forward pass, not one a class.
+    """
+
+    rows: Rows
+    c: Targets
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """For each layer asked for: `activations` and `gradients` ∂y_c/∂A, both [N, K, h, w]."""
+
+    activations: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient(Query[Gradients]):
+    """`len(rows)` rows, each forward and backward. Row i is differentiated for the class `index[i]`."""
+
+    rows: Rows
+    index: Sequence[int]
+    layers: Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Ascent:
+    """`u` [T, K] after the last update; `history` the objective before each update, for each of the T."""
+
+    u: Tensor
+    history: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Ascend(Query[Ascent]):
+    """T·`steps` rows, each forward and backward; one iteration after the other, the T variables side by side.
+
+    Maximises `objective(t, y)` by Adam over `u0[t]` [K], where y [classes] are the logits of `row(u)` [3, H, W].
+    Both callables are differentiated. `halt(history)` may end a variable's ascent before the update of the step it
+    has just seen.
+    """
+
+    u0: Tensor
+    row: Callable[[Tensor], Tensor]
+    objective: Callable[[int, Tensor], Tensor]
+    steps: int
+    rate: float
+    halt: Callable[[Sequence[float]], bool] | None = None
+
+
+# ---- remarks that cost nothing ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Owe(Query[None]):
+    """From here on the plan will ask for so many rows: what the scheduler ranks by and progress is measured against."""
+
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Report(Query[None]):
+    """Hands an event to whoever watches the request."""
+
+    event: Level | Stage | Remark
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the plan works on from here on, such as "insertion"."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What a reader of the result must know; it is returned among the map's warnings."""
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """A map on the way: level `index` of `count` from coarse to fine, made of `layer`."""
+
+    index: int
+    count: int
+    layer: str
+    maps: SaliencyMaps

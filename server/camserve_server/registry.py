@@ -1,0 +1,196 @@
+"""Methods and metrics by name. A decorated function is all that there is to register one.
+
+    @method("score-cam", title="Score-CAM", paper="arXiv:1910.01279", rows=lambda s: s.channels[0])
+    def score_cam(x: Image, c: Targets, layer: str, *, batch: Annotated[int, Range(1, 9), "…"] = 3) -> Plan[…]:
+
+The signature is the schema. A third positional argument `layer` or `layers` says whether the method looks at one layer
+or several; keyword-only arguments are its parameters, with type, range, choices, default and meaning; the docstring's
+first line is its summary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from camserve_server.errors import InvalidArgument, NotFound, OutOfRange
+from camserve_server.plan import Measured, Plan, SaliencyMaps
+
+Value = bool | int | float | str
+Layers = Literal["none", "one", "many"]
+_TYPES: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Both ends are allowed."""
+
+    minimum: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter as it is published and checked."""
+
+    name: str
+    type: str
+    default: Value
+    description: str = ""
+    range: Range | None = None
+    choices: tuple[str, ...] = ()
+
+    def check(self, value: object, field: str) -> Value:
+        """`value` as the type of the parameter. Raises InvalidArgument or OutOfRange, naming `field`."""
+        wanted = type(self.default)
+        if wanted is int and isinstance(value, float) and value.is_integer():
+            value = int(value)  # the wire knows no integers
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not wanted:
+            raise InvalidArgument(f"{self.name} must be of type {self.type}, not {value!r}", field=field)
+        assert isinstance(value, bool | int | float | str)
+        if self.choices and value not in self.choices:
+            raise InvalidArgument(f"{self.name} must be one of {', '.join(self.choices)}, not {value!r}", field=field)
+        if self.range and not self.range.minimum <= float(value) <= self.range.maximum:
+            low, high = self.range.minimum, self.range.maximum
+            raise OutOfRange(f"{self.name} must lie in [{low:g}, {high:g}], not {value!r}", field=field)
+        return value
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the number of rows depends on: the `channels` of the layers looked at, the `targets`, the `pixels`."""
+
+    channels: Sequence[int]
+    targets: int = 1
+    pixels: tuple[int, int] = (224, 224)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What methods and metrics have in common."""
+
+    name: str
+    title: str
+    paper: str
+    summary: str
+    parameters: tuple[Parameter, ...]
+    plan: Callable[..., Plan[Any]]
+    rows: Callable[..., int]
+
+    def check(self, given: Mapping[str, object], field: str) -> dict[str, Value]:
+        """Every parameter with its value, defaults included. Raises InvalidArgument, naming the field."""
+        known = {p.name: p for p in self.parameters}
+        for name in given:
+            if name not in known:
+                names = ", ".join(known) or "none"
+                raise InvalidArgument(
+                    f"{self.name} has no parameter {name!r}; it has: {names}", field=f"{field}.{name}"
+                )
+        return {n: p.check(given[n], f"{field}.{n}") if n in given else p.default for n, p in known.items()}
+
+
+@dataclass(frozen=True)
+class Method(Entry):
+    """A way to make saliency maps. `plan(x, c[, layer | layers], **parameters)` returns Plan[SaliencyMaps]."""
+
+    layers: Layers
+
+
+@dataclass(frozen=True)
+class Metric(Entry):
+    """A way to score one. `plan(x, c, S, **parameters)` returns Plan[Measured]; S [H, W] lies in [0, 1], T is 1."""
+
+    unit: str
+    higher_is_better: bool
+
+
+METHODS: dict[str, Method] = {}
+METRICS: dict[str, Metric] = {}
+
+F = TypeVar("F", bound=Callable[..., Plan[SaliencyMaps]])
+G = TypeVar("G", bound=Callable[..., Plan[Measured]])
+
+
+def method(name: str, *, title: str, paper: str, rows: Callable[..., int]) -> Callable[[F], F]:
+    """Registers a method. `rows(sizes, **parameters)` is the most rows that it can take."""
+
+    def register(plan: F) -> F:
+        third = [*inspect.signature(plan).parameters][2:3]
+        layers: Layers = "one" if third == ["layer"] else "many" if third == ["layers"] else "none"
+        METHODS[name] = Method(name, title, paper, _summary(plan), _parameters(plan), plan, rows, layers)
+        return plan
+
+    return register
+
+
+def metric(
+    name: str, *, title: str, paper: str, rows: Callable[..., int], unit: str = "1", higher_is_better: bool
+) -> Callable[[G], G]:
+    """Registers a metric. `rows(sizes, **parameters)` is the most rows that it can take."""
+
+    def register(plan: G) -> G:
+        METRICS[name] = Metric(
+            name, title, paper, _summary(plan), _parameters(plan), plan, rows, unit, higher_is_better
+        )
+        return plan
+
+    return register
+
+
+def get_method(name: str, field: str) -> Method:
+    """The method of that name. Raises NotFound, listing the known ones."""
+    return _get(METHODS, name, "method", field)
+
+
+def get_metric(name: str, field: str) -> Metric:
+    """The metric of that name. Raises NotFound, listing the known ones."""
+    return _get(METRICS, name, "metric", field)
+
+
+E_ = TypeVar("E_", bound=Entry)
+
+
+def _get(table: Mapping[str, E_], name: str, kind: str, field: str) -> E_:
+    if name not in table:
+        known = ", ".join(sorted(table))
+        raise NotFound(f"there is no {kind} {name!r}; there are: {known}", field=field, metadata={"known": known})
+    return table[name]
+
+
+def discover() -> None:
+    """Imports every file of `methods/` and `metrics/`, which registers what is in them."""
+    for package in ("camserve_server.methods", "camserve_server.metrics"):
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            importlib.import_module(f"{package}.{module.name}")
+
+
+def _summary(plan: Callable[..., object]) -> str:
+    return (inspect.getdoc(plan) or "").partition("\n")[0]
+
+
+def _parameters(plan: Callable[..., object]) -> tuple[Parameter, ...]:
+    signature = inspect.signature(plan, eval_str=True)
+    return tuple(
+        _parameter(p.name, p.annotation, p.default) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY
+    )
+
+
+def _parameter(name: str, hint: Any, default: Value) -> Parameter:
+    extras: Sequence[object] = ()
+    if get_origin(hint) is Annotated:
+        hint, *extras = get_args(hint)
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    return Parameter(
+        name,
+        _TYPES[type(default)],
+        default,
+        description=next((e for e in extras if isinstance(e, str)), ""),
+        range=next((e for e in extras if isinstance(e, Range)), None),
+        choices=choices,
+    )

@@ -1,0 +1,33 @@
+"""Lets torchvision be imported where its C++ operators cannot load, as with a CPU-only torch beside its CUDA build.
+
+`import torchvision` registers fakes for two operators and fails if nobody has declared them. Models and transforms use
+neither, so declaring them is enough. Import this module before torchvision or timm.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+
+def _declare_missing() -> torch.library.Library | None:
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        for extension in Path(spec.origin).parent.glob("_C*.so"):
+            torch.ops.load_library(str(extension))
+        missing = not hasattr(torch.ops.torchvision, "nms")
+    except OSError:
+        missing = True
+    if not missing:
+        return None
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+_library = _declare_missing()  # declared for as long as this object lives

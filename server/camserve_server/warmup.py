@@ -1,0 +1,70 @@
+"""Finds each lane's batch size, and on the way makes everything warm that is slow the first time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from camserve_server.device import Part, run, start_work
+from camserve_server.models.model import LaneKind, Model
+from camserve_server.plan import Ascend, Gradient, Query, Score, Targets
+from camserve_server.rows import Repeated
+
+SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256)}
+NEAR_BEST = 0.95
+SLOW_S = 2.0  # a batch that takes longer would make cancelling slow, whatever its throughput
+
+
+def warm_up(model: Model, batch_size: int | None = None) -> None:
+    """Sets `model.batch_sizes`: the smallest within 5 % of the best throughput, or `batch_size` for all lanes."""
+    for kind, query in _queries(model).items():
+        sizes = (batch_size,) if batch_size else SIZES[model.device.type]
+        model.batch_sizes[kind] = _best(lambda size, query=query: _seconds(model, query(size), size), sizes)
+
+
+def _queries(model: Model) -> dict[LaneKind, Callable[[int], Query[object]]]:
+    x = model.image(torch.zeros(3, *model.preprocessing.size))
+    none = torch.zeros(1, dtype=torch.float64, device=model.device)
+    c = Targets((0,), none, none)
+    layer = model.layers[-1].name if model.layers else next(iter(model.spatial), None)
+    queries: dict[LaneKind, Callable[[int], Query[object]]] = {
+        "forward": lambda size: Score(Repeated(x, size), c),
+        "ascend": lambda size: Ascend(
+            torch.ones(size, 1, device=model.device, dtype=model.dtype), lambda u: x.tensor * u, lambda t, y: y[0], 1, 1.0
+        ),
+    }
+    if layer is not None:
+        queries["gradient"] = lambda size: Gradient(Repeated(x, size), [0] * size, (layer,))
+    return queries
+
+
+def _best(seconds: Callable[[int], float], sizes: tuple[int, ...]) -> int:
+    rates: dict[int, float] = {}
+    for size in sizes:
+        took = seconds(size)
+        rates[size] = size / took
+        best = max(rates.values())
+        if took > SLOW_S or len(rates) > 2 and max([*rates.values()][-2:]) < NEAR_BEST * best:
+            break
+    return next(size for size, rate in rates.items() if rate >= NEAR_BEST * max(rates.values()))
+
+
+def _seconds(model: Model, query: Query[object], size: int) -> float:
+    times = []
+    for _ in range(3):
+        lane, work = start_work(query, model)
+        _synchronize(model)
+        start = time.perf_counter()
+        with torch.no_grad():
+            run(model, lane, [Part(work, 0, size)], size)
+        _synchronize(model)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _synchronize(model: Model) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
