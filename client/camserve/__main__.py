@@ -8,9 +8,10 @@ def main() -> None:
     try:
         from camserve.cli import app
     except ModuleNotFoundError as missing:
-        if missing.name not in ("typer", "rich"):
+        needed = (missing.name or "").partition(".")[0]
+        if needed not in ("typer", "rich"):
             raise
-        sys.exit(f"error: the command line needs {missing.name}: pip install 'camserve[cli]'")
+        sys.exit(f"error: the command line needs {needed}: pip install 'camserve[cli]'")
     app(prog_name="camserve")
 
 

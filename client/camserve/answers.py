@@ -125,7 +125,7 @@ class SaliencyMap:
         """The map in colours, RGB, of the image's size."""
         return picture.heatmap(self.saliency, self.image().size)
 
-    def overlay(self, alpha: float = 0.5) -> PIL.Image.Image:
+    def overlay(self, alpha: float = picture.ALPHA) -> PIL.Image.Image:
         """The map over the image, RGB, of the image's size. Where the map is 0 the image shows as it is.
 
         `alpha` in [0, 1] is how much the colour covers where the map is 1. Raises ValueError outside that range.

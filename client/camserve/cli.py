@@ -32,6 +32,7 @@ app = typer.Typer(
     help="Explain image classifiers over gRPC: Poly-CAM, Opti-CAM and the methods they compare with.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
@@ -86,6 +87,7 @@ def serve(
 @app.command()
 def explain(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="JPEG, PNG, WebP, BMP, GIF or TIFF.")],
+    *,
     address: Address = DEFAULT_ADDRESS,
     model: ModelName = None,
     method: Annotated[str, typer.Option(metavar="NAME", help="`camserve list methods` lists them.")] = "poly-cam",
@@ -114,10 +116,19 @@ def explain(
     table = _table("image", "class", "probability", "rows", "time", *metrics, "overlay")
     failures = 0
     with _errors_as_lines(), Client(address, timeout=timeout) as client:
-        options = {"model": model, "method": method, "layers": layer, "parameters": _parameters(param), "seed": seed}
+        parameters = _parameters(param)
         for image, stem in zip(images, _stems(images, out), strict=True):
             try:
-                events = client.explain_stream(image, target=targets, metrics=metrics, **options)
+                events = client.explain_stream(
+                    image,
+                    model=model,
+                    method=method,
+                    target=targets,
+                    layers=layer,
+                    parameters=parameters,
+                    metrics=metrics,
+                    seed=seed,
+                )
                 explanation: Explanation = _followed(events, image.name)
                 for shown in explanation.maps:
                     name = f"{stem}.{shown.target.index}" if len(explanation.maps) > 1 else stem
@@ -139,6 +150,7 @@ def explain(
 @app.command()
 def evaluate(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG, WebP, BMP, GIF or TIFF.")],
+    *,
     saliency: Annotated[Path | None, typer.Option(metavar="FILE.npy", help="A map to be scored, [H, W].")] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help="Or the method that makes it.")] = None,
     metric: Annotated[
@@ -178,7 +190,7 @@ def evaluate(
     table = _table("metric", "value", "unit")
     for name, score in evaluation.scores.items():
         table.add_row(name, f"{score:.4g}", "" if score.unit == "1" else score.unit)
-    table.caption = f"{image.name}: {escape(str(evaluation.target))}, probability {evaluation.target.probability:.3f}"
+    typer.echo(f"{image}: {evaluation.target}, probability {evaluation.target.probability:.3f}")
     Console().print(table)
 
 
@@ -366,44 +378,49 @@ def _map_row(
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
 def _listing(found: Sequence[Model | Method | Metric]) -> Table:
-    table = _table("name", "what it is", "parameters")
+    of_models = any(isinstance(each, Model) for each in found)
+    table = _table("name", "what it is", "layers, fine to coarse" if of_models else "parameters")
+    table.padding = (0, 2, 1, 0)  # an empty line between entries of several lines
     for each in found:
         match each:
             case Model():
-                table.columns[2].header = "layers, fine to coarse"
-                table.add_row(
-                    escape(each.name), escape(_model(each)), escape("\n".join(layer.name for layer in each.layers))
-                )
+                about, details = _about_model(each), [layer.name for layer in each.layers]
             case Method():
-                about = [each.title, each.summary, each.paper]
-                if each.unavailable:
-                    about.append(f"not on this model: {each.unavailable}")
-                elif each.rows:
-                    about.append(f"at most {each.rows} rows on this model")
-                table.add_row(each.name, escape("\n".join(about)), escape("\n".join(map(_parameter, each.parameters))))
+                about, details = _about_method(each), [_parameter(each) for each in each.parameters]
             case Metric():
-                better = "higher" if each.higher_is_better else "lower"
-                unit = "" if each.unit == "1" else f", in {each.unit}"
-                about = [each.title, each.summary, each.paper, f"{better} is better{unit}; at most {each.rows} rows"]
-                table.add_row(each.name, escape("\n".join(about)), escape("\n".join(map(_parameter, each.parameters))))
-        table.add_section()
+                about, details = _about_metric(each), [_parameter(each) for each in each.parameters]
+        table.add_row(*(escape("\n".join(filter(None, lines))) for lines in ([each.name], about, details)))
     return table
 
 
-def _model(model: Model) -> str:
+def _about_model(model: Model) -> list[str]:
     height, width = model.input_size
-    weights = ", random weights" if model.random_weights else ""
-    return (
-        f"{model.source}{weights}\n{model.state}; {height} × {width} pixels → {model.classes} classes\n"
-        f"{model.precision} on {model.device}; {model.digest}"
-    )
+    return [
+        model.source + (", random weights" if model.random_weights else ""),
+        f"{model.state}; {height} × {width} pixels → {model.classes} classes",
+        f"{model.precision} on {model.device}",
+        model.digest,
+    ]
+
+
+def _about_method(method: Method) -> list[str]:
+    rows = f"at most {method.rows} rows on this model" if method.rows else ""
+    state = f"not on this model: {method.unavailable}" if method.unavailable else rows
+    return [method.title, method.summary, method.paper, state]
+
+
+def _about_metric(metric: Metric) -> list[str]:
+    better = "higher" if metric.higher_is_better else "lower"
+    unit = "" if metric.unit == "1" else f", in {metric.unit}"
+    rows = f"; at most {metric.rows} rows" if metric.rows else ""
+    return [metric.title, metric.summary, metric.paper, f"{better} is better{unit}{rows}"]
 
 
 def _parameter(parameter: Parameter) -> str:

@@ -65,7 +65,7 @@ def to_wire(image: ImageLike) -> pb.Image:
 
 
 def _array(image: NDArray[np.generic]) -> pb.Image:
-    match image.dtype, image.shape:
+    match image.dtype.newbyteorder("="), image.shape:
         case (np.uint8, (_, _, 3)):
             return _pixels(image)
         case (np.uint8, (_, _)):

@@ -34,7 +34,7 @@ def _figure(shown: SaliencyMap, model: str, method: str) -> str:
     pictures = {
         "image": image,
         "saliency": picture.heatmap(shown.saliency, image.size),
-        "overlay": picture.overlay(image, shown.saliency, 0.5),
+        "overlay": picture.overlay(image, shown.saliency, picture.ALPHA),
     }
     cells = "".join(
         f'<div><img alt="{name}" src="{_data_uri(each)}" style="display:block;margin:0"/>{name}</div>'

@@ -1,7 +1,7 @@
 """Saliency as colour: heat maps, and overlays on the image.
 
-The colours go from black over violet, red and orange to pale yellow. Their lightness rises steadily, so the order can
-be read by people who see colours differently, and on a grey print.
+The colours go from night blue over violet, pink and orange to pale yellow. Their lightness rises steadily, so the order
+can be read by people who see colours differently, and on a grey print.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-__all__ = ["COLOURS", "heatmap", "overlay"]
+__all__ = ["ALPHA", "COLOURS", "heatmap", "overlay"]
+
+# How much the colour covers where the map is 1: enough to be seen on a bright photograph, and to see it underneath.
+ALPHA = 0.7
 
 # Evenly spaced from 0 to 1; between them the colours are interpolated.
 _ANCHORS = [
-    (4, 3, 16),
-    (36, 12, 82),
-    (88, 18, 112),
-    (138, 30, 108),
-    (188, 46, 86),
-    (226, 78, 52),
-    (246, 126, 20),
-    (250, 184, 34),
-    (252, 246, 168),
+    (6, 6, 40),
+    (20, 30, 110),
+    (60, 50, 180),
+    (130, 50, 200),
+    (200, 50, 170),
+    (240, 80, 110),
+    (255, 130, 60),
+    (255, 190, 60),
+    (255, 250, 170),
 ]
 
 

@@ -80,9 +80,9 @@ class Config(BaseSettings):
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto takes a GPU if any.")] = "auto"
     models: Annotated[list[ModelConfig], Field(description="The embedded model if there are none.")] = []
-    threads: Annotated[int | None, Field(ge=1, description="CPU threads of the engine; torch's own choice if none.")] = (
-        None
-    )
+    threads: Annotated[
+        int | None, Field(ge=1, description="CPU threads of the engine; torch's own choice if none.")
+    ] = None
     batch_invariant: Annotated[
         bool, Field(description="Pad every batch to its lane's size, so that a map does not depend on its neighbours.")
     ] = True

@@ -31,9 +31,12 @@ class Lane:
 class Work(Protocol):
     """A question under way: `rows` in all, at most `width` in one batch; `layers` to be hooked."""
 
-    rows: int
-    width: int
-    layers: tuple[str, ...]
+    @property
+    def rows(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def layers(self) -> tuple[str, ...]: ...
 
     def make(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the model's input."""
@@ -72,6 +75,12 @@ class _Forward:
     @property
     def width(self) -> int:
         return self.rows
+
+    def make(self, start: int, stop: int) -> Tensor:
+        raise NotImplementedError
+
+    def answer(self) -> Any:
+        raise NotImplementedError
 
     def answered(self) -> bool:
         return self.done == self.rows
@@ -213,9 +222,7 @@ def _run_gradient(model: Model, parts: Sequence[Part], size: int) -> None:
         gradients = torch.autograd.grad(chosen, [outputs[layer] for layer in layers])
     for part, (start, stop) in zip(parts, spans, strict=True):
         assert isinstance(part.work, _Differentiating)
-        part.work.take(
-            part.stop, [outputs[layer][start:stop] for layer in layers], [g[start:stop] for g in gradients]
-        )
+        part.work.take(part.stop, [outputs[layer][start:stop] for layer in layers], [g[start:stop] for g in gradients])
 
 
 # ---- the ascend lane -------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ class Engine:
             self._end(
                 job,
                 error=Expired(
-                    f"the deadline passed after {waited:.0f} ms with {job.rows} of about {job.rows + job.owed} rows done",
+                    f"the deadline passed after {waited:.0f} ms, {job.rows} of about {job.rows + job.owed} rows done",
                     metadata={"queue_ms": f"{job.queue_ms:.0f}", "rows_done": str(job.rows)},
                 ),
             )

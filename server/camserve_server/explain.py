@@ -68,11 +68,12 @@ def explain(
     c = Targets(index, model.probabilities(logits)[at], logits[at])
 
     if isinstance(subject, Tensor):
-        result = SaliencyMaps(subject[None].to(x.tensor), _clamped)
+        raw = subject[None].to(x.tensor)
+        maps, (_, warnings) = up(raw, x.size).clamp(0, 1), finished(SaliencyMaps(raw), x.size)
     else:
         yield from Report(Stage("explain"))
         result = yield from _call(subject, x, c)
-    maps, warnings = finished(result, x.size)
+        raw, (maps, warnings) = result.raw, finished(result, x.size)
 
     yield from Owe(rows_needed(model, None, metrics, len(c)) - 1)
     scores = []
@@ -83,9 +84,7 @@ def explain(
             yield from Report(Stage(call.metric.name))
             measured.append((yield from call.metric.plan(x, one, maps[t], **call.parameters)))
         scores.append(tuple(measured))
-    return Explained(
-        logits.cpu(), c, maps.float().cpu(), result.raw.float().cpu(), tuple(scores), warnings
-    )
+    return Explained(logits.cpu(), c, maps.float().cpu(), raw.float().cpu(), tuple(scores), warnings)
 
 
 def _call(call: MethodCall, x: Image, c: Targets) -> Plan[SaliencyMaps]:
@@ -112,9 +111,3 @@ def _degenerate(finite: bool, constant: bool) -> tuple[str, ...]:
     if not finite:
         return ("degenerate: the map is not finite; zeros are returned",)
     return ("degenerate: the map is constant; zeros are returned",) if constant else ()
-
-
-def _clamped(maps: Tensor) -> Tensor:
-    return maps.clamp(0, 1)
-
-

@@ -18,15 +18,17 @@ def _declare_missing() -> torch.library.Library | None:
         return None
     try:
         for extension in Path(spec.origin).parent.glob("_C*.so"):
-            torch.ops.load_library(str(extension))
+            torch.ops.load_library(str(extension))  # type: ignore[no-untyped-call]
         missing = not hasattr(torch.ops.torchvision, "nms")
     except OSError:
         missing = True
     if not missing:
         return None
-    library = torch.library.Library("torchvision", "DEF")
+    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(  # type: ignore[no-untyped-call]
+            f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
     return library
 
 

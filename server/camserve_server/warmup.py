@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -22,18 +24,22 @@ def warm_up(model: Model, batch_size: int | None = None) -> None:
     """Sets `model.batch_sizes`: the smallest within 5 % of the best throughput, or `batch_size` for all lanes."""
     for kind, query in _queries(model).items():
         sizes = (batch_size,) if batch_size else SIZES[model.device.type]
-        model.batch_sizes[kind] = _best(lambda size, query=query: _seconds(model, query(size), size), sizes)
+        model.batch_sizes[kind] = _best(partial(_seconds, model, query), sizes)
 
 
-def _queries(model: Model) -> dict[LaneKind, Callable[[int], Query[object]]]:
+def _queries(model: Model) -> dict[LaneKind, Callable[[int], Query[Any]]]:
     x = model.image(torch.zeros(3, *model.preprocessing.size))
     none = torch.zeros(1, dtype=torch.float64, device=model.device)
     c = Targets((0,), none, none)
     layer = model.layers[-1].name if model.layers else next(iter(model.spatial), None)
-    queries: dict[LaneKind, Callable[[int], Query[object]]] = {
+    queries: dict[LaneKind, Callable[[int], Query[Any]]] = {
         "forward": lambda size: Score(Repeated(x, size), c),
         "ascend": lambda size: Ascend(
-            torch.ones(size, 1, device=model.device, dtype=model.dtype), lambda u: x.tensor * u, lambda t, y: y[0], 1, 1.0
+            torch.ones(size, 1, device=model.device, dtype=model.dtype),
+            lambda u: x.tensor * u,
+            lambda t, y: y[0],
+            1,
+            1.0,
         ),
     }
     if layer is not None:
@@ -47,15 +53,15 @@ def _best(seconds: Callable[[int], float], sizes: tuple[int, ...]) -> int:
         took = seconds(size)
         rates[size] = size / took
         best = max(rates.values())
-        if took > SLOW_S or len(rates) > 2 and max([*rates.values()][-2:]) < NEAR_BEST * best:
+        if took > SLOW_S or (len(rates) > 2 and max([*rates.values()][-2:]) < NEAR_BEST * best):
             break
     return next(size for size, rate in rates.items() if rate >= NEAR_BEST * max(rates.values()))
 
 
-def _seconds(model: Model, query: Query[object], size: int) -> float:
+def _seconds(model: Model, query: Callable[[int], Query[Any]], size: int) -> float:
     times = []
     for _ in range(3):
-        lane, work = start_work(query, model)
+        lane, work = start_work(query(size), model)
         _synchronize(model)
         start = time.perf_counter()
         with torch.no_grad():

@@ -6,6 +6,7 @@ Zhang, Torres, Sicre, Avrithis, Ayache 2024, CVIU 248:104101, arXiv:2301.07002.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -61,21 +62,16 @@ def opti_cam(
 
     u = A.new_full((len(c), len(A)), 0.5)
     if (minmax(A) > 0).any():  # otherwise every combination is constant, and there is nothing to optimise
-        halt = _fell_since(max(1, steps // 10)) if stop == "official" else None
+        halt = partial(_fell, max(1, steps // 10)) if stop == "official" else None
         ascent = yield from Ascend(u, masked, gain, steps, rate, halt)  # eq. 9
         u = ascent.u
     return SaliencyMaps(torch.stack([S(u_t) for u_t in u]), _NORMS[norm])
 
 
-class _fell_since:
-    """True at every `period`-th step whose objective lies below the one at the check before."""
-
-    def __init__(self, period: int) -> None:
-        self.period = period
-
-    def __call__(self, history: Sequence[float]) -> bool:
-        step = len(history) - 1
-        return step > 0 and step % self.period == 0 and history[step] < history[step - self.period]
+def _fell(period: int, history: Sequence[float]) -> bool:
+    """Whether this step is a `period`-th one and its objective lies below that of the one before."""
+    step = len(history) - 1
+    return step > 0 and step % period == 0 and history[step] < history[step - period]
 
 
 def _by_max(S: Tensor) -> Tensor:

@@ -93,10 +93,12 @@ def _poly_cam(
     scale = _percentile if official else None
     P: Tensor | None = None
     for index, l in enumerate(levels):
-        masked = Masked(x, live[l], _percentile, parts, resize_last=True) if official else Masked(x, live[l], parts=parts)
+        masked = (
+            Masked(x, live[l], _percentile, parts, resize_last=True) if official else Masked(x, live[l], parts=parts)
+        )
         w = yield from _channel_weights(c, masked, weights)
         S = torch.einsum("kt,khw->thw", w.to(live[l].dtype), live[l]).relu()  # eq. 2
-        P = S if P is None else _lnorm(S, P.shape[-2:], official) * up(P, S.shape[-2:])  # eq. 3
+        P = S if P is None else _lnorm(S, P.shape[-2:], official) * up(P, (S.shape[-2], S.shape[-1]))  # eq. 3
         yield from Report(Level(index, len(levels), layers[l], SaliencyMaps(P, scale)))
     assert P is not None, "there is at least one layer"
     return SaliencyMaps(P, scale)

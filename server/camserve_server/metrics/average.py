@@ -20,9 +20,7 @@ def _rows(sizes: Sizes) -> int:
     return 1
 
 
-@metric(
-    "average-drop", title="Average drop", paper="arXiv:1710.11063", rows=_rows, unit="%", higher_is_better=False
-)
+@metric("average-drop", title="Average drop", paper="arXiv:1710.11063", rows=_rows, unit="%", higher_is_better=False)
 def average_drop(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
     """Share of the probability lost when the map masks the image, in [0, 100] %: [p − o]₊ / p.
 

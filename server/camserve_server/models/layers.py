@@ -64,7 +64,7 @@ def probe(module: nn.Module, example: Tensor) -> tuple[dict[str, Layer], tuple[L
     last: dict[tuple[int, int], Layer] = {}
     for run in once:
         if not run.negative and id(run.output) not in pooled:
-            last[run.output.shape[-2:]] = _layer(run)
+            last[(run.output.shape[-2], run.output.shape[-1])] = _layer(run)
     layers = tuple(sorted(last.values(), key=lambda layer: -layer.height * layer.width))
     return spatial, layers, logits.shape[-1]
 

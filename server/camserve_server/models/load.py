@@ -30,7 +30,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     module.eval().requires_grad_(False)
     digest = state_digest(module)
     dtype = _DTYPES[config.precision]
-    module.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     height, width = config.input_size
     try:
         spatial, layers, classes = probe(module, _example(height, width).to(device, dtype))
@@ -38,7 +38,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         raise ConfigError(
             f"{where}: the network does not run on an input of [1, 3, {height}, {width}]: {error}"
         ) from error
-    model = Model(
+    return Model(
         name=config.name,
         source=config.source,
         digest=digest,
@@ -52,11 +52,10 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         layers=layers if config.layers is None else _named(config.layers, spatial, where),
         random_weights=config.allow_random_weights and config.weights is None,
     )
-    return model
 
 
 def state_digest(module: nn.Module) -> str:
-    """"sha256:…" over names, types, shapes and values of the state, the same for every file format."""
+    """ "sha256:…" over names, types, shapes and values of the state, the same for every file format."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         values = value.detach().cpu().contiguous()

@@ -58,7 +58,7 @@ def decode(data: bytes, *, max_pixels: int, field: str) -> PIL.Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own guard against bombs; ours is the next line but one
-            picture = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+            picture: PIL.Image.Image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
         check_size(picture.width, picture.height, max_pixels, field)
         picture = PIL.ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16"):  # convert() would clip, not scale

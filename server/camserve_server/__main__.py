@@ -1,0 +1,47 @@
+"""`python -m camserve_server` and `camserve serve`: reads the configuration, serves, says how it went."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+import structlog
+from structlog.typing import Processor
+
+from camserve_server.config import Config, read
+from camserve_server.errors import ConfigError
+from camserve_server.service.server import Server, run
+
+
+def serve(*, config: Path | None = None, listen: str | None = None, device: str | None = None) -> int:
+    """Serves until it is told to stop. Returns the exit status: 0 after a drain, 1 if it broke, 2 if misconfigured."""
+    try:
+        settings = read(config, listen=listen, device=device)
+        log_to_stderr(settings)
+        return asyncio.run(run(settings, _say_ready))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def log_to_stderr(config: Config) -> None:
+    """Logs as lines for people on a terminal, as JSON elsewhere."""
+    shared: list[Processor] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso")]
+    for_people: list[Processor] = [structlog.dev.ConsoleRenderer()]
+    for_programs: list[Processor] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    structlog.configure(
+        processors=[*shared, *(for_people if sys.stderr.isatty() else for_programs)],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, config.log_level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _say_ready(server: Server) -> None:
+    assert server.engine is not None, "a ready server has an engine"
+    print(f"camserve is ready on {server.address}, serving {', '.join(server.engine.models)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(serve())

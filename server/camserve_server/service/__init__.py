@@ -1,0 +1,1 @@
+"""The edge: wire ↔ domain. The only folder that knows grpc and protobuf."""

@@ -1,0 +1,216 @@
+"""What is asked: protobuf → domain. Everything is checked here, before it costs anything."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Struct
+from torch import Tensor
+
+from camserve.v1 import explain_pb2 as pb
+from camserve_server import registry
+from camserve_server.config import Config
+from camserve_server.errors import InvalidArgument, NotFound, OutOfRange, Unavailable, Unservable
+from camserve_server.explain import MethodCall, MetricCall
+from camserve_server.models.model import Model
+from camserve_server.models.pixels import check_size, decode, from_pixels
+from camserve_server.plan import Image
+
+MAX_TARGETS = 64
+MAX_METRICS = 64
+MAX_LAYERS = 64
+MAX_TOP_K = 1000
+MAX_REQUEST_ID = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A request that is worth starting."""
+
+    model: Model
+    image: Image
+    as_given: bool  # the image was a tensor, used as it is
+    targets: tuple[int, ...]
+    subject: MethodCall | Tensor
+    metrics: tuple[MetricCall, ...]
+    seed: int
+
+
+def request_id(given: str) -> str:
+    """The caller's own, or a new one. Raises InvalidArgument for one that is too long or not printable."""
+    if len(given) > MAX_REQUEST_ID or not given.isprintable():
+        raise InvalidArgument(f"at most {MAX_REQUEST_ID} printable characters are allowed", field="request_id")
+    return given or uuid.uuid4().hex
+
+
+def explain_request(request: pb.ExplainRequest, models: Mapping[str, Model], config: Config) -> Asked:
+    """Raises a CamserveError that names the field at fault."""
+    if not 0 <= request.top_k <= MAX_TOP_K:
+        raise OutOfRange(f"top_k must lie in [0, {MAX_TOP_K}], not {request.top_k}", field="top_k")
+    model = find_model(models, request.model)
+    _at_most(MAX_TARGETS, request.targets, "targets")
+    return Asked(
+        model,
+        model.image(_image(request.image, model, config)),
+        request.image.HasField("tensor"),
+        tuple(_target(target, model, f"targets[{i}]") for i, target in enumerate(request.targets)),
+        _method(request.method, model),
+        _metrics(request.metrics),
+        request.method.seed,
+    )
+
+
+def evaluate_request(request: pb.EvaluateRequest, models: Mapping[str, Model], config: Config) -> Asked:
+    """Raises a CamserveError that names the field at fault."""
+    model = find_model(models, request.model)
+    subject: MethodCall | Tensor
+    match request.WhichOneof("subject"):
+        case "saliency":
+            subject = _saliency(request.saliency)
+        case "method":
+            subject = _method(request.method, model)
+        case _:
+            raise InvalidArgument("give a saliency map, or the method that makes one", field="subject")
+    if not request.metrics:
+        raise InvalidArgument("name at least one metric", field="metrics")
+    return Asked(
+        model,
+        model.image(_image(request.image, model, config)),
+        request.image.HasField("tensor"),
+        (_target(request.target, model, "target"),) if request.HasField("target") else (),
+        subject,
+        _metrics(request.metrics),
+        request.seed,
+    )
+
+
+def find_model(models: Mapping[str, Model], name: str) -> Model:
+    """The model of that name; the first one for no name. Raises NotFound, listing the known ones."""
+    if not models:
+        raise Unavailable("the models are being loaded", retry_after_s=1.0)
+    if not name:
+        return next(iter(models.values()))
+    if name not in models:
+        known = ", ".join(models)
+        raise NotFound(f"there is no model {name!r}; there are: {known}", field="model", metadata={"known": known})
+    return models[name]
+
+
+def _at_most(limit: int, values: Sequence[object], field: str) -> None:
+    if len(values) > limit:
+        raise OutOfRange(f"at most {limit} are allowed, not {len(values)}", field=field)
+
+
+def _image(image: pb.Image, model: Model, config: Config) -> Tensor:
+    height, width = model.preprocessing.size
+    match image.WhichOneof("content"):
+        case "encoded":
+            picture = decode(image.encoded, max_pixels=config.max_image_pixels, field="image.encoded")
+            return model.preprocessing(picture)
+        case "pixels":
+            pixels = image.pixels
+            check_size(pixels.width, pixels.height, config.max_image_pixels, "image.pixels")
+            if len(pixels.data) != 3 * pixels.height * pixels.width:
+                raise InvalidArgument(
+                    f"{len(pixels.data)} bytes are not {pixels.height}x{pixels.width} pixels of three bytes",
+                    field="image.pixels.data",
+                    reason="WRONG_SHAPE",
+                )
+            values = np.frombuffer(pixels.data, np.uint8).reshape(pixels.height, pixels.width, 3)
+            return model.preprocessing(from_pixels(values))
+        case "tensor":
+            tensor = _tensor(image.tensor, "image.tensor")
+            if tensor.shape != (3, height, width):
+                raise InvalidArgument(
+                    f"{model.name} takes a tensor of [3, {height}, {width}], not {list(tensor.shape)}",
+                    field="image.tensor.shape",
+                    reason="WRONG_SHAPE",
+                )
+            return tensor
+        case _:
+            raise InvalidArgument("give the image as encoded bytes, pixels or a tensor", field="image")
+
+
+def _saliency(message: pb.Tensor) -> Tensor:
+    saliency = _tensor(message, "saliency")
+    if saliency.ndim != 2:
+        raise InvalidArgument(
+            f"a saliency map is [H, W], not {list(saliency.shape)}", field="saliency.shape", reason="WRONG_SHAPE"
+        )
+    if float(saliency.min()) < 0 or float(saliency.max()) > 1:
+        raise OutOfRange("a saliency map must lie in [0, 1]; scale it first", field="saliency.data")
+    return saliency
+
+
+def _tensor(message: pb.Tensor, field: str) -> Tensor:
+    shape = tuple(message.shape)
+    if not shape or min(shape) < 1 or len(message.data) != 4 * math.prod(shape):
+        raise InvalidArgument(
+            f"{len(message.data)} bytes are not float32 values of shape {list(shape)}",
+            field=f"{field}.data",
+            reason="WRONG_SHAPE",
+        )
+    values = torch.from_numpy(np.frombuffer(message.data, "<f4").astype(np.float32).reshape(shape))
+    if not values.isfinite().all():
+        raise InvalidArgument("the values must be finite", field=f"{field}.data", reason="NOT_FINITE")
+    return values
+
+
+def _target(target: pb.Target, model: Model, field: str) -> int:
+    match target.WhichOneof("kind"):
+        case "index":
+            return model.find_class(target.index, f"{field}.index")
+        case "label":
+            return model.find_class(target.label, f"{field}.label")
+        case _:
+            raise InvalidArgument("give the target's index or its label", field=field)
+
+
+def _method(spec: pb.MethodSpec, model: Model) -> MethodCall:
+    if not spec.name:
+        raise InvalidArgument("name a method", field="method.name")
+    method = registry.get_method(spec.name, "method.name")
+    parameters = method.check(_parameters(spec.parameters), "method.parameters")
+    _at_most(MAX_LAYERS, spec.layers, "method.layers")
+    if method.layers == "none" and spec.layers:
+        raise InvalidArgument(f"{method.name} looks at no layers", field="method.layers")
+    if method.layers == "one" and len(spec.layers) > 1:
+        raise InvalidArgument(f"{method.name} looks at one layer, not {len(spec.layers)}", field="method.layers")
+    if method.layers == "none":
+        return MethodCall(method, parameters, ())
+    if spec.layers:
+        layers = model.find_layers(spec.layers, "method.layers")
+        sizes = [layer.height * layer.width for layer in layers]
+        if sizes != sorted(sizes, reverse=True):
+            raise InvalidArgument("the layers must go from fine to coarse", field="method.layers")
+        return MethodCall(method, parameters, layers)
+    reason = why_not(method, model)
+    if reason:
+        raise Unservable(f"{model.name} cannot serve {method.name}: {reason}", field="method.name")
+    return MethodCall(method, parameters, model.default_layers(method.layers == "many"))
+
+
+def why_not(method: registry.Method, model: Model) -> str:
+    """Why the model cannot serve the method with its own layers; empty if it can."""
+    if method.layers != "none" and not model.layers:
+        return "it has no layer with a spatial, non-negative output; name the layers"
+    return ""
+
+
+def _metrics(specs: Sequence[pb.MetricSpec]) -> tuple[MetricCall, ...]:
+    _at_most(MAX_METRICS, specs, "metrics")
+    calls = []
+    for i, spec in enumerate(specs):
+        metric = registry.get_metric(spec.name, f"metrics[{i}].name")
+        calls.append(MetricCall(metric, metric.check(_parameters(spec.parameters), f"metrics[{i}].parameters")))
+    return tuple(calls)
+
+
+def _parameters(struct: Struct) -> dict[str, object]:
+    return {name: json_format.MessageToDict(value) for name, value in struct.fields.items()}

@@ -1,0 +1,237 @@
+"""The RPCs. Each reads its request in a thread, hands a plan to the engine, and writes the answer in a thread.
+
+Nothing here blocks the event loop, so Health answers while the device is saturated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+
+from camserve.v1 import explain_pb2 as pb
+from camserve.v1 import explain_pb2_grpc
+from camserve_server import registry
+from camserve_server.config import Config
+from camserve_server.engine import Engine, Event, Job, Progress
+from camserve_server.errors import CamserveError, Cancelled, InternalError, Unavailable
+from camserve_server.explain import Explained, MethodCall, explain, rows_needed
+from camserve_server.models.model import Model
+from camserve_server.plan import Level, Remark, Stage
+from camserve_server.service import read, status, write
+from camserve_server.service.read import Asked
+
+PROGRESS_EVERY_S = 0.1
+HEARTBEAT_S = 15.0
+
+log = structlog.get_logger()
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(eq=False)
+class _Call:
+    """One RPC under way, and what its log line will say."""
+
+    rpc: str
+    context: Context
+    request_id: str
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Done:
+    """The last event of a request: its job, with the cost, and what came of it."""
+
+    job: Job[Explained]
+    result: Explained
+    remarks: list[str]
+
+
+class Servicer(explain_pb2_grpc.ExplainServiceServicer):
+    """Answers from `engine`, which is None until the models are loaded."""
+
+    def __init__(self, config: Config) -> None:
+        self.engine: Engine | None = None
+        self._config = config
+        self._codec = ThreadPoolExecutor(max_workers=4, thread_name_prefix="codec")
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        return (await _last(self._explain("Explain", request, context))).result
+
+    async def ExplainStream(
+        self, request: pb.ExplainStreamRequest, context: Context
+    ) -> AsyncIterator[pb.ExplainStreamResponse]:
+        async for event in self._explain("ExplainStream", request.request, context):
+            yield event
+
+    async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
+        return (await _last(self._evaluate("Evaluate", request, context))).result
+
+    async def EvaluateStream(
+        self, request: pb.EvaluateStreamRequest, context: Context
+    ) -> AsyncIterator[pb.EvaluateStreamResponse]:
+        async for event in self._evaluate("EvaluateStream", request.request, context):
+            yield event
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        async with self._call("ListModels", "", context):
+            return pb.ListModelsResponse(models=[write.model_message(m) for m in self._models().values()])
+
+    async def ListMethods(self, request: pb.ListMethodsRequest, context: Context) -> pb.ListMethodsResponse:
+        async with self._call("ListMethods", "", context):
+            model = read.find_model(self._models(), request.model) if request.model else None
+            methods = [method for _, method in sorted(registry.METHODS.items())]
+            return pb.ListMethodsResponse(methods=[write.method_message(m, model) for m in methods])
+
+    async def ListMetrics(self, request: pb.ListMetricsRequest, context: Context) -> pb.ListMetricsResponse:
+        async with self._call("ListMetrics", "", context):
+            metrics = [metric for _, metric in sorted(registry.METRICS.items())]
+            return pb.ListMetricsResponse(metrics=[write.metric_message(m) for m in metrics])
+
+    # ---- explain and evaluate ----------------------------------------------------------------------------------------
+
+    async def _explain(
+        self, rpc: str, request: pb.ExplainRequest, context: Context
+    ) -> AsyncIterator[pb.ExplainStreamResponse]:
+        async with self._call(rpc, request.request_id, context) as call:
+            asked = await self._in_thread(read.explain_request, request, self._models(), self._config)
+            async for event in self._run(asked, call):
+                match event:
+                    case pb.Progress():
+                        yield pb.ExplainStreamResponse(progress=event)
+                    case Level():
+                        level = await self._in_thread(write.level, event, asked.model)
+                        yield pb.ExplainStreamResponse(level=level)
+                    case _Done(job, result, remarks):
+                        response = await self._in_thread(
+                            write.explain_response, call.request_id, request, asked, job, result, remarks
+                        )
+                        yield pb.ExplainStreamResponse(result=response)
+
+    async def _evaluate(
+        self, rpc: str, request: pb.EvaluateRequest, context: Context
+    ) -> AsyncIterator[pb.EvaluateStreamResponse]:
+        async with self._call(rpc, request.request_id, context) as call:
+            asked = await self._in_thread(read.evaluate_request, request, self._models(), self._config)
+            async for event in self._run(asked, call):
+                match event:
+                    case pb.Progress():
+                        yield pb.EvaluateStreamResponse(progress=event)
+                    case _Done(job, result, remarks):
+                        response = await self._in_thread(
+                            write.evaluate_response, call.request_id, asked, job, result, remarks
+                        )
+                        yield pb.EvaluateStreamResponse(result=response)
+
+    async def _run(self, asked: Asked, call: _Call) -> AsyncIterator[pb.Progress | Level | _Done]:
+        """Runs the request's plan. Yields levels, progress now and then, and at the end what came of it."""
+        assert self.engine is not None, "there are models, so there is an engine"
+        engine, loop = self.engine, asyncio.get_running_loop()
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
+
+        def tell(event: Event | None) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        method = asked.subject if isinstance(asked.subject, MethodCall) else None
+        job = engine.submit(
+            explain(asked.model, asked.image, asked.targets, asked.subject, asked.metrics),
+            asked.model,
+            rows=rows_needed(asked.model, method, asked.metrics, max(1, len(asked.targets))),
+            deadline=_deadline(call.context),
+            tell=tell,
+        )
+        # A job that is done is not cancelled by it.
+        call.context.add_done_callback(lambda *_: engine.cancel(job))  # type: ignore[arg-type]
+        job.future.add_done_callback(lambda _: tell(None))
+        call.facts |= {"model": asked.model.name, "method": method.method.name if method else ""}
+
+        remarks: list[str] = []
+        async for event in _paced(events):
+            if isinstance(event, Remark):
+                remarks.append(event.text)
+            else:
+                yield event
+        call.facts |= {"rows": job.rows, "queue_ms": round(job.queue_ms), "compute_ms": round(job.compute_ms)}
+        yield _Done(job, job.future.result(), remarks)
+
+    # ---- what all share ----------------------------------------------------------------------------------------------
+
+    def _models(self) -> Mapping[str, Model]:
+        if self.engine is None:
+            raise Unavailable("the models are being loaded", retry_after_s=1.0)
+        return self.engine.models
+
+    async def _in_thread(self, work: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._codec, work, *args)
+
+    @asynccontextmanager
+    async def _call(self, rpc: str, request_id: str, context: Context) -> AsyncIterator[_Call]:
+        """Logs the call and turns whatever goes wrong into a status. No image, label or path stands in the log."""
+        call, started = _Call(rpc, context, request_id), time.monotonic()
+        failure: CamserveError | None = None
+        try:
+            call.request_id = read.request_id(request_id)
+            yield call
+        except CamserveError as error:
+            failure = error
+        except Exception:
+            log.exception("bug", rpc=rpc, request_id=call.request_id)
+            failure = InternalError("an internal error; the server's log says more under this request's id")
+        except BaseException:
+            failure = Cancelled("the caller went away")
+            raise
+        finally:
+            code = failure.code if failure else "OK"
+            ms = round(1e3 * (time.monotonic() - started), 1)
+            log.info("call", rpc=rpc, request_id=call.request_id, code=code, ms=ms, **call.facts)
+        if failure is not None:
+            await context.abort(
+                status.code(failure), failure.message, status.trailing_metadata(failure, call.request_id)
+            )
+
+
+async def _last(events: AsyncIterator[T]) -> T:
+    """The event that a stream ends with."""
+    async for event in events:
+        last = event
+    return last
+
+
+async def _paced(events: asyncio.Queue[Event | None]) -> AsyncIterator[pb.Progress | Level | Remark]:
+    """Until None: all levels and remarks, but progress no more often than every 0.1 s, and at least every 15 s."""
+    progress = pb.Progress()
+    sent = 0.0
+    while True:
+        try:
+            event = await asyncio.wait_for(events.get(), HEARTBEAT_S)
+        except TimeoutError:
+            yield progress
+            continue
+        match event:
+            case None:
+                return
+            case Stage(name):
+                progress = pb.Progress(rows_done=progress.rows_done, rows_total=progress.rows_total, stage=name)
+            case Progress(done, total):
+                progress = pb.Progress(rows_done=done, rows_total=total, stage=progress.stage)
+                now = time.monotonic()
+                if now - sent >= PROGRESS_EVERY_S or done == total:
+                    sent = now
+                    yield progress
+            case _:
+                yield event
+
+
+def _deadline(context: Context) -> float | None:
+    """The caller's deadline, of `time.monotonic()`."""
+    left = context.time_remaining()
+    return None if left is None or not math.isfinite(left) else time.monotonic() + left

@@ -1,0 +1,174 @@
+"""A server on a loopback port that answers with known numbers: a real channel, without models."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import camserve
+import grpc
+import numpy as np
+import pytest
+from camserve.calls import CHANNEL_OPTIONS
+from camserve.v1 import explain_pb2 as pb
+from camserve.v1.explain_pb2_grpc import ExplainServiceServicer, add_ExplainServiceServicer_to_server
+from google.protobuf import struct_pb2
+
+RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+LABELS = {7: "cock", 8: "hen", 281: "tabby, cat"}
+
+
+def tensor(array: np.ndarray) -> pb.Tensor:
+    return pb.Tensor(shape=array.shape, data=array.astype("<f4").tobytes())
+
+
+def prediction(index: int) -> pb.Prediction:
+    return pb.Prediction(index=index, label=LABELS.get(index, ""), probability=0.75, logit=4.5)
+
+
+class Servicer(ExplainServiceServicer):
+    """Explains with a ramp. `requests` holds what came in; `before` may abort; the model "slow" never answers."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+        self.metadata: dict[str, Any] = {}
+        self.before: Callable[[grpc.ServicerContext], None] = lambda context: None
+        self.started = threading.Event()
+        self.cancelled = threading.Event()
+
+    def _received(self, request: Any, context: Any) -> None:
+        self.requests.append(request)
+        self.metadata = dict(context.invocation_metadata())
+        self.before(context)
+        if getattr(request, "model", "") == "slow":
+            assert context.add_callback(self.cancelled.set)
+            self.started.set()
+            self.cancelled.wait(20)
+
+    def _map(self, target: pb.Target, metrics: Any, raw: bool = False) -> pb.SaliencyMap:
+        index = {label: i for i, label in LABELS.items()}.get(target.label, target.index)
+        scores = [pb.Score(metric=m.name, value=0.25, unit="%" if m.name == "average-gain" else "1") for m in metrics]
+        for score in scores:
+            if score.metric == "insertion":
+                score.curve.extend([0.0, 0.25, 0.5])
+        answer = pb.SaliencyMap(target=prediction(index), saliency=tensor(RAMP), scores=scores)
+        if raw:
+            answer.raw.CopyFrom(tensor(RAMP[:2, :3] * 10))
+        return answer
+
+    def Explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:
+        self._received(request, context)
+        targets = list(request.targets) or [pb.Target(index=281)]
+        answer = pb.ExplainResponse(
+            request_id=request.request_id or "given",
+            maps=[self._map(target, request.metrics, request.raw) for target in targets],
+            predictions=[prediction(281), prediction(8)][: request.top_k],
+            cost=pb.Cost(rows=12, batches=3, queue_ms=1.5, compute_ms=20.25),
+            receipt=pb.Receipt(
+                model=request.model or "first",
+                method=request.method.name,
+                parameters=request.method.parameters,
+                layers=request.method.layers,
+                targets=[target.index for target in targets],
+                seed=request.method.seed,
+                batch_sizes={"score": 16},
+                versions={"camserve": "0"},
+            ),
+        )
+        answer.maps[0].warnings.append("degenerate: the map is a ramp")
+        return answer
+
+    def ExplainStream(self, request: pb.ExplainStreamRequest, context: Any) -> Iterator[pb.ExplainStreamResponse]:
+        yield pb.ExplainStreamResponse(progress=pb.Progress(rows_done=0, rows_total=20, stage="explain"))
+        answer = self.Explain(request.request, context)
+        for index, layer in enumerate(["deep", "shallow"]):
+            saliency = [tensor(RAMP * (index + 1) / 2)] * len(answer.maps)
+            yield pb.ExplainStreamResponse(level=pb.Level(index=index, count=2, layer=layer, saliency=saliency))
+        yield pb.ExplainStreamResponse(progress=pb.Progress(rows_done=12, rows_total=12, stage="explain"))
+        yield pb.ExplainStreamResponse()  # an event of a later contract
+        yield pb.ExplainStreamResponse(result=answer)
+
+    def Evaluate(self, request: pb.EvaluateRequest, context: Any) -> pb.EvaluateResponse:
+        self._received(request, context)
+        return pb.EvaluateResponse(
+            request_id="given",
+            map=self._map(request.target, request.metrics),
+            cost=pb.Cost(rows=9),
+            receipt=pb.Receipt(model="first", method=request.method.name),
+        )
+
+    def EvaluateStream(self, request: pb.EvaluateStreamRequest, context: Any) -> Iterator[pb.EvaluateStreamResponse]:
+        yield pb.EvaluateStreamResponse(progress=pb.Progress(rows_done=1, rows_total=9, stage="insertion"))
+        yield pb.EvaluateStreamResponse(result=self.Evaluate(request.request, context))
+
+    def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        self._received(request, context)
+        model = pb.Model(
+            name="first",
+            source="embedded:first",
+            digest="sha256:0",
+            state="ready",
+            input_size=[8, 9],
+            classes=3,
+            labels=["a", "b", "c"],
+            layers=[pb.Layer(name="deep[1]", channels=4, height=2, width=3)],
+            batch_sizes={"score": 16},
+            methods=["poly-cam"],
+        )
+        return pb.ListModelsResponse(models=[model])
+
+    def ListMethods(self, request: pb.ListMethodsRequest, context: Any) -> pb.ListMethodsResponse:
+        self._received(request, context)
+        steps = pb.Parameter(
+            name="steps", type="integer", default=struct_pb2.Value(number_value=50), minimum=1, description="How many."
+        )
+        norm = pb.Parameter(
+            name="norm", type="string", default=struct_pb2.Value(string_value="max"), choices=["max", "range"]
+        )
+        methods = [
+            pb.Method(name="opti-cam", title="Opti-CAM", paper="arXiv:0", layers="one", parameters=[steps, norm]),
+            pb.Method(name="poly-cam", title="Poly-CAM", layers="many", unavailable="no such layers"),
+        ]
+        return pb.ListMethodsResponse(methods=methods)
+
+    def ListMetrics(self, request: pb.ListMetricsRequest, context: Any) -> pb.ListMetricsResponse:
+        self._received(request, context)
+        return pb.ListMetricsResponse(
+            metrics=[pb.Metric(name="insertion", title="Insertion", unit="1", higher_is_better=True, rows=100)]
+        )
+
+
+@pytest.fixture
+def servicer() -> Servicer:
+    return Servicer()
+
+
+@pytest.fixture
+def address(servicer: Servicer) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(8), options=CHANNEL_OPTIONS)
+    add_ExplainServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    servicer.cancelled.set()
+    server.stop(None).wait()
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[camserve.Client]:
+    with camserve.Client(address, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+def ramp() -> np.ndarray:
+    """The map that the server explains with, float32 [8, 8]."""
+    return RAMP
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    """uint8 [6, 4, 3], no two pixels alike."""
+    return np.arange(72, dtype=np.uint8).reshape(6, 4, 3) * 3

@@ -1,0 +1,255 @@
+"""The command line, against a server on a loopback port."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import camserve
+import grpc
+import numpy as np
+import PIL.Image
+import pytest
+from camserve.cli import _stems, app
+from typer.testing import CliRunner, Result
+
+
+def run(*arguments: object, **env: str) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments], env={"COLUMNS": "200", **env})
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photos" / "dog.jpg"
+    path.parent.mkdir()
+    PIL.Image.new("RGB", (50, 30), "teal").save(path)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def written(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir())
+
+
+def test_explain_writes_files_and_prints_a_table(address, servicer, photo, out, ramp):
+    result = run(
+        *("explain", photo, "--address", address, "--out", out, "--method", "opti-cam", "--model", "m"),
+        *("--target", "8", "--layer", "a", "--layer", "b", "--seed", 5, "--metric", "insertion"),
+        *("--param", "steps=20", "--param", "norm=max", "--param", "soft=true"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert written(out) == ["dog.npy", "dog.png"]
+    np.testing.assert_array_equal(np.load(out / "dog.npy"), ramp)
+    with PIL.Image.open(out / "dog.png") as overlay:
+        assert overlay.size == (50, 30)
+    for said in ("hen (8)", "0.750", "12", "0.02 s", "insertion", "0.25"):
+        assert said in result.stdout
+    assert "warning:" in result.stderr
+    asked = servicer.requests[-1]
+    assert (asked.model, asked.method.name, asked.method.layers, asked.method.seed) == ("m", "opti-cam", ["a", "b"], 5)
+    assert dict(asked.method.parameters.items()) == {"steps": 20, "norm": "max", "soft": True}
+    assert asked.targets[0].index == 8
+
+
+def test_explain_prints_json_lines(address, photo, out):
+    result = run("explain", photo, photo, "--address", address, "--out", out, "--metric", "insertion", "--json")
+    assert result.exit_code == 0
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert first["image"] == str(photo)
+    assert first["saliency"] == str(out / "dog.npy")
+    assert second["overlay"] == str(out / "dog-2.png")
+    assert first["target"] == {"index": 281, "label": "tabby, cat", "probability": 0.75, "logit": 4.5}
+    assert first["scores"] == {"insertion": 0.25}
+    assert first["cost"]["rows"] == 12
+    assert first["receipt"]["method"] == "poly-cam"
+    assert first["warnings"] == ["degenerate: the map is a ramp"]
+    assert len(first["predictions"]) == 2
+    assert first["request_id"] == "given"
+
+
+def test_several_targets_are_files_of_their_own(address, photo, out):
+    result = run("explain", photo, "--address", address, "--out", out, "--target", "7", "--target", "hen", "--json")
+    assert written(out) == ["dog.7.npy", "dog.7.png", "dog.8.npy", "dog.8.png"]
+    assert [json.loads(line)["target"]["label"] for line in result.stdout.splitlines()] == ["cock", "hen"]
+
+
+def test_one_failure_does_not_stop_the_others(address, servicer, photo, out):
+    servicer.before = lambda context: (
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "unreadable") if len(servicer.requests) == 1 else None
+    )
+    result = run("explain", photo, "none.jpg", photo, "--address", address, "--out", out, "--json")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"error: {photo}: unreadable",
+        "error: none.jpg: No such file or directory: none.jpg",
+    ]
+    assert [json.loads(line)["overlay"] for line in result.stdout.splitlines()] == [str(out / "dog-2.png")]
+
+
+def test_stems_never_collide_and_never_replace_an_image(tmp_path):
+    paths = ["a/dog.jpg", "b/dog.jpg", "c/Dog.png", "dog-2.jpg", "e/cat.gif"]
+    assert _stems([Path(path) for path in paths], Path("out")) == ["dog", "dog-2", "Dog-3", "dog-2-2", "cat"]
+    here = [tmp_path / name for name in ("cat.png", "dog.jpg", "hen.7.png", "hen.gif")]
+    assert _stems(here, tmp_path) == ["cat-2", "dog", "hen.7-2", "hen-2"]
+
+
+def test_an_image_is_not_replaced_by_its_overlay(address, tmp_path):
+    path = tmp_path / "cat.png"
+    PIL.Image.new("RGB", (9, 9), "teal").save(path)
+    before = path.read_bytes()
+    assert run("explain", path, "--address", address, "--out", tmp_path).exit_code == 0
+    assert path.read_bytes() == before
+    assert written(tmp_path) == ["cat-2.npy", "cat-2.png", "cat.png"]
+
+
+def test_progress_goes_to_stderr_only(address, photo, out):
+    result = run("explain", photo, "--address", address, "--out", out, "--json", FORCE_COLOR="1")
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", result.stderr)
+    assert "12 of 12 rows" in plain
+    assert "explain, level 2 of 2 (shallow)" in plain
+    assert json.loads(result.stdout)
+
+
+def test_evaluate_a_file_or_a_method(address, servicer, photo, tmp_path, ramp):
+    np.save(tmp_path / "map.npy", ramp)
+    given = ("evaluate", photo, "--address", address)
+    result = run(*given, "--saliency", tmp_path / "map.npy", "--target", "hen", "--json")
+    record = json.loads(result.stdout)
+    assert record["scores"] == {"insertion": 0.25, "deletion": 0.25, "average-gain": 0.25}
+    assert record["curves"] == {"insertion": [0, 0.25, 0.5]}
+    assert record["target"]["label"] == "hen"
+    result = run(*given, "--method", "poly-cam", "--metric", "average-gain")
+    assert result.exit_code == 0
+    assert re.search(r"average-gain +0\.25 +%", result.stdout)
+    assert [metric.name for metric in servicer.requests[-1].metrics] == ["average-gain"]
+
+
+def test_evaluate_says_what_is_wrong(address, photo, tmp_path, ramp):
+    (tmp_path / "map.npy").write_bytes(b"no array")
+    np.savez(tmp_path / "maps.npz", a=ramp)
+    given = ("evaluate", photo, "--address", address)
+    for wrong, said in [
+        ((), "give either"),
+        (("--saliency", tmp_path / "map.npy"), "is not a NumPy array file"),
+        (("--saliency", tmp_path / "maps.npz"), "several arrays"),
+        (("--saliency", tmp_path / "none.npy"), "No such file"),
+    ]:
+        result = run(*given, *wrong)
+        assert result.exit_code == 1
+        assert re.fullmatch(r"error: [^\n]*\n", result.stderr)
+        assert said in result.stderr
+
+
+def test_list_tables(address, servicer):
+    result = run("list", "models", "--address", address)
+    for said in ("first", "embedded:first", "8 × 9 pixels", "deep[1]"):
+        assert said in result.stdout
+    result = run("list", "methods", "--model", "first", "--address", address)
+    assert servicer.requests[-1].model == "first"
+    for said in ("steps: integer in [1, …] = 50", "How many.", 'norm: max | range = "max"', "no such layers"):
+        assert said in result.stdout
+    result = run("list", "metrics", "--address", address)
+    assert "higher is better" in result.stdout
+
+
+@pytest.mark.parametrize("what", ["models", "methods", "metrics"])
+def test_list_json(address, what):
+    result = run("list", what, "--address", address, "--json")
+    assert all(json.loads(line)["name"] for line in result.stdout.splitlines())
+
+
+def test_errors_are_one_line(photo, out):
+    for command in (("list", "models"), ("evaluate", photo, "--method", "x"), ("explain", photo, "--out", out)):
+        result = run(*command, "--address", "127.0.0.1:1")
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert re.fullmatch(r"error: [^\n]*127\.0\.0\.1:1[^\n]*\n", result.stderr)
+    assert not out.exists()
+
+
+def test_wrong_usage_exits_with_2(photo):
+    assert run("explain").exit_code == 2
+    assert run("explain", photo, "--param", "steps").exit_code == 2
+    assert run("explain", photo, "--seed", "-1").exit_code == 2
+    assert run("list", "everything").exit_code == 2
+
+
+def test_version():
+    assert run("--version").stdout.strip() == f"camserve {camserve.__version__}"
+
+
+def test_ctrl_c_cancels_and_exits_with_130(address, servicer, photo, out):
+    command = [sys.executable, "-m", "camserve", "explain", str(photo), "--model", "slow"]
+    process = subprocess.Popen(
+        [*command, "--address", address, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert servicer.started.wait(10)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert (process.returncode, said) == (130, "cancelled\n")
+    assert servicer.cancelled.wait(5)
+
+
+# ---- what is not installed ------------------------------------------------------------------------------------------
+
+
+def python(code: str, without: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter in which the package `without` is not installed."""
+    missing = f"""
+import sys
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == {without!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing)
+"""
+    return subprocess.run(
+        [sys.executable, "-c", missing + code], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_cli_extra(missing):
+    done = python("from camserve.__main__ import main; main()", without=missing)
+    assert done.returncode == 1
+    assert done.stderr == f"error: the command line needs {missing}: pip install 'camserve[cli]'\n"
+
+
+def test_without_the_server_extra():
+    code = "sys.argv = ['camserve', 'serve']; from camserve.__main__ import main; main()"
+    done = python(code, without="camserve_server")
+    assert done.returncode == 1
+    assert done.stderr == "error: the server needs camserve_server: pip install 'camserve[server]'\n"
+
+
+def test_serve_hands_over_to_the_server(monkeypatch):
+    given = {}
+    server = types.ModuleType("camserve_server.__main__")
+    server.serve = lambda **options: given.update(options) or 3
+    monkeypatch.setitem(sys.modules, "camserve_server.__main__", server)
+    assert run("serve").exit_code == 3
+    assert given == {"config": None, "listen": None, "device": None}
+    run("serve", "--config", "camserve.toml", "--listen", "127.0.0.1:0", "--device", "cpu")
+    assert given == {"config": Path("camserve.toml"), "listen": "127.0.0.1:0", "device": "cpu"}
+
+
+def test_importing_the_client_imports_nothing_heavy():
+    heavy = ("torch", "torchvision", "typer", "rich", "camserve_server", "google.rpc", "grpc_status", "skimage")
+    done = python(f"import camserve; print([name for name in {heavy!r} if name in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_public_names_are_there():
+    assert camserve.__all__ == sorted(camserve.__all__)
+    assert all(hasattr(camserve, name) for name in camserve.__all__)
+    public = {name for name, value in vars(camserve).items() if isinstance(value, type)}
+    assert public <= set(camserve.__all__)

@@ -1,0 +1,129 @@
+"""Every form of an image, as it arrives at the server and as it is shown again."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import camserve
+import numpy as np
+import PIL.Image
+import pytest
+from camserve import images
+from camserve.v1 import explain_pb2 as pb
+
+
+def png(pixels: np.ndarray, **options: object) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def sent(servicer, client: camserve.Client, image: images.ImageLike) -> pb.Image:
+    client.explain(image)
+    return servicer.requests[-1].image
+
+
+def array(sent: pb.Pixels) -> np.ndarray:
+    return np.frombuffer(sent.data, np.uint8).reshape(sent.height, sent.width, 3)
+
+
+def test_files_and_bytes_go_as_they_are(servicer, client, pixels, tmp_path):
+    data = png(pixels)
+    (tmp_path / "a.png").write_bytes(data)
+    for image in (tmp_path / "a.png", str(tmp_path / "a.png"), data):
+        assert sent(servicer, client, image).encoded == data
+
+
+def test_pixels_pillow_and_grey_arrive_as_pixels(servicer, client, pixels):
+    for image in (pixels, PIL.Image.fromarray(pixels), pixels[::-1, ::-1].copy()[::-1, ::-1]):
+        np.testing.assert_array_equal(array(sent(servicer, client, image).pixels), pixels)
+    grey = pixels[..., 0]
+    for image in (grey, PIL.Image.fromarray(grey)):
+        np.testing.assert_array_equal(array(sent(servicer, client, image).pixels), np.dstack([grey] * 3))
+
+
+def test_alpha_is_dropped_and_orientation_applied(servicer, client, pixels):
+    rgba = np.dstack([pixels, np.zeros((6, 4), np.uint8)])
+    np.testing.assert_array_equal(array(sent(servicer, client, PIL.Image.fromarray(rgba)).pixels), pixels)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° to the right
+    turned = PIL.Image.open(io.BytesIO(png(pixels, exif=exif)))
+    np.testing.assert_array_equal(array(sent(servicer, client, turned).pixels), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4"])
+def test_a_tensor_is_used_as_it_is(servicer, client, dtype):
+    x = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(dtype)
+    arrived = sent(servicer, client, x.transpose(0, 2, 1)).tensor
+    assert list(arrived.shape) == [3, 7, 5]
+    np.testing.assert_array_equal(images.from_wire(arrived), x.transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((3, 4, 4)),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((1, 3, 4, 4), np.float32),
+        np.zeros(4, np.uint8),
+        PIL.Image.new("F", (4, 4)),
+        PIL.Image.new("I;16", (4, 4)),
+    ],
+    ids=lambda wrong: f"{getattr(wrong, 'dtype', wrong)!s:.20}",
+)
+def test_other_arrays_are_refused_before_anything_is_sent(servicer, client, wrong):
+    with pytest.raises(camserve.InvalidArgument) as caught:
+        client.explain(wrong)
+    assert caught.value.field == "image"
+    assert isinstance(caught.value, ValueError)
+    assert not servicer.requests
+
+
+def test_what_is_no_image_is_a_python_error(client, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        client.explain(tmp_path / "none.png")
+    with pytest.raises(TypeError, match=r"not builtins\.list"):
+        client.explain([1, 2])
+
+
+def test_too_large_is_refused_before_anything_is_sent(servicer, client, tmp_path):
+    large = tmp_path / "large.tif"
+    with large.open("wb") as file:
+        file.truncate(images.MAX_MESSAGE_BYTES + 1)
+    for image in (large, np.broadcast_to(np.uint8(0), (5000, 5000, 3))):
+        with pytest.raises(camserve.ResourceExhausted, match=r"MiB, and a request at most 64 MiB") as caught:
+            client.explain(image)
+        assert (caught.value.reason, caught.value.retry_after_s) == ("TOO_LARGE", None)
+    assert not servicer.requests
+
+
+def test_more_than_grpcs_own_limit_arrives(servicer, client):
+    assert sent(servicer, client, bytes(20 * 2**20)).ByteSize() > 20 * 2**20
+
+
+def test_the_image_is_shown_upright_at_its_full_resolution(client, pixels, tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 8  # to be turned by 90° to the left
+    path = Path(tmp_path / "turned.png")
+    path.write_bytes(png(pixels, exif=exif))
+    shown = client.explain(path).image()
+    np.testing.assert_array_equal(np.asarray(shown), np.rot90(pixels))
+
+
+def test_a_tensor_is_shown_scaled(client):
+    x = np.linspace(-2, 3, 3 * 4 * 5, dtype=np.float32).reshape(3, 4, 5)
+    shown = np.asarray(client.explain(x).image())
+    assert shown.shape == (4, 5, 3)
+    assert (shown.min(), shown.max()) == (0, 255)
+    for unusual in (np.full((3, 2, 2), 7, np.float32), np.full((3, 2, 2), np.nan, np.float32)):
+        assert np.asarray(client.explain(unusual).image()).max() == 0
+
+
+@pytest.mark.skipif(sys.byteorder == "big", reason="compares with native arrays")
+def test_maps_arrive_as_arrays_that_can_be_written(client, pixels):
+    saliency = client.explain(pixels).saliency
+    assert saliency.dtype == np.float32
+    saliency[0, 0] = 1
