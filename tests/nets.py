@@ -21,6 +21,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Normalise(nn.Module):
     """(pixel − mean) / std, inside the model."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=dtype).view(1, 3, 1, 1), persistent=False)
@@ -102,17 +105,19 @@ def tiny_cnn(seed: int = 0, classes: int = 7) -> TinyPoly:
     return net.eval().requires_grad_(False)
 
 
-def calibrated(name: Literal["vgg16", "resnet50"], size: int = 64, seed: int = 0) -> nn.Module:
+def calibrated(
+    name: Literal["vgg16", "resnet50"], size: int = 64, seed: int = 0, on: Tensor | None = None
+) -> nn.Module:
     """Random weights, but activations and logits of a trained network's scale.
 
     Batch-norm statistics from one training-mode pass, the last linear layer scaled to logits of standard deviation 3
-    with its bias zero, both on eight images of standard normal noise.
+    with its bias zero, both on the images `on` [N, 3, H, W], or eight of standard normal noise.
     """
     import torchvision
 
     torch.manual_seed(seed)
     net: nn.Module = getattr(torchvision.models, name)(weights=None).eval()
-    noise = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(seed + 1000))
+    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(seed + 1000)) if on is None else on
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
     with torch.no_grad():
@@ -120,11 +125,11 @@ def calibrated(name: Literal["vgg16", "resnet50"], size: int = 64, seed: int = 0
             norm.train()
             norm.momentum = 1.0
         if norms:
-            net(noise)
+            net(images)
         for norm in norms:
             norm.eval()
+        last.weight.mul_(3 / net(images).std())  # a deviation that still includes the bias, as in the stored files
         last.bias.zero_()
-        last.weight.mul_(3 / net(noise).std())
     return net.requires_grad_(False)
 
 

@@ -17,8 +17,6 @@ client sees by itself what is wrong. A file that cannot be read stays the OSErro
 unsupported type is a TypeError.
 """
 
-# ruff: noqa: N818 - the names are those of gRPC's codes
-
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -20,7 +20,7 @@ __all__ = ["html"]
 # Three side by side fit the output cell of a usual notebook.
 _SIDE_PX = 300
 
-_SCALE = ", ".join(f"rgb({r}, {g}, {b})" for r, g, b in picture.COLOURS[::32].tolist())
+_SCALE = ", ".join(f"rgb({r}, {g}, {b})" for r, g, b in picture.COLOURS[::15].tolist())
 
 
 def html(maps: Iterable[SaliencyMap], model: str, method: str) -> str:

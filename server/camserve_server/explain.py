@@ -12,7 +12,7 @@ from camserve_server.models.layers import Layer
 from camserve_server.models.model import Model
 from camserve_server.plan import Image, Measured, Owe, Plan, Predict, Report, SaliencyMaps, Stage, Targets
 from camserve_server.registry import Method, Metric, Sizes, Value
-from camserve_server.rows import minmax, up
+from camserve_server.rows import normalised, up
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def finished(result: SaliencyMaps, size: tuple[int, int]) -> tuple[Tensor, tuple
 
     A map that is constant or not finite becomes zeros, with a warning, never NaN.
     """
-    maps = (result.scale or minmax)(up(result.raw, size))
+    maps = (result.finish or normalised)(result.raw, size)
     finite = maps.isfinite().flatten(1).all(dim=1)
     low, high = maps.flatten(1).amin(dim=1), maps.flatten(1).amax(dim=1)
     constant = finite & (low == high)

@@ -26,6 +26,9 @@ T = TypeVar("T")
 Answer = Callable[[], T]
 Plan = Generator["Query[Any]", Answer[Any], T]
 
+# Maps [..., h, w] and a size (H, W) → maps [..., H, W].
+Resize = Callable[["Tensor", tuple[int, int]], "Tensor"]
+
 
 class Query(Generic[T]):
     """A question to the engine; `yield from` it to have the answer."""
@@ -75,12 +78,11 @@ class Targets:
 class SaliencyMaps:
     """What a method returns: `raw` [T, h, w], a map for each target at the method's own resolution, unitless.
 
-    `scale` brings the maps, once resized to the input, into [0, 1]; None stands for min-max, the default of all
-    papers.
+    `finish` brings them to the input's size and into [0, 1]; None stands for n(up(·)), the default of all papers.
     """
 
     raw: Tensor
-    scale: Callable[[Tensor], Tensor] | None = None
+    finish: Resize | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ bits whatever the slice: nothing here reduces across rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camserve_server.plan import Image
+from camserve_server.plan import Image, Resize
 
 
 class Rows(Protocol):
@@ -39,10 +39,19 @@ def up(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def minmax(maps: Tensor) -> Tensor:
-    """[..., H, W] → the same in [0, 1], map by map: the n(·) of the papers. A constant map becomes zeros."""
+    """[..., h, w] → the same in [0, 1], map by map. A constant map becomes zeros."""
     low = maps.amin(dim=(-2, -1), keepdim=True)
     span = maps.amax(dim=(-2, -1), keepdim=True) - low
     return torch.where(span > 0, (maps - low) / span, torch.zeros_like(maps))
+
+
+def normalised(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """[..., h, w] → [..., H, W] in [0, 1]: the n(up(·)) of the papers.
+
+    A constant map becomes zeros. It is told before it is resized: afterwards the rounding would look like contrast.
+    """
+    constant = maps.amin(dim=(-2, -1), keepdim=True) == maps.amax(dim=(-2, -1), keepdim=True)
+    return torch.where(constant, 0.0, minmax(up(maps, size)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +73,16 @@ Part = Literal["revealed", "hidden"]
 
 @dataclass(frozen=True, eq=False)
 class Masked:
-    """The image under masks made of `activations` [K, h, w], resized to it and brought into [0, 1] by `scale`.
+    """The image under masks made of `activations` [K, h, w]; `mask` makes [n, H, W] in [0, 1] of [n, h, w] of them.
 
     Row k·P + i is x ⊙ M_k where `parts[i]` is "revealed" and x ⊙ (1 − M_k) where it is "hidden", P = len(parts): the
-    two share their mask. `resize_last` scales at the activation's own resolution and resizes then.
+    two share their mask.
     """
 
     x: Image
     activations: Tensor
-    scale: Callable[[Tensor], Tensor] = minmax
+    mask: Resize = normalised
     parts: Sequence[Part] = ("revealed",)
-    resize_last: bool = False
 
     def __len__(self) -> int:
         return len(self.parts) * len(self.activations)
@@ -82,8 +90,7 @@ class Masked:
     def make(self, start: int, stop: int) -> Tensor:
         P = len(self.parts)
         A = self.activations[start // P : (stop + P - 1) // P]
-        size = self.x.size
-        M = up(self.scale(A), size) if self.resize_last else self.scale(up(A, size))
+        M = self.mask(A, self.x.size)
         rows = [
             M[i // P - start // P] if self.parts[i % P] == "revealed" else 1 - M[i // P - start // P]
             for i in range(start, stop)

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import camserve
 import grpc
 import numpy as np
 import pytest
+from google.protobuf import struct_pb2
+
+import camserve
 from camserve.calls import CHANNEL_OPTIONS
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceServicer, add_ExplainServiceServicer_to_server
-from google.protobuf import struct_pb2
 
 RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
 LABELS = {7: "cock", 8: "hen", 281: "tabby, cat"}
@@ -43,7 +44,8 @@ class Servicer(ExplainServiceServicer):
         self.metadata = dict(context.invocation_metadata())
         self.before(context)
         if getattr(request, "model", "") == "slow":
-            assert context.add_callback(self.cancelled.set)
+            if not context.add_callback(self.cancelled.set):
+                self.cancelled.set()  # it had been cancelled before it got here
             self.started.set()
             self.cancelled.wait(20)
 

@@ -10,13 +10,14 @@ import sys
 import types
 from pathlib import Path
 
-import camserve
 import grpc
 import numpy as np
 import PIL.Image
 import pytest
-from camserve.cli import _stems, app
 from typer.testing import CliRunner, Result
+
+import camserve
+from camserve.cli import _stems, app
 
 
 def run(*arguments: object, **env: str) -> Result:

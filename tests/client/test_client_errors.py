@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import pickle
 
-import camserve
 import grpc
 import pytest
-from camserve import answers, errors
-from camserve.v1 import explain_pb2 as pb
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
+
+import camserve
+from camserve import answers, errors
+from camserve.v1 import explain_pb2 as pb
 
 NAMED = {kind.code: kind for kind in camserve.CamserveError.__subclasses__()}
 

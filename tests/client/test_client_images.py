@@ -6,10 +6,11 @@ import io
 import sys
 from pathlib import Path
 
-import camserve
 import numpy as np
 import PIL.Image
 import pytest
+
+import camserve
 from camserve import images
 from camserve.v1 import explain_pb2 as pb
 

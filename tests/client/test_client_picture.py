@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 import numpy as np
 import PIL.Image
 import pytest
-from camserve import picture
 from skimage.color import rgb2lab
+
+from camserve import picture
 
 
 def photograph(height: int, width: int) -> PIL.Image.Image:

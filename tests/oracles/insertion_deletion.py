@@ -24,7 +24,7 @@ class InsertionDeletion:
 
 
 def gaussian_blur(x: Tensor, radius: int = 5, sigma: float = 5.0) -> Tensor:
-    """x [1, 3, H, W]; a square kernel of 2 · radius + 1 pixels, reflected at the border (without repeating the edge)."""
+    """x [1, 3, H, W]; a square kernel of 2 · radius + 1 pixels, the border reflected without repeating the edge."""
     padded = F.pad(x, (radius,) * 4, mode="reflect")
     g = [math.exp(-(t**2) / (2 * sigma**2)) for t in range(-radius, radius + 1)]
     blurred = torch.zeros_like(x)

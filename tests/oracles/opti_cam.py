@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class OptiCam:
-    """saliency [H, W] in [0, 1]; u [K] and weights = softmax(u) [K] after the last update; objective, one a step."""
+    """saliency [H, W] in [0, 1]; u [K] and weights = softmax(u) [K] that made it; objective [steps done]."""
 
     saliency: Tensor
     u: Tensor
@@ -93,11 +93,12 @@ def opti_cam(
             history.append(-loss.item())
         else:
             raise ValueError(f"objective: {objective!r} is neither mask nor diff")
+        before = u.detach().clone()
         (u.grad,) = torch.autograd.grad(loss, u)
         adam.step()
         if stop == "official" and step % max(steps // 10, 1) == 0:
             if loss.item() > last_loss:  # this step's map, made before its update
-                return OptiCam(s.detach(), u.detach(), torch.softmax(u.detach(), 0), history, stopped=True)
+                return OptiCam(s.detach(), before, torch.softmax(before, 0), history, stopped=True)
             last_loss = loss.item()
     with torch.no_grad():
         return OptiCam(saliency_map(A, u, size, norm), u.detach(), torch.softmax(u, 0), history, stopped=False)

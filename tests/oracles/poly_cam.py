@@ -17,7 +17,7 @@ Variant = Literal["paper", "official"]
 
 @dataclass
 class PolyCam:
-    """map [H, W]; levels, coarse to fine, each [H, W]; channel_weights, coarse to fine, each [K] ([0] where skipped)."""
+    """map [H, W]; coarse to fine: levels, each [H, W], and channel_weights, each [K] (empty where skipped)."""
 
     map: Tensor
     levels: list[Tensor]
@@ -40,13 +40,13 @@ def percentile_scale(M: Tensor) -> Tensor:
     return ((M - lo) / hi.clamp(min=1e-12)).clamp(0, 1)
 
 
-def unit_mask(a: Tensor, size: tuple[int, int], variant: Variant) -> Tensor:
-    """u(up(A_k)) of the paper, up(u(A_k)) of the official code: a [h, w] → [H, W] in [0, 1]."""
+def scaled(M: Tensor, size: tuple[int, int], variant: Variant) -> Tensor:
+    """u(up(M)) of the paper, up(u(M)) of the official code: M [h, w] → [H, W] in [0, 1]; masks and levels alike."""
     if variant == "official":
-        return resize(percentile_scale(a), size)
-    if a.min() == a.max():  # before upsampling: the rounding of a bilinear resize would look like contrast
-        return torch.zeros(size, dtype=a.dtype)
-    return minmax(resize(a, size))
+        return resize(percentile_scale(M), size)
+    if M.min() == M.max():  # seen before upsampling: the rounding of a bilinear resize would look like contrast
+        return torch.zeros(size, dtype=M.dtype)
+    return minmax(resize(M, size))
 
 
 def probability(model: Callable[[Tensor], Tensor], row: Tensor, c: int) -> Tensor:
@@ -55,25 +55,53 @@ def probability(model: Callable[[Tensor], Tensor], row: Tensor, c: int) -> Tenso
     return torch.sigmoid(y[0]) if len(y) == 1 else torch.softmax(y, dim=0)[c]
 
 
-def channel_weight(model: Callable[[Tensor], Tensor], x: Tensor, M: Tensor, c: int, weights: str) -> Tensor:
-    """w_k from the mask M [H, W] of channel k."""
+def channel_weight(model: Callable[[Tensor], Tensor], x: Tensor, p: Tensor, M: Tensor, c: int, weights: str) -> Tensor:
+    """w_k from p = f_c(x) and the mask M [H, W] of channel k."""
     if weights == "p":  # eq. 4, with f_c(X_b) = 0
         return probability(model, x * M, c)
     if weights == "m":  # eq. 5
-        return (probability(model, x, c) - probability(model, x * (1 - M), c)).relu()
+        return (p - probability(model, x * (1 - M), c)).relu()
     if weights == "pm":  # eq. 6
-        shown, hidden = probability(model, x * M, c), probability(model, x * (1 - M), c)
-        return (probability(model, x, c) + shown - hidden).relu()
+        return (p + probability(model, x * M, c) - probability(model, x * (1 - M), c)).relu()
     raise ValueError(f"weights: {weights!r} is none of p, m, pm")
 
 
 def lnorm(S: Tensor, coarser: tuple[int, int], variant: Variant) -> Tensor:
     """eq. 1: S [h, w] over its own local mean, on blocks that are the pixels of the coarser level."""
-    if variant == "official":
-        pooled = resize(S, coarser)
-    else:
-        pooled = F.adaptive_avg_pool2d(S[None, None], coarser)[0, 0]
+    pooled = resize(S, coarser) if variant == "official" else F.adaptive_avg_pool2d(S[None, None], coarser)[0, 0]
     return S / resize(pooled, (S.shape[0], S.shape[1])).clamp(min=1e-12)
+
+
+def channel_weights(
+    model: Callable[[Tensor], Tensor], x: Tensor, A: Tensor, c: int, weights: str, variant: Variant
+) -> Tensor:
+    """A [K, h, w] → w_l [K]: one or two forward passes of one row each, a channel."""
+    p = probability(model, x, c)
+    w = torch.zeros(len(A), dtype=A.dtype)
+    for k in range(len(A)):
+        w[k] = channel_weight(model, x, p, scaled(A[k], (x.shape[2], x.shape[3]), variant), c, weights)
+    return w
+
+
+def compose(activations: list[Tensor], w: list[Tensor], size: tuple[int, int], variant: Variant) -> list[Tensor]:
+    """activations, fine to coarse, each [K, h, w]; w, coarse to fine, each [K] → the levels, coarse to fine, [H, W]."""
+    P: Tensor | None = None
+    levels: list[Tensor] = []
+    for A, w_l in zip(reversed(activations), w, strict=True):
+        if variant == "paper" and P is not None and A.shape[1:] == P.shape:
+            levels.append(levels[-1])
+            continue
+        S = torch.zeros_like(A[0])
+        for k in range(len(A)):
+            S = S + w_l[k] * A[k]
+        S = S.relu()  # eq. 2
+        if P is None:
+            P = S  # eq. 3, l = L
+        else:
+            coarser = (P.shape[0], P.shape[1])
+            P = lnorm(S, coarser, variant) * resize(P, (S.shape[0], S.shape[1]))  # eq. 3, l < L
+        levels.append(scaled(P, size, variant))
+    return levels
 
 
 @torch.no_grad()
@@ -88,26 +116,12 @@ def poly_cam(
     """model [N, 3, H, W] → logits; x [1, 3, H, W]; activations, fine to coarse, each [K, h, w]."""
     if variant not in ("paper", "official"):
         raise ValueError(f"variant: {variant!r} is neither paper nor official")
-    size = (x.shape[2], x.shape[3])
-    P: Tensor | None = None
-    levels: list[Tensor] = []
-    channel_weights: list[Tensor] = []
-    for A in reversed(activations):
-        if variant == "paper" and P is not None and A.shape[1:] == P.shape:
-            levels.append(levels[-1])
-            channel_weights.append(torch.zeros(0, dtype=A.dtype))
-            continue
-        w = torch.zeros(len(A), dtype=A.dtype)
-        S = torch.zeros_like(A[0])
-        for k in range(len(A)):
-            w[k] = channel_weight(model, x, unit_mask(A[k], size, variant), c, weights)
-            S = S + w[k] * A[k]
-        S = S.relu()  # eq. 2
-        if P is None:
-            P = S  # eq. 3, l = L
+    w: list[Tensor] = []
+    for level, A in reversed(list(enumerate(activations))):
+        coarser = activations[level + 1] if level + 1 < len(activations) else None
+        if variant == "paper" and coarser is not None and A.shape[1:] == coarser.shape[1:]:
+            w.append(torch.zeros(0, dtype=A.dtype))  # same size as the coarser one: a no-op, nothing to weigh
         else:
-            coarser = (P.shape[0], P.shape[1])
-            P = lnorm(S, coarser, variant) * resize(P, (S.shape[0], S.shape[1]))  # eq. 3, l < L
-        levels.append(resize(percentile_scale(P), size) if variant == "official" else minmax(resize(P, size)))
-        channel_weights.append(w)
-    return PolyCam(levels[-1], levels, channel_weights)
+            w.append(channel_weights(model, x, A, c, weights, variant))
+    levels = compose(activations, w, (x.shape[2], x.shape[3]), variant)
+    return PolyCam(levels[-1], levels, w)

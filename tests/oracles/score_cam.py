@@ -35,10 +35,8 @@ def score_cam(
     scores = torch.zeros(len(activation), dtype=x.dtype)
     for k, A in enumerate(activation):
         H = F.interpolate(A[None, None], size, mode="bilinear", align_corners=False)
-        if A.min() == A.max():
-            H = torch.zeros_like(H)  # s(constant) = 0
-        else:
-            H = (H - H.min()) / (H.max() - H.min())  # eq. 5 and 6
+        contrast = H.max() - H.min() if A.min() < A.max() else torch.tensor(torch.inf)  # s(constant) = 0
+        H = (H - H.min()) / contrast  # eq. 5 and 6
         y = model(x * H)[0]
         scores[k] = y[c] if score == "logit" else torch.softmax(y, dim=0)[c]  # eq. 4; the baseline cancels below
     w = torch.softmax(scores, dim=0) if channel_softmax else scores

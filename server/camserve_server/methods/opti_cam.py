@@ -14,7 +14,7 @@ from torch import Tensor
 
 from camserve_server.plan import Ascend, Capture, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import Range, Sizes, method
-from camserve_server.rows import minmax, up
+from camserve_server.rows import normalised, up
 
 
 def _rows(sizes: Sizes, *, steps: int = 100, **_: object) -> int:
@@ -54,14 +54,16 @@ def opti_cam(
         return torch.einsum("k,khw->hw", u.softmax(dim=0), A)  # eq. 8
 
     def masked(u: Tensor) -> Tensor:
-        s = _NORMS[norm](up(S(u), x.size))
+        s = _NORMS[norm](S(u), x.size)
         return x.tensor * s if mask_space == "normalised" else (pixels * s - x.mean) / x.std
 
     def gain(t: int, y: Tensor) -> Tensor:
         return y[c.index[t]] if objective == "mask" else -(y[c.index[t]] - c.y[t].to(y.dtype)).abs()
 
     u = A.new_full((len(c), len(A)), 0.5)
-    if (minmax(A) > 0).any():  # otherwise every combination is constant, and there is nothing to optimise
+    if (
+        A.amin(dim=(1, 2)) < A.amax(dim=(1, 2))
+    ).any():  # otherwise every combination is constant, and there is nothing to optimise
         halt = partial(_fell, max(1, steps // 10)) if stop == "official" else None
         ascent = yield from Ascend(u, masked, gain, steps, rate, halt)  # eq. 9
         u = ascent.u
@@ -74,12 +76,13 @@ def _fell(period: int, history: Sequence[float]) -> bool:
     return step > 0 and step % period == 0 and history[step] < history[step - period]
 
 
-def _by_max(S: Tensor) -> Tensor:
-    return S / S.amax(dim=(-2, -1), keepdim=True)
+def _by_max(S: Tensor, size: tuple[int, int]) -> Tensor:
+    s = up(S, size)
+    return s / s.amax(dim=(-2, -1), keepdim=True)
 
 
-def _by_sigmoid(S: Tensor) -> Tensor:
-    return S.sigmoid()  # the official code writes it as ½(tanh(S/2) + 1)
+def _by_sigmoid(S: Tensor, size: tuple[int, int]) -> Tensor:
+    return up(S, size).sigmoid()  # the official code writes it as ½(tanh(S/2) + 1)
 
 
-_NORMS = {"range": minmax, "max": _by_max, "sigmoid": _by_sigmoid}
+_NORMS = {"range": normalised, "max": _by_max, "sigmoid": _by_sigmoid}

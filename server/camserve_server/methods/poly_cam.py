@@ -18,7 +18,7 @@ from torch import Tensor
 
 from camserve_server.plan import Capture, Image, Level, Owe, Plan, Remark, Report, SaliencyMaps, Score, Targets
 from camserve_server.registry import Sizes, method
-from camserve_server.rows import Masked, Part, up
+from camserve_server.rows import Masked, Part, normalised, up
 
 Variant = Annotated[
     Literal["paper", "official"],
@@ -90,18 +90,16 @@ def _poly_cam(
     yield from Owe(sum(len(parts) * len(live[l]) for l in levels))
 
     official = variant == "official"
-    scale = _percentile if official else None
+    finish = _percentile if official else None
     P: Tensor | None = None
     for index, l in enumerate(levels):
-        masked = (
-            Masked(x, live[l], _percentile, parts, resize_last=True) if official else Masked(x, live[l], parts=parts)
-        )
+        masked = Masked(x, live[l], _percentile if official else normalised, parts)
         w = yield from _channel_weights(c, masked, weights)
         S = torch.einsum("kt,khw->thw", w.to(live[l].dtype), live[l]).relu()  # eq. 2
         P = S if P is None else _lnorm(S, P.shape[-2:], official) * up(P, (S.shape[-2], S.shape[-1]))  # eq. 3
-        yield from Report(Level(index, len(levels), layers[l], SaliencyMaps(P, scale)))
+        yield from Report(Level(index, len(levels), layers[l], SaliencyMaps(P, finish)))
     assert P is not None, "there is at least one layer"
-    return SaliencyMaps(P, scale)
+    return SaliencyMaps(P, finish)
 
 
 def _channel_weights(c: Targets, masked: Masked, weights: Weights) -> Plan[Tensor]:
@@ -120,9 +118,9 @@ def _lnorm(S: Tensor, coarse: Sequence[int], official: bool) -> Tensor:
     return S / up(means, (S.shape[-2], S.shape[-1])).clamp(min=1e-12)
 
 
-def _percentile(maps: Tensor) -> Tensor:
-    """The official code's scaling of [..., h, w] to [0, 1]: from the 0.1th percentile, by the 99.9th."""
+def _percentile(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """The official code's scaling of [..., h, w] to [0, 1], then resized: from the 0.1th percentile, by the 99.9th."""
     flat = maps.flatten(-2)
     low = torch.quantile(flat, 0.001, dim=-1)[..., None, None]
     high = torch.quantile(flat, 0.999, dim=-1)[..., None, None]
-    return ((maps - low) / high.clamp(min=1e-12)).clamp(0, 1)
+    return up(((maps - low) / high.clamp(min=1e-12)).clamp(0, 1), size)

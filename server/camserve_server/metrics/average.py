@@ -13,7 +13,7 @@ from torch import Tensor
 
 from camserve_server.plan import Image, Measured, Plan, Score, Targets
 from camserve_server.registry import Sizes, metric
-from camserve_server.rows import Masked
+from camserve_server.rows import Masked, up
 
 
 def _rows(sizes: Sizes) -> int:
@@ -53,9 +53,5 @@ def average_gain(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
 
 
 def _probabilities(x: Image, c: Targets, S: Tensor) -> Plan[tuple[float, float]]:
-    scores = yield from Score(Masked(x, S[None], scale=_as_it_is), c)
+    scores = yield from Score(Masked(x, S[None], mask=up), c)
     return float(c.p[0]), float(scores.probabilities[0, 0])
-
-
-def _as_it_is(S: Tensor) -> Tensor:
-    return S

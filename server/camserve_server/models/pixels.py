@@ -42,12 +42,12 @@ class Preprocessing:
         resample = PIL.Image.Resampling[self.interpolation.upper()]
         pixels = np.array(picture.resize((width, height), resample), dtype=np.float32) / 255
         tensor = torch.from_numpy(pixels).permute(2, 0, 1)
-        return ((tensor - self.column(self.mean)) / self.column(self.std)).contiguous()
+        return ((tensor - self.column(self.mean)) / self.column(self.std)).float().contiguous()
 
     @staticmethod
     def column(values: tuple[float, float, float]) -> Tensor:
-        """[3, 1, 1], to meet an image."""
-        return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+        """[3, 1, 1] float64, to meet an image."""
+        return torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
 
 
 def decode(data: bytes, *, max_pixels: int, field: str) -> PIL.Image.Image:

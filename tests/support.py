@@ -1,0 +1,111 @@
+"""Models and engines for tests, made without files or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from camserve_server import registry
+from camserve_server.engine import Engine, Event, Job
+from camserve_server.explain import Explained, MethodCall, MetricCall, explain, rows_needed
+from camserve_server.models.layers import probe
+from camserve_server.models.load import state_digest
+from camserve_server.models.model import Model
+from camserve_server.models.pixels import Preprocessing
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+registry.discover()
+
+
+def as_model(
+    net: nn.Module,
+    size: tuple[int, int] = (32, 32),
+    *,
+    name: str = "model",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 4,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> Model:
+    """The network as the engine sees it."""
+    net = net.eval().requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)
+    spatial, layers, classes = probe(
+        net, torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    )
+    return Model(
+        name=name,
+        source="test",
+        digest=state_digest(net),
+        module=net,
+        device=torch.device("cpu"),
+        dtype=dtype,
+        preprocessing=Preprocessing(size, mean, std, "bilinear"),
+        labels=(),
+        classes=classes,
+        spatial=spatial,
+        layers=layers,
+        batch_sizes={"forward": batch_size, "gradient": batch_size, "ascend": batch_size},
+    )
+
+
+@contextmanager
+def running(*models: Model, **options: Any) -> Iterator[Engine]:
+    """An engine on its thread."""
+    engine = Engine({model.name: model for model in models}, **options)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def call(model: Model, method: str, layers: Sequence[str] | None = None, **parameters: object) -> MethodCall:
+    """The method with its parameters, on those layers or the model's own."""
+    entry = registry.METHODS[method]
+    many = entry.layers == "many"
+    named = model.find_layers(layers, "layers") if layers else model.default_layers(many)
+    return MethodCall(entry, entry.check(parameters, "parameters"), () if entry.layers == "none" else named)
+
+
+def metric(name: str, **parameters: object) -> MetricCall:
+    """The metric with its parameters."""
+    entry = registry.METRICS[name]
+    return MetricCall(entry, entry.check(parameters, "parameters"))
+
+
+def submit(
+    engine: Engine,
+    model: Model,
+    x: Tensor,
+    subject: MethodCall | Tensor,
+    targets: Sequence[int] = (),
+    metrics: Sequence[MetricCall] = (),
+    events: list[Event] | None = None,
+    **options: Any,
+) -> Job[Explained]:
+    """Hands in the plan of one request; x [3, H, W] is preprocessed."""
+    method = subject if isinstance(subject, MethodCall) else None
+    return engine.submit(
+        explain(model, model.image(x), targets, subject, metrics),
+        model,
+        rows=rows_needed(model, method, metrics, max(1, len(targets))),
+        tell=(lambda event: None) if events is None else events.append,
+        **options,
+    )
+
+
+def explained(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **kwargs: Any) -> Explained:
+    """The result of one request, alone on an engine of its own."""
+    with running(model) as engine:
+        return submit(engine, model, x, subject, *args, **kwargs).future.result(timeout=240)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal values, always the same."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
