@@ -28,21 +28,20 @@ class Photograph:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a method made of a photograph; `levels` are the maps on the way, coarse to fine."""
+    """What a method made of a photograph.
+
+    `levels` are the maps on the way, coarse to fine; `map_seconds` passed until the map was done and its scoring began.
+    """
 
     method: camserve.Method
     explanation: camserve.Explanation
     levels: tuple[camserve.Level, ...]
+    map_seconds: float
 
     @property
     def difference(self) -> float:
         """Insertion − deletion: the larger, the more the map is about what the model uses."""
         return self.explanation.scores["insertion"] - self.explanation.scores["deletion"]
-
-    @property
-    def seconds(self) -> float:
-        """From asking to the answer, scores included."""
-        return (self.explanation.cost.queue_ms + self.explanation.cost.compute_ms) / 1000
 
     @property
     def score_rows(self) -> int:
@@ -109,7 +108,7 @@ def _section(model: camserve.Model, photograph: Photograph, results: Sequence[Re
     return f"""<section aria-labelledby="{name}">
 <h2 id="{name}">{escape(photograph.title)}: <q>{escape(answer.target.label)}</q>,
 {answer.target.probability:.1%}</h2>
-<p>{escape(photograph.look)}</p>
+{f"<p>{escape(photograph.look)}</p>" if photograph.look else ""}
 <div class="cards">
 {_original(photograph, answer)}
 {"".join(_card(photograph, result, result is best) for result in results)}
@@ -144,17 +143,17 @@ def _card(photograph: Photograph, result: Result, best: bool) -> str:
     warnings = "".join(f'<p class="note">{escape(warning)}</p>' for warning in e.warnings)
     return f"""<figure class="card">
 {_img(e.overlay(), alt)}
+{'<p class="best">best difference</p>' if best else ""}
 <figcaption>
-<h3>{escape(result.method.title)}{' <span class="best">best here</span>' if best else ""}</h3>
+<h3>{escape(result.method.title)}</h3>
 <p class="sub">for {escape(e.target.label)}, {e.target.probability:.1%}</p>
 {_curves(insertion, deletion)}
 <dl>
-<div><dt>insertion</dt><dd>{insertion:.3f}</dd></div>
-<div><dt>deletion</dt><dd>{deletion:.3f}</dd></div>
-<div class="main"><dt>difference</dt><dd>{result.difference:.3f}</dd></div>
-<div><dt>rows, map</dt><dd>{result.map_rows:,}</dd></div>
-<div><dt>rows, scores</dt><dd>{result.score_rows:,}</dd></div>
-<div><dt>time, all</dt><dd>{result.seconds:.1f} s</dd></div>
+<div><dt class="insertion">insertion</dt><dd>{insertion:.3f}</dd></div>
+<div><dt class="deletion">deletion</dt><dd>{deletion:.3f}</dd></div>
+<div class="main"><dt>difference</dt><dd>{_signed(result.difference)}</dd></div>
+<div><dt>rows</dt><dd>{result.map_rows:,}</dd></div>
+<div><dt>time</dt><dd>{result.map_seconds:.1f} s</dd></div>
 </dl>
 {warnings}
 </figcaption>
@@ -228,9 +227,10 @@ order. A good map makes it fall at once. Each score is the mean height of its cu
 sums a map up, higher is better.</p>
 </div>
 <div>
-<h3>Rows</h3>
-<p>A row is one image that the network looks at. The requests of a photograph run at the same time, and the server fills
-each batch with rows of any of them, the shortest request first. So times are shared.</p>
+<h3>Rows and time</h3>
+<p>A row is one image that the network looks at. Those shown made the map; scoring it took {shown[0][1][0].score_rows}
+more. The three methods of a photograph are asked at the same time: the server fills each batch with rows of any of
+them, the shortest request first, so they share the time.</p>
 </div>
 <div>
 <h3>Methods</h3>
@@ -249,7 +249,7 @@ def _receipts(shown: Shown) -> str:
         for photograph, results in shown
         for result in results
     )
-    return f"""<section aria-labelledby="receipts">
+    return f"""<section class="receipts" aria-labelledby="receipts">
 <h2 id="receipts">Receipts</h2>
 <p>With its receipt, a map can be made again.</p>
 {receipts}
@@ -268,6 +268,10 @@ def _img(picture: PIL.Image.Image, alt: str, side_px: int = 640) -> str:
     data = base64.b64encode(jpeg.getvalue()).decode()
     size = f'width="{picture.width}" height="{picture.height}"'
     return f'<img alt="{escape(alt)}" {size} src="data:image/jpeg;base64,{data}">'
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _duration(seconds: float) -> str:
@@ -301,16 +305,17 @@ img { display: block; width: 100%; height: auto; }
 .note { border-left: 4px solid var(--deletion); padding: .2rem .8rem; }
 section { border-top: 1px solid var(--line); margin-top: 2.5rem; padding-top: 1.8rem; }
 .cards { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); margin: 1.2rem 0; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden;
+  position: relative; }
 .card figcaption { padding: .8rem 1rem 1rem; }
-.best { background: var(--best); color: var(--best-ink); border-radius: 99px; font-size: .75rem; font-weight: 600;
-  padding: .1rem .55rem; margin-left: .3rem; white-space: nowrap; }
+.best { position: absolute; top: .6rem; right: .6rem; margin: 0; padding: .1rem .6rem; border-radius: 99px;
+  background: var(--best); color: var(--best-ink); font-size: .75rem; font-weight: 600; }
 .term { color: var(--soft); font-size: .875rem; margin: .9rem 0 .3rem; }
 .predictions { list-style: none; margin: 0; padding: 0; font-size: .9rem; }
 .predictions li { position: relative; display: flex; justify-content: space-between; gap: 1rem; padding: .15rem .4rem;
   margin-bottom: .25rem; border-radius: 4px; isolation: isolate; }
 .bar { position: absolute; inset: 0 auto 0 0; background: var(--bar); border-radius: 4px; z-index: -1; min-width: 3px; }
-.curves { display: block; width: 100%; margin: .7rem 0 .5rem; overflow: visible; }
+.curves { display: block; width: 100%; max-width: 300px; margin: .7rem 0 .5rem; overflow: visible; }
 .curves text { fill: var(--soft); font-size: 9px; }
 .curves .axis { stroke: var(--line); fill: none; }
 polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
@@ -320,9 +325,12 @@ b.insertion { color: var(--insertion); } b.deletion { color: var(--deletion); }
 .card dl { margin: 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .card dl div { display: flex; justify-content: space-between; }
 .card dl .main { font-weight: 700; border-bottom: 1px solid var(--line); padding-bottom: .3rem; margin-bottom: .3rem; }
-dt { color: var(--soft); } .main dt { color: inherit; } dd { margin: 0; }
+dt { color: var(--soft); }
+.card dt.insertion::after, .card dt.deletion::after { content: ""; display: inline-block; vertical-align: middle;
+  width: 1.6rem; margin-left: .5rem; border-top: 2px solid var(--insertion); }
+.card dt.deletion::after { border-top: 2px dashed var(--deletion); } .main dt { color: inherit; } dd { margin: 0; }
 .levels ol { list-style: none; padding: 0; margin: .8rem 0 0; display: grid; gap: .8rem;
-  grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(210px, 45%), 1fr)); }
 .levels img { border-radius: 8px; }
 .levels figcaption { font-size: .85rem; color: var(--soft); padding-top: .3rem; }
 .levels figcaption b { color: var(--ink); }
@@ -340,7 +348,9 @@ footer { border-top: 1px solid var(--line); color: var(--soft); font-size: .875r
 @media print {
   :root { --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --insertion: #8a2fb0;
     --deletion: #b4440c; --bar: #e9def2; --best: #1f6b3a; --best-ink: #fff; }
-  body { padding: 0; max-width: none; font-size: 10pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  html { font-size: 11px; }
+  body { padding: 0; max-width: none; font-size: 1rem; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  .receipts { display: none; }
   section { break-inside: avoid-page; margin-top: 1.2rem; padding-top: .8rem; }
   .cards { grid-template-columns: repeat(4, 1fr); gap: .5rem; } .levels ol { grid-template-columns: repeat(5, 1fr); }
   .card, .levels { break-inside: avoid; } .card figcaption { padding: .5rem; }

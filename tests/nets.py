@@ -7,12 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-# torchvision's CUDA build cannot load its C++ operators under a CPU-only torch, and dies where it registers what the
-# missing ones would do. Declared first, models and transforms work.
-if not hasattr(torch.ops.torchvision, "nms"):
-    _library = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import camserve_server.torchvision_ops  # noqa: F401  (lets torchvision be imported)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

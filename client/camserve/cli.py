@@ -47,7 +47,7 @@ Parameters = Annotated[
     typer.Option("--param", metavar="KEY=VALUE", help="A parameter of the method; the value as JSON, or else text."),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="All randomness comes from it.")]
-Timeout = Annotated[float, typer.Option(metavar="SECONDS", min=0, help="For each image.")]
+Timeout = Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Of each call to the server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
 
 

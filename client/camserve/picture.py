@@ -42,21 +42,21 @@ def _interpolated(anchors: list[tuple[int, int, int]]) -> NDArray[np.uint8]:
 COLOURS = _interpolated(_ANCHORS)
 
 
-def _levels(saliency: NDArray[np.float32], size: tuple[int, int]) -> PIL.Image.Image:
-    """[h, w] in [0, 1] → 8-bit grey of `size` (width, height). The map covers the whole image, as the model saw it."""
+def _resized(saliency: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """[h, w] in [0, 1] → [H, W] of `size` (width, height). The map covers the whole image, as the model saw it."""
     smooth = PIL.Image.fromarray(saliency).resize(size, PIL.Image.Resampling.BILINEAR)
-    return PIL.Image.fromarray(np.rint(np.clip(np.asarray(smooth), 0, 1) * 255).astype(np.uint8))
+    return np.clip(np.asarray(smooth), 0, 1)
 
 
-def _coloured(levels: PIL.Image.Image) -> PIL.Image.Image:
-    indexed = levels.copy()
+def _coloured(levels: NDArray[np.float32]) -> PIL.Image.Image:
+    indexed = PIL.Image.fromarray(np.rint(255 * levels).astype(np.uint8))
     indexed.putpalette(list(chain.from_iterable(COLOURS.tolist())))
     return indexed.convert("RGB")
 
 
 def heatmap(saliency: NDArray[np.float32], size: tuple[int, int]) -> PIL.Image.Image:
     """Saliency [h, w] in [0, 1] → RGB image of `size` (width, height)."""
-    return _coloured(_levels(saliency, size))
+    return _coloured(_resized(saliency, size))
 
 
 def overlay(image: PIL.Image.Image, saliency: NDArray[np.float32], alpha: float) -> PIL.Image.Image:
@@ -65,6 +65,6 @@ def overlay(image: PIL.Image.Image, saliency: NDArray[np.float32], alpha: float)
     A pixel is covered with the root of its saliency times `alpha`: where the map is 0 the image is left as it is, where
     it is 1 the colour covers `alpha` of it, and weak regions can still be seen.
     """
-    levels = _levels(saliency, image.size)
-    opacity = levels.point([round(alpha * 255 * (level / 255) ** 0.5) for level in range(256)])
-    return PIL.Image.composite(_coloured(levels), image, opacity)
+    smooth = _resized(saliency, image.size)
+    opacity = PIL.Image.fromarray(np.rint(255 * alpha * np.sqrt(smooth)).astype(np.uint8))
+    return PIL.Image.composite(_coloured(smooth), image, opacity)

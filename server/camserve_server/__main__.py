@@ -29,7 +29,10 @@ def serve(*, config: Path | None = None, listen: str | None = None, device: str 
 def log_to_stderr(config: Config) -> None:
     """Logs as lines for people on a terminal, as JSON elsewhere."""
     shared: list[Processor] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso")]
-    for_people: list[Processor] = [structlog.dev.ConsoleRenderer()]
+    for_people: list[Processor] = [
+        # Without local variables: they hold images.
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    ]
     for_programs: list[Processor] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=[*shared, *(for_people if sys.stderr.isatty() else for_programs)],
@@ -44,4 +47,6 @@ def _say_ready(server: Server) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit("this takes no arguments; `camserve serve` does")
     sys.exit(serve())

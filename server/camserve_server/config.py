@@ -47,6 +47,17 @@ class ModelConfig(BaseModel):
 
     _folder: Path = Path()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _know_the_embedded_one(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Whoever names the embedded model gets its preprocessing and labels, and cannot change its weights."""
+        if data.get("source") != "embedded:efficientnet-lite0":
+            return data
+        if data.get("weights") is not None or data.get("allow_random_weights"):
+            raise ValueError("the embedded model has weights of its own")
+        grey, half = (127 / 255,) * 3, (128 / 255,) * 3
+        return {"labels": "imagenet", "mean": grey, "std": half, "interpolation": "bicubic", **data}
+
     def resolve(self, path: str) -> Path:
         """The path, looked up beside the configuration file."""
         return self._folder / path
@@ -60,14 +71,7 @@ class ModelConfig(BaseModel):
 
 def embedded() -> ModelConfig:
     """The model that is served where the configuration names none: EfficientNet-Lite0 with its ImageNet weights."""
-    return ModelConfig(
-        name="efficientnet-lite0",
-        source="embedded:efficientnet-lite0",
-        labels="imagenet",
-        mean=(127 / 255, 127 / 255, 127 / 255),
-        std=(128 / 255, 128 / 255, 128 / 255),
-        interpolation="bicubic",
-    )
+    return ModelConfig(name="efficientnet-lite0", source="embedded:efficientnet-lite0")
 
 
 class Config(BaseSettings):

@@ -29,7 +29,7 @@ from camserve_server.errors import (
     Unavailable,
 )
 from camserve_server.models.model import Model
-from camserve_server.plan import Answer, Level, Owe, Plan, Query, Remark, Report, Stage
+from camserve_server.plan import Answer, Level, Plan, Query, Remark, Report, Spare, Stage
 from camserve_server.scheduler import Batch, Scheduler
 
 T = TypeVar("T")
@@ -250,8 +250,8 @@ class Engine:
     def _remark(self, job: Job[Any], query: Query[Any]) -> Answer[None] | None:
         """Answers a query that costs nothing; None for one that costs rows."""
         match query:
-            case Owe(rows):
-                self._owe(job, rows)
+            case Spare(rows):
+                self._owe(job, job.owed - rows)
             case Report(event):
                 _tell(job, event)
             case _:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from camserve_server.models.layers import Layer
 from camserve_server.models.model import Model
-from camserve_server.plan import Image, Measured, Owe, Plan, Predict, Report, SaliencyMaps, Stage, Targets
+from camserve_server.plan import Image, Measured, Plan, Predict, Report, SaliencyMaps, Stage, Targets
 from camserve_server.registry import Method, Metric, Sizes, Value
 from camserve_server.rows import normalised, up
 
@@ -69,13 +69,13 @@ def explain(
 
     if isinstance(subject, Tensor):
         raw = subject[None].to(x.tensor)
-        maps, (_, warnings) = up(raw, x.size).clamp(0, 1), finished(SaliencyMaps(raw), x.size)
+        maps = up(raw, x.size).clamp(0, 1)
+        warnings = (("degenerate: the map is constant",) if maps.min() == maps.max() else (),)
     else:
         yield from Report(Stage("explain"))
         result = yield from _call(subject, x, c)
         raw, (maps, warnings) = result.raw, finished(result, x.size)
 
-    yield from Owe(rows_needed(model, None, metrics, len(c)) - 1)
     scores = []
     for t in range(len(c)):
         one = Targets((c.index[t],), c.p[t : t + 1], c.y[t : t + 1])

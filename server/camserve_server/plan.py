@@ -176,8 +176,8 @@ class Ascend(Query[Ascent]):
 
 
 @dataclass(frozen=True)
-class Owe(Query[None]):
-    """From here on the plan will ask for so many rows: what the scheduler ranks by and progress is measured against."""
+class Spare(Query[None]):
+    """So many of the rows that were announced will not be asked for; the scheduler and the progress take note."""
 
     rows: int
 

@@ -19,13 +19,14 @@ def _declare_missing() -> torch.library.Library | None:
     try:
         for extension in Path(spec.origin).parent.glob("_C*.so"):
             torch.ops.load_library(str(extension))  # type: ignore[no-untyped-call]
-        missing = not hasattr(torch.ops.torchvision, "nms")
     except OSError:
-        missing = True
+        pass  # built for another torch
+    missing = [operator for operator in ("nms", "qnms") if not hasattr(torch.ops.torchvision, operator)]
     if not missing:
         return None
-    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
-    for operator in ("nms", "qnms"):
+    # A fragment, so that whoever else in the process has declared one of them is not in the way.
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for operator in missing:
         library.define(  # type: ignore[no-untyped-call]
             f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         )

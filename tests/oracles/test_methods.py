@@ -158,7 +158,7 @@ def test_poly_cam(name: str, weights: Any, variant: Any, channel_weights: list[T
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-4), (torch.float64, 1e-9)])
 def test_poly_cam_on_resnet50(dtype: torch.dtype, tolerance: float, channel_weights: list[Tensor]) -> None:
-    """Fifty random layers amplify the rounding of float32 between batch sizes; float64 shows that it is nothing else."""
+    """Fifty random layers amplify the rounding between batch sizes in float32; float64 shows that it is that alone."""
     check_poly_cam("resnet50", "pm", "paper", channel_weights, tolerance, dtype)
 
 
@@ -280,32 +280,44 @@ def test_opti_cam_in_float64_on_trained_weights() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "vgg16", "resnet50", "efficientnet-lite0"])
 def test_opti_cam_in_float32(name: str) -> None:
-    """float32 iterates diverge: the first steps are compared by the map, ten and a hundred by what they reach."""
-    model, x, _, layer = case(name, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    """float32 iterates diverge, so only the first ten steps are compared by the map."""
+    model, x, _, layer = case(name)
     layer = "blocks.3.0.bn1" if name == "efficientnet-lite0" else layer  # the oracle goes channel by channel
     (A,) = nets.activations(model.module, x[None], [layer])
-    kwargs: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     c = int(model.module(x[None])[0].argmax())
-    for steps, tolerance in ((1, 5e-3), (3, 1e-2), (10, 5e-2)):
-        theirs = opti_cam(model.module, x[None], A, c, steps=steps, **kwargs)
+    for steps, tolerance in ((1, 5e-3), (3, 2e-2), (10, 5e-2)):
+        theirs = opti_cam(model.module, x[None], A, c, steps=steps, mean=IMAGENET_MEAN, std=IMAGENET_STD)
         ours = explained(model, x, call(model, "opti-cam", [layer], steps=steps), [c])
         assert gap(ours.maps[0], theirs.saliency) < tolerance
-        reached, aim = (masked_logits(model, x, s)[c] for s in (ours.maps[0], theirs.saliency))
-        assert reached == pytest.approx(aim, rel=1e-2)
-    if name in ("tiny", "efficientnet-lite0"):
-        theirs = opti_cam(model.module, x[None], A, c, **kwargs)
-        ours = explained(model, x, call(model, "opti-cam", [layer]), [c], [metric("average-gain")])
-        reached, aim = (masked_logits(model, x, s)[c] for s in (ours.maps[0], theirs.saliency))
-        assert reached == pytest.approx(aim, rel=5e-2)
-        gain = average_of_one(
-            masked_logits(model, x, torch.ones(x.shape[1:])), masked_logits(model, x, theirs.saliency), c
-        )
-        assert ours.scores[0][0].value == pytest.approx(gain.gain, abs=1.0), "of 100"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask_space", ["raw", "normalised"])
+def test_opti_cam_in_float32_reaches_what_the_oracle_reaches(mask_space: Any) -> None:
+    """A hundred steps on trained weights: the objective to 2 %, the average gain to 2 of 100."""
+    mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+    model = as_model(nets.lite0(), (224, 224), mean=mean, std=std)
+    x = model.preprocessing(PIL.Image.fromarray(skimage.data.chelsea()))
+    layer = "blocks.5.0.bn1"
+    (A,) = nets.activations(model.module, x[None], [layer])
+    c = int(model.module(x[None])[0].argmax())
+    theirs = opti_cam(model.module, x[None], A, c, mean=mean, std=std, mask_space=mask_space)
+    ours = explained(model, x, call(model, "opti-cam", [layer], mask_space=mask_space), [c], [metric("average-gain")])
+    reached, aim = (masked_logits(model, x, s, mask_space)[c] for s in (ours.maps[0], theirs.saliency))
+    assert aim > masked_logits(model, x, torch.ones(224, 224))[c] + 1, "the ascent has ascended"
+    assert reached == pytest.approx(aim, rel=0.02)
+    gain = average_of_one(
+        masked_logits(model, x, torch.ones(224, 224)), masked_logits(model, x, theirs.saliency), c
+    ).gain
+    assert ours.scores[0][0].value == pytest.approx(gain, abs=2.0)
+    assert mask_space == "raw" or gain > 50
 
 
 @torch.no_grad()
-def masked_logits(model: Model, x: Tensor, s: Tensor) -> list[float]:
-    logits: list[float] = model.module((x * s)[None].to(model.dtype))[0].tolist()
+def masked_logits(model: Model, x: Tensor, s: Tensor, space: str = "normalised") -> list[float]:
+    _, mean, std = (value.float() for value in vars(model.image(x)).values())
+    row = x * s if space == "normalised" else ((x * std + mean) * s - mean) / std
+    logits: list[float] = model.module(row[None].to(model.dtype))[0].tolist()
     return logits
 
 

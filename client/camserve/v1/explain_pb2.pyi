@@ -118,7 +118,7 @@ class Target(_message.Message):
     index: _builtins.int
     """Class index, from 0."""
     label: _builtins.str
-    """Class label, as the model lists it; case does not matter."""
+    """Class label, as the model lists it; case matters only between labels that differ in nothing else."""
     def __init__(
         self,
         *,

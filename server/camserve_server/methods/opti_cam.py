@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from camserve_server.plan import Ascend, Capture, Image, Plan, SaliencyMaps, Targets
+from camserve_server.plan import Ascend, Capture, Image, Plan, SaliencyMaps, Spare, Targets
 from camserve_server.registry import Range, Sizes, method
 from camserve_server.rows import normalised, up
 
@@ -67,6 +67,8 @@ def opti_cam(
         halt = partial(_fell, max(1, steps // 10)) if stop == "official" else None
         ascent = yield from Ascend(u, masked, gain, steps, rate, halt)  # eq. 9
         u = ascent.u
+    else:
+        yield from Spare(steps * len(c))
     return SaliencyMaps(torch.stack([S(u_t) for u_t in u]), _NORMS[norm])
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camserve_server.plan import Capture, Image, Level, Owe, Plan, Remark, Report, SaliencyMaps, Score, Targets
+from camserve_server.plan import Capture, Image, Level, Plan, Remark, Report, SaliencyMaps, Score, Spare, Targets
 from camserve_server.registry import Sizes, method
 from camserve_server.rows import Masked, Part, normalised, up
 
@@ -87,7 +87,7 @@ def _poly_cam(
         if variant == "official" or l + 1 == len(layers) or A[l].shape[-2:] != A[l + 1].shape[-2:]
     ]
     live = [A_l[A_l.flatten(1).any(dim=1)] for A_l in A]
-    yield from Owe(sum(len(parts) * len(live[l]) for l in levels))
+    yield from Spare(len(parts) * (sum(map(len, A)) - sum(len(live[l]) for l in levels)))
 
     official = variant == "official"
     finish = _percentile if official else None

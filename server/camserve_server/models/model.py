@@ -73,8 +73,9 @@ class Model:
             return target
         if not self.labels:
             raise InvalidArgument(f"{self.name} has no labels; give the target's index", field=field)
-        wanted = target.strip().casefold()
-        found = [i for i, label in enumerate(self.labels) if label.casefold() == wanted]
+        wanted = target.strip()
+        found = [i for i, label in enumerate(self.labels) if label == wanted]
+        found = found or [i for i, label in enumerate(self.labels) if label.casefold() == wanted.casefold()]
         if len(found) == 1:
             return found[0]
         if found:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from google.protobuf import json_format
-from google.protobuf.struct_pb2 import Struct
+from google.protobuf.struct_pb2 import Struct, Value
 from torch import Tensor
 
 from camserve.v1 import explain_pb2 as pb
@@ -213,4 +212,10 @@ def _metrics(specs: Sequence[pb.MetricSpec]) -> tuple[MetricCall, ...]:
 
 
 def _parameters(struct: Struct) -> dict[str, object]:
-    return {name: json_format.MessageToDict(value) for name, value in struct.fields.items()}
+    return {name: _plain(value) for name, value in struct.fields.items()}
+
+
+def _plain(value: Value) -> object:
+    """A number, string or boolean; None for anything else, which no parameter can be."""
+    kind = value.WhichOneof("kind")
+    return getattr(value, kind) if kind in ("number_value", "string_value", "bool_value") else None

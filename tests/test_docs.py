@@ -1,0 +1,190 @@
+"""The documentation does what it says: its code runs, its links lead somewhere, and it leaves nothing out."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import skimage
+from pydantic import BaseModel
+
+from camserve_server import registry
+from camserve_server.config import Config, ModelConfig, read
+from camserve_server.service.server import Server
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+DOCUMENTED_ADDRESS = "127.0.0.1:50051"
+
+registry.discover()
+
+
+def blocks(language: str) -> list[object]:
+    """Every fenced block of the language, named by its page and place."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return [
+        pytest.param(text, id=f"{path.relative_to(ROOT)}:{i}")
+        for path in PAGES
+        for i, text in enumerate(fence.findall(path.read_text(encoding="utf-8")), 1)
+    ]
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def section(name: str, of: str) -> str:
+    """The page's section that speaks of `name`: from the first heading below which it stands in backticks."""
+    sections = re.split(r"^(?=#{1,2} )", page(of), flags=re.MULTILINE)
+    return next(text for text in sections[2:] if f"`{name}`" in text and "| [`" not in text)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a reader: a photograph lies in it."""
+    photograph = Path(skimage.__file__).parent / "data" / "chelsea.png"
+    (tmp_path / "dog.jpg").write_bytes(photograph.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---- what runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs_as_it_stands(code: str, server: Server, folder: Path) -> None:
+    assert DOCUMENTED_ADDRESS in code
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code.replace(DOCUMENTED_ADDRESS, server.address)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout or (folder / "overlay.png").exists()
+
+
+@pytest.mark.slow
+def test_commands_run_as_they_stand(server: Server, folder: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^\$ camserve ((?:list|explain|evaluate) .*)$", readme, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        ran = subprocess.run(
+            [sys.executable, "-m", "camserve", *shlex.split(command), "--address", server.address],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+    assert (folder / "maps" / "dog.npy").exists()
+    assert (folder / "maps" / "dog.png").exists()
+
+
+@pytest.mark.parametrize("text", blocks("console"))
+def test_options_of_commands_exist(text: str) -> None:
+    from typer.main import get_command
+
+    from camserve.cli import app
+
+    known = get_command(app).commands  # type: ignore[attr-defined]
+    for line in re.findall(r"^\$ camserve (.*)$", text, re.MULTILINE):
+        name, *arguments = shlex.split(line, comments=True)
+        options = {option for parameter in known[name].params for option in parameter.opts}
+        assert {a for a in arguments if a.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_toml_is_a_configuration(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "camserve.toml"
+    path.write_text(text, encoding="utf-8")
+    assert read(path).models
+
+
+def test_the_default_configuration_in_full_is_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "camserve.toml"
+    path.write_text(re.findall(r"```toml\n(.*?)```", page("configuration.md"), re.DOTALL)[0], encoding="utf-8")
+    assert read(path).model_dump() == read().model_dump()
+
+
+def test_environment_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    [line] = re.findall(r"^\$ export (CAMSERVE_DEVICE.*)$", page("configuration.md"), re.MULTILINE)
+    [models] = re.findall(r"^\$ export (CAMSERVE_MODELS.*)$", page("configuration.md"), re.MULTILINE)
+    for assignment in [*shlex.split(line), *shlex.split(models)]:
+        monkeypatch.setenv(*assignment.split("=", 1))
+    config = read()
+    assert (config.device, config.threads, config.grace_s, config.models[0].name) == ("cpu", 4, 10.0, "vgg16")
+
+
+# ---- what is complete ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Config, ModelConfig])
+def test_every_key_is_documented_with_its_default(kind: type[BaseModel]) -> None:
+    for name, field in kind.model_fields.items():
+        rows = [line for line in page("configuration.md").splitlines() if line.startswith(f"| `{name}` |")]
+        assert len(rows) == 1, name
+        default = rows[0].split(" | ")[-2]
+        match field.default:
+            case bool() as value:
+                assert default == f"`{str(value).lower()}`", name
+            case str() | int() | float() as value:
+                assert default in (f"`{value}`", f'`"{value}"`'), name
+            case tuple() as values:
+                assert default == f"`{list(values)}`", name
+            case _:  # required, or found by itself
+                assert not default.startswith("`"), name
+
+
+@pytest.mark.parametrize("name", sorted([*registry.METHODS, *registry.METRICS]))
+def test_every_method_and_metric_is_documented_with_its_parameters(name: str) -> None:
+    entry = {**registry.METHODS, **registry.METRICS}[name]
+    text = section(name, "methods.md")
+    assert entry.paper in text
+    for parameter in entry.parameters:
+        default = str(parameter.default).lower() if isinstance(parameter.default, bool) else str(parameter.default)
+        [row] = [line for line in text.splitlines() if line.startswith(f"| `{parameter.name}` | `{default}` |")]
+        missing = [choice for choice in parameter.choices if f"`{choice}`" not in row]
+        assert not missing
+
+
+def test_every_error_is_documented() -> None:
+    from camserve import errors
+
+    for kind in errors.CamserveError.__subclasses__():
+        assert f"`{kind.__name__}`" in page("client.md")
+        assert kind.code.name in page("client.md")
+
+
+def test_every_decision_is_listed() -> None:
+    listed = page("decisions/README.md")
+    for decision in (ROOT / "docs" / "decisions").glob("[0-9]*.md"):
+        assert f"({decision.name})" in listed
+
+
+# ---- what leads somewhere --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def anchors(path: Path) -> set[str]:
+    """Of the page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
