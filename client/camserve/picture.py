@@ -45,7 +45,7 @@ COLOURS = _interpolated(_ANCHORS)
 def _resized(saliency: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
     """[h, w] in [0, 1] → [H, W] of `size` (width, height). The map covers the whole image, as the model saw it."""
     smooth = PIL.Image.fromarray(saliency).resize(size, PIL.Image.Resampling.BILINEAR)
-    return np.clip(np.asarray(smooth), 0, 1)
+    return np.asarray(smooth, dtype=np.float32).clip(0, 1)
 
 
 def _coloured(levels: NDArray[np.float32]) -> PIL.Image.Image:

@@ -70,7 +70,7 @@ def explain(
     if isinstance(subject, Tensor):
         raw = subject[None].to(x.tensor)
         maps = up(raw, x.size).clamp(0, 1)
-        warnings = (("degenerate: the map is constant",) if maps.min() == maps.max() else (),)
+        warnings: tuple[tuple[str, ...], ...] = (_constant(maps[0]),)
     else:
         yield from Report(Stage("explain"))
         result = yield from _call(subject, x, c)
@@ -105,6 +105,10 @@ def finished(result: SaliencyMaps, size: tuple[int, int]) -> tuple[Tensor, tuple
     constant = finite & (low == high)
     maps = torch.where((finite & ~constant)[:, None, None], maps.clamp(0, 1), 0.0)
     return maps, tuple(_degenerate(*kind) for kind in zip(finite.tolist(), constant.tolist(), strict=True))
+
+
+def _constant(S: Tensor) -> tuple[str, ...]:
+    return ("degenerate: the map is constant",) if S.min() == S.max() else ()
 
 
 def _degenerate(finite: bool, constant: bool) -> tuple[str, ...]:

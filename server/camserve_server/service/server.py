@@ -112,6 +112,9 @@ async def run(config: Config, ready: Callable[[Server], None]) -> int:
     except asyncio.CancelledError:
         await server.stop(0)
         return 0
+    except ConfigError:
+        await server.stop(0)
+        raise
     _on(loop, signals, stopping.set)
     ready(server)
     assert server.engine is not None, "a ready server has an engine"
