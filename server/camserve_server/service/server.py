@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from camserve.v1 import explain_pb2, explain_pb2_grpc
 from camserve_server import registry
+from camserve_server.allocator import keep_memory
 from camserve_server.config import Config
 from camserve_server.engine import Engine
 from camserve_server.errors import ConfigError
@@ -80,6 +81,8 @@ class Server:
 def load_models(config: Config) -> dict[str, Model]:
     """All models of the configuration, loaded and warm, the first one first. Raises ConfigError."""
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     registry.discover()
