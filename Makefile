@@ -23,7 +23,7 @@ demo: install  ## explain three photographs by three methods; pictures and a pag
 	$(BIN)/python examples/demo.py
 
 test: install  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 
 bench: install  ## measure against the plain forward pass; writes docs/benchmarks.md
 	$(BIN)/python -m tests.bench

@@ -1,5 +1,8 @@
 """Runs one batch: makes its rows, pads it, hooks the layers, goes forward and, where asked, backward.
 
+On a CPU, only the engine's thread may do arithmetic on tensors of any size. A second thread would get an OpenMP team of
+its own, and with more threads than cores libgomp's waits go to sleep: a third of the speed is lost, for good.
+
 A *work* is a question under way. It belongs to a lane: works of one lane can share a batch. Each lane runs one fixed
 batch size, the last rows being padding, so that the arithmetic of a row does not depend on its neighbours.
 """

@@ -40,9 +40,10 @@ class Preprocessing:
         """An RGB picture → [3, H, W] float32, normalised."""
         height, width = self.size
         resample = PIL.Image.Resampling[self.interpolation.upper()]
-        pixels = np.array(picture.resize((width, height), resample), dtype=np.float32) / 255
-        tensor = torch.from_numpy(pixels).permute(2, 0, 1)
-        return ((tensor - self.column(self.mean)) / self.column(self.std)).float().contiguous()
+        pixels = np.asarray(picture.resize((width, height), resample), dtype=np.float32).transpose(2, 0, 1) / 255
+        mean, std = (self.column(values).numpy() for values in (self.mean, self.std))
+        # In NumPy, because this runs beside the engine's thread: see device.py.
+        return torch.from_numpy(np.ascontiguousarray((pixels - mean) / std, dtype=np.float32))
 
     @staticmethod
     def column(values: tuple[float, float, float]) -> Tensor:

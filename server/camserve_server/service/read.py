@@ -142,7 +142,7 @@ def _saliency(message: pb.Tensor) -> Tensor:
         raise InvalidArgument(
             f"a saliency map is [H, W], not {list(saliency.shape)}", field="saliency.shape", reason="WRONG_SHAPE"
         )
-    if float(saliency.min()) < 0 or float(saliency.max()) > 1:
+    if saliency.numpy().min() < 0 or saliency.numpy().max() > 1:
         raise OutOfRange("a saliency map must lie in [0, 1]; scale it first", field="saliency.data")
     return saliency
 
@@ -155,10 +155,10 @@ def _tensor(message: pb.Tensor, field: str) -> Tensor:
             field=f"{field}.data",
             reason="WRONG_SHAPE",
         )
-    values = torch.from_numpy(np.frombuffer(message.data, "<f4").astype(np.float32).reshape(shape))
-    if not values.isfinite().all():
+    values = np.frombuffer(message.data, "<f4").astype(np.float32).reshape(shape)
+    if not np.isfinite(values).all():
         raise InvalidArgument("the values must be finite", field=f"{field}.data", reason="NOT_FINITE")
-    return values
+    return torch.from_numpy(values)
 
 
 def _target(target: pb.Target, model: Model, field: str) -> int:

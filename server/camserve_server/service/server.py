@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import structlog
@@ -61,7 +62,8 @@ class Server:
         await self._health.set("", SERVING)
         await self._health.set(SERVICE, NOT_SERVING)
         await self._grpc.start()
-        models = await asyncio.to_thread(load_models, self.config)
+        with ThreadPoolExecutor(1, "load") as loader:  # ends with it, and its OpenMP team too: see device.py
+            models = await asyncio.get_running_loop().run_in_executor(loader, load_models, self.config)
         self.engine = Engine(
             models, max_rows_owed=self.config.max_rows_owed, batch_invariant=self.config.batch_invariant
         )

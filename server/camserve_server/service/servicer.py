@@ -34,6 +34,7 @@ HEARTBEAT_S = 15.0
 
 log = structlog.get_logger()
 T = TypeVar("T")
+Sent = pb.Level | Progress | Stage | Remark | None
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -108,9 +109,8 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 match event:
                     case pb.Progress():
                         yield pb.ExplainStreamResponse(progress=event)
-                    case Level():
-                        level = await self._in_thread(write.level, event, asked.model)
-                        yield pb.ExplainStreamResponse(level=level)
+                    case pb.Level():
+                        yield pb.ExplainStreamResponse(level=event)
                     case _Done(job, result, remarks):
                         response = await self._in_thread(
                             write.explain_response, call.request_id, request, asked, job, result, remarks
@@ -132,14 +132,16 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                         )
                         yield pb.EvaluateStreamResponse(result=response)
 
-    async def _run(self, asked: Asked, call: _Call) -> AsyncIterator[pb.Progress | Level | _Done]:
+    async def _run(self, asked: Asked, call: _Call) -> AsyncIterator[pb.Progress | pb.Level | _Done]:
         """Runs the request's plan. Yields levels, progress now and then, and at the end what came of it."""
         assert self.engine is not None, "there are models, so there is an engine"
         engine, loop = self.engine, asyncio.get_running_loop()
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
+        events: asyncio.Queue[Sent] = asyncio.Queue()
 
         def tell(event: Event | None) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            """On the engine's thread, which alone does arithmetic: see device.py."""
+            sent = write.level(event, asked.model) if isinstance(event, Level) else event
+            loop.call_soon_threadsafe(events.put_nowait, sent)
 
         method = asked.subject if isinstance(asked.subject, MethodCall) else None
         job = engine.submit(
@@ -206,7 +208,7 @@ async def _last(events: AsyncIterator[T]) -> T:
     return last
 
 
-async def _paced(events: asyncio.Queue[Event | None]) -> AsyncIterator[pb.Progress | Level | Remark]:
+async def _paced(events: asyncio.Queue[Sent]) -> AsyncIterator[pb.Progress | pb.Level | Remark]:
     """Until None: all levels and remarks, but progress no more often than every 0.1 s, and at least every 15 s."""
     progress = pb.Progress()
     sent = 0.0
