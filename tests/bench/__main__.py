@@ -32,7 +32,7 @@ from camserve_server.explain import MethodCall, explain, rows_needed
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
 from camserve_server.models.pixels import from_pixels
-from camserve_server.plan import Score, Scores, Targets
+from camserve_server.plan import Plan, Score, Scores, Targets
 from camserve_server.rows import Repeated
 from camserve_server.service.server import pick_device
 from camserve_server.warmup import SIZES, warm_up
@@ -121,7 +121,7 @@ def alone(work: Callable[..., T], *arguments: Any) -> T:
 
 def measure(model: Model, seconds: float, progress: Progress) -> Result:
     """All levels of one model, each between two measurements of the plain forward pass."""
-    x = model.preprocessing(from_pixels(skimage.data.chelsea()))
+    x = model.preprocessing(from_pixels(skimage.data.chelsea()))  # type: ignore[no-untyped-call]
     on_device = model.image(x).tensor
     sizes = SIZES[model.device.type]
     task = progress.add_task(model.name, total=len(sizes) + 2 * len(model.layers) + 1)
@@ -150,7 +150,7 @@ def agreement(model: Model, x: Tensor) -> float:
     index = tuple(range(model.classes))
     c = Targets(index, torch.zeros(model.classes), torch.zeros(model.classes))
 
-    def plan():  # type: ignore[no-untyped-def]
+    def plan() -> Plan[Scores]:
         return (yield from Score(Repeated(model.image(x), 3), c))
 
     def difference(scores: Scores) -> float:
@@ -229,7 +229,7 @@ def cpu_name() -> str:
 def main() -> None:
     """Measures, prints, writes the page."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=12.0, help="for each measurement")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each measurement")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page that is written")
     arguments = parser.parse_args()
