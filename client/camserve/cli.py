@@ -15,15 +15,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
-from rich.table import Table
 
-from camserve.answers import Evaluation, Explanation, Level, Method, Metric, Model, Parameter, Progress, SaliencyMap
+from camserve.answers import Evaluation, Explanation, Level, Method, Metric, Model, Progress, SaliencyMap
 from camserve.calls import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
 from camserve.client import Client
 from camserve.errors import CamserveError, InternalError, InvalidArgument
+from camserve.tables import evaluation_record, listing, map_record, map_row, plain_table
 from camserve.version import __version__
 
 __all__ = ["app"]
@@ -113,7 +112,7 @@ def explain(
     """
     targets = [_target(each) for each in target or []]
     metrics = list(dict.fromkeys(metric or []))
-    table = _table("image", "class", "probability", "rows", "time", *metrics, "overlay")
+    table = plain_table("image", "class", "probability", "rows", "time", *metrics, "overlay")
     failures = 0
     with _errors_as_lines(), Client(address, timeout=timeout) as client:
         parameters = _parameters(param)
@@ -134,9 +133,9 @@ def explain(
                     name = f"{stem}.{shown.target.index}" if len(explanation.maps) > 1 else stem
                     files = shown.save(out, name)
                     if as_json:
-                        _print_json(_map_record(image, files, shown, explanation))
+                        _print_json(map_record(image, files, shown, explanation))
                     else:
-                        table.add_row(*_map_row(image, files, shown, explanation, metrics))
+                        table.add_row(*map_row(image, files, shown, explanation, metrics))
                         _warn(image, shown)
             except (CamserveError, OSError) as error:
                 typer.echo(f"error: {image}: {_said(error)}", err=True)
@@ -184,10 +183,10 @@ def evaluate(
         )
         evaluation: Evaluation = _followed(events, image.name)
     if as_json:
-        _print_json(_evaluation_record(image, evaluation))
+        _print_json(evaluation_record(image, evaluation))
         return
     _warn(image, evaluation)
-    table = _table("metric", "value", "unit")
+    table = plain_table("metric", "value", "unit")
     for name, score in evaluation.scores.items():
         table.add_row(name, f"{score:.4g}", "" if score.unit == "1" else score.unit)
     typer.echo(f"{image}: {evaluation.target}, probability {evaluation.target.probability:.3f}")
@@ -226,7 +225,7 @@ def list_(
         for each in found:
             _print_json(asdict(each))
     else:
-        Console().print(_listing(found))
+        Console().print(listing(found))
 
 
 # ---- what is asked --------------------------------------------------------------------------------------------------
@@ -333,106 +332,3 @@ def _warn(image: Path, shown: SaliencyMap) -> None:
 
 def _print_json(record: dict[str, Any]) -> None:
     typer.echo(json.dumps(record, ensure_ascii=False))
-
-
-def _map_record(image: Path, files: tuple[Path, Path], shown: SaliencyMap, of: Explanation) -> dict[str, Any]:
-    return {
-        "image": str(image),
-        "saliency": str(files[0]),
-        "overlay": str(files[1]),
-        "target": asdict(shown.target),
-        "predictions": [asdict(each) for each in of.predictions],
-        "scores": shown.scores,
-        "warnings": shown.warnings,
-        "cost": asdict(of.cost),
-        "receipt": asdict(of.receipt),
-        "request_id": of.request_id,
-    }
-
-
-def _evaluation_record(image: Path, evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "image": str(image),
-        "target": asdict(evaluation.target),
-        "scores": evaluation.scores,
-        "curves": {metric: score.curve for metric, score in evaluation.scores.items() if score.curve},
-        "warnings": evaluation.warnings,
-        "cost": asdict(evaluation.cost),
-        "receipt": asdict(evaluation.receipt),
-        "request_id": evaluation.request_id,
-    }
-
-
-def _map_row(
-    image: Path, files: tuple[Path, Path], shown: SaliencyMap, of: Explanation, metrics: Sequence[str]
-) -> list[str]:
-    return [
-        escape(str(image)),
-        escape(str(shown.target)),
-        f"{shown.target.probability:.3f}",
-        str(of.cost.rows),
-        f"{(of.cost.queue_ms + of.cost.compute_ms) / 1000:.2f} s",
-        *(f"{shown.scores[metric]:.4g}" if metric in shown.scores else "" for metric in metrics),
-        escape(str(files[1])),
-    ]
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _listing(found: Sequence[Model | Method | Metric]) -> Table:
-    of_models = any(isinstance(each, Model) for each in found)
-    table = _table("name", "what it is", "layers, fine to coarse" if of_models else "parameters")
-    table.padding = (0, 2, 1, 0)  # an empty line between entries of several lines
-    for each in found:
-        match each:
-            case Model():
-                about, details = _about_model(each), [layer.name for layer in each.layers]
-            case Method():
-                about, details = _about_method(each), [_parameter(each) for each in each.parameters]
-            case Metric():
-                about, details = _about_metric(each), [_parameter(each) for each in each.parameters]
-        table.add_row(*(escape("\n".join(filter(None, lines))) for lines in ([each.name], about, details)))
-    return table
-
-
-def _about_model(model: Model) -> list[str]:
-    height, width = model.input_size
-    return [
-        model.source + (", random weights" if model.random_weights else ""),
-        f"{model.state}; {height} × {width} pixels → {model.classes} classes",
-        f"{model.precision} on {model.device}",
-        model.digest,
-    ]
-
-
-def _about_method(method: Method) -> list[str]:
-    rows = f"at most {method.rows} rows on this model" if method.rows else ""
-    state = f"not on this model: {method.unavailable}" if method.unavailable else rows
-    return [method.title, method.summary, method.paper, state]
-
-
-def _about_metric(metric: Metric) -> list[str]:
-    better = "higher" if metric.higher_is_better else "lower"
-    unit = "" if metric.unit == "1" else f", in {metric.unit}"
-    rows = f"; at most {metric.rows} rows" if metric.rows else ""
-    return [metric.title, metric.summary, metric.paper, f"{better} is better{unit}{rows}"]
-
-
-def _parameter(parameter: Parameter) -> str:
-    """`name: type in [low, high] = default` and, below, what it means."""
-    limits = (parameter.minimum, parameter.maximum)
-    if parameter.choices:
-        allowed = " | ".join(parameter.choices)
-    elif limits == (None, None):
-        allowed = parameter.type
-    else:
-        low, high = ("…" if limit is None else f"{limit:g}" for limit in limits)
-        allowed = f"{parameter.type} in [{low}, {high}]"
-    default = "" if parameter.default is None else f" = {json.dumps(parameter.default)}"
-    meaning = f"\n  {parameter.description}" if parameter.description else ""
-    return f"{parameter.name}: {allowed}{default}{meaning}"

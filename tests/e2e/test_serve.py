@@ -125,6 +125,9 @@ def test_the_log_holds_no_label_and_no_path(config: Path, tmp_path: Path) -> Non
     [
         (("tiny.safetensors", "none.safetensors"), "models.tiny.weights: there is no file none.safetensors"),
         (('source = "python:tests.nets:tiny_cnn"', 'source = "python:tests.nets:none"'), "models.tiny.source"),
+        (("tests.nets:tiny_cnn", "os:getcwdb"), "models.tiny.source: python:os:getcwdb gave a bytes"),
+        (("tests.nets:tiny_cnn", "os:abort_not"), "models.tiny.source"),
+        (("tests.nets:tiny_cnn", "tests.nets:calibrated"), "failed: TypeError"),
         (("labels.txt", "tiny.safetensors"), "models.tiny.labels"),
         (("batch_size", "batchsize"), "models.0.batchsize"),
         (('device = "cpu"', 'device = "tpu"'), "device"),

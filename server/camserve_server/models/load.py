@@ -24,9 +24,12 @@ _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 def load(config: ModelConfig, device: torch.device) -> Model:
     """The model that `config` describes, on `device`, frozen. Raises ConfigError, naming the model and the key."""
     where = f"models.{config.name}"
-    module = _module(config, where)
-    if not isinstance(module, nn.Module):
-        raise ConfigError(f"{where}.source: {config.source} gave a {type(module).__name__}, not a torch.nn.Module")
+    try:
+        module = _module(config, where)
+    except ConfigError:
+        raise
+    except Exception as error:  # a factory, or a download, may fail in any way
+        raise ConfigError(f"{where}.source: {config.source} failed: {type(error).__name__}: {error}") from error
     module.eval().requires_grad_(False)
     digest = state_digest(module)
     dtype = _DTYPES[config.precision]
@@ -138,7 +141,9 @@ def _factory(path: str, where: str) -> nn.Module:
         factory = getattr(importlib.import_module(module_name), factory_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{where}.source: {error}; expected python:package.module:factory on PYTHONPATH") from error
-    module: nn.Module = factory()
+    module = factory()
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{where}.source: python:{path} gave a {type(module).__name__}, not a torch.nn.Module")
     return module
 
 
