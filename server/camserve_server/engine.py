@@ -278,7 +278,7 @@ class Engine:
         parts = [Part(self._work(job), t.start, t.stop) for job, t in zip(jobs, batch.takes, strict=True)]
         failures = self._try(model, batch.lane, parts)
         rows = sum(part.stop - part.start for part in parts)
-        self._count(rows, self._size(batch.lane), time.monotonic() - started)
+        self._count(rows, self._size(batch.lane) if self._batch_invariant else rows, time.monotonic() - started)
         for job, part in zip(jobs, parts, strict=True):
             self._advance(job, part, failures.get(id(part)))
 
