@@ -187,7 +187,7 @@ def page(results: list[Result], command: str) -> str:
         "over rows a second of the plain forward pass of the same network on a ready-made batch of the size that suits",
         "it best. The share counts all the rows that a full PCAM± owes, level by level. Each level is measured between",
         "two measurements of the plain forward pass, each alone in the process. 1.00 would be a method that costs",
-        "nothing.",
+        "nothing. Shares move by some hundredths from run to run, more on a machine that does other things.",
         "",
         "| model | plain forward, best batch (rows/s) | lane's batch | PCAM± (share) | aim | logits differ by |",
         "| --- | --- | --- | --- | --- | --- |",
