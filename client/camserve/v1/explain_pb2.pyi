@@ -203,6 +203,26 @@ Global___MetricSpec: _TypeAlias = MetricSpec  # noqa: Y015
 class ExplainRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class BatchSizesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
@@ -211,6 +231,9 @@ class ExplainRequest(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     RAW_FIELD_NUMBER: _builtins.int
+    TARGET_TOP_K_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    BATCH_SIZES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """AIP-155: a name for this request, the caller's own or else given by the server. At most 128 printable characters."""
     model: _builtins.str
@@ -218,6 +241,12 @@ class ExplainRequest(_message.Message):
     """How many of the highest predictions to return. 0: five."""
     raw: _builtins.bool
     """Also return each map at its own resolution, before it is scaled."""
+    target_top_k: _builtins.int
+    """Instead of targets: explain so many of the highest predictions, a map each. 0: as `targets` says."""
+    budget: _builtins.int
+    """The most rows that the request may take, those of its metrics included. A method that can stop early does, and
+    says in `share` how far it got; one that cannot is refused. 0: no limit. A deadline is honoured in the same way.
+    """
     @_builtins.property
     def image(self) -> Global___Image: ...
     @_builtins.property
@@ -230,6 +259,10 @@ class ExplainRequest(_message.Message):
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricSpec]:
         """Scores of each map, asked for in the same call."""
 
+    @_builtins.property
+    def batch_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Batch sizes of the lanes, from a receipt: with them the same machine gives the same bits. Empty: the server's own."""
+
     def __init__(
         self,
         *,
@@ -241,10 +274,13 @@ class ExplainRequest(_message.Message):
         metrics: _abc.Iterable[Global___MetricSpec] | None = ...,
         top_k: _builtins.int = ...,
         raw: _builtins.bool = ...,
+        target_top_k: _builtins.int = ...,
+        budget: _builtins.int = ...,
+        batch_sizes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "raw", b"raw", "request_id", b"request_id", "targets", b"targets", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "raw", b"raw", "request_id", b"request_id", "target_top_k", b"target_top_k", "targets", b"targets", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,6 +310,26 @@ Global___ExplainStreamRequest: _TypeAlias = ExplainStreamRequest  # noqa: Y015
 class EvaluateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class BatchSizesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
@@ -282,11 +338,15 @@ class EvaluateRequest(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    BATCH_SIZES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """AIP-155: a name for this request, the caller's own or else given by the server. At most 128 printable characters."""
     model: _builtins.str
     seed: _builtins.int
     """Seeds the metrics; a method has its own seed."""
+    budget: _builtins.int
+    """As in ExplainRequest."""
     @_builtins.property
     def image(self) -> Global___Image: ...
     @_builtins.property
@@ -303,6 +363,10 @@ class EvaluateRequest(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricSpec]: ...
+    @_builtins.property
+    def batch_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """As in ExplainRequest."""
+
     def __init__(
         self,
         *,
@@ -314,10 +378,12 @@ class EvaluateRequest(_message.Message):
         target: Global___Target | None = ...,
         metrics: _abc.Iterable[Global___MetricSpec] | None = ...,
         seed: _builtins.int = ...,
+        budget: _builtins.int = ...,
+        batch_sizes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method", "saliency", b"saliency", "subject", b"subject", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "request_id", b"request_id", "saliency", b"saliency", "seed", b"seed", "subject", b"subject", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "request_id", b"request_id", "saliency", b"saliency", "seed", b"seed", "subject", b"subject", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["saliency", "method"]  # noqa: Y015
     _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
@@ -386,6 +452,9 @@ class SaliencyMap(_message.Message):
     RAW_FIELD_NUMBER: _builtins.int
     SCORES_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    share: _builtins.float
+    """How much of the method's full sum was done, in [0, 1]: 1 unless a budget or a deadline cut it short."""
     @_builtins.property
     def target(self) -> Global___Prediction:
         """The class that it explains."""
@@ -412,10 +481,11 @@ class SaliencyMap(_message.Message):
         raw: Global___Tensor | None = ...,
         scores: _abc.Iterable[Global___Score] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["raw", b"raw", "saliency", b"saliency", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["raw", b"raw", "saliency", b"saliency", "scores", b"scores", "target", b"target", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["raw", b"raw", "saliency", b"saliency", "scores", b"scores", "share", b"share", "target", b"target", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -544,6 +614,9 @@ class Receipt(_message.Message):
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
     PREPROCESSING_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    INPUT_DIGEST_FIELD_NUMBER: _builtins.int
+    MAP_DIGESTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     model_digest: _builtins.str
@@ -556,6 +629,12 @@ class Receipt(_message.Message):
     """Kind of device, such as "cpu" or "cuda"."""
     preprocessing: _builtins.str
     """How pixels became the model's input: input size, interpolation, mean, std; or "as given"."""
+    budget: _builtins.int
+    """The rows that the request was held to, or stopped at for its deadline: with this as its budget, the same map comes
+    out again. 0: it was not cut short.
+    """
+    input_digest: _builtins.str
+    """"sha256:…" of the model's input: float32 [C, H, W], little-endian, after preprocessing."""
     @_builtins.property
     def parameters(self) -> _struct_pb2.Struct:
         """Every parameter with its value, defaults included."""
@@ -571,6 +650,10 @@ class Receipt(_message.Message):
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """camserve, torch, torchvision, timm, Python."""
+
+    @_builtins.property
+    def map_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"sha256:…" of each map: float32 [H, W], little-endian."""
 
     def __init__(
         self,
@@ -588,10 +671,13 @@ class Receipt(_message.Message):
         batch_sizes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         preprocessing: _builtins.str = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        budget: _builtins.int = ...,
+        input_digest: _builtins.str = ...,
+        map_digests: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "device", b"device", "layers", b"layers", "method", b"method", "model", b"model", "model_digest", b"model_digest", "parameters", b"parameters", "precision", b"precision", "preprocessing", b"preprocessing", "request_id", b"request_id", "seed", b"seed", "targets", b"targets", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "device", b"device", "input_digest", b"input_digest", "layers", b"layers", "map_digests", b"map_digests", "method", b"method", "model", b"model", "model_digest", b"model_digest", "parameters", b"parameters", "precision", b"precision", "preprocessing", b"preprocessing", "request_id", b"request_id", "seed", b"seed", "targets", b"targets", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -867,6 +953,9 @@ class Model(_message.Message):
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
     METHODS_FIELD_NUMBER: _builtins.int
     RANDOM_WEIGHTS_FIELD_NUMBER: _builtins.int
+    INPUT_CHANNELS_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    NAMED_LAYERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     source: _builtins.str
     """Where it came from, such as "embedded:efficientnet-lite0"."""
@@ -880,6 +969,10 @@ class Model(_message.Message):
     device: _builtins.str
     random_weights: _builtins.bool
     """True where the weights are random because the configuration says so."""
+    input_channels: _builtins.int
+    """Channels of its input: 3, or 1 for a grey-scale model."""
+    head: _builtins.str
+    """How logits become probabilities: "softmax" or "sigmoid"."""
     @_builtins.property
     def input_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """[height, width] of its input in pixels."""
@@ -895,6 +988,10 @@ class Model(_message.Message):
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the methods that it can serve."""
+
+    @_builtins.property
+    def named_layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Layer]:
+        """All layers that can be named, in the order in which they run."""
 
     def __init__(
         self,
@@ -913,10 +1010,13 @@ class Model(_message.Message):
         batch_sizes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         methods: _abc.Iterable[_builtins.str] | None = ...,
         random_weights: _builtins.bool = ...,
+        input_channels: _builtins.int = ...,
+        head: _builtins.str = ...,
+        named_layers: _abc.Iterable[Global___Layer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "classes", b"classes", "device", b"device", "digest", b"digest", "input_size", b"input_size", "labels", b"labels", "layer", b"layer", "layers", b"layers", "methods", b"methods", "name", b"name", "precision", b"precision", "random_weights", b"random_weights", "source", b"source", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "classes", b"classes", "device", b"device", "digest", b"digest", "head", b"head", "input_channels", b"input_channels", "input_size", b"input_size", "labels", b"labels", "layer", b"layer", "layers", b"layers", "methods", b"methods", "name", b"name", "named_layers", b"named_layers", "precision", b"precision", "random_weights", b"random_weights", "source", b"source", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -930,10 +1030,17 @@ class Layer(_message.Message):
     CHANNELS_FIELD_NUMBER: _builtins.int
     HEIGHT_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
+    SIGNED_FIELD_NUMBER: _builtins.int
+    PREFIX_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """The module's name, with "#2" and so on for the second call of one that runs several times in a pass."""
     channels: _builtins.int
     height: _builtins.int
     width: _builtins.int
+    signed: _builtins.bool
+    """True where its output has been seen to be negative."""
+    prefix_tokens: _builtins.int
+    """Tokens before those of the grid, such as the class token of a transformer; they are left out of its maps."""
     def __init__(
         self,
         *,
@@ -941,10 +1048,12 @@ class Layer(_message.Message):
         channels: _builtins.int = ...,
         height: _builtins.int = ...,
         width: _builtins.int = ...,
+        signed: _builtins.bool = ...,
+        prefix_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channels", b"channels", "height", b"height", "name", b"name", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channels", b"channels", "height", b"height", "name", b"name", "prefix_tokens", b"prefix_tokens", "signed", b"signed", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1002,6 +1111,13 @@ class Method(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_FIELD_NUMBER: _builtins.int
+    ROWS_PER_TARGET_FIELD_NUMBER: _builtins.int
+    NEEDS_FIELD_NUMBER: _builtins.int
+    ANYTIME_FIELD_NUMBER: _builtins.int
+    SEEDED_FIELD_NUMBER: _builtins.int
+    CLASS_AGNOSTIC_FIELD_NUMBER: _builtins.int
+    EQUATIONS_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     title: _builtins.str
     paper: _builtins.str
@@ -1013,6 +1129,20 @@ class Method(_message.Message):
     """On the named model with its own layers, default parameters, one target: the most rows that it can take."""
     unavailable: _builtins.str
     """Why the named model cannot be served; empty if it can."""
+    rows_per_target: _builtins.int
+    """Of these rows, those that each further target adds: 0 where one pass serves all targets."""
+    needs: _builtins.str
+    """What it needs of a model beside layers, in words; empty if nothing."""
+    anytime: _builtins.bool
+    """True where it can stop early for a budget or a deadline."""
+    seeded: _builtins.bool
+    """True where the map depends on the seed."""
+    class_agnostic: _builtins.bool
+    """True where the map is the same for every class."""
+    equations: _builtins.str
+    """Its equations, as text."""
+    advice: _builtins.str
+    """When to take it, and when not."""
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Parameter]: ...
     def __init__(
@@ -1026,10 +1156,17 @@ class Method(_message.Message):
         parameters: _abc.Iterable[Global___Parameter] | None = ...,
         rows: _builtins.int = ...,
         unavailable: _builtins.str = ...,
+        rows_per_target: _builtins.int = ...,
+        needs: _builtins.str = ...,
+        anytime: _builtins.bool = ...,
+        seeded: _builtins.bool = ...,
+        class_agnostic: _builtins.bool = ...,
+        equations: _builtins.str = ...,
+        advice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "name", b"name", "paper", b"paper", "parameters", b"parameters", "rows", b"rows", "summary", b"summary", "title", b"title", "unavailable", b"unavailable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "anytime", b"anytime", "class_agnostic", b"class_agnostic", "equations", b"equations", "layers", b"layers", "name", b"name", "needs", b"needs", "paper", b"paper", "parameters", b"parameters", "rows", b"rows", "rows_per_target", b"rows_per_target", "seeded", b"seeded", "summary", b"summary", "title", b"title", "unavailable", b"unavailable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
