@@ -1,0 +1,35 @@
+"""Occlusion: Visualizing and Understanding Convolutional Networks.
+
+Matthew D. Zeiler, Rob Fergus, 2014, arXiv:1311.2901.
+
+captum's rule: windows start every `stride` pixels until one reaches the border; that one may hang over it, and what is
+inside counts as a window like the others. captum gives each channel this map: its sum over channels is three times it.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def starts(length: int, window: int, stride: int) -> list[int]:
+    """Of the windows along one side."""
+    return [stride * i for i in range(math.ceil(max(length - window, 0) / stride) + 1)]
+
+
+@torch.no_grad()
+def occlusion(
+    model: Callable[[Tensor], Tensor], x: Tensor, c: int, window: tuple[int, int] = (64, 64), stride: int = 8
+) -> Tensor:
+    """x [1, 3, H, W] → map [H, W], signed: the mean of y_c(x) − y_c(occluded) over the windows that cover a pixel."""
+    _, _, H, W = x.shape
+    y = model(x)[0, c]
+    total, count = torch.zeros(H, W, dtype=x.dtype), torch.zeros(H, W, dtype=x.dtype)
+    for i in starts(H, window[0], stride):
+        for j in starts(W, window[1], stride):
+            occluded = x.clone()
+            occluded[:, :, i : i + window[0], j : j + window[1]] = 0  # the mean colour
+            total[i : i + window[0], j : j + window[1]] += y - model(occluded)[0, c]
+            count[i : i + window[0], j : j + window[1]] += 1
+    return total / count
