@@ -1,0 +1,58 @@
+"""SS-CAM: Smoothed Score-CAM for Sharper Visual Feature Localization.
+
+Haofan Wang, Rakshit Naidu, Joy Michael, Soumya Snigdha Kundu, 2020, arXiv:2006.14255.
+
+The noise is added to the masks, as in the paper's first variant. torchcam 0.5 agrees but for the masks, which it scales
+before it upsamples them, with 1e-8 in the denominator, as in its Score-CAM (variant "torchcam"); its noise differs from
+channel to channel.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tests.oracles.poly_cam import resize, scaled
+from tests.oracles.score_cam import ScoreCam
+
+Variant = Literal["paper", "torchcam"]
+
+
+def mask(A: Tensor, size: tuple[int, int], variant: Variant) -> Tensor:
+    """A [h, w] → [H, W] in [0, 1]."""
+    if variant == "paper":
+        return scaled(A, size, "paper")
+    if variant == "torchcam":
+        return resize((A - A.min()) / (A.max() - A.min() + 1e-8), size)
+    raise ValueError(f"variant: {variant!r} is neither paper nor torchcam")
+
+
+def weighed(activation: Tensor, scores: Tensor) -> ScoreCam:
+    """activation [K, h, w], scores [K] → the map, each channel weighing what a softmax over channels gives it."""
+    w = torch.softmax(scores, dim=0)
+    S = torch.zeros_like(activation[0])
+    for k in range(len(activation)):
+        S = S + w[k] * activation[k]
+    return ScoreCam(S.relu(), scores, w)
+
+
+@torch.no_grad()
+def ss_cam(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    activation: Tensor,
+    c: int,
+    noise: Tensor,
+    variant: Variant = "paper",
+) -> ScoreCam:
+    """model [N, 3, H, W] → logits; x [1, 3, H, W]; activation [K, h, w]; noise [n, K, H, W], or [n, 1, H, W] where the
+    channels share it, of the deviation wanted. The softmax cancels the baseline's score."""
+    K, n = len(activation), len(noise)
+    fields = noise.expand(n, K, *x.shape[2:])
+    scores = torch.zeros(K, dtype=x.dtype)
+    for k in range(K):
+        M = mask(activation[k], (x.shape[2], x.shape[3]), variant)
+        for i in range(n):
+            scores[k] += model(x * (M + fields[i, k]))[0, c] / n
+    return weighed(activation, scores)
