@@ -9,22 +9,8 @@
 """
 
 from camserve import aio
-from camserve.answers import (
-    Cost,
-    Evaluation,
-    Explanation,
-    Layer,
-    Level,
-    Method,
-    Metric,
-    Model,
-    Parameter,
-    Prediction,
-    Progress,
-    Receipt,
-    SaliencyMap,
-    Score,
-)
+from camserve.answers import Cost, Evaluation, Explanation, Level, Prediction, Progress, Replay, SaliencyMap, Score
+from camserve.catalogue import Layer, Method, Metric, Model, Parameter
 from camserve.client import Client
 from camserve.errors import (
     CamserveError,
@@ -39,6 +25,7 @@ from camserve.errors import (
     Unauthenticated,
     Unavailable,
 )
+from camserve.receipt import Receipt
 from camserve.version import __version__
 
 __all__ = [
@@ -63,6 +50,7 @@ __all__ = [
     "Prediction",
     "Progress",
     "Receipt",
+    "Replay",
     "ResourceExhausted",
     "SaliencyMap",
     "Score",

@@ -1,34 +1,29 @@
-"""What the server answers, as Python sees it. Arrays are float32 copies that belong to the caller."""
+"""The answers to requests, as Python sees them. Arrays are float32 copies that belong to the caller."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
-from google.protobuf.struct_pb2 import ListValue, Struct, Value
 from numpy.typing import NDArray
 
-from camserve import images, notebook, picture
+from camserve import images, notebook, picture, wire
 from camserve.errors import InternalError
+from camserve.receipt import Receipt, differences
 from camserve.v1 import explain_pb2 as pb
 
 __all__ = [
     "Cost",
     "Evaluation",
     "Explanation",
-    "Layer",
     "Level",
-    "Method",
-    "Metric",
-    "Model",
-    "Parameter",
     "Prediction",
     "Progress",
-    "Receipt",
+    "Replay",
     "SaliencyMap",
     "Score",
 ]
@@ -78,31 +73,13 @@ class Cost:
     compute_ms: float
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """All that is needed to make the same map again; see the contract for each entry."""
-
-    request_id: str
-    model: str
-    model_digest: str
-    method: str
-    parameters: dict[str, Any]
-    layers: tuple[str, ...]
-    targets: tuple[int, ...]
-    seed: int
-    precision: str
-    device: str
-    batch_sizes: dict[str, int]
-    preprocessing: str
-    versions: dict[str, str]
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class SaliencyMap:
     """What speaks for one class: `saliency` float32 [H, W] in [0, 1], over the whole image.
 
     `raw` is the map at its own resolution, float32 [h, w], where it was asked for; `scores` are those asked for, by
-    metric; `warnings` is what a reader of this map must know.
+    metric; `warnings` is what a reader of this map must know; `share` in [0, 1] is how much of the method's full sum
+    was done, 1 unless a budget or a deadline cut it short.
     """
 
     target: Prediction
@@ -110,6 +87,7 @@ class SaliencyMap:
     raw: NDArray[np.float32] | None
     scores: dict[str, Score]
     warnings: tuple[str, ...]
+    share: float
     _image: pb.Image
 
     @property
@@ -174,6 +152,21 @@ class Evaluation(SaliencyMap):
         return notebook.html([self], self.receipt.model, self.receipt.method)
 
 
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """The answer to `replay`: whether all maps are the `same`, bit for bit, as those that the receipt is of.
+
+    `explanation` holds the maps as they are now. `differences` holds what differs, as (then, now), from the entries of
+    the receipt to those of the new one, such as "model_digest", "versions.torch" or "map_digests.281". Where
+    "input_digest" is among them, the model saw another input: the image is another, or it was preprocessed in another
+    way.
+    """
+
+    same: bool
+    explanation: Explanation
+    differences: dict[str, tuple[Any, Any]]
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a request is. `rows_total` may shrink as rows turn out not to be needed; `stage` is the work in hand."""
@@ -198,80 +191,6 @@ class Level:
         return self.maps[0]
 
 
-# ---- what there is --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer's module name and the shape of what it puts out, in channels and pixels."""
-
-    name: str
-    channels: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that is served: `input_size` [height, width] in pixels, `layers` from fine to coarse."""
-
-    name: str
-    source: str
-    digest: str
-    state: str
-    input_size: tuple[int, ...]
-    classes: int
-    labels: tuple[str, ...] = field(repr=False)
-    layers: tuple[Layer, ...]
-    layer: str
-    precision: str
-    device: str
-    batch_sizes: dict[str, int]
-    methods: tuple[str, ...]
-    random_weights: bool
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a method or metric: `type` is "number", "integer", "boolean" or "string"; None is no limit."""
-
-    name: str
-    type: str
-    default: Any
-    minimum: float | None
-    maximum: float | None
-    choices: tuple[str, ...]
-    description: str
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method. For a named model, `rows` is the most that it can take there, `unavailable` why it cannot be served."""
-
-    name: str
-    title: str
-    paper: str
-    summary: str
-    layers: str
-    parameters: tuple[Parameter, ...]
-    rows: int
-    unavailable: str
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric. `unit` is "1" or "%"; `rows` is the most that it can take with default parameters."""
-
-    name: str
-    title: str
-    paper: str
-    summary: str
-    unit: str
-    higher_is_better: bool
-    parameters: tuple[Parameter, ...]
-    rows: int
-
-
 # ---- from the wire --------------------------------------------------------------------------------------------------
 
 
@@ -283,9 +202,9 @@ def explanation(answer: pb.ExplainResponse, image: pb.Image) -> Explanation:
     return Explanation(
         **vars(maps[0]),
         maps=maps,
-        predictions=tuple(_read(Prediction, each) for each in answer.predictions),
-        cost=_read(Cost, answer.cost),
-        receipt=_read(Receipt, answer.receipt),
+        predictions=tuple(wire.read(Prediction, each) for each in answer.predictions),
+        cost=wire.read(Cost, answer.cost),
+        receipt=wire.read(Receipt, answer.receipt),
         request_id=answer.request_id,
     )
 
@@ -296,9 +215,18 @@ def evaluation(answer: pb.EvaluateResponse, image: pb.Image) -> Evaluation:
         raise InternalError("the server answered without a saliency map", request_id=answer.request_id)
     return Evaluation(
         **vars(_map(answer.map, image)),
-        cost=_read(Cost, answer.cost),
-        receipt=_read(Receipt, answer.receipt),
+        cost=wire.read(Cost, answer.cost),
+        receipt=wire.read(Receipt, answer.receipt),
         request_id=answer.request_id,
+    )
+
+
+def replay(receipt: Receipt, now: Explanation) -> Replay:
+    """What became of the receipt's maps."""
+    return Replay(
+        same=now.receipt.map_digests == receipt.map_digests,
+        explanation=now,
+        differences=differences(receipt, now.receipt),
     )
 
 
@@ -308,76 +236,23 @@ def event(
     """One event of a stream, the last one read by `result`; None for a kind that this client does not know yet."""
     match answer.WhichOneof("event"):
         case "progress":
-            return _read(Progress, answer.progress)
+            return wire.read(Progress, answer.progress)
         case "level":
             level: pb.Level = answer.level  # type: ignore[union-attr] # only streams of `explain` have it
-            return _read(Level, level, maps=tuple(images.from_wire(each) for each in level.saliency))
+            return wire.read(Level, level, maps=tuple(images.from_wire(each) for each in level.saliency))
         case "result":
             return result(answer.result)
         case _:
             return None
 
 
-def models(answer: pb.ListModelsResponse) -> list[Model]:
-    """The models that are served, the server's first one first."""
-    return [_read(Model, each, layers=tuple(_read(Layer, layer) for layer in each.layers)) for each in answer.models]
-
-
-def methods(answer: pb.ListMethodsResponse) -> list[Method]:
-    """The methods with their parameters."""
-    return [_read(Method, each, parameters=_parameters(each)) for each in answer.methods]
-
-
-def metrics(answer: pb.ListMetricsResponse) -> list[Metric]:
-    """The metrics with their parameters."""
-    return [_read(Metric, each, parameters=_parameters(each)) for each in answer.metrics]
-
-
 def _map(answer: pb.SaliencyMap, image: pb.Image) -> SaliencyMap:
     return SaliencyMap(
-        target=_read(Prediction, answer.target),
+        target=wire.read(Prediction, answer.target),
         saliency=images.from_wire(answer.saliency),
         raw=images.from_wire(answer.raw) if answer.HasField("raw") else None,
         scores={each.metric: Score(each.value, each.unit, each.curve) for each in answer.scores},
         warnings=tuple(answer.warnings),
+        share=answer.share,
         _image=image,
     )
-
-
-def _parameters(owner: pb.Method | pb.Metric) -> tuple[Parameter, ...]:
-    return tuple(
-        _read(
-            Parameter,
-            each,
-            minimum=each.minimum if each.HasField("minimum") else None,
-            maximum=each.maximum if each.HasField("maximum") else None,
-        )
-        for each in owner.parameters
-    )
-
-
-def _read(kind: Callable[..., T], message: Any, **given: Any) -> T:
-    """A dataclass from the message's fields of the same names, but for those that are given."""
-    names = (entry.name for entry in fields(kind))  # type: ignore[arg-type] # every kind here is a dataclass
-    return kind(**given, **{name: _plain(getattr(message, name)) for name in names if name not in given})
-
-
-def _plain(value: Any) -> Any:  # noqa: PLR0911 - a case each
-    """A field's value without protobuf in it. Whole numbers of a Struct become int: on the wire all are floats."""
-    match value:
-        case Value():
-            kind = value.WhichOneof("kind") or "null_value"
-            inner = None if kind == "null_value" else getattr(value, kind)
-            return int(inner) if isinstance(inner, float) and inner.is_integer() else _plain(inner)
-        case Struct():
-            return {key: _plain(each) for key, each in value.fields.items()}
-        case ListValue():
-            return [_plain(each) for each in value.values]
-        case str() | bytes():
-            return value
-        case Mapping():
-            return dict(value)
-        case Sequence():
-            return tuple(value)
-        case _:
-            return value

@@ -15,10 +15,12 @@ import numpy as np
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
 
-from camserve import answers, images
-from camserve.answers import Evaluation, Explanation, Level, Method, Metric, Model, Progress
+from camserve import answers, catalogue, images
+from camserve.answers import Evaluation, Explanation, Level, Progress, Replay
+from camserve.catalogue import Method, Metric, Model
 from camserve.errors import InvalidArgument
 from camserve.images import ImageLike
+from camserve.receipt import Receipt
 from camserve.v1 import explain_pb2 as pb
 from camserve.version import __version__
 
@@ -34,6 +36,7 @@ __all__ = [
     "list_methods",
     "list_metrics",
     "list_models",
+    "replay",
 ]
 
 Answer = TypeVar("Answer")
@@ -84,11 +87,14 @@ def explain(
     model: str | None = None,
     method: str = "poly-cam",
     target: TargetLike | Sequence[TargetLike] | None = None,
+    top_k: int | None = None,
     layers: str | Sequence[str] | None = None,
     parameters: Parameters | None = None,
     metrics: str | Sequence[str] | Mapping[str, Parameters] = (),
     seed: int = 0,
-    top_k: int = 5,
+    budget: int | None = None,
+    batch_sizes: Mapping[str, int] | None = None,
+    predictions: int = 5,
     raw: bool = False,
     request_id: str | None = None,
     timeout: float | None = None,
@@ -100,10 +106,14 @@ def explain(
     model: its name; None is the server's first.
     method: its name, and `parameters` those that differ from their defaults; `methods()` lists them.
     target: a class index or label, several of them for a map each, or None for the predicted class.
+    top_k: instead of `target`, how many of the likeliest classes to explain, a map each.
     layers: module names, fine to coarse; None is the model's own choice.
     metrics: names of metrics that score each map, or a mapping from names to their parameters.
     seed: all randomness of the request comes from it.
-    top_k: how many of the highest predictions to return, at least 1.
+    budget: the most rows that the request may take, those of its metrics included. A method that can stop early does,
+        and the map's `share` says how far it got; one that cannot is refused. None is no limit.
+    batch_sizes: of the server's lanes, from a receipt: with them the same machine gives the same bits.
+    predictions: how many of the highest predictions to return, at least 1.
     raw: also return each map at its own resolution, before it is scaled.
     request_id: a name of your own for the request, at most 128 printable characters.
     timeout: seconds to wait for the answer; None is the client's.
@@ -114,16 +124,22 @@ def explain(
     CamserveError: InvalidArgument (its `field` says where), NotFound, FailedPrecondition, ResourceExhausted,
     Unavailable, DeadlineExceeded.
     """
+    targets = _targets(target)
+    if targets and top_k is not None:
+        raise InvalidArgument("give either the target or top_k, how many of the likeliest classes", field="top_k")
     given = images.to_wire(image)
     request = pb.ExplainRequest(
         request_id=request_id or "",
         model=model or "",
         image=given,
         method=_method(method, parameters, layers, seed),
-        targets=_targets(target),
+        targets=targets,
+        target_top_k=_at_least_1(top_k, "top_k"),
         metrics=_metrics(metrics),
-        top_k=_whole(top_k, "top_k", 1, 2**31 - 1),
+        top_k=_at_least_1(predictions, "predictions"),
         raw=raw,
+        budget=_at_least_1(budget, "budget", 2**63 - 1),
+        batch_sizes=_batch_sizes(batch_sizes),
     )
     images.check_size(request.ByteSize(), "the request")
     return Streamable("Explain", request, functools.partial(answers.explanation, image=given), timeout)
@@ -140,6 +156,8 @@ def evaluate(
     layers: str | Sequence[str] | None = None,
     parameters: Parameters | None = None,
     seed: int = 0,
+    budget: int | None = None,
+    batch_sizes: Mapping[str, int] | None = None,
     request_id: str | None = None,
     timeout: float | None = None,
 ) -> Streamable[Evaluation, Progress | Evaluation]:
@@ -151,7 +169,7 @@ def evaluate(
     target: the class that the map explains, an index or label; None is the predicted class.
     seed: all randomness comes from it, of the metrics and of the method.
 
-    `image`, `model`, `request_id`, `timeout` and what is raised are as for `explain`.
+    `image`, `model`, `budget`, `batch_sizes`, `request_id`, `timeout` and what is raised are as for `explain`.
     """
     if (saliency is None) == (method is None):
         raise InvalidArgument("give either a saliency map or the method that makes one", field="saliency")
@@ -167,14 +185,55 @@ def evaluate(
         target=None if target is None else _target(target),
         metrics=_metrics(metrics),
         seed=_seed(seed),
+        budget=_at_least_1(budget, "budget", 2**63 - 1),
+        batch_sizes=_batch_sizes(batch_sizes),
     )
     images.check_size(request.ByteSize(), "the request")
     return Streamable("Evaluate", request, functools.partial(answers.evaluation, image=given), timeout)
 
 
+def replay(
+    receipt: Receipt,
+    image: ImageLike,
+    *,
+    request_id: str | None = None,
+    timeout: float | None = None,
+) -> Streamable[Replay, Progress | Level | Replay]:
+    """Make the maps of a receipt again, and compare.
+
+    receipt: of an explanation, or of an evaluation whose map a method made; `Receipt.from_json` reads one from a file.
+    image: the one that was explained.
+
+    The maps are asked for as the receipt says: model, method, parameters, layers, targets, seed, budget, batch sizes.
+
+    Raises InvalidArgument for a receipt that cannot be replayed. `request_id`, `timeout` and what else is raised are as
+    for `explain`.
+    """
+    if not receipt.method:
+        raise InvalidArgument("the receipt is of a map that was given: no method made it", field="receipt.method")
+    if not receipt.map_digests:
+        raise InvalidArgument("the receipt has no digests of its maps to compare with", field="receipt.map_digests")
+    call = explain(
+        image,
+        model=receipt.model,
+        method=receipt.method,
+        target=receipt.targets,
+        layers=receipt.layers,
+        parameters=receipt.parameters,
+        seed=receipt.seed,
+        budget=receipt.budget or None,
+        batch_sizes=receipt.batch_sizes,
+        request_id=request_id,
+        timeout=timeout,
+    )
+    return Streamable(
+        call.rpc, call.request, lambda answer: answers.replay(receipt, now=call.read(answer)), call.timeout
+    )
+
+
 def list_models(*, timeout: float | None = None) -> Call[list[Model]]:
     """List the models that are served, the default first."""
-    return Call("ListModels", pb.ListModelsRequest(), answers.models, timeout)
+    return Call("ListModels", pb.ListModelsRequest(), catalogue.models, timeout)
 
 
 def list_methods(model: str | None = None, *, timeout: float | None = None) -> Call[list[Method]]:
@@ -182,12 +241,12 @@ def list_methods(model: str | None = None, *, timeout: float | None = None) -> C
 
     Raises NotFound for an unknown model.
     """
-    return Call("ListMethods", pb.ListMethodsRequest(model=model or ""), answers.methods, timeout)
+    return Call("ListMethods", pb.ListMethodsRequest(model=model or ""), catalogue.methods, timeout)
 
 
 def list_metrics(*, timeout: float | None = None) -> Call[list[Metric]]:
     """List the metrics, their parameters and units."""
-    return Call("ListMetrics", pb.ListMetricsRequest(), answers.metrics, timeout)
+    return Call("ListMetrics", pb.ListMetricsRequest(), catalogue.metrics, timeout)
 
 
 # ---- from Python to the wire ----------------------------------------------------------------------------------------
@@ -222,6 +281,15 @@ def _target(target: TargetLike) -> pb.Target:
     return pb.Target(index=_whole(target, "target", 0, 2**31 - 1))
 
 
+def _batch_sizes(sizes: Mapping[str, int] | None) -> dict[str, int]:
+    return {lane: _at_least_1(size, "batch_sizes") for lane, size in (sizes or {}).items()}
+
+
+def _at_least_1(value: int | None, field: str, high: int = 2**31 - 1) -> int:
+    """0 for None, which is how the wire says that nothing was given."""
+    return 0 if value is None else _whole(value, field, 1, high)
+
+
 def _seed(seed: int) -> int:
     return _whole(seed, "seed", 0, 2**64 - 1)
 
@@ -247,8 +315,8 @@ def _struct(values: Parameters, field: str) -> Struct:
 
 _STREAM = """As `{name}`, but yields events on the way.
 
-They are `Progress`; for `explain` with a method that works from coarse to fine also each `Level` as it is done; and, as
-the last event, what `{name}` returns. Closing the iterator early cancels the call.
+They are `Progress`; also, except for `evaluate`, each `Level` of a method that works from coarse to fine, as it is
+done; and, as the last event, what `{name}` returns. Closing the iterator early cancels the call.
 """
 
 

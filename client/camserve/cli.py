@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-import numpy as np
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from camserve.answers import Evaluation, Explanation, Level, Method, Metric, Model, Progress, SaliencyMap
+from camserve import files, tables
+from camserve.answers import Evaluation, Explanation, Level, Progress, Replay, SaliencyMap
 from camserve.calls import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
+from camserve.catalogue import Layer, Method, Metric, Model
 from camserve.client import Client
-from camserve.errors import CamserveError, InternalError, InvalidArgument
-from camserve.tables import evaluation_record, listing, map_record, map_row, plain_table
+from camserve.errors import CamserveError, InternalError, NotFound
+from camserve.receipt import Receipt
 from camserve.version import __version__
 
 __all__ = ["app"]
@@ -46,7 +46,11 @@ Parameters = Annotated[
     typer.Option("--param", metavar="KEY=VALUE", help="A parameter of the method; the value as JSON, or else text."),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="All randomness comes from it.")]
+Budget = Annotated[
+    int | None, typer.Option(metavar="ROWS", min=1, help="The most rows. A method that can stop early then does.")
+]
 Timeout = Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Of each call to the server.")]
+Named = TypeVar("Named", Model, Layer, Method, Metric)
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
 
 
@@ -94,48 +98,59 @@ def explain(
         list[str] | None,
         typer.Option(metavar="INDEX|LABEL", help="May be repeated, for a map each. Default: the predicted class."),
     ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Instead: the N likeliest classes, a map each.")
+    ] = None,
     layer: Layers = None,
     param: Parameters = None,
     metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Scores each map. May be repeated.")] = None,
     seed: Seed = 0,
+    budget: Budget = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the files go; made if need be.")] = Path(),
     as_json: AsJson = False,
 ) -> None:
-    """Explain images: write DIR/STEM.npy, the map (float32 [H, W] in [0, 1]), and DIR/STEM.png, the overlay.
+    """Explain images: write a map, an overlay and a record of each.
 
-    STEM is the image's own, with -2, -3 … after it where another image of this run has the same or a file written
-    would replace one of the images. With several targets the files are STEM.INDEX.npy and STEM.INDEX.png, INDEX being
-    the class index. Files of earlier runs are replaced. An image that fails does not stop the others.
+    DIR/STEM.npy is the map (float32 [H, W] in [0, 1]), DIR/STEM.png the overlay, and DIR/STEM.json the record: target,
+    predictions, scores, warnings, cost, and the receipt, with which `camserve replay` makes the map again.
+
+    STEM is the image's own, with -2, -3 … after it where another image of this run has the same, or where a file
+    written would replace one of the images or a JSON file that is no record. With several maps these are STEM.INDEX.npy
+    and STEM.INDEX.png, INDEX being the class index. Files of earlier runs are replaced. An image that fails does not
+    stop the others.
 
     With --json there is a line for each map; maps of one image share the cost and the request id.
     """
+    if target and top_k is not None:
+        raise typer.BadParameter("give either --target or --top-k", param_hint="--top-k")
     targets = [_target(each) for each in target or []]
     metrics = list(dict.fromkeys(metric or []))
-    table = plain_table("image", "class", "probability", "rows", "time", *metrics, "overlay")
+    table = tables.plain_table("image", "class", "probability", "rows", "time", *metrics, "overlay")
     failures = 0
     with _errors_as_lines(), Client(address, timeout=timeout) as client:
         parameters = _parameters(param)
-        for image, stem in zip(images, _stems(images, out), strict=True):
+        for image, stem in zip(images, files.stems(images, out), strict=True):
             try:
                 events = client.explain_stream(
                     image,
                     model=model,
                     method=method,
                     target=targets,
+                    top_k=top_k,
                     layers=layer,
                     parameters=parameters,
                     metrics=metrics,
                     seed=seed,
+                    budget=budget,
                 )
                 explanation: Explanation = _followed(events, image.name)
-                for shown in explanation.maps:
-                    name = f"{stem}.{shown.target.index}" if len(explanation.maps) > 1 else stem
-                    files = shown.save(out, name)
+                written = files.save(image, explanation, out, stem)
+                for each, shown in zip(written, explanation.maps, strict=True):
                     if as_json:
-                        _print_json(map_record(image, files, shown, explanation))
+                        _print_json(files.map_record(image, files.record_of(out, stem), each, shown, explanation))
                     else:
-                        table.add_row(*map_row(image, files, shown, explanation, metrics))
+                        table.add_row(*tables.map_row(image, each[1], shown, explanation, metrics))
                         _warn(image, shown)
             except (CamserveError, OSError) as error:
                 typer.echo(f"error: {image}: {_said(error)}", err=True)
@@ -164,6 +179,7 @@ def evaluate(
     layer: Layers = None,
     param: Parameters = None,
     seed: Seed = 0,
+    budget: Budget = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
@@ -172,31 +188,83 @@ def evaluate(
     with _errors_as_lines(), Client(address, timeout=timeout) as client:
         events = client.evaluate_stream(
             image,
-            saliency=None if saliency is None else _loaded(saliency),
+            saliency=None if saliency is None else files.load_map(saliency),
             method=method,
             model=model,
             target=None if target is None else _target(target),
             layers=layer,
             parameters=_parameters(param),
             seed=seed,
+            budget=budget,
             **options,
         )
         evaluation: Evaluation = _followed(events, image.name)
     if as_json:
-        _print_json(evaluation_record(image, evaluation))
+        _print_json(files.evaluation_record(image, evaluation))
         return
     _warn(image, evaluation)
-    table = plain_table("metric", "value", "unit")
+    table = tables.plain_table("metric", "value", "unit")
     for name, score in evaluation.scores.items():
         table.add_row(name, f"{score:.4g}", "" if score.unit == "1" else score.unit)
     typer.echo(f"{image}: {evaluation.target}, probability {evaluation.target.probability:.3f}")
     Console().print(table)
 
 
+@app.command()
+def replay(
+    receipt: Annotated[
+        Path, typer.Argument(metavar="RECEIPT", help="STEM.json, or another file with a receipt in it; - for stdin.")
+    ],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The one that was explained.")],
+    *,
+    saliency: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE.npy", help="The map as it was, repeated for several. Default: beside RECEIPT."),
+    ] = None,
+    address: Address = DEFAULT_ADDRESS,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Make the map of a receipt again, and say whether it is the same.
+
+    RECEIPT is a STEM.json that `camserve explain` wrote, a line that it or `camserve evaluate` printed with --json, or
+    a receipt alone. The server is asked for the same map: model, method, parameters, layers, targets, seed, budget and
+    batch sizes.
+
+    Exits with 0 if the map is the same, bit for bit. Otherwise with 1, and shows what differs between the receipts
+    and, where the map was saved as STEM.npy beside STEM.json, STEM.INDEX.npy for several, or is given by --saliency,
+    how far it is from this one.
+    """
+    with _errors_as_lines(), Client(address, timeout=timeout) as client:
+        then = Receipt.from_json(sys.stdin.buffer.read() if str(receipt) == "-" else receipt.read_bytes())
+        if saliency and len(saliency) != len(then.targets):
+            raise typer.BadParameter(f"the receipt is of {len(then.targets)} maps", param_hint="--saliency")
+        paths = saliency or files.saved_maps(receipt, then.targets)
+        saved = [None if path is None else files.load_map(path) for path in paths]
+        again: Replay = _followed(client.replay_stream(then, image), image.name)
+    _report(again)
+    if not again.same:
+        deviations = tables.deviations(again, saved)
+        if deviations.row_count:
+            Console().print("", deviations)
+        raise typer.Exit(1)
+
+
+def _report(again: Replay) -> None:
+    if {"input_digest", "preprocessing"} <= again.differences.keys():
+        typer.echo("another input: the image was preprocessed in another way")
+    elif "input_digest" in again.differences:
+        typer.echo("another image: the model saw another input than the receipt's")
+    map_or_maps = "map" if len(again.explanation.maps) == 1 else "maps"
+    typer.echo(f"the same {map_or_maps}, bit for bit" if again.same else f"not the same {map_or_maps}")
+    if again.differences:
+        Console().print("", tables.differences(again))
+
+
 class What(Enum):
     """What can be listed."""
 
     models = "models"
+    layers = "layers"
     methods = "methods"
     metrics = "metrics"
 
@@ -204,28 +272,46 @@ class What(Enum):
 @app.command("list")
 def list_(
     what: What,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Only this one; a method with all there is to know.")
+    ] = None,
+    *,
     address: Address = DEFAULT_ADDRESS,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With methods: what each costs on this model, or why it cannot.")
+        str | None,
+        typer.Option(metavar="NAME", help="Whose layers, or where methods cost what. Default: the server's first."),
     ] = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
-    """List what the server has: models, methods or metrics, with their parameters."""
+    """List what the server has: models, the layers of one that can be named, methods or metrics.
+
+    Methods are shown with what they cost on a model, and with their parameters; with NAME also with their equations,
+    and when to take them.
+    """
     with _errors_as_lines(), Client(address, timeout=timeout) as client:
-        found: Sequence[Model | Method | Metric]
+        found: Sequence[Model | Layer | Method | Metric]
+        table: RenderableType
         match what:
             case What.models:
-                found = client.models()
+                found = models = _named(client.models(), name, "model")
+                table = tables.model_table(models, client.methods())
+            case What.layers:
+                of = _model(client, model)
+                found = layers = _named(of.named_layers, name, "layer")
+                table = tables.layer_table(of, layers)
             case What.methods:
-                found = client.methods(model)
+                of = _model(client, model)
+                found = methods = _named(client.methods(of.name), name, "method")
+                table = tables.method_page(methods[0], of.name) if name else tables.method_table(methods, of.name)
             case What.metrics:
-                found = client.metrics()
+                found = metrics = _named(client.metrics(), name, "metric")
+                table = tables.metric_table(metrics)
     if as_json:
         for each in found:
             _print_json(asdict(each))
     else:
-        Console().print(listing(found))
+        Console().print(table)
 
 
 # ---- what is asked --------------------------------------------------------------------------------------------------
@@ -249,29 +335,19 @@ def _parameters(given: list[str] | None) -> dict[str, Any]:
     return parameters
 
 
-def _loaded(saliency: Path) -> np.ndarray[Any, Any]:
-    try:
-        loaded = np.load(saliency, allow_pickle=False)
-    except ValueError as error:
-        raise InvalidArgument(f"{saliency} is not a NumPy array file: {error}", field="saliency") from error
-    if not isinstance(loaded, np.ndarray):
-        raise InvalidArgument(f"{saliency} holds several arrays; one is needed", field="saliency")
-    return loaded
+def _model(client: Client, name: str | None) -> Model:
+    """The model of that name, the server's first one for no name. Raises NotFound, listing the known ones."""
+    return _named(client.models(), name, "model")[0]
 
 
-def _stems(images: Sequence[Path], out: Path) -> list[str]:
-    """A file stem for each image, none twice and none whose files would replace one of the images."""
-    here = [image.name for image in images if image.resolve().parent == out.resolve()]
-
-    def taken(stem: str) -> bool:
-        written = re.compile(rf"{re.escape(stem)}(\.\d+)?\.(png|npy)", re.IGNORECASE)
-        return stem.casefold() in map(str.casefold, stems) or any(map(written.fullmatch, here))
-
-    stems: list[str] = []
-    for image in images:
-        numbered = (f"{image.stem}-{number}" for number in itertools.count(2))
-        stems.append(next(stem for stem in itertools.chain([image.stem], numbered) if not taken(stem)))
-    return stems
+def _named(found: Sequence[Named], name: str | None, kind: str) -> Sequence[Named]:
+    """The one of that name; all for no name. Raises NotFound, listing the known ones."""
+    known = [each.name for each in found]
+    if name is None:
+        return found
+    if name not in known:
+        raise NotFound(f"there is no {kind} {name!r}; there are: {', '.join(known)}")
+    return [found[known.index(name)]]
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------
@@ -326,6 +402,8 @@ def _followed(events: Iterable[Any], title: str) -> Any:
 
 
 def _warn(image: Path, shown: SaliencyMap) -> None:
+    if shown.share < 1:
+        typer.echo(f"warning: {image}: {shown.target}: cut short, {shown.share:.4g} of the whole is done", err=True)
     for warning in shown.warnings:
         typer.echo(f"warning: {image}: {shown.target}: {warning}", err=True)
 

@@ -55,6 +55,8 @@ class Client:
     explain_stream = _stream(calls.explain)
     evaluate = _unary(calls.evaluate)
     evaluate_stream = _stream(calls.evaluate)
+    replay = _unary(calls.replay)
+    replay_stream = _stream(calls.replay)
     models = _unary(calls.list_models)
     methods = _unary(calls.list_methods)
     metrics = _unary(calls.list_metrics)

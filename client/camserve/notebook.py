@@ -44,6 +44,7 @@ def _figure(shown: SaliencyMap, model: str, method: str) -> str:
         f"<b>{escape(str(shown.target))}</b> {shown.target.probability:.1%}",
         escape(method),
         escape(model),
+        *([f"share {shown.share:.4g}"] if shown.share < 1 else []),
         *(f"{escape(metric)} {_number(score, score.unit)}" for metric, score in shown.scores.items()),
     ]
     scale = f'<span style="background:linear-gradient(to right, {_SCALE});display:inline-block;width:8em;height:.8em">'

@@ -1,52 +1,56 @@
-"""What the command line shows of an answer: rows of rich tables, and records that go out as JSON."""
+"""What the command line shows of an answer: rich tables."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
-from camserve.answers import Evaluation, Explanation, Method, Metric, Model, Parameter, SaliencyMap
+from camserve.answers import Explanation, Replay, SaliencyMap
+from camserve.catalogue import Layer, Method, Metric, Model, Parameter
 
+__all__ = [
+    "deviations",
+    "differences",
+    "layer_table",
+    "map_row",
+    "method_page",
+    "method_table",
+    "metric_table",
+    "model_table",
+    "plain_table",
+]
 
-def map_record(image: Path, files: tuple[Path, Path], shown: SaliencyMap, of: Explanation) -> dict[str, Any]:
-    """One map of one image, as a JSON object."""
-    return {
-        "image": str(image),
-        "saliency": str(files[0]),
-        "overlay": str(files[1]),
-        "target": asdict(shown.target),
-        "predictions": [asdict(each) for each in of.predictions],
-        "scores": shown.scores,
-        "warnings": shown.warnings,
-        "cost": asdict(of.cost),
-        "receipt": asdict(of.receipt),
-        "request_id": of.request_id,
-    }
-
-
-def evaluation_record(image: Path, evaluation: Evaluation) -> dict[str, Any]:
-    """The scores of one map, as a JSON object."""
-    return {
-        "image": str(image),
-        "target": asdict(evaluation.target),
-        "scores": evaluation.scores,
-        "curves": {metric: score.curve for metric, score in evaluation.scores.items() if score.curve},
-        "warnings": evaluation.warnings,
-        "cost": asdict(evaluation.cost),
-        "receipt": asdict(evaluation.receipt),
-        "request_id": evaluation.request_id,
-    }
+# Enough of a sha256 to tell two apart, and narrow enough for two of them beside each other.
+_DIGEST_CHARACTERS = 19
 
 
-def map_row(
-    image: Path, files: tuple[Path, Path], shown: SaliencyMap, of: Explanation, metrics: Sequence[str]
-) -> list[str]:
+def plain_table(*columns: str, **options: Any) -> Table:
+    """Columns without lines around them; long values fold."""
+    table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", **options)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _spaced_table(*columns: str, **options: Any) -> Table:
+    """For rows of several lines: an empty one between them."""
+    return plain_table(*columns, padding=(0, 2, 1, 0), **options)
+
+
+# ---- explanations ---------------------------------------------------------------------------------------------------
+
+
+def map_row(image: Path, overlay: Path, shown: SaliencyMap, of: Explanation, metrics: Sequence[str]) -> list[str]:
     """One map of one image, as a row of the table that `camserve explain` ends with."""
     return [
         escape(str(image)),
@@ -55,68 +59,201 @@ def map_row(
         str(of.cost.rows),
         f"{(of.cost.queue_ms + of.cost.compute_ms) / 1000:.2f} s",
         *(f"{shown.scores[metric]:.4g}" if metric in shown.scores else "" for metric in metrics),
-        escape(str(files[1])),
+        escape(str(overlay)),
     ]
 
 
-def plain_table(*columns: str) -> Table:
-    """Columns without lines around them; long values fold."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+def differences(replay: Replay) -> Table:
+    """What a replay found to differ: of the receipt, and now."""
+    table = plain_table("", "receipt", "now")
+    for name, values in replay.differences.items():
+        table.add_row(*map(escape, (name, *map(_entry, values))))
     return table
 
 
-def listing(found: Sequence[Model | Method | Metric]) -> Table:
-    """What `camserve list` shows."""
-    of_models = any(isinstance(each, Model) for each in found)
-    table = plain_table("name", "what it is", "layers, fine to coarse" if of_models else "parameters")
-    table.padding = (0, 2, 1, 0)  # an empty line between entries of several lines
-    for each in found:
-        match each:
-            case Model():
-                about, details = _about_model(each), [layer.name for layer in each.layers]
-            case Method():
-                about, details = _about_method(each), [_parameter(each) for each in each.parameters]
-            case Metric():
-                about, details = _about_metric(each), [_parameter(each) for each in each.parameters]
-        table.add_row(*(escape("\n".join(filter(None, lines))) for lines in ([each.name], about, details)))
+def _entry(value: Any) -> str:
+    match value:
+        case None:
+            return "–"
+        case str() if value.startswith("sha256:"):
+            return value[:_DIGEST_CHARACTERS] + "…"
+        case str():
+            return value
+        case _:
+            return json.dumps(value)
+
+
+def deviations(replay: Replay, saved: Sequence[NDArray[Any] | None]) -> Table:
+    """How far each map, [H, W], is from the one that was saved, pixel by pixel; None for one that was not."""
+    table = plain_table("map", "largest difference", "mean difference")
+    for then, now in zip(saved, replay.explanation.maps, strict=True):
+        if then is None:
+            continue
+        if then.shape != now.saliency.shape:
+            table.add_row(escape(str(now.target)), f"the saved map has another shape: {list(then.shape)}")
+            continue
+        difference = np.abs(now.saliency - then)
+        table.add_row(escape(str(now.target)), f"{difference.max():.3g}", f"{difference.mean():.3g}")
     return table
 
 
-def _about_model(model: Model) -> list[str]:
-    height, width = model.input_size
-    return [
-        model.source + (", random weights" if model.random_weights else ""),
-        f"{model.state}; {height} × {width} pixels → {model.classes} classes",
-        f"{model.precision} on {model.device}",
-        model.digest,
+# ---- what the server has --------------------------------------------------------------------------------------------
+
+_LAYERS = {"none": "no layers", "one": "one layer", "many": "several layers"}
+
+
+def model_table(models: Sequence[Model], methods: Sequence[Method]) -> Table:
+    """What `camserve list models` shows."""
+    table = _spaced_table("name", "what it is", "layers, fine to coarse")
+    for model in models:
+        height, width = model.input_size
+        about = [
+            model.source + (", random weights" if model.random_weights else ""),
+            f"{model.state}; {model.input_channels} × {height} × {width} → {model.classes:,} classes, {model.head}",
+            f"{model.precision} on {model.device}",
+            _served(model, methods),
+            model.digest,
+        ]
+        layers = [layer.name for layer in model.layers]
+        table.add_row(*(escape("\n".join(lines)) for lines in ([model.name], about, layers)))
+    return table
+
+
+def _served(model: Model, methods: Sequence[Method]) -> str:
+    """Which of the methods the model can serve, by the shorter list."""
+    lacking = [method.name for method in methods if method.name not in model.methods]
+    if not lacking:
+        return "all methods"
+    if len(lacking) < len(model.methods):
+        return f"all methods but {', '.join(lacking)}"
+    return f"methods: {', '.join(model.methods)}" if model.methods else "no methods"
+
+
+def layer_table(model: Model, layers: Sequence[Layer]) -> Table:
+    """What `camserve list layers` shows."""
+    table = plain_table("name", "channels", "size", "signed", "prefix tokens", "default of methods of")
+    table.caption = escape(f"\nlayers of {model.name}, in the order in which they run")
+    for layer in layers:
+        table.add_row(
+            escape(layer.name),
+            f"{layer.channels:,}",
+            f"{layer.height} × {layer.width}",
+            "yes" if layer.signed else "",
+            str(layer.prefix_tokens or ""),
+            ", ".join(_LAYERS[each] for each in layer_defaults(model, layer)),
+        )
+    return table
+
+
+def layer_defaults(model: Model, layer: Layer) -> list[str]:
+    """Which methods look at the layer by themselves: those of "one" layer, of "many"."""
+    several = [each.name for each in model.layers]
+    return ["one"] * (layer.name == model.layer) + ["many"] * (layer.name in several)
+
+
+def method_table(methods: Sequence[Method], model: str) -> RenderableType:
+    """What `camserve list methods` shows: one row each, and below the parameters of all."""
+    overview = _spaced_table("method", "what it is", "cost", "")
+    overview.caption = escape(
+        f"\ncost on {model}, with its own layers, default parameters and one target\n"
+        "`camserve list methods NAME` shows one with its equations, and when to take it"
+    )
+    for method in methods:
+        about = [
+            _source(method),
+            _LAYERS.get(method.layers, method.layers),
+            f"needs {method.needs}" if method.needs else "",
+        ]
+        cells = ([method.name], about, _costs(method), _traits(method))
+        overview.add_row(*(escape("\n".join(filter(None, lines))) for lines in cells))
+    parameters = plain_table("method", *_PARAMETER_COLUMNS)
+    for method in methods:
+        for i, each in enumerate(method.parameters):
+            parameters.add_row("" if i else escape(method.name), *_parameter_row(each))
+    return Group(overview, "", parameters)
+
+
+def method_page(method: Method, model: str) -> RenderableType:
+    """What `camserve list methods NAME` shows."""
+    about = [_LAYERS.get(method.layers, method.layers), *([f"needs {method.needs}"] if method.needs else [])]
+    parts: list[RenderableType] = [
+        Text(f"{method.name}: {_source(method)}", style="bold"),
+        Text("\n".join(filter(None, [method.summary, "; ".join([*about, *_traits(method)])]))),
+        Text(f"on {model}: {', '.join(_costs(method))}"),
     ]
+    if method.advice:
+        parts += ["", Text(method.advice)]
+    if method.equations:
+        # Not folded: an equation that runs over the edge can still be read in a wider window.
+        parts += ["", Padding(Text(method.equations, no_wrap=True, overflow="ignore"), (0, 0, 0, 2))]
+    if method.parameters:
+        parameters = plain_table(*_PARAMETER_COLUMNS)
+        for each in method.parameters:
+            parameters.add_row(*_parameter_row(each))
+        parts += ["", parameters]
+    return Group(*parts)
 
 
-def _about_method(method: Method) -> list[str]:
-    rows = f"at most {method.rows} rows on this model" if method.rows else ""
-    state = f"not on this model: {method.unavailable}" if method.unavailable else rows
-    return [method.title, method.summary, method.paper, state]
+def _source(method: Method) -> str:
+    return ", ".join(filter(None, (method.title, method.paper)))
 
 
-def _about_metric(metric: Metric) -> list[str]:
-    better = "higher" if metric.higher_is_better else "lower"
-    unit = "" if metric.unit == "1" else f", in {metric.unit}"
-    rows = f"; at most {metric.rows} rows" if metric.rows else ""
-    return [metric.title, metric.summary, metric.paper, f"{better} is better{unit}{rows}"]
+def _costs(method: Method) -> list[str]:
+    if method.unavailable:
+        return [f"not on this model: {method.unavailable}"]
+    more = f"+ {method.rows_per_target:,} per further target" if method.rows_per_target else "all targets in one pass"
+    return [f"at most {method.rows:,} row{'s' * (method.rows != 1)}", more]
 
 
-def _parameter(parameter: Parameter) -> str:
-    """`name: type in [low, high] = default` and, below, what it means."""
-    limits = (parameter.minimum, parameter.maximum)
+def _traits(method: Method) -> list[str]:
+    traits = {
+        "can stop early": method.anytime,
+        "seeded": method.seeded,
+        "one map for all classes": method.class_agnostic,
+    }
+    return [name for name, holds in traits.items() if holds]
+
+
+def metric_table(metrics: Sequence[Metric]) -> Table:
+    """What `camserve list metrics` shows."""
+    table = _spaced_table("name", "what it is", "parameters")
+    for metric in metrics:
+        better = "higher" if metric.higher_is_better else "lower"
+        unit = "" if metric.unit == "1" else f", in {metric.unit}"
+        rows = f"; at most {metric.rows:,} rows" if metric.rows else ""
+        about = [metric.title, metric.summary, metric.paper, f"{better} is better{unit}{rows}"]
+        parameters = [
+            f"{each.name}: {_values(each)}"
+            + (f" = {default}" if (default := _default(each)) else "")
+            + (f"\n  {each.description}" if each.description else "")
+            for each in metric.parameters
+        ]
+        table.add_row(*(escape("\n".join(filter(None, lines))) for lines in ([metric.name], about, parameters)))
+    return table
+
+
+_PARAMETER_COLUMNS = ("parameter", "values", "default", "meaning")
+
+
+def _parameter_row(parameter: Parameter) -> list[str]:
+    cells = (parameter.name, _values(parameter), _default(parameter), parameter.description)
+    return [escape(cell) for cell in cells]
+
+
+def _default(parameter: Parameter) -> str:
+    return "" if parameter.default is None else json.dumps(parameter.default)
+
+
+def _values(parameter: Parameter) -> str:
+    """Those that are allowed."""
     if parameter.choices:
-        allowed = " | ".join(parameter.choices)
-    elif limits == (None, None):
-        allowed = parameter.type
-    else:
-        low, high = ("…" if limit is None else f"{limit:g}" for limit in limits)
-        allowed = f"{parameter.type} in [{low}, {high}]"
-    default = "" if parameter.default is None else f" = {json.dumps(parameter.default)}"
-    meaning = f"\n  {parameter.description}" if parameter.description else ""
-    return f"{parameter.name}: {allowed}{default}{meaning}"
+        return " | ".join(parameter.choices)
+    match parameter.minimum, parameter.maximum:
+        case None, None:
+            return parameter.type
+        case low, None:
+            return f"{parameter.type} ≥ {low:g}"
+        case None, high:
+            return f"{parameter.type} ≤ {high:g}"
+        case low, high:
+            return f"{parameter.type} in [{low:g}, {high:g}]"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+import PIL.Image
 import pytest
+import skimage.data
 from google.protobuf import struct_pb2
 
 import camserve
@@ -25,16 +29,25 @@ def tensor(array: np.ndarray) -> pb.Tensor:
     return pb.Tensor(shape=array.shape, data=array.astype("<f4").tobytes())
 
 
+def digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
 def prediction(index: int) -> pb.Prediction:
     return pb.Prediction(index=index, label=LABELS.get(index, ""), probability=0.75, logit=4.5)
 
 
 class Servicer(ExplainServiceServicer):
-    """Explains with a ramp. `requests` holds what came in; `before` may abort; the model "slow" never answers."""
+    """Explains with a ramp. `requests` holds what came in; `before` may abort; the model "slow" never answers.
+
+    `now` changes what the receipts say, and `ramp` the map.
+    """
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
         self.metadata: dict[str, Any] = {}
+        self.now: dict[str, Any] = {}
+        self.ramp = RAMP
         self.before: Callable[[grpc.ServicerContext], None] = lambda context: None
         self.started = threading.Event()
         self.cancelled = threading.Event()
@@ -55,30 +68,42 @@ class Servicer(ExplainServiceServicer):
         for score in scores:
             if score.metric == "insertion":
                 score.curve.extend([0.0, 0.25, 0.5])
-        answer = pb.SaliencyMap(target=prediction(index), saliency=tensor(RAMP), scores=scores)
+        answer = pb.SaliencyMap(target=prediction(index), saliency=tensor(self.ramp), scores=scores, share=1)
         if raw:
             answer.raw.CopyFrom(tensor(RAMP[:2, :3] * 10))
         return answer
 
     def Explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:
         self._received(request, context)
-        targets = list(request.targets) or [pb.Target(index=281)]
+        likeliest = [pb.Target(index=index) for index in (281, 8, 7)]
+        targets = list(request.targets) or likeliest[: request.target_top_k or 1]
         answer = pb.ExplainResponse(
             request_id=request.request_id or "given",
             maps=[self._map(target, request.metrics, request.raw) for target in targets],
             predictions=[prediction(281), prediction(8)][: request.top_k],
             cost=pb.Cost(rows=12, batches=3, queue_ms=1.5, compute_ms=20.25),
-            receipt=pb.Receipt(
-                model=request.model or "first",
-                method=request.method.name,
-                parameters=request.method.parameters,
-                layers=request.method.layers,
-                targets=[target.index for target in targets],
-                seed=request.method.seed,
-                batch_sizes={"score": 16},
-                versions={"camserve": "0"},
-            ),
         )
+        receipt = {
+            "request_id": answer.request_id,
+            "model": request.model or "first",
+            "model_digest": digest(b"weights"),
+            "method": request.method.name,
+            "parameters": request.method.parameters,
+            "layers": request.method.layers,
+            "targets": [each.target.index for each in answer.maps],
+            "seed": request.method.seed,
+            "precision": "fp32",
+            "device": "cpu",
+            "batch_sizes": request.batch_sizes or {"score": 16},
+            "preprocessing": "squash 8x8",
+            "versions": {"camserve": "0", "torch": "2"},
+            "budget": request.budget,
+            "input_digest": digest(request.image.SerializeToString()),
+            "map_digests": [digest(each.saliency.data) for each in answer.maps],
+        }
+        answer.receipt.CopyFrom(pb.Receipt(**receipt | self.now))
+        if request.budget:
+            answer.maps[0].share = 0.25
         answer.maps[0].warnings.append("degenerate: the map is a ramp")
         return answer
 
@@ -107,6 +132,8 @@ class Servicer(ExplainServiceServicer):
 
     def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         self._received(request, context)
+        shallow = pb.Layer(name="shallow", channels=2, height=4, width=6, prefix_tokens=1)
+        deep = pb.Layer(name="deep[1]", channels=4, height=2, width=3)
         model = pb.Model(
             name="first",
             source="embedded:first",
@@ -115,9 +142,13 @@ class Servicer(ExplainServiceServicer):
             input_size=[8, 9],
             classes=3,
             labels=["a", "b", "c"],
-            layers=[pb.Layer(name="deep[1]", channels=4, height=2, width=3)],
+            layers=[shallow, deep],
+            layer=deep.name,
             batch_sizes={"score": 16},
-            methods=["poly-cam"],
+            methods=["opti-cam"],
+            input_channels=3,
+            head="softmax",
+            named_layers=[pb.Layer(name="stem", channels=2048, height=8, width=9, signed=True), shallow, deep],
         )
         return pb.ListModelsResponse(models=[model])
 
@@ -130,8 +161,22 @@ class Servicer(ExplainServiceServicer):
             name="norm", type="string", default=struct_pb2.Value(string_value="max"), choices=["max", "range"]
         )
         methods = [
-            pb.Method(name="opti-cam", title="Opti-CAM", paper="arXiv:0", layers="one", parameters=[steps, norm]),
-            pb.Method(name="poly-cam", title="Poly-CAM", layers="many", unavailable="no such layers"),
+            pb.Method(
+                name="opti-cam",
+                title="Opti-CAM",
+                paper="arXiv:0",
+                summary="A mask that is optimised.",
+                layers="one",
+                parameters=[steps, norm],
+                rows=1101 if request.model else 0,
+                rows_per_target=1050 if request.model else 0,
+                anytime=True,
+                seeded=True,
+                equations="S = n( Σ_k A_k [k] )\nu = argmax F(x ⊙ S)",
+                advice="Where time is plenty.",
+            ),
+            pb.Method(name="poly-cam", title="Poly-CAM", paper="arXiv:1", layers="many", unavailable="no such layers"),
+            pb.Method(name="fake-cam", title="Fake-CAM", layers="none", needs="a class", rows=1, class_agnostic=True),
         ]
         return pb.ListMethodsResponse(methods=methods)
 
@@ -174,3 +219,19 @@ def ramp() -> np.ndarray:
 def pixels() -> np.ndarray:
     """uint8 [6, 4, 3], no two pixels alike."""
     return np.arange(72, dtype=np.uint8).reshape(6, 4, 3) * 3
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A photograph in a file, "cat.jpg"."""
+    path = tmp_path / "cat.jpg"
+    PIL.Image.fromarray(skimage.data.chelsea()).save(path)
+    return path
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """Another one, beside the first."""
+    path = tmp_path / "cup.jpg"
+    PIL.Image.fromarray(skimage.data.coffee()).save(path)
+    return path

@@ -17,7 +17,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 import camserve
-from camserve import Evaluation, Explanation, Level, Progress, calls
+from camserve import Evaluation, Explanation, Level, Progress, Replay, calls
 from camserve.v1 import explain_pb2 as pb
 
 
@@ -31,7 +31,9 @@ def test_what_is_asked_arrives(servicer, client, pixels):
         parameters={"steps": np.int32(20), "norm": "max", "soft": True, "rate": 0.1},
         metrics={"insertion": {"steps": 10}, "deletion": {}},
         seed=2**64 - 1,
-        top_k=3,
+        budget=2**40,
+        batch_sizes={"forward": np.int64(4)},
+        predictions=3,
         raw=True,
         request_id="mine",
     )
@@ -50,6 +52,8 @@ def test_what_is_asked_arrives(servicer, client, pixels):
         "metrics": [{"name": "insertion", "parameters": {"steps": 10.0}}, {"name": "deletion", "parameters": {}}],
         "top_k": 3,
         "raw": True,
+        "budget": str(2**40),
+        "batch_sizes": {"forward": 4},
     }
     assert servicer.metadata["user-agent"].startswith(f"camserve/{camserve.__version__}")
 
@@ -59,6 +63,23 @@ def test_the_defaults_leave_the_choice_to_the_server(servicer, client, pixels):
     asked = servicer.requests[-1]
     assert (asked.model, asked.request_id, list(asked.targets), list(asked.metrics)) == ("", "", [], [])
     assert (asked.method.name, list(asked.method.layers), asked.method.seed, asked.top_k) == ("poly-cam", [], 0, 5)
+    assert (asked.target_top_k, asked.budget, dict(asked.batch_sizes)) == (0, 0, {})
+
+
+def test_the_likeliest_classes_are_explained(servicer, client, pixels):
+    e = client.explain(pixels, top_k=3)
+    assert servicer.requests[-1].target_top_k == 3
+    assert [each.target.index for each in e.maps] == [281, 8, 7]
+    assert [each.index for each in client.explain(pixels, top_k=2, target=[], predictions=1).predictions] == [281]
+
+
+def test_a_budget_may_cut_a_map_short(servicer, client, pixels):
+    assert client.explain(pixels).share == 1
+    assert client.explain(pixels, budget=7).share == 0.25
+    assert client.explain(pixels, budget=7).receipt.budget == 7
+    client.evaluate(pixels, method="opti-cam", budget=7, batch_sizes={"forward": 4})
+    asked = servicer.requests[-1]
+    assert (asked.budget, dict(asked.batch_sizes)) == (7, {"forward": 4})
 
 
 def test_a_single_name_is_not_taken_for_its_letters(servicer, client, pixels):
@@ -77,6 +98,10 @@ def test_a_single_name_is_not_taken_for_its_letters(servicer, client, pixels):
         ({"target": -1}, "target"),
         ({"target": [0, 2**31]}, "target"),
         ({"top_k": 0}, "top_k"),
+        ({"top_k": 2, "target": 0}, "top_k"),
+        ({"predictions": 0}, "predictions"),
+        ({"budget": 0}, "budget"),
+        ({"batch_sizes": {"forward": 0}}, "batch_sizes"),
         ({"parameters": {"steps": object()}}, "method.parameters"),
         ({"metrics": {"insertion": {"steps": object()}}}, "metrics.parameters"),
     ],
@@ -158,10 +183,14 @@ def test_evaluate_needs_one_subject(client, pixels, wrong):
 def test_what_there_is(servicer, client):
     (model,) = client.models()
     assert (model.name, model.input_size, model.labels) == ("first", (8, 9), ("a", "b", "c"))
-    assert model.layers == (camserve.Layer("deep[1]", 4, 2, 3),)
-    opti, poly = client.methods("first")
+    stem, shallow, deep = model.named_layers
+    assert stem == camserve.Layer("stem", 2048, 8, 9, signed=True, prefix_tokens=0)
+    assert (model.layers, model.layer, shallow.prefix_tokens) == ((shallow, deep), "deep[1]", 1)
+    opti, poly, fake = client.methods("first")
     assert servicer.requests[-1].model == "first"
     assert poly.unavailable == "no such layers"
+    assert (opti.rows, opti.rows_per_target, opti.anytime, opti.seeded) == (1101, 1050, True, True)
+    assert (fake.needs, fake.class_agnostic, fake.anytime) == ("a class", True, False)
     steps, norm = opti.parameters
     assert steps == camserve.Parameter("steps", "integer", 50, 1.0, None, (), "How many.")
     assert (norm.default, norm.choices) == ("max", ("max", "range"))
@@ -244,7 +273,10 @@ def test_the_awaited_client_is_the_same(servicer, address, pixels, ramp):
             assert [type(event) for event in events] == [Progress, Level, Level, Progress, Explanation]
             assert (await client.evaluate(pixels, method="poly-cam")).scores["deletion"] == 0.25
             assert isinstance([e async for e in client.evaluate_stream(pixels, saliency=ramp)][-1], Evaluation)
-            assert [len(await listed()) for listed in (client.models, client.methods, client.metrics)] == [1, 2, 1]
+            assert [len(await listed()) for listed in (client.models, client.methods, client.metrics)] == [1, 3, 1]
+            receipt = several[0].receipt
+            assert (await client.replay(receipt, pixels)).same
+            assert isinstance([e async for e in client.replay_stream(receipt, pixels)][-1], Replay)
             with pytest.raises(FileNotFoundError):
                 await client.explain("none.png")
 
@@ -278,7 +310,8 @@ def test_cancelling_the_task_cancels_the_call(servicer, address, pixels):
 
 # ---- one core -------------------------------------------------------------------------------------------------------
 
-METHODS = ["explain", "explain_stream", "evaluate", "evaluate_stream", "models", "methods", "metrics"]
+STREAMED = ["explain", "evaluate", "replay"]
+METHODS = [*STREAMED, *(f"{name}_stream" for name in STREAMED), "models", "methods", "metrics"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -294,7 +327,7 @@ def test_both_clients_have_the_signature_of_the_call(name):
 
 def test_every_field_of_a_request_can_be_asked_for():
     """A field added to the contract is not forgotten here."""
-    renamed = {"targets": "target"}
+    renamed = {"targets": "target", "target_top_k": "top_k", "top_k": "predictions"}
     inside = {"name", "parameters", "layers", "seed"}  # of MethodSpec
     fields = {renamed.get(name, name) for name in pb.ExplainRequest.DESCRIPTOR.fields_by_name} | (inside - {"name"})
     assert set(pb.MethodSpec.DESCRIPTOR.fields_by_name) == inside
@@ -303,7 +336,15 @@ def test_every_field_of_a_request_can_be_asked_for():
     assert set(inspect.signature(calls.evaluate).parameters) == fields | {"timeout"}
 
 
-@pytest.mark.parametrize("name", ["Prediction", "Cost", "Receipt", "Progress", "Layer", "Model", "Method", "Metric"])
+READ = ["Prediction", "Cost", "Receipt", "Progress", "Layer", "Model", "Method", "Metric", "Parameter"]
+
+
+@pytest.mark.parametrize("name", READ)
 def test_every_field_of_an_answer_is_read(name):
     fields = [field.name for field in dataclasses.fields(getattr(camserve, name))]
     assert fields == list(getattr(pb, name).DESCRIPTOR.fields_by_name)
+
+
+def test_every_field_of_a_map_is_read():
+    fields = {field.name for field in dataclasses.fields(camserve.SaliencyMap)}
+    assert fields == set(pb.SaliencyMap.DESCRIPTOR.fields_by_name) | {"_image"}

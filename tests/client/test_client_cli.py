@@ -17,7 +17,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import camserve
-from camserve.cli import _stems, app
+from camserve import tables
+from camserve.cli import app
+from camserve.files import stems
 
 
 def run(*arguments: object, **env: str) -> Result:
@@ -48,7 +50,7 @@ def test_explain_writes_files_and_prints_a_table(address, servicer, photo, out, 
         *("--param", "steps=20", "--param", "norm=max", "--param", "soft=true"),
     )
     assert result.exit_code == 0, result.stderr
-    assert written(out) == ["dog.npy", "dog.png"]
+    assert written(out) == ["dog.json", "dog.npy", "dog.png"]
     np.testing.assert_array_equal(np.load(out / "dog.npy"), ramp)
     with PIL.Image.open(out / "dog.png") as overlay:
         assert overlay.size == (50, 30)
@@ -59,6 +61,29 @@ def test_explain_writes_files_and_prints_a_table(address, servicer, photo, out, 
     assert (asked.model, asked.method.name, asked.method.layers, asked.method.seed) == ("m", "opti-cam", ["a", "b"], 5)
     assert dict(asked.method.parameters.items()) == {"steps": 20, "norm": "max", "soft": True}
     assert asked.targets[0].index == 8
+
+
+def test_explain_writes_a_record(address, photo, out):
+    given = ("explain", photo, "--address", address, "--out", out, "--metric", "insertion")
+    line = json.loads(run(*given, "--json").stdout)
+    record = json.loads((out / "dog.json").read_text(encoding="utf-8"))
+    assert list(record) == ["image", "maps", "predictions", "cost", "receipt", "request_id"]
+    [of_map] = record["maps"]
+    assert list(of_map) == ["saliency", "overlay", "target", "share", "scores", "warnings"]
+    assert (of_map["saliency"], of_map["overlay"]) == ("dog.npy", "dog.png")
+    flat = {**record, **of_map, "record": str(out / "dog.json")}
+    del flat["maps"]
+    assert flat | {name: str(out / flat[name]) for name in ("saliency", "overlay")} == line
+
+
+def test_a_map_that_was_cut_short_says_so(address, servicer, photo, out):
+    given = ("explain", photo, "--address", address, "--out", out, "--budget", 7)
+    assert f"warning: {photo}: tabby, cat (281): cut short, 0.25 of the whole is done\n" in run(*given).stderr
+    assert servicer.requests[-1].budget == 7
+    assert json.loads(run(*given, "--json").stdout)["share"] == 0.25
+    assert "cut short" not in run(*given[:-2]).stderr
+    run("evaluate", photo, "--address", address, "--method", "x", "--budget", 8)
+    assert servicer.requests[-1].budget == 8
 
 
 def test_explain_prints_json_lines(address, photo, out):
@@ -79,8 +104,17 @@ def test_explain_prints_json_lines(address, photo, out):
 
 def test_several_targets_are_files_of_their_own(address, photo, out):
     result = run("explain", photo, "--address", address, "--out", out, "--target", "7", "--target", "hen", "--json")
-    assert written(out) == ["dog.7.npy", "dog.7.png", "dog.8.npy", "dog.8.png"]
+    assert written(out) == ["dog.7.npy", "dog.7.png", "dog.8.npy", "dog.8.png", "dog.json"]
     assert [json.loads(line)["target"]["label"] for line in result.stdout.splitlines()] == ["cock", "hen"]
+    record = json.loads((out / "dog.json").read_text(encoding="utf-8"))
+    assert [each["saliency"] for each in record["maps"]] == ["dog.7.npy", "dog.8.npy"]
+    assert record["receipt"]["targets"] == [7, 8]
+
+
+def test_the_likeliest_classes(address, servicer, photo, out):
+    assert run("explain", photo, "--address", address, "--out", out, "--top-k", 2).exit_code == 0
+    assert servicer.requests[-1].target_top_k == 2
+    assert written(out) == ["dog.281.npy", "dog.281.png", "dog.8.npy", "dog.8.png", "dog.json"]
 
 
 def test_one_failure_does_not_stop_the_others(address, servicer, photo, out):
@@ -98,9 +132,18 @@ def test_one_failure_does_not_stop_the_others(address, servicer, photo, out):
 
 def test_stems_never_collide_and_never_replace_an_image(tmp_path):
     paths = ["a/dog.jpg", "b/dog.jpg", "c/Dog.png", "dog-2.jpg", "e/cat.gif"]
-    assert _stems([Path(path) for path in paths], Path("out")) == ["dog", "dog-2", "Dog-3", "dog-2-2", "cat"]
+    assert stems([Path(path) for path in paths], Path("out")) == ["dog", "dog-2", "Dog-3", "dog-2-2", "cat"]
     here = [tmp_path / name for name in ("cat.png", "dog.jpg", "hen.7.png", "hen.gif")]
-    assert _stems(here, tmp_path) == ["cat-2", "dog", "hen.7-2", "hen-2"]
+    assert stems(here, tmp_path) == ["cat-2", "dog", "hen.7-2", "hen-2"]
+
+
+def test_labels_beside_an_image_are_not_replaced(address, photo):
+    labels = photo.with_suffix(".json")
+    labels.write_text('{"version": "5.1", "shapes": []}')
+    for _ in range(2):  # the second run replaces the files of the first
+        assert run("explain", photo, "--address", address, "--out", photo.parent).exit_code == 0
+        assert written(photo.parent) == ["dog-2.json", "dog-2.npy", "dog-2.png", "dog.jpg", "dog.json"]
+    assert json.loads(labels.read_text())["shapes"] == []
 
 
 def test_an_image_is_not_replaced_by_its_overlay(address, tmp_path):
@@ -109,7 +152,7 @@ def test_an_image_is_not_replaced_by_its_overlay(address, tmp_path):
     before = path.read_bytes()
     assert run("explain", path, "--address", address, "--out", tmp_path).exit_code == 0
     assert path.read_bytes() == before
-    assert written(tmp_path) == ["cat-2.npy", "cat-2.png", "cat.png"]
+    assert written(tmp_path) == ["cat-2.json", "cat-2.npy", "cat-2.png", "cat.png"]
 
 
 def test_progress_goes_to_stderr_only(address, photo, out):
@@ -141,7 +184,7 @@ def test_evaluate_says_what_is_wrong(address, photo, tmp_path, ramp):
     for wrong, said in [
         ((), "give either"),
         (("--saliency", tmp_path / "map.npy"), "is not a NumPy array file"),
-        (("--saliency", tmp_path / "maps.npz"), "several arrays"),
+        (("--saliency", tmp_path / "maps.npz"), "one array of real numbers"),
         (("--saliency", tmp_path / "none.npy"), "No such file"),
     ]:
         result = run(*given, *wrong)
@@ -150,22 +193,95 @@ def test_evaluate_says_what_is_wrong(address, photo, tmp_path, ramp):
         assert said in result.stderr
 
 
-def test_list_tables(address, servicer):
+def lines(result: Result) -> list[str]:
+    """Of a table, their columns one space apart."""
+    assert result.exit_code == 0, result.stderr
+    return [" ".join(line.split()) for line in result.stdout.splitlines()]
+
+
+def test_list_models(address):
     result = run("list", "models", "--address", address)
-    for said in ("first", "embedded:first", "8 × 9 pixels", "deep[1]"):
+    for said in ("first", "embedded:first", "3 × 8 × 9 → 3 classes, softmax", "deep[1]", "methods: opti-cam"):
         assert said in result.stdout
-    result = run("list", "methods", "--model", "first", "--address", address)
-    assert servicer.requests[-1].model == "first"
-    for said in ("steps: integer in [1, …] = 50", "How many.", 'norm: max | range = "max"', "no such layers"):
-        assert said in result.stdout
-    result = run("list", "metrics", "--address", address)
-    assert "higher is better" in result.stdout
 
 
-@pytest.mark.parametrize("what", ["models", "methods", "metrics"])
+@pytest.mark.parametrize(
+    ("served", "said"),
+    [
+        (("a", "b", "c"), "all methods"),
+        (("a", "b"), "all methods but c"),
+        (("b",), "methods: b"),
+        ((), "no methods"),
+    ],
+)
+def test_the_methods_of_a_model_are_said_shortly(served, said):
+    methods = [types.SimpleNamespace(name=name) for name in "abc"]
+    assert tables._served(types.SimpleNamespace(methods=served), methods) == said
+
+
+def test_list_layers(address):
+    assert lines(run("list", "layers", "--address", address))[1:-1] == [
+        "stem 2,048 8 × 9 yes",
+        "shallow 2 4 × 6 1 several layers",
+        "deep[1] 4 2 × 3 one layer, several layers",
+        "",
+    ]
+
+
+def test_list_methods(address, servicer):
+    result = lines(run("list", "methods", "--address", address))
+    assert servicer.requests[-1].model == "first", "so that costs are always shown"
+    for said in (
+        "opti-cam Opti-CAM, arXiv:0 at most 1,101 rows can stop early",
+        "one layer + 1,050 per further target seeded",
+        "poly-cam Poly-CAM, arXiv:1 not on this model: no such layers",
+        "fake-cam Fake-CAM at most 1 row one map for all classes",
+        "no layers all targets in one pass",
+        "needs a class",
+        "cost on first, with its own layers, default parameters and one target",
+        "opti-cam steps integer ≥ 1 50 How many.",
+        'norm max | range "max"',
+    ):
+        assert said in result
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_list_methods_fits(address, columns):
+    result = run("list", "methods", "--address", address, COLUMNS=str(columns))
+    assert max(map(len, result.stdout.splitlines())) <= columns
+    assert "arXiv:0" in result.stdout
+
+
+def test_list_one_method(address):
+    result = run("list", "methods", "opti-cam", "--address", address)
+    for said in ("Opti-CAM, arXiv:0", "A mask that is optimised.", "one layer; can stop early; seeded", "plenty"):
+        assert said in result.stdout
+    assert "  S = n( Σ_k A_k [k] )\n" in re.sub(" +\n", "\n", result.stdout)
+    assert "poly-cam" not in result.stdout
+    result = run("list", "methods", "no-cam", "--address", address)
+    assert result.stderr == "error: there is no method 'no-cam'; there are: opti-cam, poly-cam, fake-cam\n"
+    assert run("list", "methods", "--model", "other", "--address", address).exit_code == 1
+
+
+def test_list_metrics(address):
+    assert "higher is better; at most 100 rows" in run("list", "metrics", "insertion", "--address", address).stdout
+
+
+@pytest.mark.parametrize(
+    ("minimum", "maximum", "said"),
+    [(None, None, "number"), (0, None, "number ≥ 0"), (None, 0.5, "number ≤ 0.5"), (0, 1, "number in [0, 1]")],
+)
+def test_values_of_a_parameter(minimum, maximum, said):
+    assert tables._values(camserve.Parameter("a", "number", 0, minimum, maximum, (), "")) == said
+
+
+@pytest.mark.parametrize("what", ["models", "layers", "methods", "metrics"])
 def test_list_json(address, what):
     result = run("list", what, "--address", address, "--json")
-    assert all(json.loads(line)["name"] for line in result.stdout.splitlines())
+    names = [json.loads(line)["name"] for line in result.stdout.splitlines()]
+    assert all(names)
+    one = run("list", what, names[-1], "--address", address, "--json")
+    assert [json.loads(line)["name"] for line in one.stdout.splitlines()] == names[-1:]
 
 
 def test_errors_are_one_line(photo, out):
@@ -181,6 +297,8 @@ def test_wrong_usage_exits_with_2(photo):
     assert run("explain").exit_code == 2
     assert run("explain", photo, "--param", "steps").exit_code == 2
     assert run("explain", photo, "--seed", "-1").exit_code == 2
+    assert run("explain", photo, "--top-k", 2, "--target", 1).exit_code == 2
+    assert run("replay", photo).exit_code == 2
     assert run("list", "everything").exit_code == 2
 
 
