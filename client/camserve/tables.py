@@ -153,19 +153,18 @@ def layer_defaults(model: Model, layer: Layer) -> list[str]:
 
 def method_table(methods: Sequence[Method], model: str) -> RenderableType:
     """What `camserve list methods` shows: one row each, and below the parameters of all."""
-    overview = _spaced_table("method", "what it is", "cost", "")
+    overview = _spaced_table("method", "what it is", "cost")
+    overview.columns[0].no_wrap = overview.columns[2].no_wrap = True  # for 80 characters a line
     overview.caption = escape(
-        f"\ncost on {model}, with its own layers, default parameters and one target\n"
+        f"\nat most, on {model} with its own layers and default parameters\n"
         "`camserve list methods NAME` shows one with its equations, and when to take it"
     )
     for method in methods:
-        about = [
-            _source(method),
-            _LAYERS.get(method.layers, method.layers),
-            f"needs {method.needs}" if method.needs else "",
-        ]
-        cells = ([method.name], about, _costs(method), _traits(method))
-        overview.add_row(*(escape("\n".join(filter(None, lines))) for lines in cells))
+        about = [_source(method), *_traits(method)]
+        if method.unavailable:
+            about.append(_unavailable(method, model))
+        cells = ([method.name], about, [] if method.unavailable else _costs(method))
+        overview.add_row(*(escape("\n".join(lines)) for lines in cells))
     parameters = plain_table("method", *_PARAMETER_COLUMNS)
     for method in methods:
         for i, each in enumerate(method.parameters):
@@ -175,11 +174,11 @@ def method_table(methods: Sequence[Method], model: str) -> RenderableType:
 
 def method_page(method: Method, model: str) -> RenderableType:
     """What `camserve list methods NAME` shows."""
-    about = [_LAYERS.get(method.layers, method.layers), *([f"needs {method.needs}"] if method.needs else [])]
+    cost = f"on {model}: at most {', '.join(_costs(method))}"
     parts: list[RenderableType] = [
         Text(f"{method.name}: {_source(method)}", style="bold"),
-        Text("\n".join(filter(None, [method.summary, "; ".join([*about, *_traits(method)])]))),
-        Text(f"on {model}: {', '.join(_costs(method))}"),
+        Text("\n".join([method.summary, *_traits(method)])),
+        Text(_unavailable(method, model) if method.unavailable else cost),
     ]
     if method.advice:
         parts += ["", Text(method.advice)]
@@ -199,19 +198,23 @@ def _source(method: Method) -> str:
 
 
 def _costs(method: Method) -> list[str]:
-    if method.unavailable:
-        return [f"not on this model: {method.unavailable}"]
     more = f"+ {method.rows_per_target:,} per further target" if method.rows_per_target else "all targets in one pass"
-    return [f"at most {method.rows:,} row{'s' * (method.rows != 1)}", more]
+    return [f"{method.rows:,} row{'s' * (method.rows != 1)}", more]
 
 
 def _traits(method: Method) -> list[str]:
+    needs = _LAYERS.get(method.layers, method.layers) + (f"; needs {method.needs}" if method.needs else "")
     traits = {
         "can stop early": method.anytime,
         "seeded": method.seeded,
-        "one map for all classes": method.class_agnostic,
+        "the same for every class": method.class_agnostic,
     }
-    return [name for name, holds in traits.items() if holds]
+    said = "; ".join(name for name, holds in traits.items() if holds)
+    return [needs, said] if said else [needs]
+
+
+def _unavailable(method: Method, model: str) -> str:
+    return f"not on {model}: {method.unavailable}"
 
 
 def metric_table(metrics: Sequence[Metric]) -> Table:

@@ -232,13 +232,15 @@ def test_list_methods(address, servicer):
     result = lines(run("list", "methods", "--address", address))
     assert servicer.requests[-1].model == "first", "so that costs are always shown"
     for said in (
-        "opti-cam Opti-CAM, arXiv:0 at most 1,101 rows can stop early",
-        "one layer + 1,050 per further target seeded",
-        "poly-cam Poly-CAM, arXiv:1 not on this model: no such layers",
-        "fake-cam Fake-CAM at most 1 row one map for all classes",
-        "no layers all targets in one pass",
-        "needs a class",
-        "cost on first, with its own layers, default parameters and one target",
+        "opti-cam Opti-CAM, arXiv:0 1,101 rows",
+        "one layer + 1,050 per further target",
+        "can stop early; seeded",
+        "poly-cam Poly-CAM, arXiv:1",
+        "not on first: no such layers",
+        "fake-cam Fake-CAM 1 row",
+        "no layers; needs a class all targets in one pass",
+        "the same for every class",
+        "at most, on first with its own layers and default parameters",
         "opti-cam steps integer ≥ 1 50 How many.",
         'norm max | range "max"',
     ):
@@ -254,10 +256,13 @@ def test_list_methods_fits(address, columns):
 
 def test_list_one_method(address):
     result = run("list", "methods", "opti-cam", "--address", address)
-    for said in ("Opti-CAM, arXiv:0", "A mask that is optimised.", "one layer; can stop early; seeded", "plenty"):
-        assert said in result.stdout
+    assert result.stdout.startswith(
+        "opti-cam: Opti-CAM, arXiv:0\nA mask that is optimised.\none layer\ncan stop early; seeded\n"
+        "on first: at most 1,101 rows, + 1,050 per further target\n\nWhere time is plenty.\n\n"
+    )
     assert "  S = n( Σ_k A_k [k] )\n" in re.sub(" +\n", "\n", result.stdout)
     assert "poly-cam" not in result.stdout
+    assert "\nnot on first: no such layers\n" in run("list", "methods", "poly-cam", "--address", address).stdout
     result = run("list", "methods", "no-cam", "--address", address)
     assert result.stderr == "error: there is no method 'no-cam'; there are: opti-cam, poly-cam, fake-cam\n"
     assert run("list", "methods", "--model", "other", "--address", address).exit_code == 1
