@@ -219,6 +219,7 @@ def test_ablation_of_a_signed_layer_is_not_grad_cams() -> None:
 
 def test_layer_cam_of_layers_and_zoom_cam_by_hand() -> None:
     net, x, c = tiny((37, 29))
+    net.fc.weight.abs_()  # so that r3's maps are nowhere 0
     modules = [module(net, layer) for layer in LAYERS]
     S, Z = [], []
     for m in modules:
@@ -226,6 +227,7 @@ def test_layer_cam_of_layers_and_zoom_cam_by_hand() -> None:
         S.append((A * g.relu()).sum(0))
         Z.append((A * g).sum(0).relu())
     M = [torch.tanh(2 * S[0] / S[0].max()), torch.tanh(2 * S[1] / S[1].max()), S[2] / S[2].max()]
+    assert min(S[2].min(), Z[2].min()) > 0.01 * Z[2].max()
     Z = [(z - z.min()) / z.max() for z in Z]
     for ours, maps in ((layer_cam_of_layers(net, x, modules, c), M), (zoom_cam(net, x, modules, c), Z)):
         up = [F.interpolate(m[None, None], (37, 29), mode="bilinear", align_corners=False)[0, 0] for m in maps]
