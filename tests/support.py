@@ -14,7 +14,7 @@ from camserve_server.engine import Engine, Event, Job
 from camserve_server.explain import Explained, MethodCall, MetricCall, explain, rows_needed
 from camserve_server.models.layers import probe
 from camserve_server.models.load import state_digest
-from camserve_server.models.model import Model
+from camserve_server.models.model import Head, Model
 from camserve_server.models.pixels import Preprocessing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,14 +30,14 @@ def as_model(
     name: str = "model",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 4,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    head: Head | None = None,
+    token_grid: tuple[int, int] | None = None,
 ) -> Model:
     """The network as the engine sees it."""
     net = net.eval().requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)
-    spatial, layers, classes = probe(
-        net, torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    )
+    found = probe(net, noise(1, len(mean), *size).to(dtype), token_grid)
     return Model(
         name=name,
         source="test",
@@ -47,9 +47,15 @@ def as_model(
         dtype=dtype,
         preprocessing=Preprocessing(size, mean, std, "bilinear"),
         labels=(),
-        classes=classes,
-        spatial=spatial,
-        layers=layers,
+        classes=found.classes,
+        spatial=found.spatial,
+        layers=found.layers,
+        layer=found.layer,
+        head=head or ("sigmoid" if found.classes == 1 else "softmax"),
+        gap=found.gap,
+        attention=found.attention,
+        attention_prefix=found.attention_prefix,
+        attention_grid=found.attention_grid,
         batch_sizes={"forward": batch_size, "gradient": batch_size, "ascend": batch_size},
     )
 

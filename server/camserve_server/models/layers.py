@@ -1,19 +1,34 @@
-"""Which layers a network has, and where a class activation map should look."""
+"""What one forward pass shows of a network: its spatial layers, its attention, and where a map should look."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from camserve_server.models.attention import attend, understood
+
+Form = Literal["NCHW", "NHWC", "tokens"]
+Grid = tuple[int, int]
+
+MAX_PREFIX = 16  # class and distillation tokens, and registers: published networks have up to ten
+_ACTIVATION = re.compile(r"(elu|silu|swish|mish|tanh|softplus)(6|me|activation)?$", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Layer:
-    """The output [N, channels, height, width] of a module that runs once a forward pass.
+    """One output of a module, seen as `channels` maps of `height` × `width` positions.
 
-    `signed` is true where it has been seen to be negative: activations that Poly-CAM does not expect.
+    `name` is the module's. Where the module runs several times in one pass, "name#n" is its n-th call, counted from 1.
+    The output is [N, K, h, w] ("NCHW"), [N, h, w, K] ("NHWC") or [N, prefix + h·w, K] ("tokens"), where `prefix` is the
+    number of tokens before those of the grid. `signed` is true where it has been seen to be negative.
     """
 
     name: str
@@ -21,54 +36,304 @@ class Layer:
     height: int
     width: int
     signed: bool = False
+    form: Form = "NCHW"
+    prefix: int = 0
+
+    @property
+    def module(self) -> str:
+        """The name of the module, without the call."""
+        return self.name.partition("#")[0]
+
+    @property
+    def call(self) -> int:
+        """Which of the module's calls it is, from 1."""
+        return int(self.name.partition("#")[2] or 1)
+
+    @property
+    def positions(self) -> int:
+        """h·w."""
+        return self.height * self.width
+
+    def grid(self, output: Tensor) -> Tensor:
+        """The module's output [N, …] → [N, K, h, w], a view, differentiable."""
+        match self.form:
+            case "NCHW":
+                return output
+            case "NHWC":
+                return output.permute(0, 3, 1, 2)
+            case "tokens":
+                return output[:, self.prefix :].transpose(1, 2).view(-1, self.channels, self.height, self.width)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class GapHead:
+    """Logits that are a linear function of a layer's mean over its positions: `weight` [classes, K], and a bias."""
+
+    layer: Layer
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Probed:
+    """What a pass has shown.
+
+    `spatial` are all layers that can be named, in run order. `layers` are the default of methods that look at several,
+    fine to coarse; `layer` of those that look at one. `attention` names the global self-attention modules in run order,
+    none of them if one is not understood; their input has `attention_prefix` tokens, then `attention_grid`.
+    """
+
+    spatial: dict[str, Layer]
+    layers: tuple[Layer, ...]
+    layer: Layer | None
+    classes: int
+    gap: GapHead | None = None
+    attention: tuple[str, ...] = ()
+    attention_prefix: int = 0
+    attention_grid: Grid | None = None
+
+
+def probe(module: nn.Module, example: Tensor, token_grid: Grid | None = None) -> Probed:
+    """Runs `example` [1, C, H, W] once. `token_grid` (h, w) is that of the tokens; found by itself if None.
+
+    Raises ValueError if the network gives anything but logits [1, classes].
+    """
+    pass_ = _Pass(module, example, token_grid)
+    with torch.no_grad(), pass_.watched():
+        logits = module(example)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"it gives {shape} where logits [1, classes] are expected")
+    runs = pass_.named_runs()
+    layers = _several(runs)
+    attention, prefix, grid = pass_.attention()
+    return Probed(
+        spatial={run.layer.name: run.layer for run in runs},
+        layers=layers,
+        layer=_single(runs, layers, pass_.attended),
+        classes=logits.shape[1],
+        gap=_gap(runs, pass_.heads, logits),
+        attention=attention,
+        attention_prefix=prefix,
+        attention_grid=grid,
+    )
+
+
+# ---- watching a pass -------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
 class _Run:
-    """One call of one module: its output, and what that looked like when the call ended."""
+    """One call that gave a spatial output, and what that was when the call ended; later ones may work in place."""
 
-    name: str
+    layer: Layer
     module: nn.Module
     output: Tensor
-    negative: bool
+    version: int
+    mean: Tensor  # [1, K]
+    alive: bool  # untrained networks may begin with branches of zeros, of which no sign can be told
+    pooled: bool = False
+    activated: bool = False
 
 
-def probe(module: nn.Module, example: Tensor) -> tuple[dict[str, Layer], tuple[Layer, ...], int]:
-    """Runs `example` [1, 3, H, W] once. Returns all spatial layers, the default ones (fine to coarse) and the classes.
+@dataclass(eq=False)
+class _Attended:
+    """One call of an attention module: how many runs had ended when it began, and its input if it is understood."""
 
-    The defaults are, at each resolution, the last non-negative output that no pooling has made: what the
-    Poly-CAM paper calls the layers at a change of resolution. Of modules that share an output (a block and its last
-    activation) the outermost gives its name. A module called several times has no single output to name.
-    """
-    runs: list[_Run] = []
+    name: str
+    began: int
+    x: Tensor | None = None
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4:
-                runs.append(_Run(name, module, output, bool((output < 0).any())))
+
+@dataclass(eq=False)
+class _Head:
+    """One call of a module that may make the logits."""
+
+    weight: Tensor
+    x: Tensor
+    output: Tensor
+
+
+@dataclass(eq=False)
+class _Pass:
+    """Takes note of what happens in a forward pass of `module` on `example`."""
+
+    module: nn.Module
+    example: Tensor
+    token_grid: Grid | None
+    runs: list[_Run] = field(default_factory=list)
+    attended: list[_Attended] = field(default_factory=list)
+    heads: list[_Head] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        attending = _attending(self.module)
+        handles = []
+        for name, module in self.module.named_modules():
+            if name in attending:
+                handles.append(module.register_forward_pre_hook(self._begin(name)))
+                handles.append(module.register_forward_hook(self._attend))
+            # Inside of an attention module, heads and keys take the place of channels and positions.
+            if name and not any(name.startswith(f"{outer}.") for outer in attending):
+                handles.append(module.register_forward_hook(self._end(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, name: str) -> Any:
+        return lambda module, args: self.attended.append(_Attended(name, len(self.runs)))
+
+    def _attend(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        x = args[0] if args else None
+        out = output[0] if isinstance(output, tuple) else output
+        if isinstance(x, Tensor) and x.ndim == 3 and len(x) == 1 and isinstance(out, Tensor) and understood(module):
+            # Whatever else it was given, such as a mask or other keys, would show in its output.
+            again = attend(module, x)[1]
+            if again.shape == out.shape and _close(again, out):
+                self.attended[-1].x = x
+
+    def _end(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+            self.calls[name] += 1
+            if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != 1:
+                return
+            if isinstance(module, nn.Conv2d) and output.ndim == 4:
+                self.grids.append((output.shape[2], output.shape[3]))
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and args and isinstance(args[0], Tensor):
+                self._note_head(module, args[0], output)
+            self._note_run(f"{name}#{self.calls[name]}", module, output)
 
         return hook
 
-    handles = [m.register_forward_hook(note(name)) for name, m in module.named_modules() if name]
-    try:
-        with torch.no_grad():
-            logits = module(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _note_head(self, module: nn.Linear | nn.Conv2d, x: Tensor, output: Tensor) -> None:
+        weight = module.weight.flatten(1)
+        if x.shape[1:].numel() == weight.shape[1] and output.shape[1:].numel() == len(weight):
+            self.heads.append(_Head(weight, x.flatten(1).clone(), output))
 
-    calls = [run.name for run in runs]
-    once = [run for run in runs if calls.count(run.name) == 1 and run.output.shape[-1] * run.output.shape[-2] > 1]
-    spatial = {run.name: _layer(run) for run in once}
-    pooled = {id(run.output) for run in runs if "Pool" in type(run.module).__name__}
-    last: dict[tuple[int, int], Layer] = {}
-    for run in once:
-        if not run.negative and id(run.output) not in pooled:
-            last[(run.output.shape[-2], run.output.shape[-1])] = _layer(run)
-    layers = tuple(sorted(last.values(), key=lambda layer: -layer.height * layer.width))
-    return spatial, layers, logits.shape[-1]
+    def _note_run(self, name: str, module: nn.Module, output: Tensor) -> None:
+        layer = self._layer(name, output)
+        if layer is None or layer.positions < 2:
+            return
+        A = layer.grid(output)
+        layer = replace(layer, signed=bool((A < 0).any()))
+        self.runs.append(_Run(layer, module, output, output._version, A.mean(dim=(2, 3)), alive=bool(A.any())))
+
+    def _layer(self, name: str, output: Tensor) -> Layer | None:
+        """How the output lies in space, if it does."""
+        if 0 in output.shape:
+            return None
+        if output.ndim == 4:
+            _, a, b, c = output.shape
+            if c > 1 and bool((output >= 0).all()) and bool(((output.sum(-1) - 1).abs() < 1e-3).all()):
+                return None  # attention, in a module of another name: each row is a distribution
+            if b * c > 1 and self._stretch(a, b) < self._stretch(b, c):
+                return Layer(name, c, a, b, form="NHWC")
+            return Layer(name, a, b, c)
+        if output.ndim == 3:
+            grid = self.find_grid(output.shape[1])
+            if grid is not None:
+                h, w = grid
+                return Layer(name, output.shape[2], h, w, form="tokens", prefix=output.shape[1] - h * w)
+        return None
+
+    def _stretch(self, h: int, w: int) -> float:
+        """How far the proportions are from the input's."""
+        return abs(math.log(h * self.example.shape[3] / (w * self.example.shape[2])))
+
+    def find_grid(self, tokens: int) -> Grid | None:
+        """The grid that leaves the fewest tokens over: the one configured, or that of a convolution that has run."""
+        if self.token_grid is not None:
+            return self.token_grid if 0 <= tokens - math.prod(self.token_grid) < math.prod(self.token_grid) else None
+        fits = [grid for grid in self.grids if 0 <= tokens - math.prod(grid) <= MAX_PREFIX]
+        return max(reversed(fits), key=math.prod, default=None)
+
+    def named_runs(self) -> list[_Run]:
+        """The runs, where a module that ran once has no number; which of them are pooled or activated is known now."""
+        pooled = {id(run.output) for run in self.runs if "Pool" in type(run.module).__name__}
+        active = {(id(run.output), run.version) for run in self.runs if _ACTIVATION.search(type(run.module).__name__)}
+        for run in self.runs:
+            if self.calls[run.layer.module] == 1:
+                run.layer = replace(run.layer, name=run.layer.module)
+            run.pooled = id(run.output) in pooled
+            run.activated = (id(run.output), run.version) in active
+        return self.runs
+
+    def attention(self) -> tuple[tuple[str, ...], int, Grid | None]:
+        """The modules, prefix and grid; nothing unless all are understood, run once and see the same tokens."""
+        names = tuple(call.name for call in self.attended)
+        lengths = {None if call.x is None else call.x.shape[1] for call in self.attended}
+        tokens = lengths.pop() if len(lengths) == 1 and len(set(names)) == len(names) else None
+        grid = None if tokens is None else self.find_grid(tokens)
+        if tokens is None or grid is None or math.prod(grid) < 2:
+            return (), 0, None
+        return names, tokens - math.prod(grid), grid
 
 
-def _layer(run: _Run) -> Layer:
-    _, channels, height, width = run.output.shape
-    return Layer(run.name, channels, height, width, run.negative)
+def _attending(module: nn.Module) -> set[str]:
+    """The innermost modules that are called attention: a block that is called so holds another."""
+    named = re.compile("attention|attn", re.IGNORECASE)
+    found = [name for name, m in module.named_modules() if name and named.search(type(m).__name__)]
+    return {name for name in found if not any(inner.startswith(f"{name}.") for inner in found)}
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """The same but for rounding."""
+    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+
+
+# ---- choosing --------------------------------------------------------------------------------------------------------
+
+
+def _several(runs: Sequence[_Run]) -> tuple[Layer, ...]:
+    """At each resolution the last [N, K, h, w] that is nowhere negative and that no pooling has made.
+
+    That is what the Poly-CAM paper calls the layers at a change of resolution. Where there is none, as in networks of
+    SiLU or GELU, it is the last that an activation has made. Of modules that share an output (a block and its last
+    activation) the outermost gives its name. One call of many is taken only where there is nothing else.
+    """
+    usable = [run for run in runs if run.layer.form == "NCHW" and not run.pooled and run.alive]
+    last: dict[Grid, Layer] = {}
+    for kind in ([run for run in usable if run.activated], [run for run in usable if not run.layer.signed]):
+        for some in (kind, [run for run in kind if run.layer.name == run.layer.module]):
+            last |= {(run.layer.height, run.layer.width): run.layer for run in some}
+    return tuple(sorted(last.values(), key=lambda layer: -layer.positions))
+
+
+def _single(runs: Sequence[_Run], layers: Sequence[Layer], attended: Sequence[_Attended]) -> Layer | None:
+    """Where a method of one layer looks: the deepest one of which every position still counts.
+
+    In a transformer that is what enters the last attention, the output of the normalisation before it: whatever follows
+    may reach the logits through the class token alone.
+    """
+    unpooled = [run for run in runs if not run.pooled]
+    # A layer that only changes the order of the dimensions says nothing of where the network ends.
+    made = [run for run in unpooled if run.activated or next(run.module.parameters(), None) is not None]
+    if not made:
+        return None
+    if attended and made[-1].layer.form != "NCHW" and attended[-1].began > 0:
+        return runs[attended[-1].began - 1].layer
+    if layers and not layers[-1].signed and layers[-1].positions == min(run.layer.positions for run in unpooled):
+        return layers[-1]
+    return made[-1].layer
+
+
+def _gap(runs: Sequence[_Run], heads: Sequence[_Head], logits: Tensor) -> GapHead | None:
+    """The head, if the logits are a linear function of some layer's mean; seen by their values."""
+    head = next((h for h in reversed(heads) if torch.equal(h.output.flatten(1), logits)), None)
+    if head is None or not head.x.any():
+        return None
+    means = [run for run in reversed(runs) if run.mean.shape == head.x.shape and _close(run.mean, head.x)]
+    return GapHead(means[0].layer, head.weight.detach()) if means else None
+
+
+def find_layer(name: str, spatial: Mapping[str, Layer]) -> Layer | None:
+    """The layer of that name; "name#1" is also that of a module that runs once."""
+    return spatial.get(name) or spatial.get(name.removesuffix("#1"))
+
+
+def calls_of(name: str, spatial: Mapping[str, Layer]) -> list[str]:
+    """The names of the calls of a module that runs several times."""
+    return [layer.name for layer in spatial.values() if layer.module == name and layer.name != name]

@@ -36,7 +36,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     height, width = config.input_size
     try:
-        spatial, layers, classes = probe(module, _example(height, width).to(device, dtype))
+        found = probe(module, _example(height, width).to(device, dtype))
     except Exception as error:
         raise ConfigError(
             f"{where}: the network does not run on an input of [1, 3, {height}, {width}]: {error}"
@@ -49,10 +49,16 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         device=device,
         dtype=dtype,
         preprocessing=Preprocessing((height, width), config.mean, config.std, config.interpolation),
-        labels=_labels(config, classes, where),
-        classes=classes,
-        spatial=spatial,
-        layers=layers if config.layers is None else _named(config.layers, spatial, where),
+        labels=_labels(config, found.classes, where),
+        classes=found.classes,
+        spatial=found.spatial,
+        layers=found.layers if config.layers is None else _named(config.layers, found.spatial, where),
+        layer=found.layer,
+        head="sigmoid" if found.classes == 1 else "softmax",
+        gap=found.gap,
+        attention=found.attention,
+        attention_prefix=found.attention_prefix,
+        attention_grid=found.attention_grid,
         random_weights=config.allow_random_weights and config.weights is None,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from camserve_server.errors import InvalidArgument, Unservable
-from camserve_server.models.layers import Layer
+from camserve_server.models.layers import GapHead, Grid, Layer, calls_of, find_layer
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.plan import Image
 
@@ -21,10 +21,13 @@ LaneKind = Literal["forward", "gradient", "ascend"]
 
 @dataclass(eq=False)
 class Model:
-    """`module` maps [N, 3, H, W] to logits [N, classes]; its parameters need no gradient.
+    """`module` maps [N, C, H, W] to logits [N, classes]; its parameters need no gradient.
 
-    `layers` are the defaults of methods that look at several, fine to coarse; the last of them is the default of those
-    that look at one. `spatial` are all that can be named. `batch_sizes` are set at warm-up, one for each lane.
+    `layers` are the defaults of methods that look at several, fine to coarse; `layer` is that of those that look at
+    one. `spatial` are all that can be named, in run order. `head` says how logits become probabilities. `gap` is there
+    if the logits are a linear function of a layer's mean. `attention` names the global self-attention modules, of which
+    the input has `attention_prefix` tokens, the class token first, and then `attention_grid`. `batch_sizes` are set at
+    warm-up, one for each lane.
     """
 
     name: str
@@ -38,13 +41,14 @@ class Model:
     classes: int
     spatial: dict[str, Layer]
     layers: tuple[Layer, ...]
+    layer: Layer | None
+    head: Head
+    gap: GapHead | None = None
+    attention: tuple[str, ...] = ()
+    attention_prefix: int = 0
+    attention_grid: Grid | None = None
     random_weights: bool = False
     batch_sizes: dict[LaneKind, int] = field(default_factory=dict)
-
-    @property
-    def head(self) -> Head:
-        """How logits become probabilities."""
-        return "sigmoid" if self.classes == 1 else "softmax"
 
     @property
     def precision(self) -> str:
@@ -52,7 +56,7 @@ class Model:
         return {torch.float32: "fp32", torch.float64: "fp64"}[self.dtype]
 
     def image(self, tensor: Tensor) -> Image:
-        """A preprocessed [3, H, W] on the model's device, in its precision, with its normalisation."""
+        """A preprocessed [C, H, W] on the model's device, in its precision, with its normalisation."""
         values = (tensor, Preprocessing.column(self.preprocessing.mean), Preprocessing.column(self.preprocessing.std))
         return Image(*(value.to(self.device, self.dtype) for value in values))
 
@@ -84,22 +88,33 @@ class Model:
 
     def find_layers(self, names: Sequence[str], field: str) -> tuple[Layer, ...]:
         """The layers of those names. Raises InvalidArgument for one that does not exist or has no spatial output."""
+        found = []
         for i, name in enumerate(names):
-            if name not in self.spatial:
-                raise InvalidArgument(
-                    f"{self.name} has no layer {name!r} that is run once and whose output is [N, K, h, w]"
-                    f"{_nearest(name, self.spatial)}",
-                    field=f"{field}[{i}]",
-                )
-        return tuple(self.spatial[name] for name in names)
+            layer = find_layer(name, self.spatial)
+            if layer is None:
+                raise InvalidArgument(f"{self.name} has {no_layer(name, self.spatial)}", field=f"{field}[{i}]")
+            found.append(layer)
+        return tuple(found)
 
     def default_layers(self, many: bool) -> tuple[Layer, ...]:
-        """Its own choice: all resolutions, fine to coarse, or the coarsest alone. Raises Unservable if it has none."""
-        if not self.layers:
-            raise Unservable(f"{self.name} has no layer with a spatial, non-negative output; name the layers")
-        return self.layers if many else self.layers[-1:]
+        """Its own choice: all resolutions, fine to coarse, or a single layer. Raises Unservable if it has none."""
+        if many and not self.layers:
+            raise Unservable(
+                f"{self.name} has no layer [N, K, h, w] that is non-negative or made by an activation; name the layers"
+            )
+        if not many and self.layer is None:
+            raise Unservable(f"{self.name} has no layer with a spatial output")
+        return self.layers if many or self.layer is None else (self.layer,)
 
 
-def _nearest(name: str, known: Sequence[str] | dict[str, Layer]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3)
+def no_layer(name: str, spatial: Mapping[str, Layer]) -> str:
+    """ "no layer …": why there is none of that name, and what to name instead."""
+    calls = calls_of(name, spatial)
+    if calls:
+        return f"no single layer {name!r}: it runs {len(calls)} times; name one call, such as {calls[-1]}"
+    return f"no layer {name!r} whose output is spatial{_nearest(name, list(spatial))}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
     return f"; the nearest: {', '.join(close)}" if close else ""

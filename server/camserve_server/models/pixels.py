@@ -24,31 +24,39 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 class Preprocessing:
     """The whole image is resized to `size` (H, W), its proportions given up, and normalised by `mean` and `std`.
 
+    These have a number for each channel: three for colours, one for a model of grey-scale pictures.
     Nothing is cropped, so the map covers the image that the caller sent, as in the Poly-CAM paper.
     """
 
     size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     interpolation: Interpolation
 
     def __str__(self) -> str:
         height, width = self.size
         return f"squash {height}x{width} {self.interpolation}, mean {list(self.mean)}, std {list(self.std)}"
 
+    @property
+    def channels(self) -> int:
+        """C of the model's input: 1 or 3."""
+        return len(self.mean)
+
     def __call__(self, picture: PIL.Image.Image) -> Tensor:
-        """An RGB picture → [3, H, W] float32, normalised."""
+        """An RGB picture → [C, H, W] float32, normalised. Colours become grey by ITU-R BT.601's luma."""
         height, width = self.size
         resample = PIL.Image.Resampling[self.interpolation.upper()]
-        pixels = np.asarray(picture.resize((width, height), resample), dtype=np.float32).transpose(2, 0, 1) / 255
+        picture = picture.convert("L") if self.channels == 1 else picture
+        values = np.asarray(picture.resize((width, height), resample), dtype=np.float32)
+        pixels = np.atleast_3d(values).transpose(2, 0, 1) / 255
         mean, std = (self.column(values).numpy() for values in (self.mean, self.std))
         # In NumPy, because this runs beside the engine's thread: see device.py.
         return torch.from_numpy(np.ascontiguousarray((pixels - mean) / std, dtype=np.float32))
 
     @staticmethod
-    def column(values: tuple[float, float, float]) -> Tensor:
-        """[3, 1, 1] float64, to meet an image."""
-        return torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
+    def column(values: tuple[float, ...]) -> Tensor:
+        """[C, 1, 1] float64, to meet an image."""
+        return torch.tensor(values, dtype=torch.float64).view(-1, 1, 1)
 
 
 def decode(data: bytes, *, max_pixels: int, field: str) -> PIL.Image.Image:

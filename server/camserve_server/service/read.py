@@ -107,7 +107,7 @@ def _at_most(limit: int, values: Sequence[object], field: str) -> None:
 
 
 def _image(image: pb.Image, model: Model, config: Config) -> Tensor:
-    height, width = model.preprocessing.size
+    expected = [model.preprocessing.channels, *model.preprocessing.size]
     match image.WhichOneof("content"):
         case "encoded":
             picture = decode(image.encoded, max_pixels=config.max_image_pixels, field="image.encoded")
@@ -125,9 +125,9 @@ def _image(image: pb.Image, model: Model, config: Config) -> Tensor:
             return model.preprocessing(from_pixels(values))
         case "tensor":
             tensor = _tensor(image.tensor, "image.tensor")
-            if tensor.shape != (3, height, width):
+            if list(tensor.shape) != expected:
                 raise InvalidArgument(
-                    f"{model.name} takes a tensor of [3, {height}, {width}], not {list(tensor.shape)}",
+                    f"{model.name} takes a tensor of {expected}, not {list(tensor.shape)}",
                     field="image.tensor.shape",
                     reason="WRONG_SHAPE",
                 )
