@@ -6,13 +6,22 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from camserve_server.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
-Triple = tuple[float, float, float]
+
+
+def _one_or_three(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) not in (1, 3):
+        raise ValueError(f"{len(values)} numbers; expected three, or one for a network of grey-scale pictures")
+    return values
+
+
+Numbers = Annotated[tuple[float, ...], AfterValidator(_one_or_three)]
+NumbersAbove0 = Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_one_or_three)]
 
 
 class ModelConfig(BaseModel):
@@ -24,21 +33,34 @@ class ModelConfig(BaseModel):
     source: Annotated[
         str,
         Field(
-            pattern=r"^(embedded|torchvision|python):.+$",
-            description="embedded:efficientnet-lite0, torchvision:NAME or python:package.module:factory.",
+            pattern=r"^(embedded|torchvision|timm|python):.+$",
+            description="embedded:efficientnet-lite0, torchvision:NAME, timm:NAME or python:package.module:factory.",
         ),
     ]
     weights: Annotated[
-        str | None, Field(description="A .safetensors, .pt or .pth file, or a torchvision name of weights.")
+        str | None,
+        Field(description='A .safetensors, .pt or .pth file, a torchvision name of weights, or timm\'s "pretrained".'),
     ] = None
-    allow_random_weights: Annotated[bool, Field(description="Serve a torchvision network untrained.")] = False
+    allow_random_weights: Annotated[bool, Field(description="Serve a network of torchvision or timm untrained.")] = (
+        False
+    )
     layers: Annotated[
         list[str] | None, Field(min_length=1, description="Fine to coarse; found by itself if left out.")
     ] = None
+    layer: Annotated[
+        str | None, Field(description="For methods that look at one layer; found by itself if left out.")
+    ] = None
+    token_grid: Annotated[
+        tuple[Positive, Positive] | None,
+        Field(description="[height, width] of a transformer's patches; found by itself if left out."),
+    ] = None
+    head: Annotated[
+        Literal["softmax", "sigmoid"] | None, Field(description="softmax, or sigmoid for one logit, if left out.")
+    ] = None
     labels: Annotated[str | None, Field(description='"imagenet", or a file with one label a line.')] = None
     input_size: Annotated[tuple[Positive, Positive], Field(description="[height, width] in pixels.")] = (224, 224)
-    mean: Annotated[Triple, Field(description="Per channel, of pixels in [0, 1].")] = (0.485, 0.456, 0.406)
-    std: Annotated[Triple, Field(description="Per channel, of pixels in [0, 1].")] = (0.229, 0.224, 0.225)
+    mean: Annotated[Numbers, Field(description="Per channel, of pixels in [0, 1].")] = (0.485, 0.456, 0.406)
+    std: Annotated[NumbersAbove0, Field(description="Per channel, of pixels in [0, 1].")] = (0.229, 0.224, 0.225)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     precision: Annotated[Literal["fp32", "fp64"], Field(description="Arithmetic of the network.")] = "fp32"
     batch_size: Annotated[

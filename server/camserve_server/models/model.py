@@ -26,8 +26,8 @@ class Model:
     `layers` are the defaults of methods that look at several, fine to coarse; `layer` is that of those that look at
     one. `spatial` are all that can be named, in run order. `head` says how logits become probabilities. `gap` is there
     if the logits are a linear function of a layer's mean. `attention` names the global self-attention modules, of which
-    the input has `attention_prefix` tokens, the class token first, and then `attention_grid`. `batch_sizes` are set at
-    warm-up, one for each lane.
+    the input has `attention_prefix` tokens, the class token first, and then `attention_grid`. `batch_sizes` and, where
+    they were measured, `rows_per_s` are set at warm-up, one for each lane.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Model:
     attention_grid: Grid | None = None
     random_weights: bool = False
     batch_sizes: dict[LaneKind, int] = field(default_factory=dict)
+    rows_per_s: dict[LaneKind, float] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:

