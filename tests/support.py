@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from camserve_server import registry
-from camserve_server.engine import Engine, Event, Job
-from camserve_server.explain import Explained, MethodCall, MetricCall, explain, rows_needed
-from camserve_server.models.layers import probe
+from camserve_server.engine import Engine
+from camserve_server.explain import Explained, MethodCall, MetricCall, explain, limits, rows_needed
+from camserve_server.job import Event, Job
+from camserve_server.models.layers import Layer, probe
 from camserve_server.models.load import state_digest
-from camserve_server.models.model import Head, Model
+from camserve_server.models.model import Head, LaneKind, Model
 from camserve_server.models.pixels import Preprocessing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -71,12 +72,14 @@ def running(*models: Model, **options: Any) -> Iterator[Engine]:
         engine.close()
 
 
-def call(model: Model, method: str, layers: Sequence[str] | None = None, **parameters: object) -> MethodCall:
+def call(model: Model, method: str, layers: Sequence[str] | None = None, seed: int = 0, **given: object) -> MethodCall:
     """The method with its parameters, on those layers or the model's own."""
     entry = registry.METHODS[method]
-    many = entry.layers == "many"
-    named = model.find_layers(layers, "layers") if layers else model.default_layers(many)
-    return MethodCall(entry, entry.check(parameters, "parameters"), () if entry.layers == "none" else named)
+    if entry.layers == "none":
+        found: tuple[Layer, ...] = ()
+    else:
+        found = model.find_layers(layers, "layers") if layers else model.default_layers(entry.layers == "many")
+    return MethodCall(entry, entry.check(given, "parameters"), found, seed)
 
 
 def metric(name: str, **parameters: object) -> MetricCall:
@@ -90,19 +93,24 @@ def submit(
     model: Model,
     x: Tensor,
     subject: MethodCall | Tensor,
-    targets: Sequence[int] = (),
+    targets: Sequence[int] | int = 1,
     metrics: Sequence[MetricCall] = (),
     events: list[Event] | None = None,
-    **options: Any,
+    *,
+    budget: int = 0,
+    deadline: float | None = None,
+    batch_sizes: Mapping[LaneKind, int] | None = None,
 ) -> Job[Explained]:
-    """Hands in the plan of one request; x [3, H, W] is preprocessed."""
+    """Hands in the plan of one request; x [C, H, W] is preprocessed."""
     method = subject if isinstance(subject, MethodCall) else None
+    maps = targets if isinstance(targets, int) else len(targets)
     return engine.submit(
         explain(model, model.image(x), targets, subject, metrics),
         model,
-        rows=rows_needed(model, method, metrics, max(1, len(targets))),
+        rows=rows_needed(model, method, metrics, maps),
+        limits=limits(model, method, metrics, maps, budget=budget, deadline=deadline),
+        batch_sizes=batch_sizes,
         tell=(lambda event: None) if events is None else events.append,
-        **options,
     )
 
 

@@ -10,13 +10,14 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import structlog
 import torch
+from torch import Tensor
 
 from camserve_server.device import Lane, Part, Work, run, start_work
 from camserve_server.errors import (
@@ -28,66 +29,14 @@ from camserve_server.errors import (
     QueueFull,
     Unavailable,
 )
-from camserve_server.models.model import Model
-from camserve_server.plan import Answer, Level, Plan, Query, Remark, Report, Spare, Stage
+from camserve_server.job import Counters, Event, Job, Limits, Progress
+from camserve_server.models.model import LaneKind, Model
+from camserve_server.plan import Answer, ClassWeights, Plan, Query, Report, Spare
 from camserve_server.scheduler import Batch, Scheduler
 
+NO_LIMITS = Limits()
 T = TypeVar("T")
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Rows done and rows in all, as far as is known; the total may shrink."""
-
-    rows_done: int
-    rows_total: int
-
-
-Event = Progress | Level | Stage | Remark
-
-
-@dataclass(eq=False)
-class Job(Generic[T]):
-    """A plan in flight. `future` gives its result or raises a CamserveError; `cancel` may be called from any thread.
-
-    The other fields belong to the engine's thread until the future is done; then they are the job's cost.
-    """
-
-    id: int
-    plan: Plan[T]
-    model: Model
-    future: Future[T]
-    tell: Callable[[Event], None]
-    owed: int
-    deadline: float | None
-    submitted: float
-    rows: int = 0
-    batches: int = 0
-    first_batch: float | None = None
-    finished: float | None = None
-    work: Work | None = None
-    lane: Lane | None = None
-
-    @property
-    def queue_ms(self) -> float:
-        """From arrival to the first batch."""
-        return 1e3 * ((self.first_batch or self.finished or self.submitted) - self.submitted)
-
-    @property
-    def compute_ms(self) -> float:
-        """From the first batch to the result."""
-        return 1e3 * ((self.finished or 0.0) - self.first_batch) if self.first_batch else 0.0
-
-
-@dataclass
-class Counters:
-    """What the engine has done since it started."""
-
-    batches: int = 0
-    rows: int = 0
-    padding: int = 0
-    rows_by_job: dict[int, int] = field(default_factory=dict)
 
 
 class Engine:
@@ -111,6 +60,7 @@ class Engine:
         self._owed: dict[int, int] = {}
         self._closing = False
         self._rows_per_s = 0.0
+        self._fits: dict[tuple[str, LaneKind], int] = {}  # largest batch, once memory has run out
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.died: Future[None] = Future()  # done when the thread has ended; with an exception if it broke
@@ -127,14 +77,17 @@ class Engine:
         model: Model,
         *,
         rows: int,
-        deadline: float | None = None,
+        limits: Limits = NO_LIMITS,
+        batch_sizes: Mapping[LaneKind, int] | None = None,
         tell: Callable[[Event], None] = lambda event: None,
     ) -> Job[T]:
         """Takes in a plan that will ask for at most about `rows` rows of `model`.
 
-        `deadline` is of `time.monotonic()`. `tell` is called on the engine's thread and must not block. Raises
-        Unavailable while closing, QueueFull if the rows owed would be too many.
+        `batch_sizes` are the model's own unless given. `tell` is called on the engine's thread and must not block.
+        Raises Unavailable while closing, QueueFull if the rows owed would be too many.
         """
+        if limits.budget is not None:
+            rows = min(rows, limits.budget)
         now = time.monotonic()
         with self._lock:
             if self._closing:
@@ -146,7 +99,8 @@ class Engine:
                     f"{owed} rows are owed already and this request needs {rows}; the limit is {self._max_rows_owed}",
                     retry_after_s=wait_s,
                 )
-            job = Job(next(self._ids), plan, model, Future(), tell, rows, deadline, now)
+            sizes = {**model.batch_sizes, **(batch_sizes or {})}
+            job = Job(next(self._ids), plan, model, Future(), tell, rows, limits, now, sizes)
             job.future.set_running_or_notify_cancel()  # only the engine settles it
             self._owed[job.id] = rows
         self._inbox.put(lambda: self._begin(job))
@@ -180,6 +134,7 @@ class Engine:
                 while not self._stop:
                     self._read_inbox()
                     self._drop_expired()
+                    self._cut_short()
                     batch = self._scheduler.next_batch()
                     if batch is not None:
                         self._run_batch(batch)
@@ -213,7 +168,7 @@ class Engine:
 
     def _drop_expired(self) -> None:
         now = time.monotonic()
-        for job in [j for j in self._jobs.values() if j.deadline is not None and j.deadline <= now]:
+        for job in [j for j in self._jobs.values() if j.limits.deadline is not None and j.limits.deadline <= now]:
             waited = 1e3 * (now - job.submitted)
             self._end(
                 job,
@@ -222,6 +177,13 @@ class Engine:
                     metadata={"queue_ms": f"{job.queue_ms:.0f}", "rows_done": str(job.rows)},
                 ),
             )
+
+    def _cut_short(self) -> None:
+        """Answers what can be answered early with what is there, for those whose time is up."""
+        for job in [job for job in self._jobs.values() if _time_is_up(job)]:
+            work = job.work
+            if work is not None and work.least is not None and job.done >= work.least:
+                self._answer(job, work)
 
     def _begin(self, job: Job[Any]) -> None:
         self._jobs[job.id] = job
@@ -236,9 +198,8 @@ class Engine:
                 if torch.is_grad_enabled():
                     torch.set_grad_enabled(False)
                     raise RuntimeError("the plan left the grad mode on across a yield")
-                answer = self._remark(job, query)
+                answer = self._remark(job, query) or self._ask(job, query)
                 if answer is None:
-                    self._ask(job, query)
                     return
             except StopIteration as stop:
                 self._end(job, result=stop.value)
@@ -247,9 +208,11 @@ class Engine:
                 self._end(job, error=error)
                 return
 
-    def _remark(self, job: Job[Any], query: Query[Any]) -> Answer[None] | None:
+    def _remark(self, job: Job[Any], query: Query[Any]) -> Answer[Any] | None:
         """Answers a query that costs nothing; None for one that costs rows."""
         match query:
+            case ClassWeights(index):
+                return partial(_class_weights, job.model, index)
             case Spare(rows):
                 self._owe(job, job.owed - rows)
             case Report(event):
@@ -258,10 +221,24 @@ class Engine:
                 return None
         return _nothing
 
-    def _ask(self, job: Job[Any], query: Query[Any]) -> None:
-        job.lane, job.work = start_work(query, job.model)
-        later = max(0, job.owed - job.work.rows)
-        self._scheduler.ask(job.id, job.lane, job.work.rows, width=job.work.width, later=later)
+    def _ask(self, job: Job[Any], query: Query[Any]) -> Answer[Any] | None:
+        """Puts the query to the scheduler; if no row is left for it, answers it."""
+        lane, work = start_work(query, job.model, job.batch_sizes)
+        job.most, job.done = work.rows, 0
+        if work.least is not None:
+            if job.limits.budget is not None:
+                job.most = min(work.rows, job.limits.budget - job.limits.reserved - job.rows)
+            if _time_is_up(job):
+                job.most = 0
+            job.most = min(work.rows, max(work.least, job.most))
+        if not job.most:
+            self._owe(job, job.owed - work.rows)
+            job.cut_at = job.rows if work.rows else job.cut_at
+            return work.answer
+        job.lane, job.work = lane, work
+        later = max(0, job.owed - work.rows)
+        self._scheduler.ask(job.id, lane, job.most, width=min(work.width, job.most), later=later)
+        return None
 
     def _owe(self, job: Job[Any], rows: int) -> None:
         job.owed = max(0, rows)
@@ -304,7 +281,8 @@ class Engine:
             if size == 1:
                 raise OutOfMemory(f"one row of {model.name} does not fit into the device's memory") from error
             torch.cuda.empty_cache()
-            model.batch_sizes[lane.kind] = size // 2
+            self._fits[model.name, lane.kind] = size // 2
+            model.batch_sizes[lane.kind] = min(model.batch_sizes[lane.kind], size // 2)
             log.warning("out of memory, batch halved", model=model.name, lane=lane.kind, size=size // 2)
             for chunk in _chunks(parts, size // 2):
                 self._run_halving(model, lane, chunk)
@@ -315,16 +293,24 @@ class Engine:
             return
         rows = part.stop - part.start
         job.rows += rows
+        job.done = part.stop
         job.batches += 1
         self.counters.rows_by_job[job.id] = job.rows
         work = self._work(job)
-        answered = work.answered()
-        self._owe(job, job.owed - rows - (work.rows - part.stop if answered else 0))
+        self._owe(job, job.owed - rows)
         _tell(job, Progress(job.rows, job.rows + job.owed))
-        if answered:
-            self._scheduler.drop(job.id)
-            job.work = None
-            self._step(job, work.answer)
+        if work.answered() or part.stop >= job.most:
+            self._answer(job, work)
+
+    def _answer(self, job: Job[Any], work: Work) -> None:
+        """Sends the plan its answer; the rows that are not done are owed no more."""
+        left = work.rows - job.done
+        if not work.answered():
+            job.cut_at = job.rows
+        self._owe(job, job.owed - left)
+        self._scheduler.drop(job.id)
+        job.work = None
+        self._step(job, work.answer)
 
     def _end(self, job: Job[Any], *, result: Any = None, error: Exception | None = None) -> None:
         """Closes the plan, on this thread and nowhere else, and settles the future."""
@@ -357,7 +343,7 @@ class Engine:
         return job.work
 
     def _size(self, lane: Lane) -> int:
-        return self.models[lane.model].batch_sizes[lane.kind]
+        return min(lane.size, self._fits.get((lane.model, lane.kind), lane.size))
 
     def _count(self, rows: int, size: int, seconds: float) -> None:
         self.counters.batches += 1
@@ -368,6 +354,15 @@ class Engine:
 
 def _nothing() -> None:
     return None
+
+
+def _class_weights(model: Model, index: Sequence[int]) -> tuple[str, Tensor]:
+    assert model.gap is not None, "a model that is asked for its weights has a linear head"
+    return model.gap.layer.name, model.gap.weight[list(index)]
+
+
+def _time_is_up(job: Job[Any]) -> bool:
+    return job.limits.until is not None and job.limits.until <= time.monotonic()
 
 
 def _tell(job: Job[Any], event: Event) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from camserve_server.errors import Expired, OutOfRange
+from camserve_server.job import Limits
 from camserve_server.models.layers import Layer
 from camserve_server.models.model import Model
 from camserve_server.plan import Image, Measured, Plan, Predict, Report, SaliencyMaps, Stage, Targets
@@ -22,6 +25,7 @@ class MethodCall:
     method: Method
     parameters: Mapping[str, Value]
     layers: tuple[Layer, ...]
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,10 @@ class MetricCall:
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """`maps` [T, H, W] float32 in [0, 1] and `raw` [T, h, w], on the host; `scores` a list for each target."""
+    """`maps` [T, H, W] float32 in [0, 1] and `raw` [T, h, w], on the host; `scores` a list for each target.
+
+    `share` says how much of the method's full sum was done, in [0, 1].
+    """
 
     logits: Tensor
     targets: Targets
@@ -42,39 +49,92 @@ class Explained:
     raw: Tensor
     scores: tuple[tuple[Measured, ...], ...]
     warnings: tuple[tuple[str, ...], ...]
+    share: float = 1.0
 
 
 def rows_needed(model: Model, call: MethodCall | None, metrics: Sequence[MetricCall], targets: int) -> int:
     """The most rows that the request can take."""
-    rows = 1
+    rows = 1 + rows_of_metrics(model, metrics, targets)
     if call is not None:
-        sizes = Sizes([layer.channels for layer in call.layers], targets, model.preprocessing.size)
-        rows += call.method.rows(sizes, **call.parameters)
+        rows += call.method.rows(_sizes(model, call, targets), **call.parameters)
+    return rows
+
+
+def _sizes(model: Model, call: MethodCall, targets: int) -> Sizes:
+    return Sizes([layer.channels for layer in call.layers], targets, model.preprocessing.size)
+
+
+def rows_of_metrics(model: Model, metrics: Sequence[MetricCall], targets: int) -> int:
+    """The most rows that the scores of so many maps can take."""
     one = Sizes([], 1, model.preprocessing.size)
-    return rows + targets * sum(m.metric.rows(one, **m.parameters) for m in metrics)
+    return targets * sum(m.metric.rows(one, **m.parameters) for m in metrics)
+
+
+def limits(
+    model: Model,
+    call: MethodCall | None,
+    metrics: Sequence[MetricCall],
+    targets: int,
+    *,
+    budget: int,
+    deadline: float | None,
+) -> Limits:
+    """What the request has to keep to, so that a method that can stop early does so in time.
+
+    `budget` rows (0: no limit); `deadline` of `time.monotonic()`. Raises OutOfRange for a budget, and Expired for a
+    deadline, that cannot be kept to even by an otherwise idle server.
+    """
+    reserved = rows_of_metrics(model, metrics, targets)
+    least = rows_needed(model, call, metrics, targets)
+    anytime = call is not None and call.method.least is not None
+    if call is not None and call.method.least is not None:
+        least = 1 + reserved + call.method.least(_sizes(model, call, targets), **call.parameters)
+    if budget and budget < least:
+        raise OutOfRange(
+            f"{_subject(call)} takes {'at least' if anytime else 'up to'} {least} rows here, {reserved} of them for "
+            f"metrics{'' if anytime else ', and cannot stop early'}; the budget is {budget}",
+            field="budget",
+        )
+    until = None
+    if deadline is not None and "forward" in model.rows_per_s:
+        left, rate = deadline - time.monotonic(), model.rows_per_s["forward"]
+        if least / rate > left:
+            raise Expired(
+                f"{_subject(call)} takes {'at least' if anytime else 'up to'} {least} rows, {least / rate:.3g} s of an "
+                f"otherwise idle server; the deadline is in {max(0.0, left):.3g} s",
+                reason="DEADLINE_UNREACHABLE",
+            )
+        # Metrics, the answer and the way back need their time.
+        until = deadline - 1.5 * reserved / rate - 0.1 * left if anytime else None
+    return Limits(deadline, until, budget or None, reserved)
+
+
+def _subject(call: MethodCall | None) -> str:
+    return call.method.name if call else "the request"
 
 
 def explain(
-    model: Model, x: Image, targets: Sequence[int], subject: MethodCall | Tensor, metrics: Sequence[MetricCall]
+    model: Model, x: Image, targets: Sequence[int] | int, subject: MethodCall | Tensor, metrics: Sequence[MetricCall]
 ) -> Plan[Explained]:
-    """A map for each target (the predicted class if there is none), and its scores.
+    """A map for each target (or for so many of the likeliest classes, if it is a number), and its scores.
 
     `subject` is the method that makes the maps, or the one map [h, w] that is to be scored.
     """
     yield from Report(Stage("predict"))
     logits = yield from Predict(x)
-    index = tuple(targets) or (int(logits.argmax()),)
+    likeliest = logits.argsort(descending=True, stable=True)
+    index = tuple(likeliest[:targets].tolist() if isinstance(targets, int) else targets)
     at = torch.tensor(index, device=logits.device)
     c = Targets(index, model.probabilities(logits)[at], logits[at])
 
     if isinstance(subject, Tensor):
         raw = subject[None].to(x.tensor)
         maps = up(raw, x.size).clamp(0, 1)
-        warnings: tuple[tuple[str, ...], ...] = (_constant(maps[0]),)
+        share, warnings = 1.0, [_constant(maps[0])]
     else:
         yield from Report(Stage("explain"))
         result = yield from _call(subject, x, c)
-        raw, (maps, warnings) = result.raw, finished(result, x.size)
+        raw, share, (maps, warnings) = result.raw, result.share, finished(result, x.size)
 
     scores = []
     for t in range(len(c)):
@@ -84,17 +144,18 @@ def explain(
             yield from Report(Stage(call.metric.name))
             measured.append((yield from call.metric.plan(x, one, maps[t], **call.parameters)))
         scores.append(tuple(measured))
-    return Explained(logits.cpu(), c, maps.float().cpu(), raw.float().cpu(), tuple(scores), warnings)
+    return Explained(logits.cpu(), c, maps.float().cpu(), raw.float().cpu(), tuple(scores), tuple(warnings), share)
 
 
 def _call(call: MethodCall, x: Image, c: Targets) -> Plan[SaliencyMaps]:
     names = [layer.name for layer in call.layers]
     where = {"none": (), "one": tuple(names), "many": (names,)}[call.method.layers]
-    result: SaliencyMaps = yield from call.method.plan(x, c, *where, **call.parameters)
+    seed = {"seed": call.seed} if call.method.seeded else {}
+    result: SaliencyMaps = yield from call.method.plan(x, c, *where, **call.parameters, **seed)
     return result
 
 
-def finished(result: SaliencyMaps, size: tuple[int, int]) -> tuple[Tensor, tuple[tuple[str, ...], ...]]:
+def finished(result: SaliencyMaps, size: tuple[int, int]) -> tuple[Tensor, list[tuple[str, ...]]]:
     """[T, H, W] in [0, 1] at the input's size, and each map's warnings.
 
     A map that is constant or not finite becomes zeros, with a warning, never NaN.
@@ -104,7 +165,7 @@ def finished(result: SaliencyMaps, size: tuple[int, int]) -> tuple[Tensor, tuple
     low, high = maps.flatten(1).amin(dim=1), maps.flatten(1).amax(dim=1)
     constant = finite & (low == high)
     maps = torch.where((finite & ~constant)[:, None, None], maps.clamp(0, 1), 0.0)
-    return maps, tuple(_degenerate(*kind) for kind in zip(finite.tolist(), constant.tolist(), strict=True))
+    return maps, [_degenerate(*kind) for kind in zip(finite.tolist(), constant.tolist(), strict=True)]
 
 
 def _constant(S: Tensor) -> tuple[str, ...]:

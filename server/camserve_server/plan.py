@@ -26,6 +26,9 @@ T = TypeVar("T")
 Answer = Callable[[], T]
 Plan = Generator["Query[Any]", Answer[Any], T]
 
+# Stands for the model's input [3, H, W] where a layer is named.
+INPUT = "<input>"
+
 # Maps [..., h, w] and a size (H, W) → maps [..., H, W].
 Resize = Callable[["Tensor", tuple[int, int]], "Tensor"]
 
@@ -79,10 +82,12 @@ class SaliencyMaps:
     """What a method returns: `raw` [T, h, w], a map for each target at the method's own resolution, unitless.
 
     `finish` brings them to the input's size and into [0, 1]; None stands for n(up(·)), the default of all papers.
+    `share` in [0, 1] says how much of the full sum they hold: 1 unless a budget or a deadline cut it short.
     """
 
     raw: Tensor
     finish: Resize | None = None
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,11 +128,27 @@ class Scores:
 class Score(Query[Scores]):
     """`len(rows)` rows. Answer: what the model says of the targets on each of them.
 
-    Answered whatever the number of targets: a row costs one forward pass, not one a class.
+    Answered whatever the number of targets: a row costs one forward pass, not one a class. If `least` is given, it may
+    be answered for the first n ≥ `least` rows only, where a budget or a deadline cuts the request short.
     """
 
     rows: Rows
     c: Targets
+    least: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Ablate(Query[Scores]):
+    """`len(channels)` rows. Answer: what the model says of the targets with one channel of the layer set to zero.
+
+    Row i is the image, and `channels[i]` the channel. `least` as in `Score`.
+    """
+
+    x: Image
+    c: Targets
+    layer: str
+    channels: Sequence[int]
+    least: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,19 +161,48 @@ class Gradients:
 
 @dataclass(frozen=True, eq=False)
 class Gradient(Query[Gradients]):
-    """`len(rows)` rows, each forward and backward. Row i is differentiated for the class `index[i]`."""
+    """`len(rows)` rows, each forward and backward. Row i is differentiated for the class `index[i]`.
+
+    `INPUT` among the layers stands for the rows themselves. `least` as in `Score`.
+    """
 
     rows: Rows
     index: Sequence[int]
     layers: Sequence[str]
+    least: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Summed:
+    """`total` [G, …], the sum of each group, and `counts` [G], the rows that are in it."""
+
+    total: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Query[Summed], Generic[T]):
+    """The rows of `of`. Answer: Σ_i `term(i, answer)` over the rows i ≡ g mod `groups`, for each group g.
+
+    `answer` is that of row i alone, [1, …]. Rows are added one by one in their order, as they are done, so the sum does
+    not depend on the batches, and nothing but the sum is kept.
+    """
+
+    of: Query[T]
+    term: Callable[[int, T], Tensor]
+    groups: int = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Ascent:
-    """`u` [T, K] after the last update; `history` the objective before each update, for each of the T."""
+    """`u` [T, K] after the last update; `history` the objective before each update, for each of the T.
+
+    `ended` says which have come to their end, and were not cut short.
+    """
 
     u: Tensor
     history: tuple[tuple[float, ...], ...]
+    ended: tuple[bool, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +211,7 @@ class Ascend(Query[Ascent]):
 
     Maximises `objective(t, y)` by Adam over `u0[t]` [K], where y [classes] are the logits of `row(u)` [3, H, W].
     Both callables are differentiated. `halt(history)` may end a variable's ascent before the update of the step it
-    has just seen.
+    has just seen. `least` as in `Score`.
     """
 
     u0: Tensor
@@ -170,9 +220,36 @@ class Ascend(Query[Ascent]):
     steps: int
     rate: float
     halt: Callable[[Sequence[float]], bool] | None = None
+    least: int | None = None
 
 
-# ---- remarks that cost nothing ---------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Attentions:
+    """Of a transformer: the attention [heads, L, L] of each block, each row a distribution over the L tokens.
+
+    The first `prefix` tokens are not of the image (the very first is the class token); the others are a `grid` (h, w).
+    """
+
+    blocks: tuple[Tensor, ...]
+    prefix: int
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Attend(Query[Attentions]):
+    """One row. Answer: what the tokens of the image attend to."""
+
+    x: Image
+
+
+# ---- what costs nothing ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassWeights(Query["tuple[str, Tensor]"]):
+    """Answer: the layer that global average pooling and one linear layer turn into logits, and its weights [T, K]."""
+
+    index: Sequence[int]
 
 
 @dataclass(frozen=True)

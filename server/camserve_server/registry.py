@@ -4,8 +4,9 @@
     def score_cam(x: Image, c: Targets, layer: str, *, batch: Annotated[int, Range(1, 9), "…"] = 3) -> Plan[…]:
 
 The signature is the schema. A third positional argument `layer` or `layers` says whether the method looks at one layer
-or several; keyword-only arguments are its parameters, with type, range, choices, default and meaning; the docstring's
-first line is its summary.
+or several; keyword-only arguments are its parameters, with type, range, choices, default and meaning; one called `seed`
+is the request's. The docstring is what is published: its first line is the summary, its sections `Equations:` and
+`Advice:` are shown by `camserve list methods` and in docs/methods.md.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from camserve_server.errors import InvalidArgument, NotFound, OutOfRange
+from camserve_server.errors import ConfigError, InvalidArgument, NotFound, OutOfRange
 from camserve_server.plan import Measured, Plan, SaliencyMaps
 
 Value = bool | int | float | str
 Layers = Literal["none", "one", "many"]
+Needs = Literal["", "gap", "attention"]
+NEEDS: dict[Needs, str] = {
+    "": "",
+    "gap": "global average pooling and one linear layer at its end",
+    "attention": "global self-attention and a class token",
+}
 _TYPES: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
@@ -79,6 +87,8 @@ class Entry:
     title: str
     paper: str
     summary: str
+    equations: str
+    advice: str
     parameters: tuple[Parameter, ...]
     plan: Callable[..., Plan[Any]]
     rows: Callable[..., int]
@@ -97,9 +107,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Method(Entry):
-    """A way to make saliency maps. `plan(x, c[, layer | layers], **parameters)` returns Plan[SaliencyMaps]."""
+    """A way to make saliency maps. `plan(x, c[, layer | layers], **parameters)` returns Plan[SaliencyMaps].
+
+    `needs` is what a model must have beside layers. A method that has a `least` number of rows can stop early, once it
+    has had these, for a budget or a deadline. The map of a `seeded` one depends on the seed; that of a `class_agnostic`
+    one does not depend on the class.
+    """
 
     layers: Layers
+    needs: Needs
+    least: Callable[..., int] | None
+    seeded: bool
+    class_agnostic: bool
 
 
 @dataclass(frozen=True)
@@ -117,13 +136,30 @@ F = TypeVar("F", bound=Callable[..., Plan[SaliencyMaps]])
 G = TypeVar("G", bound=Callable[..., Plan[Measured]])
 
 
-def method(name: str, *, title: str, paper: str, rows: Callable[..., int]) -> Callable[[F], F]:
-    """Registers a method. `rows(sizes, **parameters)` is the most rows that it can take."""
+def method(
+    name: str,
+    *,
+    title: str,
+    paper: str,
+    rows: Callable[..., int],
+    least: Callable[..., int] | None = None,
+    needs: Needs = "",
+    class_agnostic: bool = False,
+) -> Callable[[F], F]:
+    """Registers a method. `rows(sizes, **parameters)` is the most rows that it can take, `least(…)` the fewest."""
 
     def register(plan: F) -> F:
-        third = [*inspect.signature(plan).parameters][2:3]
+        arguments = [*inspect.signature(plan).parameters]
+        third = arguments[2:3]
         layers: Layers = "one" if third == ["layer"] else "many" if third == ["layers"] else "none"
-        METHODS[name] = Method(name, title, paper, _summary(plan), _parameters(plan), plan, rows, layers)
+        METHODS[name] = Method(
+            *(name, title, paper, *_described(plan), _parameters(plan), plan, rows),
+            layers=layers,
+            needs=needs,
+            least=least,
+            seeded="seed" in arguments,
+            class_agnostic=class_agnostic,
+        )
         return plan
 
     return register
@@ -136,7 +172,7 @@ def metric(
 
     def register(plan: G) -> G:
         METRICS[name] = Metric(
-            name, title, paper, _summary(plan), _parameters(plan), plan, rows, unit, higher_is_better
+            *(name, title, paper, *_described(plan), _parameters(plan), plan, rows), unit, higher_is_better
         )
         return plan
 
@@ -164,20 +200,40 @@ def _get(table: Mapping[str, E_], name: str, kind: str, field: str) -> E_:
 
 
 def discover() -> None:
-    """Imports every file of `methods/` and `metrics/`, which registers what is in them."""
+    """Imports every file of `methods/` and `metrics/`, which registers what is in them, and what is installed beside.
+
+    A package of anybody's brings methods by an entry point in the group `camserve.methods`, naming the module that
+    defines them. Raises ConfigError for one that cannot be imported.
+    """
     for package in ("camserve_server.methods", "camserve_server.metrics"):
         for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
             importlib.import_module(f"{package}.{module.name}")
+    for outside in entry_points(group="camserve.methods"):
+        try:
+            outside.load()
+        except Exception as error:
+            raise ConfigError(f"the entry point {outside.name} = {outside.value} cannot be loaded: {error}") from error
 
 
-def _summary(plan: Callable[..., object]) -> str:
-    return (inspect.getdoc(plan) or "").partition("\n")[0]
+def _described(plan: Callable[..., object]) -> tuple[str, str, str]:
+    """Summary, equations and advice, out of the docstring."""
+    text = inspect.getdoc(plan) or ""
+    sections = {"": "", "Equations": "", "Advice": ""}
+    section = ""
+    for line in text.splitlines():
+        if line.removesuffix(":") in sections and line.endswith(":"):
+            section = line.removesuffix(":")
+        else:
+            sections[section] += line.removeprefix("    ") + "\n"
+    return sections[""].partition("\n")[0], sections["Equations"].rstrip(), sections["Advice"].strip()
 
 
 def _parameters(plan: Callable[..., object]) -> tuple[Parameter, ...]:
     signature = inspect.signature(plan, eval_str=True)
     return tuple(
-        _parameter(p.name, p.annotation, p.default) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY
+        _parameter(p.name, p.annotation, p.default)
+        for p in signature.parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name != "seed"
     )
 
 

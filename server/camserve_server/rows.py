@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,6 +67,54 @@ class Repeated:
 
     def make(self, start: int, stop: int) -> Tensor:
         return self.x.tensor.expand(stop - start, -1, -1, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Each:
+    """Every one of `rows`, `times` times in succession: one for each class that it is to be differentiated for."""
+
+    rows: Rows
+    times: int
+
+    def __len__(self) -> int:
+        return self.times * len(self.rows)
+
+    def make(self, start: int, stop: int) -> Tensor:
+        first = start // self.times
+        rows = self.rows.make(first, (stop + self.times - 1) // self.times).repeat_interleave(self.times, dim=0)
+        return rows[start - first * self.times : stop - first * self.times]
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbed:
+    """Row i is a_i · (x + σ ε_i), ε_i of normal noise: `scales` are the a_i, `sigma` is σ."""
+
+    x: Image
+    scales: Sequence[float]
+    sigma: float
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.scales)
+
+    def make(self, start: int, stop: int) -> Tensor:
+        return torch.stack([self.scales[i] * self.noisy(i) for i in range(start, stop)])
+
+    def noisy(self, i: int) -> Tensor:
+        """x + σ ε_i, [3, H, W]."""
+        x = self.x.tensor
+        return x if self.sigma == 0 else x + self.sigma * normal(x.shape, self.seed, i).to(x)
+
+
+def normal(shape: Sequence[int], seed: int, *key: int) -> Tensor:
+    """Standard normal noise, float32 on the CPU: the same for the same seed and key, whatever was drawn before."""
+    return torch.randn(tuple(shape), generator=generator(seed, *key))
+
+
+def generator(seed: int, *key: int) -> torch.Generator:
+    """A generator of its own for each key, such as a row's index: rows can then be made in any order."""
+    mixed = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
 
 
 Part = Literal["revealed", "hidden"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from camserve_server.device import Part, run, start_work
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.plan import Ascend, Gradient, Query, Score, Targets
+from camserve_server.plan import INPUT, Ascend, Gradient, Query, Score, Targets
 from camserve_server.rows import Repeated
 
 SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256)}
@@ -25,16 +25,18 @@ def warm_up(model: Model, batch_size: int | None = None) -> None:
     """Sets `model.batch_sizes`: the smallest near enough to the best throughput, or `batch_size` for all lanes."""
     for kind, query in _queries(model).items():
         sizes = (batch_size,) if batch_size else SIZES[model.device.type]
-        model.batch_sizes[kind] = _best(partial(_seconds, model, query), sizes, NEAR_BEST[kind])
+        size, model.rows_per_s[kind] = _best(partial(_seconds, model, query), sizes, NEAR_BEST[kind])
+        model.batch_sizes[kind] = size
 
 
 def _queries(model: Model) -> dict[LaneKind, Callable[[int], Query[Any]]]:
-    x = model.image(torch.zeros(3, *model.preprocessing.size))
+    x = model.image(torch.zeros(model.preprocessing.channels, *model.preprocessing.size))
     none = torch.zeros(1, dtype=torch.float64, device=model.device)
     c = Targets((0,), none, none)
-    layer = model.layers[-1].name if model.layers else next(iter(model.spatial), None)
-    queries: dict[LaneKind, Callable[[int], Query[Any]]] = {
+    layer = model.layer.name if model.layer else INPUT
+    return {
         "forward": lambda size: Score(Repeated(x, size), c),
+        "gradient": lambda size: Gradient(Repeated(x, size), [0] * size, (layer,)),
         "ascend": lambda size: Ascend(
             torch.ones(size, 1, device=model.device, dtype=model.dtype),
             lambda u: x.tensor * u,
@@ -43,12 +45,10 @@ def _queries(model: Model) -> dict[LaneKind, Callable[[int], Query[Any]]]:
             1.0,
         ),
     }
-    if layer is not None:
-        queries["gradient"] = lambda size: Gradient(Repeated(x, size), [0] * size, (layer,))
-    return queries
 
 
-def _best(seconds: Callable[[int], float], sizes: tuple[int, ...], near: float) -> int:
+def _best(seconds: Callable[[int], float], sizes: tuple[int, ...], near: float) -> tuple[int, float]:
+    """The size, and its rows a second."""
     rates: dict[int, float] = {}
     for size in sizes:
         took = seconds(size)
@@ -56,13 +56,13 @@ def _best(seconds: Callable[[int], float], sizes: tuple[int, ...], near: float) 
         best = max(rates.values())
         if took > SLOW_S or (len(rates) > 2 and max([*rates.values()][-2:]) < near * best):
             break
-    return next(size for size, rate in rates.items() if rate >= near * max(rates.values()))
+    return next((size, rate) for size, rate in rates.items() if rate >= near * max(rates.values()))
 
 
 def _seconds(model: Model, query: Callable[[int], Query[Any]], size: int) -> float:
     times: list[float] = []
     while len(times) < 3 or sum(times) < MEASURE_S:
-        lane, work = start_work(query(size), model)
+        lane, work = start_work(query(size), model, dict.fromkeys(get_args(LaneKind), size))
         _synchronize(model)
         start = time.perf_counter()
         with torch.no_grad():

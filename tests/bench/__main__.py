@@ -26,9 +26,10 @@ from torch import Tensor
 from camserve_server import registry
 from camserve_server.allocator import keep_memory
 from camserve_server.config import ModelConfig, embedded
-from camserve_server.engine import Engine, Event
-from camserve_server.engine import Progress as Done
+from camserve_server.engine import Engine
 from camserve_server.explain import MethodCall, explain, rows_needed
+from camserve_server.job import Event
+from camserve_server.job import Progress as Done
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
 from camserve_server.models.pixels import from_pixels

@@ -630,8 +630,8 @@ class Receipt(_message.Message):
     preprocessing: _builtins.str
     """How pixels became the model's input: input size, interpolation, mean, std; or "as given"."""
     budget: _builtins.int
-    """The rows that the request was held to, or stopped at for its deadline: with this as its budget, the same map comes
-    out again. 0: it was not cut short.
+    """The rows after which a budget or a deadline cut the method short: with this as its budget, and no metrics, the same
+    map comes out again. 0: it was not cut short.
     """
     input_digest: _builtins.str
     """"sha256:…" of the model's input: float32 [C, H, W], little-endian, after preprocessing."""

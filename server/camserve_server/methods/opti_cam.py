@@ -21,7 +21,13 @@ def _rows(sizes: Sizes, *, steps: int = 100, **_: object) -> int:
     return 1 + steps * sizes.targets
 
 
-@method("opti-cam", title="Opti-CAM", paper="arXiv:2301.07002", rows=_rows)
+@method(
+    "opti-cam",
+    title="Opti-CAM",
+    paper="arXiv:2301.07002",
+    rows=_rows,
+    least=lambda sizes, **_: 1 + sizes.targets,
+)
 def opti_cam(
     x: Image,
     c: Targets,
@@ -44,6 +50,17 @@ def opti_cam(
     """A combination of activations, optimised so that the image masked by it has the highest logit.
 
     x [3, H, W], c [T] class indices → maps [T, h, w], unitless.
+
+    Equations:
+        S(u) = Σ_k softmax(u)_k A_k                                 (eq. 8)
+        mask = n(up(S(u)))
+        maximise y_c(image masked by it) over u, by Adam            (eq. 9, 10)
+        map  = the mask of the last u
+
+    Advice:
+        Take it where the map shall show what the network needs to be sure. It is made for a high average gain, so that
+        metric flatters it; it need not win at insertion and deletion. In float32 its iterates diverge from one machine
+        to another, while the objective hardly moves: do not compare maps of two machines pixel by pixel.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     if relu:
@@ -60,16 +77,18 @@ def opti_cam(
     def gain(t: int, y: Tensor) -> Tensor:
         return y[c.index[t]] if objective == "mask" else -(y[c.index[t]] - c.y[t].to(y.dtype)).abs()
 
-    u = A.new_full((len(c), len(A)), 0.5)
+    u, share = A.new_full((len(c), len(A)), 0.5), 1.0
     if (
         A.amin(dim=(1, 2)) < A.amax(dim=(1, 2))
     ).any():  # otherwise every combination is constant, and there is nothing to optimise
         halt = partial(_fell, max(1, steps // 10)) if stop == "official" else None
-        ascent = yield from Ascend(u, masked, gain, steps, rate, halt)  # eq. 9
+        ascent = yield from Ascend(u, masked, gain, steps, rate, halt, least=len(c))  # eq. 9
         u = ascent.u
+        done = sum(len(history) for history in ascent.history)
+        share = 1.0 if all(ascent.ended) else done / (steps * len(c))
     else:
         yield from Spare(steps * len(c))
-    return SaliencyMaps(torch.stack([S(u_t) for u_t in u]), _NORMS[norm])
+    return SaliencyMaps(torch.stack([S(u_t) for u_t in u]), _NORMS[norm], share)
 
 
 def _fell(period: int, history: Sequence[float]) -> bool:

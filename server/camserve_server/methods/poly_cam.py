@@ -3,7 +3,7 @@
 Englebert, Cornu, De Vleeschouwer 2022, arXiv:2204.13359.
 
 Masks depend neither on the class nor on the variant, so more targets cost no further rows. A channel whose activation
-is zero everywhere owes none: its weight multiplies a zero map.
+is zero everywhere owes none: its weight multiplies a zero map. Channels that are constant share one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from camserve_server.channels import Channels, channels
 from camserve_server.plan import Capture, Image, Level, Plan, Remark, Report, SaliencyMaps, Score, Spare, Targets
 from camserve_server.registry import Sizes, method
 from camserve_server.rows import Masked, Part, normalised, up
@@ -29,6 +30,10 @@ Weights = Callable[[Targets, Sequence[Tensor]], Tensor]
 
 def _rows(masks: int, sizes: Sizes, **_: object) -> int:
     return 1 + masks * sum(sizes.channels)
+
+
+def _least(masks: int, sizes: Sizes, **_: object) -> int:
+    return 1 + masks
 
 
 def _increase(c: Targets, p: Sequence[Tensor]) -> Tensor:
@@ -46,29 +51,70 @@ def _variation(c: Targets, p: Sequence[Tensor]) -> Tensor:
     return (c.p + p[0] - p[1]).relu()
 
 
-@method("poly-cam", title="Poly-CAM (PCAM±)", paper="arXiv:2204.13359", rows=partial(_rows, 2))
+@method(
+    "poly-cam", title="Poly-CAM (PCAM±)", paper="arXiv:2204.13359", rows=partial(_rows, 2), least=partial(_least, 2)
+)
 def poly_cam(x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper") -> Plan[SaliencyMaps]:
     """High resolution from several layers; a channel counts by what revealing it adds and hiding it takes away.
 
     x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
+
+    Equations:
+        M_k = n(up(A_lk))
+        w_k = relu(p_c(x) + p_c(x ⊙ M_k) − p_c(x ⊙ (1 − M_k)))      (eq. 6)
+        S_l = relu(Σ_k w_k A_lk)                                    (eq. 2)
+        P_L = S_L,  P_l = LNorm(S_l) ⊙ up(P_{l+1})                  (eq. 3)
+
+    LNorm(S_l) = S_l / up(mean of S_l in each block as large as a place of the next coarser layer) (eq. 1).
+
+    Advice:
+        Take it for maps that are both fine and about the class, where seconds to minutes are no matter. Every level is
+        streamed as it is done, so a caller can stop early. It expects activations that are nowhere negative.
     """
     return (yield from _poly_cam(x, c, layers, ("revealed", "hidden"), _variation, variant))
 
 
-@method("poly-cam+", title="Poly-CAM+ (PCAM+)", paper="arXiv:2204.13359", rows=partial(_rows, 1))
+@method(
+    "poly-cam+", title="Poly-CAM+ (PCAM+)", paper="arXiv:2204.13359", rows=partial(_rows, 1), least=partial(_least, 1)
+)
 def poly_cam_plus(x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper") -> Plan[SaliencyMaps]:
     """High resolution from several layers; a channel counts by the class's probability when it alone is revealed.
 
     x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
+
+    Equations:
+        M_k = n(up(A_lk))
+        w_k = p_c(x ⊙ M_k)                                     (eq. 4)
+        S_l = relu(Σ_k w_k A_lk)                                    (eq. 2)
+        P_L = S_L,  P_l = LNorm(S_l) ⊙ up(P_{l+1})                  (eq. 3)
+
+    LNorm(S_l) = S_l / up(mean of S_l in each block as large as a place of the next coarser layer) (eq. 1).
+
+    Advice:
+        Take it where half of the passes of PCAM± must do. It shows what is enough for the class.
     """
     return (yield from _poly_cam(x, c, layers, ("revealed",), _increase, variant))
 
 
-@method("poly-cam-", title="Poly-CAM− (PCAM−)", paper="arXiv:2204.13359", rows=partial(_rows, 1))
+@method(
+    "poly-cam-", title="Poly-CAM− (PCAM−)", paper="arXiv:2204.13359", rows=partial(_rows, 1), least=partial(_least, 1)
+)
 def poly_cam_minus(x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper") -> Plan[SaliencyMaps]:
     """High resolution from several layers; a channel counts by how far the probability falls when it is hidden.
 
     x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
+
+    Equations:
+        M_k = n(up(A_lk))
+        w_k = relu(p_c(x) − p_c(x ⊙ (1 − M_k)))                (eq. 5)
+        S_l = relu(Σ_k w_k A_lk)                                    (eq. 2)
+        P_L = S_L,  P_l = LNorm(S_l) ⊙ up(P_{l+1})                  (eq. 3)
+
+    LNorm(S_l) = S_l / up(mean of S_l in each block as large as a place of the next coarser layer) (eq. 1).
+
+    Advice:
+        Take it to see what the class cannot do without. Where hiding any one channel changes nothing, as with a class
+        that is not in the picture, the map is empty; PCAM± is not.
     """
     return (yield from _poly_cam(x, c, layers, ("hidden",), _decrease, variant))
 
@@ -86,29 +132,36 @@ def _poly_cam(
         for l in reversed(range(len(layers)))
         if variant == "official" or l + 1 == len(layers) or A[l].shape[-2:] != A[l + 1].shape[-2:]
     ]
-    live = [A_l[A_l.flatten(1).any(dim=1)] for A_l in A]
-    yield from Spare(len(parts) * (sum(map(len, A)) - sum(len(live[l]) for l in levels)))
+    run = {l: channels(A[l], dead=False) for l in levels}
+    yield from Spare(len(parts) * (sum(map(len, A)) - sum(map(len, run.values()))))
 
     official = variant == "official"
     finish = _percentile if official else None
     P: Tensor | None = None
+    share = 0.0
     for index, l in enumerate(levels):
-        masked = Masked(x, live[l], _percentile if official else normalised, parts)
-        w = yield from _channel_weights(c, masked, weights)
-        S = torch.einsum("kt,khw->thw", w.to(live[l].dtype), live[l]).relu()  # eq. 2
+        masked = Masked(x, A[l][run[l].run], _percentile if official else normalised, parts)
+        w, done = yield from _channel_weights(c, masked, run[l], weights, least=0 if index else len(parts))
+        if index and done < len(run[l]) and not done:  # cut short: the levels so far are the map
+            break
+        share += run[l].share(done) / len(levels)
+        S = torch.einsum("kt,khw->thw", w.to(A[l].dtype), A[l]).relu()  # eq. 2
         P = S if P is None else _lnorm(S, P.shape[-2:], official) * up(P, (S.shape[-2], S.shape[-1]))  # eq. 3
         yield from Report(Level(index, len(levels), layers[l], SaliencyMaps(P, finish)))
     assert P is not None, "there is at least one layer"
-    return SaliencyMaps(P, finish)
+    return SaliencyMaps(P, finish, share)
 
 
-def _channel_weights(c: Targets, masked: Masked, weights: Weights) -> Plan[Tensor]:
-    """w [K, T] of the channels of one level, by eq. 4, 5 or 6."""
+def _channel_weights(
+    c: Targets, masked: Masked, run: Channels, weights: Weights, least: int
+) -> Plan[tuple[Tensor, int]]:
+    """w [K, T] of the channels of one level, by eq. 4, 5 or 6, and how many of those to be run were."""
     if not len(masked):
-        return c.p.new_zeros(0, len(c))
-    scores = yield from Score(masked, c)
+        return c.p.new_zeros(len(run.strength), len(c)), 0
+    scores = yield from Score(masked, c, least)
     P = len(masked.parts)
-    return weights(c, [scores.probabilities[i::P] for i in range(P)])
+    done = len(scores.probabilities) // P
+    return run.spread(weights(c, [scores.probabilities[i : P * done : P] for i in range(P)])), done
 
 
 def _lnorm(S: Tensor, coarse: Sequence[int], official: bool) -> Tensor:

@@ -9,12 +9,19 @@ from typing import Annotated, Literal
 
 import torch
 
-from camserve_server.plan import Capture, Image, Plan, SaliencyMaps, Score, Targets
+from camserve_server.channels import channels
+from camserve_server.plan import Capture, Image, Plan, SaliencyMaps, Score, Spare, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Masked
 
 
-@method("score-cam", title="Score-CAM", paper="arXiv:1910.01279", rows=lambda sizes, **_: 1 + sizes.channels[0])
+@method(
+    "score-cam",
+    title="Score-CAM",
+    paper="arXiv:1910.01279",
+    rows=lambda sizes, **_: 1 + sizes.channels[0],
+    least=lambda sizes, **_: 2,
+)
 def score_cam(
     x: Image,
     c: Targets,
@@ -27,14 +34,27 @@ def score_cam(
 ) -> Plan[SaliencyMaps]:
     """Activations weighted by the class's score on the image masked by each of them: a forward pass a channel.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0. The score of the baseline image (eq. 5) is the
-    same for all channels: the softmax cancels it, and without the softmax it is taken as zero.
+    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+
+    Equations:
+        M_k = n(up(A_k))                                            (eq. 4)
+        w_k = softmax_k y_c(x ⊙ M_k)                                (algorithm 1)
+        S   = relu(Σ_k w_k A_k)                                     (eq. 6)
+
+    The score of the baseline image (eq. 5) is the same for all channels: the softmax cancels it, and without the
+    softmax it is taken as zero.
+
+    Advice:
+        Take it for a map of the last layer without gradients. It is as coarse as Grad-CAM at a thousand times the cost;
+        with logits as scores the softmax often lets a handful of channels win. Poly-CAM spends the same passes on a
+        finer map.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
-    live = A.flatten(1).any(dim=1)  # a channel that is zero everywhere adds nothing, whatever its weight
-    scores = yield from Score(Masked(x, A), c)  # algorithm 1, lines 6 to 11
-    w = scores.logits if score == "logit" else scores.probabilities  # [K, T]
-    if channel_softmax:
-        w = w.softmax(dim=0)  # algorithm 1, line 13
-    w = torch.where(live[:, None], w, 0.0).to(A.dtype)
-    return SaliencyMaps(torch.einsum("kt,khw->thw", w, A).relu())  # eq. 6
+    run = channels(A, dead=True)
+    yield from Spare(len(A) - len(run))
+    scores = yield from Score(Masked(x, A[run.run]), c, least=1)  # algorithm 1, lines 6 to 11
+    y = scores.logits if score == "logit" else scores.probabilities
+    # algorithm 1, line 13
+    w = run.spread(y, missing=-torch.inf).softmax(dim=0) if channel_softmax else run.spread(y)
+    S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()  # eq. 6
+    return SaliencyMaps(S, share=run.share(len(y)))

@@ -6,6 +6,7 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from camserve_server import registry
 from camserve_server.config import Config
 from camserve_server.errors import InvalidArgument, NotFound, OutOfRange, Unavailable, Unservable
 from camserve_server.explain import MethodCall, MetricCall
-from camserve_server.models.model import Model
+from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.pixels import check_size, decode, from_pixels
 from camserve_server.plan import Image
 
@@ -26,6 +27,7 @@ MAX_METRICS = 64
 MAX_LAYERS = 64
 MAX_TOP_K = 1000
 MAX_REQUEST_ID = 128
+MAX_BATCH_SIZE = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +37,22 @@ class Asked:
     model: Model
     image: Image
     as_given: bool  # the image was a tensor, used as it is
-    targets: tuple[int, ...]
+    targets: tuple[int, ...] | int  # classes, or how many of the likeliest
     subject: MethodCall | Tensor
     metrics: tuple[MetricCall, ...]
     seed: int
+    budget: int
+    batch_sizes: Mapping[LaneKind, int]
+
+    @property
+    def call(self) -> MethodCall | None:
+        """The method, unless a map was given."""
+        return self.subject if isinstance(self.subject, MethodCall) else None
+
+    @property
+    def maps(self) -> int:
+        """How many maps there will be."""
+        return self.targets if isinstance(self.targets, int) else len(self.targets)
 
 
 def request_id(given: str) -> str:
@@ -53,15 +67,16 @@ def explain_request(request: pb.ExplainRequest, models: Mapping[str, Model], con
     if not 0 <= request.top_k <= MAX_TOP_K:
         raise OutOfRange(f"top_k must lie in [0, {MAX_TOP_K}], not {request.top_k}", field="top_k")
     model = find_model(models, request.model)
-    _at_most(MAX_TARGETS, request.targets, "targets")
     return Asked(
         model,
         model.image(_image(request.image, model, config)),
         request.image.HasField("tensor"),
-        tuple(_target(target, model, f"targets[{i}]") for i, target in enumerate(request.targets)),
+        _targets(request, model),
         _method(request.method, model),
         _metrics(request.metrics),
         request.method.seed,
+        _budget(request.budget),
+        _batch_sizes(request.batch_sizes),
     )
 
 
@@ -82,10 +97,12 @@ def evaluate_request(request: pb.EvaluateRequest, models: Mapping[str, Model], c
         model,
         model.image(_image(request.image, model, config)),
         request.image.HasField("tensor"),
-        (_target(request.target, model, "target"),) if request.HasField("target") else (),
+        (_target(request.target, model, "target"),) if request.HasField("target") else 1,
         subject,
         _metrics(request.metrics),
         request.seed,
+        _budget(request.budget),
+        _batch_sizes(request.batch_sizes),
     )
 
 
@@ -161,6 +178,36 @@ def _tensor(message: pb.Tensor, field: str) -> Tensor:
     return torch.from_numpy(values)
 
 
+def _targets(request: pb.ExplainRequest, model: Model) -> tuple[int, ...] | int:
+    _at_most(MAX_TARGETS, request.targets, "targets")
+    most = min(MAX_TARGETS, model.classes)
+    if not 0 <= request.target_top_k <= most:
+        raise OutOfRange(f"target_top_k must lie in [0, {most}], not {request.target_top_k}", field="target_top_k")
+    if request.target_top_k and request.targets:
+        raise InvalidArgument("give either targets or target_top_k", field="target_top_k")
+    if request.targets:
+        return tuple(_target(target, model, f"targets[{i}]") for i, target in enumerate(request.targets))
+    return request.target_top_k or 1
+
+
+def _budget(rows: int) -> int:
+    if rows < 0:
+        raise OutOfRange(f"a budget is a number of rows, not {rows}", field="budget")
+    return rows
+
+
+def _batch_sizes(sizes: Mapping[str, int]) -> dict[LaneKind, int]:
+    """Checked as the configuration's `batch_size` is."""
+    for lane, size in sizes.items():
+        if lane not in get_args(LaneKind) or not 1 <= size <= MAX_BATCH_SIZE:
+            lanes = ", ".join(get_args(LaneKind))
+            raise OutOfRange(
+                f"batch sizes are of the lanes {lanes} and lie in [1, {MAX_BATCH_SIZE}], not {lane}: {size}",
+                field="batch_sizes",
+            )
+    return {kind: sizes[kind] for kind in get_args(LaneKind) if kind in sizes}
+
+
 def _target(target: pb.Target, model: Model, field: str) -> int:
     match target.WhichOneof("kind"):
         case "index":
@@ -182,24 +229,32 @@ def _method(spec: pb.MethodSpec, model: Model) -> MethodCall:
     if method.layers == "one" and len(spec.layers) > 1:
         raise InvalidArgument(f"{method.name} looks at one layer, not {len(spec.layers)}", field="method.layers")
     if method.layers == "none":
-        return MethodCall(method, parameters, ())
+        _servable(method, model)
+        return MethodCall(method, parameters, (), spec.seed)
     if spec.layers:
         layers = model.find_layers(spec.layers, "method.layers")
         sizes = [layer.height * layer.width for layer in layers]
         if sizes != sorted(sizes, reverse=True):
             raise InvalidArgument("the layers must go from fine to coarse", field="method.layers")
-        return MethodCall(method, parameters, layers)
+        return MethodCall(method, parameters, layers, spec.seed)
+    _servable(method, model)
+    return MethodCall(method, parameters, model.default_layers(method.layers == "many"), spec.seed)
+
+
+def _servable(method: registry.Method, model: Model) -> None:
     reason = why_not(method, model)
     if reason:
         raise Unservable(f"{model.name} cannot serve {method.name}: {reason}", field="method.name")
-    return MethodCall(method, parameters, model.default_layers(method.layers == "many"))
 
 
 def why_not(method: registry.Method, model: Model) -> str:
     """Why the model cannot serve the method with its own layers; empty if it can."""
-    if method.layers != "none" and not model.layers:
-        return "it has no layer with a spatial, non-negative output; name the layers"
-    return ""
+    if method.layers == "many" and not model.layers:
+        return "it has no layer [N, K, h, w] that is non-negative or made by an activation; name the layers"
+    if method.layers == "one" and model.layer is None:
+        return "it has no layer with a spatial output"
+    has: dict[registry.Needs, bool] = {"": True, "gap": model.gap is not None, "attention": bool(model.attention)}
+    return "" if has[method.needs] else f"it does not have {registry.NEEDS[method.needs]}"
 
 
 def _metrics(specs: Sequence[pb.MetricSpec]) -> tuple[MetricCall, ...]:

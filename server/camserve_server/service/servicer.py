@@ -21,9 +21,10 @@ from camserve.v1 import explain_pb2 as pb
 from camserve.v1 import explain_pb2_grpc
 from camserve_server import registry
 from camserve_server.config import Config
-from camserve_server.engine import Engine, Event, Job, Progress
+from camserve_server.engine import Engine
 from camserve_server.errors import CamserveError, Cancelled, InternalError, Unavailable
-from camserve_server.explain import Explained, MethodCall, explain, rows_needed
+from camserve_server.explain import Explained, explain, limits, rows_needed
+from camserve_server.job import Event, Job, Progress
 from camserve_server.models.model import Model
 from camserve_server.plan import Level, Remark, Stage
 from camserve_server.service import read, status, write
@@ -143,18 +144,21 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             sent = write.level(event, asked.model) if isinstance(event, Level) else event
             loop.call_soon_threadsafe(events.put_nowait, sent)
 
-        method = asked.subject if isinstance(asked.subject, MethodCall) else None
+        model, method = asked.model, asked.call
         job = engine.submit(
-            explain(asked.model, asked.image, asked.targets, asked.subject, asked.metrics),
-            asked.model,
-            rows=rows_needed(asked.model, method, asked.metrics, max(1, len(asked.targets))),
-            deadline=_deadline(call.context),
+            explain(model, asked.image, asked.targets, asked.subject, asked.metrics),
+            model,
+            rows=rows_needed(model, method, asked.metrics, asked.maps),
+            limits=limits(
+                model, method, asked.metrics, asked.maps, budget=asked.budget, deadline=_deadline(call.context)
+            ),
+            batch_sizes=asked.batch_sizes,
             tell=tell,
         )
         # A job that is done is not cancelled by it.
         call.context.add_done_callback(lambda *_: engine.cancel(job))  # type: ignore[arg-type]
         job.future.add_done_callback(lambda _: tell(None))
-        call.facts |= {"model": asked.model.name, "method": method.method.name if method else ""}
+        call.facts |= {"model": model.name, "method": method.method.name if method else ""}
 
         remarks: list[str] = []
         async for event in _paced(events):

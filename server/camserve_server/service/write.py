@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping
 from functools import cache
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from camserve.v1 import explain_pb2 as pb
 from camserve_server import registry
-from camserve_server.engine import Job, Progress
-from camserve_server.explain import Explained, MethodCall, finished
+from camserve_server.explain import Explained, MethodCall, finished, rows_needed
+from camserve_server.job import Job, Progress
 from camserve_server.models.layers import Layer
-from camserve_server.models.model import Model
+from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Level
 from camserve_server.service.read import Asked, why_not
 
@@ -42,7 +43,7 @@ def explain_response(
         maps=maps,
         predictions=_predictions(model, result.logits, request.top_k or TOP_K),
         cost=_cost(job),
-        receipt=_receipt(request_id, asked, result),
+        receipt=_receipt(request_id, asked, job, result),
     )
 
 
@@ -54,7 +55,7 @@ def evaluate_response(
         request_id=request_id,
         map=_map(asked, result, 0, remarks),
         cost=_cost(job),
-        receipt=_receipt(request_id, asked, result),
+        receipt=_receipt(request_id, asked, job, result),
     )
 
 
@@ -86,12 +87,15 @@ def model_message(model: Model) -> pb.Model:
         classes=model.classes,
         labels=model.labels,
         layers=[_layer(layer) for layer in model.layers],
-        layer=model.layers[-1].name if model.layers else "",
+        layer=model.layer.name if model.layer else "",
         precision=model.precision,
         device=model.device.type,
-        batch_sizes=_batch_sizes(model),
+        batch_sizes=_batch_sizes(model.batch_sizes),
         methods=[name for name, method in sorted(registry.METHODS.items()) if not why_not(method, model)],
         random_weights=model.random_weights,
+        input_channels=model.preprocessing.channels,
+        head=model.head,
+        named_layers=[_layer(layer) for layer in model.spatial.values()],
     )
 
 
@@ -104,13 +108,20 @@ def method_message(method: registry.Method, model: Model | None) -> pb.Method:
         summary=method.summary,
         layers=method.layers,
         parameters=[_parameter(p) for p in method.parameters],
+        needs=registry.NEEDS[method.needs],
+        anytime=method.least is not None,
+        seeded=method.seeded,
+        class_agnostic=method.class_agnostic,
+        equations=method.equations,
+        advice=method.advice,
     )
     if model is not None:
         message.unavailable = why_not(method, model)
         if not message.unavailable:
-            layers = model.default_layers(method.layers == "many")
-            sizes = registry.Sizes([layer.channels for layer in layers], 1, model.preprocessing.size)
-            message.rows = 1 + method.rows(sizes, **method.check({}, ""))
+            layers = () if method.layers == "none" else model.default_layers(method.layers == "many")
+            call = MethodCall(method, method.check({}, ""), layers)
+            message.rows = rows_needed(model, call, (), 1)
+            message.rows_per_target = rows_needed(model, call, (), 2) - message.rows
     return message
 
 
@@ -138,6 +149,7 @@ def _map(asked: Asked, result: Explained, t: int, remarks: list[str]) -> pb.Sali
             for call, score in zip(asked.metrics, result.scores[t], strict=True)
         ],
         warnings=[*result.warnings[t], *remarks],
+        share=result.share,
     )
 
 
@@ -155,9 +167,8 @@ def _cost(job: Job[Any]) -> pb.Cost:
     return pb.Cost(rows=job.rows, batches=job.batches, queue_ms=job.queue_ms, compute_ms=job.compute_ms)
 
 
-def _receipt(request_id: str, asked: Asked, result: Explained) -> pb.Receipt:
-    model, subject = asked.model, asked.subject
-    call = subject if isinstance(subject, MethodCall) else None
+def _receipt(request_id: str, asked: Asked, job: Job[Explained], result: Explained) -> pb.Receipt:
+    model, call = asked.model, asked.call
     return pb.Receipt(
         request_id=request_id,
         model=model.name,
@@ -169,9 +180,12 @@ def _receipt(request_id: str, asked: Asked, result: Explained) -> pb.Receipt:
         seed=asked.seed,
         precision=model.precision,
         device=model.device.type,
-        batch_sizes=_batch_sizes(model),
+        batch_sizes=_batch_sizes(job.batch_sizes),
         preprocessing="as given" if asked.as_given else str(model.preprocessing),
         versions=versions(),
+        budget=job.cut_at,
+        input_digest=_digest(asked.image.tensor),
+        map_digests=[_digest(saliency) for saliency in result.maps],
     )
 
 
@@ -183,12 +197,23 @@ def versions() -> Mapping[str, str]:
     return {**found, "python": platform.python_version()}
 
 
-def _batch_sizes(model: Model) -> dict[str, int]:
-    return {str(kind): size for kind, size in model.batch_sizes.items()}
+def _digest(values: Tensor) -> str:
+    return f"sha256:{hashlib.sha256(tensor(values).data).hexdigest()}"
+
+
+def _batch_sizes(sizes: Mapping[LaneKind, int]) -> dict[str, int]:
+    return {str(kind): size for kind, size in sizes.items()}
 
 
 def _layer(layer: Layer) -> pb.Layer:
-    return pb.Layer(name=layer.name, channels=layer.channels, height=layer.height, width=layer.width)
+    return pb.Layer(
+        name=layer.name,
+        channels=layer.channels,
+        height=layer.height,
+        width=layer.width,
+        signed=layer.signed,
+        prefix_tokens=layer.prefix,
+    )
 
 
 def _parameter(parameter: registry.Parameter) -> pb.Parameter:

@@ -1,0 +1,86 @@
+"""A plan in flight, with what it must keep to and what it has cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from camserve_server.device import Lane, Work
+from camserve_server.models.model import LaneKind, Model
+from camserve_server.plan import Level, Plan, Remark, Stage
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Rows done and rows in all, as far as is known; the total may shrink."""
+
+    rows_done: int
+    rows_total: int
+
+
+Event = Progress | Level | Stage | Remark
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request must keep to: times are of `time.monotonic()`.
+
+    After `deadline` it has failed. From `until` on, or when `budget` rows but those `reserved` for what comes later are
+    spent, questions that have a `least` are answered with what is there.
+    """
+
+    deadline: float | None = None
+    until: float | None = None
+    budget: int | None = None
+    reserved: int = 0
+
+
+@dataclass(eq=False)
+class Job(Generic[T]):
+    """A plan in flight. `future` gives its result or raises a CamserveError; `cancel` may be called from any thread.
+
+    The other fields belong to the engine's thread until the future is done; then they are the job's cost.
+    """
+
+    id: int
+    plan: Plan[T]
+    model: Model
+    future: Future[T]
+    tell: Callable[[Event], None]
+    owed: int
+    limits: Limits
+    submitted: float
+    batch_sizes: Mapping[LaneKind, int]
+    rows: int = 0
+    batches: int = 0
+    first_batch: float | None = None
+    finished: float | None = None
+    work: Work | None = None
+    lane: Lane | None = None
+    most: int = 0  # rows that the work may take
+    done: int = 0  # rows that it has had
+    cut_at: int = 0  # rows of the job when a question of its was answered early; 0 if none was
+
+    @property
+    def queue_ms(self) -> float:
+        """From arrival to the first batch."""
+        return 1e3 * ((self.first_batch or self.finished or self.submitted) - self.submitted)
+
+    @property
+    def compute_ms(self) -> float:
+        """From the first batch to the result."""
+        return 1e3 * ((self.finished or 0.0) - self.first_batch) if self.first_batch else 0.0
+
+
+@dataclass
+class Counters:
+    """What the engine has done since it started."""
+
+    batches: int = 0
+    rows: int = 0
+    padding: int = 0
+    rows_by_job: dict[int, int] = field(default_factory=dict)

@@ -1,0 +1,50 @@
+"""Grad-CAM++: Improved Visual Explanations for Deep Convolutional Networks.
+
+Chattopadhay, Sarkar, Howlader, Balasubramanian 2018, arXiv:1710.11063.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+
+from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
+from camserve_server.registry import method
+from camserve_server.rows import Repeated
+
+
+@method("grad-cam++", title="Grad-CAM++", paper="arXiv:1710.11063", rows=lambda sizes, **_: sizes.targets)
+def grad_cam_pp(
+    x: Image,
+    c: Targets,
+    layer: str,
+    *,
+    variant: Annotated[
+        Literal["paper", "torchcam"],
+        "torchcam 0.5 divides by nothing: its weights are Σ relu(g)³, as in Poly-CAM's tables",
+    ] = "paper",
+) -> Plan[SaliencyMaps]:
+    """Activations weighted by positive gradients, each place by its share: one forward and backward pass.
+
+    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+
+    Equations:
+        g   = ∂y_c/∂A_k
+        α_k = g² / (2 g² + (Σ_xy A_k) g³), 0 where g = 0            (eq. 19)
+        w_k = Σ_xy α_k relu(g)                                      (eq. 8)
+        S   = relu(Σ_k w_k A_k)
+
+    Advice:
+        Take it where the class is in the picture more than once. Otherwise it rarely differs much from Grad-CAM. The
+        score is exp(y), as in the paper, whose derivatives are powers of g up to a factor that the scaling removes.
+    """
+    answer = yield from Gradient(Repeated(x, len(c)), c.index, (layer,))
+    A, g = answer.activations[0], answer.gradients[0]  # [T, K, h, w]
+    if variant == "torchcam":
+        w = g.relu().pow(3).sum(dim=(-2, -1))
+    else:
+        denominator = 2 * g.pow(2) + A.sum(dim=(-2, -1), keepdim=True) * g.pow(3)
+        alpha = torch.where(denominator != 0, g.pow(2) / denominator, 0.0)  # eq. 19
+        w = (alpha * g.relu()).sum(dim=(-2, -1))  # eq. 8
+    return SaliencyMaps(torch.einsum("tk,tkhw->thw", w, A).relu())

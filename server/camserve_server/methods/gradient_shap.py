@@ -1,0 +1,55 @@
+"""GradientSHAP: A Unified Approach to Interpreting Model Predictions.
+
+Lundberg, Lee 2017, arXiv:1705.07874; as expected gradients of a path to the mean colour.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from camserve_server.plan import INPUT, Gradient, Gradients, Image, Plan, SaliencyMaps, Sum, Targets
+from camserve_server.registry import Range, Sizes, method
+from camserve_server.rows import Each, Perturbed, generator
+
+
+def _rows(sizes: Sizes, *, samples: int = 50, **_: object) -> int:
+    return samples * sizes.targets
+
+
+@method(
+    "gradient-shap", title="GradientSHAP", paper="arXiv:1705.07874", rows=_rows, least=lambda sizes, **_: sizes.targets
+)
+def gradient_shap(
+    x: Image,
+    c: Targets,
+    *,
+    samples: Annotated[int, Range(1, 10_000), "random points between the mean colour and the noisy image"] = 50,
+    sigma: Annotated[float, Range(0, 100), "standard deviation of the noise, of the normalised image"] = 0.0,
+    signed: Annotated[bool, "keep the sign: evidence against the class becomes the lowest values"] = False,
+    seed: int,
+) -> Plan[SaliencyMaps]:
+    """Image times gradient, averaged over random points on the way there: tens of forward and backward passes.
+
+    x [3, H, W], c [T] class indices → maps [T, H, W], unitless, ≥ 0 unless `signed`.
+
+    Equations:
+        S = |Σ_rgb mean_i (x + σ ε_i) ⊙ ∂y_c/∂x at a_i (x + σ ε_i)|,  a_i uniform in [0, 1]
+
+    Advice:
+        Take it where Integrated Gradients is meant and a budget or a deadline may end it early: any number of samples
+        gives an unbiased map. Noise spreads the paths about.
+    """
+    T = len(c)
+    a = torch.rand(samples, generator=generator(seed, samples), dtype=torch.float64)
+    rows = Perturbed(x, a.tolist(), sigma, seed)
+
+    def term(i: int, answer: Gradients) -> Tensor:
+        return (rows.noisy(i // T) * answer.gradients[0][0]).sum(dim=0)
+
+    query = Gradient(Each(rows, T), c.index * samples, (INPUT,), least=T)
+    summed = yield from Sum(query, term, groups=T)
+    S = summed.total / summed.counts.view(-1, 1, 1)
+    return SaliencyMaps(S if signed else S.abs(), share=float(summed.counts.sum()) / (samples * T))

@@ -1,0 +1,27 @@
+"""HiResCAM: Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural networks.
+
+Draelos, Carin 2020, arXiv:2011.08891.
+"""
+
+from __future__ import annotations
+
+from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
+from camserve_server.registry import method
+from camserve_server.rows import Repeated
+
+
+@method("hires-cam", title="HiRes-CAM", paper="arXiv:2011.08891", rows=lambda sizes: sizes.targets)
+def hires_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
+    """Gradient times activation, place by place: one forward and backward pass.
+
+    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+
+    Equations:
+        S = relu(Σ_k ∂y_c/∂A_k ⊙ A_k)                               (eq. 6)
+
+    Advice:
+        Take it where the map must not show places that the class did not use: Grad-CAM's mean gradient can. In earlier
+        layers it is finer and noisier.
+    """
+    answer = yield from Gradient(Repeated(x, len(c)), c.index, (layer,))
+    return SaliencyMaps((answer.activations[0] * answer.gradients[0]).sum(dim=1).relu())  # eq. 6

@@ -1,0 +1,59 @@
+"""LayerCAM: Exploring Hierarchical Class Activation Maps for Localization.
+
+Jiang, Zhang, Hou, Cheng, Wei 2021, IEEE TIP 30:5875, doi:10.1109/TIP.2021.3089943.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
+from camserve_server.registry import Range, method
+from camserve_server.rows import Repeated, up
+
+
+@method("layer-cam", title="Layer-CAM", paper="doi:10.1109/TIP.2021.3089943", rows=lambda sizes, **_: sizes.targets)
+def layer_cam(
+    x: Image,
+    c: Targets,
+    layers: Sequence[str],
+    *,
+    scaled: Annotated[
+        int, Range(0, 64), "how many of the finest layers are tanh-scaled; Poly-CAM's script scales 3"
+    ] = 2,
+) -> Plan[SaliencyMaps]:
+    """Activations weighted place by place by their positive gradients, several layers joined: one backward pass.
+
+    x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
+
+    Equations:
+        S_l = relu(Σ_k relu(∂y_c/∂A_lk) ⊙ A_lk)                     (eq. 5, 6)
+        S_l = tanh(2 S_l / max S_l)     for the finest layers, S_l / max S_l for the others
+        S   = max_l up(S_l)
+
+    One layer alone is left as it is.
+
+    Advice:
+        Take it for a fine map at the price of one backward pass. It is noisier than Poly-CAM, for the gradients of fine
+        layers are.
+    """
+    answer = yield from Gradient(Repeated(x, len(c)), c.index, layers)
+    S = [
+        (g.relu() * A).sum(dim=1).relu() for A, g in zip(answer.activations, answer.gradients, strict=True)
+    ]  # eq. 5, 6
+    if len(S) == 1:
+        return SaliencyMaps(S[0])
+    S = [_scaled(S_l, tanh=l < scaled) for l, S_l in enumerate(S)]
+    size = (S[0].shape[-2], S[0].shape[-1])
+    return SaliencyMaps(torch.stack([up(S_l, size) for S_l in S]).amax(dim=0))
+
+
+def _scaled(S: Tensor, *, tanh: bool) -> Tensor:
+    """[T, h, w], ≥ 0 → the same in [0, 1]."""
+    most = S.amax(dim=(-2, -1), keepdim=True)
+    S = torch.where(most > 0, S / most, 0.0)
+    return (2 * S).tanh() if tanh else S

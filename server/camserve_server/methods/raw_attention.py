@@ -1,0 +1,34 @@
+"""Raw attention: An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale.
+
+Dosovitskiy et al. 2021, arXiv:2010.11929; the last block's attention as it is, a common baseline.
+"""
+
+from __future__ import annotations
+
+from camserve_server.plan import Attend, Image, Plan, SaliencyMaps, Targets
+from camserve_server.registry import method
+
+
+@method(
+    "raw-attention",
+    title="Raw attention",
+    paper="arXiv:2010.11929",
+    rows=lambda sizes: 1,
+    needs="attention",
+    class_agnostic=True,
+)
+def raw_attention(x: Image, c: Targets) -> Plan[SaliencyMaps]:
+    """What the class token attends to in the last block: one forward pass, the same map for every class.
+
+    x [3, H, W], c [T] class indices → maps [T, h, w] of the grid of tokens, in [0, 1].
+
+    Equations:
+        S = mean over the heads of A_L, the row of the class token, without the tokens that are not of the image
+
+    Advice:
+        Take it as a baseline for transformers. It cannot explain one class against another, and attention to a token
+        is not evidence from it.
+    """
+    attentions = yield from Attend(x)
+    S = attentions.blocks[-1].mean(dim=0)[0, attentions.prefix :]
+    return SaliencyMaps(S.reshape(1, *attentions.grid).expand(len(c), -1, -1))

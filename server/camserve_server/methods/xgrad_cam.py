@@ -1,0 +1,33 @@
+"""XGrad-CAM: Axiom-based Grad-CAM: Towards Accurate Visualization and Explanation of CNNs.
+
+Fu, Hu, Dong, Guo, Gao, Li 2020, arXiv:2008.02312.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
+from camserve_server.registry import method
+from camserve_server.rows import Repeated
+
+
+@method("xgrad-cam", title="XGrad-CAM", paper="arXiv:2008.02312", rows=lambda sizes: sizes.targets)
+def xgrad_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
+    """Activations weighted by the gradient's mean over where they are active: one forward and backward pass.
+
+    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+
+    Equations:
+        w_k = Σ_xy (A_k / Σ_xy A_k) ∂y_c/∂A_k, 0 where Σ_xy A_k = 0 (eq. 8)
+        S   = relu(Σ_k w_k A_k)
+
+    Advice:
+        Take it instead of Grad-CAM where the gradient differs from place to place, as in VGG: the map's sum is then
+        nearer to the logit. Where the head is global average pooling the two are the same.
+    """
+    answer = yield from Gradient(Repeated(x, len(c)), c.index, (layer,))
+    A, dA = answer.activations[0], answer.gradients[0]  # [T, K, h, w]
+    total = A.sum(dim=(-2, -1))
+    w = torch.where(total != 0, (A * dA).sum(dim=(-2, -1)) / total, 0.0)  # eq. 8
+    return SaliencyMaps(torch.einsum("tk,tkhw->thw", w, A).relu())
