@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,9 @@ def _served(model: Model, methods: Sequence[Method]) -> str:
 
 def layer_table(model: Model, layers: Sequence[Layer]) -> Table:
     """What `camserve list layers` shows."""
-    table = plain_table("name", "channels", "size", "signed", "prefix tokens", "default of methods of")
-    table.caption = escape(f"\nlayers of {model.name}, in the order in which they run")
+    table = plain_table("name", "channels", "size", "signed", "prefix tokens", "default of")
+    table.caption = escape(f"\nlayers of {model.name} as they run; default of methods of one or of several layers")
+    several = [each.name for each in model.layers]
     for layer in layers:
         table.add_row(
             escape(layer.name),
@@ -140,15 +142,9 @@ def layer_table(model: Model, layers: Sequence[Layer]) -> Table:
             f"{layer.height} × {layer.width}",
             "yes" if layer.signed else "",
             str(layer.prefix_tokens or ""),
-            ", ".join(_LAYERS[each] for each in layer_defaults(model, layer)),
+            ", ".join(["one"] * (layer.name == model.layer) + ["several"] * (layer.name in several)),
         )
     return table
-
-
-def layer_defaults(model: Model, layer: Layer) -> list[str]:
-    """Which methods look at the layer by themselves: those of "one" layer, of "many"."""
-    several = [each.name for each in model.layers]
-    return ["one"] * (layer.name == model.layer) + ["many"] * (layer.name in several)
 
 
 def method_table(methods: Sequence[Method], model: str) -> RenderableType:
@@ -165,11 +161,7 @@ def method_table(methods: Sequence[Method], model: str) -> RenderableType:
             about.append(_unavailable(method, model))
         cells = ([method.name], about, [] if method.unavailable else _costs(method))
         overview.add_row(*(escape("\n".join(lines)) for lines in cells))
-    parameters = plain_table("method", *_PARAMETER_COLUMNS)
-    for method in methods:
-        for i, each in enumerate(method.parameters):
-            parameters.add_row("" if i else escape(method.name), *_parameter_row(each))
-    return Group(overview, "", parameters)
+    return Group(overview, "", _parameter_table(methods))
 
 
 def method_page(method: Method, model: str) -> RenderableType:
@@ -181,25 +173,26 @@ def method_page(method: Method, model: str) -> RenderableType:
         Text(_unavailable(method, model) if method.unavailable else cost),
     ]
     if method.advice:
-        parts += ["", Text(method.advice)]
+        # Its lines end where the source code's did.
+        parts += ["", Text(re.sub(r"(?<!\n)\n(?!\n)", " ", method.advice))]
     if method.equations:
-        # Not folded: an equation that runs over the edge can still be read in a wider window.
-        parts += ["", Padding(Text(method.equations, no_wrap=True, overflow="ignore"), (0, 0, 0, 2))]
+        parts += ["", Padding(Text(method.equations), (0, 0, 0, 2))]
     if method.parameters:
-        parameters = plain_table(*_PARAMETER_COLUMNS)
-        for each in method.parameters:
-            parameters.add_row(*_parameter_row(each))
-        parts += ["", parameters]
+        parts += ["", _parameter_table([method])]
     return Group(*parts)
 
 
-def _source(method: Method) -> str:
-    return ", ".join(filter(None, (method.title, method.paper)))
+def _source(of: Method | Metric) -> str:
+    return ", ".join(filter(None, (of.title, of.paper)))
 
 
 def _costs(method: Method) -> list[str]:
     more = f"+ {method.rows_per_target:,} per further target" if method.rows_per_target else "all targets in one pass"
-    return [f"{method.rows:,} row{'s' * (method.rows != 1)}", more]
+    return [_rows(method.rows), more]
+
+
+def _rows(rows: int) -> str:
+    return f"{rows:,} row{'s' * (rows != 1)}"
 
 
 def _traits(method: Method) -> list[str]:
@@ -217,34 +210,32 @@ def _unavailable(method: Method, model: str) -> str:
     return f"not on {model}: {method.unavailable}"
 
 
-def metric_table(metrics: Sequence[Metric]) -> Table:
-    """What `camserve list metrics` shows."""
-    table = _spaced_table("name", "what it is", "parameters")
+def metric_table(metrics: Sequence[Metric]) -> RenderableType:
+    """What `camserve list metrics` shows: one row each, and below the parameters of all."""
+    overview = _spaced_table("metric", "what it is")
     for metric in metrics:
         better = "higher" if metric.higher_is_better else "lower"
         unit = "" if metric.unit == "1" else f", in {metric.unit}"
-        rows = f"; at most {metric.rows:,} rows" if metric.rows else ""
-        about = [metric.title, metric.summary, metric.paper, f"{better} is better{unit}{rows}"]
-        parameters = [
-            f"{each.name}: {_values(each)}"
-            + (f" = {default}" if (default := _default(each)) else "")
-            + (f"\n  {each.description}" if each.description else "")
-            for each in metric.parameters
-        ]
-        table.add_row(*(escape("\n".join(filter(None, lines))) for lines in ([metric.name], about, parameters)))
+        about = [_source(metric), metric.summary, f"{better} is better{unit}; at most {_rows(metric.rows)}"]
+        overview.add_row(*(escape("\n".join(filter(None, lines))) for lines in ([metric.name], about)))
+    return Group(overview, "", _parameter_table(metrics))
+
+
+def _parameter_table(owners: Sequence[Method | Metric]) -> Table:
+    """Below the name of each method or metric, or the names of all that have the same."""
+    table = plain_table("parameter", "values", "default", "meaning")
+    owners_of: dict[tuple[Parameter, ...], list[str]] = {}
+    for owner in owners:
+        owners_of.setdefault(owner.parameters, []).append(owner.name)
+    for parameters, names in owners_of.items():
+        if table.row_count:
+            table.add_row()
+        if len(owners) > 1 and parameters:
+            table.add_row(escape("\n".join(names)), style="bold")
+        for each in parameters:
+            default = "" if each.default is None else json.dumps(each.default)
+            table.add_row(*map(escape, (each.name, _values(each), default, each.description)))
     return table
-
-
-_PARAMETER_COLUMNS = ("parameter", "values", "default", "meaning")
-
-
-def _parameter_row(parameter: Parameter) -> list[str]:
-    cells = (parameter.name, _values(parameter), _default(parameter), parameter.description)
-    return [escape(cell) for cell in cells]
-
-
-def _default(parameter: Parameter) -> str:
-    return "" if parameter.default is None else json.dumps(parameter.default)
 
 
 def _values(parameter: Parameter) -> str:
@@ -255,8 +246,8 @@ def _values(parameter: Parameter) -> str:
         case None, None:
             return parameter.type
         case low, None:
-            return f"{parameter.type} ≥ {low:g}"
+            return f"{parameter.type} ≥ {low:.15g}"
         case None, high:
-            return f"{parameter.type} ≤ {high:g}"
+            return f"{parameter.type} ≤ {high:.15g}"
         case low, high:
-            return f"{parameter.type} in [{low:g}, {high:g}]"
+            return f"{parameter.type} in [{low:.15g}, {high:.15g}]"

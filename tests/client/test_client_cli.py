@@ -220,11 +220,10 @@ def test_the_methods_of_a_model_are_said_shortly(served, said):
 
 
 def test_list_layers(address):
-    assert lines(run("list", "layers", "--address", address))[1:-1] == [
+    assert lines(run("list", "layers", "--address", address))[1:4] == [
         "stem 2,048 8 × 9 yes",
-        "shallow 2 4 × 6 1 several layers",
-        "deep[1] 4 2 × 3 one layer, several layers",
-        "",
+        "shallow 2 4 × 6 1 several",
+        "deep[1] 4 2 × 3 one, several",
     ]
 
 
@@ -241,7 +240,8 @@ def test_list_methods(address, servicer):
         "no layers; needs a class all targets in one pass",
         "the same for every class",
         "at most, on first with its own layers and default parameters",
-        "opti-cam steps integer ≥ 1 50 How many.",
+        "opti-cam",
+        "steps integer ≥ 1 50 How many.",
         'norm max | range "max"',
     ):
         assert said in result
@@ -274,7 +274,13 @@ def test_list_metrics(address):
 
 @pytest.mark.parametrize(
     ("minimum", "maximum", "said"),
-    [(None, None, "number"), (0, None, "number ≥ 0"), (None, 0.5, "number ≤ 0.5"), (0, 1, "number in [0, 1]")],
+    [
+        (None, None, "number"),
+        (0, None, "number ≥ 0"),
+        (None, 0.5, "number ≤ 0.5"),
+        (0, 1, "number in [0, 1]"),
+        (1e-6, 1e6, "number in [1e-06, 1000000]"),
+    ],
 )
 def test_values_of_a_parameter(minimum, maximum, said):
     assert tables._values(camserve.Parameter("a", "number", 0, minimum, maximum, (), "")) == said
