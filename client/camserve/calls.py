@@ -102,7 +102,8 @@ def explain(
     """Explain why the model sees a class in the image.
 
     image: a path, the bytes of an encoded file, a Pillow image, uint8 pixels [H, W, 3] or grey [H, W], or a float32
-        tensor [3, H, W] that is already preprocessed and used as it is. Alpha is dropped.
+        tensor [3, H, W] (for a grey-scale model [1, H, W]) that is already preprocessed and used as it is. Alpha is
+        dropped.
     model: its name; None is the server's first.
     method: its name, and `parameters` those that differ from their defaults; `methods()` lists them.
     target: a class index or label, several of them for a map each, or None for the predicted class.

@@ -17,7 +17,7 @@ from camserve.v1 import explain_pb2 as pb
 
 __all__ = ["MAX_MESSAGE_BYTES", "ImageLike", "check_size", "from_wire", "map_to_wire", "picture", "to_wire"]
 
-# A path, an encoded file's bytes, a Pillow image, uint8 [H, W, 3] or [H, W], or float32 [3, H, W].
+# A path, an encoded file's bytes, a Pillow image, uint8 [H, W, 3] or [H, W], or float32 [3, H, W] or [1, H, W].
 ImageLike: TypeAlias = "str | PathLike[str] | bytes | PIL.Image.Image | NDArray[np.uint8] | NDArray[np.float32]"
 
 # The server takes no more either; gRPC's own limit, 4 MiB, is less than a photograph.
@@ -70,15 +70,15 @@ def _array(image: NDArray[np.generic]) -> pb.Image:
             return _pixels(image)
         case (np.uint8, (_, _)):
             return _pixels(np.repeat(image[..., None], 3, axis=2))
-        case (np.float32, (3, _, _)):
+        case (np.float32, (1 | 3, _, _)):
             return pb.Image(tensor=_tensor(image))
         case (np.uint8, (_, _, 4)):
             hint = ": drop the alpha, image[..., :3]"
         case _:
             hint = ""
     raise InvalidArgument(
-        "an image array must be uint8 [H, W, 3] or [H, W], or float32 [3, H, W] that is already preprocessed, "
-        f"not {image.dtype} {list(image.shape)}{hint}",
+        "an image array must be uint8 [H, W, 3] or [H, W], or float32 [3, H, W] (for a grey-scale model [1, H, W]) "
+        f"that is already preprocessed, not {image.dtype} {list(image.shape)}{hint}",
         field="image",
     )
 
@@ -115,7 +115,8 @@ def picture(image: pb.Image) -> PIL.Image.Image:
         case "pixels":
             return PIL.Image.frombytes("RGB", (image.pixels.width, image.pixels.height), image.pixels.data)
         case "tensor":
-            x = from_wire(image.tensor).transpose(1, 2, 0)
+            x = from_wire(image.tensor)
+            x = np.broadcast_to(x, (3, *x.shape[1:])).transpose(1, 2, 0)  # grey as three channels alike
             finite = x[np.isfinite(x)]
             low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
             scaled = (np.nan_to_num(x, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-12)

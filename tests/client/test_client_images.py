@@ -60,6 +60,7 @@ def test_a_tensor_is_used_as_it_is(servicer, client, dtype):
     arrived = sent(servicer, client, x.transpose(0, 2, 1)).tensor
     assert list(arrived.shape) == [3, 7, 5]
     np.testing.assert_array_equal(images.from_wire(arrived), x.transpose(0, 2, 1))
+    assert list(sent(servicer, client, x[:1]).tensor.shape) == [1, 5, 7]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,7 @@ def test_a_tensor_is_used_as_it_is(servicer, client, dtype):
         np.zeros((3, 4, 4)),
         np.zeros((4, 4, 3), np.float32),
         np.zeros((4, 4, 4), np.uint8),
+        np.zeros((2, 4, 4), np.float32),
         np.zeros((1, 3, 4, 4), np.float32),
         np.zeros(4, np.uint8),
         PIL.Image.new("F", (4, 4)),
@@ -119,6 +121,9 @@ def test_a_tensor_is_shown_scaled(client):
     shown = np.asarray(client.explain(x).image())
     assert shown.shape == (4, 5, 3)
     assert (shown.min(), shown.max()) == (0, 255)
+    grey = np.asarray(client.explain(x[:1]).image())
+    assert grey.shape == (4, 5, 3)
+    assert (grey == grey[..., :1]).all()
     for unusual in (np.full((3, 2, 2), 7, np.float32), np.full((3, 2, 2), np.nan, np.float32)):
         assert np.asarray(client.explain(unusual).image()).max() == 0
 
