@@ -25,7 +25,7 @@ METHODS = sorted(registry.METHODS)
 METRICS = sorted(registry.METRICS)
 NETWORKS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int]]] = {
     "cnn": (nets.tiny_cnn, (37, 29)),
-    # "vit": (nets.tiny_vit, (32, 32)),
+    "vit": (nets.tiny_vit, (32, 32)),
 }
 QUICK = {
     "opti-cam": {"steps": 12},

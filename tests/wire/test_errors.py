@@ -273,11 +273,44 @@ def test_a_message_too_large_is_refused_before_it_is_read(stub: ExplainServiceSt
 
 
 def test_a_deadline_that_passes(server: Server) -> None:
+    """Behind others the deadline of a method that cannot stop early passes while it waits."""
     with camserve.Client(server.address) as client:
+        others = [
+            client.explain_stream(PICTURE, model="tiny", method="occlusion", parameters={"stride": 1}) for _ in range(3)
+        ]
+        for stream in others:
+            next(iter(stream))
         with pytest.raises(camserve.DeadlineExceeded):
-            client.explain(PICTURE, model="tiny", method="opti-cam", parameters={"steps": 10_000}, timeout=0.3)
+            client.explain(PICTURE, model="tiny", method="occlusion", parameters={"stride": 1}, timeout=0.2)
         assert client.explain(PICTURE, model="tiny", method="grad-cam").maps
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(server: Server) -> None:
     assert server.engine is not None
+    done = server.engine.counters.rows
+    with camserve.Client(server.address) as client:
+        with pytest.raises(camserve.DeadlineExceeded, match="otherwise idle server") as caught:
+            client.explain(
+                PICTURE, model="tiny", method="integrated-gradients", parameters={"steps": 10_000}, timeout=0.3
+            )
+        assert caught.value.reason == "DEADLINE_UNREACHABLE"
+    assert server.engine.counters.rows == done
+
+
+def test_a_method_that_can_stop_early_meets_its_deadline(server: Server) -> None:
+    with camserve.Client(server.address) as client:
+        explanation = client.explain(
+            PICTURE,
+            model="tiny",
+            method="rise",
+            parameters={"masks": 1_000_000},
+            metrics=["average-gain"],
+            timeout=2.0,
+        )
+        assert 0 < explanation.share < 1
+        assert explanation.receipt.budget > 0
+        again = client.replay(explanation.receipt, PICTURE)
+        assert again.same
 
 
 class Flat:
@@ -295,8 +328,12 @@ def test_what_a_model_cannot_serve() -> None:
         with pytest.raises(camserve.FailedPrecondition) as caught:
             client.explain(PICTURE, method="grad-cam")
         assert "spatial" in str(caught.value)
-        assert client.models()[0].methods == ()
-        assert all(method.unavailable for method in client.methods("flat"))
+        without_layers = {"fake-cam", "gradient-shap", "input-x-gradient", "integrated-gradients", "occlusion", "rise"}
+        assert set(client.models()[0].methods) == {*without_layers, "smooth-grad"}
+        for method in client.methods("flat"):
+            assert bool(method.unavailable) == (method.name not in client.models()[0].methods)
+        assert "average pooling" in next(m for m in client.methods("flat") if m.name == "cam").unavailable
+        assert client.explain(PICTURE, method="occlusion").saliency.shape == (8, 8)
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:

@@ -21,31 +21,40 @@ from camserve_server.rows import generator, up
 class Revealed:
     """Row i is x ⊙ M_i: a grid of cells shown or hidden, grown a little larger than the image, cut out at a shift.
 
-    Only the grids and the shifts are kept; a mask is made when it is asked for.
+    Nothing is kept: each mask is drawn from the seed and its number whenever it is asked for.
     """
 
     x: Image
-    grids: Tensor  # [N, cells, cells], 0 or 1
-    shifts: Tensor  # [N, 2]
+    count: int
+    cells: int
+    keep: float
+    seed: int
 
     def __len__(self) -> int:
-        return len(self.grids)
+        return self.count
+
+    def draw(self, i: int) -> tuple[Tensor, tuple[int, int]]:
+        """The i-th grid [cells, cells] of zeros and ones, and its shift (y, x) in pixels, less than a cell."""
+        chance = generator(self.seed, i)
+        grid = torch.rand(self.cells, self.cells, generator=chance) < self.keep
+        y, x = (int(torch.randint(side, (), generator=chance)) for side in self.cell)
+        return grid, (y, x)
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Height and width of a cell in pixels."""
+        height, width = self.x.size
+        return math.ceil(height / self.cells), math.ceil(width / self.cells)
 
     def masks(self, start: int, stop: int) -> Tensor:
         """[n, H, W] in [0, 1]."""
-        cells = self.grids.shape[-1]
-        (H, W), (h, w) = self.x.size, self.cell(self.x.size, cells)
-        large = up(self.grids[start:stop].to(self.x.tensor), ((cells + 1) * h, (cells + 1) * w))
-        shifts = self.shifts[start:stop].tolist()
+        grids, shifts = zip(*(self.draw(i) for i in range(start, stop)), strict=True)
+        (H, W), (h, w) = self.x.size, self.cell
+        large = up(torch.stack(grids).to(self.x.tensor), ((self.cells + 1) * h, (self.cells + 1) * w))
         return torch.stack([mask[y : y + H, x : x + W] for mask, (y, x) in zip(large, shifts, strict=True)])
 
     def make(self, start: int, stop: int) -> Tensor:
         return self.x.tensor * self.masks(start, stop).unsqueeze(1)
-
-    @staticmethod
-    def cell(size: tuple[int, int], cells: int) -> tuple[int, int]:
-        """Height and width of a cell in pixels."""
-        return math.ceil(size[0] / cells), math.ceil(size[1] / cells)
 
 
 def _rows(sizes: Sizes, *, masks: int = 6000, **_: object) -> int:
@@ -73,11 +82,7 @@ def rise(
         Take it where the network is a black box and time is no matter. Fewer masks leave clouds that mean nothing. The
         scale of what it can show is that of a cell.
     """
-    draw = generator(seed)
-    grids = torch.rand(masks, cells, cells, generator=draw) < keep
-    high = torch.tensor(Revealed.cell(x.size, cells))
-    shifts = (torch.rand(masks, 2, generator=draw, dtype=torch.float64) * high).long()
-    revealed = Revealed(x, grids.to(x.tensor.device), shifts)
+    revealed = Revealed(x, masks, cells, keep, seed)
 
     def term(i: int, answer: Scores) -> Tensor:
         return answer.probabilities[0].to(x.tensor)[:, None, None] * revealed.masks(i, i + 1)

@@ -177,7 +177,7 @@ def _receipt(request_id: str, asked: Asked, job: Job[Explained], result: Explain
         parameters=_struct(call.parameters if call else {}),
         layers=[layer.name for layer in call.layers] if call else [],
         targets=result.targets.index,
-        seed=asked.seed,
+        seed=call.seed if call else asked.seed,
         precision=model.precision,
         device=model.device.type,
         batch_sizes=_batch_sizes(job.batch_sizes),
