@@ -50,7 +50,7 @@ class Preprocessing:
         values = np.asarray(picture.resize((width, height), resample), dtype=np.float32)
         pixels = np.atleast_3d(values).transpose(2, 0, 1) / 255
         mean, std = (self.column(values).numpy() for values in (self.mean, self.std))
-        # In NumPy, because this runs beside the engine's thread: see device.py.
+        # In NumPy, because this runs beside the engine's thread: see device/.
         return torch.from_numpy(np.ascontiguousarray((pixels - mean) / std, dtype=np.float32))
 
     @staticmethod

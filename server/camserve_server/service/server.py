@@ -62,7 +62,7 @@ class Server:
         await self._health.set("", SERVING)
         await self._health.set(SERVICE, NOT_SERVING)
         await self._grpc.start()
-        with ThreadPoolExecutor(1, "load") as loader:  # ends with it, and its OpenMP team too: see device.py
+        with ThreadPoolExecutor(1, "load") as loader:  # ends with it, and its OpenMP team too: see device/
             models = await asyncio.get_running_loop().run_in_executor(loader, load_models, self.config)
         self.engine = Engine(
             models, max_rows_owed=self.config.max_rows_owed, batch_invariant=self.config.batch_invariant

@@ -140,7 +140,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         events: asyncio.Queue[Sent] = asyncio.Queue()
 
         def tell(event: Event | None) -> None:
-            """On the engine's thread, which alone does arithmetic: see device.py."""
+            """On the engine's thread, which alone does arithmetic: see device/."""
             sent = write.level(event, asked.model) if isinstance(event, Level) else event
             loop.call_soon_threadsafe(events.put_nowait, sent)
 
