@@ -72,7 +72,7 @@ def level(event: Level, model: Model) -> pb.Level:
 
 def tensor(values: Tensor) -> pb.Tensor:
     """float32, little-endian."""
-    array = values.float().cpu().numpy()
+    array = values.cpu().numpy()  # and NumPy from here on: see device/
     return pb.Tensor(shape=array.shape, data=array.astype("<f4").tobytes())
 
 
