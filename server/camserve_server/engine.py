@@ -60,6 +60,7 @@ class Engine:
         self._owed: dict[int, int] = {}
         self._closing = False
         self._rows_per_s = 0.0
+        self._batch_s = 0.0  # about the longest that batches take these days
         self._fits: dict[tuple[str, LaneKind], int] = {}  # largest batch, once memory has run out
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -180,10 +181,15 @@ class Engine:
 
     def _cut_short(self) -> None:
         """Answers what can be answered early with what is there, for those whose time is up."""
-        for job in [job for job in self._jobs.values() if _time_is_up(job)]:
+        for job in [job for job in self._jobs.values() if self._time_is_up(job)]:
             work = job.work
             if work is not None and work.least is not None and job.done >= work.least:
                 self._answer(job, work)
+
+    def _time_is_up(self, job: Job[Any]) -> bool:
+        """Whether another batch could be too late."""
+        until = job.limits.until
+        return until is not None and time.monotonic() + self._batch_s >= until
 
     def _begin(self, job: Job[Any]) -> None:
         self._jobs[job.id] = job
@@ -228,7 +234,7 @@ class Engine:
         if work.least is not None:
             if job.limits.budget is not None:
                 job.most = min(work.rows, job.limits.budget - job.limits.reserved - job.rows)
-            if _time_is_up(job):
+            if self._time_is_up(job):
                 job.most = 0
             job.most = min(work.rows, max(work.least, job.most))
         if not job.most:
@@ -349,6 +355,7 @@ class Engine:
         self.counters.batches += 1
         self.counters.rows += rows
         self.counters.padding += max(0, size - rows)
+        self._batch_s = max(seconds, 0.9 * self._batch_s)
         self._rows_per_s = 0.9 * self._rows_per_s + 0.1 * rows / max(seconds, 1e-9)
 
 
@@ -359,10 +366,6 @@ def _nothing() -> None:
 def _class_weights(model: Model, index: Sequence[int]) -> tuple[str, Tensor]:
     assert model.gap is not None, "a model that is asked for its weights has a linear head"
     return model.gap.layer.name, model.gap.weight[list(index)]
-
-
-def _time_is_up(job: Job[Any]) -> bool:
-    return job.limits.until is not None and job.limits.until <= time.monotonic()
 
 
 def _tell(job: Job[Any], event: Event) -> None:

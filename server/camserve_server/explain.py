@@ -89,19 +89,17 @@ def limits(
     anytime = call is not None and call.method.least is not None
     if call is not None and call.method.least is not None:
         least = 1 + reserved + call.method.least(_sizes(model, call, targets), **call.parameters)
+    takes = f"{_subject(call)} takes {'at least ' if anytime else ''}{least} rows"
     if budget and budget < least:
-        raise OutOfRange(
-            f"{_subject(call)} takes {'at least' if anytime else 'up to'} {least} rows here, {reserved} of them for "
-            f"metrics{'' if anytime else ', and cannot stop early'}; the budget is {budget}",
-            field="budget",
-        )
+        metrics_too = f", {reserved} of them for metrics" if reserved else ""
+        why = "" if anytime else ", and cannot stop early"
+        raise OutOfRange(f"{takes} here{metrics_too}{why}; the budget is {budget}", field="budget")
     until = None
     if deadline is not None and "forward" in model.rows_per_s:
         left, rate = deadline - time.monotonic(), model.rows_per_s["forward"]
         if least / rate > left:
             raise Expired(
-                f"{_subject(call)} takes {'at least' if anytime else 'up to'} {least} rows, {least / rate:.3g} s of an "
-                f"otherwise idle server; the deadline is in {max(0.0, left):.3g} s",
+                f"{takes}, {least / rate:.2g} s of an otherwise idle server; the deadline is in {max(0.0, left):.2g} s",
                 reason="DEADLINE_UNREACHABLE",
             )
         # Metrics, the answer and the way back need their time.
