@@ -100,6 +100,31 @@ def tiny_cnn(seed: int = 0, classes: int = 7) -> TinyPoly:
     return net.eval().requires_grad_(False)
 
 
+def tiny_vit(seed: int = 0) -> nn.Module:
+    """A quick transformer of 32×32 pixels: 4×4 patches and a class token, 3 blocks of 3 heads, seven classes.
+
+    timm's own initialisation is nearly the identity, with flat attention. Here every linear layer keeps the scale, and
+    queries and keys are large enough for attention to choose.
+    """
+    import timm
+
+    generator = torch.Generator().manual_seed(seed)
+    net = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7
+    ).eval()
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            if "norm" not in name:
+                scale = value[0].numel() ** -0.5 if name.endswith("weight") else 0.3
+                value.copy_(torch.randn(value.shape, generator=generator) * scale)
+        for block in net.blocks:
+            block.attn.qkv.weight[: 2 * 48] *= 1.5  # of queries and keys
+        net.head.bias.zero_()
+        x = torch.randn(8, 3, 32, 32, generator=generator)
+        net.head.weight.mul_(2 / net(x).std())  # neither flat nor certain
+    return net.requires_grad_(False)
+
+
 def calibrated(
     name: Literal["vgg16", "resnet50"], size: int = 64, seed: int = 0, on: Tensor | None = None
 ) -> nn.Module:

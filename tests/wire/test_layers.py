@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from camserve_server import torchvision_ops  # noqa: F401
 from camserve_server.models.layers import probe
 from tests import nets
+from tests.support import noise
 
 import torchvision  # isort: skip
 
@@ -22,29 +22,30 @@ PAPER = {
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_layers(name: str) -> None:
     net = torchvision.models.get_model(name, weights=None).eval()
-    _, layers, classes = probe(net, torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    assert [layer.name for layer in layers] == PAPER[name]
-    assert [layer.height for layer in layers] == sorted((layer.height for layer in layers), reverse=True)
-    assert classes == 1000
+    found = probe(net, noise(1, 3, 64, 64))
+    assert [layer.name for layer in found.layers] == PAPER[name]
+    assert [layer.height for layer in found.layers] == sorted((layer.height for layer in found.layers), reverse=True)
+    assert found.layer == found.layers[-1]
+    assert found.classes == 1000
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "squeezenet1_1"])
 def test_any_plain_network_has_some(name: str) -> None:
     net = torchvision.models.get_model(name, weights=None).eval()
-    spatial, layers, _ = probe(net, torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)))
-    assert len(layers) >= 3
-    assert not any(layer.signed for layer in layers)
-    assert all(layer.name in spatial for layer in layers)
+    found = probe(net, noise(1, 3, 96, 96))
+    assert len(found.layers) >= 3
+    assert not any(layer.signed for layer in found.layers)
+    assert all(found.spatial[layer.name] == layer for layer in found.layers)
 
 
-def test_a_module_that_runs_twice_cannot_be_named() -> None:
-    net = torchvision.models.resnet18(weights=None).eval()
-    spatial, _, _ = probe(net, torch.randn(1, 3, 64, 64))
+def test_each_call_of_a_module_that_runs_twice_is_a_layer() -> None:
+    spatial = probe(torchvision.models.resnet18(weights=None).eval(), noise(1, 3, 64, 64)).spatial
     assert "layer1.0" in spatial
     assert "layer1.0.relu" not in spatial
+    assert [name for name in spatial if name.startswith("layer1.0.relu#")] == ["layer1.0.relu#1", "layer1.0.relu#2"]
 
 
 def test_signed_layers_are_told() -> None:
-    spatial, _, _ = probe(nets.tiny_cnn(), torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    spatial = probe(nets.tiny_cnn(), noise(1, 3, 32, 32)).spatial
     assert spatial["c2"].signed
     assert not spatial["r2"].signed

@@ -19,6 +19,8 @@ Form = Literal["NCHW", "NHWC", "tokens"]
 Grid = tuple[int, int]
 
 MAX_PREFIX = 16  # class and distillation tokens, and registers: published networks have up to ten
+_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
+_ATTENTION_NAME = re.compile(r"(^|\.)(self_?)?(attention|attn)$", re.IGNORECASE)
 _ACTIVATION = re.compile(r"(elu|silu|swish|mish|tanh|softplus)(6|me|activation)?$", re.IGNORECASE)
 
 
@@ -273,10 +275,13 @@ class _Pass:
 
 
 def _attending(module: nn.Module) -> set[str]:
-    """The innermost modules that are called attention: a block that is called so holds another."""
-    named = re.compile("attention|attn", re.IGNORECASE)
-    found = [name for name, m in module.named_modules() if name and named.search(type(m).__name__)]
-    return {name for name in found if not any(inner.startswith(f"{name}.") for inner in found)}
+    """The innermost modules that are attention by name or kind: a block that is called so holds another."""
+    found = [
+        name
+        for name, m in module.named_modules()
+        if _ATTENTION_NAME.search(name) or any(_ATTENTION.search(kind.__name__) for kind in type(m).__mro__)
+    ]
+    return {name for name in found if name and not any(inner.startswith(f"{name}.") for inner in found)}
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
