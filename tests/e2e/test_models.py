@@ -141,6 +141,11 @@ def test_labels_that_may_all_be_right_do_not_add_up(server: Server) -> None:
         explanation = client.explain(PICTURE, model="grey", method="grad-cam", top_k=4)
         grey = PICTURE.mean(axis=2).astype(np.uint8)
         assert client.explain(grey, model="grey", method="grad-cam").saliency.shape == (40, 24)
+        for baseline in ("blur", "black", "mean"):
+            score = client.evaluate(
+                grey, model="grey", method="grad-cam", metrics={"insertion": {"steps": 8, "baseline": baseline}}
+            )
+            assert 0 < score.scores["insertion"] < 1
     for prediction in explanation.predictions:
         assert prediction.probability == pytest.approx(1 / (1 + np.exp(-prediction.logit)), abs=1e-12)
     assert len(explanation.maps) == 4

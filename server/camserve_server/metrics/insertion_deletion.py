@@ -76,13 +76,13 @@ def _baseline(x: Image, kind: str) -> Tensor:
 
 
 def _blur(x: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
-    """[3, H, W] through a Gaussian of 11×11 pixels, σ 5, the borders reflected: the Poly-CAM paper's baseline."""
+    """[C, H, W] through a Gaussian of 11×11 pixels, σ 5, the borders reflected: the Poly-CAM paper's baseline."""
     half = size // 2
     if min(x.shape[-2:]) <= half:
         raise InvalidArgument(f"the blurred baseline needs an input of more than {half} pixels", field="metrics")
     at = torch.arange(size, dtype=x.dtype, device=x.device) - half
     g = torch.exp(-0.5 * (at / sigma) ** 2)
     g = g / g.sum()
-    padded = F.pad(x[None], (half, half, half, half), mode="reflect")
-    across: Tensor = F.conv2d(padded, g.view(1, 1, 1, -1).expand(3, 1, 1, -1), groups=3)
-    return F.conv2d(across, g.view(1, 1, -1, 1).expand(3, 1, -1, 1), groups=3)[0]
+    padded = F.pad(x[:, None], (half, half, half, half), mode="reflect")  # each channel by itself
+    across: Tensor = F.conv2d(padded, g.view(1, 1, 1, -1))
+    return F.conv2d(across, g.view(1, 1, -1, 1))[:, 0]
