@@ -18,7 +18,7 @@ from camserve_server.models.attention import attend, understood
 Form = Literal["NCHW", "NHWC", "tokens"]
 Grid = tuple[int, int]
 
-MAX_PREFIX = 16  # class and distillation tokens, and registers: published networks have up to ten
+MAX_PREFIX = 16  # class and distillation tokens, and registers; with more, wrong grids would fit too
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 _ATTENTION_NAME = re.compile(r"(^|\.)(self_?)?(attention|attn)$", re.IGNORECASE)
 _ACTIVATION = re.compile(r"(elu|silu|swish|mish|tanh|softplus)(6|me|activation)?$", re.IGNORECASE)
