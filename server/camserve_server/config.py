@@ -57,6 +57,9 @@ class ModelConfig(BaseModel):
     head: Annotated[
         Literal["softmax", "sigmoid"] | None, Field(description="softmax, or sigmoid for one logit, if left out.")
     ] = None
+    classes: Annotated[
+        int | None, Field(ge=1, description="Of a network of torchvision or timm; its own number if left out.")
+    ] = None
     labels: Annotated[str | None, Field(description='"imagenet", or a file with one label a line.')] = None
     input_size: Annotated[tuple[Positive, Positive], Field(description="[height, width] in pixels.")] = (224, 224)
     mean: Annotated[Numbers, Field(description="Per channel, of pixels in [0, 1].")] = (0.485, 0.456, 0.406)
@@ -79,6 +82,12 @@ class ModelConfig(BaseModel):
             raise ValueError("the embedded model has weights of its own")
         grey, half = (127 / 255,) * 3, (128 / 255,) * 3
         return {"labels": "imagenet", "mean": grey, "std": half, "interpolation": "bicubic", **data}
+
+    @model_validator(mode="after")
+    def _know_whose_classes_can_be_chosen(self) -> Self:
+        if self.classes is not None and not self.source.startswith(("timm:", "torchvision:")):
+            raise ValueError("classes: only networks of torchvision and timm are made for a number of classes")
+        return self
 
     def resolve(self, path: str) -> Path:
         """The path, looked up beside the configuration file."""

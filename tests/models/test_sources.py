@@ -72,6 +72,18 @@ def test_timms_weights_from_a_file(tmp_path: Path) -> None:
     assert not model.random_weights
 
 
+@pytest.mark.parametrize("source", ["timm:test_vit", "torchvision:squeezenet1_1"])
+def test_weights_of_another_number_of_classes(source: str, tmp_path: Path) -> None:
+    finetuned = loaded(source, classes=3)
+    assert finetuned.classes == 3
+    save_file({k: v.contiguous() for k, v in finetuned.module.state_dict().items()}, tmp_path / "mine.safetensors")
+    config = ModelConfig(name="m", source=source, weights=str(tmp_path / "mine.safetensors"))
+    with pytest.raises(ConfigError, match=r"models\.m\.weights"):
+        load(config, torch.device("cpu"))
+    mine = load(config.model_copy(update={"classes": 3}), torch.device("cpu"))
+    assert mine.digest == finetuned.digest
+
+
 def test_pretrained_asks_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     create = timm.create_model

@@ -76,7 +76,7 @@ def _torchvision(name: str, config: ModelConfig, where: str) -> nn.Module:
     known = [w.name for w in torchvision.models.get_model_weights(name)]
     download = _download(config, known, "a torchvision name such as IMAGENET1K_V1", where)
     builder = torchvision.models.get_model_builder(name)
-    given = _torchvision_size(builder, config, where)
+    given = _torchvision_size(builder, config, where) | _classes(config, download, where)
     # GoogLeNet and Inception would otherwise spend seconds on an initialisation that SciPy made slow.
     extra = {"init_weights": False} if "init_weights" in inspect.signature(builder).parameters and download else {}
     torch.manual_seed(0)
@@ -114,6 +114,7 @@ def _timm(name: str, config: ModelConfig, where: str) -> nn.Module:
     given: dict[str, Any] = {}
     if timms is not None and timms.fixed_input_size and "input_size" in config.model_fields_set:
         given = {"img_size": config.input_size}
+    given |= _classes(config, download, where)
     torch.manual_seed(0)
     try:
         module: nn.Module = timm.create_model(name, pretrained=download is not None, **given)
@@ -136,6 +137,14 @@ def _python(path: str, config: ModelConfig, where: str) -> nn.Module:
     if config.weights is not None and config.weights_file is None:
         raise ConfigError(f"{where}.weights: there is no file {config.weights}")
     return _with_weights_file(module, config, where)
+
+
+def _classes(config: ModelConfig, download: str | None, where: str) -> dict[str, object]:
+    if config.classes is None:
+        return {}
+    if download is not None:
+        raise ConfigError(f"{where}.classes: the weights {download} have their own; give a file of yours")
+    return {"num_classes": config.classes}
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
