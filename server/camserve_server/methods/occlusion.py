@@ -58,8 +58,9 @@ def occlusion(
         S_xy = |mean over the windows that cover xy of y_c(x) − y_c(x, the window hidden)|
 
     Advice:
-        Take it for an answer that needs no theory: what is hidden and what happens. It is as coarse as the window. It
-        cannot stop early, for the last windows are as good as the first.
+        Take it for an answer that needs no theory: what is hidden and what happens. It is as coarse as the window, and
+        where hiding something raises the logit it is as bright as where it lowers it, unless signed. It cannot stop
+        early, for the last windows are as good as the first.
     """
     windows = _windows(x.size, window, stride)
     size = x.size

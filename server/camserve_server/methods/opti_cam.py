@@ -36,9 +36,14 @@ def opti_cam(
     steps: Annotated[int, Range(1, 10_000), "iterations of Adam; the official command line takes 50"] = 100,
     rate: Annotated[float, Range(1e-6, 100.0), "learning rate"] = 0.1,
     relu: Annotated[bool, "negative activations count as zero; the paper's text does not for transformers"] = True,
-    norm: Annotated[Literal["range", "max", "sigmoid"], "how the map becomes a mask in [0, 1]"] = "range",
+    norm: Annotated[
+        Literal["range", "max", "sigmoid"],
+        "how the map becomes a mask: range is n(·), max divides by the maximum, sigmoid is the sigmoid",
+    ] = "range",
     mask_space: Annotated[
-        Literal["raw", "normalised"], "what the mask multiplies: pixels in [0, 1], or the normalised image"
+        Literal["raw", "normalised"],
+        "what the mask multiplies: raw, pixels in [0, 1], so that the background is black, as in the official code; or "
+        "the normalised image",
     ] = "raw",
     objective: Annotated[
         Literal["mask", "diff"], "the masked image's logit (eq. 10), or its nearness to the image's own (eq. 19)"
@@ -57,10 +62,13 @@ def opti_cam(
         maximise y_c(image masked by it) over u, by Adam            (eq. 9, 10)
         map  = the mask of the last u
 
+    All u start equal. The paper's own stopping rule practically never fires, so it is left out.
+
     Advice:
         Take it where the map shall show what the network needs to be sure. It is made for a high average gain, so that
-        metric flatters it; it need not win at insertion and deletion. In float32 its iterates diverge from one machine
-        to another, while the objective hardly moves: do not compare maps of two machines pixel by pixel.
+        metric flatters it; it need not win at insertion and deletion. In float32 its iterates diverge: the official
+        code differs from itself by up to 0.25 a pixel between one thread and two, while the objective hardly moves. So
+        do not compare maps of two machines pixel by pixel; on one server they are the same, bit for bit.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     if relu:

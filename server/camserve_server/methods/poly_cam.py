@@ -23,7 +23,9 @@ from camserve_server.rows import Masked, Part, normalised, up
 
 Variant = Annotated[
     Literal["paper", "official"],
-    "the paper's equations, or what the official code does: percentile scaling, bilinear pooling in LNorm",
+    "official: as the authors' code. Masks and maps are scaled before they are resized, from the 0.1th percentile and "
+    "divided by the 99.9th; LNorm pools by bilinear resizing, which is far from the mean where the ratio of resolutions "
+    "is 4 or odd; a second layer of the same resolution is a level of its own",
 ]
 Weights = Callable[[Targets, Sequence[Tensor]], Tensor]
 
@@ -69,7 +71,9 @@ def poly_cam(x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = 
 
     Advice:
         Take it for maps that are both fine and about the class, where seconds to minutes are no matter. Every level is
-        streamed as it is done, so a caller can stop early. It expects activations that are nowhere negative.
+        streamed as it is done, the coarsest first, so a caller can stop early. Masks do not depend on the class, so
+        further classes cost no rows; most rows are those of the coarse layers, which have the most channels. It expects
+        activations that are nowhere negative, as after a ReLU; a layer that has negative ones gets a warning.
     """
     return (yield from _poly_cam(x, c, layers, ("revealed", "hidden"), _variation, variant))
 
@@ -84,14 +88,15 @@ def poly_cam_plus(x: Image, c: Targets, layers: Sequence[str], *, variant: Varia
 
     Equations:
         M_k = n(up(A_lk))
-        w_k = p_c(x ⊙ M_k)                                     (eq. 4)
+        w_k = p_c(x ⊙ M_k)                                          (eq. 4)
         S_l = relu(Σ_k w_k A_lk)                                    (eq. 2)
         P_L = S_L,  P_l = LNorm(S_l) ⊙ up(P_{l+1})                  (eq. 3)
 
     LNorm(S_l) = S_l / up(mean of S_l in each block as large as a place of the next coarser layer) (eq. 1).
 
     Advice:
-        Take it where half of the passes of PCAM± must do. It shows what is enough for the class.
+        Take it where half of the passes of PCAM± must do. It shows what is enough for the class. The score of the
+        baseline image is taken as zero.
     """
     return (yield from _poly_cam(x, c, layers, ("revealed",), _increase, variant))
 
@@ -106,7 +111,7 @@ def poly_cam_minus(x: Image, c: Targets, layers: Sequence[str], *, variant: Vari
 
     Equations:
         M_k = n(up(A_lk))
-        w_k = relu(p_c(x) − p_c(x ⊙ (1 − M_k)))                (eq. 5)
+        w_k = relu(p_c(x) − p_c(x ⊙ (1 − M_k)))                     (eq. 5)
         S_l = relu(Σ_k w_k A_lk)                                    (eq. 2)
         P_L = S_L,  P_l = LNorm(S_l) ⊙ up(P_{l+1})                  (eq. 3)
 

@@ -42,7 +42,8 @@ def score_cam(
         S   = relu(Σ_k w_k A_k)                                     (eq. 6)
 
     The score of the baseline image (eq. 5) is the same for all channels: the softmax cancels it, and without the
-    softmax it is taken as zero.
+    softmax it is taken as zero. Masks are scaled after they are resized; torchcam scales them before, and the library
+    grad-cam resizes with align_corners=True: maps of the three correlate, but differ.
 
     Advice:
         Take it for a map of the last layer without gradients. It is as coarse as Grad-CAM at a thousand times the cost;

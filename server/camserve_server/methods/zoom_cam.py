@@ -23,7 +23,7 @@ def zoom_cam(x: Image, c: Targets, layers: Sequence[str]) -> Plan[SaliencyMaps]:
 
     Equations:
         S_l = relu(Σ_k ∂y_c/∂A_lk ⊙ A_lk)                           (eq. 4)
-        S   = max_l up((S_l − min S_l) / max S_l)                                 (eq. 5)
+        S   = max_l up((S_l − min S_l) / max S_l)                   (eq. 5)
 
     The paper joins all layers: its 13 ReLUs in VGG16; ResNet50's first ReLU and its four blocks. Those of a change of
     resolution are taken unless layers are named.
