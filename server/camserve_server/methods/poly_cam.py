@@ -24,8 +24,8 @@ from camserve_server.rows import Masked, Part, normalised, up
 Variant = Annotated[
     Literal["paper", "official"],
     "official: as the authors' code. Masks and maps are scaled before they are resized, from the 0.1th percentile and "
-    "divided by the 99.9th; LNorm pools by bilinear resizing, which is far from the mean where the ratio of resolutions "
-    "is 4 or odd; a second layer of the same resolution is a level of its own",
+    "divided by the 99.9th; LNorm pools by bilinear resizing, far from the mean where the ratio of resolutions is 4 or "
+    "odd; a second layer of the same resolution is a level of its own",
 ]
 Weights = Callable[[Targets, Sequence[Tensor]], Tensor]
 
