@@ -221,6 +221,7 @@ class Engine:
                 return partial(_class_weights, job.model, index)
             case Spare(rows):
                 self._owe(job, job.owed - rows)
+                _tell(job, Progress(job.rows, job.rows + job.owed))
             case Report(event):
                 _tell(job, event)
             case _:

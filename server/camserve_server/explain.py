@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,19 @@ from camserve_server.errors import Expired, OutOfRange
 from camserve_server.job import Limits
 from camserve_server.models.layers import Layer
 from camserve_server.models.model import Model
-from camserve_server.plan import Image, Measured, Plan, Predict, Report, SaliencyMaps, Stage, Targets
+from camserve_server.plan import (
+    Answer,
+    Image,
+    Measured,
+    Once,
+    Plan,
+    Predict,
+    Report,
+    SaliencyMaps,
+    Spare,
+    Stage,
+    Targets,
+)
 from camserve_server.registry import Method, Metric, Sizes, Value
 from camserve_server.rows import normalised, up
 
@@ -137,10 +151,11 @@ def explain(
     scores = []
     for t in range(len(c)):
         one = Targets((c.index[t],), c.p[t : t + 1], c.y[t : t + 1])
-        measured = []
+        measured: list[Measured] = []
+        known: dict[Hashable, object] = {}
         for call in metrics:
             yield from Report(Stage(call.metric.name))
-            measured.append((yield from call.metric.plan(x, one, maps[t], **call.parameters)))
+            measured.append((yield from _once(call.metric.plan(x, one, maps[t], **call.parameters), known)))
         scores.append(tuple(measured))
     return Explained(logits.cpu(), c, maps.float().cpu(), raw.float().cpu(), tuple(scores), tuple(warnings), share)
 
@@ -151,6 +166,24 @@ def _call(call: MethodCall, x: Image, c: Targets) -> Plan[SaliencyMaps]:
     seed = {"seed": call.seed} if call.method.seeded else {}
     result: SaliencyMaps = yield from call.method.plan(x, c, *where, **call.parameters, **seed)
     return result
+
+
+def _once(plan: Plan[Any], known: dict[Hashable, object]) -> Plan[Any]:
+    """Runs the plan; what it asks for `Once` is taken from `known`, or run and noted there."""
+    answer: Answer[Any] | None = None
+    while True:
+        try:
+            query = plan.send(answer)  # type: ignore[arg-type]  # the first send of a generator must be None
+        except StopIteration as stop:
+            return stop.value
+        if isinstance(query, Once):
+            if query.key in known:
+                yield from Spare(query.rows)
+            else:
+                known[query.key] = yield from _once(query.plan(), known)
+            answer = partial(known.get, query.key)
+        else:
+            answer = yield query
 
 
 def finished(result: SaliencyMaps, size: tuple[int, int]) -> tuple[Tensor, list[tuple[str, ...]]]:

@@ -12,7 +12,7 @@ no lock, no grad mode; its randomness comes from generators that it seeds itself
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -250,6 +250,18 @@ class ClassWeights(Query["tuple[str, Tensor]"]):
     """Answer: the layer that global average pooling and one linear layer turn into logits, and its weights [T, K]."""
 
     index: Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Once(Query[T]):
+    """Answer: the result of `plan`, of so many `rows`, run at most once for each `key` while one map is being scored.
+
+    Metrics that look at the same curve or the same masked image share its rows.
+    """
+
+    key: Hashable
+    rows: int
+    plan: Callable[[], Plan[T]]
 
 
 @dataclass(frozen=True)

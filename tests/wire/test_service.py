@@ -44,6 +44,18 @@ def test_an_explanation(client: camserve.Client) -> None:
     assert e.request_id == "mine"
 
 
+def test_metrics_share_their_rows(client: camserve.Client) -> None:
+    masked = ["average-drop", "average-increase", "average-gain"]
+    *_, progress, e = client.explain_stream(CAT, method="grad-cam", metrics=masked)
+    assert isinstance(e, camserve.Explanation)
+    assert e.cost.rows == 1 + 1 + 1
+    assert isinstance(progress, camserve.Progress)
+    assert progress.rows_done == progress.rows_total == 3
+    for metric in masked:
+        alone = client.explain(CAT, method="grad-cam", metrics=[metric])
+        assert alone.scores[metric] == e.scores[metric]
+
+
 def test_the_receipt(client: camserve.Client, server: Server) -> None:
     assert server.engine is not None
     receipt = client.explain(CAT, method="opti-cam", parameters={"steps": 2}, target=281, seed=7).receipt

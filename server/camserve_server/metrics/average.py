@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from camserve_server.plan import Image, Measured, Plan, Score, Targets
+from camserve_server.plan import Image, Measured, Once, Plan, Score, Targets
 from camserve_server.registry import Sizes, metric
 from camserve_server.rows import Masked, up
 
@@ -53,5 +53,5 @@ def average_gain(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
 
 
 def _probabilities(x: Image, c: Targets, S: Tensor) -> Plan[tuple[float, float]]:
-    scores = yield from Score(Masked(x, S[None], mask=up), c)
+    scores = yield from Once("masked", 1, lambda: iter(Score(Masked(x, S[None], mask=up), c)))
     return float(c.p[0]), float(scores.probabilities[0, 0])
