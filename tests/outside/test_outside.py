@@ -1,0 +1,158 @@
+"""A package of somebody else's brings a method: it is listed, served, and held to the laws like those within."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import camserve
+from tests import nets
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+CONFIG = """
+listen = "127.0.0.1:0"
+device = "cpu"
+
+[[models]]
+name = "tiny"
+source = "python:tests.nets:tiny_cnn"
+input_size = [32, 32]
+batch_size = 2
+"""
+
+
+def install(folder: Path, project: dict[str, Any], module: str, code: str) -> None:
+    """What pip leaves in a folder of packages: the module, and beside it what the project says of itself."""
+    (folder / f"{module}.py").write_text(code, encoding="utf-8")
+    metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n", encoding="utf-8"
+    )
+    lines = [f"{name} = {value}" for name, value in project["entry-points"]["camserve.methods"].items()]
+    (metadata / "entry_points.txt").write_text("\n".join(["[camserve.methods]", *lines, ""]), encoding="utf-8")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+
+
+def serve(folder: Path) -> list[str]:
+    """The command that serves a tiny network."""
+    (folder / "camserve.toml").write_text(CONFIG, encoding="utf-8")
+    return [sys.executable, "-m", "camserve", "serve", "--config", str(folder / "camserve.toml")]
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of a server, a process of its own, in whose environment the packages of `folder` are installed."""
+    with subprocess.Popen(serve(folder), stdout=subprocess.PIPE, text=True, env=environment(folder)) as server:
+        try:
+            assert server.stdout is not None
+            ready = re.match(r"camserve is ready on (127\.0\.0\.1:\d+),", server.stdout.readline())
+            assert ready
+            yield ready[1]
+        finally:
+            server.terminate()
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """The folder with the package that stands beside this test."""
+    project = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    code = (HERE / "activation_attention.py").read_text(encoding="utf-8")
+    install(tmp_path, project, "activation_attention", code)
+    return tmp_path
+
+
+def activation_attention(A: NDArray[np.float64], power: float) -> NDArray[np.float64]:
+    """The equation once more, slow and plain: [K, h, w] → [h, w]."""
+    S = np.zeros(A.shape[1:])
+    for A_k in A:
+        for y in range(S.shape[0]):
+            for x in range(S.shape[1]):
+                S[y, x] += abs(A_k[y, x]) ** power
+    return S
+
+
+def test_it_is_listed_and_served(installed: Path) -> None:
+    x = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with serving(installed) as address, camserve.Client(address) as client:
+        listed = {method.name: method for method in client.methods("tiny")}["activation-attention"]
+        (model,) = client.models()
+        e = client.explain(
+            x.numpy(), method="activation-attention", parameters={"power": 3}, layers=["r1"], target=[2, 4], raw=True
+        )
+        with pytest.raises(camserve.InvalidArgument) as out_of_range:
+            client.explain(x.numpy(), method="activation-attention", parameters={"power": 9})
+
+    assert (listed.title, listed.paper, listed.layers) == ("Activation attention", "arXiv:1612.03928", "one")
+    assert (listed.rows, listed.rows_per_target, listed.class_agnostic) == (2, 0, True)
+    assert listed.equations == "S = Σ_k |A_k|^p"
+    assert listed.advice.startswith("Take it to see where")
+    [power] = listed.parameters
+    assert (power.name, power.default, power.minimum, power.maximum) == ("power", 2.0, 1.0, 8.0)
+    assert "activation-attention" in model.methods
+    assert out_of_range.value.field == "method.parameters.power"
+
+    (A,) = nets.activations(nets.tiny_cnn(), x[None], ["r1"])  # of the input's size: nothing is resized
+    S = activation_attention(A.double().numpy(), 3)
+    for each in e.maps:
+        assert each.raw is not None
+        np.testing.assert_allclose(each.raw, S, rtol=1e-4)
+        np.testing.assert_allclose(each.saliency, (S - S.min()) / (S.max() - S.min()), atol=1e-4)
+    assert e.receipt.parameters == {"power": 3}
+
+
+@pytest.mark.slow
+def test_the_laws_try_it_without_being_told(installed: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/laws",
+        "-k",
+        "activation-attention",
+    ]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment(installed), timeout=240, check=False
+    )
+    assert ran.returncode == 0, ran.stdout
+    passed = re.search(r"(\d+) passed", ran.stdout)
+    assert passed
+    assert int(passed[1]) > 20
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("raise ValueError('not today')", "not today"),
+        ("def (", "invalid syntax"),
+    ],
+)
+def test_one_that_is_broken_is_named(tmp_path: Path, code: str, says: str) -> None:
+    entry_points = {"camserve.methods": {"my-method": "broken_cam"}}
+    install(tmp_path, {"name": "broken", "version": "1.0", "entry-points": entry_points}, "broken_cam", code)
+    done = subprocess.run(
+        serve(tmp_path), capture_output=True, text=True, env=environment(tmp_path), timeout=60, check=False
+    )
+    assert done.returncode == 2
+    [error] = done.stderr.splitlines()
+    assert error.startswith("error: the entry point my-method = broken_cam cannot be loaded")
+    assert says in error
