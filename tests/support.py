@@ -82,10 +82,10 @@ def call(model: Model, method: str, layers: Sequence[str] | None = None, seed: i
     return MethodCall(entry, entry.check(given, "parameters"), found, seed)
 
 
-def metric(name: str, **parameters: object) -> MetricCall:
+def metric(name: str, seed: int = 0, **parameters: object) -> MetricCall:
     """The metric with its parameters."""
     entry = registry.METRICS[name]
-    return MetricCall(entry, entry.check(parameters, "parameters"))
+    return MetricCall(entry, entry.check(parameters, "parameters"), seed)
 
 
 def submit(

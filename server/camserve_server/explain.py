@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,20 +16,28 @@ from camserve_server.job import Limits
 from camserve_server.models.layers import Layer
 from camserve_server.models.model import Model
 from camserve_server.plan import (
+    Ablate,
     Answer,
+    Ascend,
+    Gradient,
     Image,
     Measured,
     Once,
     Plan,
     Predict,
+    Query,
     Report,
     SaliencyMaps,
+    Score,
     Spare,
     Stage,
+    Sum,
     Targets,
 )
 from camserve_server.registry import Method, Metric, Sizes, Value
 from camserve_server.rows import normalised, up
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class MetricCall:
 
     metric: Metric
     parameters: Mapping[str, Value]
+    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +77,7 @@ class Explained:
 
 def rows_needed(model: Model, call: MethodCall | None, metrics: Sequence[MetricCall], targets: int) -> int:
     """The most rows that the request can take."""
-    rows = 1 + rows_of_metrics(model, metrics, targets)
+    rows = 1 + rows_of_metrics(model, call, metrics, targets)
     if call is not None:
         rows += call.method.rows(_sizes(model, call, targets), **call.parameters)
     return rows
@@ -78,9 +87,10 @@ def _sizes(model: Model, call: MethodCall, targets: int) -> Sizes:
     return Sizes([layer.channels for layer in call.layers], targets, model.preprocessing.size)
 
 
-def rows_of_metrics(model: Model, metrics: Sequence[MetricCall], targets: int) -> int:
+def rows_of_metrics(model: Model, call: MethodCall | None, metrics: Sequence[MetricCall], targets: int) -> int:
     """The most rows that the scores of so many maps can take."""
-    one = Sizes([], 1, model.preprocessing.size)
+    again = 1 + call.method.rows(_sizes(model, call, 1), **call.parameters) if call else 0
+    one = Sizes([], 1, model.preprocessing.size, again)
     return targets * sum(m.metric.rows(one, **m.parameters) for m in metrics)
 
 
@@ -98,7 +108,7 @@ def limits(
     `budget` rows (0: no limit); `deadline` of `time.monotonic()`. Raises OutOfRange for a budget, and Expired for a
     deadline, that cannot be kept to even by an otherwise idle server.
     """
-    reserved = rows_of_metrics(model, metrics, targets)
+    reserved = rows_of_metrics(model, call, metrics, targets)
     least = rows_needed(model, call, metrics, targets)
     anytime = call is not None and call.method.least is not None
     if call is not None and call.method.least is not None:
@@ -155,7 +165,12 @@ def explain(
         known: dict[Hashable, object] = {}
         for call in metrics:
             yield from Report(Stage(call.metric.name))
-            measured.append((yield from _once(call.metric.plan(x, one, maps[t], **call.parameters), known)))
+            given: dict[str, object] = {"seed": call.seed} if call.metric.seeded else {}
+            if call.metric.remakes:
+                assert isinstance(subject, MethodCall), "a map that was given cannot be made again"
+                given["remake"] = partial(_remade, model, subject, c.index[t])
+            plan = call.metric.plan(x, one, maps[t], **call.parameters, **given)
+            measured.append((yield from _once(plan, known)))
         scores.append(tuple(measured))
     return Explained(logits.cpu(), c, maps.float().cpu(), raw.float().cpu(), tuple(scores), tuple(warnings), share)
 
@@ -166,6 +181,36 @@ def _call(call: MethodCall, x: Image, c: Targets) -> Plan[SaliencyMaps]:
     seed = {"seed": call.seed} if call.method.seeded else {}
     result: SaliencyMaps = yield from call.method.plan(x, c, *where, **call.parameters, **seed)
     return result
+
+
+def _remade(model: Model, call: MethodCall, c: int, x: Image) -> Plan[Tensor]:
+    """The map [H, W] in [0, 1] of another image for the same class; whatever it remarks upon is left unsaid."""
+    logits = yield from Predict(x)
+    at = torch.tensor([c], device=logits.device)
+    result = yield from _quietly(_call(call, x, Targets((c,), model.probabilities(logits)[at], logits[at])))
+    return finished(result, x.size)[0][0]
+
+
+def _quietly(plan: Plan[T]) -> Plan[T]:
+    """The plan without its reports, and whole: a budget or a deadline that has cut the map cuts no metric."""
+    answer: Answer[Any] | None = None
+    while True:
+        try:
+            query = plan.send(answer)  # type: ignore[arg-type]  # the first send of a generator must be None
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        answer = _nothing if isinstance(query, Report) else (yield _whole(query))
+
+
+def _whole(query: Query[Any]) -> Query[Any]:
+    if isinstance(query, Sum):
+        return replace(query, of=_whole(query.of))
+    return replace(query, least=None) if isinstance(query, (Score, Ablate, Gradient, Ascend)) else query
+
+
+def _nothing() -> None:
+    return None
 
 
 def _once(plan: Plan[Any], known: dict[Hashable, object]) -> Plan[Any]:

@@ -90,6 +90,10 @@ class SaliencyMaps:
     share: float = 1.0
 
 
+# The map [H, W] in [0, 1] of another image, made as the one that is being scored.
+Remake = Callable[["Image"], "Plan[Tensor]"]
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a metric returns: its `value` and, where the value is the area under a curve, the curve's points."""

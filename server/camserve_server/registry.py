@@ -30,6 +30,7 @@ NEEDS: dict[Needs, str] = {
     "gap": "global average pooling and one linear layer at its end",
     "attention": "global self-attention and a class token",
 }
+GIVEN = ("seed", "remake")  # keywords that are no parameters: the request has them
 _TYPES: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
@@ -72,11 +73,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the number of rows depends on: the `channels` of the layers looked at, the `targets`, the `pixels`."""
+    """What the number of rows depends on: the `channels` of the layers looked at, the `targets`, the `pixels`.
+
+    For metrics that make the map again, of other images: `again`, the rows of that.
+    """
 
     channels: Sequence[int]
     targets: int = 1
     pixels: tuple[int, int] = (224, 224)
+    again: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,10 +128,16 @@ class Method(Entry):
 
 @dataclass(frozen=True)
 class Metric(Entry):
-    """A way to score one. `plan(x, c, S, **parameters)` returns Plan[Measured]; S [H, W] lies in [0, 1], T is 1."""
+    """A way to score one. `plan(x, c, S, **parameters)` returns Plan[Measured]; S [H, W] lies in [0, 1], T is 1.
+
+    One that `remakes` has the keyword `remake`, which makes the map of another image, by the same method for the same
+    class. The value of a `seeded` one depends on the seed.
+    """
 
     unit: str
     higher_is_better: bool
+    remakes: bool
+    seeded: bool
 
 
 METHODS: dict[str, Method] = {}
@@ -171,8 +182,13 @@ def metric(
     """Registers a metric. `rows(sizes, **parameters)` is the most rows that it can take."""
 
     def register(plan: G) -> G:
+        arguments = inspect.signature(plan).parameters
         METRICS[name] = Metric(
-            *(name, title, paper, *_described(plan), _parameters(plan), plan, rows), unit, higher_is_better
+            *(name, title, paper, *_described(plan), _parameters(plan), plan, rows),
+            unit=unit,
+            higher_is_better=higher_is_better,
+            remakes="remake" in arguments,
+            seeded="seed" in arguments,
         )
         return plan
 
@@ -233,7 +249,7 @@ def _parameters(plan: Callable[..., object]) -> tuple[Parameter, ...]:
     return tuple(
         _parameter(p.name, p.annotation, p.default)
         for p in signature.parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name != "seed"
+        if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN
     )
 
 

@@ -17,6 +17,7 @@ from camserve_server.errors import OutOfRange
 from camserve_server.explain import Explained, MethodCall, rows_needed
 from camserve_server.job import Job
 from camserve_server.models.model import Model
+from camserve_server.plan import Measured
 from camserve_server.service.read import why_not
 from tests import nets
 from tests.support import as_model, call, explained, metric, noise, running, submit
@@ -307,12 +308,38 @@ def test_metrics_say_what_they_are(name: str) -> None:
     assert all(parameter.description for parameter in entry.parameters)
 
 
+RANGES = {"sensitivity-max": (0, 100), "infidelity": (0, 1e4), "insertion-deletion": (-1, 1), "aopc": (-1, 1)}
+
+
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_metrics_lie_in_their_range(model: Model, name: str) -> None:
     size = model.preprocessing.size
-    top = 100.0 if registry.METRICS[name].unit == "%" else 1.0
-    for seed, S in enumerate([torch.zeros(size), torch.ones(size), noise(*size).sigmoid(), noise(5, 3).sigmoid()]):
-        (score,) = explained(model, noise(3, *size, seed=seed), S, [seed], [metric(name)]).scores[0]
-        assert 0 <= score.value <= top
+    low, high = RANGES.get(name, (0, 100 if registry.METRICS[name].unit == "%" else 1))
+    subjects: list[Tensor | MethodCall]
+    if registry.METRICS[name].remakes:
+        subjects = [quick(model, method) for method in ("grad-cam", "fake-cam", "occlusion", "eigen-cam")]
+    else:
+        subjects = [torch.zeros(size), torch.ones(size), noise(*size).sigmoid(), noise(5, 3).sigmoid()]
+    for seed, subject in enumerate(subjects):
+        (score,) = explained(model, noise(3, *size, seed=seed), subject, [seed], [metric(name)]).scores[0]
+        assert low <= score.value <= high
         assert all(0 <= point <= 1 for point in score.curve)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_metrics_take_the_rows_announced_and_no_chance_but_the_seed(model: Model, name: str, x: Tensor) -> None:
+    asked, entry = quick(model, "smooth-grad"), registry.METRICS[name]
+    with running(model) as engine:
+
+        def score(seed: int) -> Measured:
+            scored = [metric(name, seed=seed)]
+            job = submit(engine, model, x, asked, [1], scored)
+            result = job.future.result(timeout=120)
+            assert job.rows <= rows_needed(model, asked, scored, 1)
+            return result.scores[0][0]
+
+        first, again, other = score(1), score(1), score(2)
+    assert first == again
+    assert (first == other) != entry.seeded

@@ -1219,6 +1219,8 @@ class Metric(_message.Message):
     HIGHER_IS_BETTER_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    MAPS_FIELD_NUMBER: _builtins.int
+    SEEDED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     title: _builtins.str
     paper: _builtins.str
@@ -1227,7 +1229,11 @@ class Metric(_message.Message):
     higher_is_better: _builtins.bool
     """True where a higher value speaks for the map."""
     rows: _builtins.int
-    """With default parameters: the most rows that it can take."""
+    """With default parameters: the most rows that it can take, but for those of the maps that it makes again."""
+    maps: _builtins.int
+    """How many maps of other images it makes, each at the cost of the method: it needs a method, not a map that is given."""
+    seeded: _builtins.bool
+    """True where the value depends on the seed."""
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Parameter]: ...
     def __init__(
@@ -1241,10 +1247,12 @@ class Metric(_message.Message):
         higher_is_better: _builtins.bool = ...,
         parameters: _abc.Iterable[Global___Parameter] | None = ...,
         rows: _builtins.int = ...,
+        maps: _builtins.int = ...,
+        seeded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["higher_is_better", b"higher_is_better", "name", b"name", "paper", b"paper", "parameters", b"parameters", "rows", b"rows", "summary", b"summary", "title", b"title", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["higher_is_better", b"higher_is_better", "maps", b"maps", "name", b"name", "paper", b"paper", "parameters", b"parameters", "rows", b"rows", "seeded", b"seeded", "summary", b"summary", "title", b"title", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

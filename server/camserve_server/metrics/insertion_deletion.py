@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from camserve_server.errors import InvalidArgument
-from camserve_server.plan import Image, Measured, Plan, Score, Targets
+from camserve_server.plan import Image, Measured, Once, Plan, Score, Targets
 from camserve_server.registry import Range, Sizes, metric
 from camserve_server.rows import Blended
 
@@ -35,8 +35,7 @@ def insertion(
 
     x [3, H, W], one class, S [H, W] in [0, 1].
     """
-    under = _baseline(x, baseline)
-    return (yield from _area(x.tensor, under, c, S, steps, auc))
+    return (yield from _curve("insertion", x, c, S, steps, baseline, auc))
 
 
 @metric("deletion", title="Deletion", paper="arXiv:1806.07421", rows=_rows, higher_is_better=False)
@@ -47,8 +46,35 @@ def deletion(
 
     x [3, H, W], one class, S [H, W] in [0, 1].
     """
-    over = _baseline(x, baseline)
-    return (yield from _area(over, x.tensor, c, S, steps, auc))
+    return (yield from _curve("deletion", x, c, S, steps, baseline, auc))
+
+
+@metric(
+    "insertion-deletion",
+    title="Insertion − deletion",
+    paper="arXiv:2204.13359",
+    rows=lambda sizes, **p: 2 * _rows(sizes, **p),
+    higher_is_better=True,
+)
+def insertion_deletion(
+    x: Image, c: Targets, S: Tensor, *, steps: Steps = 224, baseline: Baseline = "blur", auc: Area = "mean"
+) -> Plan[Measured]:
+    """Insertion less deletion, in [−1, 1]: both at once, as the Poly-CAM paper sums a map up.
+
+    x [3, H, W], one class, S [H, W] in [0, 1]. Where the two are asked for as well, their rows are shared.
+    """
+    higher = yield from _curve("insertion", x, c, S, steps, baseline, auc)
+    lower = yield from _curve("deletion", x, c, S, steps, baseline, auc)
+    return Measured(higher.value - lower.value)
+
+
+def _curve(kind: str, x: Image, c: Targets, S: Tensor, steps: int, baseline: str, auc: str) -> Plan[Measured]:
+    def area() -> Plan[Measured]:
+        there, here = x.tensor, _baseline(x, baseline)
+        over, under = (there, here) if kind == "insertion" else (here, there)
+        return (yield from _area(over, under, c, S, steps, auc))
+
+    return (yield from Once((kind, steps, baseline, auc), steps + (auc == "trapezoid"), area))
 
 
 def _area(over: Tensor, under: Tensor, c: Targets, S: Tensor, steps: int, auc: str) -> Plan[Measured]:

@@ -73,7 +73,7 @@ def explain_request(request: pb.ExplainRequest, models: Mapping[str, Model], con
         request.image.HasField("tensor"),
         _targets(request, model),
         _method(request.method, model),
-        _metrics(request.metrics),
+        _metrics(request.metrics, request.method.seed, "method"),
         request.method.seed,
         _budget(request.budget),
         _batch_sizes(request.batch_sizes),
@@ -99,7 +99,7 @@ def evaluate_request(request: pb.EvaluateRequest, models: Mapping[str, Model], c
         request.image.HasField("tensor"),
         (_target(request.target, model, "target"),) if request.HasField("target") else 1,
         subject,
-        _metrics(request.metrics),
+        _metrics(request.metrics, request.seed, request.WhichOneof("subject")),
         request.seed,
         _budget(request.budget),
         _batch_sizes(request.batch_sizes),
@@ -257,12 +257,17 @@ def why_not(method: registry.Method, model: Model) -> str:
     return "" if has[method.needs] else f"it does not have {registry.NEEDS[method.needs]}"
 
 
-def _metrics(specs: Sequence[pb.MetricSpec]) -> tuple[MetricCall, ...]:
+def _metrics(specs: Sequence[pb.MetricSpec], seed: int, subject: str | None) -> tuple[MetricCall, ...]:
     _at_most(MAX_METRICS, specs, "metrics")
     calls = []
     for i, spec in enumerate(specs):
         metric = registry.get_metric(spec.name, f"metrics[{i}].name")
-        calls.append(MetricCall(metric, metric.check(_parameters(spec.parameters), f"metrics[{i}].parameters")))
+        if metric.remakes and subject != "method":
+            raise InvalidArgument(
+                f"{metric.name} makes maps of other images: give the method that makes them, not a map",
+                field=f"metrics[{i}].name",
+            )
+        calls.append(MetricCall(metric, metric.check(_parameters(spec.parameters), f"metrics[{i}].parameters"), seed))
     return tuple(calls)
 
 

@@ -136,6 +136,9 @@ def metric_message(metric: registry.Metric) -> pb.Metric:
         higher_is_better=metric.higher_is_better,
         parameters=[_parameter(p) for p in metric.parameters],
         rows=metric.rows(registry.Sizes([]), **metric.check({}, "")),
+        maps=metric.rows(registry.Sizes([], again=1), **metric.check({}, ""))
+        - metric.rows(registry.Sizes([]), **metric.check({}, "")),
+        seeded=metric.seeded,
     )
 
 

@@ -1,0 +1,42 @@
+"""ADCC: Revisiting The Evaluation of Class Activation Mapping for Explainability.
+
+Poppi, Cornia, Baraldi, Cucchiara 2021, arXiv:2104.10252.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from camserve_server.plan import Image, Measured, Once, Plan, Remake, Score, Targets
+from camserve_server.registry import Sizes, metric
+from camserve_server.rows import Masked, up
+
+
+def _rows(sizes: Sizes) -> int:
+    return 1 + sizes.again
+
+
+@metric("adcc", title="ADCC", paper="arXiv:2104.10252", rows=_rows, higher_is_better=True)
+def adcc(x: Image, c: Targets, S: Tensor, *, remake: Remake) -> Plan[Measured]:
+    """Harmonic mean of coherency, simplicity and what is left of the probability, in [0, 1].
+
+    x [3, H, W], one class, S [H, W] in [0, 1]. Coherency is (1 + r) / 2, r the correlation of S and the map of
+    x ⊙ S; simplicity is 1 − mean S; the last is 1 − average drop (eq. 8). A map that explains nothing fails at one.
+    """
+    scores = yield from Once("masked", 1, lambda: iter(Score(Masked(x, S[None], mask=up), c)))
+    p, o = float(c.p[0]), float(scores.probabilities[0, 0])
+    kept = 1 - max(p - o, 0.0) / p if p > 0 else 0.0
+    again = yield from remake(replace(x, tensor=x.tensor * S))
+    parts = [(1 + _correlation(S, again)) / 2, 1 - float(S.mean()), kept]
+    return Measured(3 / sum(1 / part for part in parts) if min(parts) > 0 else 0.0)
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's, in [−1, 1]; −1 for a constant map, which goes along with nothing."""
+    a, b = a.flatten().double(), b.flatten().double()
+    a, b = a - a.mean(), b - b.mean()
+    norm = a.norm() * b.norm()
+    return float(torch.dot(a, b) / norm) if norm > 0 else -1.0

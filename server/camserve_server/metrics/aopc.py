@@ -1,0 +1,58 @@
+"""AOPC: Evaluating the visualization of what a Deep Neural Network has learned.
+
+Samek, Binder, Montavon, Bach, Müller 2017, arXiv:1509.06321.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from camserve_server.plan import Image, Measured, Plan, Score, Targets
+from camserve_server.registry import Range, Sizes, metric
+from camserve_server.rows import Blended, generator
+
+
+def _rows(sizes: Sizes, *, steps: int = 100, region: int = 9, **_: object) -> int:
+    height, width = sizes.pixels
+    return min(steps, -(-height // region) * -(-width // region))
+
+
+@metric("aopc", title="AOPC", paper="arXiv:1509.06321", rows=_rows, higher_is_better=True)
+def aopc(
+    x: Image,
+    c: Targets,
+    S: Tensor,
+    *,
+    steps: Annotated[int, Range(1, 100_000), "regions that are disturbed one after the other, L"] = 100,
+    region: Annotated[int, Range(1, 1000), "side of a region in pixels"] = 9,
+    disturb: Annotated[
+        Literal["uniform", "mean"], "what a region becomes: uniform noise over the range of pixels, or the mean colour"
+    ] = "uniform",
+    seed: int,
+) -> Plan[Measured]:
+    """Mean fall of the probability as the most salient regions are disturbed one after the other, in [−1, 1].
+
+    x [3, H, W], one class, S [H, W] in [0, 1]. 1/(L + 1) Σ_k (p_c(x) − p_c(x without its first k regions)) over
+    k = 0 … L, the most relevant first (eq. 12); regions of equal saliency go by their place.
+    """
+    height, width = x.size
+    relevance = F.avg_pool2d(S[None], region, ceil_mode=True, count_include_pad=False)[0]
+    order = relevance.flatten().argsort(descending=True, stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    tiles = place.view(relevance.shape).repeat_interleave(region, 0).repeat_interleave(region, 1)
+    counts = range(1, min(steps, len(order)) + 1)
+    scores = yield from Score(Blended(_disturbed(x, disturb, seed), x.tensor, tiles[:height, :width], counts), c)
+    curve = torch.cat([c.p[:1], scores.probabilities[:, 0]])
+    return Measured(float((c.p[0] - curve).mean()), tuple(curve.tolist()))
+
+
+def _disturbed(x: Image, kind: str, seed: int) -> Tensor:
+    if kind == "mean":
+        return torch.zeros_like(x.tensor)
+    pixels = torch.rand(x.tensor.shape, generator=generator(seed)).to(x.tensor)
+    return (pixels - x.mean) / x.std

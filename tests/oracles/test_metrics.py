@@ -1,0 +1,130 @@
+"""Served metrics against captum, and against their definitions written out once more, slowly."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from captum.metrics import infidelity, sensitivity_max
+from torch import Tensor
+
+from camserve_server.models.model import Model
+from camserve_server.rows import generator, normal
+from tests import nets
+from tests.support import as_model, call, explained, metric, noise
+
+SIZE = (37, 29)
+C = 3
+
+
+@cache
+def model() -> Model:
+    return as_model(nets.tiny_cnn(), SIZE, dtype=torch.float64)
+
+
+X = noise(3, *SIZE).double()
+
+
+def score(name: str, subject: Any, seed: int = 0, **parameters: object) -> float:
+    return explained(model(), X, subject, [C], [metric(name, seed, **parameters)]).scores[0][0].value
+
+
+def made(x: Tensor, method: str) -> Tensor:
+    """The served map [H, W] of an image [3, H, W]."""
+    return explained(model(), x, call(model(), method), [C]).maps[0].double()
+
+
+def probability(x: Tensor) -> float:
+    return float(model().module(x[None]).softmax(dim=1)[0, C])
+
+
+def only(inputs: Any) -> Tensor:
+    """captum hands over a tensor, or a tuple of one."""
+    return inputs[0] if isinstance(inputs, tuple) else inputs
+
+
+@pytest.mark.parametrize("method", ["grad-cam", "smooth-grad", "occlusion"])
+def test_sensitivity_max_is_captums(method: str) -> None:
+    def explain(inputs: Any, **_: object) -> tuple[Tensor]:
+        # A tuple: captum takes a bare tensor apart, row by row, and broadcasts it.
+        return (torch.stack([made(x, method) for x in only(inputs)])[:, None],)
+
+    def disturb(inputs: Any, perturb_radius: float) -> Tensor:
+        drawn = [2 * torch.rand(x.shape, generator=generator(5, i)) - 1 for i, x in enumerate(only(inputs))]
+        return only(inputs) + perturb_radius * torch.stack(drawn).double()
+
+    theirs = sensitivity_max(explain, X[None], perturb_func=disturb, perturb_radius=0.3, n_perturb_samples=4)
+    ours = score("sensitivity-max", call(model(), method), seed=5, samples=4, radius=0.3)
+    assert ours > 0.01
+    assert ours == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_infidelity_is_captums() -> None:
+    S = made(X, "grad-cam")
+
+    def disturb(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = torch.stack([0.2 * normal(x.shape, 5, i).double() for i, x in enumerate(inputs)])
+        return drawn, inputs - drawn
+
+    theirs = infidelity(
+        lambda inputs: model().module(inputs)[:, C],
+        disturb,
+        X[None],
+        S.expand(1, 3, -1, -1),
+        n_perturb_samples=30,
+        max_examples_per_batch=30,
+        normalize=True,
+    )
+    ours = score("infidelity", S.float(), seed=5, samples=30)
+    assert ours > 1e-4
+    assert ours == pytest.approx(float(theirs), rel=1e-4)
+
+
+def test_adcc_by_its_definition() -> None:
+    S = made(X, "layer-cam")
+    masked = X * S
+    again = made(masked, "layer-cam")
+    r = float(torch.corrcoef(torch.stack([S.flatten(), again.flatten()]))[0, 1])
+    p, o = probability(X), probability(masked)
+    parts = [(1 + r) / 2, 1 - float(S.sum()) / S.numel(), 1 - max(0.0, (p - o) / p)]
+    assert all(0.01 < part < 1.01 for part in parts)
+    ours = score("adcc", call(model(), "layer-cam"))
+    assert ours == pytest.approx(3 / sum(1 / part for part in parts), rel=1e-5)
+
+
+@pytest.mark.parametrize("disturb", ["uniform", "mean"])
+def test_aopc_by_its_definition(disturb: str) -> None:
+    S = made(X, "grad-cam")
+    (H, W), region, steps = SIZE, 8, 12
+    corners = [(y, x) for y in range(0, H, region) for x in range(0, W, region)]
+    relevance = [-float(S[y : y + region, x : x + region].mean()) for y, x in corners]
+    order = sorted(range(len(corners)), key=lambda i: relevance[i])
+    image = model().image(X)
+    pixels = torch.rand(3, *SIZE, generator=generator(9)).double()
+    instead = (pixels - image.mean) / image.std if disturb == "uniform" else torch.zeros(3, *SIZE).double()
+    falls, now = [0.0], X.clone()
+    for i in order[:steps]:
+        y, x = corners[i]
+        now[:, y : y + region, x : x + region] = instead[:, y : y + region, x : x + region]
+        falls.append(probability(X) - probability(now))
+    ours = score("aopc", S.float(), seed=9, region=region, steps=steps, disturb=disturb)
+    assert ours == pytest.approx(sum(falls) / len(falls), abs=1e-6)
+    assert abs(ours) > 1e-3
+
+
+def test_insertion_less_deletion() -> None:
+    S = made(X, "grad-cam").float()
+    parts = explained(model(), X, S, [C], [metric(name, steps=20) for name in ("insertion", "deletion")]).scores[0]
+    assert score("insertion-deletion", S, steps=20) == parts[0].value - parts[1].value != 0
+
+
+def test_insertion_less_deletion_shares_its_rows() -> None:
+    from tests.support import running, submit
+
+    names = ("insertion-deletion", "deletion", "insertion", "adcc", "average-gain")
+    with running(model()) as engine:
+        job = submit(engine, model(), X, call(model(), "grad-cam"), [C], [metric(name) for name in names])
+        job.future.result(60)
+    assert job.rows == 2 + 2 * 224 + 1 + 2, "the map, two curves, a masked image, and the map of it"
