@@ -200,6 +200,66 @@ class MetricSpec(_message.Message):
 Global___MetricSpec: _TypeAlias = MetricSpec  # noqa: Y015
 
 @_typing.final
+class Truth(_message.Message):
+    """Where in the image the target is, for metrics of localisation: boxes, or a mask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOXES_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def boxes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Box]:
+        """Each side in [0, 1] of the whole image's width or height."""
+
+    @_builtins.property
+    def mask(self) -> Global___Tensor:
+        """float32 [H, W], 1 where the target is and 0 elsewhere; resized to the model's input size if it differs."""
+
+    def __init__(
+        self,
+        *,
+        boxes: _abc.Iterable[Global___Box] | None = ...,
+        mask: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boxes", b"boxes", "mask", b"mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Truth: _TypeAlias = Truth  # noqa: Y015
+
+@_typing.final
+class Box(_message.Message):
+    """left < right and top < bottom, in [0, 1]: left and right in widths of the image, top and bottom in heights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEFT_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    RIGHT_FIELD_NUMBER: _builtins.int
+    BOTTOM_FIELD_NUMBER: _builtins.int
+    left: _builtins.float
+    top: _builtins.float
+    right: _builtins.float
+    bottom: _builtins.float
+    def __init__(
+        self,
+        *,
+        left: _builtins.float = ...,
+        top: _builtins.float = ...,
+        right: _builtins.float = ...,
+        bottom: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottom", b"bottom", "left", b"left", "right", b"right", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Box: _TypeAlias = Box  # noqa: Y015
+
+@_typing.final
 class ExplainRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -234,6 +294,7 @@ class ExplainRequest(_message.Message):
     TARGET_TOP_K_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
+    TRUTH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """AIP-155: a name for this request, the caller's own or else given by the server. At most 128 printable characters."""
     model: _builtins.str
@@ -263,6 +324,10 @@ class ExplainRequest(_message.Message):
     def batch_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Batch sizes of the lanes, from a receipt: with them the same machine gives the same bits. Empty: the server's own."""
 
+    @_builtins.property
+    def truth(self) -> Global___Truth:
+        """Where the targets are, if metrics of localisation are asked for."""
+
     def __init__(
         self,
         *,
@@ -277,10 +342,11 @@ class ExplainRequest(_message.Message):
         target_top_k: _builtins.int = ...,
         budget: _builtins.int = ...,
         batch_sizes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        truth: Global___Truth | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method", "truth", b"truth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "raw", b"raw", "request_id", b"request_id", "target_top_k", b"target_top_k", "targets", b"targets", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "raw", b"raw", "request_id", b"request_id", "target_top_k", b"target_top_k", "targets", b"targets", "top_k", b"top_k", "truth", b"truth"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -340,6 +406,7 @@ class EvaluateRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
+    TRUTH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """AIP-155: a name for this request, the caller's own or else given by the server. At most 128 printable characters."""
     model: _builtins.str
@@ -367,6 +434,10 @@ class EvaluateRequest(_message.Message):
     def batch_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """As in ExplainRequest."""
 
+    @_builtins.property
+    def truth(self) -> Global___Truth:
+        """Where the target is, if metrics of localisation are asked for."""
+
     def __init__(
         self,
         *,
@@ -380,10 +451,11 @@ class EvaluateRequest(_message.Message):
         seed: _builtins.int = ...,
         budget: _builtins.int = ...,
         batch_sizes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        truth: Global___Truth | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method", "saliency", b"saliency", "subject", b"subject", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method", "saliency", b"saliency", "subject", b"subject", "target", b"target", "truth", b"truth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "request_id", b"request_id", "saliency", b"saliency", "seed", b"seed", "subject", b"subject", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "request_id", b"request_id", "saliency", b"saliency", "seed", b"seed", "subject", b"subject", "target", b"target", "truth", b"truth"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["saliency", "method"]  # noqa: Y015
     _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
@@ -1221,6 +1293,7 @@ class Metric(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     MAPS_FIELD_NUMBER: _builtins.int
     SEEDED_FIELD_NUMBER: _builtins.int
+    NEEDS_TRUTH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     title: _builtins.str
     paper: _builtins.str
@@ -1234,6 +1307,8 @@ class Metric(_message.Message):
     """How many maps of other images it makes, each at the cost of the method: it needs a method, not a map that is given."""
     seeded: _builtins.bool
     """True where the value depends on the seed."""
+    needs_truth: _builtins.bool
+    """True where it needs to know where the target is: boxes or a mask."""
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Parameter]: ...
     def __init__(
@@ -1249,10 +1324,11 @@ class Metric(_message.Message):
         rows: _builtins.int = ...,
         maps: _builtins.int = ...,
         seeded: _builtins.bool = ...,
+        needs_truth: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["higher_is_better", b"higher_is_better", "maps", b"maps", "name", b"name", "paper", b"paper", "parameters", b"parameters", "rows", b"rows", "seeded", b"seeded", "summary", b"summary", "title", b"title", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["higher_is_better", b"higher_is_better", "maps", b"maps", "name", b"name", "needs_truth", b"needs_truth", "paper", b"paper", "parameters", b"parameters", "rows", b"rows", "seeded", b"seeded", "summary", b"summary", "title", b"title", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
