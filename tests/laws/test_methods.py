@@ -308,7 +308,13 @@ def test_metrics_say_what_they_are(name: str) -> None:
     assert all(parameter.description for parameter in entry.parameters)
 
 
-RANGES = {"sensitivity-max": (0, 100), "infidelity": (0, 1e4), "insertion-deletion": (-1, 1), "aopc": (-1, 1)}
+RANGES = {
+    "sensitivity-max": (0, 100),
+    "infidelity": (0, 1e4),
+    "insertion-deletion": (-1, 1),
+    "aopc": (-1, 1),
+    "road": (-1, 1),
+}
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -324,7 +330,7 @@ def test_metrics_lie_in_their_range(model: Model, name: str) -> None:
     for seed, subject in enumerate(subjects):
         (score,) = explained(model, noise(3, *size, seed=seed), subject, [seed], [metric(name)]).scores[0]
         assert low <= score.value <= high
-        assert all(0 <= point <= 1 for point in score.curve)
+        assert all(min(low, 0) <= point <= 1 for point in score.curve)
 
 
 @pytest.mark.parametrize("name", METRICS)

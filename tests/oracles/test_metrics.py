@@ -128,3 +128,39 @@ def test_insertion_less_deletion_shares_its_rows() -> None:
         job = submit(engine, model(), X, call(model(), "grad-cam"), [C], [metric(name) for name in names])
         job.future.result(60)
     assert job.rows == 2 + 2 * 224 + 1 + 2, "the map, two curves, a masked image, and the map of it"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("where", ["scattered", "a blob"])
+def test_imputation_is_grad_cams(share: float, where: str) -> None:
+    from pytorch_grad_cam.metrics.road import NoisyLinearImputer, neighbors_weights
+    from scipy.sparse.linalg import spsolve
+
+    from camserve_server.metrics.road import imputed
+
+    y, x = torch.meshgrid(*(torch.arange(side).double() for side in SIZE), indexing="ij")
+    S = noise(*SIZE) if where == "scattered" else -((y - 9) ** 2 + (x - 20) ** 2)
+    missing = (S - S.quantile(1 - share)) > 0
+    # Its own call is not for NumPy 2; the system that it sets up is what counts.
+    A, b = NoisyLinearImputer.setup_sparse_system((~missing).double().numpy(), X.numpy(), neighbors_weights)
+    theirs = torch.from_numpy(spsolve(A.tocsc(), b)).T
+    assert float(theirs.std()) > 0.05
+    assert (imputed(X, missing)[:, missing] - theirs).abs().max() < 1e-3
+    assert torch.equal(imputed(X, missing)[:, ~missing], X[:, ~missing])
+
+
+def test_road_by_its_definition() -> None:
+    from camserve_server.metrics.road import imputed
+
+    S = made(X, "grad-cam")
+    order = S.flatten().argsort(descending=True, stable=True).tolist()
+    falls = []
+    for share in (0.25, 0.5, 0.75):
+        count = round(share * len(order))
+        for taken, sign in ((order[:count], -1), (order[len(order) - count :], 1)):
+            missing = torch.zeros(S.numel(), dtype=torch.bool)
+            missing[taken] = True
+            falls.append(sign * probability(imputed(X, missing.view(SIZE))))
+    ours = score("road", S.float(), steps=3, sigma=0.0)
+    assert ours == pytest.approx(sum(falls) / 6, abs=1e-6)
+    assert abs(ours) > 1e-3
