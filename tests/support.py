@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from camserve_server import registry
+from camserve_server import boxes, registry
 from camserve_server.engine import Engine
 from camserve_server.explain import Explained, MethodCall, MetricCall, explain, limits, rows_needed
 from camserve_server.job import Event, Job
@@ -17,6 +17,7 @@ from camserve_server.models.layers import Layer, probe
 from camserve_server.models.load import state_digest
 from camserve_server.models.model import Head, LaneKind, Model
 from camserve_server.models.pixels import Preprocessing
+from camserve_server.plan import Truth
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -100,12 +101,15 @@ def submit(
     budget: int = 0,
     deadline: float | None = None,
     batch_sizes: Mapping[LaneKind, int] | None = None,
+    truth: Truth | None = None,
 ) -> Job[Explained]:
-    """Hands in the plan of one request; x [C, H, W] is preprocessed."""
+    """Hands in the plan of one request; x [C, H, W] is preprocessed. The target is in the middle, if not elsewhere."""
+    height, width = model.preprocessing.size
+    middle = boxes.truth([(width / 4, height / 4, width / 2, height / 1.5)], None, (height, width))
     method = subject if isinstance(subject, MethodCall) else None
     maps = targets if isinstance(targets, int) else len(targets)
     return engine.submit(
-        explain(model, model.image(x), targets, subject, metrics),
+        explain(model, model.image(x), targets, subject, metrics, truth or middle),
         model,
         rows=rows_needed(model, method, metrics, maps),
         limits=limits(model, method, metrics, maps, budget=budget, deadline=deadline),

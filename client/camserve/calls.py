@@ -44,6 +44,7 @@ Event = TypeVar("Event")
 
 TargetLike: TypeAlias = int | str
 Parameters: TypeAlias = Mapping[str, Any]
+BoxesLike: TypeAlias = Sequence[float] | Sequence[Sequence[float]]
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 # A map of thousands of rows takes minutes on a CPU.
@@ -94,6 +95,8 @@ def explain(
     seed: int = 0,
     budget: int | None = None,
     batch_sizes: Mapping[str, int] | None = None,
+    boxes: BoxesLike | None = None,
+    mask: object = None,
     predictions: int = 5,
     raw: bool = False,
     request_id: str | None = None,
@@ -114,6 +117,10 @@ def explain(
     budget: the most rows that the request may take, those of its metrics included. A method that can stop early does,
         and the map's `share` says how far it got; one that cannot is refused. None is no limit.
     batch_sizes: of the server's lanes, from a receipt: with them the same machine gives the same bits.
+    boxes: where the target is, for metrics of localisation: a (left, top, right, bottom), or several, in pixels of the
+        image as it is given (of a photograph: upright), right and bottom behind the last pixel.
+    mask: or booleans [H, W], true where the target is, over the whole image at any resolution; if both are given,
+        boxes are compared with the boxes, and masses summed over the mask. Of several targets, it is that of them all.
     predictions: how many of the highest predictions to return, at least 1.
     raw: also return each map at its own resolution, before it is scaled.
     request_id: a name of your own for the request, at most 128 printable characters.
@@ -141,6 +148,7 @@ def explain(
         raw=raw,
         budget=_at_least_1(budget, "budget", 2**63 - 1),
         batch_sizes=_batch_sizes(batch_sizes),
+        truth=_truth(boxes, mask, given),
     )
     images.check_size(request.ByteSize(), "the request")
     return Streamable("Explain", request, functools.partial(answers.explanation, image=given), timeout)
@@ -159,6 +167,8 @@ def evaluate(
     seed: int = 0,
     budget: int | None = None,
     batch_sizes: Mapping[str, int] | None = None,
+    boxes: BoxesLike | None = None,
+    mask: object = None,
     request_id: str | None = None,
     timeout: float | None = None,
 ) -> Streamable[Evaluation, Progress | Evaluation]:
@@ -170,7 +180,8 @@ def evaluate(
     target: the class that the map explains, an index or label; None is the predicted class.
     seed: all randomness comes from it, of the metrics and of the method.
 
-    `image`, `model`, `budget`, `batch_sizes`, `request_id`, `timeout` and what is raised are as for `explain`.
+    `image`, `model`, `budget`, `batch_sizes`, `boxes`, `mask`, `request_id`, `timeout` and what is raised are as for
+    `explain`.
     """
     if (saliency is None) == (method is None):
         raise InvalidArgument("give either a saliency map or the method that makes one", field="saliency")
@@ -188,6 +199,7 @@ def evaluate(
         seed=_seed(seed),
         budget=_at_least_1(budget, "budget", 2**63 - 1),
         batch_sizes=_batch_sizes(batch_sizes),
+        truth=_truth(boxes, mask, given),
     )
     images.check_size(request.ByteSize(), "the request")
     return Streamable("Evaluate", request, functools.partial(answers.evaluation, image=given), timeout)
@@ -284,6 +296,30 @@ def _target(target: TargetLike) -> pb.Target:
 
 def _batch_sizes(sizes: Mapping[str, int] | None) -> dict[str, int]:
     return {lane: _at_least_1(size, "batch_sizes") for lane, size in (sizes or {}).items()}
+
+
+def _truth(boxes: BoxesLike | None, mask: object, image: pb.Image) -> pb.Truth | None:
+    """Boxes in pixels of the image become shares of its width and height."""
+    if boxes is None and mask is None:
+        return None
+    return pb.Truth(
+        boxes=[] if boxes is None else _boxes(boxes, *images.size(image)),
+        mask=None if mask is None else images.mask_to_wire(mask),
+    )
+
+
+def _boxes(boxes: BoxesLike, width: int, height: int) -> list[pb.Box]:
+    sides = np.atleast_2d(np.asarray(boxes, np.float64))
+    if sides.ndim != 2 or sides.shape[1] != 4 or not len(sides):
+        raise InvalidArgument("boxes are one or several (left, top, right, bottom)", field="truth.boxes")
+    for i, (left, top, right, bottom) in enumerate(sides):
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise InvalidArgument(
+                f"a box (left, top, right, bottom) lies within the image's {width}x{height} pixels, "
+                f"not ({left:g}, {top:g}, {right:g}, {bottom:g})",
+                field=f"truth.boxes[{i}]",
+            )
+    return [pb.Box(left=a / width, top=b / height, right=c / width, bottom=d / height) for a, b, c, d in sides]
 
 
 def _at_least_1(value: int | None, field: str, high: int = 2**31 - 1) -> int:

@@ -99,7 +99,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric. `unit` is "1" or "%"; `rows` is the most that it can take with default parameters."""
+    """A metric. `unit` is "1" or "%"; `rows` is the most that it can take with default parameters.
+
+    It makes so many `maps` of other images, each at the cost of the method; its value depends on the seed if it is
+    `seeded`; one that `needs_truth` needs to know where the target is, by boxes or a mask.
+    """
 
     name: str
     title: str
@@ -109,6 +113,9 @@ class Metric:
     higher_is_better: bool
     parameters: tuple[Parameter, ...]
     rows: int
+    maps: int
+    seeded: bool
+    needs_truth: bool
 
 
 # ---- from the wire --------------------------------------------------------------------------------------------------

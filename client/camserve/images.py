@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from numpy.typing import NDArray
@@ -15,7 +16,17 @@ from numpy.typing import NDArray
 from camserve.errors import InvalidArgument, ResourceExhausted
 from camserve.v1 import explain_pb2 as pb
 
-__all__ = ["MAX_MESSAGE_BYTES", "ImageLike", "check_size", "from_wire", "map_to_wire", "picture", "to_wire"]
+__all__ = [
+    "MAX_MESSAGE_BYTES",
+    "ImageLike",
+    "check_size",
+    "from_wire",
+    "map_to_wire",
+    "mask_to_wire",
+    "picture",
+    "size",
+    "to_wire",
+]
 
 # A path, an encoded file's bytes, a Pillow image, uint8 [H, W, 3] or [H, W], or float32 [3, H, W] or [1, H, W].
 ImageLike: TypeAlias = "str | PathLike[str] | bytes | PIL.Image.Image | NDArray[np.uint8] | NDArray[np.float32]"
@@ -25,6 +36,9 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 # Pillow would clip these to [0, 255] without a word.
 _DEEP_MODES = ("I", "F")
+
+# EXIF's orientations 5 to 8 have width and height change places.
+_FIRST_ON_ITS_SIDE = 5
 
 
 def check_size(size_bytes: int, what: str) -> None:
@@ -99,6 +113,35 @@ def map_to_wire(saliency: object) -> pb.Tensor:
             f"a saliency map must be real numbers [H, W], not {array.dtype} {list(array.shape)}", field="saliency"
         )
     return _tensor(array)
+
+
+def mask_to_wire(mask: object) -> pb.Tensor:
+    """A mask, booleans or real numbers [H, W], as it is sent: float32. Raises InvalidArgument for anything else."""
+    array = np.asarray(mask)
+    if array.ndim != 2 or array.dtype.kind not in "bfiu":
+        raise InvalidArgument(
+            f"a mask must be booleans or numbers in [0, 1], [H, W], not {array.dtype} {list(array.shape)}",
+            field="truth.mask",
+        )
+    return _tensor(array)
+
+
+def size(image: pb.Image) -> tuple[int, int]:
+    """(width, height) in pixels of the image that is sent, upright. Raises InvalidArgument for a file of no image."""
+    match image.WhichOneof("content"):
+        case "pixels":
+            return (image.pixels.width, image.pixels.height)
+        case "tensor":
+            return (image.tensor.shape[-1], image.tensor.shape[-2])
+        case _:
+            try:
+                with PIL.Image.open(io.BytesIO(image.encoded)) as file:
+                    turned = file.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= _FIRST_ON_ITS_SIDE
+                    return (file.height, file.width) if turned else file.size
+            except OSError as error:
+                raise InvalidArgument(
+                    f"the image cannot be read: {error}", field="image", reason="UNREADABLE_IMAGE"
+                ) from error
 
 
 def from_wire(tensor: pb.Tensor) -> NDArray[np.float32]:

@@ -33,6 +33,7 @@ from camserve_server.plan import (
     Stage,
     Sum,
     Targets,
+    Truth,
 )
 from camserve_server.registry import Method, Metric, Sizes, Value
 from camserve_server.rows import normalised, up
@@ -136,11 +137,17 @@ def _subject(call: MethodCall | None) -> str:
 
 
 def explain(
-    model: Model, x: Image, targets: Sequence[int] | int, subject: MethodCall | Tensor, metrics: Sequence[MetricCall]
+    model: Model,
+    x: Image,
+    targets: Sequence[int] | int,
+    subject: MethodCall | Tensor,
+    metrics: Sequence[MetricCall],
+    truth: Truth | None = None,
 ) -> Plan[Explained]:
     """A map for each target (or for so many of the likeliest classes, if it is a number), and its scores.
 
-    `subject` is the method that makes the maps, or the one map [h, w] that is to be scored.
+    `subject` is the method that makes the maps, or the one map [h, w] that is to be scored. `truth` is where all of
+    the targets are, for metrics that need it.
     """
     yield from Report(Stage("predict"))
     logits = yield from Predict(x)
@@ -165,10 +172,13 @@ def explain(
         known: dict[Hashable, object] = {}
         for call in metrics:
             yield from Report(Stage(call.metric.name))
-            given: dict[str, object] = {"seed": call.seed} if call.metric.seeded else {}
-            if call.metric.remakes:
-                assert isinstance(subject, MethodCall), "a map that was given cannot be made again"
-                given["remake"] = partial(_remade, model, subject, c.index[t])
+            has = {
+                "seed": call.seed,
+                "remake": partial(_remade, model, subject, c.index[t]),
+                "truth": truth,
+                "predicted": int(likeliest[0]),
+            }
+            given = {name: has[name] for name in call.metric.given}
             plan = call.metric.plan(x, one, maps[t], **call.parameters, **given)
             measured.append((yield from _once(plan, known)))
         scores.append(tuple(measured))
@@ -183,8 +193,9 @@ def _call(call: MethodCall, x: Image, c: Targets) -> Plan[SaliencyMaps]:
     return result
 
 
-def _remade(model: Model, call: MethodCall, c: int, x: Image) -> Plan[Tensor]:
+def _remade(model: Model, call: MethodCall | Tensor, c: int, x: Image) -> Plan[Tensor]:
     """The map [H, W] in [0, 1] of another image for the same class; whatever it remarks upon is left unsaid."""
+    assert isinstance(call, MethodCall), "a map that was given cannot be made again"
     logits = yield from Predict(x)
     at = torch.tensor([c], device=logits.device)
     result = yield from _quietly(_call(call, x, Targets((c,), model.probabilities(logits)[at], logits[at])))

@@ -90,13 +90,28 @@ class SaliencyMaps:
     share: float = 1.0
 
 
+# (left, top, right, bottom) in pixels, half-open; a side may lie between two pixels.
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """Where the target is in the model's input: `mask` [H, W] bool, on the host, and `boxes`, at least one.
+
+    Metrics of mass look at the mask, those of overlap at the boxes.
+    """
+
+    mask: Tensor
+    boxes: tuple[Box, ...]
+
+
 # The map [H, W] in [0, 1] of another image, made as the one that is being scored.
 Remake = Callable[["Image"], "Plan[Tensor]"]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a metric returns: its `value` and, where the value is the area under a curve, the curve's points."""
+    """What a metric returns: its `value` and, where the value is taken from a curve, the curve's points."""
 
     value: float
     curve: tuple[float, ...] = ()

@@ -30,7 +30,7 @@ NEEDS: dict[Needs, str] = {
     "gap": "global average pooling and one linear layer at its end",
     "attention": "global self-attention and a class token",
 }
-GIVEN = ("seed", "remake")  # keywords that are no parameters: the request has them
+GIVEN = ("seed", "remake", "truth", "predicted")  # keywords that are no parameters: the request has them
 _TYPES: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
@@ -130,14 +130,29 @@ class Method(Entry):
 class Metric(Entry):
     """A way to score one. `plan(x, c, S, **parameters)` returns Plan[Measured]; S [H, W] lies in [0, 1], T is 1.
 
-    One that `remakes` has the keyword `remake`, which makes the map of another image, by the same method for the same
-    class. The value of a `seeded` one depends on the seed.
+    `given` names the keywords of it that the request has: `remake` makes the map of another image, by the same method
+    for the same class; `truth` is where the target is; `predicted` is the class that the model predicts; the value of
+    one with `seed` depends on it.
     """
 
     unit: str
     higher_is_better: bool
-    remakes: bool
-    seeded: bool
+    given: tuple[str, ...]
+
+    @property
+    def remakes(self) -> bool:
+        """Whether it makes maps of other images."""
+        return "remake" in self.given
+
+    @property
+    def needs_truth(self) -> bool:
+        """Whether it needs to know where the target is."""
+        return "truth" in self.given
+
+    @property
+    def seeded(self) -> bool:
+        """Whether its value depends on the seed."""
+        return "seed" in self.given
 
 
 METHODS: dict[str, Method] = {}
@@ -187,8 +202,7 @@ def metric(
             *(name, title, paper, *_described(plan), _parameters(plan), plan, rows),
             unit=unit,
             higher_is_better=higher_is_better,
-            remakes="remake" in arguments,
-            seeded="seed" in arguments,
+            given=tuple(name for name in GIVEN if name in arguments),
         )
         return plan
 

@@ -82,6 +82,18 @@ def test_a_budget_may_cut_a_map_short(servicer, client, pixels):
     assert (asked.budget, dict(asked.batch_sizes)) == (7, {"forward": 4})
 
 
+def test_boxes_are_sent_in_shares_of_the_image(servicer, client):
+    client.explain(np.zeros((20, 40, 3), np.uint8), boxes=[(10, 5, 20, 20), (0, 0.5, 40, 1)], mask=[[True, False]])
+    truth = servicer.requests[-1].truth
+    assert [(b.left, b.top, b.right, b.bottom) for b in truth.boxes] == [(0.25, 0.25, 0.5, 1), (0, 0.025, 1, 0.05)]
+    assert list(truth.mask.shape) == [1, 2]
+    assert np.frombuffer(truth.mask.data, "<f4").tolist() == [1, 0]
+    client.evaluate(np.zeros((3, 20, 40), np.float32), method="grad-cam", boxes=np.array([10, 5, 20, 20]))
+    assert servicer.requests[-1].truth.boxes[0] == pb.Box(left=0.25, top=0.25, right=0.5, bottom=1)
+    client.explain(np.zeros((20, 40, 3), np.uint8))
+    assert not servicer.requests[-1].HasField("truth")
+
+
 def test_a_single_name_is_not_taken_for_its_letters(servicer, client, pixels):
     client.explain(pixels, layers="layer4", metrics="insertion", target="hen")
     asked = servicer.requests[-1]
@@ -101,6 +113,8 @@ def test_a_single_name_is_not_taken_for_its_letters(servicer, client, pixels):
         ({"top_k": 2, "target": 0}, "top_k"),
         ({"predictions": 0}, "predictions"),
         ({"budget": 0}, "budget"),
+        ({"boxes": (0, 0, 1000, 1)}, "truth.boxes[0]"),
+        ({"mask": [True]}, "truth.mask"),
         ({"batch_sizes": {"forward": 0}}, "batch_sizes"),
         ({"parameters": {"steps": object()}}, "method.parameters"),
         ({"metrics": {"insertion": {"steps": object()}}}, "metrics.parameters"),
@@ -331,9 +345,10 @@ def test_every_field_of_a_request_can_be_asked_for():
     inside = {"name", "parameters", "layers", "seed"}  # of MethodSpec
     fields = {renamed.get(name, name) for name in pb.ExplainRequest.DESCRIPTOR.fields_by_name} | (inside - {"name"})
     assert set(pb.MethodSpec.DESCRIPTOR.fields_by_name) == inside
-    assert set(inspect.signature(calls.explain).parameters) == fields | {"timeout"}
+    truth = set(pb.Truth.DESCRIPTOR.fields_by_name)
+    assert set(inspect.signature(calls.explain).parameters) == fields - {"truth"} | truth | {"timeout"}
     fields = set(pb.EvaluateRequest.DESCRIPTOR.fields_by_name) | (inside - {"name"})
-    assert set(inspect.signature(calls.evaluate).parameters) == fields | {"timeout"}
+    assert set(inspect.signature(calls.evaluate).parameters) == fields - {"truth"} | truth | {"timeout"}
 
 
 READ = ["Prediction", "Cost", "Receipt", "Progress", "Layer", "Model", "Method", "Metric", "Parameter"]

@@ -309,6 +309,7 @@ def test_metrics_say_what_they_are(name: str) -> None:
 
 
 RANGES = {
+    "saliency-metric": (-3, 100),
     "sensitivity-max": (0, 100),
     "infidelity": (0, 1e4),
     "insertion-deletion": (-1, 1),

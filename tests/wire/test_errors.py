@@ -60,6 +60,10 @@ def metric(name: str, **parameters: object) -> pb.MetricSpec:
     return spec
 
 
+def box(left: float, top: float, right: float, bottom: float) -> pb.Box:
+    return pb.Box(left=left, top=top, right=right, bottom=bottom)
+
+
 TINY = np.zeros((3, 32, 32), np.float32)
 NAN = np.full((3, 32, 32), np.nan, np.float32)
 WIDE = pb.Image(pixels=pb.Pixels(height=10_000, width=10_000))
@@ -201,6 +205,61 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "an empty target": ({"targets": [pb.Target()]}, "INVALID_ARGUMENT", "targets[0]", "INVALID"),
     "top_k out of range": ({"top_k": -1}, "INVALID_ARGUMENT", "top_k", "OUT_OF_RANGE"),
     "too many targets": ({"targets": [pb.Target(index=0)] * 65}, "INVALID_ARGUMENT", "targets", "OUT_OF_RANGE"),
+    "a metric that is not told where the target is": (
+        {"metrics": [metric("insertion"), metric("pixel-f1")]},
+        "INVALID_ARGUMENT",
+        "truth",
+        "INVALID",
+    ),
+    "a truth without boxes or mask": ({"truth": pb.Truth()}, "INVALID_ARGUMENT", "truth", "INVALID"),
+    "a box beyond the image": (
+        {"truth": pb.Truth(boxes=[box(0, 0, 1, 1), box(0, 0, 1, 1.1)])},
+        "INVALID_ARGUMENT",
+        "truth.boxes[1]",
+        "OUT_OF_RANGE",
+    ),
+    "a box that is not a number": (
+        {"truth": pb.Truth(boxes=[box(float("nan"), 0, 1, 1)])},
+        "INVALID_ARGUMENT",
+        "truth.boxes[0]",
+        "OUT_OF_RANGE",
+    ),
+    "a box inside out": (
+        {"truth": pb.Truth(boxes=[box(0.5, 0, 0.5, 1)])},
+        "INVALID_ARGUMENT",
+        "truth.boxes[0]",
+        "INVALID",
+    ),
+    "too many boxes": (
+        {"truth": pb.Truth(boxes=[box(0, 0, 1, 1)] * 257)},
+        "INVALID_ARGUMENT",
+        "truth.boxes",
+        "OUT_OF_RANGE",
+    ),
+    "a mask with channels": (
+        {"truth": pb.Truth(mask=tensor(TINY))},
+        "INVALID_ARGUMENT",
+        "truth.mask.shape",
+        "WRONG_SHAPE",
+    ),
+    "a mask with NaN": (
+        {"truth": pb.Truth(mask=tensor(NAN[0]))},
+        "INVALID_ARGUMENT",
+        "truth.mask.data",
+        "NOT_FINITE",
+    ),
+    "a mask up to 255": (
+        {"truth": pb.Truth(mask=tensor(255 + TINY[0]))},
+        "INVALID_ARGUMENT",
+        "truth.mask.data",
+        "OUT_OF_RANGE",
+    ),
+    "an empty mask": (
+        {"truth": pb.Truth(mask=tensor(TINY[0]))},
+        "INVALID_ARGUMENT",
+        "truth.mask.data",
+        "INVALID",
+    ),
     "a request id with a line break": ({"request_id": "a\nb"}, "INVALID_ARGUMENT", "request_id", "INVALID"),
 }
 
@@ -254,6 +313,8 @@ def test_explain(stub: ExplainServiceStub, name: str, rpc: str) -> None:
         ({"method": method("grad-cam"), "metrics": []}, "INVALID_ARGUMENT", "metrics"),
         ({"method": method("grad-cam"), "target": pb.Target(index=-1)}, "INVALID_ARGUMENT", "target.index"),
         ({"method": method("none-such")}, "NOT_FOUND", "method.name"),
+        ({"method": method("grad-cam"), "metrics": [metric("box-accuracy")]}, "INVALID_ARGUMENT", "truth"),
+        ({"method": method("grad-cam"), "truth": pb.Truth()}, "INVALID_ARGUMENT", "truth"),
     ],
 )
 def test_evaluate(stub: ExplainServiceStub, changes: dict[str, Any], code: str, field: str) -> None:

@@ -9,22 +9,25 @@ from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
+import PIL.Image
 import torch
 from google.protobuf.struct_pb2 import Struct, Value
+from numpy.typing import NDArray
 from torch import Tensor
 
 from camserve.v1 import explain_pb2 as pb
-from camserve_server import registry
+from camserve_server import boxes, registry
 from camserve_server.config import Config
 from camserve_server.errors import InvalidArgument, NotFound, OutOfRange, Unavailable, Unservable
 from camserve_server.explain import MethodCall, MetricCall
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.pixels import check_size, decode, from_pixels
-from camserve_server.plan import Image
+from camserve_server.plan import Box, Image, Truth
 
 MAX_TARGETS = 64
 MAX_METRICS = 64
 MAX_LAYERS = 64
+MAX_BOXES = 256
 MAX_TOP_K = 1000
 MAX_REQUEST_ID = 128
 MAX_BATCH_SIZE = 1024
@@ -43,6 +46,7 @@ class Asked:
     seed: int
     budget: int
     batch_sizes: Mapping[LaneKind, int]
+    truth: Truth | None  # where all of the targets are
 
     @property
     def call(self) -> MethodCall | None:
@@ -77,6 +81,7 @@ def explain_request(request: pb.ExplainRequest, models: Mapping[str, Model], con
         request.method.seed,
         _budget(request.budget),
         _batch_sizes(request.batch_sizes),
+        _truth(request, model),
     )
 
 
@@ -103,6 +108,7 @@ def evaluate_request(request: pb.EvaluateRequest, models: Mapping[str, Model], c
         request.seed,
         _budget(request.budget),
         _batch_sizes(request.batch_sizes),
+        _truth(request, model),
     )
 
 
@@ -269,6 +275,51 @@ def _metrics(specs: Sequence[pb.MetricSpec], seed: int, subject: str | None) -> 
             )
         calls.append(MetricCall(metric, metric.check(_parameters(spec.parameters), f"metrics[{i}].parameters"), seed))
     return tuple(calls)
+
+
+def _truth(request: pb.ExplainRequest | pb.EvaluateRequest, model: Model) -> Truth | None:
+    """Where the target is, in the model's input; None where it was not said and no metric asks."""
+    if not request.HasField("truth"):
+        for spec in request.metrics:
+            if registry.get_metric(spec.name, "metrics").needs_truth:
+                raise InvalidArgument(
+                    f"{spec.name} needs to know where the target is: give boxes or a mask", field="truth"
+                )
+        return None
+    if not request.truth.boxes and not request.truth.HasField("mask"):
+        raise InvalidArgument("give boxes or a mask", field="truth")
+    _at_most(MAX_BOXES, request.truth.boxes, "truth.boxes")
+    found = [_box(box, model, f"truth.boxes[{i}]") for i, box in enumerate(request.truth.boxes)]
+    mask = _mask(request.truth.mask, model) if request.truth.HasField("mask") else None
+    return boxes.truth(found, mask, model.preprocessing.size)
+
+
+def _box(box: pb.Box, model: Model, field: str) -> Box:
+    sides = (box.left, box.top, box.right, box.bottom)
+    if not all(0 <= side <= 1 for side in sides):
+        raise OutOfRange(f"the sides of a box lie in [0, 1] of the image's width or height, not {sides}", field=field)
+    if box.left >= box.right or box.top >= box.bottom:
+        raise InvalidArgument(f"a box has left < right and top < bottom, not {sides}", field=field)
+    height, width = model.preprocessing.size
+    return (box.left * width, box.top * height, box.right * width, box.bottom * height)
+
+
+def _mask(message: pb.Tensor, model: Model) -> NDArray[np.bool_]:
+    """[H, W] of the model's input; true where at least half of a pixel is."""
+    values = _tensor(message, "truth.mask").numpy()
+    if values.ndim != 2:
+        raise InvalidArgument(
+            f"a mask is [H, W], not {list(values.shape)}", field="truth.mask.shape", reason="WRONG_SHAPE"
+        )
+    if values.min() < 0 or values.max() > 1:
+        raise OutOfRange("a mask must lie in [0, 1]: 1 where the target is, 0 elsewhere", field="truth.mask.data")
+    height, width = model.preprocessing.size
+    if values.shape != (height, width):  # by Pillow, because this runs beside the engine's thread: see device/
+        values = np.asarray(PIL.Image.fromarray(values).resize((width, height), PIL.Image.Resampling.BILINEAR))
+    mask: NDArray[np.bool_] = values >= 0.5
+    if not mask.any():
+        raise InvalidArgument("the mask is empty at the model's input size", field="truth.mask.data")
+    return mask
 
 
 def _parameters(struct: Struct) -> dict[str, object]:

@@ -146,7 +146,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
 
         model, method = asked.model, asked.call
         job = engine.submit(
-            explain(model, asked.image, asked.targets, asked.subject, asked.metrics),
+            explain(model, asked.image, asked.targets, asked.subject, asked.metrics, asked.truth),
             model,
             rows=rows_needed(model, method, asked.metrics, asked.maps),
             limits=limits(

@@ -139,6 +139,7 @@ def metric_message(metric: registry.Metric) -> pb.Metric:
         maps=metric.rows(registry.Sizes([], again=1), **metric.check({}, ""))
         - metric.rows(registry.Sizes([]), **metric.check({}, "")),
         seeded=metric.seeded,
+        needs_truth=metric.needs_truth,
     )
 
 
