@@ -47,7 +47,7 @@ def _one(sizes: Sizes) -> int:
 
 @metric("localisation-error", title="Localisation error", paper="arXiv:2301.07002", rows=_none, higher_is_better=False)
 def localisation_error(x: Image, c: Targets, S: Tensor, *, iou: IoU = 0.0, truth: Truth) -> Plan[Measured]:
-    """How far the map's box is from the nearest box of the target, in [0, 1]: 1 − max IoU.
+    """How little the map's box overlaps with the box of the target, in [0, 1]: 1 − max IoU.
 
     x [3, H, W], one class, S [H, W] in [0, 1]. LE, of B_p and each box of the target.
     """
@@ -94,7 +94,7 @@ def energy_pointing_game(x: Image, c: Targets, S: Tensor, *, truth: Truth) -> Pl
     """
     values = _map(S)
     inside, everywhere = values[truth.mask.numpy()].sum(), values.sum()
-    return _done(float(inside / everywhere) if everywhere > 0 else 0.0)
+    return _done(float(min(inside / everywhere, 1.0)) if everywhere > 0 else 0.0)
 
 
 @metric("pointing-game", title="Pointing game", paper="arXiv:1608.00507", rows=_none, higher_is_better=True)
