@@ -133,3 +133,19 @@ def test_maps_arrive_as_arrays_that_can_be_written(client, pixels):
     saliency = client.explain(pixels).saliency
     assert saliency.dtype == np.float32
     saliency[0, 0] = 1
+
+
+def test_the_size_of_what_is_sent():
+    wide = PIL.Image.new("RGB", (6, 4))
+    for orientation, size in ((1, (6, 4)), (3, (6, 4)), (6, (4, 6)), (8, (4, 6))):
+        file, exif = io.BytesIO(), PIL.Image.Exif()
+        exif[0x0112] = orientation
+        wide.save(file, "JPEG", exif=exif)
+        assert (
+            images.size(images.to_wire(file.getvalue())) == size == images.picture(images.to_wire(file.getvalue())).size
+        )
+    assert images.size(images.to_wire(wide)) == (6, 4)
+    assert images.size(images.to_wire(np.zeros((3, 4, 6), np.float32))) == (6, 4)
+    with pytest.raises(camserve.InvalidArgument) as caught:
+        images.size(images.to_wire(b"no image"))
+    assert caught.value.field == "image"
