@@ -25,6 +25,7 @@ from camserve.errors import (
     Unauthenticated,
     Unavailable,
 )
+from camserve.many import Result, Variant
 from camserve.receipt import Receipt
 from camserve.version import __version__
 
@@ -52,10 +53,12 @@ __all__ = [
     "Receipt",
     "Replay",
     "ResourceExhausted",
+    "Result",
     "SaliencyMap",
     "Score",
     "Unauthenticated",
     "Unavailable",
+    "Variant",
     "__version__",
     "aio",
 ]

@@ -8,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
-from camserve import calls, errors
+from camserve import calls, errors, many
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 
 __all__ = ["Client"]
@@ -42,6 +42,16 @@ def _stream(
     return method
 
 
+def _many(
+    call: Callable[P, many.Many[Answer]],
+) -> Callable[Concatenate[Client, P], AsyncGenerator[Answer, None]]:
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Answer, None]:
+        return self._answers(call(*args, **kwargs))
+
+    calls.described(method, call, AsyncIterator)
+    return method
+
+
 class Client:
     """A connection to a camserve server at `address`, "host:port". To be made where the event loop runs.
 
@@ -62,6 +72,7 @@ class Client:
     explain_stream = _stream(calls.explain)
     evaluate = _unary(calls.evaluate)
     evaluate_stream = _stream(calls.evaluate)
+    evaluate_many = _many(many.evaluate_many)
     replay = _unary(calls.replay)
     replay_stream = _stream(calls.replay)
     models = _unary(calls.list_models)
@@ -87,6 +98,35 @@ class Client:
             return call.read(await getattr(self._stub, call.rpc)(call.request, timeout=timeout))
         except grpc.RpcError as error:
             raise errors.from_rpc(error, address=self.address, timeout_s=timeout) from error
+
+    async def _answers(self, asked: many.Many[Answer]) -> AsyncGenerator[Answer, None]:
+        running: set[asyncio.Task[Answer]] = set()
+
+        async def top_up() -> None:
+            # Images that are made as they are asked for may take their time, too.
+            while len(running) < asked.in_flight and (ask := await asyncio.to_thread(next, asked.asks, None)):
+                running.add(asyncio.create_task(self._outcome(ask)))
+
+        try:
+            await top_up()
+            while running:
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                running -= done
+                await top_up()
+                for task in done:
+                    yield task.result()
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    async def _outcome(self, ask: many.Ask[Answer]) -> Answer:
+        try:
+            call = await asyncio.to_thread(ask.call)
+            explanation = await self._answer(call)
+            return ask.answer(explanation)
+        except (errors.CamserveError, OSError) as error:
+            return ask.answer(error)
 
     async def _events(self, call: calls.Call[Event | None]) -> AsyncGenerator[Event, None]:
         timeout = self.timeout if call.timeout is None else call.timeout

@@ -13,15 +13,16 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from camserve import files, tables
+from camserve import files, sheet, tables
 from camserve.answers import Evaluation, Explanation, Level, Progress, Replay, SaliencyMap
 from camserve.calls import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
 from camserve.catalogue import Layer, Method, Metric, Model
 from camserve.client import Client
-from camserve.errors import CamserveError, InternalError, NotFound
+from camserve.errors import CamserveError, InternalError, InvalidArgument, NotFound
+from camserve.many import DEFAULT_METRICS, Result, Variant
 from camserve.receipt import Receipt
 from camserve.version import __version__
 
@@ -163,42 +164,90 @@ def explain(
 
 @app.command()
 def evaluate(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG, WebP, BMP, GIF or TIFF.")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Files, or folders of them; several only with --csv.")
+    ],
     *,
     saliency: Annotated[Path | None, typer.Option(metavar="FILE.npy", help="A map to be scored, [H, W].")] = None,
-    method: Annotated[str | None, typer.Option(metavar="NAME", help="Or the method that makes it.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:KEY=VALUE,...]", help="Or the method that makes it. With --csv may be repeated."),
+    ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="May be repeated. Default: insertion, deletion and average-gain."),
+        typer.Option(metavar="NAME", help=f"May be repeated. Default: {', '.join(DEFAULT_METRICS)}."),
     ] = None,
     address: Address = DEFAULT_ADDRESS,
-    model: ModelName = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="With --csv may be repeated. Default: the server's first."),
+    ] = None,
     target: Annotated[
         str | None, typer.Option(metavar="INDEX|LABEL", help="What it explains. Default: the predicted class.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Lines of file,target: the target of each image.")
     ] = None,
     layer: Layers = None,
     param: Parameters = None,
     seed: Seed = 0,
     budget: Budget = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a row for each map into it.")] = None,
+    npz: Annotated[Path | None, typer.Option(metavar="FILE", help="With --csv: also write the maps into it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with FILE, and do what is not done in it.")] = False,
+    in_flight: Annotated[int, typer.Option(metavar="N", min=1, help="With --csv: requests at a time.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Score a saliency map of an image: one in a file, or one that a method makes."""
-    options: dict[str, Any] = {"metrics": metric} if metric else {}
+    """Score a saliency map of an image: one in a file, or one that a method makes.
+
+    With --csv, score the maps of all images by all methods on all models, and end with their means. A row is in the
+    file as soon as it is done, and what fails is a row with its error. The same command with --resume goes on where
+    the last one was interrupted, and tries again what failed; the finished file is sorted.
+    """
+    variants = [_variant(each, _parameters(param), layer, seed) for each in method or []]
+    metrics = list(dict.fromkeys(metric or DEFAULT_METRICS))
+    given = None if target is None else _target(target)
+    if csv is None:
+        _one_only(images, variants, model, {"--labels": labels, "--npz": npz, "--resume": resume})
+        with _errors_as_lines(), Client(address, timeout=timeout) as client:
+            _evaluate_one(
+                client,
+                images[0],
+                as_json=as_json,
+                saliency=None if saliency is None else files.load_map(saliency),
+                method=variants[0].method if variants else None,
+                metrics=metrics,
+                model=model[0] if model else None,
+                target=given,
+                layers=layer,
+                parameters=variants[0].parameters if variants else _parameters(param),
+                seed=seed,
+                budget=budget,
+            )
+        return
+    if saliency or as_json or not variants:
+        raise typer.BadParameter("takes --method, and neither --saliency nor --json", param_hint="--csv")
+    if labels and given is not None:
+        raise typer.BadParameter("give either --target or --labels", param_hint="--labels")
     with _errors_as_lines(), Client(address, timeout=timeout) as client:
-        events = client.evaluate_stream(
-            image,
-            saliency=None if saliency is None else files.load_map(saliency),
-            method=method,
-            model=model,
-            target=None if target is None else _target(target),
-            layers=layer,
-            parameters=_parameters(param),
-            seed=seed,
-            budget=budget,
-            **options,
-        )
-        evaluation: Evaluation = _followed(events, image.name)
+        found = sheet.image_files(images)
+        targets = [_target(each) for each in sheet.read_labels(labels, found)] if labels else [given] * len(found)
+        run = _Run(client, found, targets, variants, metrics, model, csv, npz, resume)
+        run.go(budget=budget, in_flight=in_flight)
+
+
+def _one_only(images: list[Path], methods: Sequence[Any], models: list[str] | None, options: dict[str, Any]) -> None:
+    """Refuses what only a run over many images can do."""
+    for name, given in options.items():
+        if given:
+            raise typer.BadParameter("goes with --csv", param_hint=name)
+    if len(images) > 1 or images[0].is_dir() or len(methods) > 1 or len(models or []) > 1:
+        raise typer.BadParameter("several images, methods or models need a file for their scores", param_hint="--csv")
+
+
+def _evaluate_one(client: Client, image: Path, *, as_json: bool, **options: Any) -> None:
+    evaluation: Evaluation = _followed(client.evaluate_stream(image, **options), image.name)
     if as_json:
         _print_json(files.evaluation_record(image, evaluation))
         return
@@ -208,6 +257,125 @@ def evaluate(
         table.add_row(name, f"{score:.4g}", "" if score.unit == "1" else score.unit)
     typer.echo(f"{image}: {evaluation.target}, probability {evaluation.target.probability:.3f}")
     Console().print(table)
+
+
+class _Run:
+    """Many images by many methods on many models, into a CSV and maybe an npz."""
+
+    def __init__(
+        self,
+        client: Client,
+        images: list[Path],
+        targets: Sequence[int | str | None],
+        variants: list[Variant],
+        metrics: list[str],
+        models: list[str] | None,
+        csv: Path,
+        npz: Path | None,
+        resume: bool,
+    ) -> None:
+        for path in (csv, npz):
+            if path and path.exists() and not resume:
+                raise InvalidArgument(f"{path} is there: go on with it by --resume, or give another file")
+        self.client, self.images, self.targets, self.variants = client, images, targets, variants
+        self.names = sheet.image_names(images)
+        self.models = list(dict.fromkeys(models or [_model(client, None).name]))
+        self._check_names(metrics)
+        self.sheet = sheet.Sheet(csv, metrics)
+        rows = self.sheet.rows()
+        self.maps = sheet.Maps(npz) if npz else None
+        self.done = {
+            (index, model, variant.label)
+            for index, name in enumerate(self.names)
+            for model in self.models
+            for variant in variants
+            if self._is_done(rows.get((name, model, variant.label)), variant, targets[index])
+        }
+        self.sheet.write(rows.values())
+
+    def _check_names(self, metrics: list[str]) -> None:
+        """A name that the server does not know would fail with every image. Raises NotFound."""
+        models, methods, known = self.client.models(), self.client.methods(), self.client.metrics()
+        for model in self.models:
+            _named(models, model, "model")
+        for variant in self.variants:
+            _named(methods, variant.method, "method")
+        for metric in metrics:
+            _named(known, metric, "metric")
+
+    def _is_done(self, row: sheet.Row | None, variant: Variant, target: int | str | None) -> bool:
+        if row is None or row["error"]:
+            return False
+        sheet.check_same(row, variant, target)
+        return self.maps is None or self.maps.has(self._name_of(sheet.key_of(row)))
+
+    def _name_of(self, key: sheet.Key) -> str:
+        """What a map is called in the npz: as its image, if there is but one model and one method."""
+        image, model, method = key
+        files = {Path(name).name for name in self.names}
+        short = Path(image).name if len(files) == len(self.names) else image
+        return short if len(self.models) == len(self.variants) == 1 else f"{short}/{model}/{method}"
+
+    def go(self, *, budget: int | None, in_flight: int) -> None:
+        """Does what is not done. Exits with 1 where something failed, with 130 when interrupted."""
+        results = self.client.evaluate_many(
+            self.images,
+            methods=self.variants,
+            metrics=self.sheet.metrics,
+            models=self.models,
+            labels=self.targets,
+            budget=budget,
+            skip=self.done,
+            in_flight=in_flight,
+        )
+        try:
+            self._follow(results)
+            rows = self._finish()
+        except KeyboardInterrupt:
+            typer.echo(f"{self.sheet.path} keeps what is done: the same command with --resume goes on", err=True)
+            raise
+        finally:
+            results.close()
+        Console().print(tables.means(rows, self.sheet.metrics))
+        if any(row["error"] for row in rows):
+            raise typer.Exit(1)
+
+    def _follow(self, results: Iterable[Result]) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[failed]} failed"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        console = Console(stderr=True)
+        with ProgressBar(
+            *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
+        ) as bar:
+            total = len(self.images) * len(self.models) * len(self.variants)
+            task = bar.add_task("evaluate", total=total, completed=len(self.done), failed=0)
+            failed = 0
+            for result in results:
+                name = self.names[result.index]
+                if result.error is None and self.maps:
+                    # Before its row: what the CSV says is done has a map.
+                    self.maps.add(self._name_of((name, result.model, result.method)), result.saliency)
+                self.sheet.add(name, result)
+                if result.error is not None:
+                    failed += 1
+                    text = f"error: {name}, {result.model}, {result.method}: {_said(result.error)}"
+                    console.print(text, markup=False, highlight=False, soft_wrap=True)
+                bar.update(task, advance=1, failed=failed)
+
+    def _finish(self) -> list[sheet.Row]:
+        """The finished files; the rows of the CSV, sorted."""
+        self.sheet.write(self.sheet.rows().values())
+        rows = self.sheet.rows()
+        if self.maps:
+            names = (self._name_of(key) for key, row in rows.items() if not row["error"])
+            self.maps.finish(name for name in names if self.maps.has(name))
+        return list(rows.values())
 
 
 @app.command()
@@ -322,12 +490,19 @@ def _target(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() else text
 
 
-def _parameters(given: list[str] | None) -> dict[str, Any]:
+def _variant(text: str, parameters: dict[str, Any], layers: list[str] | None, seed: int) -> Variant:
+    """NAME, or NAME:KEY=VALUE,… with parameters of its own beside those of all; the whole text is its label."""
+    name, colon, own = text.partition(":")
+    merged = {**parameters, **_parameters(own.split(",") if colon else None, "--method")}
+    return Variant(text, name, merged, layers or (), seed)
+
+
+def _parameters(given: list[str] | None, option: str = "--param") -> dict[str, Any]:
     parameters = {}
     for each in given or []:
         key, equals, text = each.partition("=")
         if not (key and equals):
-            raise typer.BadParameter(f"{each!r} is not KEY=VALUE", param_hint="--param")
+            raise typer.BadParameter(f"{each!r} is not KEY=VALUE", param_hint=option)
         try:
             parameters[key] = json.loads(text)
         except ValueError:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterator
+from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
-from camserve import calls, errors
+from camserve import calls, errors, many
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 
 __all__ = ["Client"]
@@ -35,6 +37,16 @@ def _stream(
     return method
 
 
+def _many(
+    call: Callable[P, many.Many[Answer]],
+) -> Callable[Concatenate[Client, P], Generator[Answer, None, None]]:
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Generator[Answer, None, None]:
+        return self._answers(call(*args, **kwargs))
+
+    calls.described(method, call, Iterator)
+    return method
+
+
 class Client:
     """A connection to a camserve server at `address`, "host:port".
 
@@ -55,6 +67,7 @@ class Client:
     explain_stream = _stream(calls.explain)
     evaluate = _unary(calls.evaluate)
     evaluate_stream = _stream(calls.evaluate)
+    evaluate_many = _many(many.evaluate_many)
     replay = _unary(calls.replay)
     replay_stream = _stream(calls.replay)
     models = _unary(calls.list_models)
@@ -74,21 +87,69 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.address!r})"
 
-    def _answer(self, call: calls.Call[Answer]) -> Answer:
-        timeout = self.timeout if call.timeout is None else call.timeout
+    def _sent(self, call: calls.Call[Any]) -> Any:
         # As a future, because the blocking form would leave the call running at the server when interrupted.
-        rpc = getattr(self._stub, call.rpc).future(call.request, timeout=timeout)
+        return getattr(self._stub, call.rpc).future(call.request, timeout=self._timeout_of(call))
+
+    def _read(self, call: calls.Call[Answer], rpc: Any) -> Answer:
         try:
             return call.read(rpc.result())
         except grpc.RpcError as error:
-            raise errors.from_rpc(error, address=self.address, timeout_s=timeout) from error
+            raise errors.from_rpc(error, address=self.address, timeout_s=self._timeout_of(call)) from error
         except grpc.FutureCancelledError as error:
             raise errors.Cancelled("the client was closed while the call was under way") from error
+
+    def _timeout_of(self, call: calls.Call[Any]) -> float | None:
+        return self.timeout if call.timeout is None else call.timeout
+
+    def _answer(self, call: calls.Call[Answer]) -> Answer:
+        rpc = self._sent(call)
+        try:
+            return self._read(call, rpc)
         finally:
             rpc.cancel()  # does nothing to a call that has ended
 
+    def _answers(self, asked: many.Many[Answer]) -> Generator[Answer, None, None]:
+        flying: set[Any] = set()
+        # How to get at the answer of each ask that has ended.
+        ended: SimpleQueue[Callable[[], Answer]] = SimpleQueue()
+
+        def start(ask: many.Ask[Answer]) -> None:
+            try:
+                call = ask.call()
+            except (errors.CamserveError, OSError) as error:
+                failure = error  # the name of an except clause is gone after it
+                ended.put(lambda: ask.answer(failure))
+                return
+            rpc = self._sent(call)
+            flying.add(rpc)
+            rpc.add_done_callback(lambda rpc: ended.put(lambda: finish(ask, call, rpc)))
+
+        def finish(ask: many.Ask[Answer], call: calls.Call[Any], rpc: Any) -> Answer:
+            flying.discard(rpc)
+            try:
+                return ask.answer(self._read(call, rpc))
+            except errors.CamserveError as error:
+                return ask.answer(error)
+
+        try:
+            owed = 0
+            for ask in itertools.islice(asked.asks, asked.in_flight):
+                start(ask)
+                owed += 1
+            while owed:
+                answer = ended.get()()
+                owed -= 1
+                for ask in itertools.islice(asked.asks, 1):  # before the caller looks at the answer, and takes its time
+                    start(ask)
+                    owed += 1
+                yield answer
+        finally:
+            for rpc in flying:
+                rpc.cancel()
+
     def _events(self, call: calls.Call[Event | None]) -> Generator[Event, None, None]:
-        timeout = self.timeout if call.timeout is None else call.timeout
+        timeout = self._timeout_of(call)
         rpc: Any = getattr(self._stub, call.rpc)(call.request, timeout=timeout)
         try:
             for message in rpc:

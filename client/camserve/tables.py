@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "differences",
     "layer_table",
     "map_row",
+    "means",
     "method_page",
     "method_table",
     "metric_table",
@@ -62,6 +63,17 @@ def map_row(image: Path, overlay: Path, shown: SaliencyMap, of: Explanation, met
         *(f"{shown.scores[metric]:.4g}" if metric in shown.scores else "" for metric in metrics),
         escape(str(overlay)),
     ]
+
+
+def means(rows: Sequence[Mapping[str, str]], metrics: Sequence[str]) -> Table:
+    """What a run over many images ends with, of the rows of its CSV: how many were done, and each metric's mean."""
+    table = plain_table("model", "method", "done", *metrics, "failed")
+    for model, method in sorted({(row["model"], row["method"]) for row in rows}):
+        of = [row for row in rows if (row["model"], row["method"]) == (model, method)]
+        done = [row for row in of if not row["error"]]
+        values = [f"{np.mean([float(row[metric]) for row in done]):.4g}" if done else "–" for metric in metrics]
+        table.add_row(escape(model), escape(method), str(len(done)), *values, str(len(of) - len(done) or ""))
+    return table
 
 
 def differences(replay: Replay) -> Table:

@@ -1,0 +1,196 @@
+"""Many images by many methods, pure: what is to be asked, one by one. The clients keep so many requests in the air."""
+
+# No postponed annotations here: the signatures are read at run time, see `calls.described`.
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from camserve import calls
+from camserve.answers import Cost, Explanation, Prediction, Score
+from camserve.errors import CamserveError, InvalidArgument
+from camserve.images import ImageLike
+from camserve.receipt import Receipt
+
+__all__ = ["DEFAULT_METRICS", "Ask", "Failure", "Many", "Result", "Variant", "evaluate_many"]
+
+Answer = TypeVar("Answer")
+Failure: TypeAlias = CamserveError | OSError
+
+# As `evaluate` has them.
+DEFAULT_METRICS = ("insertion", "deletion", "average-gain")
+
+# Where an image stands among the images, a model, and the label of a method.
+Place: TypeAlias = tuple[int, str, str]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method as it shall be run, under a `label` of your own: so can one method be there with several parameters."""
+
+    label: str
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    layers: Sequence[str] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One image by one method on one model: its `explanation`, or the `error` that came instead.
+
+    `image` is what was given and `index` its place among the images; `model` is empty only where a request failed that
+    asked for none by name; `method` is a name, or the label of a `Variant`. What is read of a result that failed, such
+    as its `scores`, raises its error.
+    """
+
+    index: int
+    image: ImageLike = field(repr=False)
+    model: str
+    method: str
+    outcome: Explanation | Failure
+
+    @property
+    def error(self) -> Failure | None:
+        """Why there is no explanation; None where there is one."""
+        return None if isinstance(self.outcome, Explanation) else self.outcome
+
+    @property
+    def explanation(self) -> Explanation:
+        """The answer in full."""
+        if isinstance(self.outcome, Explanation):
+            return self.outcome
+        raise self.outcome
+
+    @property
+    def target(self) -> Prediction:
+        """The class that was explained."""
+        return self.explanation.target
+
+    @property
+    def saliency(self) -> NDArray[np.float32]:
+        """The map, float32 [H, W] in [0, 1]."""
+        return self.explanation.saliency
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """By metric."""
+        return self.explanation.scores
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of this map must know."""
+        return self.explanation.warnings
+
+    @property
+    def cost(self) -> Cost:
+        """What it took, metrics included."""
+        return self.explanation.cost
+
+    @property
+    def receipt(self) -> Receipt:
+        """With which the map can be made again."""
+        return self.explanation.receipt
+
+
+@dataclass(frozen=True, eq=False)
+class Ask(Generic[Answer]):
+    """A request that is not made yet, for it would hold its image, and what to make of its outcome."""
+
+    make: Callable[[], calls.Call[Explanation]]
+    answer: Callable[[Explanation | Failure], Answer]
+
+    def call(self) -> calls.Call[Explanation]:
+        """Reads the image. Raises OSError or CamserveError."""
+        try:
+            return self.make()
+        except TypeError as error:  # one image of a wrong type shall not stop the others
+            raise InvalidArgument(str(error), field="image") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Many(Generic[Answer]):
+    """Requests of which `in_flight` are to be kept in the air."""
+
+    asks: Iterator[Ask[Answer]]
+    in_flight: int
+
+
+def evaluate_many(
+    images: Iterable[ImageLike],
+    *,
+    methods: str | Sequence[str | Variant] | Mapping[str, calls.Parameters],
+    metrics: str | Sequence[str] | Mapping[str, calls.Parameters] = DEFAULT_METRICS,
+    models: str | Sequence[str] | None = None,
+    labels: Iterable[calls.TargetLike | None] | None = None,
+    budget: int | None = None,
+    skip: Container[Place] = (),
+    in_flight: int = 8,
+    timeout: float | None = None,
+) -> Many[Result]:
+    """Explain many images by many methods and score each map; yields a `Result` for each as soon as it is done.
+
+    images: any number, each as for `explain`. An iterator is read as far as requests are in flight, no further.
+    methods: names, `Variant`s, or a mapping from names to parameters.
+    metrics: names of metrics that score each map, or a mapping from names to their parameters.
+    models: names; None is the server's first.
+    labels: the target of each image, an index or label, in the order of the images; None is the predicted class.
+    budget: the most rows that each request may take.
+    skip: what is not wanted, as (place of the image from 0, model, method or label of the variant).
+    in_flight: how many requests are kept in the air.
+    timeout: seconds to wait for each answer; None is the client's.
+
+    Results come in the order in which they are done. One that failed carries its `error`, and stops no other. Closing
+    the iterator early cancels what is in flight.
+
+    Raises InvalidArgument where two methods have the same label, and ValueError where there are more or fewer labels
+    than images.
+    """
+    variants = _variants(methods)
+    if len({each.label for each in variants}) < len(variants):
+        raise InvalidArgument("two methods have the same label: name them apart by camserve.Variant", field="methods")
+    if in_flight < 1:
+        raise InvalidArgument(f"in_flight must be at least 1, not {in_flight}", field="in_flight")
+    if isinstance(images, str | bytes | PathLike):
+        raise InvalidArgument("images must be several: put one into a list", field="images")
+
+    def asks() -> Iterator[Ask[Result]]:
+        pairs = ((image, None) for image in images) if labels is None else zip(images, labels, strict=True)
+        for index, (image, target) in enumerate(pairs):
+            for model in [models] if models is None or isinstance(models, str) else models:
+                for variant in variants:
+                    if (index, model or "", variant.label) in skip:
+                        continue
+                    make = functools.partial(
+                        calls.explain,
+                        image,
+                        model=model,
+                        method=variant.method,
+                        target=target,
+                        layers=variant.layers,
+                        parameters=variant.parameters,
+                        metrics=metrics,
+                        seed=variant.seed,
+                        budget=budget,
+                        predictions=1,
+                        timeout=timeout,
+                    )
+                    yield Ask(make, functools.partial(_result, index, image, model, variant.label))
+
+    return Many(asks(), in_flight)
+
+
+def _variants(methods: str | Sequence[str | Variant] | Mapping[str, calls.Parameters]) -> list[Variant]:
+    if isinstance(methods, Mapping):
+        return [Variant(name, name, parameters) for name, parameters in methods.items()]
+    given = [methods] if isinstance(methods, str) else methods
+    return [each if isinstance(each, Variant) else Variant(each, each) for each in given]
+
+
+def _result(index: int, image: ImageLike, model: str | None, label: str, outcome: Explanation | Failure) -> Result:
+    answered = outcome.receipt.model if isinstance(outcome, Explanation) else ""
+    return Result(index, image, model or answered, label, outcome)
