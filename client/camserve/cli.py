@@ -205,7 +205,8 @@ def evaluate(
     file as soon as it is done, and what fails is a row with its error. The same command with --resume goes on where
     the last one was interrupted, and tries again what failed; the finished file is sorted.
     """
-    variants = [_variant(each, _parameters(param), layer, seed) for each in method or []]
+    parameters = _parameters(param)
+    variants = [_variant(each, parameters, layer, seed) for each in dict.fromkeys(method or [])]
     metrics = list(dict.fromkeys(metric or DEFAULT_METRICS))
     given = None if target is None else _target(target)
     if csv is None:
@@ -221,7 +222,7 @@ def evaluate(
                 model=model[0] if model else None,
                 target=given,
                 layers=layer,
-                parameters=variants[0].parameters if variants else _parameters(param),
+                parameters=variants[0].parameters if variants else parameters,
                 seed=seed,
                 budget=budget,
             )
@@ -279,6 +280,7 @@ class _Run:
                 raise InvalidArgument(f"{path} is there: go on with it by --resume, or give another file")
         self.client, self.images, self.targets, self.variants = client, images, targets, variants
         self.names = sheet.image_names(images)
+        self.distinct = len({image.name for image in images}) == len(images)
         self.models = list(dict.fromkeys(models or [_model(client, None).name]))
         self._check_names(metrics)
         self.sheet = sheet.Sheet(csv, metrics)
@@ -310,10 +312,12 @@ class _Run:
         return self.maps is None or self.maps.has(self._name_of(sheet.key_of(row)))
 
     def _name_of(self, key: sheet.Key) -> str:
-        """What a map is called in the npz: as its image, if there is but one model and one method."""
+        """What a map is called in the npz: as its image, if there is but one model and one method.
+
+        The image by its name alone where no two are alike.
+        """
         image, model, method = key
-        files = {Path(name).name for name in self.names}
-        short = Path(image).name if len(files) == len(self.names) else image
+        short = Path(image).name if self.distinct else image
         return short if len(self.models) == len(self.variants) == 1 else f"{short}/{model}/{method}"
 
     def go(self, *, budget: int | None, in_flight: int) -> None:

@@ -98,7 +98,7 @@ def said(error: Failure) -> str:
     """What was wrong, in one line that is the same for the same failure: without the request's id."""
     if isinstance(error, CamserveError):
         return " ".join(error.message.split())
-    return f"{error.strerror}: {error.filename}" if error.strerror else str(error)
+    return f"{error.strerror}: {error.filename}" if error.strerror else str(error) or type(error).__name__
 
 
 def check_same(row: Row, variant: Variant, target: int | str | None) -> None:
@@ -142,7 +142,8 @@ class Sheet:
                 f"{self.path} has other columns: its metrics are {', '.join(metrics) or 'none'}, "
                 f"asked for are {', '.join(self.metrics)}: ask for the same in this order, or give another file"
             )
-        return {key_of(row): row for row in reader}
+        # The end of a line that was cut within a cell of several lines looks whole.
+        return {key_of(row): row for row in reader if row["receipt"] is not None}
 
     def write(self, rows: Iterable[Row]) -> None:
         """The file anew, sorted by image, model and method; in one step, so that it is whole at any time."""

@@ -7,6 +7,7 @@ import csv
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,12 +18,15 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, get_args
 
+import grpc
 import numpy as np
 import PIL.Image
 import pytest
+from typer.testing import CliRunner
 
 import camserve
 from camserve import Variant, sheet
+from camserve.cli import app
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.service.server import Server
 
@@ -422,3 +426,25 @@ def test_ctrl_c_keeps_what_is_done(address, servicer, folder, tmp_path):
     assert said == f"{tmp_path / 's.csv'} keeps what is done: the same command with --resume goes on\ncancelled\n"
     assert servicer.cancelled.wait(5)
     assert [row["image"][-6:] for row in table(tmp_path / "s.csv")] == ["00.png"]
+
+
+def test_progress_goes_to_stderr_and_the_means_to_stdout(address, servicer, folder, tmp_path):
+    def refuse_the_third(context: Any) -> None:
+        if len([each for each in servicer.requests if isinstance(each, pb.ExplainRequest)]) == 3:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "un-\nreadable")
+
+    servicer.before = refuse_the_third
+    options = ["--method", "opti-cam", "--method", "fake-cam", "--metric", "insertion", "--in-flight", "1"]
+    line = ["evaluate", str(folder), *options, "--csv", str(tmp_path / "s.csv"), "--address", address]
+    result = CliRunner().invoke(app, line, env={"COLUMNS": "200", "FORCE_COLOR": "1"})
+    plain, said = (re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text) for text in (result.stdout, result.stderr))
+    assert result.exit_code == 1
+    assert "24/24 1 failed" in said
+    assert f"error: {folder / '01.png'}, first, opti-cam: un-\nreadable" in said
+    assert [line.split() for line in plain.splitlines()] == [
+        ["model", "method", "done", "insertion", "failed"],
+        ["first", "fake-cam", "12", "0.25"],
+        ["first", "opti-cam", "11", "0.25", "1"],
+    ]
+    [row] = [row for row in table(tmp_path / "s.csv") if row["error"]]
+    assert (row["error"], row["target"], row["receipt"]) == ("un- readable", "", "")
