@@ -6,7 +6,7 @@ BUF    := node_modules/.bin/buf
 BUF_VERSION := 1.75.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint proto proto-check clean
+.PHONY: help install demo test bench docs pictures figure lint proto proto-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,15 @@ test: install  ## the whole test suite
 
 bench: install  ## measure against the plain forward pass; writes docs/benchmarks.md
 	$(BIN)/python -m tests.bench
+
+docs: install  ## write docs/methods.md out of what the methods say of themselves
+	$(BIN)/python examples/methods_page.py
+
+pictures: install  ## draw every method's map of one photograph for docs/methods.md; some minutes
+	$(BIN)/python examples/figure.py --single
+
+figure: install  ## draw all methods side by side, on four photographs; half an hour
+	$(BIN)/python examples/figure.py
 
 lint: install $(BUF)  ## ruff, mypy strict, import-linter, buf, fresh stubs
 	$(BIN)/ruff check .

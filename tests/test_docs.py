@@ -6,8 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import skimage
 from pydantic import BaseModel
@@ -23,12 +26,12 @@ DOCUMENTED_ADDRESS = "127.0.0.1:50051"
 registry.discover()
 
 
-def blocks(language: str) -> list[object]:
+def blocks(language: str, pages: Sequence[Path] = PAGES) -> list[object]:
     """Every fenced block of the language, named by its page and place."""
     fence = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
     return [
         pytest.param(text, id=f"{path.relative_to(ROOT)}:{i}")
-        for path in PAGES
+        for path in pages
         for i, text in enumerate(fence.findall(path.read_text(encoding="utf-8")), 1)
     ]
 
@@ -73,8 +76,8 @@ def test_python_runs_as_it_stands(code: str, server: Server, folder: Path) -> No
 @pytest.mark.slow
 def test_commands_run_as_they_stand(server: Server, folder: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^\$ camserve ((?:list|explain|evaluate) .*)$", readme, re.MULTILINE)
-    assert len(commands) >= 4
+    commands = re.findall(r"^\$ camserve ((?:list|explain|evaluate|replay) .*)$", readme, re.MULTILINE)
+    assert {command.split()[0] for command in commands} == {"list", "explain", "evaluate", "replay"}
     for command in commands:
         ran = subprocess.run(
             [sys.executable, "-m", "camserve", *shlex.split(command), "--address", server.address],
@@ -101,7 +104,7 @@ def test_options_of_commands_exist(text: str) -> None:
         assert {a for a in arguments if a.startswith("--")} <= options
 
 
-@pytest.mark.parametrize("text", blocks("toml"))
+@pytest.mark.parametrize("text", blocks("toml", [path for path in PAGES if path.name != "add-a-method.md"]))
 def test_toml_is_a_configuration(text: str, tmp_path: Path) -> None:
     path = tmp_path / "camserve.toml"
     path.write_text(text, encoding="utf-8")
@@ -143,16 +146,61 @@ def test_every_key_is_documented_with_its_default(kind: type[BaseModel]) -> None
                 assert not default.startswith("`"), name
 
 
-@pytest.mark.parametrize("name", sorted([*registry.METHODS, *registry.METRICS]))
-def test_every_method_and_metric_is_documented_with_its_parameters(name: str) -> None:
-    entry = {**registry.METHODS, **registry.METRICS}[name]
-    text = section(name, "methods.md")
-    assert entry.paper in text
-    for parameter in entry.parameters:
+def test_the_page_of_methods_is_what_they_say_of_themselves(tmp_path: Path) -> None:
+    made = tmp_path / "methods.md"
+    command = [sys.executable, str(ROOT / "examples" / "methods_page.py"), "--out", str(made)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert made.read_text(encoding="utf-8") == page("methods.md"), "docs/methods.md is out of date: run make docs"
+
+
+@pytest.mark.parametrize("name", sorted(registry.METHODS))
+def test_every_method_has_a_picture_or_a_reason_why_not(name: str) -> None:
+    text = page("methods.md").partition(f"\n### `{name}`\n")[2].partition("\n### ")[0]
+    picture = ROOT / "docs" / "pictures" / f"{name}.jpg"
+    if "No picture: " in text:
+        assert not picture.exists()
+        return
+    assert f"(pictures/{name}.jpg)" in text
+    assert picture.stat().st_size < 25_000
+    with PIL.Image.open(picture) as image:
+        assert 224 <= max(image.size) <= 300
+
+
+@pytest.mark.parametrize("name", sorted(registry.METHODS))
+def test_the_readme_says_what_every_method_is_for(name: str) -> None:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Methods\n")[2].partition("\n## ")[0]
+    assert f"`{name}`" in table
+
+
+def test_every_picture_is_shown() -> None:
+    for path in (ROOT / "docs" / "pictures").iterdir():
+        assert f"(pictures/{path.name})" in page("methods.md")
+
+
+@pytest.mark.parametrize("name", sorted(registry.METRICS))
+def test_every_metric_is_documented_with_its_parameters(name: str) -> None:
+    metric = registry.METRICS[name]
+    assert f"| [`{name}`](#" in page("metrics.md")
+    text = section(name, "metrics.md")
+    assert metric.paper in text
+    for parameter in metric.parameters:
         default = str(parameter.default).lower() if isinstance(parameter.default, bool) else str(parameter.default)
         [row] = [line for line in text.splitlines() if line.startswith(f"| `{parameter.name}` | `{default}` |")]
         missing = [choice for choice in parameter.choices if f"`{choice}`" not in row]
         assert not missing
+
+
+def test_what_is_quoted_stands_in_the_file() -> None:
+    """On docs/add-a-method.md each block of code is of the file that is linked last before it."""
+    quoted = re.findall(
+        r"\]\(\.\./([\w./]+\.(?:py|toml))\)[^\]`]*?```(?:py|toml)\n(.*?)```", page("add-a-method.md"), re.DOTALL
+    )
+    assert len(quoted) == len(re.findall(r"^```(?:py|toml)$", page("add-a-method.md"), re.MULTILINE)) == 4
+    for file, code in quoted:
+        assert code in (ROOT / file).read_text(encoding="utf-8"), (
+            f"docs/add-a-method.md quotes {file}: bring it up to date"
+        )
 
 
 def test_every_error_is_documented() -> None:
@@ -187,4 +235,9 @@ def test_links_lead_somewhere(path: Path) -> None:
 def anchors(path: Path) -> set[str]:
     """Of the page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    found, seen = set(), Counter[str]()
+    for heading in headings:
+        plain = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.add(f"{plain}-{seen[plain]}" if seen[plain] else plain)
+        seen[plain] += 1
+    return found
