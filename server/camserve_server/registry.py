@@ -178,6 +178,7 @@ def method(
         arguments = [*inspect.signature(plan).parameters]
         third = arguments[2:3]
         layers: Layers = "one" if third == ["layer"] else "many" if third == ["layers"] else "none"
+        _is_free(name, METHODS, plan)
         METHODS[name] = Method(
             *(name, title, paper, *_described(plan), _parameters(plan), plan, rows),
             layers=layers,
@@ -198,6 +199,7 @@ def metric(
 
     def register(plan: G) -> G:
         arguments = inspect.signature(plan).parameters
+        _is_free(name, METRICS, plan)
         METRICS[name] = Metric(
             *(name, title, paper, *_described(plan), _parameters(plan), plan, rows),
             unit=unit,
@@ -207,6 +209,12 @@ def metric(
         return plan
 
     return register
+
+
+def _is_free(name: str, table: Mapping[str, Entry], plan: Callable[..., object]) -> None:
+    """Nobody takes the place of another. Raises ConfigError."""
+    if name in table:
+        raise ConfigError(f"{plan.__module__} brings {name!r}, which {table[name].plan.__module__} has already")
 
 
 def get_method(name: str, field: str) -> Method:

@@ -144,6 +144,12 @@ def test_the_laws_try_it_without_being_told(installed: Path) -> None:
         ("import no_such_module", "No module named 'no_such_module'"),
         ("raise ValueError('not today')", "not today"),
         ("def (", "invalid syntax"),
+        (
+            "from camserve_server.registry import method\n"
+            "@method('grad-cam', title='Mine', paper='', rows=lambda sizes: 0)\n"
+            "def mine(x, c): pass",
+            "broken_cam brings 'grad-cam', which camserve_server.methods.grad_cam has already",
+        ),
     ],
 )
 def test_one_that_is_broken_is_named(tmp_path: Path, code: str, says: str) -> None:
