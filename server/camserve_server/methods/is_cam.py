@@ -16,7 +16,7 @@ from torch import Tensor
 from camserve_server.channels import channels
 from camserve_server.plan import Capture, Image, Plan, SaliencyMaps, Score, Spare, Targets
 from camserve_server.registry import Range, Sizes, method
-from camserve_server.rows import Masked
+from camserve_server.rows import Masked, minmax, up
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +70,18 @@ def is_cam(
     run = channels(A, dead=True)
     yield from Spare(steps * (len(A) - len(run)))
     scales = [i / steps for i in range(1, steps + 1)]
+    masked = Masked(x, A[run.run])
     if variant == "torchcam":
         scales = [*accumulate(scales)]
-    scores = yield from Score(Scaled(Masked(x, A[run.run]), scales), c, least=steps)
+        masked = Masked(x, A[run.run], _scaled_first)
+    scores = yield from Score(Scaled(masked, scales), c, least=steps)
     done = len(scores.logits) // steps
     y = scores.logits[: done * steps].reshape(done, steps, -1).mean(dim=1)  # [channels, T]
     w = run.spread(y, missing=-torch.inf).softmax(dim=0)
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()
     return SaliencyMaps(S, share=run.share(done))
+
+
+def _scaled_first(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """torchcam's masks: in [0, 1] before they are resized, so that few reach both ends."""
+    return up(minmax(maps), size)

@@ -67,7 +67,7 @@ def smooth_grad_cam_pp(
     summed = yield from Sum(Gradient(noisy, c.index * samples, (layer,), least=least), powers, groups=T)
     D2, D3, *kept = (summed.total / summed.counts.view(-1, 1, 1, 1, 1)).unbind(1)  # [T, K, h, w]
     if variant == "torchcam":
-        weighted = (A * D3).sum(dim=(-2, -1), keepdim=True)
+        weighted = (A * D3).sum(dim=(-2, -1), keepdim=True) + 1e-8  # which counts, where gradients are small
         g, last = samples * kept[0], samples * kept[1]
     else:
         weighted = A.sum(dim=(-2, -1), keepdim=True) * D3
