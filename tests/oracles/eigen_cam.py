@@ -16,10 +16,11 @@ from torch import Tensor
 def eigen_cam(activation: Tensor, centred: bool = False) -> Tensor:
     """activation [K, h, w] → map [h, w], signed, before any scaling."""
     K, h, w = activation.shape
-    O = activation.reshape(K, h * w).T  # noqa: E741 (the paper's letter): one row a pixel
+    # One row a pixel; in float64, for in float32 LAPACK finds no eigenvectors of a thousand channels of few pixels.
+    O = activation.double().reshape(K, h * w).T  # noqa: E741 (the paper's letter)
     if centred:
         O = O - O.mean(0)  # noqa: E741
     _, V = torch.linalg.eigh(O.T @ O)  # eigenvalues rising; its eigenvectors are O's right singular vectors
     L = (O @ V[:, -1]).reshape(h, w)
     flip = -L.min() > L.max() if centred else L.sum() < 0
-    return -L if flip else L
+    return (-L if flip else L).to(activation.dtype)

@@ -20,14 +20,20 @@ def starts(length: int, window: int, stride: int) -> list[int]:
 
 @torch.no_grad()
 def occlusion(
-    model: Callable[[Tensor], Tensor], x: Tensor, c: int, window: tuple[int, int] = (64, 64), stride: int = 8
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    c: int,
+    window: tuple[int, int] = (64, 64),
+    stride: int | tuple[int, int] = 8,
 ) -> Tensor:
-    """x [1, 3, H, W] → map [H, W], signed: the mean of y_c(x) − y_c(occluded) over the windows that cover a pixel."""
+    """x [1, 3, H, W]; window and stride, down and across → map [H, W], signed: the mean of y_c(x) − y_c(occluded) over
+    the windows that cover a pixel."""
     _, _, H, W = x.shape
+    down, across = (stride, stride) if isinstance(stride, int) else stride
     y = model(x)[0, c]
     total, count = torch.zeros(H, W, dtype=x.dtype), torch.zeros(H, W, dtype=x.dtype)
-    for i in starts(H, window[0], stride):
-        for j in starts(W, window[1], stride):
+    for i in starts(H, window[0], down):
+        for j in starts(W, window[1], across):
             occluded = x.clone()
             occluded[:, :, i : i + window[0], j : j + window[1]] = 0  # the mean colour
             total[i : i + window[0], j : j + window[1]] += y - model(occluded)[0, c]

@@ -3,7 +3,7 @@
 Xiangwei Shi, Seyran Khademi, Yunqiang Li, Jan van Gemert, 2020, arXiv:2010.08644.
 
 No library has it. The authors' code, too, scales each map by (S − min S)/max S, but upsamples the running maximum from
-layer to layer; here every layer's map is upsampled once, to the size of the finest.
+layer to layer; here every layer's map is upsampled once, to the size of the finest or to the one given.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,14 @@ from tests.oracles.hires_cam import hires_cam
 from tests.oracles.poly_cam import resize
 
 
-def zoom_cam(model: nn.Module, x: Tensor, layers: Sequence[nn.Module], c: int) -> Tensor:
-    """x [1, 3, H, W]; layers, fine to coarse → map [h, w] of the finest layer's size."""
+def zoom_cam(
+    model: nn.Module, x: Tensor, layers: Sequence[nn.Module], c: int, size: tuple[int, int] | None = None
+) -> Tensor:
+    """x [1, 3, H, W]; layers, fine to coarse → map of `size`, or else [h, w], of the finest layer's size."""
     maps = [hires_cam(model, x, layer, c) for layer in layers]
-    fused = torch.zeros_like(maps[0])
+    h, w = size or maps[0].shape
+    fused = torch.zeros(h, w, dtype=x.dtype)
     for S in maps:
         M = (S - S.min()) / S.max() if S.max() > 0 else S
-        fused = torch.maximum(fused, resize(M, (fused.shape[0], fused.shape[1])))
+        fused = torch.maximum(fused, resize(M, (h, w)))
     return fused
