@@ -61,7 +61,11 @@ GROUPS = (
         "They read attention, so they need a network of global self-attention with a class token, such as ViT or DeiT.",
         ("raw-attention", "attention-rollout"),
     ),
-    Group("Control", "Not an explanation: something that a good metric must tell from one.", ("fake-cam",)),
+    Group(
+        "Controls",
+        "Not explanations: they never look at the network, and a good metric must tell them from one.",
+        ("fake-cam", "center-gaussian", "random"),
+    ),
 )
 
 M = TypeVar("M")

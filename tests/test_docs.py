@@ -162,7 +162,7 @@ def test_every_method_has_a_picture_or_a_reason_why_not(name: str) -> None:
         assert not picture.exists()
         return
     assert f"(pictures/{name}.jpg)" in text
-    assert picture.stat().st_size < 25_000
+    assert picture.stat().st_size < 30_000  # noise takes the most
     with PIL.Image.open(picture) as image:
         assert 224 <= max(image.size) <= 300
 

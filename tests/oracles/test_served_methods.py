@@ -28,6 +28,7 @@ from tests import nets
 from tests.oracles.ablation_cam import ablation_cam
 from tests.oracles.attention_rollout import attention_rollout
 from tests.oracles.cam import cam
+from tests.oracles.center_gaussian import center_gaussian
 from tests.oracles.eigen_cam import eigen_cam
 from tests.oracles.fake_cam import fake_cam
 from tests.oracles.grad_cam import grad_cam
@@ -189,6 +190,7 @@ ORACLES: dict[str, Oracle] = {
     "ablation-cam": of_ablation_cam,
     "attention-rollout": lambda q: attention_rollout(of_timm(q.net, q.x), q.grid),
     "cam": of_cam,
+    "center-gaussian": lambda q, sigma=0.25: center_gaussian(q.size, sigma),
     "eigen-cam": of_eigen_cam,
     "fake-cam": lambda q: fake_cam(q.size),
     "grad-cam": lambda q: grad_cam(*q.on_layer).map,
@@ -205,6 +207,7 @@ ORACLES: dict[str, Oracle] = {
     "poly-cam+": partial(of_poly_cam, "p"),
     "poly-cam-": partial(of_poly_cam, "m"),
     "raw-attention": lambda q: raw_attention(of_timm(q.net, q.x), q.grid),
+    "random": lambda q: torch.rand(q.size, generator=generator(SEED, *q.size)),
     "rise": of_rise,
     "score-cam": lambda q, **parameters: score_cam(*q.on_channels, **parameters).map,
     "smooth-grad": lambda q, samples=50, sigma=1.0: smooth_grad(*q.on_input, q.noise(samples, sigma, 3, *q.size)),
@@ -327,6 +330,7 @@ in_both = pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 1e-4), (F64, 1e
 
 TRIED: Tried = {
     "ablation-cam": [{}],
+    "center-gaussian": [{}, {"sigma": 0.1}],
     "eigen-cam": [{}, {"centred": True}],
     "fake-cam": [{}],
     "grad-cam": [{}],
@@ -349,6 +353,7 @@ TRIED: Tried = {
         {"steps": 5, "norm": "max", "objective": "diff"},
         {"steps": 8, "rate": 5.0, "stop": "official"},
     ],
+    "random": [{}],
     "rise": [{"masks": 60}, {"masks": 40, "cells": 5, "keep": 0.5}],
     "score-cam": [{}, {"score": "probability", "channel_softmax": False}],
     "smooth-grad": [{}, {"samples": 4, "sigma": 0.3}, {"samples": 2, "sigma": 0}],

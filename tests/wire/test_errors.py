@@ -392,8 +392,9 @@ def test_what_a_model_cannot_serve() -> None:
         with pytest.raises(camserve.FailedPrecondition) as caught:
             client.explain(PICTURE, method="grad-cam")
         assert "spatial" in str(caught.value)
-        without_layers = {"fake-cam", "gradient-shap", "input-x-gradient", "integrated-gradients", "occlusion", "rise"}
-        assert set(client.models()[0].methods) == {*without_layers, "smooth-grad"}
+        gradients = {"gradient-shap", "input-x-gradient", "integrated-gradients", "smooth-grad"}
+        controls = {"center-gaussian", "fake-cam", "random"}
+        assert set(client.models()[0].methods) == {*gradients, *controls, "occlusion", "rise"}
         for method in client.methods("flat"):
             assert bool(method.unavailable) == (method.name not in client.models()[0].methods)
         assert "average pooling" in next(m for m in client.methods("flat") if m.name == "cam").unavailable
