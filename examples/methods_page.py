@@ -61,7 +61,8 @@ Lav Varshney, all CC0; rocket by SpaceX, public domain, for which ImageNet has n
 ## What all methods share
 - **Maps** have the model's input size and lie in [0, 1]: n(up(S)) unless said otherwise. With `raw` comes S itself,
   too, at its own resolution.
-- A map that is constant or not finite is returned as zeros with a `degenerate` warning, never as NaN.
+- A map that is constant or not finite is returned as zeros with a `degenerate` warning, never as NaN. One that is
+  nearly even, or nearly all in a few pixels, [gets the warning, too](metrics.md#spread), and stays as it is.
 - **A mask** multiplies the normalised image, so what is masked out has the mean colour. (Opti-CAM differs.)
 - **Layers**: methods of one layer look at the coarsest, methods of several look at all resolutions, unless
   the request names layers. [Which ones these are](configuration.md#layers), and `camserve list layers` shows them.

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from camserve_server import spread
 from camserve_server.errors import Expired, OutOfRange
 from camserve_server.job import Limits
 from camserve_server.models.layers import Layer
@@ -164,6 +165,7 @@ def explain(
         yield from Report(Stage("explain"))
         result = yield from _call(subject, x, c)
         raw, share, (maps, warnings) = result.raw, result.share, finished(result, x.size)
+    warnings = [known or spread.warnings(S) for S, known in zip(maps, warnings, strict=True)]
 
     scores = []
     for t in range(len(c)):

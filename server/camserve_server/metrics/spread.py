@@ -1,0 +1,38 @@
+"""How a map's mass is spread over its pixels. These say what a map is like, not whether it is right.
+
+Entropy: Evaluating and Aggregating Feature-based Model Explanations, Bhatt, Weller, Moura 2020, arXiv:2005.00631, where
+it is called complexity. The mass of the top decile is a point of the Lorenz curve, whose Gini index is the sparseness
+of Concise Explanations of Neural Networks using Adversarial Training, Chalasani et al. 2020, arXiv:1810.06583.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from camserve_server import spread
+from camserve_server.plan import Image, Measured, Plan, Targets
+from camserve_server.registry import Sizes, metric
+
+
+def _none(sizes: Sizes) -> int:
+    return 0
+
+
+@metric("entropy", title="Normalised entropy", paper="arXiv:2005.00631", rows=_none, higher_is_better=False)
+def entropy(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
+    """How evenly the map's mass is spread over the pixels, in [0, 1]: 1 for an even map, 0 for a single pixel.
+
+    x [3, H, W], one class, S [H, W] in [0, 1]. −Σ q log q / log(H·W) of q = S / Σ S.
+    """
+    yield from ()
+    return Measured(spread.entropy(S))
+
+
+@metric("top-decile-mass", title="Mass of the top decile", paper="arXiv:1810.06583", rows=_none, higher_is_better=True)
+def top_decile_mass(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
+    """Share of the map's mass that the highest tenth of the pixels has, in [0.1, 1]: 0.1 for an even map.
+
+    x [3, H, W], one class, S [H, W] in [0, 1].
+    """
+    yield from ()
+    return Measured(spread.top_decile_mass(S))
