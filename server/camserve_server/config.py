@@ -66,6 +66,12 @@ class ModelConfig(BaseModel):
     std: Annotated[NumbersAbove0, Field(description="Per channel, of pixels in [0, 1].")] = (0.229, 0.224, 0.225)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     precision: Annotated[Literal["fp32", "fp64"], Field(description="Arithmetic of the network.")] = "fp32"
+    fold_batch_norm: Annotated[
+        bool,
+        Field(
+            description="Compute convolutions and the batch norms after them in one step; but for rounding, the same."
+        ),
+    ] = True
     batch_size: Annotated[
         int | None, Field(ge=1, le=1024, description="Of every lane; measured at warm-up if left out.")
     ] = None

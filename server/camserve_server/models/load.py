@@ -6,10 +6,11 @@ import hashlib
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError
+from camserve_server.models.fold import fold_batch_norm
 from camserve_server.models.layers import Layer, Probed, find_layer, probe
 from camserve_server.models.model import Head, Model, no_layer
 from camserve_server.models.pixels import Preprocessing
@@ -28,7 +29,13 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     digest = state_digest(module)
     dtype = _DTYPES[config.precision]
     module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    found = _probed(module, config, device, where)
+    example = _example(config, device)
+    found = _probed(module, example, config, where)
+    layers, layer = _several(config, found, where), _single(config, found, where)
+    folded: dict[str, str] = {}
+    if config.fold_batch_norm:
+        wanted = [*layers, layer, found.gap and found.gap.layer]
+        folded = fold_batch_norm(module, example, keep={each.module for each in wanted if each})
     return Model(
         name=config.name,
         source=config.source,
@@ -39,14 +46,15 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         preprocessing=Preprocessing(config.input_size, config.mean, config.std, config.interpolation),
         labels=_labels(config, found.classes, where),
         classes=found.classes,
-        spatial=found.spatial,
-        layers=_several(config, found, where),
-        layer=_single(config, found, where),
+        spatial={name: each for name, each in found.spatial.items() if each.module not in folded},
+        layers=layers,
+        layer=layer,
         head=_head(config, found.classes, where),
         gap=found.gap,
         attention=found.attention,
         attention_prefix=found.attention_prefix,
         attention_grid=found.attention_grid,
+        folded=folded,
         random_weights=config.allow_random_weights and config.weights is None,
     )
 
@@ -61,9 +69,12 @@ def state_digest(module: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _probed(module: nn.Module, config: ModelConfig, device: torch.device, where: str) -> Probed:
+def _example(config: ModelConfig, device: torch.device) -> Tensor:
     shape = [1, len(config.mean), *config.input_size]
-    example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, _DTYPES[config.precision])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, _DTYPES[config.precision])
+
+
+def _probed(module: nn.Module, example: Tensor, config: ModelConfig, where: str) -> Probed:
     try:
         found = probe(module, example, config.token_grid)
     except Exception as error:  # a network may fail in any way
@@ -73,7 +84,9 @@ def _probed(module: nn.Module, config: ModelConfig, device: torch.device, where:
                 f"{where}.mean: the network's input has {'one channel' if taken == 1 else '3 channels'}; "
                 f"give mean and std as many numbers, not {len(config.mean)}"
             ) from error
-        raise ConfigError(f"{where}.input_size: the network does not run on an input of {shape}: {error}") from error
+        raise ConfigError(
+            f"{where}.input_size: the network does not run on an input of {[*example.shape]}: {error}"
+        ) from error
     if config.token_grid is not None and all(layer.form != "tokens" for layer in found.spatial.values()):
         raise ConfigError(f"{where}.token_grid: the network has no output [1, tokens, K] with a grid of that size")
     return found

@@ -26,8 +26,9 @@ class Model:
     `layers` are the defaults of methods that look at several, fine to coarse; `layer` is that of those that look at
     one. `spatial` are all that can be named, in run order. `head` says how logits become probabilities. `gap` is there
     if the logits are a linear function of a layer's mean. `attention` names the global self-attention modules, of which
-    the input has `attention_prefix` tokens, the class token first, and then `attention_grid`. `batch_sizes` and, where
-    they were measured, `rows_per_s` are set at warm-up, one for each lane.
+    the input has `attention_prefix` tokens, the class token first, and then `attention_grid`. `folded` names the
+    convolutions that also compute the batch norm after them, and that batch norm: they cannot be named. `batch_sizes`
+    and, where they were measured, `rows_per_s` are set at warm-up, one for each lane.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Model:
     attention: tuple[str, ...] = ()
     attention_prefix: int = 0
     attention_grid: Grid | None = None
+    folded: Mapping[str, str] = field(default_factory=dict)
     random_weights: bool = False
     batch_sizes: dict[LaneKind, int] = field(default_factory=dict)
     rows_per_s: dict[LaneKind, float] = field(default_factory=dict)
@@ -92,6 +94,12 @@ class Model:
         found = []
         for i, name in enumerate(names):
             layer = find_layer(name, self.spatial)
+            if name in self.folded:
+                raise InvalidArgument(
+                    f"{self.name} computes {name} in one step with {self.folded[name]}: name that, or have the model "
+                    "configured with fold_batch_norm = false",
+                    field=f"{field}[{i}]",
+                )
             if layer is None:
                 raise InvalidArgument(f"{self.name} has {no_layer(name, self.spatial)}", field=f"{field}[{i}]")
             found.append(layer)

@@ -1,0 +1,110 @@
+"""Batch norm folded into the convolution before it: one pass over memory less, and the same output but for rounding."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
+
+# By name: timm takes seconds to import, and not every server has a network of it.
+_BATCH_NORMS = {"torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d"}
+TOLERANCE = 1e-4  # of the largest logit; rounding stays far below, a network that uses a convolution twice far above
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    name: str
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+
+
+@torch.no_grad()
+def fold_batch_norm(module: nn.Module, example: Tensor, keep: Collection[str] = ()) -> dict[str, str]:
+    """Folds what can be folded, in place; the names of the convolutions, and of the batch norm that each now computes.
+
+    `module` is in evaluation mode; `example` [1, C, H, W] shows which batch norm follows which convolution, and that
+    the logits stay the same: if they do not, nothing is folded. Convolutions called `keep` are left alone.
+    """
+    before, pairs = _pairs(module, example)
+    pairs = [pair for pair in pairs if pair[0].name not in keep]
+    weights = [(conv.module.weight, conv.module.bias) for conv, _ in pairs]
+    for conv, norm in pairs:
+        _fold(module, conv, norm)
+    after = module(example)
+    if not torch.allclose(before, after, rtol=0, atol=TOLERANCE * float(before.abs().max())):
+        for (conv, norm), (weight, bias) in zip(pairs, weights, strict=True):
+            conv.module.weight, conv.module.bias = weight, bias
+            _put(module, norm.name, norm.module)
+        return {}
+    return {conv.name: norm.name for conv, norm in pairs}
+
+
+def _pairs(module: nn.Module, example: Tensor) -> tuple[Tensor, list[tuple[_Call, _Call]]]:
+    """The logits of `example`, and each convolution with the batch norm that takes its output."""
+    calls: list[_Call] = []
+    handles = []
+    for name, each in module.named_modules():
+        if _is_convolution(each) or _is_batch_norm(each):
+
+            def note(of: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                calls.append(_Call(name, of, args[0], output))
+
+            handles.append(each.register_forward_hook(note))
+    try:
+        logits = module(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    times = Counter(call.name for call in calls)
+    # A call keeps its tensors, so no two of them are at the same place.
+    convolutions = {id(call.output): call for call in calls if _is_convolution(call.module)}
+    takers = Counter(id(call.input) for call in calls)
+    return logits, [
+        (convolutions[id(call.input)], call)
+        for call in calls
+        if _is_batch_norm(call.module)
+        and id(call.input) in convolutions
+        and takers[id(call.input)] == times[call.name] == times[convolutions[id(call.input)].name] == 1
+    ]
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    # Where the weight is computed, it is no parameter.
+    return isinstance(module, nn.Conv2d) and "weight" in module._parameters
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    return kind in _BATCH_NORMS and module.running_mean is not None
+
+
+def _fold(module: nn.Module, conv: _Call, norm: _Call) -> None:
+    of, bn = conv.module, norm.module
+    assert isinstance(of, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
+    assert bn.running_mean is not None and bn.running_var is not None
+    weight, bias = fuse_conv_bn_weights(
+        of.weight.double(),
+        None if of.bias is None else of.bias.double(),
+        bn.running_mean.double(),
+        bn.running_var.double(),
+        bn.eps,
+        bn.weight,
+        bn.bias,
+    )
+    dtype = of.weight.dtype
+    # Of the same memory format: a fresh parameter would be contiguous.
+    of.weight = nn.Parameter(torch.empty_like(of.weight).copy_(weight), requires_grad=False)
+    of.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    # timm's has an activation in it, whose name may be that of a layer.
+    rest = [(name, child) for name, child in bn.named_children()]
+    _put(module, norm.name, nn.Sequential(OrderedDict(rest)) if rest else nn.Identity())
+
+
+def _put(module: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, new.eval())
