@@ -1,17 +1,23 @@
 """Average drop, average increase and average gain, per image; their averages are taken over images.
 
-Drop and increase: Grad-CAM++, Chattopadhay et al. 2018, arXiv:1710.11063. Gain, and the equations' form: Opti-CAM,
-Zhang et al. 2024, arXiv:2301.07002.
+Drop and increase: Grad-CAM++, Chattopadhay et al. 2018, arXiv:1710.11063. Gain, the equations' form, and the study of
+where the target is: Opti-CAM, Zhang et al. 2024, arXiv:2301.07002.
 
 p is the class's probability on the image, o on the image masked by the map: the normalised image, so that what is
 masked out has the mean colour. Both are float64: in float32 p can be exactly 1.
+
+The study masks the image by the target B, by the map where the target is and by the map where it is not, and measures
+the same three. If it is the target that the model looks at, S ∩ B does as well as S, and S ∖ B badly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from camserve_server.plan import Image, Measured, Once, Plan, Score, Targets
+from camserve_server.plan import Image, Measured, Once, Plan, Score, Targets, Truth
 from camserve_server.registry import Sizes, metric
 from camserve_server.rows import Masked, up
 
@@ -20,14 +26,29 @@ def _rows(sizes: Sizes) -> int:
     return 1
 
 
+def _drop(p: float, o: float) -> float:
+    """Opti-CAM, eq. 13, in [0, 100]."""
+    return 100 * max(p - o, 0.0) / p if p > 0 else 0.0
+
+
+def _increase(p: float, o: float) -> float:
+    """Opti-CAM, eq. 14, 0 or 100."""
+    return 100.0 * (p < o)
+
+
+def _gain(p: float, o: float) -> float:
+    """Opti-CAM, eq. 15, in [0, 100]."""
+    return 100 * max(o - p, 0.0) / (1 - p) if p < 1 else 0.0
+
+
 @metric("average-drop", title="Average drop", paper="arXiv:1710.11063", rows=_rows, unit="%", higher_is_better=False)
 def average_drop(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
     """Share of the probability lost when the map masks the image, in [0, 100] %: [p − o]₊ / p.
 
     x [3, H, W], one class, S [H, W] in [0, 1]. Opti-CAM, eq. 13.
     """
-    p, o = yield from _probabilities(x, c, S)
-    return Measured(100 * max(p - o, 0.0) / p if p > 0 else 0.0)
+    p, o = yield from _probabilities("masked", x, c, S)
+    return Measured(_drop(p, o))
 
 
 @metric(
@@ -38,8 +59,8 @@ def average_increase(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
 
     x [3, H, W], one class, S [H, W] in [0, 1]. Opti-CAM, eq. 14.
     """
-    p, o = yield from _probabilities(x, c, S)
-    return Measured(100.0 * (p < o))
+    p, o = yield from _probabilities("masked", x, c, S)
+    return Measured(_increase(p, o))
 
 
 @metric("average-gain", title="Average gain", paper="arXiv:2301.07002", rows=_rows, unit="%", higher_is_better=True)
@@ -48,10 +69,67 @@ def average_gain(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
 
     [o − p]₊ / (1 − p), and 0 where p = 1. x [3, H, W], one class, S [H, W] in [0, 1]. Opti-CAM, eq. 15.
     """
-    p, o = yield from _probabilities(x, c, S)
-    return Measured(100 * max(o - p, 0.0) / (1 - p) if p < 1 else 0.0)
+    p, o = yield from _probabilities("masked", x, c, S)
+    return Measured(_gain(p, o))
 
 
-def _probabilities(x: Image, c: Targets, S: Tensor) -> Plan[tuple[float, float]]:
-    scores = yield from Once("masked", 1, lambda: iter(Score(Masked(x, S[None], mask=up), c)))
+def _probabilities(key: str, x: Image, c: Targets, mask: Tensor) -> Plan[tuple[float, float]]:
+    """p, and o under the mask [H, W]; metrics that name the same `key` share its row."""
+    scores = yield from Once(key, 1, lambda: iter(Score(Masked(x, mask[None], mask=up), c)))
     return float(c.p[0]), float(scores.probabilities[0, 0])
+
+
+# ---- where the target is ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is made of p and o."""
+
+    name: str
+    of: Callable[[float, float], float]
+    what: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Region:
+    """A mask [H, W], made of the map S [H, W] and the target B [H, W], which is 1 inside and 0 outside."""
+
+    name: str
+    title: str
+    mask: Callable[[Tensor, Tensor], Tensor]
+    what: str
+
+
+MEASURES = (
+    Measure("drop", _drop, "Share of the probability lost", higher_is_better=False),
+    Measure("increase", _increase, "100 % where the probability rises", higher_is_better=True),
+    Measure("gain", _gain, "Share of the missing probability gained", higher_is_better=True),
+)
+REGIONS = (
+    Region("box", "Box", lambda S, B: B, "the target itself masks the image, whatever the map"),
+    Region("inside", "Inside", lambda S, B: S * B, "the map masks the image, but is 0 outside the target"),
+    Region("outside", "Outside", lambda S, B: S * (1 - B), "the map masks the image, but is 0 inside the target"),
+)
+
+
+def _study(region: Region, measure: Measure) -> Callable[..., Plan[Measured]]:
+    def plan(x: Image, c: Targets, S: Tensor, *, truth: Truth) -> Plan[Measured]:
+        p, o = yield from _probabilities(region.name, x, c, region.mask(S, truth.mask.to(S)))
+        return Measured(measure.of(p, o))
+
+    plan.__doc__ = f"{measure.what} when {region.what}, in [0, 100] %."
+    return plan
+
+
+for _region in REGIONS:
+    for _measure in MEASURES:
+        metric(
+            f"{_region.name}-{_measure.name}",
+            title=f"{_region.title} {_measure.name}",
+            paper="arXiv:2301.07002",
+            rows=_rows,
+            unit="%",
+            higher_is_better=_measure.higher_is_better,
+        )(_study(_region, _measure))
