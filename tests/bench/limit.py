@@ -1,0 +1,197 @@
+"""The limit: the plain forward pass, and forward and backward, at the best batch size and memory format."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from camserve_server.warmup import SIZES
+from tests.bench.results import Chart, Findings, Result, Table
+from tests.bench.timing import Timed, alone, clock
+
+if TYPE_CHECKING:
+    from tests.bench.subjects import Subject
+    from tests.bench.work import Bench
+
+SLOW_S = 20.0  # a batch that takes longer is not tried in a larger size
+
+# Rows a second: (memory format, batch size) → rate.
+Grid = dict[tuple[str, int], float]
+Pass = Callable[[nn.Module, Tensor], object]
+
+
+@dataclass(eq=False)
+class Limit:
+    """Networks of the same logits in several memory formats, and the best of them."""
+
+    x: Tensor
+    formats: dict[str, nn.Module]
+    forward: Grid
+    difference: float
+
+    @property
+    def best(self) -> tuple[str, int]:
+        """Memory format and batch size of the fastest plain forward pass."""
+        return max(self.forward, key=lambda at: self.forward[at])
+
+    @property
+    def rate(self) -> float:
+        """Rows a second there, when it was looked for."""
+        return self.forward[self.best]
+
+    def side(self, seconds: float) -> Callable[[], Timed]:
+        """The plain forward pass at its best, for about so long."""
+        form, size = self.best
+        rows = max(1, round(self.rate * seconds))
+        return lambda: alone(timed, forward, self.formats[form], self.batch(form, size), rows)
+
+    def batch(self, form: str, size: int) -> Tensor:
+        """The image, repeated, in that memory format."""
+        return self.x.expand(size, -1, -1, -1).contiguous(memory_format=_memory_format(form))
+
+
+def find_limit(made: nn.Module, served: nn.Module, x: Tensor, seconds: float) -> Limit:
+    """Tries all formats and sizes of the network as it is made, which is compared with the one that is served."""
+    formats, difference = in_formats(made, served, x[None])
+    limit = Limit(x, formats, {}, difference)
+    limit.forward = grid(limit, forward, seconds)
+    return limit
+
+
+def in_formats(module: nn.Module, served: nn.Module, x: Tensor) -> tuple[dict[str, nn.Module], float]:
+    """The network by memory format, its batch norms folded or not, and how far the logits are from those served."""
+    formats = {}
+    folded = fold(module, x)
+    for name, form in (("contiguous", torch.contiguous_format), ("channels-last", torch.channels_last)):
+        formats[name] = copy.deepcopy(module).to(memory_format=form)  # type: ignore[call-overload]
+        if folded is not None:
+            formats[f"{name}, folded"] = copy.deepcopy(folded).to(memory_format=form)  # type: ignore[call-overload]
+    with torch.no_grad():
+        logits = served(x.contiguous(memory_format=torch.channels_last))
+        difference = max(float((net(x) - logits).abs().max()) for net in formats.values())
+    return formats, difference
+
+
+def fold(module: nn.Module, x: Tensor) -> nn.Module | None:
+    """A copy with every batch norm that follows a convolution folded into its weights; None if there is none.
+
+    What follows what is seen in a forward pass of `x`.
+    """
+    net = copy.deepcopy(module)
+    names = {m: name for name, m in net.named_modules()}
+    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+
+    def see(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(layer, nn.Conv2d):
+            made[id(output)] = (layer, output)  # the output is kept, so that no other takes its id
+        elif isinstance(layer, nn.BatchNorm2d) and id(args[0]) in made:
+            pairs.append((made[id(args[0])][0], layer))
+
+    handles = [m.register_forward_hook(see) for m in net.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    with torch.no_grad():
+        net(x)
+        for handle in handles:
+            handle.remove()
+        for conv, norm in pairs:
+            _fold(conv, norm)
+            # timm's batch norms bring the activation that follows.
+            after = [m for m in (getattr(norm, "drop", None), getattr(norm, "act", None)) if m is not None]
+            net.set_submodule(names[norm], nn.Sequential(*after) if after else nn.Identity())
+    return net if pairs else None
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None, "it is in evaluation mode"
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = torch.zeros_like(norm.bias) if conv.bias is None else conv.bias
+    conv.weight.mul_(scale.view(-1, 1, 1, 1))
+    conv.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias, requires_grad=False)
+
+
+def _memory_format(form: str) -> torch.memory_format:
+    return torch.channels_last if form.startswith("channels-last") else torch.contiguous_format
+
+
+# ---- passes ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def forward(net: nn.Module, X: Tensor) -> Tensor:
+    """Nothing but the network."""
+    logits: Tensor = net(X)
+    return logits
+
+
+def forward_backward(net: nn.Module, X: Tensor) -> Tensor:
+    """And the gradient of one class's logit in the input; the parameters need none."""
+    X = X.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(net(X)[:, 0].sum(), X)
+    return gradient
+
+
+def timed(pass_: Pass, net: nn.Module, X: Tensor, rows: int) -> Timed:
+    """At least so many rows, in batches of X; one before is not counted."""
+    pass_(net, X)
+    batches = math.ceil(rows / len(X))
+    start = clock(X.device)
+    for _ in range(batches):
+        pass_(net, X)
+    return Timed(batches * len(X), clock(X.device) - start)
+
+
+def grid(limit: Limit, pass_: Pass, seconds: float, tick: Callable[[], None] = lambda: None) -> Grid:
+    """Rates of all formats and sizes, each for about so long, at least two batches."""
+    rates: Grid = {}
+    for form, net in limit.formats.items():
+        rate, took = 0.0, 0.0
+        for size in SIZES[limit.x.device.type]:
+            if took < SLOW_S:
+                one = timed(pass_, net, limit.batch(form, size), max(2 * size, round(rate * seconds)))
+                rate, took = one.rows / one.seconds, one.seconds * size / one.rows
+                rates[form, size] = rate
+            tick()
+    return rates
+
+
+# ---- the section -----------------------------------------------------------------------------------------------------
+
+
+def section(bench: Bench) -> Result:
+    """Table 1: every network, pass, format and batch size."""
+    found = Findings()
+    for subject in bench.subjects():
+        backward = alone(grid, subject.limit, forward_backward, bench.seconds / 4)
+        for name, rates in (("forward", subject.limit.forward), ("forward + backward", backward)):
+            for form in subject.limit.formats:
+                found.rows.append(_row(subject, name, form, rates))
+        found.bars[subject.name] = {
+            form: max(rate for (at, _), rate in subject.limit.forward.items() if at == form)
+            for form in subject.limit.formats
+        }
+    sizes = [str(size) for size in SIZES[bench.device.type]]
+    return Result(
+        "The limit: plain passes",
+        "Rows a second of nothing but the network on a ready-made batch, by memory format and batch size; `folded` has "
+        "its batch norms folded into the convolutions before them. Backward is the gradient of one class's logit in "
+        "the input. The fastest forward pass of a network is the limit that everything below is a share of; where a "
+        "share is given, it was measured anew in turn with what it is a share of.",
+        tables=[Table("", ["model", "pass", "format", *sizes, "logits differ by"], found.rows)],
+        charts=[Chart("Plain forward pass at the best batch size", "rows a second", found.bars)],
+    )
+
+
+def _row(subject: Subject, name: str, form: str, rates: Grid) -> list[str]:
+    best = max(rates.values())
+    cells = []
+    for size in SIZES[subject.model.device.type]:
+        rate = rates.get((form, size))
+        cells.append("–" if rate is None else f"**{rate:.1f}**" if rate == best else f"{rate:.1f}")
+    return [subject.name, name, form, *cells, f"{subject.limit.difference:.0e}"]

@@ -1,0 +1,126 @@
+"""The networks that are measured, and the photograph."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import PIL.Image
+import skimage.data
+import torch
+from torch import Tensor, nn
+
+from camserve_server.config import ModelConfig, embedded
+from camserve_server.explain import MethodCall
+from camserve_server.models.layers import Layer
+from camserve_server.models.load import load
+from camserve_server.models.model import Model
+from camserve_server.models.pixels import Preprocessing, from_pixels
+from camserve_server.models.sources import network
+from camserve_server.plan import Image
+from camserve_server.registry import METHODS, Value
+from camserve_server.warmup import warm_up
+from tests.bench.limit import Limit, find_limit
+from tests.bench.timing import alone
+
+nets: Any = importlib.import_module("tests.nets")  # not typed as strictly
+
+
+@dataclass(eq=False)
+class Subject:
+    """A network as it is served, and as it is made, with an image.
+
+    `limit` is the plain forward pass as fast as it gets.
+    """
+
+    model: Model
+    made: nn.Module
+    x: Tensor
+    seconds: float
+    config: ModelConfig
+
+    @property
+    def name(self) -> str:
+        """As the tables call it."""
+        return self.model.name
+
+    @cached_property
+    def image(self) -> Image:
+        """The image, preprocessed, on the device."""
+        return self.model.image(self.x)
+
+    @property
+    def contiguous(self) -> nn.Module:
+        """The network in the memory format in which torchvision and timm make it: that of the peers."""
+        return self.limit.formats["contiguous"]
+
+    @cached_property
+    def limit(self) -> Limit:
+        """Found when it is first asked for."""
+        return alone(find_limit, self.made, self.model.module, self.image.tensor, self.seconds / 4)
+
+    def in_float64(self) -> Subject:
+        """The same, to see that what diverges in float32 agrees; a row a batch."""
+        config = self.config.model_copy(update={"precision": "fp64", "batch_size": 1})
+        return from_config(config, self.model.device, self.seconds)
+
+    def activations(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """Of each layer, [K, h, w], on the image."""
+        found: list[Tensor] = nets.activations(
+            self.contiguous, self.image.tensor[None], [layer.name for layer in layers]
+        )
+        return found
+
+    def call(self, method: str, layers: tuple[str, ...] = (), **parameters: Value) -> MethodCall:
+        """A method on those layers, or on the model's own."""
+        entry = METHODS[method]
+        many = entry.layers == "many"
+        found = self.model.find_layers(layers, "") if layers else self.model.default_layers(many)
+        return MethodCall(entry, entry.check(parameters, ""), found)
+
+
+def photograph() -> PIL.Image.Image:
+    """A cat: scikit-image's, CC0."""
+    return from_pixels(skimage.data.chelsea())  # type: ignore[no-untyped-call]
+
+
+def resnet50() -> nn.Module:
+    """Random weights, with activations and logits of a trained network's scale on the photograph."""
+    return calibrated("resnet50")
+
+
+def vgg16() -> nn.Module:
+    """Random weights, with logits of a trained network's scale on the photograph."""
+    return calibrated("vgg16")
+
+
+def calibrated(name: str) -> nn.Module:
+    """On the photograph and seven variants of it, [8, 3, 224, 224]: turned, mirrored and shifted."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    x = Preprocessing((224, 224), mean, std, "bilinear")(photograph())
+    turned = [x.rot90(k, (1, 2)) for k in range(4)]
+    net: nn.Module = nets.calibrated(name, on=torch.stack([*turned, *(x.flip(2).roll(16 * k, 1) for k in range(4))]))
+    return net
+
+
+CONFIGS = {
+    "efficientnet-lite0": embedded(),
+    "resnet50": ModelConfig(name="resnet50", source="python:tests.bench.subjects:resnet50"),
+    "vgg16": ModelConfig(name="vgg16", source="python:tests.bench.subjects:vgg16"),
+}
+
+
+def subject(name: str, device: torch.device, seconds: float) -> Subject:
+    """Loaded and warm, as the server has it."""
+    return from_config(CONFIGS[name], device, seconds)
+
+
+def from_config(config: ModelConfig, device: torch.device, seconds: float) -> Subject:
+    """As the server does it."""
+    model = alone(load, config, device)
+    alone(warm_up, model, config.batch_size)
+    made = alone(network, config, "models").eval().requires_grad_(False).to(device, model.dtype)
+    return Subject(model, made, model.preprocessing(photograph()), seconds, config)
