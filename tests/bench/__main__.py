@@ -9,14 +9,13 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from camserve_server import registry
 from camserve_server.allocator import keep_memory
 from camserve_server.service.server import pick_device
 from tests.bench import ascent, curves, limit, masked, mixed, page, service
@@ -37,10 +36,9 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Result], int]] = {
 }
 
 
-def measure(bench: Bench, names: list[str], command: str) -> dict[str, Result]:
-    """Runs the sections, with a bar that says how much time is left."""
+def measure(bench: Bench, names: Sequence[str], keep: Callable[[str, Result], None]) -> None:
+    """Runs the sections and hands on what each has found; a bar says how much time is left."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    results = {}
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=sum(SECTIONS[name][1] for name in names))
         for name in names:
@@ -54,9 +52,9 @@ def measure(bench: Bench, names: list[str], command: str) -> dict[str, Result]:
 
             bench.step = step
             start = time.perf_counter()
-            results[name] = replace(run(bench), seconds=time.perf_counter() - start, command=command)
+            result = run(bench)
+            keep(name, replace(result, seconds=time.perf_counter() - start))
             progress.update(task, completed=until)
-    return results
 
 
 def main() -> int:
@@ -73,22 +71,25 @@ def main() -> int:
     if unknown:
         parser.error(f"there is no {unknown[0]}; there are {', '.join(SECTIONS)}")
     names = [name for name in SECTIONS if name in (arguments.names or SECTIONS)]
-    registry.discover()
     device = pick_device(arguments.device)
     if device.type == "cpu":
         keep_memory()  # as the server does; the peers have it, too
     bench = Bench(device, arguments.seconds, arguments.rounds, names=arguments.models)
     command = "make bench" if len(sys.argv) == 1 else f"python -m tests.bench {shlex.join(sys.argv[1:])}"
 
-    here = facts(device)
-    data = arguments.out / "benchmarks.json"
-    known = page.read(data, here) | measure(bench, names, command)
-    results = {name: known[name] for name in SECTIONS if name in known}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    page.write(data, here, results)
-    missing = [name for name in SECTIONS if name not in results]
-    text = page.page(here, results, missing, arguments.out / "pictures")
-    (arguments.out / "benchmarks.md").write_text(text, encoding="utf-8")
+    here, data = facts(device), arguments.out / "benchmarks.json"
+    results = page.read(data, here)
+
+    def keep(name: str, result: Result) -> None:
+        """At once: whoever interrupts the rest has what was measured."""
+        results[name] = replace(result, command=command)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        in_order = {name: results[name] for name in SECTIONS if name in results}
+        page.write(data, here, in_order)
+        text = page.page(here, in_order, [n for n in SECTIONS if n not in results], arguments.out / "pictures")
+        (arguments.out / "benchmarks.md").write_text(text, encoding="utf-8")
+
+    measure(bench, names, keep)
     for claim in (claim for name in names for claim in results[name].claims):
         print(_line(claim))
     return 0

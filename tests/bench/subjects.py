@@ -6,18 +6,19 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import PIL.Image
 import skimage.data
 import torch
 from torch import Tensor, nn
 
+from camserve_server import registry
 from camserve_server.config import ModelConfig, embedded
 from camserve_server.explain import MethodCall
 from camserve_server.models.layers import Layer
 from camserve_server.models.load import load
-from camserve_server.models.model import Model
+from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.pixels import Preprocessing, from_pixels
 from camserve_server.models.sources import network
 from camserve_server.plan import Image
@@ -26,6 +27,7 @@ from camserve_server.warmup import warm_up
 from tests.bench.limit import Limit, find_limit
 from tests.bench.timing import alone
 
+registry.discover()
 nets: Any = importlib.import_module("tests.nets")  # not typed as strictly
 
 
@@ -64,8 +66,10 @@ class Subject:
 
     def in_float64(self) -> Subject:
         """The same, to see that what diverges in float32 agrees; a row a batch."""
-        config = self.config.model_copy(update={"precision": "fp64", "batch_size": 1})
-        return from_config(config, self.model.device, self.seconds)
+        config = self.config.model_copy(update={"precision": "fp64"})
+        model, made = alone(_loaded, config, self.model.device)
+        model.batch_sizes.update(dict.fromkeys(get_args(LaneKind), 1))
+        return Subject(model, made, self.x, self.seconds, config)
 
     def activations(self, layers: Sequence[Layer]) -> list[Tensor]:
         """Of each layer, [K, h, w], on the image."""
@@ -120,7 +124,12 @@ def subject(name: str, device: torch.device, seconds: float) -> Subject:
 
 def from_config(config: ModelConfig, device: torch.device, seconds: float) -> Subject:
     """As the server does it."""
-    model = alone(load, config, device)
+    model, made = alone(_loaded, config, device)
     alone(warm_up, model, config.batch_size)
-    made = alone(network, config, "models").eval().requires_grad_(False).to(device, model.dtype)
     return Subject(model, made, model.preprocessing(photograph()), seconds, config)
+
+
+def _loaded(config: ModelConfig, device: torch.device) -> tuple[Model, nn.Module]:
+    """The network as it is served, and as it is made."""
+    model = load(config, device)
+    return model, network(config, "models").eval().requires_grad_(False).to(device, model.dtype)
