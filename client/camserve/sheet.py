@@ -86,7 +86,9 @@ def read_labels(path: Path, images: Sequence[Path]) -> list[str]:
 # ---- the CSV --------------------------------------------------------------------------------------------------------
 
 _BEFORE = ["image", "model", "method", "target", "label", "probability"]
-_AFTER = ["rows", "queue_ms", "compute_ms", "share", "warnings", "error", "receipt"]
+_AFTER = ["rows", "queue_ms", "compute_ms", "share", "warnings", "error", "receipt", "curves"]
+# A cell may hold several curves of 10,000 points; what the csv module takes by default is less.
+_MAX_CELL_CHARACTERS = 2**27
 
 
 def key_of(row: Mapping[str, str]) -> Key:
@@ -131,6 +133,7 @@ class Sheet:
 
         The last line counts only if it is whole. Raises InvalidArgument where the columns are others.
         """
+        csv.field_size_limit(_MAX_CELL_CHARACTERS)
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1].decode("utf-8", "replace")
         reader = csv.DictReader(io.StringIO(whole, newline=""))
@@ -143,7 +146,7 @@ class Sheet:
                 f"asked for are {', '.join(self.metrics)}: ask for the same in this order, or give another file"
             )
         # The end of a line that was cut within a cell of several lines looks whole.
-        return {key_of(row): row for row in reader if row["receipt"] is not None}
+        return {key_of(row): row for row in reader if row["curves"] is not None}
 
     def write(self, rows: Iterable[Row]) -> None:
         """The file anew, sorted by image, model and method; in one step, so that it is whole at any time."""
@@ -167,6 +170,7 @@ class Sheet:
 def _values(result: Result) -> dict[str, Any]:
     if result.error is not None:
         return {"error": said(result.error)}
+    curves = {name: [float(f"{y:.6g}") for y in score.curve] for name, score in result.scores.items() if score.curve}
     return {
         "target": result.target.index,
         "label": result.target.label,
@@ -178,6 +182,7 @@ def _values(result: Result) -> dict[str, Any]:
         "share": result.explanation.share,
         "warnings": "; ".join(result.warnings),
         "receipt": result.receipt.to_json(),
+        "curves": json.dumps(curves),
     }
 
 

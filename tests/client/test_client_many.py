@@ -329,6 +329,7 @@ def test_the_files_hold_what_explain_gives(server: Server, folder: Path, tmp_pat
             assert (row["target"], row["probability"]) == (str(target), str(e.target.probability))
             assert (row["rows"], row["share"], row["error"]) == (str(e.cost.rows), "1.0", "")
             assert camserve.Receipt.from_json(row["receipt"]).map_digests == e.receipt.map_digests
+            assert json.loads(row["curves"]) == {"insertion": pytest.approx(e.scores["insertion"].curve, rel=1e-5)}
 
 
 def evaluate(server: Server, *arguments: object) -> subprocess.CompletedProcess[str]:
