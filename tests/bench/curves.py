@@ -59,7 +59,7 @@ def _one(bench: Bench, found: Findings, subject: Subject) -> None:
         start = clock(x.device)
         blurred, map_ = gaussian_blur(x[None])[0], S.to(x.device)
         ends = [(blurred, x), (x, blurred)]
-        found = [peers.curve(subject.contiguous, a, b, map_, index[0], steps) for a, b in ends]
+        found = [peers.curve(subject.made, a, b, map_, index[0], steps) for a, b in ends]
         curves["loop"] = torch.stack(found).cpu()
         return Timed(2 * steps, clock(x.device) - start)
 

@@ -79,7 +79,7 @@ def poly(bench: Bench) -> Result:
 
 
 def _poly_sides(bench: Bench, subject: Subject, layer: Layer, a: Tensor) -> dict[str, Callable[[], Timed]]:
-    net, x, rows = subject.contiguous, subject.image.tensor[None], round(subject.limit.rate * bench.seconds)
+    net, x, rows = subject.made, subject.image.tensor[None], round(subject.limit.rate * bench.seconds)
     return {
         "plain": subject.limit.side(bench.seconds),
         "ours": lambda: _poly_run(subject, layer, rows, "paper").timed,
@@ -122,7 +122,7 @@ def poly_agreement(subject: Subject, n: int) -> float:
     x = subject.image.tensor[None]
     (a,) = subject.activations([layer])
     chosen = a[channels(a, dead=False).run[:n]]
-    theirs = peers.poly_cam(subject.contiguous, x, [chosen], watched.result.targets.index[0])
+    theirs = peers.poly_cam(subject.made, x, [chosen], watched.result.targets.index[0])
     return float((watched.result.maps[0] - theirs.cpu()).abs().max())
 
 
@@ -203,8 +203,10 @@ def _score_findings(bench: Bench, found: Findings, subject: Subject, libraries: 
     sides = {"plain": subject.limit.side(bench.seconds), "ours": ours_side}
     sizes: dict[str, int] = {}
     agree: dict[str, str] = {}
+    cams: list[Library] = []
     for library in libraries:
         cam = alone(partial(_library, library, subject, layer.name))
+        cams.append(cam)
         bench.step(f"{subject.name}: {cam.name}'s best batch")
         sizes[cam.name] = best = alone(best_size, cam, a, PEER_SIZES[bench.device.type])
         n = min(len(a), max(1, rows // best) * best)
@@ -212,6 +214,8 @@ def _score_findings(bench: Bench, found: Findings, subject: Subject, libraries: 
         r = alone(score_agreement, subject, cam, a, bench.channels)
         agree[cam.name] = f"maps correlate, r = {r:.3f}: {cam.differs}"
     rates = bench.alternate(f"{subject.name}: Score-CAM", sides)
+    for cam in cams:
+        cam.close()
 
     before_s = min(watched.before_s for watched in runs)
     seconds = {"ours": before_s + len(run) / rates["ours"].rate}
@@ -234,7 +238,7 @@ def _score_findings(bench: Bench, found: Findings, subject: Subject, libraries: 
 
 
 def _library(library: type[Library], subject: Subject, layer: str) -> Library:
-    return library(subject.contiguous, layer, subject.image.tensor)
+    return library(subject.made, layer, subject.image.tensor)
 
 
 def explained_by(claims: Sequence[Claim], why: Callable[[], str]) -> list[Claim]:

@@ -33,7 +33,7 @@ nets: Any = importlib.import_module("tests.nets")  # not typed as strictly
 
 @dataclass(eq=False)
 class Subject:
-    """A network as it is served, and as it is made, with an image.
+    """A network as it is served, and as it is made, contiguous, for the peers; and an image.
 
     `limit` is the plain forward pass as fast as it gets.
     """
@@ -54,11 +54,6 @@ class Subject:
         """The image, preprocessed, on the device."""
         return self.model.image(self.x)
 
-    @property
-    def contiguous(self) -> nn.Module:
-        """The network in the memory format in which torchvision and timm make it: that of the peers."""
-        return self.limit.formats["contiguous"]
-
     @cached_property
     def limit(self) -> Limit:
         """Found when it is first asked for."""
@@ -73,9 +68,7 @@ class Subject:
 
     def activations(self, layers: Sequence[Layer]) -> list[Tensor]:
         """Of each layer, [K, h, w], on the image."""
-        found: list[Tensor] = nets.activations(
-            self.contiguous, self.image.tensor[None], [layer.name for layer in layers]
-        )
+        found: list[Tensor] = nets.activations(self.made, self.image.tensor[None], [layer.name for layer in layers])
         return found
 
     def call(self, method: str, layers: tuple[str, ...] = (), **parameters: Value) -> MethodCall:
