@@ -9,7 +9,18 @@
 """
 
 from camserve import aio
-from camserve.answers import Cost, Evaluation, Explanation, Level, Prediction, Progress, Replay, SaliencyMap, Score
+from camserve.answers import (
+    Cost,
+    Evaluation,
+    Explanation,
+    Level,
+    Prediction,
+    Progress,
+    Randomised,
+    Replay,
+    SaliencyMap,
+    Score,
+)
 from camserve.catalogue import Layer, Method, Metric, Model, Parameter
 from camserve.client import Client
 from camserve.errors import (
@@ -50,6 +61,7 @@ __all__ = [
     "PermissionDenied",
     "Prediction",
     "Progress",
+    "Randomised",
     "Receipt",
     "Replay",
     "ResourceExhausted",

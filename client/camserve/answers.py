@@ -23,6 +23,7 @@ __all__ = [
     "Level",
     "Prediction",
     "Progress",
+    "Randomised",
     "Replay",
     "SaliencyMap",
     "Score",
@@ -48,13 +49,16 @@ class Prediction:
 
 
 class Score(float):
-    """A metric's value: a float that knows its `unit` ("1" or "%") and, where it is an area, the `curve` above it."""
+    """A metric's value: a float that knows its `unit` ("1" or "%") and, where it is taken from several, the `curve`.
+
+    That is what an area lies under, the overlap at each threshold, or the similarity at each step, as the metric says.
+    """
 
     unit: str
     curve: tuple[float, ...]
 
     def __new__(cls, value: float, unit: str = "1", curve: Sequence[float] = ()) -> Score:
-        """`curve` holds the points of the curve, from the first step to the last."""
+        """`curve` holds its points, from the first to the last."""
         score = super().__new__(cls, value)
         score.unit, score.curve = unit, tuple(curve)
         return score
@@ -191,6 +195,26 @@ class Level:
         return self.maps[0]
 
 
+@dataclass(frozen=True, eq=False)
+class Randomised:
+    """A map on the way of a metric of randomisation: by a network that has become a step more random.
+
+    Step `index` of `count`, of the `layers` from the last one towards the input. With `order` "cascading", all those of
+    earlier steps are random, too; with "independent" they are not. `saliency` float32 [H, W] in [0, 1] explains the
+    class `target`; `spearman`, `ssim` and `hog` in [−1, 1] say how like the map of the network itself it is.
+    """
+
+    order: str
+    index: int
+    count: int
+    layers: tuple[str, ...]
+    target: int
+    spearman: float
+    ssim: float
+    hog: float
+    saliency: NDArray[np.float32] = field(repr=False)
+
+
 # ---- from the wire --------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +256,7 @@ def replay(receipt: Receipt, now: Explanation) -> Replay:
 
 def event(
     answer: pb.ExplainStreamResponse | pb.EvaluateStreamResponse, result: Callable[[Any], T]
-) -> Progress | Level | T | None:
+) -> Progress | Level | Randomised | T | None:
     """One event of a stream, the last one read by `result`; None for a kind that this client does not know yet."""
     match answer.WhichOneof("event"):
         case "progress":
@@ -240,6 +264,9 @@ def event(
         case "level":
             level: pb.Level = answer.level  # type: ignore[union-attr] # only streams of `explain` have it
             return wire.read(Level, level, maps=tuple(images.from_wire(each) for each in level.saliency))
+        case "randomised":
+            randomised = answer.randomised
+            return wire.read(Randomised, randomised, saliency=images.from_wire(randomised.saliency))
         case "result":
             return result(answer.result)
         case _:

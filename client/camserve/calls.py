@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
 
 from camserve import answers, catalogue, images
-from camserve.answers import Evaluation, Explanation, Level, Progress, Replay
+from camserve.answers import Evaluation, Explanation, Level, Progress, Randomised, Replay
 from camserve.catalogue import Method, Metric, Model
 from camserve.errors import InvalidArgument
 from camserve.images import ImageLike
@@ -101,7 +101,7 @@ def explain(
     raw: bool = False,
     request_id: str | None = None,
     timeout: float | None = None,
-) -> Streamable[Explanation, Progress | Level | Explanation]:
+) -> Streamable[Explanation, Progress | Level | Randomised | Explanation]:
     """Explain why the model sees a class in the image.
 
     image: a path, the bytes of an encoded file, a Pillow image, uint8 pixels [H, W, 3] or grey [H, W], or a float32
@@ -171,7 +171,7 @@ def evaluate(
     mask: object = None,
     request_id: str | None = None,
     timeout: float | None = None,
-) -> Streamable[Evaluation, Progress | Evaluation]:
+) -> Streamable[Evaluation, Progress | Randomised | Evaluation]:
     """Score a saliency map of the image: one that is given, or one that a method makes.
 
     saliency: real numbers [H, W], in [0, 1] by custom; resized to the model's input size if it differs.
@@ -353,7 +353,8 @@ def _struct(values: Parameters, field: str) -> Struct:
 _STREAM = """As `{name}`, but yields events on the way.
 
 They are `Progress`; also, except for `evaluate`, each `Level` of a method that works from coarse to fine, as it is
-done; and, as the last event, what `{name}` returns. Closing the iterator early cancels the call.
+done; except for `replay`, each map that a metric of randomisation compares, as `Randomised`; and, as the last event,
+what `{name}` returns. Closing the iterator early cancels the call.
 """
 
 

@@ -228,9 +228,18 @@ def metric_table(metrics: Sequence[Metric]) -> RenderableType:
     for metric in metrics:
         better = "higher" if metric.higher_is_better else "lower"
         unit = "" if metric.unit == "1" else f", in {metric.unit}"
-        about = [_source(metric), metric.summary, f"{better} is better{unit}; at most {_rows(metric.rows)}"]
+        about = [_source(metric), metric.summary, f"{better} is better{unit}; {_metric_costs(metric)}"]
+        if metric.needs_truth:
+            about.append("needs to know where the target is")
         overview.add_row(*(escape("\n".join(filter(None, lines))) for lines in ([metric.name], about)))
     return Group(overview, "", _parameter_table(metrics))
+
+
+def _metric_costs(metric: Metric) -> str:
+    """As of default parameters."""
+    rows = [_rows(metric.rows)] if metric.rows or not metric.maps else []
+    maps = [f"{metric.maps:,} map{'s' * (metric.maps != 1)} more"] if metric.maps else []
+    return f"at most {' and '.join(rows + maps)}"
 
 
 def _parameter_table(owners: Sequence[Method | Metric]) -> Table:

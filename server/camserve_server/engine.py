@@ -31,7 +31,8 @@ from camserve_server.errors import (
 )
 from camserve_server.job import Counters, Event, Job, Limits, Progress
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.plan import Answer, ClassWeights, Plan, Query, Report, Spare
+from camserve_server.models.randomise import RandomCopy, weighted_layers
+from camserve_server.plan import Answer, ClassWeights, Plan, Query, Randomise, Report, Spare, WeightedLayers
 from camserve_server.scheduler import Batch, Scheduler
 
 NO_LIMITS = Limits()
@@ -42,19 +43,27 @@ log = structlog.get_logger()
 class Engine:
     """Runs plans on one device.
 
-    `max_rows_owed` bounds what may wait; with `batch_invariant`, batches are padded to their lane's size.
+    `max_rows_owed` bounds what may wait; with `batch_invariant`, batches are padded to their lane's size. There are at
+    most `max_copies` random copies of networks at a time, one a request; who comes later waits.
     """
 
     def __init__(
-        self, models: Mapping[str, Model], *, max_rows_owed: int = 200_000, batch_invariant: bool = True
+        self,
+        models: Mapping[str, Model],
+        *,
+        max_rows_owed: int = 200_000,
+        batch_invariant: bool = True,
+        max_copies: int = 2,
     ) -> None:
         self.models = models
         self.counters = Counters()
         self._max_rows_owed = max_rows_owed
         self._batch_invariant = batch_invariant
+        self._max_copies = max_copies
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._scheduler: Scheduler[Lane] = Scheduler(self._size)
         self._jobs: dict[int, Job[Any]] = {}
+        self._waiting: dict[int, Randomise] = {}  # for a copy, by job, the first come first
         self._ids = itertools.count(1)
         self._lock = threading.Lock()  # guards what submit() reads and writes: _owed, _closing
         self._owed: dict[int, int] = {}
@@ -204,6 +213,9 @@ class Engine:
                 if torch.is_grad_enabled():
                     torch.set_grad_enabled(False)
                     raise RuntimeError("the plan left the grad mode on across a yield")
+                if isinstance(query, Randomise) and self._must_wait(job, query):
+                    self._waiting[job.id] = query
+                    return
                 answer = self._remark(job, query) or self._ask(job, query)
                 if answer is None:
                     return
@@ -218,7 +230,11 @@ class Engine:
         """Answers a query that costs nothing; None for one that costs rows."""
         match query:
             case ClassWeights(index):
-                return partial(_class_weights, job.model, index)
+                return partial(_class_weights, job.network, index)
+            case WeightedLayers():
+                return partial(weighted_layers, job.model)
+            case Randomise():
+                return partial(self._randomise, job, query)
             case Spare(rows):
                 self._owe(job, job.owed - rows)
                 _tell(job, Progress(job.rows, job.rows + job.owed))
@@ -228,9 +244,40 @@ class Engine:
                 return None
         return _nothing
 
+    def _must_wait(self, job: Job[Any], query: Randomise) -> bool:
+        """Whether it would be one copy too many, or others came first."""
+        new = bool(query.layers) and job.copy is None
+        return new and (bool(self._waiting) or self._copies() >= self._max_copies)
+
+    def _copies(self) -> int:
+        return sum(job.copy is not None for job in self._jobs.values())
+
+    def _randomise(self, job: Job[Any], query: Randomise) -> None:
+        """Runs inside the plan, at the line that asked. Raises OutOfMemory if there is no room for a copy."""
+        if not query.layers:
+            self._free_copy(job)
+            return
+        try:
+            job.copy = job.copy or RandomCopy(job.model)
+            job.copy.randomise(query.layers, query.seed)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"a copy of {job.model.name} does not fit into the device's memory") from error
+
+    def _free_copy(self, job: Job[Any]) -> None:
+        if job.copy is not None:
+            job.copy = None
+            self._inbox.put(self._lend)  # not at once: a plan may be running
+
+    def _lend(self) -> None:
+        """Lets those go on that wait for a copy, as far as there may be more."""
+        while self._waiting and self._copies() < self._max_copies:
+            job = self._jobs[next(iter(self._waiting))]
+            self._step(job, partial(self._randomise, job, self._waiting.pop(job.id)))
+
     def _ask(self, job: Job[Any], query: Query[Any]) -> Answer[Any] | None:
         """Puts the query to the scheduler; if no row is left for it, answers it."""
-        lane, work = start_work(query, job.model, job.batch_sizes)
+        copy = job.id if job.copy else 0
+        lane, work = start_work(query, job.network, job.batch_sizes, copy)
         job.most, job.done = work.rows, 0
         if work.least is not None:
             if job.limits.budget is not None:
@@ -255,7 +302,7 @@ class Engine:
 
     def _run_batch(self, batch: Batch[Lane]) -> None:
         jobs = [self._jobs[take.job] for take in batch.takes]
-        model = jobs[0].model
+        model = jobs[0].network
         started = time.monotonic()
         for job in jobs:
             job.first_batch = job.first_batch or started
@@ -332,6 +379,8 @@ class Engine:
         self._finish(job, result=result, error=error)
 
     def _finish(self, job: Job[Any], *, result: Any = None, error: Exception | None = None) -> None:
+        self._waiting.pop(job.id, None)
+        self._free_copy(job)
         del self._jobs[job.id]
         self.counters.rows_by_job.pop(job.id, None)
         with self._lock:

@@ -27,6 +27,7 @@ from camserve_server.plan import (
     Plan,
     Predict,
     Query,
+    Remake,
     Report,
     SaliencyMaps,
     Score,
@@ -91,9 +92,13 @@ def _sizes(model: Model, call: MethodCall, targets: int) -> Sizes:
 
 def rows_of_metrics(model: Model, call: MethodCall | None, metrics: Sequence[MetricCall], targets: int) -> int:
     """The most rows that the scores of so many maps can take."""
-    again = 1 + call.method.rows(_sizes(model, call, 1), **call.parameters) if call else 0
-    one = Sizes([], 1, model.preprocessing.size, again)
+    one = Sizes([], 1, model.preprocessing.size, _again(model, call))
     return targets * sum(m.metric.rows(one, **m.parameters) for m in metrics)
+
+
+def _again(model: Model, call: MethodCall | None) -> int:
+    """The most rows that the map of another image takes."""
+    return 1 + call.method.rows(_sizes(model, call, 1), **call.parameters) if call else 0
 
 
 def limits(
@@ -167,7 +172,7 @@ def explain(
         raw, share, (maps, warnings) = result.raw, result.share, finished(result, x.size)
     warnings = [known or spread.warnings(S) for S, known in zip(maps, warnings, strict=True)]
 
-    scores = []
+    scores, again = [], _again(model, subject if isinstance(subject, MethodCall) else None)
     for t in range(len(c)):
         one = Targets((c.index[t],), c.p[t : t + 1], c.y[t : t + 1])
         measured: list[Measured] = []
@@ -176,7 +181,7 @@ def explain(
             yield from Report(Stage(call.metric.name))
             has = {
                 "seed": call.seed,
-                "remake": partial(_remade, model, subject, c.index[t]),
+                "remake": Remake(partial(_remade, model, subject, c.index[t]), again),
                 "truth": truth,
                 "predicted": int(likeliest[0]),
             }

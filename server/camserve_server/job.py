@@ -9,7 +9,8 @@ from typing import Generic, TypeVar
 
 from camserve_server.device import Lane, Work
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.plan import Level, Plan, Remark, Stage
+from camserve_server.models.randomise import RandomCopy
+from camserve_server.plan import Level, Plan, Randomised, Remark, Stage
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class Progress:
     rows_total: int
 
 
-Event = Progress | Level | Stage | Remark
+Event = Progress | Level | Randomised | Stage | Remark
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,15 @@ class Job(Generic[T]):
     finished: float | None = None
     work: Work | None = None
     lane: Lane | None = None
+    copy: RandomCopy | None = None  # its own, which answers its questions as long as there is one
     most: int = 0  # rows that the work may take
     done: int = 0  # rows that it has had
     cut_at: int = 0  # rows of the job when a question of its was answered early; 0 if none was
+
+    @property
+    def network(self) -> Model:
+        """What answers its questions: the model, or its own copy of it."""
+        return self.copy.model if self.copy else self.model
 
     @property
     def queue_ms(self) -> float:

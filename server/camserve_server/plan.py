@@ -105,8 +105,18 @@ class Truth:
     boxes: tuple[Box, ...]
 
 
-# The map [H, W] in [0, 1] of another image, made as the one that is being scored.
-Remake = Callable[["Image"], "Plan[Tensor]"]
+@dataclass(frozen=True, eq=False)
+class Remake:
+    """`remake(x)` plans the map [H, W] in [0, 1] of another image, made as the one that is being scored.
+
+    It takes at most so many `rows`.
+    """
+
+    plan: Callable[[Image], Plan[Tensor]]
+    rows: int
+
+    def __call__(self, x: Image) -> Plan[Tensor]:
+        return self.plan(x)
 
 
 @dataclass(frozen=True)
@@ -271,6 +281,23 @@ class ClassWeights(Query["tuple[str, Tensor]"]):
     index: Sequence[int]
 
 
+@dataclass(frozen=True)
+class WeightedLayers(Query[tuple[str, ...]]):
+    """Answer: the names of the layers that have weights of their own, in the order in which they run."""
+
+
+@dataclass(frozen=True)
+class Randomise(Query[None]):
+    """From here on, a copy of the network answers the plan's questions, in which just these layers are random.
+
+    With no layers the network itself answers again, and the copy is gone. Where too many requests have a copy already,
+    the plan waits for one of theirs.
+    """
+
+    layers: Sequence[str]
+    seed: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Once(Query[T]):
     """Answer: the result of `plan`, of so many `rows`, run at most once for each `key` while one map is being scored.
@@ -294,7 +321,7 @@ class Spare(Query[None]):
 class Report(Query[None]):
     """Hands an event to whoever watches the request."""
 
-    event: Level | Stage | Remark
+    event: Level | Randomised | Stage | Remark
 
 
 @dataclass(frozen=True)
@@ -319,3 +346,29 @@ class Level:
     count: int
     layer: str
     maps: SaliencyMaps
+
+
+@dataclass(frozen=True)
+class Alike:
+    """How alike two maps are, each in [−1, 1]: by rank correlation, local structure, oriented gradients."""
+
+    spearman: float
+    ssim: float
+    hog: float
+
+
+@dataclass(frozen=True, eq=False)
+class Randomised:
+    """The map `saliency` [H, W] in [0, 1] of the class `target`, by a network that has become a step more random.
+
+    Step `index` of `count`, in which the `layers` lost their weights; `alike` compares it with the map of the network
+    itself.
+    """
+
+    order: str
+    index: int
+    count: int
+    layers: tuple[str, ...]
+    target: int
+    alike: Alike
+    saliency: Tensor

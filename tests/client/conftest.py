@@ -128,6 +128,11 @@ class Servicer(ExplainServiceServicer):
 
     def EvaluateStream(self, request: pb.EvaluateStreamRequest, context: Any) -> Iterator[pb.EvaluateStreamResponse]:
         yield pb.EvaluateStreamResponse(progress=pb.Progress(rows_done=1, rows_total=9, stage="insertion"))
+        step = pb.Randomised(
+            order="independent", index=1, count=3, layers=["fc", "conv"], target=7, spearman=0.5, hog=-1
+        )
+        step.saliency.CopyFrom(tensor(self.ramp))
+        yield pb.EvaluateStreamResponse(randomised=step)
         yield pb.EvaluateStreamResponse(result=self.Evaluate(request.request, context))
 
     def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:

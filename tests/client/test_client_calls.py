@@ -17,7 +17,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 import camserve
-from camserve import Evaluation, Explanation, Level, Progress, Replay, calls
+from camserve import Evaluation, Explanation, Level, Progress, Randomised, Replay, calls
 from camserve.v1 import explain_pb2 as pb
 
 
@@ -170,7 +170,11 @@ def test_evaluate_scores_a_given_map_or_a_method(servicer, client, pixels, ramp)
     assert (asked.WhichOneof("subject"), list(asked.saliency.shape), asked.seed) == ("saliency", [8, 8], 3)
     *events, last = client.evaluate_stream(pixels, method="poly-cam", layers="a", seed=3, metrics=["insertion"])
     asked = servicer.requests[-1]
-    assert [type(event) for event in events] == [Progress]
+    assert [type(event) for event in events] == [Progress, Randomised]
+    step = events[1]
+    assert (step.order, step.index, step.count, step.layers) == ("independent", 1, 3, ("fc", "conv"))
+    assert (step.target, step.spearman, step.ssim, step.hog) == (7, 0.5, 0, -1)
+    assert np.array_equal(step.saliency, ramp)
     assert list(last.scores) == ["insertion"]
     assert (asked.method.name, asked.method.layers, asked.method.seed, asked.seed) == ("poly-cam", ["a"], 3, 3)
     assert not asked.HasField("target")
@@ -351,7 +355,7 @@ def test_every_field_of_a_request_can_be_asked_for():
     assert set(inspect.signature(calls.evaluate).parameters) == fields - {"truth"} | truth | {"timeout"}
 
 
-READ = ["Prediction", "Cost", "Receipt", "Progress", "Layer", "Model", "Method", "Metric", "Parameter"]
+READ = ["Prediction", "Cost", "Receipt", "Progress", "Randomised", "Layer", "Model", "Method", "Metric", "Parameter"]
 
 
 @pytest.mark.parametrize("name", READ)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -14,12 +15,14 @@ import grpc
 import numpy as np
 import PIL.Image
 import pytest
+import rich.console
 from typer.testing import CliRunner, Result
 
 import camserve
-from camserve import tables
+from camserve import catalogue, tables
 from camserve.cli import app
 from camserve.files import stems
+from camserve.v1 import explain_pb2 as pb
 
 
 def run(*arguments: object, **env: str) -> Result:
@@ -270,6 +273,24 @@ def test_list_one_method(address):
 
 def test_list_metrics(address):
     assert "higher is better; at most 100 rows" in run("list", "metrics", "insertion", "--address", address).stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"rows": 1}, "lower is better, in %; at most 1 row"),
+        ({}, "lower is better, in %; at most 0 rows"),
+        ({"maps": 10}, "lower is better, in %; at most 10 maps more"),
+        ({"rows": 2, "maps": 1}, "lower is better, in %; at most 2 rows and 1 map more"),
+        ({"needs_truth": True}, "lower is better, in %; at most 0 rows\nneeds to know where the target is"),
+    ],
+)
+def test_what_a_metric_takes(more, said):
+    (metric,) = catalogue.metrics(pb.ListMetricsResponse(metrics=[pb.Metric(name="m", title="M", unit="%", **more)]))
+    console = rich.console.Console(width=80, record=True, file=io.StringIO())
+    console.print(tables.metric_table([metric]))
+    lines = [line.strip().removeprefix("m ").strip() for line in console.export_text().splitlines()]
+    assert said in "\n".join(lines)
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,9 @@ RANGES = {
     "insertion-deletion": (-1, 1),
     "aopc": (-1, 1),
     "road": (-1, 1),
+    "randomisation-hog": (-1, 1),
+    "randomisation-spearman": (-1, 1),
+    "randomisation-ssim": (-1, 1),
 }
 
 

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import camserve
 import camserve.aio
+from camserve_server.models.load import state_digest
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.service.server import SERVICE, Server
 
@@ -54,6 +55,29 @@ def test_metrics_share_their_rows(client: camserve.Client) -> None:
     for metric in masked:
         alone = client.explain(CAT, method="grad-cam", metrics=[metric])
         assert alone.scores[metric] == e.scores[metric]
+
+
+def test_streams_send_the_maps_of_randomisation(client: camserve.Client, server: Server) -> None:
+    assert server.engine is not None
+    model = next(iter(server.engine.models.values()))
+    before = state_digest(model.module)
+    checks = {name: {"steps": 3} for name in ("randomisation-spearman", "randomisation-hog")}
+    *events, e = client.evaluate_stream(CAT, method="grad-cam", metrics=checks)
+    steps = [event for event in events if isinstance(event, camserve.Randomised)]
+    assert isinstance(e, camserve.Evaluation)
+    assert e.cost.rows == 2 + 3 * 2
+    assert [(step.order, step.index, step.count) for step in steps] == [("cascading", i, 3) for i in range(3)]
+    assert steps[0].layers[0] == "classifier"
+    assert steps[-1].layers[-1] == "conv_stem"
+    assert all(step.saliency.shape == (96, 96) and step.target == e.target.index for step in steps)
+    assert not np.array_equal(steps[0].saliency, steps[1].saliency)
+    assert e.curves["randomisation-spearman"] == pytest.approx([step.spearman for step in steps])
+    *events, two = client.explain_stream(CAT, method="fake-cam", top_k=2, metrics=checks)
+    steps = [event for event in events if isinstance(event, camserve.Randomised)]
+    assert [(step.target, round(step.hog, 9)) for step in steps] == [
+        (each.target.index, 1) for each in two.maps for _ in range(3)
+    ]
+    assert state_digest(model.module) == before
 
 
 def test_the_receipt(client: camserve.Client, server: Server) -> None:

@@ -577,7 +577,9 @@ class Score(_message.Message):
     """"1" for a number without a unit, "%" for one in [0, 100]."""
     @_builtins.property
     def curve(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """The points of the curve whose area the value is, for metrics that have one."""
+        """For metrics whose value is taken from several: all of them, in their order. An area's curve, the overlap at each
+        threshold of box-accuracy, the similarity at each step of randomisation; docs/metrics.md says for each metric.
+        """
 
     def __init__(
         self,
@@ -856,12 +858,70 @@ class Level(_message.Message):
 Global___Level: _TypeAlias = Level  # noqa: Y015
 
 @_typing.final
+class Randomised(_message.Message):
+    """A map on the way of a metric of randomisation: the same method's, of a network that has become a step more random."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORDER_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    SPEARMAN_FIELD_NUMBER: _builtins.int
+    SSIM_FIELD_NUMBER: _builtins.int
+    HOG_FIELD_NUMBER: _builtins.int
+    SALIENCY_FIELD_NUMBER: _builtins.int
+    order: _builtins.str
+    """"cascading": all layers from the last one to those of this step are random; "independent": those of this step alone."""
+    index: _builtins.int
+    """From 0."""
+    count: _builtins.int
+    target: _builtins.int
+    """The class that the map explains."""
+    spearman: _builtins.float
+    """How like the map of the network itself it is, each in [-1, 1], 1 for the same map: rank correlation, structural
+    similarity, correlation of histograms of oriented gradients.
+    """
+    ssim: _builtins.float
+    hog: _builtins.float
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The layers of this step, from the last one towards the input."""
+
+    @_builtins.property
+    def saliency(self) -> Global___Tensor:
+        """float32 [H, W] in [0, 1]."""
+
+    def __init__(
+        self,
+        *,
+        order: _builtins.str = ...,
+        index: _builtins.int = ...,
+        count: _builtins.int = ...,
+        layers: _abc.Iterable[_builtins.str] | None = ...,
+        target: _builtins.int = ...,
+        spearman: _builtins.float = ...,
+        ssim: _builtins.float = ...,
+        hog: _builtins.float = ...,
+        saliency: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["saliency", b"saliency"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "hog", b"hog", "index", b"index", "layers", b"layers", "order", b"order", "saliency", b"saliency", "spearman", b"spearman", "ssim", b"ssim", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Randomised: _TypeAlias = Randomised  # noqa: Y015
+
+@_typing.final
 class ExplainStreamResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROGRESS_FIELD_NUMBER: _builtins.int
     LEVEL_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    RANDOMISED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___Progress: ...
     @_builtins.property
@@ -870,18 +930,21 @@ class ExplainStreamResponse(_message.Message):
     def result(self) -> Global___ExplainResponse:
         """The last event."""
 
+    @_builtins.property
+    def randomised(self) -> Global___Randomised: ...
     def __init__(
         self,
         *,
         progress: Global___Progress | None = ...,
         level: Global___Level | None = ...,
         result: Global___ExplainResponse | None = ...,
+        randomised: Global___Randomised | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "level", b"level", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "level", b"level", "progress", b"progress", "randomised", b"randomised", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "level", b"level", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "level", b"level", "progress", b"progress", "randomised", b"randomised", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "level", "result"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "level", "result", "randomised"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -928,23 +991,27 @@ class EvaluateStreamResponse(_message.Message):
 
     PROGRESS_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    RANDOMISED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___Progress: ...
     @_builtins.property
     def result(self) -> Global___EvaluateResponse:
         """The last event."""
 
+    @_builtins.property
+    def randomised(self) -> Global___Randomised: ...
     def __init__(
         self,
         *,
         progress: Global___Progress | None = ...,
         result: Global___EvaluateResponse | None = ...,
+        randomised: Global___Randomised | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "randomised", b"randomised", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "randomised", b"randomised", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "result"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "result", "randomised"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -92,7 +92,8 @@ class ExplainServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExplainStream(self, request, context):
-        """The same, with progress on the way and, where the method works from coarse to fine, each level as it is done.
+        """The same, with progress on the way and, where the method works from coarse to fine, each level as it is done. The
+        metrics of randomisation send each of their maps.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +107,7 @@ class ExplainServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def EvaluateStream(self, request, context):
-        """The same, with progress on the way.
+        """The same, with progress on the way and the maps of the metrics of randomisation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,11 +41,13 @@ class ExplainServiceStub:
     Explain: _grpc.UnaryUnaryMultiCallable[_explain_pb2.ExplainRequest, _explain_pb2.ExplainResponse]
     """One image, one model, one method: a saliency map for each target, with its cost and a receipt."""
     ExplainStream: _grpc.UnaryStreamMultiCallable[_explain_pb2.ExplainStreamRequest, _explain_pb2.ExplainStreamResponse]
-    """The same, with progress on the way and, where the method works from coarse to fine, each level as it is done."""
+    """The same, with progress on the way and, where the method works from coarse to fine, each level as it is done. The
+    metrics of randomisation send each of their maps.
+    """
     Evaluate: _grpc.UnaryUnaryMultiCallable[_explain_pb2.EvaluateRequest, _explain_pb2.EvaluateResponse]
     """Scores a saliency map, given or made by a method, with any number of metrics."""
     EvaluateStream: _grpc.UnaryStreamMultiCallable[_explain_pb2.EvaluateStreamRequest, _explain_pb2.EvaluateStreamResponse]
-    """The same, with progress on the way."""
+    """The same, with progress on the way and the maps of the metrics of randomisation."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_explain_pb2.ListModelsRequest, _explain_pb2.ListModelsResponse]
     """The models that are served."""
     ListMethods: _grpc.UnaryUnaryMultiCallable[_explain_pb2.ListMethodsRequest, _explain_pb2.ListMethodsResponse]
@@ -66,11 +68,13 @@ class ExplainServiceAsyncStub(ExplainServiceStub):
     Explain: _aio.UnaryUnaryMultiCallable[_explain_pb2.ExplainRequest, _explain_pb2.ExplainResponse]  # type: ignore[assignment]
     """One image, one model, one method: a saliency map for each target, with its cost and a receipt."""
     ExplainStream: _aio.UnaryStreamMultiCallable[_explain_pb2.ExplainStreamRequest, _explain_pb2.ExplainStreamResponse]  # type: ignore[assignment]
-    """The same, with progress on the way and, where the method works from coarse to fine, each level as it is done."""
+    """The same, with progress on the way and, where the method works from coarse to fine, each level as it is done. The
+    metrics of randomisation send each of their maps.
+    """
     Evaluate: _aio.UnaryUnaryMultiCallable[_explain_pb2.EvaluateRequest, _explain_pb2.EvaluateResponse]  # type: ignore[assignment]
     """Scores a saliency map, given or made by a method, with any number of metrics."""
     EvaluateStream: _aio.UnaryStreamMultiCallable[_explain_pb2.EvaluateStreamRequest, _explain_pb2.EvaluateStreamResponse]  # type: ignore[assignment]
-    """The same, with progress on the way."""
+    """The same, with progress on the way and the maps of the metrics of randomisation."""
     ListModels: _aio.UnaryUnaryMultiCallable[_explain_pb2.ListModelsRequest, _explain_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models that are served."""
     ListMethods: _aio.UnaryUnaryMultiCallable[_explain_pb2.ListMethodsRequest, _explain_pb2.ListMethodsResponse]  # type: ignore[assignment]
@@ -100,7 +104,9 @@ class ExplainServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _explain_pb2.ExplainStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_explain_pb2.ExplainStreamResponse], _abc.AsyncIterator[_explain_pb2.ExplainStreamResponse]]:
-        """The same, with progress on the way and, where the method works from coarse to fine, each level as it is done."""
+        """The same, with progress on the way and, where the method works from coarse to fine, each level as it is done. The
+        metrics of randomisation send each of their maps.
+        """
 
     @_abc_1.abstractmethod
     def Evaluate(
@@ -116,7 +122,7 @@ class ExplainServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _explain_pb2.EvaluateStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_explain_pb2.EvaluateStreamResponse], _abc.AsyncIterator[_explain_pb2.EvaluateStreamResponse]]:
-        """The same, with progress on the way."""
+        """The same, with progress on the way and the maps of the metrics of randomisation."""
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -22,8 +22,11 @@ from camserve_server.plan import Ablate, Ascend, Attend, Capture, Gradient, Pred
 __all__ = ["Lane", "Part", "Work", "run", "start_work"]
 
 
-def start_work(query: Query[Any], model: Model, sizes: Mapping[LaneKind, int]) -> tuple[Lane, Work]:
-    """The lane that answers the query, and the work that it means; `sizes` are the lanes' batch sizes."""
+def start_work(query: Query[Any], model: Model, sizes: Mapping[LaneKind, int], copy: int = 0) -> tuple[Lane, Work]:
+    """The lane that answers the query, and the work that it means.
+
+    `sizes` are the lanes' batch sizes; `copy` is the request that the model is a copy for, if it is one.
+    """
     work: Work
     kind: LaneKind = "forward"
     match query:
@@ -46,7 +49,7 @@ def start_work(query: Query[Any], model: Model, sizes: Mapping[LaneKind, int]) -
         case _:
             raise TypeError(f"the engine does not know the query {type(query).__name__}")
     # Works that differentiate share a batch only if they look at the same layers.
-    return Lane(model.name, kind, sizes[kind], work.layers if kind == "gradient" else ()), work
+    return Lane(model.name, kind, sizes[kind], work.layers if kind == "gradient" else (), copy), work
 
 
 _RUN: dict[LaneKind, Callable[[Model, Sequence[Part], int], None]] = {

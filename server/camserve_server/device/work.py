@@ -17,12 +17,16 @@ from camserve_server.plan import INPUT, Sum, Summed
 
 @dataclass(frozen=True)
 class Lane:
-    """Works of one lane share batches: the same model, passes, batch size, and layers to differentiate."""
+    """Works of one lane share batches: the same model, passes, batch size, and layers to differentiate.
+
+    `copy` is the request whose own copy of the model it is; 0 for the model itself.
+    """
 
     model: str
     kind: LaneKind
     size: int
     layers: tuple[str, ...] = ()
+    copy: int = 0
 
 
 class Work(Protocol):

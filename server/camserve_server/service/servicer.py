@@ -26,7 +26,7 @@ from camserve_server.errors import CamserveError, Cancelled, InternalError, Unav
 from camserve_server.explain import Explained, explain, limits, rows_needed
 from camserve_server.job import Event, Job, Progress
 from camserve_server.models.model import Model
-from camserve_server.plan import Level, Remark, Stage
+from camserve_server.plan import Level, Randomised, Remark, Stage
 from camserve_server.service import read, status, write
 from camserve_server.service.read import Asked
 
@@ -35,7 +35,8 @@ HEARTBEAT_S = 15.0
 
 log = structlog.get_logger()
 T = TypeVar("T")
-Sent = pb.Level | Progress | Stage | Remark | None
+Picture = pb.Level | pb.Randomised
+Sent = Picture | Progress | Stage | Remark | None
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -112,6 +113,8 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                         yield pb.ExplainStreamResponse(progress=event)
                     case pb.Level():
                         yield pb.ExplainStreamResponse(level=event)
+                    case pb.Randomised():
+                        yield pb.ExplainStreamResponse(randomised=event)
                     case _Done(job, result, remarks):
                         response = await self._in_thread(
                             write.explain_response, call.request_id, request, asked, job, result, remarks
@@ -127,21 +130,30 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 match event:
                     case pb.Progress():
                         yield pb.EvaluateStreamResponse(progress=event)
+                    case pb.Randomised():
+                        yield pb.EvaluateStreamResponse(randomised=event)
                     case _Done(job, result, remarks):
                         response = await self._in_thread(
                             write.evaluate_response, call.request_id, asked, job, result, remarks
                         )
                         yield pb.EvaluateStreamResponse(result=response)
 
-    async def _run(self, asked: Asked, call: _Call) -> AsyncIterator[pb.Progress | pb.Level | _Done]:
-        """Runs the request's plan. Yields levels, progress now and then, and at the end what came of it."""
+    async def _run(self, asked: Asked, call: _Call) -> AsyncIterator[pb.Progress | Picture | _Done]:
+        """Runs the request's plan. Yields pictures, progress now and then, and at the end what came of it."""
         assert self.engine is not None, "there are models, so there is an engine"
         engine, loop = self.engine, asyncio.get_running_loop()
         events: asyncio.Queue[Sent] = asyncio.Queue()
 
         def tell(event: Event | None) -> None:
             """On the engine's thread, which alone does arithmetic: see device/."""
-            sent = write.level(event, asked.model) if isinstance(event, Level) else event
+            sent: Sent
+            match event:
+                case Level():
+                    sent = write.level(event, asked.model)
+                case Randomised():
+                    sent = write.randomised(event)
+                case _:
+                    sent = event
             loop.call_soon_threadsafe(events.put_nowait, sent)
 
         model, method = asked.model, asked.call
@@ -212,8 +224,8 @@ async def _last(events: AsyncIterator[T]) -> T:
     return last
 
 
-async def _paced(events: asyncio.Queue[Sent]) -> AsyncIterator[pb.Progress | pb.Level | Remark]:
-    """Until None: all levels and remarks, but progress no more often than every 0.1 s, and at least every 15 s."""
+async def _paced(events: asyncio.Queue[Sent]) -> AsyncIterator[pb.Progress | Picture | Remark]:
+    """Until None: all pictures and remarks, but progress no more often than every 0.1 s, and at least every 15 s."""
     progress = pb.Progress()
     sent = 0.0
     while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -18,7 +19,7 @@ from camserve_server.explain import Explained, MethodCall, finished, rows_needed
 from camserve_server.job import Job, Progress
 from camserve_server.models.layers import Layer
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.plan import Level
+from camserve_server.plan import Level, Randomised
 from camserve_server.service.read import Asked, why_not
 
 TOP_K = 5
@@ -68,6 +69,19 @@ def level(event: Level, model: Model) -> pb.Level:
     """A finer map of Poly-CAM, resized and scaled like the last one."""
     maps, _ = finished(event.maps, model.preprocessing.size)
     return pb.Level(index=event.index, count=event.count, layer=event.layer, saliency=[tensor(m) for m in maps])
+
+
+def randomised(event: Randomised) -> pb.Randomised:
+    """A map of a network at random, and how like it is to that of the network itself."""
+    return pb.Randomised(
+        order=event.order,
+        index=event.index,
+        count=event.count,
+        layers=event.layers,
+        target=event.target,
+        **asdict(event.alike),
+        saliency=tensor(event.saliency),
+    )
 
 
 def tensor(values: Tensor) -> pb.Tensor:

@@ -1,0 +1,79 @@
+"""How alike two maps are, as Adebayo et al. 2018, arXiv:1810.03292, compare them; by scikit-image's definitions.
+
+Maps are [H, W] in [0, 1]. All three are 1 for equal maps, and about 0 for maps that have nothing in common.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOW = 7  # side of the window of SSIM
+K1, K2 = 0.01, 0.03
+CELL, BLOCK, ORIENTATIONS = 16, 3, 9  # pixels a side; cells a side; bins of 20°
+CLIP = 0.2  # of L2-Hys
+EPSILON = 1e-5
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Rank correlation of the pixels, in [−1, 1]; equal values share the mean of their ranks."""
+    return _correlation(_ranks(a), _ranks(b))
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Structural similarity, in [−1, 1]: Wang et al. 2004, eq. 13, mean over windows of 7×7 that lie in the maps."""
+    a, b = a.double(), b.double()
+    sides = [min(WINDOW, side - 1 + side % 2) for side in a.shape]  # odd
+    pixels = sides[0] * sides[1]
+    together = torch.stack([a, b, a * a, b * b, a * b])[:, None]
+    mean_a, mean_b, aa, bb, ab = F.avg_pool2d(together, sides, stride=1)[:, 0]
+    sample = pixels / max(1, pixels - 1)
+    var_a, var_b, cov = (sample * (m - n) for m, n in [(aa, mean_a**2), (bb, mean_b**2), (ab, mean_a * mean_b)])
+    luminance = (2 * mean_a * mean_b + K1**2) / (mean_a**2 + mean_b**2 + K1**2)
+    structure = (2 * cov + K2**2) / (var_a + var_b + K2**2)
+    return float((luminance * structure).mean())
+
+
+def hog(a: Tensor, b: Tensor) -> float:
+    """Correlation of the histograms of oriented gradients, in [−1, 1]: Dalal, Triggs 2005.
+
+    Cells have 16×16 pixels; fewer where the map would have less than 3×3 of them, which is a block.
+    """
+    return _correlation(oriented_gradients(a), oriented_gradients(b))
+
+
+def oriented_gradients(S: Tensor) -> Tensor:
+    """[H, W] → [values]: of each block of cells the histograms, normalised by L2-Hys; S is scaled to a maximum of 1."""
+    S = S.double()
+    S = S / S.max() if S.max() > 0 else S
+    dy, dx = torch.zeros_like(S), torch.zeros_like(S)
+    dy[1:-1], dx[:, 1:-1] = S[2:] - S[:-2], S[:, 2:] - S[:, :-2]
+    magnitude, degrees = torch.hypot(dx, dy), torch.rad2deg(torch.atan2(dy, dx)) % 180
+    h, w = (max(1, min(CELL, side // BLOCK)) for side in S.shape)
+    bins = F.one_hot((degrees * ORIENTATIONS / 180).long().clamp(max=ORIENTATIONS - 1), ORIENTATIONS)
+    cells = F.avg_pool2d((magnitude[..., None] * bins).permute(2, 0, 1), (h, w))  # [bins, rows, columns]
+    rows, columns = (min(BLOCK, side) for side in cells.shape[1:])
+    blocks = cells.unfold(1, rows, 1).unfold(2, columns, 1).permute(1, 2, 3, 4, 0).flatten(2)  # [·, ·, values]
+    clipped = (blocks / _length(blocks)).clamp(max=CLIP)
+    return (clipped / _length(clipped)).flatten()
+
+
+def _length(blocks: Tensor) -> Tensor:
+    return (blocks.square().sum(dim=-1, keepdim=True) + EPSILON**2).sqrt()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    place: Tensor
+    counts: Tensor
+    _, place, counts = values.flatten().unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
+    return (counts.cumsum(0) - (counts - 1) / 2).double()[place]
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's. Where one of them is constant, 1 if both are and 0 if not."""
+    a, b = a - a.mean(), b - b.mean()
+    norms = float(a.norm()), float(b.norm())
+    if not all(norms):
+        return float(norms[0] == norms[1])
+    return max(-1.0, min(1.0, float(torch.dot(a, b)) / (norms[0] * norms[1])))
