@@ -34,9 +34,9 @@ def up(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """[..., h, w] → [..., H, W]: the ↑ of the papers, bilinear, `align_corners=False`, no antialias."""
     if maps.shape[-2:] == size:
         return maps
-    lead = maps.shape[:-2]
-    flat = maps.reshape(1, -1, *maps.shape[-2:])
-    return F.interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*lead, *size)
+    # As images of one channel each: as channels of one image, their number would decide about the bits.
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    return F.interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
 
 
 def minmax(maps: Tensor) -> Tensor:
