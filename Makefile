@@ -25,7 +25,7 @@ demo: install  ## explain three photographs by three methods; pictures and a pag
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 
-bench: install  ## measure against the plain forward pass; writes docs/benchmarks.md
+bench: install  ## measure the limit, ourselves and our peers; a quarter of an hour; writes docs/benchmarks.md
 	$(BIN)/python -m tests.bench
 
 docs: install  ## write docs/methods.md out of what the methods say of themselves

@@ -60,7 +60,7 @@ def _one(bench: Bench, found: Findings, subject: Subject) -> None:
         },
     )
     few = 3
-    differ = agreement(subject.in_float64(), few)
+    differ = alone(agreement, subject.in_float64(), few)
     claim = Claim(
         f"Opti-CAM, {subject.name}, one image",
         "official loop",
@@ -87,12 +87,12 @@ def official(subject: Subject) -> OptiCam:
 def agreement(subject: Subject, steps: int) -> float:
     """The largest difference between our map and the official loop's after so many iterations."""
     mine = ours.run(subject.model, subject.x, subject.call("opti-cam", steps=steps)).result.maps[0]
-    return float((mine - alone(lambda: official(subject)(steps)).cpu()).abs().max())
+    return float((mine - official(subject)(steps).cpu()).abs().max())
 
 
 def _several(bench: Bench, found: Findings, subject: Subject) -> None:
     model, steps = subject.model, max(2, round(subject.limit.rate * bench.seconds / 3 / bench.images))
-    images = [subject.x.roll(16 * i, 2) for i in range(bench.images)]
+    images = alone(lambda: [subject.x.roll(16 * i, 2) for i in range(bench.images)])
     maps: dict[str, list[Tensor]] = {}
 
     def together() -> Timed:
@@ -104,7 +104,8 @@ def _several(bench: Bench, found: Findings, subject: Subject) -> None:
     rates = bench.alternate(
         f"{subject.name}: Opti-CAM, {bench.images} images", {"together": together, "one by one": in_succession}
     )
-    same = all(torch.equal(a, b) for a, b in zip(maps["together"], maps["one by one"], strict=True))
+    pairs = [*zip(maps["together"], maps["one by one"], strict=True)]
+    same = alone(lambda: all(torch.equal(a, b) for a, b in pairs))
     claim = Claim(
         f"Opti-CAM, {subject.name}, {bench.images} images together",
         "one by one, through the engine",

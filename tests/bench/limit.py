@@ -49,7 +49,7 @@ class Limit:
         """The plain forward pass at its best, for about so long."""
         form, size = self.best
         rows = max(1, round(self.rate * seconds))
-        return lambda: alone(timed, forward, self.formats[form], self.batch(form, size), rows)
+        return lambda: alone(lambda: timed(forward, self.formats[form], self.batch(form, size), rows))
 
     def batch(self, form: str, size: int) -> Tensor:
         """The image, repeated, in that memory format."""
