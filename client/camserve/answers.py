@@ -20,6 +20,7 @@ __all__ = [
     "Cost",
     "Evaluation",
     "Explanation",
+    "LeftOut",
     "Level",
     "Prediction",
     "Progress",
@@ -77,13 +78,26 @@ class Cost:
     compute_ms: float
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """`channels` of a `layer` that a `tolerance` left out, which saved `rows`.
+
+    `error` is how far the layer's sum S is off at most, at any position, in shares of the maximum of S.
+    """
+
+    layer: str
+    channels: int
+    rows: int
+    error: float
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class SaliencyMap:
     """What speaks for one class: `saliency` float32 [H, W] in [0, 1], over the whole image.
 
     `raw` is the map at its own resolution, float32 [h, w], where it was asked for; `scores` are those asked for, by
     metric; `warnings` is what a reader of this map must know; `share` in [0, 1] is how much of the method's full sum
-    was done, 1 unless a budget or a deadline cut it short.
+    was done, 1 unless a budget or a deadline cut it short; `left_out` is what a `tolerance` left out.
     """
 
     target: Prediction
@@ -92,6 +106,7 @@ class SaliencyMap:
     scores: dict[str, Score]
     warnings: tuple[str, ...]
     share: float
+    left_out: tuple[LeftOut, ...]
     _image: pb.Image
 
     @property
@@ -281,5 +296,6 @@ def _map(answer: pb.SaliencyMap, image: pb.Image) -> SaliencyMap:
         scores={each.metric: Score(each.value, each.unit, each.curve) for each in answer.scores},
         warnings=tuple(answer.warnings),
         share=answer.share,
+        left_out=tuple(wire.read(LeftOut, each) for each in answer.left_out),
         _image=image,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,17 +14,20 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
 from camserve import files, sheet, tables
+from camserve.annotations import read_boxes, read_labels, read_mask
 from camserve.answers import Evaluation, Explanation, Level, Progress, Replay, SaliencyMap
 from camserve.calls import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
 from camserve.catalogue import Layer, Method, Metric, Model
 from camserve.client import Client
 from camserve.errors import CamserveError, InternalError, InvalidArgument, NotFound
-from camserve.many import DEFAULT_METRICS, Result, Variant
+from camserve.many import DEFAULT_METRICS, Variant
 from camserve.receipt import Receipt
+from camserve.runs import Run, Wanted, by_layer
 from camserve.version import __version__
 
 __all__ = ["app"]
@@ -105,6 +109,13 @@ def explain(
     layer: Layers = None,
     param: Parameters = None,
     metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Scores each map. May be repeated.")] = None,
+    box: Annotated[
+        list[str] | None,
+        typer.Option(metavar="L,T,R,B", help="Where the target is, in pixels of the image. May be repeated."),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Or a picture over the image, not black where it is.")
+    ] = None,
     seed: Seed = 0,
     budget: Budget = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
@@ -131,6 +142,9 @@ def explain(
     failures = 0
     with _errors_as_lines(), Client(address, timeout=timeout) as client:
         parameters = _parameters(param)
+        boxes = [_box(each) for each in box] if box else None
+        if metrics:
+            _check(client, [], [], metrics, truth=boxes is not None or mask is not None)
         for image, stem in zip(images, files.stems(images, out), strict=True):
             try:
                 events = client.explain_stream(
@@ -144,6 +158,8 @@ def explain(
                     metrics=metrics,
                     seed=seed,
                     budget=budget,
+                    boxes=boxes,
+                    mask=None if mask is None else read_mask(mask),
                 )
                 explanation: Explanation = _followed(events, image.name)
                 written = files.save(image, explanation, out, stem)
@@ -193,8 +209,35 @@ def evaluate(
     seed: Seed = 0,
     budget: Budget = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
+    boxes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv|DIR",
+            help="Lines of file,left,top,right,bottom in pixels, a line for each box; or a folder of Pascal VOC files.",
+        ),
+    ] = None,
+    per_layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...]",
+            help="With --csv: a method that is also run on the coarsest layer, on the two coarsest, and so on; "
+            "a method of one layer on each. May be repeated.",
+        ),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a row for each map into it.")] = None,
     npz: Annotated[Path | None, typer.Option(metavar="FILE", help="With --csv: also write the maps into it.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write a page with tables, curves and all maps. Where --csv and --npz are left out, these files are "
+            "FILE.csv and FILE.npz beside it.",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --report: the method to compare the others with. Default: the first."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with FILE, and do what is not done in it.")] = False,
     in_flight: Annotated[int, typer.Option(metavar="N", min=1, help="With --csv: requests at a time.")] = 8,
     as_json: AsJson = False,
@@ -204,13 +247,25 @@ def evaluate(
     With --csv, score the maps of all images by all methods on all models, and end with their means. A row is in the
     file as soon as it is done, and what fails is a row with its error. The same command with --resume goes on where
     the last one was interrupted, and tries again what failed; the finished file is sorted.
+
+    With --report, also write all that into one page that needs no other file and no network. It is made from the CSV
+    and the maps: the same command with --resume makes it anew without asking for what is done.
     """
+    csv = csv or (report and report.with_suffix(".csv"))
+    npz = npz or (report and report.with_suffix(".npz"))
     parameters = _parameters(param)
     variants = [_variant(each, parameters, layer, seed) for each in dict.fromkeys(method or [])]
     metrics = list(dict.fromkeys(metric or DEFAULT_METRICS))
     given = None if target is None else _target(target)
     if csv is None:
-        _one_only(images, variants, model, {"--labels": labels, "--npz": npz, "--resume": resume})
+        only_many = {
+            "--labels": labels,
+            "--npz": npz,
+            "--resume": resume,
+            "--per-layer": per_layer,
+            "--against": against,
+        }
+        _one_only(images, variants, model, only_many)
         with _errors_as_lines(), Client(address, timeout=timeout) as client:
             _evaluate_one(
                 client,
@@ -225,17 +280,37 @@ def evaluate(
                 parameters=variants[0].parameters if variants else parameters,
                 seed=seed,
                 budget=budget,
+                boxes=read_boxes(boxes, images)[0] if boxes else None,
             )
         return
     if saliency or as_json or not variants:
         raise typer.BadParameter("takes --method, and neither --saliency nor --json", param_hint="--csv")
     if labels and given is not None:
         raise typer.BadParameter("give either --target or --labels", param_hint="--labels")
+    if against is not None and (report is None or against not in [each.label for each in variants]):
+        raise typer.BadParameter("takes --report, and one of the --method", param_hint="--against")
+    if report:
+        _report_module()
+    studied = [_variant(each, parameters, layer, seed) for each in dict.fromkeys(per_layer or [])]
     with _errors_as_lines(), Client(address, timeout=timeout) as client:
         found = sheet.image_files(images)
-        targets = [_target(each) for each in sheet.read_labels(labels, found)] if labels else [given] * len(found)
-        run = _Run(client, found, targets, variants, metrics, model, csv, npz, resume)
-        run.go(budget=budget, in_flight=in_flight)
+        models = list(dict.fromkeys(model or [_model(client, None).name]))
+        _check(client, models, [*variants, *studied], metrics, truth=boxes is not None)
+        wanted = Wanted(
+            images=found,
+            targets=[_target(each) for each in read_labels(labels, found)] if labels else [given] * len(found),
+            variants={name: [*variants, *_layered(client, name, studied)] for name in models},
+            metrics=metrics,
+            boxes=read_boxes(boxes, found) if boxes else None,
+            budget=budget,
+        )
+        run = Run(client, wanted, csv, npz, resume)
+        rows = _evaluate_many(run, in_flight)
+        Console().print(tables.means(rows, metrics))
+        if report:
+            _write_report(client, report, run, order=[each.label for each in variants], against=against)
+        if any(row["error"] for row in rows):
+            raise typer.Exit(1)
 
 
 def _one_only(images: list[Path], methods: Sequence[Any], models: list[str] | None, options: dict[str, Any]) -> None:
@@ -260,126 +335,81 @@ def _evaluate_one(client: Client, image: Path, *, as_json: bool, **options: Any)
     Console().print(table)
 
 
-class _Run:
-    """Many images by many methods on many models, into a CSV and maybe an npz."""
-
-    def __init__(
-        self,
-        client: Client,
-        images: list[Path],
-        targets: Sequence[int | str | None],
-        variants: list[Variant],
-        metrics: list[str],
-        models: list[str] | None,
-        csv: Path,
-        npz: Path | None,
-        resume: bool,
-    ) -> None:
-        for path in (csv, npz):
-            if path and path.exists() and not resume:
-                raise InvalidArgument(f"{path} is there: go on with it by --resume, or give another file")
-        self.client, self.images, self.targets, self.variants = client, images, targets, variants
-        self.names = sheet.image_names(images)
-        self.distinct = len({image.name for image in images}) == len(images)
-        self.models = list(dict.fromkeys(models or [_model(client, None).name]))
-        self._check_names(metrics)
-        self.sheet = sheet.Sheet(csv, metrics)
-        rows = self.sheet.rows()
-        self.maps = sheet.Maps(npz) if npz else None
-        self.done = {
-            (index, model, variant.label)
-            for index, name in enumerate(self.names)
-            for model in self.models
-            for variant in variants
-            if self._is_done(rows.get((name, model, variant.label)), variant, targets[index])
-        }
-        self.sheet.write(rows.values())
-
-    def _check_names(self, metrics: list[str]) -> None:
-        """A name that the server does not know would fail with every image. Raises NotFound."""
-        models, methods, known = self.client.models(), self.client.methods(), self.client.metrics()
-        for model in self.models:
-            _named(models, model, "model")
-        for variant in self.variants:
-            _named(methods, variant.method, "method")
-        for metric in metrics:
-            _named(known, metric, "metric")
-
-    def _is_done(self, row: sheet.Row | None, variant: Variant, target: int | str | None) -> bool:
-        if row is None or row["error"]:
-            return False
-        sheet.check_same(row, variant, target)
-        return self.maps is None or self.maps.has(self._name_of(sheet.key_of(row)))
-
-    def _name_of(self, key: sheet.Key) -> str:
-        """What a map is called in the npz: as its image, if there is but one model and one method.
-
-        The image by its name alone where no two are alike.
-        """
-        image, model, method = key
-        short = Path(image).name if self.distinct else image
-        return short if len(self.models) == len(self.variants) == 1 else f"{short}/{model}/{method}"
-
-    def go(self, *, budget: int | None, in_flight: int) -> None:
-        """Does what is not done. Exits with 1 where something failed, with 130 when interrupted."""
-        results = self.client.evaluate_many(
-            self.images,
-            methods=self.variants,
-            metrics=self.sheet.metrics,
-            models=self.models,
-            labels=self.targets,
-            budget=budget,
-            skip=self.done,
-            in_flight=in_flight,
-        )
-        try:
-            self._follow(results)
-            rows = self._finish()
-        except KeyboardInterrupt:
-            typer.echo(f"{self.sheet.path} keeps what is done: the same command with --resume goes on", err=True)
-            raise
-        finally:
-            results.close()
-        Console().print(tables.means(rows, self.sheet.metrics))
-        if any(row["error"] for row in rows):
-            raise typer.Exit(1)
-
-    def _follow(self, results: Iterable[Result]) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[failed]} failed"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-        )
-        console = Console(stderr=True)
+def _evaluate_many(run: Run, in_flight: int) -> list[sheet.Row]:
+    """Does what is not done; the rows of the CSV."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[failed]} failed"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    console = Console(stderr=True)
+    failed = 0
+    try:
         with ProgressBar(
             *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
         ) as bar:
-            total = len(self.images) * len(self.models) * len(self.variants)
-            task = bar.add_task("evaluate", total=total, completed=len(self.done), failed=0)
-            failed = 0
-            for result in results:
-                name = self.names[result.index]
-                if result.error is None and self.maps:
-                    # Before its row: what the CSV says is done has a map.
-                    self.maps.add(self._name_of((name, result.model, result.method)), result.saliency)
-                self.sheet.add(name, result)
+            task = bar.add_task("evaluate", total=run.wanted.count, completed=len(run.done), failed=0)
+            for result in run.results(in_flight):
                 if result.error is not None:
                     failed += 1
+                    name = run.names[result.index]
                     text = f"error: {name}, {result.model}, {result.method}: {_said(result.error)}"
                     console.print(text, markup=False, highlight=False, soft_wrap=True)
                 bar.update(task, advance=1, failed=failed)
+        return run.finish()
+    except KeyboardInterrupt:
+        typer.echo(f"{run.csv} keeps what is done: the same command with --resume goes on", err=True)
+        raise
 
-    def _finish(self) -> list[sheet.Row]:
-        """The finished files; the rows of the CSV, sorted."""
-        self.sheet.write(self.sheet.rows().values())
-        rows = self.sheet.rows()
-        if self.maps:
-            names = (self._name_of(key) for key, row in rows.items() if not row["error"])
-            self.maps.finish(name for name in names if self.maps.has(name))
-        return list(rows.values())
+
+def _write_report(client: Client, path: Path, run: Run, **options: Any) -> None:
+    console = Console(stderr=True)
+    with console.status(f"writing {escape(str(path))}"):
+        _report_module().write(
+            path,
+            csv=run.csv,
+            npz=run.npz,
+            models=client.models(),
+            methods=client.methods(),
+            metrics=client.metrics(),
+            command=shlex.join(["camserve", *(each for each in sys.argv[1:] if each != "--resume")]),
+            **options,
+        )
+
+
+def _report_module() -> Any:
+    """What a report needs is not installed by everybody. Exits with 1 where it is missing."""
+    try:
+        from camserve import report
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").startswith("camserve."):
+            raise  # a bug of ours, not something to install
+        typer.echo(f"error: a report needs {missing.name}: pip install 'camserve[report]'", err=True)
+        raise typer.Exit(1) from None
+    return report
+
+
+def _layered(client: Client, model: str, studied: list[Variant]) -> list[Variant]:
+    of = _model(client, model)
+    methods = {method.name: method for method in client.methods()} if studied else {}
+    return [each for variant in studied for each in by_layer(variant, methods[variant.method], of)]
+
+
+def _check(client: Client, models: list[str], variants: list[Variant], metrics: list[str], *, truth: bool) -> None:
+    """What would fail with every image. Raises NotFound for an unknown name, InvalidArgument where truth is needed."""
+    known = client.metrics()
+    for model in models:
+        _named(client.models(), model, "model")
+    methods = client.methods()
+    for variant in variants:
+        _named(methods, variant.method, "method")
+    for name in metrics:
+        [metric] = _named(known, name, "metric")
+        if metric.needs_truth and not truth:
+            raise InvalidArgument(f"{name} needs to know where the target is: give --boxes", field="truth")
 
 
 @app.command()
@@ -514,6 +544,16 @@ def _parameters(given: list[str] | None, option: str = "--param") -> dict[str, A
     return parameters
 
 
+def _box(text: str) -> list[float]:
+    try:
+        sides = [float(each) for each in text.split(",")]
+    except ValueError:
+        sides = []
+    if len(sides) != 4:
+        raise typer.BadParameter(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM", param_hint="--box")
+    return sides
+
+
 def _model(client: Client, name: str | None) -> Model:
     """The model of that name, the server's first one for no name. Raises NotFound, listing the known ones."""
     return _named(client.models(), name, "model")[0]
@@ -548,7 +588,7 @@ def _errors_as_lines() -> Iterator[None]:
 def _said(error: CamserveError | OSError) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}"
-    return str(error)
+    return str(error).replace("target_top_k", "--top-k")  # the contract's name for it
 
 
 def _followed(events: Iterable[Any], title: str) -> Any:
@@ -583,6 +623,14 @@ def _followed(events: Iterable[Any], title: str) -> Any:
 def _warn(image: Path, shown: SaliencyMap) -> None:
     if shown.share < 1:
         typer.echo(f"warning: {image}: {shown.target}: cut short, {shown.share:.4g} of the whole is done", err=True)
+    if shown.left_out:
+        channels, rows = (sum(getattr(each, of) for each in shown.left_out) for of in ("channels", "rows"))
+        error = max(each.error for each in shown.left_out)
+        typer.echo(
+            f"note: {image}: {shown.target}: {channels} channels left out, which saved {rows} rows; "
+            f"no layer's sum is off by more than {error:.2g} of its maximum",
+            err=True,
+        )
     for warning in shown.warnings:
         typer.echo(f"warning: {image}: {shown.target}: {warning}", err=True)
 

@@ -113,6 +113,7 @@ def evaluation_record(image: Path, evaluation: Evaluation) -> dict[str, Any]:
         "image": str(image),
         "target": asdict(evaluation.target),
         "share": evaluation.share,
+        "left_out": [asdict(each) for each in evaluation.left_out],
         "scores": evaluation.scores,
         "curves": {metric: score.curve for metric, score in evaluation.scores.items() if score.curve},
         "warnings": evaluation.warnings,
@@ -128,6 +129,7 @@ def _of_map(files: Files, shown: SaliencyMap) -> dict[str, Any]:
         "overlay": str(files[1]),
         "target": asdict(shown.target),
         "share": shown.share,
+        "left_out": [asdict(each) for each in shown.left_out],
         "scores": shown.scores,
         "warnings": shown.warnings,
     }

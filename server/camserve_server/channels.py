@@ -32,6 +32,13 @@ class Channels:
         spread[run] = values
         return spread
 
+    def together(self, A: Tensor) -> Tensor:
+        """A [K, h, w] → [n, h, w], those that are run, each with all that it stands for added up."""
+        found = A[self.run]
+        if len(self.run) and self.alike[self.run[0]]:
+            found[0] = A[self.alike].sum(dim=0)
+        return found
+
     def share(self, done: int) -> float:
         """How much of Σ|A| the first `done` that were run stand for, in [0, 1]."""
         known = self.spread(torch.ones(done, 1, dtype=self.strength.dtype, device=self.strength.device))[:, 0]

@@ -22,6 +22,7 @@ from camserve_server.plan import (
     Ascend,
     Gradient,
     Image,
+    LeftOut,
     Measured,
     Once,
     Plan,
@@ -66,7 +67,7 @@ class MetricCall:
 class Explained:
     """`maps` [T, H, W] float32 in [0, 1] and `raw` [T, h, w], on the host; `scores` a list for each target.
 
-    `share` says how much of the method's full sum was done, in [0, 1].
+    `share` says how much of the method's full sum was done, in [0, 1]; `left_out` what could not matter much.
     """
 
     logits: Tensor
@@ -76,6 +77,7 @@ class Explained:
     scores: tuple[tuple[Measured, ...], ...]
     warnings: tuple[tuple[str, ...], ...]
     share: float = 1.0
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def rows_needed(model: Model, call: MethodCall | None, metrics: Sequence[MetricCall], targets: int) -> int:
@@ -162,6 +164,7 @@ def explain(
     at = torch.tensor(index, device=logits.device)
     c = Targets(index, model.probabilities(logits)[at], logits[at])
 
+    left_out: tuple[LeftOut, ...] = ()
     if isinstance(subject, Tensor):
         raw = subject[None].to(x.tensor)
         maps = up(raw, x.size).clamp(0, 1)
@@ -169,7 +172,8 @@ def explain(
     else:
         yield from Report(Stage("explain"))
         result = yield from _call(subject, x, c)
-        raw, share, (maps, warnings) = result.raw, result.share, finished(result, x.size)
+        raw, share, left_out = result.raw, result.share, result.left_out
+        maps, warnings = finished(result, x.size)
     warnings = [known or spread.warnings(S) for S, known in zip(maps, warnings, strict=True)]
 
     scores, again = [], _again(model, subject if isinstance(subject, MethodCall) else None)
@@ -189,7 +193,9 @@ def explain(
             plan = call.metric.plan(x, one, maps[t], **call.parameters, **given)
             measured.append((yield from _once(plan, known)))
         scores.append(tuple(measured))
-    return Explained(logits.cpu(), c, maps.float().cpu(), raw.float().cpu(), tuple(scores), tuple(warnings), share)
+    return Explained(
+        logits.cpu(), c, maps.float().cpu(), raw.float().cpu(), tuple(scores), tuple(warnings), share, left_out
+    )
 
 
 def _call(call: MethodCall, x: Image, c: Targets) -> Plan[SaliencyMaps]:

@@ -82,12 +82,27 @@ class SaliencyMaps:
     """What a method returns: `raw` [T, h, w], a map for each target at the method's own resolution, unitless.
 
     `finish` brings them to the input's size and into [0, 1]; None stands for n(up(·)), the default of all papers.
-    `share` in [0, 1] says how much of the full sum they hold: 1 unless a budget or a deadline cut it short.
+    `share` in [0, 1] says how much of the full sum they hold: 1 unless a budget or a deadline cut it short. `left_out`
+    is what was not asked for because it could not matter much.
     """
 
     raw: Tensor
     finish: Resize | None = None
     share: float = 1.0
+    left_out: tuple[LeftOut, ...] = ()
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """`channels` of `layer`, and so `rows`, that were left out of a sum S for a tolerance.
+
+    `error` has for each target how far S is off at most, in shares of the maximum of S.
+    """
+
+    layer: str
+    channels: int
+    rows: int
+    error: tuple[float, ...]
 
 
 # (left, top, right, bottom) in pixels, half-open; a side may lie between two pixels.
@@ -158,12 +173,14 @@ class Score(Query[Scores]):
     """`len(rows)` rows. Answer: what the model says of the targets on each of them.
 
     Answered whatever the number of targets: a row costs one forward pass, not one a class. If `least` is given, it may
-    be answered for the first n ≥ `least` rows only, where a budget or a deadline cuts the request short.
+    be answered for the first n ≥ `least` rows only, where a budget or a deadline cuts the request short. And it is
+    answered once `enough(start, scores)` is true, which is told of the rows from `start` on as they are done.
     """
 
     rows: Rows
     c: Targets
     least: int | None = None
+    enough: Callable[[int, Scores], bool] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,7 +72,7 @@ def test_explain_writes_a_record(address, photo, out):
     record = json.loads((out / "dog.json").read_text(encoding="utf-8"))
     assert list(record) == ["image", "maps", "predictions", "cost", "receipt", "request_id"]
     [of_map] = record["maps"]
-    assert list(of_map) == ["saliency", "overlay", "target", "share", "scores", "warnings"]
+    assert list(of_map) == ["saliency", "overlay", "target", "share", "left_out", "scores", "warnings"]
     assert (of_map["saliency"], of_map["overlay"]) == ("dog.npy", "dog.png")
     flat = {**record, **of_map, "record": str(out / "dog.json")}
     del flat["maps"]

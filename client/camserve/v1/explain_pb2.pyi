@@ -525,6 +525,7 @@ class SaliencyMap(_message.Message):
     SCORES_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
     share: _builtins.float
     """How much of the method's full sum was done, in [0, 1]: 1 unless a budget or a deadline cut it short."""
     @_builtins.property
@@ -545,6 +546,10 @@ class SaliencyMap(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What a reader of this map must know, such as "degenerate: the map is constant"."""
 
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeftOut]:
+        """What a method with a `tolerance` left out, for each layer where it did."""
+
     def __init__(
         self,
         *,
@@ -554,14 +559,47 @@ class SaliencyMap(_message.Message):
         scores: _abc.Iterable[Global___Score] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         share: _builtins.float = ...,
+        left_out: _abc.Iterable[Global___LeftOut] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["raw", b"raw", "saliency", b"saliency", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["raw", b"raw", "saliency", b"saliency", "scores", b"scores", "share", b"share", "target", b"target", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_out", b"left_out", "raw", b"raw", "saliency", b"saliency", "scores", b"scores", "share", b"share", "target", b"target", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SaliencyMap: _TypeAlias = SaliencyMap  # noqa: Y015
+
+@_typing.final
+class LeftOut(_message.Message):
+    """Channels of a layer that could not matter much, whatever their weights are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    CHANNELS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    layer: _builtins.str
+    channels: _builtins.int
+    rows: _builtins.int
+    """Rows that were saved."""
+    error: _builtins.float
+    """How far the layer's sum S is off at most, at any position, in shares of the maximum of S: certified."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.str = ...,
+        channels: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        error: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channels", b"channels", "error", b"error", "layer", b"layer", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeftOut: _TypeAlias = LeftOut  # noqa: Y015
 
 @_typing.final
 class Score(_message.Message):

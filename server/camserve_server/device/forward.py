@@ -130,6 +130,7 @@ class Scoring(Forward):
         self._query = query
         self._index = torch.tensor(query.c.index, device=model.device)
         self._total = Total(sum_) if sum_ else None
+        self._enough = False
         size = (0 if sum_ else self.rows, len(query.c))
         self._logits = torch.empty(size, dtype=torch.float64, device=model.device)
         self._probabilities = torch.empty_like(self._logits)
@@ -153,6 +154,11 @@ class Scoring(Forward):
             self._total.add(start, [Scores(y[i : i + 1], p[i : i + 1]) for i in range(len(y))])
         else:
             self._logits[start:stop], self._probabilities[start:stop] = y, p
+            if isinstance(self._query, Score) and self._query.enough is not None:
+                self._enough = self._query.enough(start, Scores(y, p))
+
+    def answered(self) -> bool:
+        return self._enough or super().answered()
 
     def answer(self) -> Scores | Summed:
         if self._total:

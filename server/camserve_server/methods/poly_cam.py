@@ -17,8 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from camserve_server.channels import Channels, channels
-from camserve_server.plan import Capture, Image, Level, Plan, Remark, Report, SaliencyMaps, Score, Spare, Targets
-from camserve_server.registry import Sizes, method
+from camserve_server.plan import (
+    Capture,
+    Image,
+    LeftOut,
+    Level,
+    Plan,
+    Remark,
+    Report,
+    SaliencyMaps,
+    Score,
+    Scores,
+    Spare,
+    Targets,
+)
+from camserve_server.registry import Range, Sizes, method
 from camserve_server.rows import Masked, Part, normalised, up
 
 Variant = Annotated[
@@ -26,6 +39,12 @@ Variant = Annotated[
     "official: as the authors' code. Masks and maps are scaled before they are resized, from the 0.1th percentile and "
     "divided by the 99.9th; LNorm pools by bilinear resizing, far from the mean where the ratio of resolutions is 4 or "
     "odd; a second layer of the same resolution is a level of its own",
+]
+Tolerance = Annotated[
+    float,
+    Range(0, 1),
+    "leave out channels, the weakest first, that together move S_l by no more than this share of its maximum, whatever "
+    "their weights are; 0: none",
 ]
 Weights = Callable[[Targets, Sequence[Tensor]], Tensor]
 
@@ -56,7 +75,9 @@ def _variation(c: Targets, p: Sequence[Tensor]) -> Tensor:
 @method(
     "poly-cam", title="Poly-CAM (PCAM±)", paper="arXiv:2204.13359", rows=partial(_rows, 2), least=partial(_least, 2)
 )
-def poly_cam(x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper") -> Plan[SaliencyMaps]:
+def poly_cam(
+    x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
+) -> Plan[SaliencyMaps]:
     """High resolution from several layers; a channel counts by what revealing it adds and hiding it takes away.
 
     x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
@@ -75,13 +96,15 @@ def poly_cam(x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = 
         further classes cost no rows; most rows are those of the coarse layers, which have the most channels. It expects
         activations that are nowhere negative, as after a ReLU; a layer that has negative ones gets a warning.
     """
-    return (yield from _poly_cam(x, c, layers, ("revealed", "hidden"), _variation, variant))
+    return (yield from _poly_cam(x, c, layers, ("revealed", "hidden"), _variation, 1 + c.p, variant, tolerance))
 
 
 @method(
     "poly-cam+", title="Poly-CAM+ (PCAM+)", paper="arXiv:2204.13359", rows=partial(_rows, 1), least=partial(_least, 1)
 )
-def poly_cam_plus(x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper") -> Plan[SaliencyMaps]:
+def poly_cam_plus(
+    x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
+) -> Plan[SaliencyMaps]:
     """High resolution from several layers; a channel counts by the class's probability when it alone is revealed.
 
     x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
@@ -98,13 +121,15 @@ def poly_cam_plus(x: Image, c: Targets, layers: Sequence[str], *, variant: Varia
         Take it where half of the passes of PCAM± must do. It shows what is enough for the class. The score of the
         baseline image is taken as zero.
     """
-    return (yield from _poly_cam(x, c, layers, ("revealed",), _increase, variant))
+    return (yield from _poly_cam(x, c, layers, ("revealed",), _increase, torch.ones_like(c.p), variant, tolerance))
 
 
 @method(
     "poly-cam-", title="Poly-CAM− (PCAM−)", paper="arXiv:2204.13359", rows=partial(_rows, 1), least=partial(_least, 1)
 )
-def poly_cam_minus(x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper") -> Plan[SaliencyMaps]:
+def poly_cam_minus(
+    x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
+) -> Plan[SaliencyMaps]:
     """High resolution from several layers; a channel counts by how far the probability falls when it is hidden.
 
     x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
@@ -121,12 +146,20 @@ def poly_cam_minus(x: Image, c: Targets, layers: Sequence[str], *, variant: Vari
         Take it to see what the class cannot do without. Where hiding any one channel changes nothing, as with a class
         that is not in the picture, the map is empty; PCAM± is not.
     """
-    return (yield from _poly_cam(x, c, layers, ("hidden",), _decrease, variant))
+    return (yield from _poly_cam(x, c, layers, ("hidden",), _decrease, c.p, variant, tolerance))
 
 
 def _poly_cam(
-    x: Image, c: Targets, layers: Sequence[str], parts: Sequence[Part], weights: Weights, variant: str
+    x: Image,
+    c: Targets,
+    layers: Sequence[str],
+    parts: Sequence[Part],
+    weights: Weights,
+    bound: Tensor,
+    variant: str,
+    tolerance: float,
 ) -> Plan[SaliencyMaps]:
+    """`bound` [T] is the most that a weight can be."""
     A = yield from Capture(x, layers)  # fine to coarse, [K_l, h_l, w_l] each
     for name, A_l in zip(layers, A, strict=True):
         if A_l.min() < 0:
@@ -143,29 +176,72 @@ def _poly_cam(
     official = variant == "official"
     finish = _percentile if official else None
     P: Tensor | None = None
-    share = 0.0
+    share, left_out = 0.0, []
     for index, l in enumerate(levels):
         masked = Masked(x, A[l][run[l].run], _percentile if official else normalised, parts)
-        w, done = yield from _channel_weights(c, masked, run[l], weights, least=0 if index else len(parts))
+        negligible = None
+        if tolerance and A[l].min() >= 0:
+            negligible = _Negligible(run[l].together(A[l]), partial(weights, c), len(parts), bound, tolerance)
+        w, done = yield from _channel_weights(c, masked, run[l], weights, 0 if index else len(parts), negligible)
         if index and done < len(run[l]) and not done:  # cut short: the levels so far are the map
             break
+        if negligible is not None and negligible.error is not None and done < len(run[l]):
+            channels_left = len(run[l]) - done
+            left_out.append(LeftOut(layers[l], channels_left, len(parts) * channels_left, negligible.error))
+            done = len(run[l])
         share += run[l].share(done) / len(levels)
         S = torch.einsum("kt,khw->thw", w.to(A[l].dtype), A[l]).relu()  # eq. 2
         P = S if P is None else _lnorm(S, P.shape[-2:], official) * up(P, (S.shape[-2], S.shape[-1]))  # eq. 3
         yield from Report(Level(index, len(levels), layers[l], SaliencyMaps(P, finish)))
     assert P is not None, "there is at least one layer"
-    return SaliencyMaps(P, finish, share)
+    return SaliencyMaps(P, finish, share, tuple(left_out))
+
+
+class _Negligible:
+    """Sums S_l up as its weights come in, and tells when the channels to come can no longer matter.
+
+    Activations and weights are nowhere negative, so S_l only grows, and by no more than the bound of the weights times
+    what is left of the activations.
+    """
+
+    def __init__(
+        self, A: Tensor, weights: Callable[[Sequence[Tensor]], Tensor], parts: int, bound: Tensor, tolerance: float
+    ) -> None:
+        """A [n, h, w], the channels in the order in which they come; bound [T]."""
+        self._A, self._weights, self._parts, self._tolerance = A, weights, parts, tolerance
+        self._rows = bound.new_empty(0, len(bound))
+        self._S = bound.new_zeros(len(bound), *A.shape[1:])
+        # After n channels: the most that all further ones can add to any position, [T, n + 1].
+        left = A.double().flip(0).cumsum(dim=0).amax(dim=(1, 2)).flip(0)
+        self._left = bound[:, None] * torch.cat([left, left.new_zeros(1)])
+        self.done = 0
+        self.error: tuple[float, ...] | None = None
+
+    def __call__(self, start: int, scores: Scores) -> bool:
+        """Whether it is enough. Channel by channel, so that it does not matter how rows come in batches."""
+        self._rows = torch.cat([self._rows, scores.probabilities])
+        while self.error is None and self._parts * (self.done + 1) <= len(self._rows):
+            at = self._parts * self.done
+            w = self._weights([self._rows[at + i : at + i + 1] for i in range(self._parts)])  # [1, T]
+            self._S += w[0, :, None, None] * self._A[self.done]
+            self.done += 1
+            left, most = self._left[:, self.done], self._S.amax(dim=(1, 2))
+            if (left <= self._tolerance * most).all():
+                self.error = tuple((left / most.clamp(min=torch.finfo(most.dtype).tiny)).tolist())
+        return self.error is not None
 
 
 def _channel_weights(
-    c: Targets, masked: Masked, run: Channels, weights: Weights, least: int
+    c: Targets, masked: Masked, run: Channels, weights: Weights, least: int, negligible: _Negligible | None
 ) -> Plan[tuple[Tensor, int]]:
     """w [K, T] of the channels of one level, by eq. 4, 5 or 6, and how many of those to be run were."""
     if not len(masked):
         return c.p.new_zeros(len(run.strength), len(c)), 0
-    scores = yield from Score(masked, c, least)
+    scores = yield from Score(masked, c, least, negligible)
     P = len(masked.parts)
     done = len(scores.probabilities) // P
+    if negligible is not None and negligible.error is not None:
+        done = negligible.done  # the last batch may have had more
     return run.spread(weights(c, [scores.probabilities[i : P * done : P] for i in range(P)])), done
 
 

@@ -168,6 +168,10 @@ def _map(asked: Asked, result: Explained, t: int, remarks: list[str]) -> pb.Sali
         ],
         warnings=[*result.warnings[t], *remarks],
         share=result.share,
+        left_out=[
+            pb.LeftOut(layer=each.layer, channels=each.channels, rows=each.rows, error=each.error[t])
+            for each in result.left_out
+        ],
     )
 
 
