@@ -32,7 +32,7 @@ from camserve_server.errors import (
 from camserve_server.job import Counters, Event, Job, Limits, Progress
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.randomise import RandomCopy, weighted_layers
-from camserve_server.plan import Answer, ClassWeights, Plan, Query, Randomise, Report, Spare, WeightedLayers
+from camserve_server.plan import Answer, ClassWeights, Plan, Query, Randomise, Remark, Report, Spare, WeightedLayers
 from camserve_server.scheduler import Batch, Scheduler
 
 NO_LIMITS = Limits()
@@ -202,6 +202,8 @@ class Engine:
 
     def _begin(self, job: Job[Any]) -> None:
         self._jobs[job.id] = job
+        for kind, size in job.batch_sizes.items():
+            job.batch_sizes[kind] = min(size, self._fits.get((job.model.name, kind), size))
         self._step(job, None)
 
     def _step(self, job: Job[Any], answer: Answer[Any] | None) -> None:
@@ -331,15 +333,26 @@ class Engine:
         size = self._size(lane) if self._batch_invariant else sum(p.stop - p.start for p in parts)
         try:
             run(model, lane, parts, size)
-        except torch.OutOfMemoryError as error:
-            if size == 1:
-                raise OutOfMemory(f"one row of {model.name} does not fit into the device's memory") from error
-            torch.cuda.empty_cache()
-            self._fits[model.name, lane.kind] = size // 2
-            model.batch_sizes[lane.kind] = min(model.batch_sizes[lane.kind], size // 2)
-            log.warning("out of memory, batch halved", model=model.name, lane=lane.kind, size=size // 2)
-            for chunk in _chunks(parts, size // 2):
-                self._run_halving(model, lane, chunk)
+        except torch.OutOfMemoryError:
+            pass  # what comes next waits for its traceback to go, which holds the batch that did not fit
+        else:
+            return
+        if size == 1:
+            raise OutOfMemory(f"one row of {model.name} does not fit into the device's memory")
+        torch.cuda.empty_cache()
+        self._halve(model, lane.kind, size // 2)
+        for chunk in _chunks(parts, size // 2):
+            self._run_halving(model, lane, chunk)
+
+    def _halve(self, model: Model, kind: LaneKind, size: int) -> None:
+        """No batch of that kind is larger from here on, and receipts say so."""
+        log.warning("out of memory, batch halved", model=model.name, lane=kind, size=size)
+        self._fits[model.name, kind] = size
+        model.batch_sizes[kind] = min(model.batch_sizes[kind], size)
+        for job in [job for job in self._jobs.values() if job.model.name == model.name]:
+            job.batch_sizes[kind] = min(job.batch_sizes[kind], size)
+            if job.rows:
+                _tell(job, Remark(f"memory ran out: batches are of {size} rows since; a replay may differ"))
 
     def _advance(self, job: Job[Any], part: Part, failure: Exception | None) -> None:
         if failure is not None:
@@ -390,6 +403,8 @@ class Engine:
             job.future.set_result(result)
         elif isinstance(error, CamserveError):
             job.future.set_exception(error)
+        elif isinstance(error, torch.OutOfMemoryError):  # in the plan itself, not in a batch
+            job.future.set_exception(OutOfMemory(f"what it keeps of {job.model.name} does not fit into memory"))
         else:
             log.error("plan failed", job=job.id, exc_info=error)
             job.future.set_exception(InternalError("an internal error; the server's log says more"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -55,7 +55,7 @@ class Job(Generic[T]):
     owed: int
     limits: Limits
     submitted: float
-    batch_sizes: Mapping[LaneKind, int]
+    batch_sizes: dict[LaneKind, int]  # those that it runs at, less if memory has run out
     rows: int = 0
     batches: int = 0
     first_batch: float | None = None

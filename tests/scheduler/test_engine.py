@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from camserve_server import engine as engine_module
-from camserve_server.device import Lane, Part
+from camserve_server.device import Lane, Part, gradient
+from camserve_server.device.forward import Scoring
+from camserve_server.device.work import Total
 from camserve_server.engine import Engine
 from camserve_server.errors import Cancelled, Expired, InternalError, OutOfMemory, Unavailable
-from camserve_server.models.model import Model
-from camserve_server.plan import Plan, Predict
+from camserve_server.explain import explain
+from camserve_server.job import Event
+from camserve_server.models.model import LaneKind, Model
+from camserve_server.plan import Plan, Predict, Remark, Score, Scores, Sum, Targets
+from camserve_server.rows import Repeated
 from tests import nets
-from tests.support import as_model, call, noise, running, submit
+from tests.support import as_model, call, explained, noise, running, submit
 
 X = noise(3, 32, 32)
 
@@ -51,6 +58,104 @@ def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch, model: 
     assert torch.allclose(plain.maps, tight.maps, atol=1e-3)
 
 
+@pytest.mark.parametrize("given", [None, {"forward": 4, "gradient": 4}])
+def test_the_batch_sizes_of_a_job_are_those_that_it_ran_at(
+    monkeypatch: pytest.MonkeyPatch, model: Model, given: dict[LaneKind, int] | None
+) -> None:
+    events: list[Event] = []
+    with running(model) as engine:
+        limited(monkeypatch, 2)
+        x, subject = model.image(X), call(model, "grad-cam")
+        halved = engine.submit(
+            explain(model, x, [1], subject, ()), model, rows=2, batch_sizes=given, tell=events.append
+        )
+        halved.future.result(60)
+        after = submit(engine, model, X, call(model, "grad-cam"), [1], batch_sizes=given)
+        after.future.result(60)
+    for job in (halved, after):
+        assert (job.batch_sizes["forward"], job.batch_sizes["gradient"]) == (2, 2)
+    assert [event.text for event in events if isinstance(event, Remark)] == [
+        "memory ran out: batches are of 2 rows since; a replay may differ"
+    ], "its first row had run at 4"
+
+
+class Hungry(nn.Module):
+    """Has room for one row; notes whether anything of an earlier batch is alive when the next one comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nets.tiny_cnn()
+        self.seen: list[weakref.ref[Tensor]] = []
+        self.full = False
+        self.alive: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net.r1(self.net.c1(x))
+        if self.full:
+            self.alive.append(sum(seen() is not None for seen in self.seen))
+            self.seen += [weakref.ref(x), weakref.ref(y)]
+            if len(x) > 1:
+                raise torch.OutOfMemoryError("no room")
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["grad-cam", "score-cam", "opti-cam"])
+def test_a_batch_that_did_not_fit_is_gone_before_its_halves_are_run(method: str) -> None:
+    model = as_model(Hungry())
+    assert isinstance(model.module, Hungry)
+    model.module.full = True
+    with running(model) as engine:
+        submit(engine, model, X, call(model, method, ["net.r3"])).future.result(60)
+    assert len(model.module.alive) > 3
+    assert not any(model.module.alive)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "method"),
+    [
+        (Total, "add", "rise"),
+        (Total, "add", "smooth-grad"),
+        (Scoring, "keep", "score-cam"),
+        (gradient, "_own", "grad-cam"),
+        (torch.Tensor, "addcdiv", "opti-cam"),
+    ],
+    ids=["forward sum", "gradient sum", "scores", "gradients", "ascent"],
+)
+def test_what_runs_out_of_memory_behind_the_network_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, model: Model, owner: Any, name: str, method: str
+) -> None:
+    """No row is lost, and none counts twice, whether it failed before its answer was kept or after."""
+    parameters = {"rise": {"masks": 40}, "smooth-grad": {"samples": 10}, "opti-cam": {"steps": 10}}.get(method, {})
+    sizes: dict[LaneKind, int] = {"forward": 8, "gradient": 8, "ascend": 8}
+    plain, calls, works = explained(model, X, call(model, method, None, **parameters), [1, 2]), 0, getattr(owner, name)
+
+    def fails_twice(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("no room before")
+        done = works(*args, **kwargs)
+        if calls == 4 and owner is not gradient:
+            raise torch.OutOfMemoryError("no room after")
+        return done
+
+    monkeypatch.setattr(owner, name, fails_twice)
+    tight = explained(model, X, call(model, method, None, **parameters), [1, 2], batch_sizes=sizes)
+    assert calls >= 4
+    assert tight.share == 1
+    assert torch.allclose(plain.maps, tight.maps, atol=1e-3)
+
+
+def bug_in_a_term(model: Model) -> Plan[None]:
+    def term(i: int, scores: Scores) -> Tensor:
+        if i == 1:
+            raise ValueError("a bug in a term")
+        return scores.logits
+
+    x, none = model.image(X), torch.zeros(1, dtype=torch.float64)
+    yield from Sum(Score(Repeated(x, 8), Targets((1,), none, none)), term)
+
+
 def test_not_even_one_row_fits(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
     with running(model) as engine:
         limited(monkeypatch, 0)
@@ -73,7 +178,17 @@ def wrong_row(model: Model) -> Plan[None]:
     yield from Predict(model.image(noise(5, 32, 32)[:, :32, :32]))
 
 
-@pytest.mark.parametrize("plan", [broken, grad_mode_left_on, wrong_row])
+def no_room(model: Model) -> Plan[None]:
+    yield from Predict(model.image(X))
+    raise torch.OutOfMemoryError("no room")
+
+
+def test_a_plan_that_runs_out_of_memory_says_so(model: Model) -> None:
+    with running(model) as engine, pytest.raises(OutOfMemory):
+        engine.submit(no_room(model), model, rows=1).future.result(60)
+
+
+@pytest.mark.parametrize("plan", [broken, grad_mode_left_on, wrong_row, bug_in_a_term])
 def test_a_plan_that_fails_fails_alone(model: Model, plan: Any) -> None:
     with running(model) as engine:
         alone = submit(engine, model, X, call(model, "poly-cam")).future.result(60)

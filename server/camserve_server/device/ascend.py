@@ -53,17 +53,19 @@ class Ascending:
         t, step = row % self._count, row // self._count + 1
         if self._halted[t] or len(self._history[t]) >= step:  # the latter: a batch that is tried again
             return
-        self._history[t].append(objective.detach())
+        history = [*self._history[t], objective.detach()]
         halt = self._query.halt
-        if halt is not None and halt([float(value) for value in self._history[t]]):
-            self._halted[t] = True
-        else:
-            self._m[t].lerp_(-gradient, 1 - self.beta1)
-            self._v[t].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        u, m, v = self._u[t], self._m[t], self._v[t]
+        halted = halt is not None and halt([float(value) for value in history])
+        if not halted:
+            m = m.lerp(-gradient, 1 - self.beta1)
+            v = (v * self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
             scale = math.sqrt(1 - self.beta2**step)
-            denominator = (self._v[t].sqrt() / scale).add_(self.epsilon)
-            self._u[t].addcdiv_(self._m[t], denominator, value=-self._query.rate / (1 - self.beta1**step))
-            self._halted[t] = step == self._query.steps
+            denominator = (v.sqrt() / scale).add_(self.epsilon)
+            u = u.addcdiv(m, denominator, value=-self._query.rate / (1 - self.beta1**step))
+        # All at once: what has failed half-way is tried again from where it was.
+        self._u[t], self._m[t], self._v[t], self._history[t] = u, m, v, history
+        self._halted[t] = halted or step == self._query.steps
 
     def answered(self) -> bool:
         return all(self._halted)

@@ -55,8 +55,8 @@ class Forward:
 
     def take(self, start: int, stop: int, logits: Tensor) -> None:
         if stop > self.done:  # a batch that is tried again brings what is known
-            self.done = stop
             self.keep(start, stop, logits)
+            self.done = stop
 
     def keep(self, start: int, stop: int, logits: Tensor) -> None:
         raise NotImplementedError

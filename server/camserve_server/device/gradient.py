@@ -32,12 +32,12 @@ class Differentiating:
     def take(self, start: int, stop: int, activations: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         if stop <= self._done:  # a batch that is tried again, part by part
             return
-        self._done = stop
         found = Gradients(_own(activations), _own(gradients))
         if self._total:
             self._total.add(start, [_row(found, i) for i in range(stop - start)])
         else:
             self._found.append(found)
+        self._done = stop
 
     def answered(self) -> bool:
         return self._done == self.rows

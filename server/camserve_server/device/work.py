@@ -67,7 +67,10 @@ class Part:
 
 
 class Total:
-    """Sums over rows, added one by one in their order: the bits do not depend on how the rows came in batches."""
+    """Sums over rows, added one by one in their order: the bits do not depend on how the rows came in batches.
+
+    A row that is in the sum is not added again: a batch that has failed half-way is run a second time.
+    """
 
     def __init__(self, query: Sum[Any]) -> None:
         self._term = query.term
@@ -76,6 +79,8 @@ class Total:
 
     def add(self, start: int, answers: Sequence[object]) -> None:
         for i, answer in enumerate(answers, start):
+            if i < sum(self._counts):
+                continue
             group = i % len(self._totals)
             term, total = self._term(i, answer), self._totals[group]
             self._totals[group] = term.clone() if total is None else total.add_(term)
