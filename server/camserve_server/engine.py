@@ -10,7 +10,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ from camserve_server.plan import Answer, ClassWeights, Plan, Query, Randomise, R
 from camserve_server.scheduler import Batch, Scheduler
 
 NO_LIMITS = Limits()
+LONGEST_RETRY_S = 60.0  # rows are not only done: requests are cut short, expire and are cancelled
 T = TypeVar("T")
 log = structlog.get_logger()
 
@@ -69,7 +70,7 @@ class Engine:
         self._owed: dict[int, int] = {}
         self._closing = False
         self._rows_per_s = 0.0
-        self._batch_s = 0.0  # about the longest that batches take these days
+        self._batch_s: dict[tuple[str, LaneKind], float] = {}  # about the longest that batches take these days
         self._fits: dict[tuple[str, LaneKind], int] = {}  # largest batch, once memory has run out
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -94,25 +95,24 @@ class Engine:
         """Takes in a plan that will ask for at most about `rows` rows of `model`.
 
         `batch_sizes` are the model's own unless given. `tell` is called on the engine's thread and must not block.
-        Raises Unavailable while closing, QueueFull if the rows owed would be too many.
+        Raises Unavailable while closing, QueueFull if too many rows would go before them.
         """
-        if limits.budget is not None:
-            rows = min(rows, limits.budget)
         now = time.monotonic()
         with self._lock:
             if self._closing:
                 raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)
-            owed = sum(self._owed.values())
-            if owed and owed + rows > self._max_rows_owed:
-                wait_s = (owed + rows - self._max_rows_owed) / self._rows_per_s if self._rows_per_s else 1.0
-                raise QueueFull(
-                    f"{owed} rows are owed already and this request needs {rows}; the limit is {self._max_rows_owed}",
-                    retry_after_s=wait_s,
-                )
             sizes = {**model.batch_sizes, **(batch_sizes or {})}
             job = Job(next(self._ids), plan, model, Future(), tell, rows, limits, now, sizes)
+            # The shorter goes first: of a longer request, about as many rows as its own pass it by.
+            before = sum(min(owed, job.left) for owed in self._owed.values())
+            if before and before + job.left > self._max_rows_owed:
+                wait_s = (before + job.left - self._max_rows_owed) / self._rows_per_s if self._rows_per_s else 1.0
+                raise QueueFull(
+                    f"{before} rows go before the {job.left} of this request; the limit is {self._max_rows_owed}",
+                    retry_after_s=min(wait_s, LONGEST_RETRY_S),
+                )
             job.future.set_running_or_notify_cancel()  # only the engine settles it
-            self._owed[job.id] = rows
+            self._owed[job.id] = job.left
         self._inbox.put(lambda: self._begin(job))
         return job
 
@@ -183,22 +183,24 @@ class Engine:
             self._end(
                 job,
                 error=Expired(
-                    f"the deadline passed after {waited:.0f} ms, {job.rows} of about {job.rows + job.owed} rows done",
+                    f"the deadline passed after {waited:.0f} ms, {job.rows} of about {job.rows + job.left} rows done",
                     metadata={"queue_ms": f"{job.queue_ms:.0f}", "rows_done": str(job.rows)},
                 ),
             )
 
     def _cut_short(self) -> None:
         """Answers what can be answered early with what is there, for those whose time is up."""
-        for job in [job for job in self._jobs.values() if self._time_is_up(job)]:
+        if all(job.limits.until is None for job in self._jobs.values()):
+            return
+        soon = self._next_end({job.lane for job in self._jobs.values() if job.lane and job.work})
+        for job in [job for job in self._jobs.values() if job.limits.until is not None and soon >= job.limits.until]:
             work = job.work
             if work is not None and work.least is not None and job.done >= work.least:
                 self._answer(job, work)
 
-    def _time_is_up(self, job: Job[Any]) -> bool:
-        """Whether another batch could be too late."""
-        until = job.limits.until
-        return until is not None and time.monotonic() + self._batch_s >= until
+    def _next_end(self, lanes: Collection[Lane]) -> float:
+        """When the next batch will have been run at the latest, if it is of one of these lanes."""
+        return time.monotonic() + max((self._batch_s.get((lane.model, lane.kind), 0.0) for lane in lanes), default=0.0)
 
     def _begin(self, job: Job[Any]) -> None:
         self._jobs[job.id] = job
@@ -239,7 +241,7 @@ class Engine:
                 return partial(self._randomise, job, query)
             case Spare(rows):
                 self._owe(job, job.owed - rows)
-                _tell(job, Progress(job.rows, job.rows + job.owed))
+                _tell(job, Progress(job.rows, job.rows + job.left))
             case Report(event):
                 _tell(job, event)
             case _:
@@ -284,7 +286,7 @@ class Engine:
         if work.least is not None:
             if job.limits.budget is not None:
                 job.most = min(work.rows, job.limits.budget - job.limits.reserved - job.rows)
-            if self._time_is_up(job):
+            if job.limits.until is not None and self._next_end([lane]) >= job.limits.until:
                 job.most = 0
             job.most = min(work.rows, max(work.least, job.most))
         if not job.most:
@@ -292,7 +294,7 @@ class Engine:
             job.cut_at = job.rows if work.rows else job.cut_at
             return work.answer
         job.lane, job.work = lane, work
-        later = max(0, job.owed - work.rows)
+        later = max(0, job.left - job.most)
         self._scheduler.ask(job.id, lane, job.most, width=min(work.width, job.most), later=later)
         return None
 
@@ -300,7 +302,7 @@ class Engine:
         job.owed = max(0, rows)
         with self._lock:
             if job.id in self._owed:
-                self._owed[job.id] = job.owed
+                self._owed[job.id] = job.left
 
     def _run_batch(self, batch: Batch[Lane]) -> None:
         jobs = [self._jobs[take.job] for take in batch.takes]
@@ -311,7 +313,7 @@ class Engine:
         parts = [Part(self._work(job), t.start, t.stop) for job, t in zip(jobs, batch.takes, strict=True)]
         failures = self._try(model, batch.lane, parts)
         rows = sum(part.stop - part.start for part in parts)
-        self._count(rows, self._size(batch.lane) if self._batch_invariant else rows, time.monotonic() - started)
+        self._count(batch.lane, rows, time.monotonic() - started)
         for job, part in zip(jobs, parts, strict=True):
             self._advance(job, part, failures.get(id(part)))
 
@@ -365,7 +367,7 @@ class Engine:
         self.counters.rows_by_job[job.id] = job.rows
         work = self._work(job)
         self._owe(job, job.owed - rows)
-        _tell(job, Progress(job.rows, job.rows + job.owed))
+        _tell(job, Progress(job.rows, job.rows + job.left))
         if work.answered() or part.stop >= job.most:
             self._answer(job, work)
 
@@ -416,12 +418,14 @@ class Engine:
     def _size(self, lane: Lane) -> int:
         return min(lane.size, self._fits.get((lane.model, lane.kind), lane.size))
 
-    def _count(self, rows: int, size: int, seconds: float) -> None:
+    def _count(self, lane: Lane, rows: int, seconds: float) -> None:
         self.counters.batches += 1
         self.counters.rows += rows
-        self.counters.padding += max(0, size - rows)
-        self._batch_s = max(seconds, 0.9 * self._batch_s)
-        self._rows_per_s = 0.9 * self._rows_per_s + 0.1 * rows / max(seconds, 1e-9)
+        self.counters.padding += max(0, self._size(lane) - rows) if self._batch_invariant else 0
+        key = (lane.model, lane.kind)
+        self._batch_s[key] = max(seconds, 0.9 * self._batch_s.get(key, 0.0))
+        rate = rows / max(seconds, 1e-9)
+        self._rows_per_s = 0.9 * (self._rows_per_s or rate) + 0.1 * rate
 
 
 def _nothing() -> None:

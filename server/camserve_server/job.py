@@ -73,6 +73,12 @@ class Job(Generic[T]):
         return self.copy.model if self.copy else self.model
 
     @property
+    def left(self) -> int:
+        """Rows that it will still take, as far as is known: those that it owes, within its budget."""
+        budget = self.limits.budget
+        return self.owed if budget is None else min(self.owed, max(0, budget - self.rows))
+
+    @property
     def queue_ms(self) -> float:
         """From arrival to the first batch."""
         return 1e3 * ((self.first_batch or self.finished or self.submitted) - self.submitted)

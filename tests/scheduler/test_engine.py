@@ -16,14 +16,14 @@ from camserve_server.device import Lane, Part, gradient
 from camserve_server.device.forward import Scoring
 from camserve_server.device.work import Total
 from camserve_server.engine import Engine
-from camserve_server.errors import Cancelled, Expired, InternalError, OutOfMemory, Unavailable
+from camserve_server.errors import Cancelled, Expired, InternalError, OutOfMemory, QueueFull, Unavailable
 from camserve_server.explain import explain
-from camserve_server.job import Event
+from camserve_server.job import Event, Progress
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Plan, Predict, Remark, Score, Scores, Sum, Targets
 from camserve_server.rows import Repeated
 from tests import nets
-from tests.support import as_model, call, explained, noise, running, submit
+from tests.support import as_model, call, explained, metric, noise, running, submit
 
 X = noise(3, 32, 32)
 
@@ -234,6 +234,53 @@ def test_an_engine_that_breaks_lets_nobody_wait(monkeypatch: pytest.MonkeyPatch,
     assert isinstance(engine.died.exception(30), ZeroDivisionError)
     with pytest.raises(Unavailable):
         submit(engine, model, X, call(model, "grad-cam"))
+
+
+def test_the_progress_of_a_request_with_a_budget_ends_when_it_does(model: Model) -> None:
+    """What a budget cuts off a method is not taken off what the metrics after it need."""
+    events: list[Event] = []
+    metrics = [metric("insertion", steps=20)]
+    with running(model) as engine:
+        job = submit(engine, model, X, call(model, "rise", masks=400), [1], metrics, events, budget=100)
+        job.future.result(60)
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert {event.rows_total for event in progress} == {100} == {job.rows}
+    assert [event.rows_done for event in progress].count(100) == 1
+
+
+def test_a_long_request_shuts_no_short_one_out(model: Model) -> None:
+    with running(model, max_rows_owed=1000) as engine:
+        long = submit(engine, model, X, call(model, "rise", masks=1_000_000))
+        submit(engine, model, X, call(model, "grad-cam")).future.result(60)
+        with pytest.raises(QueueFull, match="1000") as caught:
+            submit(engine, model, X, call(model, "rise", masks=900_000))
+        assert 1 <= caught.value.retry_after_s <= 60, "the long one may be cancelled at any time"
+        submit(engine, model, X, call(model, "rise", masks=900_000), budget=100).future.result(60)
+        engine.cancel(long)
+
+
+class Slow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nets.tiny_cnn()
+        self.wait_s = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.wait_s)
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+def test_a_slow_network_cuts_short_no_request_of_another() -> None:
+    slow, fast = as_model(Slow(), name="slow"), as_model(nets.tiny_cnn(), name="fast")
+    assert isinstance(slow.module, Slow)
+    slow.module.wait_s = 1.0
+    fast.rows_per_s["forward"] = 1000
+    with running(slow, fast) as engine:
+        submit(engine, slow, X, call(slow, "fake-cam")).future.result(30)
+        begun = time.monotonic()
+        cut = submit(engine, fast, X, call(fast, "rise", masks=1_000_000), deadline=begun + 0.8).future.result(30)
+        assert cut.share < 1
+        assert time.monotonic() - begun > 0.4, "it used its time"
 
 
 def test_padding_is_a_choice(model: Model) -> None:
