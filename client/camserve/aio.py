@@ -126,7 +126,11 @@ class Client:
             explanation = await self._answer(call)
             return ask.answer(explanation)
         except (errors.CamserveError, OSError) as error:
-            return ask.answer(error)
+            if not (later := ask.again(error)):
+                return ask.answer(error)
+        wait_s, again = later
+        await asyncio.sleep(wait_s)
+        return await self._outcome(again)
 
     async def _events(self, call: calls.Call[Event | None]) -> AsyncGenerator[Event, None]:
         timeout = self.timeout if call.timeout is None else call.timeout

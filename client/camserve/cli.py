@@ -143,8 +143,6 @@ def explain(
     with _errors_as_lines(), Client(address, timeout=timeout) as client:
         parameters = _parameters(param)
         boxes = [_box(each) for each in box] if box else None
-        if metrics:
-            _check(client, [], [], metrics, truth=boxes is not None or mask is not None)
         for image, stem in zip(images, files.stems(images, out), strict=True):
             try:
                 events = client.explain_stream(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Generator, Iterator
 from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -111,26 +112,31 @@ class Client:
 
     def _answers(self, asked: many.Many[Answer]) -> Generator[Answer, None, None]:
         flying: set[Any] = set()
-        # How to get at the answer of each ask that has ended.
-        ended: SimpleQueue[Callable[[], Answer]] = SimpleQueue()
+        # How to get at the answer of each ask that has ended: in a list, which is empty where it is asked for again.
+        ended: SimpleQueue[Callable[[], list[Answer]]] = SimpleQueue()
 
         def start(ask: many.Ask[Answer]) -> None:
             try:
                 call = ask.call()
             except (errors.CamserveError, OSError) as error:
                 failure = error  # the name of an except clause is gone after it
-                ended.put(lambda: ask.answer(failure))
+                ended.put(lambda: [ask.answer(failure)])
                 return
             rpc = self._sent(call)
             flying.add(rpc)
             rpc.add_done_callback(lambda rpc: ended.put(lambda: finish(ask, call, rpc)))
 
-        def finish(ask: many.Ask[Answer], call: calls.Call[Any], rpc: Any) -> Answer:
+        def finish(ask: many.Ask[Answer], call: calls.Call[Any], rpc: Any) -> list[Answer]:
             flying.discard(rpc)
             try:
-                return ask.answer(self._read(call, rpc))
+                return [ask.answer(self._read(call, rpc))]
             except errors.CamserveError as error:
-                return ask.answer(error)
+                if not (later := ask.again(error)):
+                    return [ask.answer(error)]
+            wait_s, again = later
+            time.sleep(wait_s)  # nothing new is asked for meanwhile: the server is busy
+            start(again)
+            return []
 
         try:
             owed = 0
@@ -138,12 +144,13 @@ class Client:
                 start(ask)
                 owed += 1
             while owed:
-                answer = ended.get()()
-                owed -= 1
-                for ask in itertools.islice(asked.asks, 1):  # before the caller looks at the answer, and takes its time
-                    start(ask)
-                    owed += 1
-                yield answer
+                for answer in ended.get()():
+                    owed -= 1
+                    # Before the caller looks at the answer, and takes its time.
+                    for ask in itertools.islice(asked.asks, 1):
+                        start(ask)
+                        owed += 1
+                    yield answer
         finally:
             for rpc in flying:
                 rpc.cancel()

@@ -3,7 +3,7 @@
 # No postponed annotations here: the signatures are read at run time, see `calls.described`.
 import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from camserve import calls
 from camserve.answers import Cost, Explanation, Prediction, Score
-from camserve.errors import CamserveError, InvalidArgument
+from camserve.errors import CamserveError, InvalidArgument, ResourceExhausted
 from camserve.images import ImageLike
 from camserve.receipt import Receipt
 
@@ -23,6 +23,10 @@ Failure: TypeAlias = CamserveError | OSError
 
 # As `evaluate` has them.
 DEFAULT_METRICS = ("insertion", "deletion", "average-gain")
+
+# What a server says that has too much to do is a guess at when there is room for one more; others may be first.
+_MOST_TRIES = 20
+_LEAST_WAIT_S = 0.1
 
 # Where an image stands among the images, a model, and the label of a method.
 Place: TypeAlias = tuple[int, str, str]
@@ -103,6 +107,14 @@ class Ask(Generic[Answer]):
 
     make: Callable[[], calls.Call[Explanation]]
     answer: Callable[[Explanation | Failure], Answer]
+    tries: int = 0
+
+    def again(self, error: Failure) -> tuple[float, "Ask[Answer]"] | None:
+        """After how many seconds to make the request once more, and that; None where the error is to stay."""
+        wait_s = error.retry_after_s if isinstance(error, ResourceExhausted) else None
+        if wait_s is None or self.tries == _MOST_TRIES - 1:
+            return None
+        return max(wait_s, _LEAST_WAIT_S), replace(self, tries=self.tries + 1)
 
     def call(self) -> calls.Call[Explanation]:
         """Reads the image. Raises OSError or CamserveError."""
@@ -127,6 +139,8 @@ def evaluate_many(
     metrics: str | Sequence[str] | Mapping[str, calls.Parameters] = DEFAULT_METRICS,
     models: str | Sequence[str] | None = None,
     labels: Iterable[calls.TargetLike | None] | None = None,
+    boxes: Iterable[calls.BoxesLike | None] | None = None,
+    masks: Iterable[object] | None = None,
     budget: int | None = None,
     skip: Container[Place] = (),
     in_flight: int = 8,
@@ -139,16 +153,18 @@ def evaluate_many(
     metrics: names of metrics that score each map, or a mapping from names to their parameters.
     models: names; None is the server's first.
     labels: the target of each image, an index or label, in the order of the images; None is the predicted class.
+    boxes, masks: where the target of each image is, in the same order and as for `explain`; None is nowhere.
     budget: the most rows that each request may take.
     skip: what is not wanted, as (place of the image from 0, model, method or label of the variant).
     in_flight: how many requests are kept in the air.
     timeout: seconds to wait for each answer; None is the client's.
 
-    Results come in the order in which they are done. One that failed carries its `error`, and stops no other. Closing
-    the iterator early cancels what is in flight.
+    Results come in the order in which they are done. One that failed carries its `error`, and stops no other. Where the
+    server has too much to do, a request waits for as long as it says and is made again, a few times. Closing the
+    iterator early cancels what is in flight.
 
-    Raises InvalidArgument where two methods have the same label, and ValueError where there are more or fewer labels
-    than images.
+    Raises InvalidArgument where two methods have the same label, and ValueError where there are more or fewer labels,
+    boxes or masks than images.
     """
     variants = _variants(methods)
     if len({each.label for each in variants}) < len(variants):
@@ -158,9 +174,11 @@ def evaluate_many(
     if isinstance(images, str | bytes | PathLike):
         raise InvalidArgument("images must be several: put one into a list", field="images")
 
+    each = {"target": labels, "boxes": boxes, "mask": masks}
+    given = {name: values for name, values in each.items() if values is not None}
+
     def asks() -> Iterator[Ask[Result]]:
-        pairs = ((image, None) for image in images) if labels is None else zip(images, labels, strict=True)
-        for index, (image, target) in enumerate(pairs):
+        for index, (image, *values) in enumerate(zip(images, *given.values(), strict=True)):
             for model in [models] if models is None or isinstance(models, str) else models:
                 for variant in variants:
                     if (index, model or "", variant.label) in skip:
@@ -170,7 +188,7 @@ def evaluate_many(
                         image,
                         model=model,
                         method=variant.method,
-                        target=target,
+                        **dict(zip(given, values, strict=True)),
                         layers=variant.layers,
                         parameters=variant.parameters,
                         metrics=metrics,

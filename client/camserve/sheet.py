@@ -1,4 +1,4 @@
-"""The files of a run over many images: which images, what is in them, the CSV of their scores, the npz of their maps.
+"""The files of a run over many images: which images, the CSV of their scores, the npz of their maps.
 
 A run may be killed at any time: what is done by then is in the files, and is read again.
 """
@@ -21,7 +21,20 @@ from numpy.typing import NDArray
 from camserve.errors import CamserveError, InvalidArgument
 from camserve.many import Failure, Result, Variant
 
-__all__ = ["Key", "Maps", "Row", "Sheet", "check_same", "image_files", "image_names", "key_of", "read_labels", "said"]
+__all__ = [
+    "Key",
+    "Maps",
+    "Row",
+    "SavedMaps",
+    "Sheet",
+    "check_same",
+    "image_files",
+    "image_names",
+    "key_of",
+    "metrics_in",
+    "parted",
+    "said",
+]
 
 # Image, model, method.
 Key: TypeAlias = tuple[str, str, str]
@@ -30,7 +43,7 @@ Row: TypeAlias = dict[str, str]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-# ---- which images, and what is in them ------------------------------------------------------------------------------
+# ---- which images --------------------------------------------------------------------------------------------------
 
 
 def image_files(given: Iterable[Path]) -> list[Path]:
@@ -55,34 +68,6 @@ def image_names(images: Iterable[Path]) -> list[str]:
     return [str(path).encode("utf-8", "backslashreplace").decode() for path in images]
 
 
-def read_labels(path: Path, images: Sequence[Path]) -> list[str]:
-    """The target of each image out of a CSV of file and target, with or without these two as its first line.
-
-    A file is named by its path from the CSV's folder, or by its name alone. Raises OSError, and InvalidArgument for a
-    line of another form or an image that has no target or several.
-    """
-    by_path: dict[Path, set[str]] = {}
-    by_name: dict[str, set[str]] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        for row in reader:
-            cells = [cell.strip() for cell in row]
-            if not any(cells) or (reader.line_num == 1 and [cell.lower() for cell in cells] == ["file", "target"]):
-                continue
-            if len(cells) != 2 or not all(cells):
-                raise InvalidArgument(f"{path}, line {reader.line_num}: expected file,target, not {','.join(row)!r}")
-            name, target = cells
-            by_path.setdefault((path.parent / name).resolve(), set()).add(target)
-            by_name.setdefault(Path(name).name, set()).add(target)
-    targets: list[str] = []
-    for image in images:
-        found = by_path.get(image.resolve()) or by_name.get(image.name, set())
-        if len(found) != 1:
-            raise InvalidArgument(f"{path} has {'several targets' if found else 'no target'} for {image}")
-        targets.append(*found)
-    return targets
-
-
 # ---- the CSV --------------------------------------------------------------------------------------------------------
 
 _BEFORE = ["image", "model", "method", "target", "label", "probability"]
@@ -94,6 +79,22 @@ _MAX_CELL_CHARACTERS = 2**27
 def key_of(row: Mapping[str, str]) -> Key:
     """What the row is of."""
     return row["image"], row["model"], row["method"]
+
+
+def parted(label: str) -> tuple[str, str]:
+    """The label of a method, METHOD or METHOD@LAYER, as (METHOD, LAYER): "" where it is not of a study per layer."""
+    method, _, layer = label.partition("@")
+    return method, layer
+
+
+def metrics_in(path: Path) -> list[str]:
+    """The metrics of the CSV at `path`. Raises OSError, and InvalidArgument for a CSV of another kind."""
+    with path.open(encoding="utf-8", newline="") as file:
+        columns = next(csv.reader(file), [])
+    metrics = columns[len(_BEFORE) : -len(_AFTER)]
+    if columns != [*_BEFORE, *metrics, *_AFTER]:
+        raise InvalidArgument(f"{path} is no CSV that `camserve evaluate --csv` wrote")
+    return metrics
 
 
 def said(error: Failure) -> str:
@@ -238,3 +239,29 @@ class Maps:
         anew = part.with_suffix(".tmp")
         anew.write_bytes(data)
         anew.replace(part)
+
+
+class SavedMaps:
+    """The finished npz at `path`, to be read."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError, and InvalidArgument where there is no npz."""
+        try:
+            self._archive = np.load(path, allow_pickle=False)
+        except (zipfile.BadZipFile, ValueError) as error:
+            raise InvalidArgument(f"{path} is no npz file: {error}") from error
+
+    def get(self, key: Key) -> NDArray[np.float32] | None:
+        """The map, [H, W], under whichever name it was saved; None where there is none."""
+        image, model, method = key
+        # A path comes before a name: where two images have the same name, maps are named by their paths.
+        for image_name in (image, Path(image).name):
+            for name in (f"{image_name}/{model}/{method}", image_name):
+                if name in self._archive:
+                    saliency: NDArray[np.float32] = self._archive[name]
+                    return saliency
+        return None
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._archive.close()

@@ -25,7 +25,7 @@ import pytest
 from typer.testing import CliRunner
 
 import camserve
-from camserve import Variant, sheet
+from camserve import Variant, annotations, sheet
 from camserve.cli import app
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.service.server import Server
@@ -214,7 +214,7 @@ def test_labels_are_found_by_path_or_by_name(tmp_path, header):
     labels = tmp_path / "labels.csv"
     labels.write_text(header + 'a/dog.jpg,1\nb/dog.jpg,2\n/data/cat.jpg,"tabby, cat"\nhen.jpg,8\n', encoding="utf-8")
     images = [tmp_path / "b" / "dog.jpg", tmp_path / "cat.jpg", tmp_path / "a" / "dog.jpg"]
-    assert sheet.read_labels(labels, images) == ["2", "tabby, cat", "1"]
+    assert annotations.read_labels(labels, images) == ["2", "tabby, cat", "1"]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_labels_are_found_by_path_or_by_name(tmp_path, header):
 def test_wrong_labels_are_said(tmp_path, text, said):
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(camserve.InvalidArgument, match=said):
-        sheet.read_labels(tmp_path / "labels.csv", [tmp_path / "dog.jpg"])
+        annotations.read_labels(tmp_path / "labels.csv", [tmp_path / "dog.jpg"])
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

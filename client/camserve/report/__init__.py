@@ -1,0 +1,91 @@
+"""A report of a run over many images: one HTML file that needs no other and no network.
+
+It looks like the tables and figures of the Poly-CAM paper (arXiv:2204.13359) and the Opti-CAM paper (arXiv:2301.07002).
+The same files give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from camserve import picture, sheet
+from camserve.catalogue import Method, Metric, Model
+from camserve.report import gallery, provenance, scores, statistics, study, tables
+
+__all__ = ["write"]
+
+
+def write(
+    path: str | os.PathLike[str],
+    *,
+    csv: str | os.PathLike[str],
+    npz: str | os.PathLike[str],
+    models: Iterable[Model],
+    methods: Iterable[Method],
+    metrics: Iterable[Metric],
+    order: Sequence[str] = (),
+    against: str | None = None,
+    command: str = "",
+    most_images: int = 200,
+) -> None:
+    """Write the report of a run into `path`, in one step.
+
+    csv, npz: the files that `camserve evaluate --csv --npz` wrote. The images are read from where the CSV says.
+    models, methods, metrics: what the server says of them: `client.models()` and so on.
+    order: labels of methods that come first, in this order.
+    against: the label of the method that the others are compared with; the first if left out.
+    command: what the run was started with, to be shown.
+    most_images: how many of the images the gallery shows at most, so that the file can still be opened.
+
+    Raises OSError, and InvalidArgument for files of another kind.
+    """
+    run = study.read(
+        Path(csv), models=models, methods=methods, metrics=metrics, order=order, against=against
+    )  # fmt: skip
+    with closing(sheet.SavedMaps(Path(npz))) as maps:
+        page = _page(run, maps, command, most_images)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    anew = path.with_name(path.name + ".tmp")
+    anew.write_text(page, encoding="utf-8")
+    anew.replace(path)
+
+
+def _page(run: study.Study, maps: sheet.SavedMaps, command: str, most_images: int) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("camserve.report", "page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": scores.number, "svg": Markup}
+    environment.tests["control"] = run.is_control
+    script = environment.get_template("page.js").render()
+    per_model = [tables.model_part(run, model) for model in run.models]
+    content: dict[str, Any] = {
+        "run": run,
+        "blocks": tables.blocks(run, per_model),
+        "parts": per_model,
+        "layered": tables.layer_parts(run, maps),
+        "gallery": gallery.items(run, maps, most_images),
+        "most_images": most_images,
+        "provenance": provenance.of(run),
+        "command": command,
+        "colours": [f"rgb({r} {g} {b})" for r, g, b in picture.COLOURS[::15].tolist()],
+        "resamples": statistics.RESAMPLES,
+        "alpha": scores.ALPHA,
+        # The page may run this script, and nothing else.
+        "script": Markup(script),
+        "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+    return environment.get_template("page.html.j2").render(content)

@@ -1,0 +1,179 @@
+"""Charts as SVG that becomes part of the page and takes its colours. The same numbers give the same bytes."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+__all__ = ["Curve", "Point", "curves", "layers", "scatter"]
+
+Numbers = NDArray[np.float64]
+
+# For this one the page's own colour of ink is put in, which is another in the dark.
+_INK = "#010203"
+# Each is seen on white and on black; with its dash, in grey print, too. The first is of the method of comparison.
+_COLOURS = (_INK, "#9c4fd6", "#d0661b", "#178a7c", "#3b7fd9", "#d23f86", "#8a8420")
+_DASHES: tuple[tuple[int, tuple[float, ...]], ...] = (
+    (0, ()),
+    (0, ()),
+    (0, (5, 1.5)),
+    (0, (1.5, 1.5)),
+    (0, (6, 1.5, 1.5, 1.5)),
+    (0, (3, 1)),
+    (0, (8, 2)),
+)
+_STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # a $ in a name is a $
+    "svg.fonttype": "none",  # text stays text
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "grid.color": _INK,
+    "grid.alpha": 0.15,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+}
+# More points than pixels would only make the page heavy.
+_MOST_POINTS = 128
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A mean over images with its band, each [P]."""
+
+    label: str
+    mean: Numbers
+    low: Numbers
+    high: Numbers
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mean with its interval over some x."""
+
+    label: str
+    x: float
+    mean: float
+    low: float
+    high: float
+
+
+def curves(alt: str, drawn: Sequence[Curve], x: Numbers, x_label: str, y_label: str) -> str:
+    """Curves with their bands over x [P], the first of them that of comparison. At most seven."""
+    with _figure(alt, 5.2, 3.7) as (axes, svg):
+        every = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MOST_POINTS)).round().astype(int))
+        marker = "o" if len(x) < 20 else ""
+        for curve, colour, dashes in zip(drawn, _COLOURS, _DASHES, strict=False):
+            axes.fill_between(x[every], curve.low[every], curve.high[every], color=colour, alpha=0.13, linewidth=0)
+            axes.plot(
+                x[every], curve.mean[every], color=colour, linestyle=dashes, label=curve.label, lw=1.7, marker=marker,
+                markersize=3.5,
+            )  # fmt: skip
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_xlim(min(0, x.min()), x.max())
+        axes.grid(visible=True)
+        axes.figure.legend(loc="outside lower left", ncols=2, handlelength=2.6)
+    return svg()
+
+
+def scatter(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
+    """Points with their intervals, each with its name beside it."""
+    with _figure(alt, 5.2, 3.4) as (axes, svg):
+        for point in points:
+            axes.plot([point.x, point.x], [point.low, point.high], color=_COLOURS[1], lw=1, alpha=0.5)
+            axes.plot(point.x, point.mean, "o", color=_COLOURS[1], markersize=5)
+        if len({point.x for point in points}) > 1:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.4g}")
+            axes.xaxis.set_minor_formatter(lambda x, _: "")
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.grid(visible=True)
+        axes.margins(x=0.08, y=0.12)
+        _name_beside(axes, points)
+    return svg()
+
+
+def layers(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
+    """Points in their order, joined, with their intervals; `x` is their place."""
+    with _figure(alt, 5.2, 3.2) as (axes, svg):
+        x = [point.x for point in points]
+        axes.fill_between(x, [p.low for p in points], [p.high for p in points], color=_COLOURS[1], alpha=0.15, lw=0)
+        axes.plot(x, [point.mean for point in points], "o-", color=_COLOURS[1], lw=1.7, markersize=4.5)
+        axes.set_xticks(x, [point.label for point in points])
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.grid(visible=True, axis="y")
+        axes.margins(x=0.08)
+    return svg()
+
+
+def _name_beside(axes: Axes, points: Sequence[Point]) -> None:
+    """Names in a column to the right, moved apart, each with a line to its point."""
+    low, high = axes.get_ylim()
+    gap = (high - low) / max(13, len(points))
+    ordered = sorted(points, key=lambda point: point.mean)
+    at: list[float] = []
+    for point in ordered:
+        at.append(max(point.mean, at[-1] + gap) if at else point.mean)
+    # What has run over the top is pushed down again.
+    ceiling = high
+    for i in reversed(range(len(at))):
+        at[i] = min(at[i], ceiling)
+        ceiling = at[i] - gap
+    for point, y in zip(ordered, at, strict=True):
+        axes.annotate(
+            point.label,
+            xy=(point.x, point.mean),
+            xytext=(1.03, y),
+            textcoords=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": _INK, "alpha": 0.3, "linewidth": 0.6, "shrinkB": 3},
+        )
+
+
+# ---- from matplotlib into the page ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _figure(alt: str, width: float, height: float) -> Iterator[tuple[Axes, Callable[[], str]]]:
+    """A figure to be drawn into, and what gives its SVG. `alt` says what it shows, and tells its ids from others'."""
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": alt}):
+        figure = Figure((width, height), layout="constrained")
+        written: list[str] = []
+        yield figure.add_subplot(), lambda: written[0]
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        written.append(_inline(file.getvalue(), alt))
+
+
+def _inline(svg: str, alt: str) -> str:
+    """An SVG file → an element of a page: one picture to a screen reader."""
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<!--.*?-->", "", svg, flags=re.DOTALL)
+    used = set(re.findall(r"#([\w.-]+)", svg))
+    svg = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[\d.]+pt" height="[\d.]+pt"', r"\1", svg, count=1)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1).replace("xlink:href", "href")
