@@ -24,7 +24,7 @@ def draw(chart: Chart, path: Path) -> None:
             for name, value in values.items():
                 axes.barh(at, value, height=0.85, color=COLOURS[names.index(name) % len(COLOURS)])
                 axes.annotate(
-                    f"{value:.3g}  {name}",
+                    f"{value:,.0f}  {name}" if value >= 100 else f"{value:.3g}  {name}",
                     (value, at),
                     xytext=(4, 0),
                     textcoords="offset points",
