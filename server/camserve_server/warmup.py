@@ -7,12 +7,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
+import structlog
 import torch
 
 from camserve_server.device import Part, run, start_work
+from camserve_server.errors import Unservable
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import INPUT, Ascend, Gradient, Query, Score, Targets
 from camserve_server.rows import Repeated
+
+log = structlog.get_logger()
 
 SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256)}
 # The share of the best throughput that is enough. An ascent brings one row a batch: a lone one pays for the padding.
@@ -25,7 +29,11 @@ def warm_up(model: Model, batch_size: int | None = None) -> None:
     """Sets `model.batch_sizes`: the smallest near enough to the best throughput, or `batch_size` for all lanes."""
     for kind, query in _queries(model).items():
         sizes = (batch_size,) if batch_size else SIZES[model.device.type]
-        size, model.rows_per_s[kind] = _best(partial(_seconds, model, query), sizes, NEAR_BEST[kind])
+        try:
+            size, model.rows_per_s[kind] = _best(partial(_seconds, model, query), sizes, NEAR_BEST[kind])
+        except Unservable as error:  # methods of other lanes can be served all the same
+            log.warning("a lane cannot be served", model=model.name, lane=kind, reason=error.message)
+            size = model.batch_sizes["forward"]
         model.batch_sizes[kind] = size
 
 
@@ -51,7 +59,12 @@ def _best(seconds: Callable[[int], float], sizes: tuple[int, ...], near: float) 
     """The size, and its rows a second."""
     rates: dict[int, float] = {}
     for size in sizes:
-        took = seconds(size)
+        try:
+            took = seconds(size)
+        except torch.OutOfMemoryError:
+            if not rates:
+                raise
+            break
         rates[size] = size / took
         best = max(rates.values())
         if took > SLOW_S or (len(rates) > 2 and max([*rates.values()][-2:]) < near * best):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from camserve_server.device.work import Part, batch, spans_of
+from camserve_server.device.work import Part, batch, check_differentiable, spans_of
 from camserve_server.models.model import Model
 from camserve_server.plan import Ascend, Ascent
 
@@ -83,6 +83,7 @@ def run_ascend(model: Model, parts: Sequence[Part], size: int) -> None:
     with torch.enable_grad():
         X = batch(model, [part.work.make(part.start, part.stop) for part in parts], size)
         logits = model.module(X)
+        check_differentiable(model, logits)
         each = zip(works, parts, spans_of(parts), strict=True)
         objectives = [o for work, part, (start, stop) in each for o in work.objectives(part.start, logits[start:stop])]
         leaves = [u for work, part in zip(works, parts, strict=True) for u in work.leaves(part.start, part.stop)]

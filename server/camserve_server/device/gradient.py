@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camserve_server.device.work import Part, Total, batch, hooks, spans_of
+from camserve_server.device.work import Part, Total, batch, check_differentiable, hooks, spans_of
 from camserve_server.models.model import Model
 from camserve_server.plan import INPUT, Gradient, Gradients, Sum, Summed
 
@@ -71,12 +71,14 @@ def run_gradient(model: Model, parts: Sequence[Part], size: int) -> None:
         # goes on is a copy, so that a later module that works in place leaves the activation alone.
         kept = output if output.requires_grad else output.detach().requires_grad_()
         outputs[layer] = kept
-        return kept.clone()
+        with torch.enable_grad():  # the network may have it off up to here, as for a frozen backbone
+            return kept.clone()
 
     with torch.enable_grad(), hooks(model, [layer for layer in layers if layer != INPUT], capture):
         if INPUT in layers:
             X = capture(INPUT, X)
         logits = model.module(X)
+        check_differentiable(model, logits)
         spans = spans_of(parts)
         chosen = logits.new_zeros(())
         for part, (start, stop) in zip(parts, spans, strict=True):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from camserve_server.errors import Unservable
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import INPUT, Sum, Summed
 
@@ -97,6 +98,15 @@ def batch(model: Model, rows: list[Tensor], size: int) -> Tensor:
     if len(X) < size:
         X = torch.cat([X, X.new_zeros(size - len(X), *X.shape[1:])])
     return X.contiguous(memory_format=torch.channels_last)
+
+
+def check_differentiable(model: Model, logits: Tensor) -> None:
+    """Raises Unservable where no gradient can come back from the logits."""
+    if not logits.requires_grad:
+        raise Unservable(
+            f"no gradient of {model.name}'s logits reaches what is asked about: the network computes it under no_grad, "
+            "or makes no use of it; name another layer or take a method without gradients"
+        )
 
 
 def spans_of(parts: Sequence[Part]) -> list[tuple[int, int]]:
