@@ -70,18 +70,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class Point:
-    """A mean with its interval over some x."""
+    """A mean with its interval over some x; `hollow` where it is but a control."""
 
     label: str
     x: float
     mean: float
     low: float
     high: float
+    hollow: bool = False
 
 
 def curves(alt: str, drawn: Sequence[Curve], x: Numbers, x_label: str, y_label: str) -> str:
     """Curves with their bands over x [P], the first of them that of comparison. At most seven."""
-    with _figure(alt, 5.2, 3.7) as (axes, svg):
+    with _figure(alt, 4.6, 3.5) as (axes, svg):
         every = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MOST_POINTS)).round().astype(int))
         marker = "o" if len(x) < 20 else ""
         for curve, colour, dashes in zip(drawn, _COLOURS, _DASHES, strict=False):
@@ -99,10 +100,11 @@ def curves(alt: str, drawn: Sequence[Curve], x: Numbers, x_label: str, y_label: 
 
 def scatter(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
     """Points with their intervals, each with its name beside it."""
-    with _figure(alt, 5.2, 3.4) as (axes, svg):
+    with _figure(alt, 4.6, 3.2) as (axes, svg):
         for point in points:
             axes.plot([point.x, point.x], [point.low, point.high], color=_COLOURS[1], lw=1, alpha=0.5)
-            axes.plot(point.x, point.mean, "o", color=_COLOURS[1], markersize=5)
+            face = "none" if point.hollow else _COLOURS[1]
+            axes.plot(point.x, point.mean, "o", color=_COLOURS[1], markerfacecolor=face, markersize=5)
         if len({point.x for point in points}) > 1:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.4g}")
@@ -116,7 +118,7 @@ def scatter(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> st
 
 def layers(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
     """Points in their order, joined, with their intervals; `x` is their place."""
-    with _figure(alt, 5.2, 3.2) as (axes, svg):
+    with _figure(alt, 4.6, 3) as (axes, svg):
         x = [point.x for point in points]
         axes.fill_between(x, [p.low for p in points], [p.high for p in points], color=_COLOURS[1], alpha=0.15, lw=0)
         axes.plot(x, [point.mean for point in points], "o-", color=_COLOURS[1], lw=1.7, markersize=4.5)

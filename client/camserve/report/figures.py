@@ -116,7 +116,7 @@ def cost_figures(study: Study, model: str, rows: dict[str, float], means: dict[s
     figures = []
     for metric in study.metrics:
         points = [
-            charts.Point(method, rows[method], mean.value, mean.low, mean.high)
+            charts.Point(method, rows[method], mean.value, mean.low, mean.high, hollow=study.is_control(method))
             for method in study.methods
             if method in rows and (mean := means[method].get(metric.name))
         ]
