@@ -51,8 +51,8 @@ def channels(A: Tensor, *, dead: bool) -> Channels:
     flat = A.flatten(1)
     strength = flat.abs().sum(dim=1, dtype=torch.float64)
     alike = flat.amin(dim=1) == flat.amax(dim=1)
+    order = strength.argsort(descending=True, stable=True)
+    different = order[~alike[order]]  # those that are not finite too, which the map is to show
     if not dead:
         alike &= strength > 0
-    order = strength.argsort(descending=True, stable=True)
-    different = order[(flat.amin(dim=1) < flat.amax(dim=1))[order]]
     return Channels(torch.cat([alike.nonzero()[:1, 0], different]), strength, alike)

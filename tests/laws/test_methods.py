@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from camserve_server import registry
 from camserve_server.engine import Engine
 from camserve_server.errors import OutOfRange
-from camserve_server.explain import Explained, MethodCall, rows_needed
-from camserve_server.job import Job
+from camserve_server.explain import Explained, MethodCall, explain, rows_needed
+from camserve_server.job import Job, Limits
+from camserve_server.metrics.road import imputed
 from camserve_server.models.model import Model
 from camserve_server.plan import Measured
 from camserve_server.service.read import why_not
@@ -215,7 +217,7 @@ def test_the_network_is_left_as_it_was(network: str, method: str, x: Tensor) -> 
 
 
 @each
-@pytest.mark.parametrize("image", ["zeros", "constant", "one pixel", "huge"])
+@pytest.mark.parametrize("image", ["zeros", "constant", "one pixel", "huge", "overflowing"])
 def test_degenerate_images(model: Model, method: str, image: str) -> None:
     size = model.preprocessing.size
     x = torch.zeros(3, *size)
@@ -225,6 +227,8 @@ def test_degenerate_images(model: Model, method: str, image: str) -> None:
         x[:, 5, 5] = 9
     if image == "huge":
         x = noise(3, *size) * 1e6
+    if image == "overflowing":  # a tensor is used as it is
+        x = noise(3, *size).clamp(-1, 1) * 3e38
     check(explained(model, x, quick(model, method), [1]), size)
 
 
@@ -358,3 +362,43 @@ def test_metrics_take_the_rows_announced_and_no_chance_but_the_seed(model: Model
         first, again, other = score(1), score(1), score(2)
     assert first == again
     assert (first == other) != entry.seeded
+
+
+def test_what_the_clock_has_cut_can_be_made_again() -> None:
+    """Even where the coarsest layer is dead, and Poly-CAM's first level has no rows."""
+    net = nets.tiny_cnn()
+    model = as_model(net)
+    nn.init.constant_(net.c3.bias, -1e9)  # type: ignore[arg-type]
+    x, asked = noise(3, 32, 32), call(model, "poly-cam")
+    with running(model) as engine:
+        plan = explain(model, model.image(x), [2], asked, ())
+        late = engine.submit(plan, model, rows=100, limits=Limits(until=time.monotonic()))
+        cut = late.future.result(timeout=60)
+        again = submit(engine, model, x, asked, [2], budget=late.cut_at).future.result(timeout=60)
+    assert 0 < cut.share < 1
+    assert torch.equal(cut.maps, again.maps)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("signs", [1, -1])
+def test_no_pixels_keep_road_from_ending(signs: int) -> None:
+    """A step for every pixel would take minutes."""
+    x = torch.full((3, 224, 224), 3e38)
+    x[:, ::2] *= signs
+    missing = noise(224, 224) < 0
+    assert imputed(x, missing).shape == x.shape
+    assert imputed(noise(3, 224, 224), missing).isfinite().all()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_parameter_keeps_the_engine_busy_before_the_first_row(method: str) -> None:
+    """All callers wait while a plan computes: at the limits of its parameters it still asks soon."""
+    entry, model = registry.METHODS[method], as_model(nets.tiny_vit() if "attention" in method else nets.tiny_cnn())
+    most = {p.name: int(p.range.maximum) for p in entry.parameters if type(p.default) is int and p.range}
+    with running(model) as engine:
+        begun = time.monotonic()
+        job = submit(engine, model, noise(3, 32, 32), call(model, method, None, **most))
+        submit(engine, model, noise(3, 32, 32), call(model, "grad-cam"), 1).future.result(timeout=60)
+        engine.cancel(job)
+        assert time.monotonic() - begun < 3

@@ -39,6 +39,8 @@ def eigen_cam(
     columns = A.flatten(1).T.double()  # [hw, K]
     if centred:
         columns = columns - columns.mean(dim=0)
+    if not columns.isfinite().all():  # which the decomposition refuses
+        return SaliencyMaps(A.new_full((len(c), *A.shape[1:]), torch.nan))
     S = columns @ torch.linalg.svd(columns, full_matrices=False).Vh[0]
     S = torch.where(S @ A.flatten(1).sum(dim=0).double() < 0, -S, S).to(A.dtype)
     return SaliencyMaps(S.reshape(1, *A.shape[1:]).expand(len(c), -1, -1))

@@ -24,7 +24,7 @@ def integrated_gradients(
     x: Image,
     c: Targets,
     *,
-    steps: Annotated[int, Range(1, 10_000), "nodes of the Gauss–Legendre quadrature"] = 50,
+    steps: Annotated[int, Range(1, 1000), "nodes of the Gauss–Legendre quadrature"] = 50,
     signed: Annotated[bool, "keep the sign: evidence against the class becomes the lowest values"] = False,
 ) -> Plan[SaliencyMaps]:
     """The gradient's integral on the way from the mean colour to the image: tens of forward and backward passes.

@@ -177,14 +177,16 @@ def _poly_cam(
     finish = _percentile if official else None
     P: Tensor | None = None
     share, left_out = 0.0, []
+    begun = False  # a level of nothing but dead channels has no rows
     for index, l in enumerate(levels):
         masked = Masked(x, A[l][run[l].run], _percentile if official else normalised, parts)
         negligible = None
         if tolerance and A[l].min() >= 0:
             negligible = _Negligible(run[l].together(A[l]), partial(weights, c), len(parts), bound, tolerance)
-        w, done = yield from _channel_weights(c, masked, run[l], weights, 0 if index else len(parts), negligible)
-        if index and done < len(run[l]) and not done:  # cut short: the levels so far are the map
+        w, done = yield from _channel_weights(c, masked, run[l], weights, 0 if begun else len(parts), negligible)
+        if begun and done < len(run[l]) and not done:  # cut short: the levels so far are the map
             break
+        begun |= done > 0
         if negligible is not None and negligible.error is not None and done < len(run[l]):
             channels_left = len(run[l]) - done
             left_out.append(LeftOut(layers[l], channels_left, len(parts) * channels_left, negligible.error))

@@ -79,11 +79,14 @@ def imputed(x: Tensor, missing: Tensor) -> Tensor:
     """
     if bool(missing.all()):
         return torch.zeros_like(x)
-    kernel = x.new_tensor([[DIAGONAL, NEAR, DIAGONAL], [NEAR, 0, NEAR], [DIAGONAL, NEAR, DIAGONAL]])[None, None]
     open_ = missing.to(x.dtype)
 
     def around(values: Tensor) -> Tensor:
-        return F.conv2d(values[:, None], kernel, padding=1)[:, 0]
+        # Sums of shifted images take a quarter of the time of a convolution, and there are hundreds in a row.
+        padded = F.pad(values, (1, 1, 1, 1))
+        rows, others = padded[:, 1:-1], padded[:, :-2] + padded[:, 2:]
+        near = rows[..., :-2] + rows[..., 2:] + others[..., 1:-1]
+        return NEAR * near + DIAGONAL * (others[..., :-2] + others[..., 2:])
 
     weight = around(torch.ones_like(x[:1]))  # less at the border, where neighbours are missing for good
 
@@ -96,7 +99,7 @@ def imputed(x: Tensor, missing: Tensor) -> Tensor:
     enough = PRECISE**2 * (open_ * around(known)).square().sum()
     p, rr = r, r.square().sum()
     for _ in range(x.shape[-1] * x.shape[-2]):
-        if rr <= enough:
+        if not rr > enough:  # or not finite: no step would mend that
             break
         Ap = apply(p)
         step = rr / (p * Ap).sum()
