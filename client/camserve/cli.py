@@ -143,6 +143,7 @@ def explain(
     with _errors_as_lines(), Client(address, timeout=timeout) as client:
         parameters = _parameters(param)
         boxes = [_box(each) for each in box] if box else None
+        truth_mask = None if mask is None else read_mask(mask)
         for image, stem in zip(images, files.stems(images, out), strict=True):
             try:
                 events = client.explain_stream(
@@ -157,7 +158,7 @@ def explain(
                     seed=seed,
                     budget=budget,
                     boxes=boxes,
-                    mask=None if mask is None else read_mask(mask),
+                    mask=truth_mask,
                 )
                 explanation: Explanation = _followed(events, image.name)
                 written = files.save(image, explanation, out, stem)

@@ -46,6 +46,31 @@ def written(out: Path) -> list[str]:
     return sorted(path.name for path in out.iterdir())
 
 
+def test_the_truth_is_a_box_or_a_picture(address, servicer, photo, out):
+    given = ("explain", photo, "--address", address, "--out", out)
+    mask = photo.parent / "mask.png"
+    PIL.Image.fromarray(np.array([[0, 255], [0, 3]], np.uint8)).save(mask)
+    assert run(*given, "--box", "0,0,25,30", "--box", "5,6,7,8.5", "--mask", mask).exit_code == 0
+    truth = servicer.requests[-1].truth
+    assert [(box.left, box.right) for box in truth.boxes] == [(0, 0.5), (0.1, 0.14)]
+    np.testing.assert_array_equal(np.frombuffer(truth.mask.data, "<f4").reshape(truth.mask.shape), [[0, 1], [0, 1]])
+    for wrong in ("0,0,25", "0,0,25,x"):
+        assert run(*given, "--box", wrong).exit_code == 2
+    missing = run(*given, "--mask", photo.parent / "none.png")
+    assert (missing.exit_code, missing.stderr) == (
+        1,
+        f"error: No such file or directory: {photo.parent / 'none.png'}\n",
+    )
+
+
+def test_an_error_names_the_option_as_it_was_typed(address, servicer, photo, out):
+    servicer.before = lambda context: context.abort(
+        grpc.StatusCode.INVALID_ARGUMENT, "target_top_k must lie in [0, 5], not 9"
+    )
+    result = run("explain", photo, "--address", address, "--out", out, "--top-k", 9)
+    assert result.stderr == f"error: {photo}: --top-k must lie in [0, 5], not 9\n"
+
+
 def test_explain_writes_files_and_prints_a_table(address, servicer, photo, out, ramp):
     result = run(
         *("explain", photo, "--address", address, "--out", out, "--method", "opti-cam", "--model", "m"),

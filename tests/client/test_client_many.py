@@ -25,9 +25,11 @@ import pytest
 from typer.testing import CliRunner
 
 import camserve
-from camserve import Variant, annotations, sheet
+from camserve import Variant, annotations, many, sheet
 from camserve.cli import app
 from camserve.v1 import explain_pb2 as pb
+from camserve_server.errors import QueueFull
+from camserve_server.service import status
 from camserve_server.service.server import Server
 
 METRICS = ("insertion", "average-drop")
@@ -122,6 +124,62 @@ def test_a_failure_stops_nobody_and_says_itself(client, pixels):
         [result] = nobody.evaluate_many([pixels], methods="a")
     assert isinstance(result.error, camserve.Unavailable)
     assert result.model == ""
+
+
+class Full:
+    """Too busy for the first requests of each image, as the server says it."""
+
+    def __init__(self, refusals: int) -> None:
+        self.left = refusals
+
+    def __call__(self, context: Any) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            error = QueueFull("too many rows are owed", retry_after_s=0.01)
+            context.set_trailing_metadata(status.trailing_metadata(error, "given"))
+            context.abort(status.code(error), str(error))
+
+
+def test_where_the_server_is_full_a_request_waits_and_is_made_again(servicer, address, client, pixels, monkeypatch):
+    monkeypatch.setattr(many, "_LEAST_WAIT_S", 0.001)
+    servicer.before = Full(5)
+    results = list(client.evaluate_many([pixels] * 4, methods="a", in_flight=3))
+    assert [result.error for result in results] == [None] * 4
+    assert len(servicer.requests) == 9
+
+    async def ask() -> list[camserve.Result]:
+        async with camserve.aio.Client(address) as client:
+            return [result async for result in client.evaluate_many([pixels] * 2, methods="a")]
+
+    servicer.before = Full(3)
+    assert [result.error for result in asyncio.run(ask())] == [None] * 2
+    servicer.before = Full(1000)
+    monkeypatch.setattr(many, "_MOST_TRIES", 3)
+    servicer.requests.clear()
+    [result] = client.evaluate_many([pixels], methods="a")
+    assert isinstance(result.error, camserve.ResourceExhausted)
+    assert len(servicer.requests) == 3
+
+
+def test_each_image_has_its_own_truth(servicer, address, client, pixels):
+    def asked() -> list[tuple[int, bool]]:
+        return [(len(each.truth.boxes), each.truth.HasField("mask")) for each in servicer.requests]
+
+    truths: Any = {"boxes": [[(0, 0, 2, 3), (1, 1, 2, 2)], None], "masks": iter([None, np.eye(3)])}
+    assert all(not each.error for each in client.evaluate_many([pixels] * 2, methods="a", in_flight=1, **truths))
+    assert asked() == [(2, False), (0, True)]
+    with pytest.raises(ValueError, match="longer"):
+        list(client.evaluate_many([pixels], methods="a", boxes=[None, None]))
+
+    async def ask() -> None:
+        async with camserve.aio.Client(address) as client:
+            assert [each.error async for each in client.evaluate_many([pixels], methods="a", boxes=[(0, 0, 1, 1)])] == [
+                None
+            ]
+
+    servicer.requests.clear()
+    asyncio.run(ask())
+    assert asked() == [(1, False)]
 
 
 def test_no_more_than_asked_for_is_in_flight_or_read(servicer, client, pixels):
@@ -231,6 +289,29 @@ def test_wrong_labels_are_said(tmp_path, text, said):
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(camserve.InvalidArgument, match=said):
         annotations.read_labels(tmp_path / "labels.csv", [tmp_path / "dog.jpg"])
+
+
+def test_boxes_are_lines_in_pixels_or_voc_files(tmp_path):
+    images = [tmp_path / "dog.jpg", tmp_path / "cat.jpg"]
+    (tmp_path / "boxes.csv").write_text(
+        "file,left,top,right,bottom\ncat.jpg,0,1,2,3.5\ndog.jpg,4,5,6,7\ncat.jpg,1,1,2,2\n"
+    )
+    assert annotations.read_boxes(tmp_path / "boxes.csv", images) == [[(4, 5, 6, 7)], [(0, 1, 2, 3.5), (1, 1, 2, 2)]]
+    box = "<object><bndbox><xmin>{}</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox></object>"
+    (tmp_path / "dog.xml").write_text(f"<annotation>{box.format(1)}{box.format(5)}</annotation>")
+    assert annotations.read_boxes(tmp_path, images[:1]) == [[(0, 1, 30, 40), (4, 1, 30, 40)]]
+    for text, said in [
+        ("dog.jpg,1,2,3\n", "line 1: expected file,left,top,right,bottom"),
+        ("dog.jpg,1,2,3,x\n", "line 1: expected file,left,top,right,bottom"),
+        ("cat.jpg,1,2,3,4\n", "no box for .*dog.jpg"),
+    ]:
+        (tmp_path / "boxes.csv").write_text(text)
+        with pytest.raises(camserve.InvalidArgument, match=said):
+            annotations.read_boxes(tmp_path / "boxes.csv", images)
+    for wrong in ("<annotation/>", "<annotation>", f"<annotation>{box.format('x')}</annotation>"):
+        (tmp_path / "dog.xml").write_text(wrong)
+        with pytest.raises(camserve.InvalidArgument, match=r"no Pascal VOC file|no box for"):
+            annotations.read_boxes(tmp_path, images[:1])
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -382,6 +463,20 @@ def test_wrong_names_are_said_before_anything_is_written(server: Server, folder:
         ran = evaluate(server, *given, *options)
         assert (ran.returncode, ran.stderr[:15]) == (1, "error: there is")
     assert not (tmp_path / "s.csv").exists()
+
+
+def test_metrics_of_localisation_take_boxes(server: Server, folder: Path, tmp_path: Path):
+    given = (folder / "00.png", folder / "01.png", "--method", "cam", "--metric", "pointing-game")
+    refused = evaluate(server, *given, "--csv", tmp_path / "s.csv")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("error: pointing-game needs to know where the target is: give --boxes")
+    assert not (tmp_path / "s.csv").exists()
+    (tmp_path / "boxes.csv").write_text("00.png,0,0,36,40\n01.png,35,39,36,40\n")
+    ran = evaluate(server, *given, "--csv", tmp_path / "s.csv", "--boxes", tmp_path / "boxes.csv")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert [float(row["pointing-game"]) for row in table(tmp_path / "s.csv")] == [1, 0]
+    one = evaluate(server, given[0], *given[2:], "--boxes", tmp_path / "boxes.csv")
+    assert re.search(r"pointing-game +1\b", one.stdout)
 
 
 def test_wrong_usage_exits_with_2(server: Server, folder: Path, tmp_path: Path):

@@ -105,10 +105,9 @@ def scatter(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> st
             axes.plot([point.x, point.x], [point.low, point.high], color=_COLOURS[1], lw=1, alpha=0.5)
             face = "none" if point.hollow else _COLOURS[1]
             axes.plot(point.x, point.mean, "o", color=_COLOURS[1], markerfacecolor=face, markersize=5)
-        if len({point.x for point in points}) > 1:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.4g}")
-            axes.xaxis.set_minor_formatter(lambda x, _: "")
+        if max(point.x for point in points) > 10 * min(point.x for point in points):
+            axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.6g}")
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid(visible=True)
         axes.margins(x=0.08, y=0.12)
@@ -150,7 +149,14 @@ def _name_beside(axes: Axes, points: Sequence[Point]) -> None:
             textcoords=axes.get_yaxis_transform(),
             va="center",
             fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": _INK, "alpha": 0.3, "linewidth": 0.6, "shrinkB": 3},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": _INK,
+                "alpha": 0.3,
+                "linewidth": 0.6,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
         )
 
 
