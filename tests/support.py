@@ -55,6 +55,7 @@ def as_model(
         layer=found.layer,
         head=head or ("sigmoid" if found.classes == 1 else "softmax"),
         gap=found.gap,
+        precision="fp64" if dtype == torch.float64 else "fp32",
         attention=found.attention,
         attention_prefix=found.attention_prefix,
         attention_grid=found.attention_grid,

@@ -95,6 +95,7 @@ def explain(
     seed: int = 0,
     budget: int | None = None,
     batch_sizes: Mapping[str, int] | None = None,
+    precision: str | None = None,
     boxes: BoxesLike | None = None,
     mask: object = None,
     predictions: int = 5,
@@ -117,6 +118,7 @@ def explain(
     budget: the most rows that the request may take, those of its metrics included. A method that can stop early does,
         and the map's `share` says how far it got; one that cannot is refused. None is no limit.
     batch_sizes: of the server's lanes, from a receipt: with them the same machine gives the same bits.
+    precision: arithmetic of the model, one of its `precisions`, such as "bf16"; None is the model's own.
     boxes: where the target is, for metrics of localisation: a (left, top, right, bottom), or several, in pixels of the
         image as it is given (of a photograph: upright), right and bottom behind the last pixel.
     mask: or booleans [H, W], true where the target is, over the whole image at any resolution; if both are given,
@@ -148,6 +150,7 @@ def explain(
         raw=raw,
         budget=_at_least_1(budget, "budget", 2**63 - 1),
         batch_sizes=_batch_sizes(batch_sizes),
+        precision=precision or "",
         truth=_truth(boxes, mask, given),
     )
     images.check_size(request.ByteSize(), "the request")
@@ -167,6 +170,7 @@ def evaluate(
     seed: int = 0,
     budget: int | None = None,
     batch_sizes: Mapping[str, int] | None = None,
+    precision: str | None = None,
     boxes: BoxesLike | None = None,
     mask: object = None,
     request_id: str | None = None,
@@ -180,8 +184,8 @@ def evaluate(
     target: the class that the map explains, an index or label; None is the predicted class.
     seed: all randomness comes from it, of the metrics and of the method.
 
-    `image`, `model`, `budget`, `batch_sizes`, `boxes`, `mask`, `request_id`, `timeout` and what is raised are as for
-    `explain`.
+    `image`, `model`, `budget`, `batch_sizes`, `precision`, `boxes`, `mask`, `request_id`, `timeout` and what is raised
+    are as for `explain`.
     """
     if (saliency is None) == (method is None):
         raise InvalidArgument("give either a saliency map or the method that makes one", field="saliency")
@@ -199,6 +203,7 @@ def evaluate(
         seed=_seed(seed),
         budget=_at_least_1(budget, "budget", 2**63 - 1),
         batch_sizes=_batch_sizes(batch_sizes),
+        precision=precision or "",
         truth=_truth(boxes, mask, given),
     )
     images.check_size(request.ByteSize(), "the request")
@@ -217,7 +222,8 @@ def replay(
     receipt: of an explanation, or of an evaluation whose map a method made; `Receipt.from_json` reads one from a file.
     image: the one that was explained.
 
-    The maps are asked for as the receipt says: model, method, parameters, layers, targets, seed, budget, batch sizes.
+    The maps are asked for as the receipt says: model, method, parameters, layers, targets, seed, precision, budget,
+    batch sizes.
 
     Raises InvalidArgument for a receipt that cannot be replayed. `request_id`, `timeout` and what else is raised are as
     for `explain`.
@@ -236,6 +242,7 @@ def replay(
         seed=receipt.seed,
         budget=receipt.budget or None,
         batch_sizes=receipt.batch_sizes,
+        precision=receipt.precision,
         request_id=request_id,
         timeout=timeout,
     )

@@ -33,7 +33,8 @@ class Model:
     """A model that is served: `input_size` [height, width] in pixels; `head` is "softmax" or "sigmoid".
 
     `layers`, from fine to coarse, and `layer` are where methods of several layers and of one look by themselves;
-    `named_layers` are all that can be named, in the order in which they run.
+    `named_layers` are all that can be named, in the order in which they run. `precisions` are what requests can choose
+    as its arithmetic, its own `precision` first.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Model:
     input_channels: int
     head: str
     named_layers: tuple[Layer, ...]
+    precisions: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def model_table(models: Sequence[Model], methods: Sequence[Method]) -> Table:
         about = [
             model.source + (", random weights" if model.random_weights else ""),
             f"{model.state}; {model.input_channels} × {height} × {width} → {model.classes:,} classes, {model.head}",
-            f"{model.precision} on {model.device}",
+            f"{', '.join(model.precisions)} on {model.device}",
             _served(model, methods),
             model.digest,
         ]

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from camserve_server.errors import ConfigError
@@ -65,7 +65,13 @@ class ModelConfig(BaseModel):
     mean: Annotated[Numbers, Field(description="Per channel, of pixels in [0, 1].")] = (0.485, 0.456, 0.406)
     std: Annotated[NumbersAbove0, Field(description="Per channel, of pixels in [0, 1].")] = (0.229, 0.224, 0.225)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    precision: Annotated[Literal["fp32", "fp64"], Field(description="Arithmetic of the network.")] = "fp32"
+    precision: Annotated[
+        tuple[Literal["fp32", "tf32", "bf16", "fp64"], ...],
+        BeforeValidator(lambda given: (given,) if isinstance(given, str) else given),
+        Field(
+            min_length=1, description="Arithmetic of the network; of several, requests may choose, the first if not."
+        ),
+    ] = ("fp32",)
     fold_batch_norm: Annotated[
         bool,
         Field(

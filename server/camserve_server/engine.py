@@ -205,7 +205,7 @@ class Engine:
     def _begin(self, job: Job[Any]) -> None:
         self._jobs[job.id] = job
         for kind, size in job.batch_sizes.items():
-            job.batch_sizes[kind] = min(size, self._fits.get((job.model.name, kind), size))
+            job.batch_sizes[kind] = min(size, self._fits.get((job.model.lane, kind), size))
         self._step(job, None)
 
     def _step(self, job: Job[Any], answer: Answer[Any] | None) -> None:
@@ -349,9 +349,9 @@ class Engine:
     def _halve(self, model: Model, kind: LaneKind, size: int) -> None:
         """No batch of that kind is larger from here on, and receipts say so."""
         log.warning("out of memory, batch halved", model=model.name, lane=kind, size=size)
-        self._fits[model.name, kind] = size
+        self._fits[model.lane, kind] = size
         model.batch_sizes[kind] = min(model.batch_sizes[kind], size)
-        for job in [job for job in self._jobs.values() if job.model.name == model.name]:
+        for job in [job for job in self._jobs.values() if job.model.lane == model.lane]:
             job.batch_sizes[kind] = min(job.batch_sizes[kind], size)
             if job.rows:
                 _tell(job, Remark(f"memory ran out: batches are of {size} rows since; a replay may differ"))
@@ -434,7 +434,7 @@ def _nothing() -> None:
 
 def _class_weights(model: Model, index: Sequence[int]) -> tuple[str, Tensor]:
     assert model.gap is not None, "a model that is asked for its weights has a linear head"
-    return model.gap.layer.name, model.gap.weight[list(index)]
+    return model.gap.layer.name, model.gap.weight[list(index)].to(model.dtype)
 
 
 def _tell(job: Job[Any], event: Event) -> None:

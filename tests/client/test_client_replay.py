@@ -65,7 +65,7 @@ def test_a_replay_asks_for_the_same(servicer, client, pixels):
         request.request_id = ""
     first.target_top_k = 0
     first.targets.extend(camserve.v1.explain_pb2.Target(index=index) for index in (281, 8))
-    first.batch_sizes["score"] = 16  # the server's own
+    first.batch_sizes["score"], first.precision = 16, "fp32"  # the server's own
     assert first == second
 
 

@@ -295,6 +295,7 @@ class ExplainRequest(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
     TRUTH_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """AIP-155: a name for this request, the caller's own or else given by the server. At most 128 printable characters."""
     model: _builtins.str
@@ -308,6 +309,8 @@ class ExplainRequest(_message.Message):
     """The most rows that the request may take, those of its metrics included. A method that can stop early does, and
     says in `share` how far it got; one that cannot is refused. 0: no limit. A deadline is honoured in the same way.
     """
+    precision: _builtins.str
+    """Arithmetic of the model, one of its `precisions`. Empty: the model's own."""
     @_builtins.property
     def image(self) -> Global___Image: ...
     @_builtins.property
@@ -343,10 +346,11 @@ class ExplainRequest(_message.Message):
         budget: _builtins.int = ...,
         batch_sizes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         truth: Global___Truth | None = ...,
+        precision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method", "truth", b"truth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "raw", b"raw", "request_id", b"request_id", "target_top_k", b"target_top_k", "targets", b"targets", "top_k", b"top_k", "truth", b"truth"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "precision", b"precision", "raw", b"raw", "request_id", b"request_id", "target_top_k", b"target_top_k", "targets", b"targets", "top_k", b"top_k", "truth", b"truth"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -407,12 +411,15 @@ class EvaluateRequest(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
     TRUTH_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """AIP-155: a name for this request, the caller's own or else given by the server. At most 128 printable characters."""
     model: _builtins.str
     seed: _builtins.int
     """Seeds the metrics; a method has its own seed."""
     budget: _builtins.int
+    """As in ExplainRequest."""
+    precision: _builtins.str
     """As in ExplainRequest."""
     @_builtins.property
     def image(self) -> Global___Image: ...
@@ -452,10 +459,11 @@ class EvaluateRequest(_message.Message):
         budget: _builtins.int = ...,
         batch_sizes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         truth: Global___Truth | None = ...,
+        precision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method", "saliency", b"saliency", "subject", b"subject", "target", b"target", "truth", b"truth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "request_id", b"request_id", "saliency", b"saliency", "seed", b"seed", "subject", b"subject", "target", b"target", "truth", b"truth"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "precision", b"precision", "request_id", b"request_id", "saliency", b"saliency", "seed", b"seed", "subject", b"subject", "target", b"target", "truth", b"truth"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["saliency", "method"]  # noqa: Y015
     _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
@@ -736,7 +744,7 @@ class Receipt(_message.Message):
     method: _builtins.str
     seed: _builtins.int
     precision: _builtins.str
-    """Arithmetic of the model: "fp32", "fp64"."""
+    """Arithmetic of the model: "fp32", "tf32", "bf16" or "fp64". Maps are computed in fp64 for fp64, else in fp32."""
     device: _builtins.str
     """Kind of device, such as "cpu" or "cuda"."""
     preprocessing: _builtins.str
@@ -1133,6 +1141,7 @@ class Model(_message.Message):
     INPUT_CHANNELS_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
     NAMED_LAYERS_FIELD_NUMBER: _builtins.int
+    PRECISIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     source: _builtins.str
     """Where it came from, such as "embedded:efficientnet-lite0"."""
@@ -1170,6 +1179,10 @@ class Model(_message.Message):
     def named_layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Layer]:
         """All layers that can be named, in the order in which they run."""
 
+    @_builtins.property
+    def precisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What requests can choose as its arithmetic, its own `precision` first."""
+
     def __init__(
         self,
         *,
@@ -1190,10 +1203,11 @@ class Model(_message.Message):
         input_channels: _builtins.int = ...,
         head: _builtins.str = ...,
         named_layers: _abc.Iterable[Global___Layer] | None = ...,
+        precisions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "classes", b"classes", "device", b"device", "digest", b"digest", "head", b"head", "input_channels", b"input_channels", "input_size", b"input_size", "labels", b"labels", "layer", b"layer", "layers", b"layers", "methods", b"methods", "name", b"name", "named_layers", b"named_layers", "precision", b"precision", "random_weights", b"random_weights", "source", b"source", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "classes", b"classes", "device", b"device", "digest", b"digest", "head", b"head", "input_channels", b"input_channels", "input_size", b"input_size", "labels", b"labels", "layer", b"layer", "layers", b"layers", "methods", b"methods", "name", b"name", "named_layers", b"named_layers", "precision", b"precision", "precisions", b"precisions", "random_weights", b"random_weights", "source", b"source", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

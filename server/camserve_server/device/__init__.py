@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from camserve_server.device.ascend import Ascending, run_ascend
 from camserve_server.device.forward import Attending, Capturing, Predicting, Scoring, run_forward
 from camserve_server.device.gradient import Differentiating, run_gradient
@@ -49,7 +51,7 @@ def start_work(query: Query[Any], model: Model, sizes: Mapping[LaneKind, int], c
         case _:
             raise TypeError(f"the engine does not know the query {type(query).__name__}")
     # Works that differentiate share a batch only if they look at the same layers.
-    return Lane(model.name, kind, sizes[kind], work.layers if kind == "gradient" else (), copy), work
+    return Lane(model.lane, kind, sizes[kind], work.layers if kind == "gradient" else (), copy), work
 
 
 _RUN: dict[LaneKind, Callable[[Model, Sequence[Part], int], None]] = {
@@ -61,4 +63,6 @@ _RUN: dict[LaneKind, Callable[[Model, Sequence[Part], int], None]] = {
 
 def run(model: Model, lane: Lane, parts: Sequence[Part], size: int) -> None:
     """Runs the parts as one batch of `size` rows, the last of them padding. Each work has its rows' share after."""
+    if model.device.type == "cuda":  # torch's own default has it on for convolutions, off for the rest
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = model.precision == "tf32"
     _RUN[lane.kind](model, parts, size)

@@ -82,7 +82,7 @@ def run_ascend(model: Model, parts: Sequence[Part], size: int) -> None:
         works.append(part.work)
     with torch.enable_grad():
         X = batch(model, [part.work.make(part.start, part.stop) for part in parts], size)
-        logits = model.module(X)
+        logits = model.module(X).to(model.dtype)
         check_differentiable(model, logits)
         each = zip(works, parts, spans_of(parts), strict=True)
         objectives = [o for work, part, (start, stop) in each for o in work.objectives(part.start, logits[start:stop])]

@@ -88,7 +88,8 @@ class Capturing(Forward):
 
     def see(self, layer: str, start: int, stop: int, output: Tensor) -> None:
         # Copied at once: a later module may work in place on it.
-        self._seen[layer] = self.model.spatial[layer].grid(output)[0].clone(memory_format=torch.contiguous_format)
+        seen = self.model.spatial[layer].grid(output)[0]
+        self._seen[layer] = seen.to(self.model.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def keep(self, start: int, stop: int, logits: Tensor) -> None:
         pass
@@ -108,7 +109,7 @@ class Attending(Forward):
 
     def see(self, layer: str, start: int, stop: int, output: Tensor) -> None:
         module = self.model.module.get_submodule(layer.removesuffix(INPUT))
-        self._seen[layer] = attention_weights(module, output)[0]
+        self._seen[layer] = attention_weights(module, output)[0].to(self.model.dtype)
 
     def keep(self, start: int, stop: int, logits: Tensor) -> None:
         pass
@@ -185,6 +186,6 @@ def run_forward(model: Model, parts: Sequence[Part], size: int) -> None:
         return changed
 
     with hooks(model, dict.fromkeys(layer for work in works for layer in work.layers), see):
-        logits = model.module(X)
+        logits = model.module(X).to(model.dtype)
     for work, part, (start, stop) in zip(works, parts, spans, strict=True):
         work.take(part.start, part.stop, logits[start:stop])

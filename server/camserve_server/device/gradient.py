@@ -22,6 +22,7 @@ class Differentiating:
         self.index = tuple(query.index)
         self.least = query.least
         self._rows = query.rows
+        self._dtype = model.dtype
         self._total = Total(sum_) if sum_ else None
         self._found: list[Gradients] = []
         self._done = 0
@@ -32,7 +33,7 @@ class Differentiating:
     def take(self, start: int, stop: int, activations: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         if stop <= self._done:  # a batch that is tried again, part by part
             return
-        found = Gradients(_own(activations), _own(gradients))
+        found = Gradients(_own(activations, self._dtype), _own(gradients, self._dtype))
         if self._total:
             self._total.add(start, [_row(found, i) for i in range(stop - start)])
         else:
@@ -52,8 +53,8 @@ class Differentiating:
         )
 
 
-def _own(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(value.detach().clone(memory_format=torch.contiguous_format) for value in values)
+def _own(values: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format) for value in values)
 
 
 def _row(found: Gradients, i: int) -> Gradients:
@@ -77,7 +78,7 @@ def run_gradient(model: Model, parts: Sequence[Part], size: int) -> None:
     with torch.enable_grad(), hooks(model, [layer for layer in layers if layer != INPUT], capture):
         if INPUT in layers:
             X = capture(INPUT, X)
-        logits = model.module(X)
+        logits = model.module(X).to(model.dtype)
         check_differentiable(model, logits)
         spans = spans_of(parts)
         chosen = logits.new_zeros(())

@@ -94,10 +94,10 @@ class Total:
 
 def batch(model: Model, rows: list[Tensor], size: int) -> Tensor:
     """The rows as one input [size, C, H, W], the last of it zeros."""
-    X = torch.cat(rows).to(device=model.device, dtype=model.dtype)
-    if len(X) < size:
-        X = torch.cat([X, X.new_zeros(size - len(X), *X.shape[1:])])
-    return X.contiguous(memory_format=torch.channels_last)
+    missing = size - sum(map(len, rows))
+    if missing:
+        rows = [*rows, rows[0].new_zeros(missing, *rows[0].shape[1:])]
+    return torch.cat(rows).to(model.device, model.arithmetic, memory_format=torch.channels_last)
 
 
 def check_differentiable(model: Model, logits: Tensor) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +15,17 @@ from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError
 from camserve_server.models.fold import fold_batch_norm
 from camserve_server.models.layers import Layer, Probed, find_layer, probe
-from camserve_server.models.model import Head, Model, no_layer
+from camserve_server.models.model import Head, Model, Precision, no_layer
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.sources import channels, completed, network
 
-_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+# Of what plans compute with.
+_DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.float32,
+    "fp64": torch.float64,
+}
 
 
 def load(config: ModelConfig, device: torch.device) -> Model:
@@ -27,16 +36,20 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     if len(config.mean) != len(config.std):
         raise ConfigError(f"{where}.std: {len(config.std)} numbers where mean has {len(config.mean)}; set both")
     digest = state_digest(module)
-    dtype = _DTYPES[config.precision]
+    precision, *others = dict.fromkeys(config.precision)
+    if "tf32" in config.precision and device.type != "cuda":
+        raise ConfigError(f"{where}.precision: only GPUs compute in tf32")
+    dtype = _DTYPES[precision]
+    # The network is looked at in full precision, whatever it computes with.
     module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    example = _example(config, device)
+    example = _example(config, device, dtype)
     found = _probed(module, example, config, where)
     layers, layer = _several(config, found, where), _single(config, found, where)
     folded: dict[str, str] = {}
     if config.fold_batch_norm:
         wanted = [*layers, layer, found.gap and found.gap.layer]
         folded = fold_batch_norm(module, example, keep={each.module for each in wanted if each})
-    return Model(
+    model = Model(
         name=config.name,
         source=config.source,
         digest=digest,
@@ -57,6 +70,19 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         folded=folded,
         random_weights=config.allow_random_weights and config.weights is None,
     )
+    made: dict[Precision, Model] = {each: _at(model, each) for each in (precision, *others)}
+    main = made.pop(precision)
+    main.others = made
+    return main
+
+
+def _at(model: Model, precision: Precision) -> Model:
+    """The model at that precision, as a copy of the network unless it is as it should be."""
+    changes: dict[str, Any] = {"precision": precision, "dtype": _DTYPES[precision], "batch_sizes": {}, "rows_per_s": {}}
+    at = replace(model, **changes)
+    if at.arithmetic == model.dtype:
+        return at
+    return model.of(copy.deepcopy(model.module).to(at.arithmetic), **changes)
 
 
 def state_digest(module: nn.Module) -> str:
@@ -69,9 +95,9 @@ def state_digest(module: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _example(config: ModelConfig, device: torch.device) -> Tensor:
+def _example(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
     shape = [1, len(config.mean), *config.input_size]
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, _DTYPES[config.precision])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
 def _probed(module: nn.Module, example: Tensor, config: ModelConfig, where: str) -> Probed:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from camserve_server.plan import Image
 
 Head = Literal["softmax", "sigmoid"]
 LaneKind = Literal["forward", "gradient", "ascend"]
+Precision = Literal["fp32", "tf32", "bf16", "fp64"]
 
 
 @dataclass(eq=False)
@@ -27,8 +28,9 @@ class Model:
     one. `spatial` are all that can be named, in run order. `head` says how logits become probabilities. `gap` is there
     if the logits are a linear function of a layer's mean. `attention` names the global self-attention modules, of which
     the input has `attention_prefix` tokens, the class token first, and then `attention_grid`. `folded` names the
-    convolutions that also compute the batch norm after them, and that batch norm: they cannot be named. `batch_sizes`
-    and, where they were measured, `rows_per_s` are set at warm-up, one for each lane.
+    convolutions that also compute the batch norm after them, and that batch norm: they cannot be named. `others` are
+    the same model at other precisions. `batch_sizes` and, where they were measured, `rows_per_s` are set at warm-up,
+    one for each lane.
     """
 
     name: str
@@ -50,13 +52,43 @@ class Model:
     attention_grid: Grid | None = None
     folded: Mapping[str, str] = field(default_factory=dict)
     random_weights: bool = False
+    precision: Precision = "fp32"
+    others: Mapping[Precision, Model] = field(default_factory=dict)
     batch_sizes: dict[LaneKind, int] = field(default_factory=dict)
     rows_per_s: dict[LaneKind, float] = field(default_factory=dict)
 
     @property
-    def precision(self) -> str:
-        """Arithmetic of the forward pass."""
-        return {torch.float32: "fp32", torch.float64: "fp64"}[self.dtype]
+    def arithmetic(self) -> torch.dtype:
+        """What the network computes with; plans compute with `dtype`."""
+        return torch.bfloat16 if self.precision == "bf16" else self.dtype
+
+    @property
+    def lane(self) -> str:
+        """What sets its lanes apart from those of others."""
+        return f"{self.name} in {self.precision}"
+
+    @property
+    def precisions(self) -> Mapping[str, Model]:
+        """Itself and the others."""
+        return dict[str, Model]([(self.precision, self), *self.others.items()])
+
+    def at(self, precision: str) -> Model:
+        """The same at another precision; itself for none. Raises Unservable if it is not loaded."""
+        if not precision:
+            return self
+        if precision not in self.precisions:
+            there = ", ".join(self.precisions)
+            raise Unservable(f"{self.name} computes in {there}, not in {precision}; its configuration sets that")
+        return self.precisions[precision]
+
+    def of(self, module: nn.Module, **changes: Any) -> Model:
+        """The same for a copy of its network, `changes` apart; the linear head's weights are those of the copy."""
+        gap = self.gap
+        if gap is not None:
+            at = gap.weight.data_ptr()
+            name = next(name for name, weight in self.module.named_parameters() if weight.data_ptr() == at)
+            gap = replace(gap, weight=module.get_parameter(name).flatten(1))
+        return replace(self, module=module, gap=gap, **changes)
 
     def image(self, tensor: Tensor) -> Image:
         """A preprocessed [C, H, W] on the model's device, in its precision, with its normalisation."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from dataclasses import replace
 
 import torch
 from torch import nn
 
-from camserve_server.models.layers import GapHead
 from camserve_server.models.model import Model
 from camserve_server.rows import normal
 
@@ -25,7 +23,7 @@ class RandomCopy:
 
     def __init__(self, served: Model) -> None:
         module = copy.deepcopy(served.module)
-        self.model = replace(served, module=module, gap=_gap(served, module))
+        self.model = served.of(module)
         self._served = served
         self._seeds: dict[str, int] = {}  # of the layers that are random
 
@@ -66,7 +64,7 @@ def weighted_layers(model: Model) -> tuple[str, ...]:
         handles.append(module.register_forward_pre_hook(enter))
     channels, size = model.preprocessing.channels, model.preprocessing.size
     try:
-        model.module(torch.zeros(1, channels, *size, dtype=model.dtype, device=model.device))
+        model.module(torch.zeros(1, channels, *size, dtype=model.arithmetic, device=model.device))
     finally:
         for handle in handles:
             handle.remove()
@@ -83,13 +81,3 @@ def weighted_layers(model: Model) -> tuple[str, ...]:
 def _layer(parameter: str) -> str:
     """The module that the parameter belongs to; the parameter itself if that is the whole network."""
     return parameter.rpartition(".")[0] or parameter
-
-
-def _gap(served: Model, module: nn.Module) -> GapHead | None:
-    """The head of the copy: its weights are those of the copy, and change with them."""
-    if served.gap is None:
-        return None
-    for name, weight in served.module.named_parameters():
-        if weight.data_ptr() == served.gap.weight.data_ptr():
-            return replace(served.gap, weight=module.get_parameter(name).flatten(1))
-    raise RuntimeError("the weights of the linear head are no parameter of the network")

@@ -70,7 +70,7 @@ def explain_request(request: pb.ExplainRequest, models: Mapping[str, Model], con
     """Raises a CamserveError that names the field at fault."""
     if not 0 <= request.top_k <= MAX_TOP_K:
         raise OutOfRange(f"top_k must lie in [0, {MAX_TOP_K}], not {request.top_k}", field="top_k")
-    model = find_model(models, request.model)
+    model = find_model(models, request.model).at(request.precision)
     return Asked(
         model,
         model.image(_image(request.image, model, config)),
@@ -87,7 +87,7 @@ def explain_request(request: pb.ExplainRequest, models: Mapping[str, Model], con
 
 def evaluate_request(request: pb.EvaluateRequest, models: Mapping[str, Model], config: Config) -> Asked:
     """Raises a CamserveError that names the field at fault."""
-    model = find_model(models, request.model)
+    model = find_model(models, request.model).at(request.precision)
     subject: MethodCall | Tensor
     match request.WhichOneof("subject"):
         case "saliency":

@@ -90,9 +90,17 @@ def load_models(config: Config) -> dict[str, Model]:
     registry.discover()
     models = {}
     for settings in config.models:
-        model = models[settings.name] = load(settings, device)
-        warm_up(model, settings.batch_size)
-        log.info("loaded", model=model.name, digest=model.digest, device=device.type, batch_sizes=model.batch_sizes)
+        models[settings.name] = load(settings, device)
+        for model in models[settings.name].precisions.values():
+            warm_up(model, settings.batch_size)
+            log.info(
+                "loaded",
+                model=model.name,
+                precision=model.precision,
+                digest=model.digest,
+                device=device.type,
+                batch_sizes=model.batch_sizes,
+            )
     return models
 
 

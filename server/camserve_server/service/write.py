@@ -103,6 +103,7 @@ def model_message(model: Model) -> pb.Model:
         layers=[_layer(layer) for layer in model.layers],
         layer=model.layer.name if model.layer else "",
         precision=model.precision,
+        precisions=[*model.precisions],
         device=model.device.type,
         batch_sizes=_batch_sizes(model.batch_sizes),
         methods=[name for name, method in sorted(registry.METHODS.items()) if not why_not(method, model)],

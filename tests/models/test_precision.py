@@ -1,0 +1,160 @@
+"""The same network at several precisions."""
+
+from collections.abc import Iterator
+
+import pytest
+import skimage.data
+import torch
+from torch import Tensor, nn
+
+import camserve
+from camserve_server.config import Config, ModelConfig, embedded, read
+from camserve_server.errors import ConfigError, Unservable
+from camserve_server.models.load import load
+from camserve_server.models.model import Model
+from camserve_server.models.pixels import from_pixels
+from camserve_server.service.server import Server
+from tests.conftest import serving
+from tests.support import call, explained, metric, noise, running, submit
+
+CPU = torch.device("cpu")
+SMALL = {"name": "small", "source": "python:tests.nets:tiny_cnn", "input_size": (32, 32), "batch_size": 4}
+
+
+def small(*precision: str) -> Model:
+    model = load(ModelConfig(**SMALL, precision=precision), CPU)
+    for each in model.precisions.values():
+        each.batch_sizes = {"forward": 4, "gradient": 4, "ascend": 4}
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return small("fp32", "bf16", "fp64")
+
+
+@pytest.fixture(scope="module")
+def x() -> Tensor:
+    return noise(3, 32, 32)
+
+
+def test_each_has_a_network_of_its_own(model):
+    assert [*model.precisions] == ["fp32", "bf16", "fp64"]
+    for precision, arithmetic, dtype in (
+        ("fp32", torch.float32, torch.float32),
+        ("bf16", torch.bfloat16, torch.float32),
+        ("fp64", torch.float64, torch.float64),
+    ):
+        at = model.at(precision)
+        assert {each.dtype for each in at.module.parameters()} == {arithmetic}
+        assert (at.precision, at.dtype, at.digest) == (precision, dtype, model.digest)
+        assert at.gap.weight.data_ptr() in {each.data_ptr() for each in at.module.parameters()}
+    assert model.at("") is model
+    with pytest.raises(Unservable, match="small computes in fp32, bf16, fp64, not in tf32"):
+        model.at("tf32")
+
+
+@pytest.mark.parametrize(
+    "method", ["cam", "grad-cam", "layer-cam", "poly-cam", "opti-cam", "ablation-cam", "input-x-gradient", "rise"]
+)
+def test_maps_differ_by_rounding(model, x, method):
+    parameters = {"opti-cam": {"steps": 3}, "rise": {"masks": 50}}.get(method, {})
+    maps = {
+        precision: explained(at, x, call(at, method, **parameters), [2]).maps
+        for precision, at in model.precisions.items()
+    }
+    torch.testing.assert_close(maps["fp32"].double(), maps["fp64"].double(), rtol=0, atol=1e-4)
+    assert (maps["bf16"] - maps["fp64"]).abs().mean() < 0.03
+    assert maps["bf16"].dtype == torch.float32 and not torch.equal(maps["bf16"], maps["fp32"])
+
+
+def test_attention_and_its_copies(x):
+    model = load(ModelConfig(**{**SMALL, "source": "python:tests.nets:tiny_vit"}, precision=("bf16", "fp32")), CPU)
+    for each in model.precisions.values():
+        each.batch_sizes = {"forward": 4, "gradient": 4, "ascend": 4}
+    assert model.precision == "bf16"
+    whole = model.at("fp32")
+    got, want = (explained(at, x, call(at, "raw-attention"), [2]).maps for at in (model, whole))
+    torch.testing.assert_close(got, want, rtol=0, atol=0.15)
+    checked = explained(model, x, call(model, "grad-cam"), [2], [metric("randomisation-ssim", steps=2)])
+    assert -1 <= checked.scores[0][0].value <= 1
+
+
+def test_bits_do_not_depend_on_company(model, x):
+    at = model.at("bf16")
+    alone = explained(at, x, call(at, "poly-cam"), [2]).maps
+    with running(model) as engine:
+        others = [
+            submit(engine, model.at(each), noise(3, 32, 32, seed=i), call(model, "rise", masks=30))
+            for i, each in enumerate(["bf16", "fp32", "fp64", "bf16"])
+        ]
+        mine = submit(engine, at, x, call(at, "poly-cam"), [2])
+        assert torch.equal(mine.future.result(60).maps, alone)
+        for other in others:
+            other.future.result(60)
+
+
+def test_memory_that_runs_out_halves_its_own_lane_only(model, x, monkeypatch):
+    at = small("fp32", "bf16").at("bf16")
+    forward = nn.Module.__call__
+
+    def short(self: nn.Module, X: Tensor) -> Tensor:
+        if self is at.module and len(X) > 2:
+            raise torch.OutOfMemoryError("as if")
+        return forward(self, X)
+
+    monkeypatch.setattr(type(at.module), "__call__", short)
+    explained(at, x, call(at, "poly-cam"), [2])
+    assert at.batch_sizes["forward"] == 2 and model.batch_sizes["forward"] == 4
+
+
+def test_the_embedded_network_in_bf16():
+    model = load(embedded().model_copy(update={"precision": ("fp32", "bf16")}), CPU)
+    x = model.preprocessing(from_pixels(skimage.data.chelsea()))
+    maps = []
+    for at in model.precisions.values():
+        at.batch_sizes = {"forward": 2, "gradient": 2, "ascend": 2}
+        result = explained(at, x, call(at, "grad-cam"))
+        assert at.label(result.targets.index[0]) == "Egyptian cat"
+        maps.append(result.maps[0].flatten())
+    assert torch.corrcoef(torch.stack(maps))[0, 1] > 0.99
+
+
+def test_a_cpu_has_no_tf32():
+    with pytest.raises(ConfigError, match=r"models\.small\.precision: only GPUs compute in tf32"):
+        small("tf32")
+
+
+@pytest.mark.parametrize("given", ['"bf16"', '["fp32", "bf16"]'])
+def test_one_or_several_in_the_configuration(tmp_path, given):
+    path = tmp_path / "c.toml"
+    path.write_text(f'models = [{{name = "m", source = "torchvision:resnet18", precision = {given}}}]')
+    assert read(path).models[0].precision[-1] == "bf16"
+    path.write_text('models = [{name = "m", source = "torchvision:resnet18", precision = ["fp16"]}]')
+    with pytest.raises(ConfigError, match=r"models\.0\.precision\.0"):
+        read(path)
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Server]:
+    with serving(Config(listen="127.0.0.1:0", models=[ModelConfig(**SMALL, precision=("fp32", "bf16"))])) as server:
+        yield server
+
+
+def test_requests_choose(served):
+    image = skimage.data.chelsea()
+    with camserve.Client(served.address) as client:
+        (listed,) = client.models()
+        assert (listed.precision, listed.precisions) == ("fp32", ("fp32", "bf16"))
+        own = client.explain(image, method="poly-cam")
+        half = client.explain(image, method="poly-cam", precision="bf16", target=own.target.index)
+        assert (own.receipt.precision, half.receipt.precision) == ("fp32", "bf16")
+        assert own.receipt.map_digests != half.receipt.map_digests
+        assert client.replay(half.receipt, image).same
+        scores = [
+            client.evaluate(image, method="grad-cam", metrics="average-drop", precision=each).receipt.precision
+            for each in ("bf16", None)
+        ]
+        assert scores == ["bf16", "fp32"]
+        with pytest.raises(camserve.FailedPrecondition, match="small computes in fp32, bf16, not in fp64"):
+            client.explain(image, precision="fp64")
