@@ -173,6 +173,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "method.layers",
         "INVALID",
     ),
+    "a layer twice": (
+        {"method": method("poly-cam", ("r1", "r1#1"))},
+        "INVALID_ARGUMENT",
+        "method.layers[1]",
+        "INVALID",
+    ),
     "two layers for one": (
         {"method": method("grad-cam", ("r1", "r3"))},
         "INVALID_ARGUMENT",

@@ -80,6 +80,13 @@ def test_streams_send_the_maps_of_randomisation(client: camserve.Client, server:
     assert state_digest(model.module) == before
 
 
+def test_no_batch_is_larger_than_the_server_would_take_by_itself(client: camserve.Client) -> None:
+    """All others would wait for it."""
+    asked = {"forward": 1024, "gradient": 8, "ascend": 16}
+    receipt = client.explain(CAT, method="fake-cam", batch_sizes=asked).receipt
+    assert receipt.batch_sizes == {**asked, "forward": 16}
+
+
 def test_the_receipt(client: camserve.Client, server: Server) -> None:
     assert server.engine is not None
     receipt = client.explain(CAT, method="opti-cam", parameters={"steps": 2}, target=281, seed=7).receipt

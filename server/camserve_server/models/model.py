@@ -122,8 +122,8 @@ class Model:
         raise InvalidArgument(f"{self.name} has no class {target!r}{_nearest(target, self.labels)}", field=field)
 
     def find_layers(self, names: Sequence[str], field: str) -> tuple[Layer, ...]:
-        """The layers of those names. Raises InvalidArgument for one that does not exist or has no spatial output."""
-        found = []
+        """The layers of those names. Raises InvalidArgument for one that is not there, not spatial or given twice."""
+        found: list[Layer] = []
         for i, name in enumerate(names):
             layer = find_layer(name, self.spatial)
             if name in self.folded:
@@ -134,6 +134,8 @@ class Model:
                 )
             if layer is None:
                 raise InvalidArgument(f"{self.name} has {no_layer(name, self.spatial)}", field=f"{field}[{i}]")
+            if layer in found:
+                raise InvalidArgument(f"{layer.name} is named twice", field=f"{field}[{i}]")
             found.append(layer)
         return tuple(found)
 

@@ -23,6 +23,7 @@ from camserve_server.explain import MethodCall, MetricCall
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.pixels import check_size, decode, from_pixels
 from camserve_server.plan import Box, Image, Truth
+from camserve_server.warmup import SIZES
 
 MAX_TARGETS = 64
 MAX_METRICS = 64
@@ -80,7 +81,7 @@ def explain_request(request: pb.ExplainRequest, models: Mapping[str, Model], con
         _metrics(request.metrics, request.method.seed, "method"),
         request.method.seed,
         _budget(request.budget),
-        _batch_sizes(request.batch_sizes),
+        _batch_sizes(request.batch_sizes, model),
         _truth(request, model),
     )
 
@@ -107,7 +108,7 @@ def evaluate_request(request: pb.EvaluateRequest, models: Mapping[str, Model], c
         _metrics(request.metrics, request.seed, request.WhichOneof("subject")),
         request.seed,
         _budget(request.budget),
-        _batch_sizes(request.batch_sizes),
+        _batch_sizes(request.batch_sizes, model),
         _truth(request, model),
     )
 
@@ -202,8 +203,12 @@ def _budget(rows: int) -> int:
     return rows
 
 
-def _batch_sizes(sizes: Mapping[str, int]) -> dict[LaneKind, int]:
-    """Checked as the configuration's `batch_size` is."""
+def _batch_sizes(sizes: Mapping[str, int], model: Model) -> dict[LaneKind, int]:
+    """Checked as the configuration's `batch_size` is, and no larger than this server would take by itself.
+
+    All others wait while a batch runs. A receipt of this machine has no larger ones, and that of another machine gives
+    other bits anyway; the answer's receipt says at which sizes it ran.
+    """
     for lane, size in sizes.items():
         if lane not in get_args(LaneKind) or not 1 <= size <= MAX_BATCH_SIZE:
             lanes = ", ".join(get_args(LaneKind))
@@ -211,7 +216,8 @@ def _batch_sizes(sizes: Mapping[str, int]) -> dict[LaneKind, int]:
                 f"batch sizes are of the lanes {lanes} and lie in [1, {MAX_BATCH_SIZE}], not {lane}: {size}",
                 field="batch_sizes",
             )
-    return {kind: sizes[kind] for kind in get_args(LaneKind) if kind in sizes}
+    most = max(SIZES[model.device.type][-1], *model.batch_sizes.values())
+    return {kind: min(sizes[kind], most) for kind in get_args(LaneKind) if kind in sizes}
 
 
 def _target(target: pb.Target, model: Model, field: str) -> int:
