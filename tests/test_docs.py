@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -141,7 +142,7 @@ def test_every_key_is_documented_with_its_default(kind: type[BaseModel]) -> None
             case str() | int() | float() as value:
                 assert default in (f"`{value}`", f'`"{value}"`'), name
             case tuple() as values:
-                assert default == f"`{list(values)}`", name
+                assert default == f"`{json.dumps(values)}`", name
             case _:  # required, or found by itself
                 assert not default.startswith("`"), name
 

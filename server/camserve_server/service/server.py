@@ -83,8 +83,6 @@ class Server:
 def load_models(config: Config) -> dict[str, Model]:
     """All models of the configuration, loaded and warm, the first one first. Raises ConfigError."""
     device = pick_device(config.device)
-    if device.type == "cpu":
-        keep_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     registry.discover()
@@ -115,6 +113,8 @@ def pick_device(name: str) -> torch.device:
 
 async def run(config: Config, ready: Callable[[Server], None]) -> int:
     """Serves until SIGINT or SIGTERM, then drains; a second signal ends at once. Returns the exit status."""
+    if pick_device(config.device).type == "cpu":
+        keep_memory()
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     server = Server(config)
