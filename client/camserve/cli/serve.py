@@ -1,0 +1,28 @@
+"""`camserve serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from camserve.calls import DEFAULT_ADDRESS
+
+__all__ = ["serve"]
+
+
+def serve(
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML. Default: the embedded model.")] = None,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help=f"Default: {DEFAULT_ADDRESS}.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. Default: auto.")] = None,
+) -> None:
+    """Start a server, and stop it with Ctrl-C."""
+    try:
+        from camserve_server.__main__ import serve as run
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").startswith(("camserve.", "camserve_server.")):
+            raise  # a bug of ours, not something to install
+        typer.echo(f"error: the server needs {missing.name}: pip install 'camserve[server]'", err=True)
+        raise typer.Exit(1) from None
+    raise typer.Exit(run(config=config, listen=listen, device=device))
