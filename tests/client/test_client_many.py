@@ -168,8 +168,6 @@ def test_each_image_has_its_own_truth(servicer, address, client, pixels):
     truths: Any = {"boxes": [[(0, 0, 2, 3), (1, 1, 2, 2)], None], "masks": iter([None, np.eye(3)])}
     assert all(not each.error for each in client.evaluate_many([pixels] * 2, methods="a", in_flight=1, **truths))
     assert asked() == [(2, False), (0, True)]
-    with pytest.raises(ValueError, match="longer"):
-        list(client.evaluate_many([pixels], methods="a", boxes=[None, None]))
 
     async def ask() -> None:
         async with camserve.aio.Client(address) as client:
@@ -180,6 +178,8 @@ def test_each_image_has_its_own_truth(servicer, address, client, pixels):
     servicer.requests.clear()
     asyncio.run(ask())
     assert asked() == [(1, False)]
+    with pytest.raises(ValueError, match="longer"):
+        list(client.evaluate_many([pixels], methods="a", boxes=[None, None]))
 
 
 def test_no_more_than_asked_for_is_in_flight_or_read(servicer, client, pixels):
