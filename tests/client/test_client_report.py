@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def known() -> dict[str, Any]:
     }
 
 
-def write_run(folder: Path, images: int = 12) -> dict[str, Path]:
+def write_run(folder: Path, images: int = 12, models: Sequence[str] = ("first",)) -> dict[str, Path]:
     """The files of a run in which poly-cam is the best but for average drop, and one image has failed by grad-cam."""
     random = np.random.default_rng(0)
     names = [str(folder / (HOSTILE if i == 3 else f"{i:02}.png")) for i in range(images)]
@@ -105,15 +106,15 @@ def write_run(folder: Path, images: int = 12) -> dict[str, Path]:
     rows = []
     labels = [*METHODS, *(f"poly-cam@{name}" for name in ("coarse", "middle+", "fine+"))]
     for i, image in enumerate(names):
-        for j, label in enumerate(labels):
-            row = dict.fromkeys(made._columns, "") | {"image": image, "model": "first", "method": label}
+        for model, (j, label) in itertools.product(models, enumerate(labels)):
+            row = dict.fromkeys(made._columns, "") | {"image": image, "model": model, "method": label}
             rows.append(row)
             if (i, j) == (5, 1):
                 row["error"] = "the image <i>cannot</i> be read"
                 continue
             quality = (0.6, 0.4, 0.2, 0.1, 0.3, 0.5)[j] + 0.01 * i
             curves = {"insertion": [0, quality, 1], "randomisation-cascading": [0.5, quality]}
-            receipt = {"method": label.partition(":")[0].partition("@")[0], "model": "first", "seed": 0}
+            receipt = {"method": label.partition(":")[0].partition("@")[0], "model": model, "seed": 0}
             digests = {"model_digest": "sha256:ab", "input_digest": f"sha256:{i}", "map_digests": [f"sha256:{i}{j}"]}
             fixed = {"precision": "fp32", "device": "cpu", "preprocessing": "squash", "versions": {"torch": "2"}}
             row |= {
@@ -131,9 +132,9 @@ def write_run(folder: Path, images: int = 12) -> dict[str, Path]:
                 "receipt": json.dumps(receipt | digests | fixed),
                 "curves": json.dumps(curves),
             }
-            maps.add(f"{Path(image).name}/first/{label}", random.random((8, 8), dtype=np.float32))
+            maps.add(f"{Path(image).name}/{model}/{label}", random.random((8, 8), dtype=np.float32))
     made.write(rows)
-    maps.finish(f"{Path(row['image']).name}/first/{row['method']}" for row in rows if not row["error"])
+    maps.finish(f"{Path(row['image']).name}/{row['model']}/{row['method']}" for row in rows if not row["error"])
     return {"csv": folder / "s.csv", "npz": folder / "s.npz"}
 
 
@@ -266,6 +267,16 @@ def test_images_that_are_gone_leave_their_maps(tmp_path):
     assert "The image cannot be read any more." in text
     assert "These are the first 1 of 2 images." in plain(text)
     assert text.count('alt="Map by') == 3
+
+
+@pytest.mark.parametrize(("models", "tables"), [("ab", 1), ("abc", 3)])
+def test_models_stand_side_by_side_as_far_as_they_fit(tmp_path, models, tables):
+    report.write(tmp_path / "r.html", **write_run(tmp_path, images=2, models=models), **known())
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    groups = re.findall(r'<th scope="colgroup" colspan="4" class="group">(.)</th>', text)
+    assert groups == (list(models) if tables == 1 else [])
+    assert text.count("<caption>Means over images") == tables
+    assert text.count('<li class="item"') == 2 * len(models)
 
 
 # ---- in a browser ---------------------------------------------------------------------------------------------------

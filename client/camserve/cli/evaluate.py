@@ -155,6 +155,8 @@ def evaluate(
         _report_module()
     studied = [read_variant(each, parameters, layer, seed) for each in dict.fromkeys(per_layer or [])]
     with errors_as_lines(), Client(address, timeout=timeout) as client:
+        if report and report.exists() and not resume:
+            raise InvalidArgument(f"{report} is there: make it anew by --resume, or give another file")
         found = sheet.image_files(images)
         models = list(dict.fromkeys(model or [model_of(client, None).name]))
         _check(client, models, [*variants, *studied], metrics, truth=boxes is not None)
