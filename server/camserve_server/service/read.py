@@ -216,7 +216,7 @@ def _batch_sizes(sizes: Mapping[str, int], model: Model) -> dict[LaneKind, int]:
                 f"batch sizes are of the lanes {lanes} and lie in [1, {MAX_BATCH_SIZE}], not {lane}: {size}",
                 field="batch_sizes",
             )
-    most = max(SIZES[model.device.type][-1], *model.batch_sizes.values())
+    most = max([SIZES[model.device.type][-1], *model.batch_sizes.values()])
     return {kind: min(sizes[kind], most) for kind in get_args(LaneKind) if kind in sizes}
 
 
