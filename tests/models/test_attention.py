@@ -138,18 +138,18 @@ class Transformer(nn.Module):
         self.timms, self.options, self.calls = timms, options, 1
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = nn.functional.pad(self.patches(x).flatten(2).transpose(1, 2), (0, 0, 1, 0))  # zeros are a class token
         for _ in range(self.calls):
             x = x + (self.attn(x, **self.options) if self.timms else self.attn(x, x, x, **self.options)[0])
-        return self.fc(x.mean(dim=1))
+        return self.fc(x[:, 0])
 
 
 @pytest.mark.parametrize("timms", [True, False])
 def test_it_is_recognised_by_its_output(timms: bool) -> None:
     x = noise(1, 3, 32, 24)
     found = probe(Transformer(timms).eval(), x)
-    assert (found.attention, found.attention_prefix, found.attention_grid) == (("attn",), 0, (4, 3))
-    masked = Transformer(timms, attn_mask=torch.full((12, 12), -9.0).tril(-1)).eval()
+    assert (found.attention, found.attention_prefix, found.attention_grid) == (("attn",), 1, (4, 3))
+    masked = Transformer(timms, attn_mask=torch.full((13, 13), -9.0).triu(1)).eval()
     assert probe(masked, x).attention == ()
     twice = Transformer(timms).eval()
     twice.calls = 2
@@ -180,9 +180,47 @@ def test_torchs_own_encoder_is_seen_through_its_fast_path() -> None:
             self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.encoder(self.patches(x).flatten(2).transpose(1, 2)).mean(dim=1))
+            return self.fc(
+                self.encoder(nn.functional.pad(self.patches(x).flatten(2).transpose(1, 2), (0, 0, 1, 0)))[:, 0]
+            )
 
     found = probe(Net().eval(), noise(1, 3, 32, 24))
     assert found.attention == ("encoder.layers.0.self_attn", "encoder.layers.1.self_attn")
     assert found.layer is not None
     assert found.layer.name == "encoder.layers.1.norm1"
+
+
+class Tokens(nn.Module):
+    """A block of attention; the logits come from the token at `place`, or from the mean if there is none."""
+
+    def __init__(self, place: int | None, *, before: int = 0, after: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.norm, self.fc = nn.Conv2d(3, 24, 8, 8), nn.LayerNorm(24), nn.Linear(24, 5)
+        self.attn = nn.MultiheadAttention(24, 3, batch_first=True)
+        self.extra, self.place, self.before = nn.Parameter(torch.randn(1, before + after, 24)), place, before
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.norm(torch.cat([self.extra[:, : self.before], x, self.extra[:, self.before :]], dim=1))
+        x = x + self.attn(x, x, x)[0]
+        y: Tensor = self.fc(x.mean(dim=1) if self.place is None else x[:, self.place])
+        return y
+
+
+def test_maps_of_attention_need_a_class_token_and_find_it_first() -> None:
+    x = noise(1, 3, 32, 24)
+    assert probe(Tokens(0, before=1).eval(), x).attention == ("attn",)
+    assert probe(Tokens(0, before=3).eval(), x).attention == ("attn",)
+    for place, before in ((None, 0), (None, 1), (0, 0), (1, 2)):
+        assert probe(Tokens(place, before=before).eval(), x).attention == ()
+    options: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    for more in ({"class_token": False}, {"class_token": False, "reg_tokens": 4}, {}):
+        net = timm.models.VisionTransformer(**options, **more, global_pool="avg", num_classes=7).eval()
+        assert probe(net, noise(1, 3, 32, 32)).attention == ()
+
+
+def test_tokens_that_are_not_where_the_grid_has_them_are_no_layer() -> None:
+    """A class token behind the others would move all of them by one."""
+    found = probe(Tokens(-1, after=1).eval(), noise(1, 3, 32, 24))
+    assert (list(found.spatial), found.layer, found.attention) == (["patches"], None, ())

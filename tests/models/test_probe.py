@@ -198,10 +198,19 @@ def test_windows_are_no_tokens() -> None:
 
 
 def test_a_grid_can_be_given() -> None:
-    net = made("timm:vit_tiny_patch16_224", img_size=64)
-    layer = probe(net, noise(1, 3, 64, 64), token_grid=(2, 8)).spatial["norm"]
+    net, x = made("timm:vit_tiny_patch16_224", img_size=(32, 128)), noise(1, 3, 32, 128)
+    layer = probe(net, x, token_grid=(2, 8)).spatial["norm"]
     assert (layer.height, layer.width, layer.prefix) == (2, 8, 1)
-    assert "norm" not in probe(net, noise(1, 3, 64, 64), token_grid=(5, 5)).spatial
+    for wrong in ((5, 5), (4, 4), (8, 2)):
+        assert "norm" not in probe(net, x, token_grid=wrong).spatial
+
+
+def test_tokens_in_another_order_are_no_layer() -> None:
+    """Hiera's go window by window, and its layers would be read as rows, silently."""
+    net = made("timm:hiera_tiny_224", img_size=64)
+    found = probe(net, noise(1, 3, 64, 64))
+    assert "tokens" not in {layer.form for layer in found.spatial.values()}
+    assert (found.layer, found.layers, found.attention) == (None, (), ())
 
 
 # ---- defaults --------------------------------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ class Probed:
 
     `spatial` are all layers that can be named, in run order. `layers` are the default of methods that look at several,
     fine to coarse; `layer` of those that look at one. `attention` names the global self-attention modules in run order,
-    none of them if one is not understood; their input has `attention_prefix` tokens, then `attention_grid`.
+    none of them if one is not understood or no class token comes first; their input has `attention_prefix` tokens, then
+    `attention_grid`.
     """
 
     spatial: dict[str, Layer]
@@ -95,23 +96,23 @@ class Probed:
 
 
 def probe(module: nn.Module, example: Tensor, token_grid: Grid | None = None) -> Probed:
-    """Runs `example` [1, C, H, W] once. `token_grid` (h, w) is that of the tokens; found by itself if None.
+    """Runs `example` [1, C, H, W], and variants of it. `token_grid` (h, w) is that of the tokens; found if None.
 
     Raises ValueError if the network gives anything but logits [1, classes].
     """
     pass_ = _Pass(module, example, token_grid)
-    with torch.no_grad(), pass_.watched():
-        logits = module(example)
+    logits = pass_.run()
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"it gives {shape} where logits [1, classes] are expected")
-    runs = pass_.named_runs()
+    in_order = pass_.in_order()
+    runs = [run for run in pass_.named_runs() if run.layer.form != "tokens" or in_order]
     layers = _several(runs)
-    attention, prefix, grid = pass_.attention()
+    attention, prefix, grid = pass_.attention() if in_order else ((), 0, None)
     return Probed(
         spatial={run.layer.name: run.layer for run in runs},
         layers=layers,
-        layer=_single(runs, layers, pass_.attended),
+        layer=_single(runs, layers, pass_.attended) if in_order else None,
         classes=logits.shape[1],
         gap=_gap(runs, pass_.heads, logits),
         attention=attention,
@@ -133,6 +134,7 @@ class _Run:
     version: int
     mean: Tensor  # [1, K]
     alive: bool  # untrained networks may begin with branches of zeros, of which no sign can be told
+    mark: Tensor  # [h, w], differs where the output does
     pooled: bool = False
     activated: bool = False
 
@@ -167,6 +169,11 @@ class _Pass:
     heads: list[_Head] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+
+    def run(self) -> Any:
+        """What the module makes of the example."""
+        with torch.no_grad(), self.watched():
+            return self.module(self.example)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -221,7 +228,8 @@ class _Pass:
             return
         A = layer.grid(output)
         layer = replace(layer, signed=bool((A < 0).any()))
-        self.runs.append(_Run(layer, module, output, output._version, A.mean(dim=(2, 3)), alive=bool(A.any())))
+        mean, alive, mark = A.mean(dim=(2, 3)), bool(A.any()), _mark(A[0])
+        self.runs.append(_Run(layer, module, output, output._version, mean, alive, mark))
 
     def _layer(self, name: str, output: Tensor) -> Layer | None:
         """How the output lies in space, if it does."""
@@ -263,15 +271,61 @@ class _Pass:
             run.activated = (id(run.output), run.version) in active
         return self.runs
 
+    def in_order(self) -> bool:
+        """Whether tokens are where the grid has them: row by row, behind the prefix.
+
+        What the top left of the image changes must lie at the top left, as long as a layer has not mixed all tokens.
+        """
+        _, _, height, width = self.example.shape
+        other = self.example.clone()
+        other[..., : height // 2, : width // 2] *= -1
+        again = _Pass(self.module, other, self.token_grid)
+        again.run()
+        marks = {run.layer.name: run.mark for run in again.runs}
+        return all(
+            _top_left(run.mark != marks[run.layer.name])
+            for run in self.runs
+            if run.layer.form == "tokens" and run.layer.name in marks
+        )
+
     def attention(self) -> tuple[tuple[str, ...], int, Grid | None]:
-        """The modules, prefix and grid; nothing unless all are understood, run once and see the same tokens."""
+        """The modules, prefix and grid; nothing unless all are understood, run once and see the same tokens.
+
+        Nor without a class token at their head: the logits hang on it alone, once the last module has run.
+        """
         names = tuple(call.name for call in self.attended)
         lengths = {None if call.x is None else call.x.shape[1] for call in self.attended}
         tokens = lengths.pop() if len(lengths) == 1 and len(set(names)) == len(names) else None
         grid = None if tokens is None else self.find_grid(tokens)
         if tokens is None or grid is None or math.prod(grid) < 2:
             return (), 0, None
-        return names, tokens - math.prod(grid), grid
+        prefix = tokens - math.prod(grid)
+        return (names, prefix, grid) if self._class_token(names[-1], prefix) else ((), 0, None)
+
+    def _class_token(self, last: str, prefix: int) -> bool:
+        """Whether the logits hang on the first token that the last attention puts out, and on none of the grid."""
+
+        def logits(disturbed: slice) -> Tensor:
+            def disturb(module: nn.Module, args: object, output: Any) -> Any:
+                out = (output[0] if isinstance(output, tuple) else output).clone()
+                noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+                out[:, disturbed] += noise[:, disturbed].to(out)
+                return (out, *output[1:]) if isinstance(output, tuple) else out
+
+            handle = self.module.get_submodule(last).register_forward_hook(disturb)
+            try:
+                with torch.no_grad():
+                    result: Tensor = self.module(self.example)
+            finally:
+                handle.remove()
+            return result
+
+        def matter(disturbed: slice) -> bool:
+            return not torch.equal(logits(disturbed), logits(slice(0, 0)))
+
+        # The head of an untrained network may be zero; then nothing matters.
+        first = matter(slice(0, 1)) or not matter(slice(1, prefix))
+        return prefix > 0 and first and not matter(slice(prefix, None))
 
 
 def _attending(module: nn.Module) -> set[str]:
@@ -282,6 +336,20 @@ def _attending(module: nn.Module) -> set[str]:
         if _ATTENTION_NAME.search(name) or any(_ATTENTION.search(kind.__name__) for kind in type(m).__mro__)
     ]
     return {name for name in found if name and not any(inner.startswith(f"{name}.") for inner in found)}
+
+
+def _mark(A: Tensor) -> Tensor:
+    """[K, h, w] → [h, w]: a number for each position, another one wherever the channels differ."""
+    weights = torch.randn(len(A), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.einsum("k,khw->hw", weights.to(A.device), A.double())
+
+
+def _top_left(changed: Tensor) -> bool:
+    """Whether nothing is true in [h, w], or most of a rectangle at the top left, with half its sides or more."""
+    height, width = int(changed.any(dim=1).sum()), int(changed.any(dim=0).sum())
+    within, sides = int(changed[:height, :width].sum()), (len(changed) // 2, changed.shape[1] // 2)
+    filled = within == int(changed.sum()) and 2 * within >= height * width
+    return not changed.any() or (filled and height >= sides[0] and width >= sides[1])
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
