@@ -44,13 +44,11 @@ def write(
     order: labels of methods that come first, in this order.
     against: the label of the method that the others are compared with; the first if left out.
     command: what the run was started with, to be shown.
-    most_images: how many of the images the gallery shows at most, so that the file can still be opened.
+    most_images: of how many images maps and receipts are shown at most, so that the page can still be opened.
 
     Raises OSError, and InvalidArgument for files of another kind.
     """
-    run = study.read(
-        Path(csv), models=models, methods=methods, metrics=metrics, order=order, against=against
-    )  # fmt: skip
+    run = study.read(Path(csv), models=models, methods=methods, metrics=metrics, order=order, against=against)
     with closing(sheet.SavedMaps(Path(npz))) as maps:
         page = _page(run, maps, command, most_images)
     path = Path(path)
@@ -79,7 +77,7 @@ def _page(run: study.Study, maps: sheet.SavedMaps, command: str, most_images: in
         "layered": tables.layer_parts(run, maps),
         "gallery": gallery.items(run, maps, most_images),
         "most_images": most_images,
-        "provenance": provenance.of(run),
+        "provenance": provenance.of(run, most_images),
         "command": command,
         "colours": [f"rgb({r} {g} {b})" for r, g, b in picture.COLOURS[::15].tolist()],
         "resamples": statistics.RESAMPLES,

@@ -39,8 +39,8 @@ class Provenance:
     groups: list[Group]
 
 
-def of(study: Study) -> Provenance:
-    """What is known of the run."""
+def of(study: Study, most: int) -> Provenance:
+    """What is known of the run; of the first images, at most so many, also their own receipts."""
     done = [record for record in study.records if not record.error]
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in done:
@@ -57,7 +57,7 @@ def of(study: Study) -> Provenance:
             for name in dict.fromkeys(name for each in entries for name in each if name.startswith("versions."))
         },
         warnings=_warnings(done),
-        groups=[_group(model, method, records) for (model, method), records in groups.items()],
+        groups=[_group(model, method, records, study.images[:most]) for (model, method), records in groups.items()],
     )
 
 
@@ -91,9 +91,10 @@ def _warnings(done: Sequence[Record]) -> list[tuple[str, int, str]]:
     ]
 
 
-def _group(model: str, method: str, records: Sequence[Record]) -> Group:
+def _group(model: str, method: str, records: Sequence[Record], images: Sequence[str]) -> Group:
     entries = [_entries(record.receipt) for record in records]
     names = list(dict.fromkeys(name for each in entries for name in each))
+    shown = set(images)
     own = [name for name in names if len({each.get(name) for each in entries}) > 1]
     return Group(
         model=model,
@@ -102,7 +103,9 @@ def _group(model: str, method: str, records: Sequence[Record]) -> Group:
         common={name: entries[0][name] for name in names if name not in own},
         columns=own,
         rows=[
-            (record.image, [each.get(name, "") for name in own]) for record, each in zip(records, entries, strict=True)
+            (record.image, [each.get(name, "") for name in own])
+            for record, each in zip(records, entries, strict=True)
+            if record.image in shown
         ],
     )
 

@@ -105,10 +105,11 @@ def cells(study: Study, model: str) -> dict[tuple[str, str], Cell]:
             mean = of[method].get(metric.name)
             # Those that cannot be told apart as they are printed are best together.
             is_best = (
-                None not in (mean, best)
-                and not study.is_control(method)
+                mean is not None
+                and best is not None
                 and len(rivals) > 1
-                and number(mean.value, metric) == number(best, metric)  # type: ignore[union-attr, arg-type]
+                and not study.is_control(method)
+                and number(mean.value, metric) == number(best, metric)
             )
             table[method, metric.name] = Cell(mean, metric, is_best, compared.get((method, metric.name)))
     return table

@@ -60,10 +60,11 @@ class Study:
     known_methods: Mapping[str, Method]
 
     @functools.cached_property
-    def _by_place(self) -> dict[tuple[str, str], dict[str, Record]]:
+    def _done(self) -> dict[tuple[str, str], dict[str, Record]]:
         found: dict[tuple[str, str], dict[str, Record]] = {}
         for record in self.records:
-            found.setdefault((record.model, record.method), {})[record.image] = record
+            if not record.error:
+                found.setdefault((record.model, record.method), {})[record.image] = record
         return found
 
     @functools.cached_property
@@ -71,9 +72,9 @@ class Study:
         """Their names, each once, in the order of the CSV."""
         return list(dict.fromkeys(record.image for record in self.records))
 
-    def of(self, model: str, method: str) -> dict[str, Record]:
+    def of(self, model: str, method: str) -> Mapping[str, Record]:
         """Those that were done, by image."""
-        return {image: record for image, record in self._by_place.get((model, method), {}).items() if not record.error}
+        return self._done.get((model, method), {})
 
     def failed(self) -> list[Record]:
         """Those that were not."""
@@ -98,7 +99,7 @@ class Study:
                 [layer.name for layer in self.known_models[model].named_layers] if model in self.known_models else []
             )
             found: dict[str, list[tuple[int, str]]] = {}
-            for of, label in self._by_place:
+            for of, label in self._done:
                 method, layer = sheet.parted(label)
                 if of == model and layer:
                     name = layer.removesuffix("+")
