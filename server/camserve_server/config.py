@@ -161,7 +161,7 @@ def read(path: Path | None = None, **flags: Any) -> Config:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     except ValidationError as error:
-        raise ConfigError("; ".join(_line(detail) for detail in error.errors())) from error
+        raise ConfigError("; ".join(_line(detail, data) for detail in error.errors())) from error
     config.models = config.models or [embedded()]
     for model in config.models:
         model._folder = path.parent if path else Path()
@@ -184,6 +184,18 @@ def _with_file(data: dict[str, Any]) -> type[Config]:
     return WithFile
 
 
-def _line(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"]) or "configuration"
-    return f"{key}: {detail['msg']}"
+def _line(detail: Any, data: dict[str, Any]) -> str:
+    match detail["loc"]:
+        case ("models", int(i), *rest):
+            place: tuple[Any, ...] = ("models", _name(data, i), *rest)
+        case place:
+            pass
+    return f"{'.'.join(map(str, place)) or 'configuration'}: {detail['msg']}"
+
+
+def _name(data: dict[str, Any], i: int) -> str | int:
+    """Of the i-th model in the file, as other errors call it; its number if it has none."""
+    try:
+        return str(data["models"][i]["name"])
+    except (KeyError, IndexError, TypeError):  # from the environment, or not yet checked to be a table
+        return i

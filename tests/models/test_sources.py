@@ -165,8 +165,10 @@ def test_each_error_names_its_key(source: str, keys: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("mean = [0.5, 0.5]", "mean: .*2 numbers; expected three, or one"),
-        ("std = [0.5, 0.0, 0.5]", "std.1: .*greater than 0"),
+        ("mean = [0.5, 0.5]", "^models.m.mean: .*2 numbers; expected three, or one"),
+        ("std = [0.5, 0.0, 0.5]", "^models.m.std.1: .*greater than 0"),
+        ("name = 'n'", "camserve.toml"),
+        ("\n[[models]]\nsource = 'timm:test_vit'", "^models.1.name: "),
         ('head = "both"', "head: "),
         ("token_grid = [0, 3]", "token_grid.0: "),
         ("token_grid = [7]", "token_grid"),
