@@ -408,6 +408,8 @@ def test_wrong_usage_is_said_before_any_work(address, servicer, photo):
     for options, code, said in [
         (("--against", "cam", "--report", path), 2, "one of the --method"),
         (("--against", "fake-cam", "--csv", path), 2, "--report"),
+        (("--report", path.with_suffix(".csv")), 2, "another file"),
+        (("--report", photo, "--csv", path), 1, "cat.jpg is there"),
         (("--per-layer", "fake-cam", "--report", path), 1, "fake-cam looks at no layers"),
         (("--per-layer", "cam", "--report", path), 1, "there is no method 'cam'"),
     ]:

@@ -152,6 +152,8 @@ def evaluate(
     if against is not None and (report is None or against not in [each.label for each in variants]):
         raise typer.BadParameter("takes --report, and one of the --method", param_hint="--against")
     if report:
+        if report in (csv, npz):
+            raise typer.BadParameter("is to be another file than those of --csv and --npz", param_hint="--report")
         _report_module()
     studied = [read_variant(each, parameters, layer, seed) for each in dict.fromkeys(per_layer or [])]
     with errors_as_lines(), Client(address, timeout=timeout) as client:

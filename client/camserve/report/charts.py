@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -54,6 +53,8 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.solid_capstyle": "round",
 }
+# In inches, of 72 units each; texts have 10.
+_WIDTH = 4.6
 # More points than pixels would only make the page heavy.
 _MOST_POINTS = 128
 
@@ -82,7 +83,8 @@ class Point:
 
 def curves(alt: str, drawn: Sequence[Curve], x: Numbers, x_label: str, y_label: str) -> str:
     """Curves with their bands over x [P], the first of them that of comparison. At most seven."""
-    with _figure(alt, 4.6, 3.5) as (axes, svg):
+
+    def draw(axes: Axes) -> None:
         every = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MOST_POINTS)).round().astype(int))
         marker = "o" if len(x) < 20 else ""
         for curve, colour, dashes in zip(drawn, _COLOURS, _DASHES, strict=False):
@@ -95,12 +97,14 @@ def curves(alt: str, drawn: Sequence[Curve], x: Numbers, x_label: str, y_label: 
         axes.set_xlim(min(0, x.min()), x.max())
         axes.grid(visible=True)
         axes.figure.legend(loc="outside lower left", ncols=2, handlelength=2.6)
-    return svg()
+
+    return _svg(alt, 3.5, draw)
 
 
 def scatter(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
     """Points with their intervals, each with its name beside it."""
-    with _figure(alt, 4.6, 3.2) as (axes, svg):
+
+    def draw(axes: Axes) -> None:
         for point in points:
             axes.plot([point.x, point.x], [point.low, point.high], color=_COLOURS[1], lw=1, alpha=0.5)
             face = "none" if point.hollow else _COLOURS[1]
@@ -112,12 +116,14 @@ def scatter(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> st
         axes.grid(visible=True)
         axes.margins(x=0.08, y=0.12)
         _name_beside(axes, points)
-    return svg()
+
+    return _svg(alt, 3.2, draw)
 
 
 def layers(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
     """Points in their order, joined, with their intervals; `x` is their place."""
-    with _figure(alt, 4.6, 3) as (axes, svg):
+
+    def draw(axes: Axes) -> None:
         x = [point.x for point in points]
         axes.fill_between(x, [p.low for p in points], [p.high for p in points], color=_COLOURS[1], alpha=0.15, lw=0)
         axes.plot(x, [point.mean for point in points], "o-", color=_COLOURS[1], lw=1.7, markersize=4.5)
@@ -125,7 +131,8 @@ def layers(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> str
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid(visible=True, axis="y")
         axes.margins(x=0.08)
-    return svg()
+
+    return _svg(alt, 3.0, draw)
 
 
 def _name_beside(axes: Axes, points: Sequence[Point]) -> None:
@@ -163,17 +170,15 @@ def _name_beside(axes: Axes, points: Sequence[Point]) -> None:
 # ---- from matplotlib into the page ----------------------------------------------------------------------------------
 
 
-@contextmanager
-def _figure(alt: str, width: float, height: float) -> Iterator[tuple[Axes, Callable[[], str]]]:
-    """A figure to be drawn into, and what gives its SVG. `alt` says what it shows, and tells its ids from others'."""
+def _svg(alt: str, height: float, draw: Callable[[Axes], None]) -> str:
+    """What `draw` draws, as an element of a page. `alt` says what it shows, and tells its ids from those of others."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": alt}):
-        figure = Figure((width, height), layout="constrained")
-        written: list[str] = []
-        yield figure.add_subplot(), lambda: written[0]
+        figure = Figure((_WIDTH, height), layout="constrained")
+        draw(figure.add_subplot())
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-        written.append(_inline(file.getvalue(), alt))
+    return _inline(file.getvalue(), alt)
 
 
 def _inline(svg: str, alt: str) -> str:

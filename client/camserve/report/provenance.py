@@ -32,7 +32,6 @@ class Provenance:
     maps: int
     failed: Sequence[Record]
     rows: int
-    seconds: float
     models: dict[str, dict[str, str]]
     versions: dict[str, str]
     warnings: list[tuple[str, int, str]]
@@ -50,7 +49,6 @@ def of(study: Study, most: int) -> Provenance:
         maps=len(done),
         failed=study.failed(),
         rows=sum(record.rows for record in done),
-        seconds=sum(record.seconds for record in done),
         models={model: _of_model(study, model, done) for model in study.models},
         versions={
             name.removeprefix("versions."): _all(each.get(name, "") for each in entries)

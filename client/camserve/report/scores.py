@@ -19,12 +19,11 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Mean:
-    """Over `count` images, with the ends of its 95 % interval."""
+    """Over images, with the ends of its 95 % interval."""
 
     value: float
     low: float
     high: float
-    count: int
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,7 @@ def means(records: Iterable[Record], metrics: Sequence[Metric]) -> dict[str, Mea
         return {}
     low, high = statistics.interval(values)
     return {
-        metric.name: Mean(float(values[:, i].mean()), float(low[i]), float(high[i]), len(values))
-        for i, metric in enumerate(metrics)
+        metric.name: Mean(float(values[:, i].mean()), float(low[i]), float(high[i])) for i, metric in enumerate(metrics)
     }
 
 
