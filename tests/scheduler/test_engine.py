@@ -273,14 +273,14 @@ class Slow(nn.Module):
 def test_a_slow_network_cuts_short_no_request_of_another() -> None:
     slow, fast = as_model(Slow(), name="slow"), as_model(nets.tiny_cnn(), name="fast")
     assert isinstance(slow.module, Slow)
-    slow.module.wait_s = 1.0
+    slow.module.wait_s = 3.0
     fast.rows_per_s["forward"] = 1000
     with running(slow, fast) as engine:
         submit(engine, slow, X, call(slow, "fake-cam")).future.result(30)
         begun = time.monotonic()
-        cut = submit(engine, fast, X, call(fast, "rise", masks=1_000_000), deadline=begun + 0.8).future.result(30)
+        cut = submit(engine, fast, X, call(fast, "rise", masks=1_000_000), deadline=begun + 3.0).future.result(30)
         assert cut.share < 1
-        assert time.monotonic() - begun > 0.4, "it used its time"
+        assert time.monotonic() - begun > 1.5, "it used its time"
 
 
 def test_padding_is_a_choice(model: Model) -> None:
