@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from camserve_server.allocator import keep_memory
 from camserve_server.service.server import pick_device
-from tests.bench import ascent, curves, limit, masked, mixed, page, service
+from tests.bench import ascent, curves, limit, masked, mixed, page, service, shortcuts
 from tests.bench.machine import ROOT, facts
 from tests.bench.results import Claim, Result
 from tests.bench.subjects import CONFIGS
@@ -31,6 +31,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Result], int]] = {
     "score": (masked.score, 24),
     "opti": (ascent.section, 30),
     "curves": (curves.section, 18),
+    "shortcuts": (shortcuts.section, 42),
     "service": (service.section, 24),
     "mixed": (mixed.section, 20),
 }

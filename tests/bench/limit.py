@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from camserve_server.models.fold import fold_batch_norm
 from camserve_server.warmup import SIZES
 from tests.bench.results import Chart, Findings, Result, Table
 from tests.bench.timing import Timed, alone, clock
@@ -67,52 +68,16 @@ def find_limit(made: nn.Module, served: nn.Module, x: Tensor, seconds: float) ->
 def in_formats(module: nn.Module, served: nn.Module, x: Tensor) -> tuple[dict[str, nn.Module], float]:
     """The network by memory format, its batch norms folded or not, and how far the logits are from those served."""
     formats = {}
-    folded = fold(module, x)
+    folded = copy.deepcopy(module)
+    names = fold_batch_norm(folded, x)
     for name, form in (("contiguous", torch.contiguous_format), ("channels-last", torch.channels_last)):
         formats[name] = copy.deepcopy(module).to(memory_format=form)  # type: ignore[call-overload]
-        if folded is not None:
+        if names:
             formats[f"{name}, folded"] = copy.deepcopy(folded).to(memory_format=form)  # type: ignore[call-overload]
     with torch.no_grad():
         logits = served(x.contiguous(memory_format=torch.channels_last))
         difference = max(float((net(x) - logits).abs().max()) for net in formats.values())
     return formats, difference
-
-
-def fold(module: nn.Module, x: Tensor) -> nn.Module | None:
-    """A copy with every batch norm that follows a convolution folded into its weights; None if there is none.
-
-    What follows what is seen in a forward pass of `x`.
-    """
-    net = copy.deepcopy(module)
-    names = {m: name for name, m in net.named_modules()}
-    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-
-    def see(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(layer, nn.Conv2d):
-            made[id(output)] = (layer, output)  # the output is kept, so that no other takes its id
-        elif isinstance(layer, nn.BatchNorm2d) and id(args[0]) in made:
-            pairs.append((made[id(args[0])][0], layer))
-
-    handles = [m.register_forward_hook(see) for m in net.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    with torch.no_grad():
-        net(x)
-        for handle in handles:
-            handle.remove()
-        for conv, norm in pairs:
-            _fold(conv, norm)
-            # timm's batch norms bring the activation that follows.
-            after = [m for m in (getattr(norm, "drop", None), getattr(norm, "act", None)) if m is not None]
-            net.set_submodule(names[norm], nn.Sequential(*after) if after else nn.Identity())
-    return net if pairs else None
-
-
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    assert norm.running_mean is not None and norm.running_var is not None, "it is in evaluation mode"
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    bias = torch.zeros_like(norm.bias) if conv.bias is None else conv.bias
-    conv.weight.mul_(scale.view(-1, 1, 1, 1))
-    conv.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias, requires_grad=False)
 
 
 def _memory_format(form: str) -> torch.memory_format:

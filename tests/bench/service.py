@@ -130,7 +130,7 @@ def _measure(
 
 
 def callers(call: Callable[[], int], count: int, seconds: float) -> tuple[Timed, list[float]]:
-    """So many threads call again and again; what ends before the time is over counts, with seconds for each."""
+    """So many threads call again and again, at least once in all, until the time is over; the seconds of each."""
     rows: list[int] = []
     times: list[float] = []
     failures: list[Exception] = []
@@ -138,7 +138,8 @@ def callers(call: Callable[[], int], count: int, seconds: float) -> tuple[Timed,
 
     def caller() -> None:
         try:
-            while (began := time.perf_counter()) < start + seconds:
+            while not times or time.perf_counter() < start + seconds:
+                began = time.perf_counter()
                 done = call()
                 times.append(time.perf_counter() - began)
                 rows.append(done)

@@ -61,7 +61,7 @@ class Subject:
 
     def in_float64(self) -> Subject:
         """The same, to see that what diverges in float32 agrees; a row a batch."""
-        config = self.config.model_copy(update={"precision": "fp64"})
+        config = self.config.model_copy(update={"precision": ("fp64",)})
         model, made = alone(_loaded, config, self.model.device)
         model.batch_sizes.update(dict.fromkeys(get_args(LaneKind), 1))
         return Subject(model, made, self.x, self.seconds, config)
@@ -103,10 +103,11 @@ def calibrated(name: str) -> nn.Module:
     return net
 
 
+PRECISION: Any = ("fp32", "bf16")
 CONFIGS = {
-    "efficientnet-lite0": embedded(),
-    "resnet50": ModelConfig(name="resnet50", source="python:tests.bench.subjects:resnet50"),
-    "vgg16": ModelConfig(name="vgg16", source="python:tests.bench.subjects:vgg16"),
+    "efficientnet-lite0": embedded().model_copy(update={"precision": PRECISION}),
+    "resnet50": ModelConfig(name="resnet50", source="python:tests.bench.subjects:resnet50", precision=PRECISION),
+    "vgg16": ModelConfig(name="vgg16", source="python:tests.bench.subjects:vgg16", precision=PRECISION),
 }
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from camserve_server.config import Config, ModelConfig
 from tests.bench import __main__ as bench_main
-from tests.bench import ascent, curves, limit, masked, mixed, ours, page, peers, service, subjects, work
+from tests.bench import ascent, curves, limit, masked, mixed, ours, page, peers, service, shortcuts, subjects, work
 from tests.bench.results import Claim, Findings, Result
 from tests.bench.subjects import Subject
 from tests.bench.timing import Rates, Timed, alternate, percentile
@@ -21,7 +21,9 @@ from tests.bench.work import Bench
 from tests.conftest import serving
 from tests.oracles import insertion_deletion, poly_cam
 
-TINY = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
+TINY = ModelConfig(
+    name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4, precision=("fp32", "bf16")
+)
 CPU = torch.device("cpu")
 
 
@@ -38,7 +40,8 @@ def bench(subject: Subject) -> Bench:
 
 
 @pytest.mark.parametrize(
-    "section", [limit.section, masked.poly, masked.score, ascent.section, curves.section, mixed.section]
+    "section",
+    [limit.section, masked.poly, masked.score, ascent.section, curves.section, shortcuts.section, mixed.section],
 )
 def test_every_section_runs(section: object, bench: Bench, tmp_path: Path) -> None:
     result = section(bench)  # type: ignore[operator]
@@ -71,7 +74,7 @@ def test_sections_are_put_together(
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert text.index("## The limit") < text.index("## Insertion and deletion")
     assert "$ python -m tests.bench limit --models tiny" in text
-    assert "Not measured at this commit: poly, score, opti, service, mixed" in text
+    assert "Not measured at this commit: poly, score, opti, shortcuts, service, mixed" in text
     for picture in ("bench-limit.svg", "bench-curves.svg"):
         assert f"(pictures/{picture})" in text
         assert (tmp_path / "pictures" / picture).stat().st_size < 50_000
@@ -121,7 +124,7 @@ def test_folding_keeps_the_logits() -> None:
     assert [type(m).__name__ for m in formats["contiguous, folded"].children()].count(
         "BatchNorm2d"
     ) == 1  # that after the ReLU
-    assert limit.fold(net[2:], torch.randn(1, 4, 6, 6)) is None
+    assert set(limit.in_formats(net[2:], net[2:], torch.randn(1, 4, 6, 6))[0]) == {"contiguous", "channels-last"}
 
 
 # ---- how it is measured ----------------------------------------------------------------------------------------------
