@@ -288,7 +288,7 @@ def page(written: Path) -> Iterator[Page]:
         pytest.skip("there is no Chromium here")
     quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet, timeout=120_000)
         page = browser.new_page()
         page.requests, page.complaints = [], []  # type: ignore[attr-defined]
         page.on("request", lambda request: page.requests.append(request.url))
