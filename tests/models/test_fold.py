@@ -9,13 +9,13 @@ from torch.nn.utils import parametrizations
 from camserve_server import torchvision_ops  # noqa: F401  (timm imports torchvision)
 from camserve_server.config import ModelConfig, embedded
 from camserve_server.errors import InvalidArgument
-from camserve_server.models.fold import fold_batch_norm
+from camserve_server.models.fold import fold_batch_norm, fold_padding
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
 from camserve_server.models.pixels import from_pixels
 from tests.support import call, explained, noise
 
-from timm.layers import BatchNormAct2d  # isort: skip
+from timm.layers import BatchNormAct2d, create_conv2d  # isort: skip
 
 CPU = torch.device("cpu")
 
@@ -82,10 +82,49 @@ def test_a_weight_that_is_computed_is_left_alone():
     assert fold_batch_norm(trained(net), noise(1, 3, 5, 5)) == {}
 
 
+@pytest.mark.parametrize("size", [(16, 16), (15, 16), (17, 9)])
+def test_padding_becomes_part_of_the_convolution(size):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        create_conv2d(3, 8, 3, stride=2, padding="same", bias=True),
+        create_conv2d(8, 8, 5, stride=2, padding="same", depthwise=True),
+        create_conv2d(8, 6, 3, stride=1, padding="same", dilation=2),
+    )
+    net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    x = noise(2, 3, *size)
+    before = net(x)
+    fold_padding(net, x[:1])
+    assert type(net[0]) is type(net[1]) is nn.Conv2d
+    torch.testing.assert_close(net(x), before, rtol=0, atol=1e-6)
+
+
+def test_a_convolution_that_sees_several_sizes_pads_as_before():
+    net = Twice()
+    x = noise(1, 3, 16, 16)
+    before = net(x)
+    fold_padding(net, x)
+    assert type(net.conv) is not nn.Conv2d and torch.equal(net(x), before)
+
+
+class Twice(nn.Module):
+    """One convolution, of two sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = create_conv2d(3, 3, 3, stride=2, padding="same").requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x)).flatten(1)
+
+
 @pytest.fixture(scope="module")
 def lite0() -> tuple[Model, Model]:
     """As it is, and folded."""
-    models = [load(embedded().model_copy(update={"fold_batch_norm": fold}), CPU) for fold in (False, True)]
+    plain, folded = (embedded().model_copy(update={"fold_batch_norm": fold}) for fold in (False, True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("camserve_server.models.load.fold_padding", lambda *_: None)
+        models = [load(plain, CPU)]
+    models.append(load(folded, CPU))
     for model in models:
         model.batch_sizes = {"forward": 4, "gradient": 2, "ascend": 1}
     return models[0], models[1]
@@ -93,6 +132,7 @@ def lite0() -> tuple[Model, Model]:
 
 def test_the_embedded_network_is_the_same(lite0):
     plain, folded = lite0
+    assert not [name for name, each in folded.module.named_modules() if type(each).__name__ == "Conv2dSame"]
     assert len(folded.folded) == 49 and not any(isinstance(m, nn.BatchNorm2d) for m in folded.module.modules())
     assert (folded.digest, folded.layers, folded.layer) == (plain.digest, plain.layers, plain.layer)
     assert [*folded.spatial] == [name for name in plain.spatial if name not in folded.folded]

@@ -131,7 +131,7 @@ def test_one_or_several_in_the_configuration(tmp_path, given):
     path.write_text(f'models = [{{name = "m", source = "torchvision:resnet18", precision = {given}}}]')
     assert read(path).models[0].precision[-1] == "bf16"
     path.write_text('models = [{name = "m", source = "torchvision:resnet18", precision = ["fp16"]}]')
-    with pytest.raises(ConfigError, match=r"models\.0\.precision\.0"):
+    with pytest.raises(ConfigError, match=r"models\.m\.precision\.0"):
         read(path)
 
 

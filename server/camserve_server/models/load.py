@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError
-from camserve_server.models.fold import fold_batch_norm
+from camserve_server.models.fold import fold_batch_norm, fold_padding
 from camserve_server.models.layers import Layer, Probed, find_layer, probe
 from camserve_server.models.model import Head, Model, Precision, no_layer
 from camserve_server.models.pixels import Preprocessing
@@ -45,6 +45,8 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     example = _example(config, device, dtype)
     found = _probed(module, example, config, where)
     layers, layer = _several(config, found, where), _single(config, found, where)
+    if device.type == "cpu":  # where it has been measured
+        fold_padding(module, example)
     folded: dict[str, str] = {}
     if config.fold_batch_norm:
         wanted = [*layers, layer, found.gap and found.gap.layer]
