@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import skimage.data
 from safetensors.torch import save_file
 
 import camserve
-from camserve import Receipt
+from camserve import Receipt, strip
 from camserve_server.config import Config, ModelConfig
 from camserve_server.service.server import Server
 from tests import nets
@@ -135,3 +136,26 @@ def test_another_version_of_the_model_is_named(photo, tmp_path):
     assert result.stdout.startswith("not the same map\n")
     differs = [line.split()[0] for line in result.stdout.split("\n\n")[1].splitlines()[1:]]
     assert differs == ["model_digest", "map_digests.2"]
+
+
+def test_a_check_by_randomisation_is_a_picture_and_a_table(server: Server, photo, tmp_path):
+    picture = tmp_path / "checks" / "cat.png"
+    given = ("--address", server.address, "--model", "tiny", "--method", "layer-cam", "--steps", "3", "--out", picture)
+    result = command("sanity", photo, *given)
+    assert result.returncode == 0, result.stderr
+    *_, mean, path = result.stdout.splitlines()
+    assert path == str(picture)
+    steps = [line.split() for line in result.stdout.splitlines() if line[:1].isdigit()]
+    assert [step[0] for step in steps] == ["1", "2", "3"] and steps[-1][-4].startswith("c1")
+    for i, value in enumerate(map(float, mean.split()[1:])):
+        assert value == pytest.approx(np.mean([float(step[i - 3]) for step in steps]), abs=2e-3)
+    with PIL.Image.open(picture) as drawn:
+        pixels = np.asarray(drawn.convert("RGB")).astype(int)
+    # The three curves are there, in their colours.
+    for _, colour, _ in strip.SERIES.values():
+        assert (np.abs(pixels - colour).sum(axis=2) == 0).sum() > 100
+
+    alone = command("sanity", photo, *given[:-1], tmp_path / "alone.png", "--order", "independent")
+    assert alone.returncode == 0 and alone.stdout.splitlines()[-2] != mean
+    refused = command("sanity", photo, "--address", server.address, "--model", "tiny", "--method", "raw-attention")
+    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and not refused.stdout

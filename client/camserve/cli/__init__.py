@@ -10,6 +10,7 @@ from camserve.cli.evaluate import evaluate
 from camserve.cli.explain import explain
 from camserve.cli.listing import list_
 from camserve.cli.replay import replay
+from camserve.cli.sanity import sanity
 from camserve.cli.serve import serve
 from camserve.version import __version__
 
@@ -37,6 +38,6 @@ def _options(
     pass
 
 
-for command in (serve, explain, evaluate, replay):
+for command in (serve, explain, evaluate, sanity, replay):
     app.command()(command)
 app.command("list")(list_)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from camserve.answers import Level, Progress, SaliencyMap
+from camserve.answers import Level, Progress, Randomised, SaliencyMap
 from camserve.errors import CamserveError, InternalError
 
 __all__ = ["errors_as_lines", "followed", "print_json", "said", "warn"]
@@ -60,6 +60,8 @@ def followed(events: Iterable[Any], title: str) -> Any:
                     bar.update(task, completed=event.rows_done, total=event.rows_total, stage=event.stage)
                 case Level():
                     bar.update(task, level=f", level {event.index + 1} of {event.count} ({event.layer})")
+                case Randomised():
+                    bar.update(task, level=f", step {event.index + 1} of {event.count} ({event.layers[-1]})")
                 case _:
                     answer = event
     if answer is None:
