@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from camserve_server import torchvision_ops  # noqa: F401
 from camserve_server.models.attention import attend, attention_weights, understood
-from camserve_server.models.layers import probe
+from camserve_server.models.probe import probe
 from tests import nets
 from tests.support import noise
 

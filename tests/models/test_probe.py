@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from camserve_server import torchvision_ops  # noqa: F401
 from camserve_server.errors import InvalidArgument, Unservable
-from camserve_server.models.layers import Layer, probe
+from camserve_server.models.layers import Layer
+from camserve_server.models.probe import probe
 from tests import nets
 from tests.support import as_model, noise
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from camserve_server import torchvision_ops  # noqa: F401
-from camserve_server.models.layers import probe
+from camserve_server.models.probe import probe
 from tests import nets
 from tests.support import noise
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError
 from camserve_server.models.fold import fold_batch_norm, fold_padding
-from camserve_server.models.layers import Layer, Probed, find_layer, probe
+from camserve_server.models.layers import Layer, find_layer
 from camserve_server.models.model import Head, Model, Precision, no_layer
 from camserve_server.models.pixels import Preprocessing
+from camserve_server.models.probe import Probed, probe
 from camserve_server.models.sources import channels, completed, network
 
 # Of what plans compute with.
