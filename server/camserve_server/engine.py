@@ -10,16 +10,16 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
 import structlog
 import torch
-from torch import Tensor
 
-from camserve_server.device import Lane, Part, Work, run, start_work
+from camserve_server.device import Lane, Part, Work, start_work
+from camserve_server.device.runner import Runner
 from camserve_server.errors import (
     CamserveError,
     Cancelled,
@@ -59,10 +59,10 @@ class Engine:
         self.models = models
         self.counters = Counters()
         self._max_rows_owed = max_rows_owed
-        self._batch_invariant = batch_invariant
+        self._runner = Runner(padded=batch_invariant, halved=self._halve)
         self._max_copies = max_copies
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._scheduler: Scheduler[Lane] = Scheduler(self._size)
+        self._scheduler: Scheduler[Lane] = Scheduler(self._runner.size)
         self._jobs: dict[int, Job[Any]] = {}
         self._waiting: dict[int, Randomise] = {}  # for a copy, by job, the first come first
         self._ids = itertools.count(1)
@@ -71,7 +71,6 @@ class Engine:
         self._closing = False
         self._rows_per_s = 0.0
         self._batch_s: dict[tuple[str, LaneKind], float] = {}  # about the longest that batches take these days
-        self._fits: dict[tuple[str, LaneKind], int] = {}  # largest batch, once memory has run out
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.died: Future[None] = Future()  # done when the thread has ended; with an exception if it broke
@@ -205,7 +204,7 @@ class Engine:
     def _begin(self, job: Job[Any]) -> None:
         self._jobs[job.id] = job
         for kind, size in job.batch_sizes.items():
-            job.batch_sizes[kind] = min(size, self._fits.get((job.model.lane, kind), size))
+            job.batch_sizes[kind] = self._runner.fitting(job.model.lane, kind, size)
         self._step(job, None)
 
     def _step(self, job: Job[Any], answer: Answer[Any] | None) -> None:
@@ -234,7 +233,7 @@ class Engine:
         """Answers a query that costs nothing; None for one that costs rows."""
         match query:
             case ClassWeights(index):
-                return partial(_class_weights, job.network, index)
+                return partial(job.network.class_weights, index)
             case WeightedLayers():
                 return partial(weighted_layers, job.model)
             case Randomise():
@@ -311,45 +310,14 @@ class Engine:
         for job in jobs:
             job.first_batch = job.first_batch or started
         parts = [Part(self._work(job), t.start, t.stop) for job, t in zip(jobs, batch.takes, strict=True)]
-        failures = self._try(model, batch.lane, parts)
+        failures = self._runner.run(model, batch.lane, parts)
         rows = sum(part.stop - part.start for part in parts)
         self._count(batch.lane, rows, time.monotonic() - started)
         for job, part in zip(jobs, parts, strict=True):
             self._advance(job, part, failures.get(id(part)))
 
-    def _try(self, model: Model, lane: Lane, parts: list[Part]) -> dict[int, Exception]:
-        """Runs the parts together; if that fails, each alone. Returns the failures by the part's id."""
-        try:
-            self._run_halving(model, lane, parts)
-            return {}
-        except Exception as error:
-            if len(parts) == 1:
-                return {id(parts[0]): error}
-        failures: dict[int, Exception] = {}
-        for part in parts:
-            failures |= self._try(model, lane, [part])
-        return failures
-
-    def _run_halving(self, model: Model, lane: Lane, parts: list[Part]) -> None:
-        """Runs the parts as one batch or, where that does not fit into memory, as halves of it."""
-        size = self._size(lane) if self._batch_invariant else sum(p.stop - p.start for p in parts)
-        try:
-            run(model, lane, parts, size)
-        except torch.OutOfMemoryError:
-            pass  # what comes next waits for its traceback to go, which holds the batch that did not fit
-        else:
-            return
-        if size == 1:
-            raise OutOfMemory(f"one row of {model.name} does not fit into the device's memory")
-        torch.cuda.empty_cache()
-        self._halve(model, lane.kind, size // 2)
-        for chunk in _chunks(parts, size // 2):
-            self._run_halving(model, lane, chunk)
-
     def _halve(self, model: Model, kind: LaneKind, size: int) -> None:
         """No batch of that kind is larger from here on, and receipts say so."""
-        log.warning("out of memory, batch halved", model=model.name, lane=kind, size=size)
-        self._fits[model.lane, kind] = size
         model.batch_sizes[kind] = min(model.batch_sizes[kind], size)
         for job in [job for job in self._jobs.values() if job.model.lane == model.lane]:
             job.batch_sizes[kind] = min(job.batch_sizes[kind], size)
@@ -415,13 +383,10 @@ class Engine:
         assert job.work is not None, "a job with rows in a batch has a work"
         return job.work
 
-    def _size(self, lane: Lane) -> int:
-        return min(lane.size, self._fits.get((lane.model, lane.kind), lane.size))
-
     def _count(self, lane: Lane, rows: int, seconds: float) -> None:
         self.counters.batches += 1
         self.counters.rows += rows
-        self.counters.padding += max(0, self._size(lane) - rows) if self._batch_invariant else 0
+        self.counters.padding += self._runner.padding(lane, rows)
         key = (lane.model, lane.kind)
         self._batch_s[key] = max(seconds, 0.9 * self._batch_s.get(key, 0.0))
         rate = rows / max(seconds, 1e-9)
@@ -432,30 +397,8 @@ def _nothing() -> None:
     return None
 
 
-def _class_weights(model: Model, index: Sequence[int]) -> tuple[str, Tensor]:
-    assert model.gap is not None, "a model that is asked for its weights has a linear head"
-    return model.gap.layer.name, model.gap.weight[list(index)].to(model.dtype)
-
-
 def _tell(job: Job[Any], event: Event) -> None:
     try:
         job.tell(event)
     except Exception:  # whoever watches may be gone; the engine does not care
         log.debug("nobody to tell", job=job.id)
-
-
-def _chunks(parts: list[Part], size: int) -> list[list[Part]]:
-    """The same rows, cut into batches of at most `size`."""
-    chunks: list[list[Part]] = [[]]
-    room = size
-    for part in parts:
-        start = part.start
-        while start < part.stop:
-            if not room:
-                chunks.append([])
-                room = size
-            stop = min(part.stop, start + room)
-            chunks[-1].append(Part(part.work, start, stop))
-            room -= stop - start
-            start = stop
-    return chunks

@@ -68,7 +68,7 @@ class FirstCome(Generic[Lane]):
 
 def first_come(engine: Engine) -> None:
     """Before it starts."""
-    engine._scheduler = FirstCome(engine._size)  # type: ignore[assignment]
+    engine._scheduler = FirstCome(engine._runner.size)  # type: ignore[assignment]
 
 
 def continuous(engine: Engine) -> None:

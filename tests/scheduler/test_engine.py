@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camserve_server import engine as engine_module
 from camserve_server.device import Lane, Part, gradient
+from camserve_server.device import runner as runner_module
 from camserve_server.device.forward import Scoring
 from camserve_server.device.work import Total
 from camserve_server.engine import Engine
@@ -35,14 +35,14 @@ def model() -> Model:
 
 def limited(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
     """A device without room for more than `largest` rows."""
-    run = engine_module.run
+    run = runner_module.run
 
     def small(model: Model, lane: Lane, parts: Sequence[Part], size: int) -> None:
         if size > largest:
             raise torch.OutOfMemoryError("no room")
         run(model, lane, parts, size)
 
-    monkeypatch.setattr(engine_module, "run", small)
+    monkeypatch.setattr(runner_module, "run", small)
 
 
 @pytest.mark.parametrize("method", ["poly-cam", "opti-cam", "grad-cam"])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from camserve_server import engine as engine_module
+from camserve_server.device import runner as runner_module
 from camserve_server.errors import Cancelled, Expired, InternalError, OutOfMemory
 from camserve_server.job import Event, Limits
 from camserve_server.models.load import state_digest
@@ -188,13 +189,13 @@ def test_the_served_network_is_never_touched_and_company_changes_nothing(
 @pytest.fixture
 def most(monkeypatch: pytest.MonkeyPatch, copies: list[weakref.ref[Any]]) -> Iterator[list[int]]:
     """How many copies there were whenever a batch ran."""
-    run, seen = engine_module.run, list[int]()
+    run, seen = runner_module.run, list[int]()
 
     def counted(*args: Any) -> None:
         run(*args)
         seen.append(sum(copy() is not None for copy in copies))
 
-    monkeypatch.setattr(engine_module, "run", counted)
+    monkeypatch.setattr(runner_module, "run", counted)
     yield seen
 
 

@@ -100,6 +100,11 @@ class Model:
         logits = logits.double()
         return logits.sigmoid() if self.head == "sigmoid" else logits.softmax(dim=-1)
 
+    def class_weights(self, index: Sequence[int]) -> tuple[str, Tensor]:
+        """Of a linear head behind global average pooling: its layer's name, and the classes' weights [T, K]."""
+        assert self.gap is not None, "a model that is asked for its weights has a linear head"
+        return self.gap.layer.name, self.gap.weight[list(index)].to(self.dtype)
+
     def label(self, index: int) -> str:
         """The class's label, or nothing."""
         return self.labels[index] if self.labels else ""
