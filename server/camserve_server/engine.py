@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import structlog
 import torch
 
+from camserve_server.admission import WEIGHTS, Admission, Caller, Claim, Priority
 from camserve_server.device import Lane, Part, Work, start_work
 from camserve_server.device.runner import Runner
 from camserve_server.errors import (
@@ -26,7 +27,6 @@ from camserve_server.errors import (
     Expired,
     InternalError,
     OutOfMemory,
-    QueueFull,
     Unavailable,
 )
 from camserve_server.job import Counters, Event, Job, Limits, Progress
@@ -36,7 +36,7 @@ from camserve_server.plan import Answer, ClassWeights, Plan, Query, Randomise, R
 from camserve_server.scheduler import Batch, Scheduler
 
 NO_LIMITS = Limits()
-LONGEST_RETRY_S = 60.0  # rows are not only done: requests are cut short, expire and are cancelled
+ANYBODY = Caller()
 T = TypeVar("T")
 log = structlog.get_logger()
 
@@ -58,7 +58,7 @@ class Engine:
     ) -> None:
         self.models = models
         self.counters = Counters()
-        self._max_rows_owed = max_rows_owed
+        self._admission = Admission(max_rows_owed)
         self._runner = Runner(padded=batch_invariant, halved=self._halve)
         self._max_copies = max_copies
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -66,10 +66,8 @@ class Engine:
         self._jobs: dict[int, Job[Any]] = {}
         self._waiting: dict[int, Randomise] = {}  # for a copy, by job, the first come first
         self._ids = itertools.count(1)
-        self._lock = threading.Lock()  # guards what submit() reads and writes: _owed, _closing
-        self._owed: dict[int, int] = {}
-        self._closing = False
-        self._rows_per_s = 0.0
+        self._rows_per_s = 0.0  # as they are being done, with what the plans do between batches
+        self._busy_since: float | None = None  # the end of the last batch, unless nobody waited then
         self._batch_s: dict[tuple[str, LaneKind], float] = {}  # about the longest that batches take these days
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -89,29 +87,22 @@ class Engine:
         rows: int,
         limits: Limits = NO_LIMITS,
         batch_sizes: Mapping[LaneKind, int] | None = None,
+        caller: Caller = ANYBODY,
+        priority: Priority = "normal",
         tell: Callable[[Event], None] = lambda event: None,
     ) -> Job[T]:
         """Takes in a plan that will ask for at most about `rows` rows of `model`.
 
         `batch_sizes` are the model's own unless given. `tell` is called on the engine's thread and must not block.
-        Raises Unavailable while closing, QueueFull if too many rows would go before them.
+        Raises Unavailable while closing, QueueFull if too many rows would go before them or `caller` owes too many, and
+        Expired if they cannot be done by the deadline.
         """
-        now = time.monotonic()
-        with self._lock:
-            if self._closing:
-                raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)
-            sizes = {**model.batch_sizes, **(batch_sizes or {})}
-            job = Job(next(self._ids), plan, model, Future(), tell, rows, limits, now, sizes)
-            # The shorter goes first: of a longer request, about as many rows as its own pass it by.
-            before = sum(min(owed, job.left) for owed in self._owed.values())
-            if before and before + job.left > self._max_rows_owed:
-                wait_s = (before + job.left - self._max_rows_owed) / self._rows_per_s if self._rows_per_s else 1.0
-                raise QueueFull(
-                    f"{before} rows go before the {job.left} of this request; the limit is {self._max_rows_owed}",
-                    retry_after_s=min(wait_s, LONGEST_RETRY_S),
-                )
-            job.future.set_running_or_notify_cancel()  # only the engine settles it
-            self._owed[job.id] = job.left
+        sizes = {**model.batch_sizes, **(batch_sizes or {})}
+        now, weight = time.monotonic(), WEIGHTS[priority]
+        job = Job(next(self._ids), plan, model, Future(), tell, rows, limits, now, sizes, weight)
+        claim = Claim(job.left, limits.least, limits.rows_per_s, limits.deadline, caller, priority)
+        self._admission.admit(job.id, claim, self._rows_per_s)
+        job.future.set_running_or_notify_cancel()  # only the engine settles it
         self._inbox.put(lambda: self._begin(job))
         return job
 
@@ -121,10 +112,9 @@ class Engine:
 
     def close(self, grace_s: float = 0.0) -> None:
         """Takes in no more, finishes what runs within `grace_s` seconds, fails the rest, ends the thread."""
-        with self._lock:
-            self._closing = True
+        self._admission.close()
         until = time.monotonic() + grace_s
-        while self._owed and time.monotonic() < until and self._thread.is_alive():
+        while len(self._admission) and time.monotonic() < until and self._thread.is_alive():
             time.sleep(0.01)
         self._inbox.put(self._halt)
         if self._thread.is_alive():
@@ -132,8 +122,7 @@ class Engine:
 
     def rows_owed(self) -> int:
         """Rows of all requests that are not done."""
-        with self._lock:
-            return sum(self._owed.values())
+        return self._admission.rows_owed()
 
     # ---- the thread --------------------------------------------------------------------------------------------------
 
@@ -147,10 +136,11 @@ class Engine:
                     batch = self._scheduler.next_batch()
                     if batch is not None:
                         self._run_batch(batch)
+                    else:
+                        self._busy_since = None
         except BaseException as error:  # a bug of ours: nothing may wait for ever
             log.exception("engine died")
-            with self._lock:
-                self._closing = True
+            self._admission.close()
             for job in [*self._jobs.values()]:
                 self._finish(job, error=InternalError("the engine died"))
             self.died.set_exception(error)
@@ -294,14 +284,12 @@ class Engine:
             return work.answer
         job.lane, job.work = lane, work
         later = max(0, job.left - job.most)
-        self._scheduler.ask(job.id, lane, job.most, width=min(work.width, job.most), later=later)
+        self._scheduler.ask(job.id, lane, job.most, width=min(work.width, job.most), later=later, weight=job.weight)
         return None
 
     def _owe(self, job: Job[Any], rows: int) -> None:
         job.owed = max(0, rows)
-        with self._lock:
-            if job.id in self._owed:
-                self._owed[job.id] = job.left
+        self._admission.owe(job.id, job.left)
 
     def _run_batch(self, batch: Batch[Lane]) -> None:
         jobs = [self._jobs[take.job] for take in batch.takes]
@@ -312,7 +300,7 @@ class Engine:
         parts = [Part(self._work(job), t.start, t.stop) for job, t in zip(jobs, batch.takes, strict=True)]
         failures = self._runner.run(model, batch.lane, parts)
         rows = sum(part.stop - part.start for part in parts)
-        self._count(batch.lane, rows, time.monotonic() - started)
+        self._count(batch.lane, rows, started)
         for job, part in zip(jobs, parts, strict=True):
             self._advance(job, part, failures.get(id(part)))
 
@@ -366,8 +354,7 @@ class Engine:
         self._free_copy(job)
         del self._jobs[job.id]
         self.counters.rows_by_job.pop(job.id, None)
-        with self._lock:
-            self._owed.pop(job.id, None)
+        self._admission.leave(job.id)
         job.finished = time.monotonic()
         if error is None:
             job.future.set_result(result)
@@ -383,13 +370,14 @@ class Engine:
         assert job.work is not None, "a job with rows in a batch has a work"
         return job.work
 
-    def _count(self, lane: Lane, rows: int, seconds: float) -> None:
+    def _count(self, lane: Lane, rows: int, started: float) -> None:
         self.counters.batches += 1
         self.counters.rows += rows
         self.counters.padding += self._runner.padding(lane, rows)
-        key = (lane.model, lane.kind)
-        self._batch_s[key] = max(seconds, 0.9 * self._batch_s.get(key, 0.0))
-        rate = rows / max(seconds, 1e-9)
+        key, now = (lane.model, lane.kind), time.monotonic()
+        self._batch_s[key] = max(now - started, 0.9 * self._batch_s.get(key, 0.0))
+        rate = rows / max(now - (self._busy_since or started), 1e-9)
+        self._busy_since = now
         self._rows_per_s = 0.9 * (self._rows_per_s or rate) + 0.1 * rate
 
 

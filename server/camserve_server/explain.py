@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from camserve_server import spread
-from camserve_server.errors import Expired, OutOfRange
+from camserve_server.errors import OutOfRange
 from camserve_server.job import Limits
 from camserve_server.models.layers import Layer
 from camserve_server.models.model import Model
@@ -114,8 +114,8 @@ def limits(
 ) -> Limits:
     """What the request has to keep to, so that a method that can stop early does so in time.
 
-    `budget` rows (0: no limit); `deadline` of `time.monotonic()`. Raises OutOfRange for a budget, and Expired for a
-    deadline, that cannot be kept to even by an otherwise idle server.
+    `budget` rows (0: no limit); `deadline` of `time.monotonic()`. Raises OutOfRange for a budget that cannot be kept
+    to.
     """
     reserved = rows_of_metrics(model, call, metrics, targets)
     least = rows_needed(model, call, metrics, targets)
@@ -127,17 +127,11 @@ def limits(
         metrics_too = f", {reserved} of them for metrics" if reserved else ""
         why = "" if anytime else ", and cannot stop early"
         raise OutOfRange(f"{takes} here{metrics_too}{why}; the budget is {budget}", field="budget")
-    until = None
-    if deadline is not None and "forward" in model.rows_per_s:
-        left, rate = deadline - time.monotonic(), model.rows_per_s["forward"]
-        if least / rate > left:
-            raise Expired(
-                f"{takes}, {least / rate:.2g} s of an otherwise idle server; the deadline is in {max(0.0, left):.2g} s",
-                reason="DEADLINE_UNREACHABLE",
-            )
+    until, rate = None, model.rows_per_s.get("forward", 0.0)
+    if deadline is not None and anytime and rate:
         # Metrics, the answer and the way back need their time.
-        until = deadline - 1.5 * reserved / rate - 0.1 * left if anytime else None
-    return Limits(deadline, until, budget or None, reserved)
+        until = deadline - 1.5 * reserved / rate - 0.1 * (deadline - time.monotonic())
+    return Limits(deadline, until, budget or None, reserved, least, rate)
 
 
 def _subject(call: MethodCall | None) -> str:

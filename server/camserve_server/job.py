@@ -31,13 +31,16 @@ class Limits:
     """What a request must keep to: times are of `time.monotonic()`.
 
     After `deadline` it has failed. From `until` on, or when `budget` rows but those `reserved` for what comes later are
-    spent, questions that have a `least` are answered with what is there.
+    spent, questions that have a `least` are answered with what is there. It cannot do with less than `least` rows, of
+    which the model does `rows_per_s` at best.
     """
 
     deadline: float | None = None
     until: float | None = None
     budget: int | None = None
     reserved: int = 0
+    least: int = 0
+    rows_per_s: float = 0.0
 
 
 @dataclass(eq=False)
@@ -56,6 +59,7 @@ class Job(Generic[T]):
     limits: Limits
     submitted: float
     batch_sizes: dict[LaneKind, int]  # those that it runs at, less if memory has run out
+    weight: float = 1.0  # the scheduler takes it to owe so many times its rows
     rows: int = 0
     batches: int = 0
     first_batch: float | None = None

@@ -5,13 +5,15 @@ of each until it is full. Who goes first:
 
 - Shortest first: the job that owes the fewest rows in all, so that a Grad-CAM that needs one row passes a Poly-CAM that
   owes three thousand.
+- Weights: a job of weight 16 is taken to owe sixteen times its rows, one of weight 1/16 a sixteenth of them.
 - Nobody starves: what a job is taken to owe halves with every `PATIENCE` batches that pass it by.
-- Nobody takes all: while others wait for the same lane, a job gets at most half of a batch in the first round; what
-  they leave is then shared out in the same order.
+- Nobody takes all: while others that weigh no more wait for the same lane, a job gets at most half of a batch in the
+  first round; what they leave is then shared out in the same order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -44,6 +46,7 @@ class _Question(Generic[Lane]):
     rows: int
     width: int
     later: int  # rows that the job will ask for after this question
+    weight: float
     asked_at: int  # the batch number at which it last had a row, or was asked
     cursor: int = 0
 
@@ -64,9 +67,11 @@ class Scheduler(Generic[Lane]):
         """Jobs that wait for rows."""
         return len(self._questions)
 
-    def ask(self, job: int, lane: Lane, rows: int, *, width: int | None = None, later: int = 0) -> None:
+    def ask(
+        self, job: int, lane: Lane, rows: int, *, width: int | None = None, later: int = 0, weight: float = 1.0
+    ) -> None:
         """The job owes `rows` (at least 1) in `lane`, at most `width` of them in one batch, and `later` ones after."""
-        self._questions[job] = _Question(lane, rows, width or rows, later, self._batches)
+        self._questions[job] = _Question(lane, rows, width or rows, later, weight, self._batches)
 
     def drop(self, job: int) -> None:
         """Forgets the job's question, if it has one."""
@@ -83,12 +88,15 @@ class Scheduler(Generic[Lane]):
         order = sorted(self._questions, key=self._rank)
         lane = self._questions[order[0]].lane
         waiting = [job for job in order if self._questions[job].lane == lane]
-        room = self._size(lane)
+        size = room = self._size(lane)
         taken = dict.fromkeys(waiting, 0)
-        for cap in ((room + 1) // 2, room):
+        # From the second lightest on, there is another that weighs no more.
+        shared = [*sorted(self._questions[job].weight for job in waiting), math.inf][1]
+        for cap in ((size + 1) // 2, size):
             for job in waiting:
                 question = self._questions[job]
-                more = min(room, cap - taken[job], min(question.left, question.width) - taken[job])
+                most = cap if question.weight >= shared else size
+                more = min(room, most - taken[job], min(question.left, question.width) - taken[job])
                 if more > 0:
                     taken[job] += more
                     room -= more
@@ -98,7 +106,7 @@ class Scheduler(Generic[Lane]):
     def _rank(self, job: int) -> tuple[float, int]:
         question = self._questions[job]
         waited = self._batches - question.asked_at
-        return ((question.left + question.later) * 0.5 ** (waited / PATIENCE), job)
+        return ((question.left + question.later) * question.weight * 0.5 ** (waited / PATIENCE), job)
 
     def _take(self, job: int, rows: int) -> Take:
         question = self._questions[job]

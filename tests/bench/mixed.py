@@ -44,7 +44,9 @@ class FirstCome(Generic[Lane]):
     def __len__(self) -> int:
         return len(self._questions)
 
-    def ask(self, job: int, lane: Lane, rows: int, *, width: int | None = None, later: int = 0) -> None:
+    def ask(
+        self, job: int, lane: Lane, rows: int, *, width: int | None = None, later: int = 0, weight: float = 1.0
+    ) -> None:
         """As the scheduler's."""
         self._questions[job] = _Question(lane, rows, width or rows)
 

@@ -154,6 +154,30 @@ def test_alone_a_plan_has_the_whole_batch() -> None:
     assert sizes == [[8], [8], [4]]
 
 
+def test_a_heavier_plan_waits_but_does_not_starve() -> None:
+    """Of two that owe as much: the light one has the batches, and now and then the other one half of one."""
+    scheduler: Scheduler[str] = Scheduler(lambda lane: 8)
+    scheduler.ask(1, "forward", 3000, weight=16.0)
+    scheduler.ask(2, "forward", 3000, weight=1 / 16)
+    taken = {1: 0, 2: 0}
+    for _ in range(200):
+        batch = scheduler.next_batch()
+        assert batch is not None
+        for take in batch.takes:
+            taken[take.job] += take.stop - take.start
+    assert sum(taken.values()) == 1600
+    assert 20 <= taken[1] <= 80
+
+
+def test_a_light_plan_passes_a_shorter_one() -> None:
+    scheduler: Scheduler[str] = Scheduler(lambda lane: 8)
+    scheduler.ask(1, "forward", 200)
+    scheduler.ask(2, "forward", 3000, weight=1 / 16)
+    batch = scheduler.next_batch()
+    assert batch is not None
+    assert [(take.job, take.stop - take.start) for take in batch.takes] == [(2, 8)]
+
+
 def test_an_iterative_plan_has_one_row_a_batch() -> None:
     scheduler: Scheduler[str] = Scheduler(lambda lane: 4)
     scheduler.ask(1, "ascend", 3, width=1)
