@@ -10,7 +10,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from camserve_server.errors import (
     OutOfMemory,
     Unavailable,
 )
-from camserve_server.job import Counters, Event, Job, Limits, Progress
+from camserve_server.job import Counters, Event, Job, Limits, Progress, Ran
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.randomise import RandomCopy, weighted_layers
 from camserve_server.plan import Answer, ClassWeights, Plan, Query, Randomise, Remark, Report, Spare, WeightedLayers
@@ -37,6 +37,7 @@ from camserve_server.scheduler import Batch, Scheduler
 
 NO_LIMITS = Limits()
 ANYBODY = Caller()
+MOST_RAN = 16  # of a request's batches, those that are remembered one by one
 T = TypeVar("T")
 log = structlog.get_logger()
 
@@ -50,13 +51,11 @@ class Engine:
 
     def __init__(
         self,
-        models: Mapping[str, Model],
         *,
         max_rows_owed: int = 200_000,
         batch_invariant: bool = True,
         max_copies: int = 2,
     ) -> None:
-        self.models = models
         self.counters = Counters()
         self._admission = Admission(max_rows_owed)
         self._runner = Runner(padded=batch_invariant, halved=self._halve)
@@ -65,6 +64,7 @@ class Engine:
         self._scheduler: Scheduler[Lane] = Scheduler(self._runner.size)
         self._jobs: dict[int, Job[Any]] = {}
         self._waiting: dict[int, Randomise] = {}  # for a copy, by job, the first come first
+        self._between: set[Future[None]] = set()
         self._ids = itertools.count(1)
         self._rows_per_s = 0.0  # as they are being done, with what the plans do between batches
         self._busy_since: float | None = None  # the end of the last batch, unless nobody waited then
@@ -110,6 +110,26 @@ class Engine:
         """Drops the job at the next batch; its future raises Cancelled."""
         self._inbox.put(lambda: self._end(job, error=Cancelled("the caller cancelled the request")))
 
+    def between(self, steps: Iterator[None]) -> Future[None]:
+        """Runs the steps on the engine's thread, batches of others between them; done with the last one."""
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # only the engine settles it
+        self._between.add(done)
+        done.add_done_callback(self._between.discard)
+
+        def step() -> None:
+            try:
+                next(steps)
+            except StopIteration:
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                self._inbox.put(step)
+
+        self._inbox.put(step)
+        return done
+
     def close(self, grace_s: float = 0.0) -> None:
         """Takes in no more, finishes what runs within `grace_s` seconds, fails the rest, ends the thread."""
         self._admission.close()
@@ -146,19 +166,17 @@ class Engine:
             self.died.set_exception(error)
         else:
             self.died.set_result(None)
+        finally:
+            for steps in [*self._between]:
+                steps.set_exception(Unavailable("the server has shut down", retry_after_s=1.0))
 
     def _read_inbox(self) -> None:
-        """Does what others asked for; waits for it if there is nothing else to do."""
-        block = not len(self._scheduler)
-        while True:
-            try:
-                command = self._inbox.get(block=block)
-            except queue.Empty:
-                return
-            command()
+        """Does what others have asked for so far; waits for it if there is nothing else to do."""
+        commands = max(self._inbox.qsize(), 0 if len(self._scheduler) else 1)
+        for _ in range(commands):
+            self._inbox.get()()
             if self._stop:
                 return
-            block = False
 
     def _halt(self) -> None:
         self._stop = True
@@ -202,7 +220,7 @@ class Engine:
         while True:
             try:
                 # The first send of a generator must be None; it has asked for nothing yet.
-                query = job.plan.send(answer)  # type: ignore[arg-type]
+                query = job.context.run(job.plan.send, answer)  # type: ignore[arg-type]
                 if torch.is_grad_enabled():
                     torch.set_grad_enabled(False)
                     raise RuntimeError("the plan left the grad mode on across a yield")
@@ -299,9 +317,10 @@ class Engine:
             job.first_batch = job.first_batch or started
         parts = [Part(self._work(job), t.start, t.stop) for job, t in zip(jobs, batch.takes, strict=True)]
         failures = self._runner.run(model, batch.lane, parts)
-        rows = sum(part.stop - part.start for part in parts)
-        self._count(batch.lane, rows, started)
+        ran = self._count(model, batch.lane, sum(part.stop - part.start for part in parts), started)
         for job, part in zip(jobs, parts, strict=True):
+            if len(job.ran) < MOST_RAN:
+                job.ran.append((ran, part.stop - part.start))
             self._advance(job, part, failures.get(id(part)))
 
     def _halve(self, model: Model, kind: LaneKind, size: int) -> None:
@@ -309,6 +328,7 @@ class Engine:
         model.batch_sizes[kind] = min(model.batch_sizes[kind], size)
         for job in [job for job in self._jobs.values() if job.model.lane == model.lane]:
             job.batch_sizes[kind] = min(job.batch_sizes[kind], size)
+            job.context.run(log.warning, "out of memory, batch halved", model=model.name, lane=kind, size=size)
             if job.rows:
                 _tell(job, Remark(f"memory ran out: batches are of {size} rows since; a replay may differ"))
 
@@ -363,22 +383,22 @@ class Engine:
         elif isinstance(error, torch.OutOfMemoryError):  # in the plan itself, not in a batch
             job.future.set_exception(OutOfMemory(f"what it keeps of {job.model.name} does not fit into memory"))
         else:
-            log.error("plan failed", job=job.id, exc_info=error)
+            job.context.run(log.error, "plan failed", exc_info=error)
             job.future.set_exception(InternalError("an internal error; the server's log says more"))
 
     def _work(self, job: Job[Any]) -> Work:
         assert job.work is not None, "a job with rows in a batch has a work"
         return job.work
 
-    def _count(self, lane: Lane, rows: int, started: float) -> None:
-        self.counters.batches += 1
-        self.counters.rows += rows
-        self.counters.padding += self._runner.padding(lane, rows)
+    def _count(self, model: Model, lane: Lane, rows: int, started: float) -> Ran:
         key, now = (lane.model, lane.kind), time.monotonic()
+        ran = Ran(self.counters.batches + 1, lane.kind, rows, self._runner.padding(lane, rows), started, now)
+        self.counters.count(model, ran)
         self._batch_s[key] = max(now - started, 0.9 * self._batch_s.get(key, 0.0))
         rate = rows / max(now - (self._busy_since or started), 1e-9)
         self._busy_since = now
         self._rows_per_s = 0.9 * (self._rows_per_s or rate) + 0.1 * rate
+        return ran
 
 
 def _nothing() -> None:
@@ -389,4 +409,4 @@ def _tell(job: Job[Any], event: Event) -> None:
     try:
         job.tell(event)
     except Exception:  # whoever watches may be gone; the engine does not care
-        log.debug("nobody to tell", job=job.id)
+        job.context.run(log.debug, "nobody to tell")

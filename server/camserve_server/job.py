@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -12,6 +14,7 @@ from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.randomise import RandomCopy
 from camserve_server.plan import Level, Plan, Randomised, Remark, Stage
 
+BATCH_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 T = TypeVar("T")
 
 
@@ -43,6 +46,18 @@ class Limits:
     rows_per_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A batch that was run: the engine's `number` of it, its rows, those of nothing, and its times of `monotonic()`."""
+
+    number: int
+    kind: LaneKind
+    rows: int
+    padding: int
+    started: float
+    finished: float
+
+
 @dataclass(eq=False)
 class Job(Generic[T]):
     """A plan in flight. `future` gives its result or raises a CamserveError; `cancel` may be called from any thread.
@@ -70,6 +85,8 @@ class Job(Generic[T]):
     most: int = 0  # rows that the work may take
     done: int = 0  # rows that it has had
     cut_at: int = 0  # rows of the job when a question of its was answered early; 0 if none was
+    ran: list[tuple[Ran, int]] = field(default_factory=list)  # the first batches that it was part of, its rows in each
+    context: Context = field(default_factory=copy_context)  # of whoever handed it in: log lines about it say the same
 
     @property
     def network(self) -> Model:
@@ -94,10 +111,32 @@ class Job(Generic[T]):
 
 
 @dataclass
+class LaneCounters:
+    """The batches of one lane: rows, rows of nothing, seconds, and how many took up to each of BATCH_BOUNDS_S."""
+
+    rows: int = 0
+    padding: int = 0
+    seconds: float = 0.0
+    within: list[int] = field(default_factory=lambda: [0] * (len(BATCH_BOUNDS_S) + 1))  # the last: longer than all
+
+
+@dataclass
 class Counters:
-    """What the engine has done since it started."""
+    """What the engine has done since it started; `lanes` by model, precision and kind."""
 
     batches: int = 0
     rows: int = 0
     padding: int = 0
     rows_by_job: dict[int, int] = field(default_factory=dict)
+    lanes: dict[tuple[str, str, LaneKind], LaneCounters] = field(default_factory=dict)
+
+    def count(self, model: Model, ran: Ran) -> None:
+        """Adds a batch of the model."""
+        self.batches += 1
+        self.rows += ran.rows
+        self.padding += ran.padding
+        lane = self.lanes.setdefault((model.name, model.precision, ran.kind), LaneCounters())
+        lane.rows += ran.rows
+        lane.padding += ran.padding
+        lane.seconds += ran.finished - ran.started
+        lane.within[bisect_left(BATCH_BOUNDS_S, ran.finished - ran.started)] += 1

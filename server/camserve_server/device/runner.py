@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import structlog
 import torch
 
 from camserve_server.device import Lane, Part, run
 from camserve_server.errors import OutOfMemory
 from camserve_server.models.model import LaneKind, Model
-
-log = structlog.get_logger()
 
 
 class Runner:
@@ -62,7 +59,6 @@ class Runner:
         if size == 1:
             raise OutOfMemory(f"one row of {model.name} does not fit into the device's memory")
         torch.cuda.empty_cache()
-        log.warning("out of memory, batch halved", model=model.name, lane=lane.kind, size=size // 2)
         self._fits[lane.model, lane.kind] = size // 2
         self._halved(model, lane.kind, size // 2)
         for chunk in _chunks(parts, size // 2):
