@@ -50,7 +50,7 @@ proto: install  ## generate the stubs from proto/
 	$(BIN)/python -m grpc_tools.protoc --proto_path=proto \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	  --python_out=$(OUT) --grpc_python_out=$(OUT) --mypy_out=$(OUT) --mypy_grpc_out=$(OUT) \
-	  camserve/v1/explain.proto
+	  camserve/v1/explain.proto camserve/v1/admin.proto
 OUT ?= client
 
 proto-check: install  # the committed stubs are those that proto/ gives

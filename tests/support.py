@@ -65,9 +65,9 @@ def as_model(
 
 
 @contextmanager
-def running(*models: Model, **options: Any) -> Iterator[Engine]:
+def running(**options: Any) -> Iterator[Engine]:
     """An engine on its thread."""
-    engine = Engine({model.name: model for model in models}, **options)
+    engine = Engine(**options)
     engine.start()
     try:
         yield engine
@@ -122,7 +122,7 @@ def submit(
 
 def explained(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **kwargs: Any) -> Explained:
     """The result of one request, alone on an engine of its own."""
-    with running(model) as engine:
+    with running() as engine:
         return submit(engine, model, x, subject, *args, **kwargs).future.result(timeout=240)
 
 

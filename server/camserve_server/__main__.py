@@ -15,10 +15,12 @@ from camserve_server.errors import ConfigError
 from camserve_server.service.server import Server, run
 
 
-def serve(*, config: Path | None = None, listen: str | None = None, device: str | None = None) -> int:
+def serve(
+    *, config: Path | None = None, listen: str | None = None, device: str | None = None, insecure: bool | None = None
+) -> int:
     """Serves until it is told to stop. Returns the exit status: 0 after a drain, 1 if it broke, 2 if misconfigured."""
     try:
-        settings = read(config, listen=listen, device=device)
+        settings = read(config, listen=listen, device=device, insecure=insecure)
         log_to_stderr(settings)
         return asyncio.run(run(settings, _say_ready))
     except ConfigError as error:
@@ -42,8 +44,8 @@ def log_to_stderr(config: Config) -> None:
 
 
 def _say_ready(server: Server) -> None:
-    assert server.engine is not None, "a ready server has an engine"
-    print(f"camserve is ready on {server.address}, serving {', '.join(server.engine.models)}", flush=True)
+    health = f", health on {server.health_address}" if server.health_address else ""
+    print(f"camserve is ready on {server.address}{health}, serving {', '.join(server.models)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import ipaddress
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -12,6 +14,8 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from camserve_server.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
+Address = Annotated[str, Field(pattern=r"^.+:\d+$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _one_or_three(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -40,6 +44,9 @@ class ModelConfig(BaseModel):
     weights: Annotated[
         str | None,
         Field(description='A .safetensors, .pt or .pth file, a torchvision name of weights, or timm\'s "pretrained".'),
+    ] = None
+    weights_sha256: Annotated[
+        Sha256 | None, Field(description="Of the file of weights, in hexadecimal; another file is refused.")
     ] = None
     allow_random_weights: Annotated[bool, Field(description="Serve a network of torchvision or timm untrained.")] = (
         False
@@ -111,6 +118,70 @@ class ModelConfig(BaseModel):
         path = None if self.weights is None else self.resolve(self.weights)
         return path if path is not None and path.is_file() else None
 
+    def check_pin(self) -> None:
+        """Raises ConfigError unless the file of weights is the one that `weights_sha256` pins, if it pins one."""
+        if self.weights_sha256 is None:
+            return
+        where = f"models.{self.name}.weights_sha256"
+        if self.weights_file is None:
+            raise ConfigError(f"{where}: only a file can be pinned, and weights names none that is there")
+        with self.weights_file.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.weights_sha256:
+            raise ConfigError(f"{where}: {self.weights} is another file: its sha256 is {found}")
+
+
+class TLSConfig(BaseModel):
+    """The `[tls]` table. Relative paths are looked up beside the configuration file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    certificate: Annotated[
+        str, Field(description="A PEM file: the server's certificate, then those between it and the CA.")
+    ]
+    key: Annotated[str, Field(description="A PEM file: the certificate's private key, not encrypted.")]
+    client_ca: Annotated[
+        str | None,
+        Field(description="A PEM file of CAs. If given, callers need a certificate that one of them signed."),
+    ] = None
+    allowed_subjects: Annotated[
+        list[str] | None,
+        Field(
+            min_length=1,
+            description="Common names or DNS names of the clients that may call; all of the CA's if left out.",
+        ),
+    ] = None
+
+    _folder: Path = Path()
+
+    @model_validator(mode="after")
+    def _know_subjects_by_their_certificates(self) -> Self:
+        if self.allowed_subjects is not None and self.client_ca is None:
+            raise ValueError("allowed_subjects: without client_ca no caller shows a certificate")
+        return self
+
+    def resolve(self, path: str) -> Path:
+        """The path, looked up beside the configuration file."""
+        return self._folder / path
+
+
+class TokenConfig(BaseModel):
+    """One `[[tokens]]` table: a bearer token, of which only the hash is known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Of the caller.")]
+    sha256: Annotated[
+        Sha256, Field(description="Of the token, in hexadecimal, as `camserve token` prints it.", repr=False)
+    ]
+    admin: Annotated[bool, Field(description="Whether it may also call the AdminService.")] = False
+    max_rows_owed: Annotated[
+        Positive | None, Field(description="Of all its requests together; max_rows_owed_per_caller if left out.")
+    ] = None
+    priority: Annotated[
+        Literal["low", "normal", "high"], Field(description="The highest that its requests can have.")
+    ] = "high"
+
 
 def embedded() -> ModelConfig:
     """The model that is served where the configuration names none: EfficientNet-Lite0 with its ImageNet weights."""
@@ -122,9 +193,17 @@ class Config(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="CAMSERVE_", extra="forbid")
 
-    listen: Annotated[str, Field(pattern=r"^.+:\d+$", description="HOST:PORT; port 0 takes a free one.")] = (
-        "127.0.0.1:50051"
-    )
+    listen: Annotated[Address, Field(description="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:50051"
+    insecure: Annotated[bool, Field(description="Let others than this machine's processes call without TLS.")] = False
+    tls: Annotated[TLSConfig | None, Field(description="Encrypt, and know callers by certificates.")] = None
+    tokens: Annotated[list[TokenConfig], Field(description="Bearer tokens; if there are any, calls need one.")] = []
+    health_listen: Annotated[
+        Address | None, Field(description="A second, plaintext listener, which serves Health only, for probes.")
+    ] = None
+    admin_listen: Annotated[
+        Address | None, Field(description="A listener of its own for operators, who load and unload models.")
+    ] = None
+    reflection: Annotated[bool, Field(description="Serve gRPC server reflection.")] = True
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto takes a GPU if any.")] = "auto"
     models: Annotated[list[ModelConfig], Field(description="The embedded model if there are none.")] = []
     threads: Annotated[
@@ -136,10 +215,22 @@ class Config(BaseSettings):
     max_rows_owed: Annotated[Positive, Field(description="Requests beyond it are refused until rows are done.")] = (
         200_000
     )
+    max_rows_owed_per_caller: Annotated[
+        Positive | None, Field(description="Of all requests of a caller together; tokens may say otherwise.")
+    ] = None
+    max_model_bytes: Annotated[
+        Positive | None, Field(description="Of the weights of all loaded models; the least recently used makes room.")
+    ] = None
     max_image_pixels: Annotated[Positive, Field(description="Of an image before it is resized.")] = 50_000_000
     max_message_bytes: Annotated[Positive, Field(description="Of a gRPC message in either direction.")] = 64 << 20
     grace_s: Annotated[float, Field(ge=0, description="How long running requests may take after SIGTERM.")] = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    _file: Path | None = None
+
+    def models_now(self) -> list[ModelConfig]:
+        """The models as the configuration file has them by now. Raises ConfigError."""
+        return read(self._file).models if self._file else self.models
 
     @model_validator(mode="after")
     def _unique_names(self) -> Self:
@@ -147,6 +238,22 @@ class Config(BaseSettings):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"models: the name {twice.pop()!r} is given twice")
+        return self
+
+    @model_validator(mode="after")
+    def _tell_tokens_apart(self) -> Self:
+        for key in ("name", "sha256"):
+            if len({getattr(token, key) for token in self.tokens}) < len(self.tokens):
+                raise ValueError(f"tokens: two have the same {key}")
+        return self
+
+    @model_validator(mode="after")
+    def _keep_plaintext_at_home(self) -> Self:
+        if self.tls is None and not self.insecure and not _is_loopback(self.listen):
+            raise ValueError(
+                f"listen: {self.listen} can be reached from other machines, and there is no TLS; give [tls] with a "
+                "certificate and a key, listen on 127.0.0.1, or set insecure = true if you trust the network"
+            )
         return self
 
 
@@ -163,8 +270,9 @@ def read(path: Path | None = None, **flags: Any) -> Config:
     except ValidationError as error:
         raise ConfigError("; ".join(_line(detail, data) for detail in error.errors())) from error
     config.models = config.models or [embedded()]
-    for model in config.models:
-        model._folder = path.parent if path else Path()
+    config._file = path
+    for table in (*config.models, *([config.tls] if config.tls else [])):
+        table._folder = path.parent if path else Path()
     return config
 
 
@@ -190,7 +298,16 @@ def _line(detail: Any, data: dict[str, Any]) -> str:
             place: tuple[Any, ...] = ("models", _name(data, i), *rest)
         case place:
             pass
-    return f"{'.'.join(map(str, place)) or 'configuration'}: {detail['msg']}"
+    # Errors of the whole configuration name the key themselves.
+    return ": ".join(filter(None, (".".join(map(str, place)), detail["msg"].removeprefix("Value error, "))))
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name may be anything
+        return False
 
 
 def _name(data: dict[str, Any], i: int) -> str | int:

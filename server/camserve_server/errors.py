@@ -9,6 +9,8 @@ CamserveError
 ├── QueueFull            RESOURCE_EXHAUSTED   too many rows owed: try again after `retry_after_s`
 ├── OutOfMemory          RESOURCE_EXHAUSTED   even one row does not fit
 ├── Unavailable          UNAVAILABLE          loading or draining: try again, perhaps elsewhere
+├── Unauthenticated      UNAUTHENTICATED      no token, or an unknown one
+├── PermissionDenied     PERMISSION_DENIED    a known caller, who may not do this
 ├── Expired              DEADLINE_EXCEEDED    the caller's deadline passed while waiting or running
 ├── Cancelled            CANCELLED            the caller went away
 └── InternalError        INTERNAL             our bug; its traceback stays in the log
@@ -98,6 +100,20 @@ class Unavailable(CamserveError):
 
     code = "UNAVAILABLE"
     reason = "UNAVAILABLE"
+
+
+class Unauthenticated(CamserveError):
+    """The caller has no token, or an unknown one."""
+
+    code = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(CamserveError):
+    """The caller is known, and may not do this."""
+
+    code = "PERMISSION_DENIED"
+    reason = "PERMISSION_DENIED"
 
 
 class Expired(CamserveError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, get_args
 
@@ -27,10 +27,16 @@ SLOW_S = 2.0  # a batch that takes longer would make cancelling slow, whatever i
 
 def warm_up(model: Model, batch_size: int | None = None) -> None:
     """Sets `model.batch_sizes`: the smallest near enough to the best throughput, or `batch_size` for all lanes."""
+    for _ in warming_up(model, batch_size):
+        pass
+
+
+def warming_up(model: Model, batch_size: int | None = None) -> Iterator[None]:
+    """The same batch by batch, for a thread that has others to run between them."""
     for kind, query in _queries(model).items():
         sizes = (batch_size,) if batch_size else SIZES[model.device.type]
         try:
-            size, model.rows_per_s[kind] = _best(partial(_seconds, model, query), sizes, NEAR_BEST[kind])
+            size, model.rows_per_s[kind] = yield from _best(partial(_seconds, model, query), sizes, NEAR_BEST[kind])
         except Unservable as error:  # methods of other lanes can be served all the same
             log.warning("a lane cannot be served", model=model.name, lane=kind, reason=error.message)
             size = model.batch_sizes["forward"]
@@ -55,12 +61,14 @@ def _queries(model: Model) -> dict[LaneKind, Callable[[int], Query[Any]]]:
     }
 
 
-def _best(seconds: Callable[[int], float], sizes: tuple[int, ...], near: float) -> tuple[int, float]:
+def _best(
+    seconds: Callable[[int], Generator[None, None, float]], sizes: tuple[int, ...], near: float
+) -> Generator[None, None, tuple[int, float]]:
     """The size, and its rows a second."""
     rates: dict[int, float] = {}
     for size in sizes:
         try:
-            took = seconds(size)
+            took = yield from seconds(size)
         except torch.OutOfMemoryError:
             if not rates:
                 raise
@@ -72,9 +80,10 @@ def _best(seconds: Callable[[int], float], sizes: tuple[int, ...], near: float) 
     return next((size, rate) for size, rate in rates.items() if rate >= near * max(rates.values()))
 
 
-def _seconds(model: Model, query: Callable[[int], Query[Any]], size: int) -> float:
+def _seconds(model: Model, query: Callable[[int], Query[Any]], size: int) -> Generator[None, None, float]:
     times: list[float] = []
     while len(times) < 3 or sum(times) < MEASURE_S:
+        yield
         lane, work = start_work(query(size), model, dict.fromkeys(get_args(LaneKind), size))
         _synchronize(model)
         start = time.perf_counter()

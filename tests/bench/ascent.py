@@ -125,7 +125,7 @@ def _timed(
     maps: dict[str, list[Tensor]], name: str, subject: Subject, images: Sequence[Tensor], steps: int, at_once: int
 ) -> Timed:
     call = subject.call("opti-cam", steps=steps)
-    with ours.engine(subject.model) as running:
+    with ours.engine() as running:
 
         def go() -> None:
             maps[name] = []

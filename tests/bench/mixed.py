@@ -111,12 +111,12 @@ def _measure(bench: Bench, found: Findings, subject: Subject, budget: int) -> No
     for turn in range(bench.rounds):
         for way, prepare in WAYS.items():
             bench.step(f"{subject.name}: mixed load, {way}")
-            with ours.engine(subject.model, prepare=prepare) as running:
+            with ours.engine(prepare=prepare) as running:
                 got, rate = load(running, subject, budget, seconds, LONG, seed=turn)
             waits[way] += got
             rates[way].append(rate)
     bench.step(f"{subject.name}: Grad-CAM alone")
-    with ours.engine(subject.model) as running:
+    with ours.engine() as running:
         waits["alone"], rate = load(running, subject, budget, seconds / 3, 0, seed=0)
         rates["alone"].append(rate)
     p99 = {way: percentile(times, 0.99) for way, times in waits.items()}

@@ -93,9 +93,9 @@ class Watched:
 
 
 @contextmanager
-def engine(*models: Model, prepare: Callable[[Engine], None] = lambda engine: None) -> Iterator[Engine]:
+def engine(*, prepare: Callable[[Engine], None] = lambda engine: None) -> Iterator[Engine]:
     """Runs on its thread, which ends with it."""
-    running = Engine({model.name: model for model in models})
+    running = Engine()
     prepare(running)
     running.start()
     try:
@@ -134,7 +134,7 @@ def submit(
 
 def run(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **kwargs: Any) -> Watched:
     """One request on an engine of its own."""
-    with engine(model) as running:
+    with engine() as running:
         watched = submit(running, model, x, subject, *args, **kwargs)
         _ = watched.result
     return watched  # the engine's thread has ended, so `end` has been called

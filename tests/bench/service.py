@@ -85,7 +85,7 @@ def measure(bench: Bench, found: Findings, subject: Subject, address: str) -> No
                 return _explained(client, subject, load, pixels)
 
             maps["grpc"] = through_grpc().saliency
-            with ours.engine(subject.model) as running:
+            with ours.engine() as running:
                 job = _submitted(running, subject, subject.x, load)
                 maps["engine"] = job.result.maps[0].numpy()
             agree = f"maps to {np.abs(maps['grpc'] - maps['engine']).max():.0e}"
@@ -110,7 +110,7 @@ def _measure(
         return timed
 
     def in_process() -> Timed:
-        with ours.engine(subject.model) as running:
+        with ours.engine() as running:
             return note("in process", lambda: _request(running, subject, load))
 
     sides = {"in process": in_process, "gRPC": lambda: note("gRPC", lambda: through_grpc().cost.rows)}

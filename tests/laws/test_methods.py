@@ -126,7 +126,7 @@ def test_alone_and_among_others_the_bits_are_the_same(network: str) -> None:
     def ask(engine: Engine, method: str, x: Tensor, targets: list[int]) -> Job[Explained]:
         return submit(engine, model, x, quick(model, method), targets, metrics)
 
-    with running(model) as engine:
+    with running() as engine:
         together = [ask(engine, *request) for request in requests]
         in_company = [job.future.result(timeout=120) for job in together]
         batches, rows = engine.counters.batches, engine.counters.rows
@@ -181,7 +181,7 @@ def test_only_the_seed_is_chance(network: str, model: Model, method: str, x: Ten
 
 @each
 def test_a_budget_is_kept(model: Model, method: str, x: Tensor) -> None:
-    with running(model) as engine:
+    with running() as engine:
         whole = submit(engine, model, x, quick(model, method), [2])
         full = whole.future.result(timeout=120)
         entry, scores = registry.METHODS[method], [metric("average-gain")]
@@ -282,7 +282,7 @@ def test_a_network_that_gives_no_numbers(network: str, method: str, x: Tensor) -
 def test_the_rows_are_those_announced(model: Model, method: str, x: Tensor) -> None:
     """No more than `rows` promises, which is what requests are admitted by."""
     asked = quick(model, method)
-    with running(model) as engine:
+    with running() as engine:
         job = submit(engine, model, x, asked, [1, 2])
         job.future.result(timeout=120)
     assert 1 <= job.rows <= rows_needed(model, asked, (), 2)
@@ -350,7 +350,7 @@ def test_metrics_lie_in_their_range(model: Model, name: str) -> None:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_metrics_take_the_rows_announced_and_no_chance_but_the_seed(model: Model, name: str, x: Tensor) -> None:
     asked, entry = quick(model, "smooth-grad"), registry.METRICS[name]
-    with running(model) as engine:
+    with running() as engine:
 
         def score(seed: int) -> Measured:
             scored = [metric(name, seed=seed, **QUICK_METRICS.get(name, {}))]
@@ -370,7 +370,7 @@ def test_what_the_clock_has_cut_can_be_made_again() -> None:
     model = as_model(net)
     nn.init.constant_(net.c3.bias, -1e9)  # type: ignore[arg-type]
     x, asked = noise(3, 32, 32), call(model, "poly-cam")
-    with running(model) as engine:
+    with running() as engine:
         plan = explain(model, model.image(x), [2], asked, ())
         late = engine.submit(plan, model, rows=100, limits=Limits(until=time.monotonic()))
         cut = late.future.result(timeout=60)
@@ -396,7 +396,7 @@ def test_no_parameter_keeps_the_engine_busy_before_the_first_row(method: str) ->
     """All callers wait while a plan computes: at the limits of its parameters it still asks soon."""
     entry, model = registry.METHODS[method], as_model(nets.tiny_vit() if "attention" in method else nets.tiny_cnn())
     most = {p.name: int(p.range.maximum) for p in entry.parameters if type(p.default) is int and p.range}
-    with running(model) as engine:
+    with running() as engine:
         begun = time.monotonic()
         job = submit(engine, model, noise(3, 32, 32), call(model, method, None, **most))
         submit(engine, model, noise(3, 32, 32), call(model, "grad-cam"), 1).future.result(timeout=60)

@@ -83,7 +83,7 @@ def test_attention_and_its_copies(x):
 def test_bits_do_not_depend_on_company(model, x):
     at = model.at("bf16")
     alone = explained(at, x, call(at, "poly-cam"), [2]).maps
-    with running(model) as engine:
+    with running() as engine:
         others = [
             submit(engine, model.at(each), noise(3, 32, 32, seed=i), call(model, "rise", masks=30))
             for i, each in enumerate(["bf16", "fp32", "fp64", "bf16"])

@@ -64,7 +64,7 @@ def test_a_target_that_fills_the_image() -> None:
 
 
 def test_nine_metrics_take_three_rows() -> None:
-    with running(model()) as engine:
+    with running() as engine:
         job = submit(engine, model(), X, S, [1], [metric(name) for name in NAMES + AVERAGES])
         job.future.result(60)
     assert job.rows == 1 + 3 + 1

@@ -179,7 +179,7 @@ def needs_truth(metrics: Iterable[registry.Metric | camserve.Metric]) -> set[str
 def test_only_the_saliency_metric_takes_rows() -> None:
     names = [*NAMES, "official-metric", "box-accuracy", "energy-pointing-game"]
     assert set(names) == needs_truth(registry.METRICS.values())
-    with running(model()) as engine:
+    with running() as engine:
         job = submit(engine, model(), X, filled(WIDE), [C], [metric(name) for name in (*names, "saliency-metric")])
         job.future.result(60)
     assert job.rows == 1 + 1

@@ -165,7 +165,7 @@ def test_poly_cam_on_resnet50(dtype: torch.dtype, tolerance: float, channel_weig
 def test_several_targets_cost_no_further_rows_of_poly_cam() -> None:
     model, x, layers, _ = case("tiny")
     one = [explained(model, x, call(model, "poly-cam", layers), [c]) for c in (2, 5)]
-    with running(model) as engine:
+    with running() as engine:
         job = submit(engine, model, x, call(model, "poly-cam", layers), [2, 5])
         both = job.future.result()
         alone = submit(engine, model, x, call(model, "poly-cam", layers), [2])
@@ -180,7 +180,7 @@ def test_dead_channels_owe_no_rows() -> None:
     A = nets.activations(model.module, x[None], layers)
     live = sum(int(A_l.flatten(1).any(dim=1).sum()) for A_l in A)
     assert live < sum(len(A_l) for A_l in A), "the network has dead channels"
-    with running(model) as engine:
+    with running() as engine:
         job = submit(engine, model, x, call(model, "poly-cam", layers))
         job.future.result()
     assert job.rows == 1 + 1 + 2 * live, "the prediction, the activations, two masks for each live channel"
@@ -237,7 +237,7 @@ def opti_map(model: Model, x: Tensor, c: int, layer: str, **parameters: object) 
     with torch.no_grad():
         logits = model.module(image.tensor[None])[0].double()
     c_ = Targets((c,), model.probabilities(logits)[[c]], logits[[c]])
-    with running(model) as engine:
+    with running() as engine:
         plan = METHODS["opti-cam"].plan(image, c_, layer, **parameters)
         result: SaliencyMaps = engine.submit(plan, model, rows=100).future.result()
     return result.finish(result.raw, image.size)[0]  # type: ignore[misc]

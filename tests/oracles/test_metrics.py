@@ -124,7 +124,7 @@ def test_insertion_less_deletion_shares_its_rows() -> None:
     from tests.support import running, submit
 
     names = ("insertion-deletion", "deletion", "insertion", "adcc", "average-gain")
-    with running(model()) as engine:
+    with running() as engine:
         job = submit(engine, model(), X, call(model(), "grad-cam"), [C], [metric(name) for name in names])
         job.future.result(60)
     assert job.rows == 2 + 2 * 224 + 1 + 2, "the map, two curves, a masked image, and the map of it"

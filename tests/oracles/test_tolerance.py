@@ -59,7 +59,7 @@ def left_out(model: Model, x: Tensor, tolerance: float) -> int:
 
 def test_the_rows_are_saved(model, x):
     def rows(tolerance: float) -> tuple[int, Explained]:
-        with running(model) as engine:
+        with running() as engine:
             job = submit(engine, model, x, call(model, "poly-cam", tolerance=tolerance), TARGETS)
             result = job.future.result(60)
             return job.rows, result
@@ -73,7 +73,7 @@ def test_the_rows_are_saved(model, x):
 
 def test_it_does_not_matter_how_rows_come_in_batches(model, x):
     alone = explained(model, x, call(model, "poly-cam", tolerance=0.1), TARGETS)
-    with running(model) as engine:
+    with running() as engine:
         others = [submit(engine, model, noise(3, 37, 29, seed=i), call(model, "rise", masks=50)) for i in range(5)]
         mine = submit(engine, model, x, call(model, "poly-cam", tolerance=0.1), TARGETS)
         amid = mine.future.result(60)
@@ -97,6 +97,6 @@ def test_constant_channels_count_together():
 
 
 def test_a_budget_that_cuts_leaves_nothing_out(model, x):
-    with running(model) as engine:
+    with running() as engine:
         result = submit(engine, model, x, call(model, "poly-cam", tolerance=1e-4), TARGETS, budget=8).future.result(60)
     assert result.share < 1 and result.left_out == ()

@@ -48,7 +48,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
 @pytest.mark.parametrize("method", ["poly-cam", "opti-cam", "grad-cam"])
 def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch, model: Model, method: str) -> None:
     parameters: dict[str, object] = {"steps": 10} if method == "opti-cam" else {}
-    with running(model) as engine:
+    with running() as engine:
         plain = submit(engine, model, X, call(model, method, **parameters), [1, 2, 3]).future.result(60)
         rows = engine.counters.rows
         limited(monkeypatch, 1)
@@ -63,7 +63,7 @@ def test_the_batch_sizes_of_a_job_are_those_that_it_ran_at(
     monkeypatch: pytest.MonkeyPatch, model: Model, given: dict[LaneKind, int] | None
 ) -> None:
     events: list[Event] = []
-    with running(model) as engine:
+    with running() as engine:
         limited(monkeypatch, 2)
         x, subject = model.image(X), call(model, "grad-cam")
         halved = engine.submit(
@@ -104,7 +104,7 @@ def test_a_batch_that_did_not_fit_is_gone_before_its_halves_are_run(method: str)
     model = as_model(Hungry())
     assert isinstance(model.module, Hungry)
     model.module.full = True
-    with running(model) as engine:
+    with running() as engine:
         submit(engine, model, X, call(model, method, ["net.r3"])).future.result(60)
     assert len(model.module.alive) > 3
     assert not any(model.module.alive)
@@ -157,7 +157,7 @@ def bug_in_a_term(model: Model) -> Plan[None]:
 
 
 def test_not_even_one_row_fits(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
-    with running(model) as engine:
+    with running() as engine:
         limited(monkeypatch, 0)
         with pytest.raises(OutOfMemory):
             submit(engine, model, X, call(model, "grad-cam")).future.result(60)
@@ -184,13 +184,13 @@ def no_room(model: Model) -> Plan[None]:
 
 
 def test_a_plan_that_runs_out_of_memory_says_so(model: Model) -> None:
-    with running(model) as engine, pytest.raises(OutOfMemory):
+    with running() as engine, pytest.raises(OutOfMemory):
         engine.submit(no_room(model), model, rows=1).future.result(60)
 
 
 @pytest.mark.parametrize("plan", [broken, grad_mode_left_on, wrong_row, bug_in_a_term])
 def test_a_plan_that_fails_fails_alone(model: Model, plan: Any) -> None:
-    with running(model) as engine:
+    with running() as engine:
         alone = submit(engine, model, X, call(model, "poly-cam")).future.result(60)
         good = [submit(engine, model, X, call(model, "poly-cam")) for _ in range(3)]
         bad = [engine.submit(plan(model), model, rows=1) for _ in range(3)]
@@ -203,7 +203,7 @@ def test_a_plan_that_fails_fails_alone(model: Model, plan: Any) -> None:
 
 
 def test_deadline_cancel_and_close(model: Model) -> None:
-    engine = Engine({model.name: model})
+    engine = Engine()
     engine.start()
     long = call(model, "opti-cam", steps=10_000)
     late = submit(engine, model, X, long, deadline=time.monotonic() + 0.1)
@@ -225,7 +225,7 @@ def test_deadline_cancel_and_close(model: Model) -> None:
 
 
 def test_an_engine_that_breaks_lets_nobody_wait(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
-    engine = Engine({model.name: model})
+    engine = Engine()
     engine.start()
     monkeypatch.setattr(engine, "_run_batch", lambda batch: 1 / 0)
     job = submit(engine, model, X, call(model, "grad-cam"))
@@ -240,7 +240,7 @@ def test_the_progress_of_a_request_with_a_budget_ends_when_it_does(model: Model)
     """What a budget cuts off a method is not taken off what the metrics after it need."""
     events: list[Event] = []
     metrics = [metric("insertion", steps=20)]
-    with running(model) as engine:
+    with running() as engine:
         job = submit(engine, model, X, call(model, "rise", masks=400), [1], metrics, events, budget=100)
         job.future.result(60)
     progress = [event for event in events if isinstance(event, Progress)]
@@ -249,7 +249,7 @@ def test_the_progress_of_a_request_with_a_budget_ends_when_it_does(model: Model)
 
 
 def test_a_long_request_shuts_no_short_one_out(model: Model) -> None:
-    with running(model, max_rows_owed=1000) as engine:
+    with running(max_rows_owed=1000) as engine:
         long = submit(engine, model, X, call(model, "rise", masks=1_000_000))
         submit(engine, model, X, call(model, "grad-cam")).future.result(60)
         with pytest.raises(QueueFull, match="1000") as caught:
@@ -275,7 +275,7 @@ def test_a_slow_network_cuts_short_no_request_of_another() -> None:
     assert isinstance(slow.module, Slow)
     slow.module.wait_s = 3.0
     fast.rows_per_s["forward"] = 1000
-    with running(slow, fast) as engine:
+    with running() as engine:
         submit(engine, slow, X, call(slow, "fake-cam")).future.result(30)
         begun = time.monotonic()
         cut = submit(engine, fast, X, call(fast, "rise", masks=1_000_000), deadline=begun + 3.0).future.result(30)
@@ -285,6 +285,6 @@ def test_a_slow_network_cuts_short_no_request_of_another() -> None:
 
 def test_padding_is_a_choice(model: Model) -> None:
     for invariant, padding in ((True, 6), (False, 0)):
-        with running(model, batch_invariant=invariant) as engine:
+        with running(batch_invariant=invariant) as engine:
             submit(engine, model, X, call(model, "grad-cam")).future.result(30)
             assert engine.counters.padding == padding, "two batches of four with a row each"

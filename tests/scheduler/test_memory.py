@@ -61,7 +61,7 @@ def test_memory_is_bounded_by_the_batch(method: str, parameters: dict[str, Any],
     x = noise(3, *SIZE)
     gc.collect()
     before = alive()
-    with running(model) as engine:
+    with running() as engine:
         model.module.most = model.module.rows = 0
         job = submit(engine, model, x, call(model, method, **parameters), [1])
         job.future.result(timeout=240)

@@ -58,7 +58,7 @@ def alive(copies: list[weakref.ref[Any]]) -> int:
 def randomised(model: Model, method: str = "layer-cam", **parameters: Any) -> list[Randomised]:
     events: list[Event] = []
     asked = [metric("randomisation-ssim", seed=3, **parameters)]
-    with running(model) as engine:
+    with running() as engine:
         submit(engine, model, X, call(model, method), [1], asked, events).future.result(60)
     return [event for event in events if isinstance(event, Randomised)]
 
@@ -151,7 +151,7 @@ def test_what_knows_nothing_of_the_network_stays_the_same(model: Model, method: 
 
 def test_three_metrics_share_their_rows_and_their_events(model: Model) -> None:
     events: list[Event] = []
-    with running(model) as engine:
+    with running() as engine:
         job = submit(engine, model, X, call(model, "grad-cam"), [1], ALL, events)
         scores = job.future.result(60).scores[0]
     assert job.rows == 2 + 4 * 2
@@ -170,7 +170,7 @@ def test_the_served_network_is_never_touched_and_company_changes_nothing(
     model: Model, copies: list[weakref.ref[Any]]
 ) -> None:
     before, plain = state_digest(model.module), call(model, "poly-cam")
-    with running(model, max_copies=2) as engine:
+    with running(max_copies=2) as engine:
         expected = submit(engine, model, X, plain).future.result(60)
         alone = submit(engine, model, X, plain, [1], ALL).future.result(60)
         jobs = [submit(engine, model, X, plain, [1], ALL if i % 2 else ()) for i in range(8)]
@@ -201,7 +201,7 @@ def most(monkeypatch: pytest.MonkeyPatch, copies: list[weakref.ref[Any]]) -> Ite
 
 @pytest.mark.parametrize("limit", [1, 3])
 def test_there_are_never_more_copies_than_allowed(model: Model, most: list[int], limit: int) -> None:
-    with running(model, max_copies=limit) as engine:
+    with running(max_copies=limit) as engine:
         jobs = [submit(engine, model, X, call(model, "grad-cam"), [1, 2], ALL) for _ in range(6)]
         assert len({job.future.result(60).scores for job in jobs}) == 1
     assert max(most) == limit
@@ -220,7 +220,7 @@ def test_whoever_ends_in_the_middle_leaves_its_copy_to_the_next(
     model: Model, copies: list[weakref.ref[Any]], end: str
 ) -> None:
     asked, broken = call(model, "grad-cam"), threading.Event()
-    with running(model, max_copies=1) as engine:
+    with running(max_copies=1) as engine:
         limits = Limits(deadline=time.monotonic() + 1) if end == "late" else Limits()
         holds = engine.submit(holding(model, broken), model, rows=10**5, limits=limits)
         while not copies:
@@ -247,7 +247,7 @@ def test_no_room_for_a_copy(monkeypatch: pytest.MonkeyPatch, model: Model) -> No
     def full(served: Model) -> RandomCopy:
         raise torch.OutOfMemoryError("no room")
 
-    with running(model) as engine:
+    with running() as engine:
         monkeypatch.setattr(engine_module, "RandomCopy", full)
         with pytest.raises(OutOfMemory, match="a copy of model"):
             submit(engine, model, X, call(model, "grad-cam"), [1], ALL).future.result(60)

@@ -59,7 +59,7 @@ def test_metrics_share_their_rows(client: camserve.Client) -> None:
 
 def test_streams_send_the_maps_of_randomisation(client: camserve.Client, server: Server) -> None:
     assert server.engine is not None
-    model = next(iter(server.engine.models.values()))
+    model = next(iter(server.models.values()))
     before = state_digest(model.module)
     checks = {name: {"steps": 3} for name in ("randomisation-spearman", "randomisation-hog")}
     *events, e = client.evaluate_stream(CAT, method="grad-cam", metrics=checks)
@@ -91,7 +91,7 @@ def test_the_receipt(client: camserve.Client, server: Server) -> None:
     assert server.engine is not None
     receipt = client.explain(CAT, method="opti-cam", parameters={"steps": 2}, target=281, seed=7).receipt
     assert receipt.model == "efficientnet-lite0"
-    assert receipt.model_digest == server.engine.models["efficientnet-lite0"].digest
+    assert receipt.model_digest == server.models["efficientnet-lite0"].digest
     assert receipt.model_digest.startswith("sha256:")
     assert receipt.method == "opti-cam"
     assert receipt.parameters["steps"] == 2

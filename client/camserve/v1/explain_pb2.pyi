@@ -296,6 +296,7 @@ class ExplainRequest(_message.Message):
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
     TRUTH_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """AIP-155: a name for this request, the caller's own or else given by the server. At most 128 printable characters."""
     model: _builtins.str
@@ -311,6 +312,10 @@ class ExplainRequest(_message.Message):
     """
     precision: _builtins.str
     """Arithmetic of the model, one of its `precisions`. Empty: the model's own."""
+    priority: _builtins.str
+    """"low", "normal" or "high". Empty: normal, or what the caller may have at most. It changes when the rows are done,
+    never the map.
+    """
     @_builtins.property
     def image(self) -> Global___Image: ...
     @_builtins.property
@@ -347,10 +352,11 @@ class ExplainRequest(_message.Message):
         batch_sizes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         truth: Global___Truth | None = ...,
         precision: _builtins.str = ...,
+        priority: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method", "truth", b"truth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "precision", b"precision", "raw", b"raw", "request_id", b"request_id", "target_top_k", b"target_top_k", "targets", b"targets", "top_k", b"top_k", "truth", b"truth"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "precision", b"precision", "priority", b"priority", "raw", b"raw", "request_id", b"request_id", "target_top_k", b"target_top_k", "targets", b"targets", "top_k", b"top_k", "truth", b"truth"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -412,6 +418,7 @@ class EvaluateRequest(_message.Message):
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
     TRUTH_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """AIP-155: a name for this request, the caller's own or else given by the server. At most 128 printable characters."""
     model: _builtins.str
@@ -420,6 +427,8 @@ class EvaluateRequest(_message.Message):
     budget: _builtins.int
     """As in ExplainRequest."""
     precision: _builtins.str
+    """As in ExplainRequest."""
+    priority: _builtins.str
     """As in ExplainRequest."""
     @_builtins.property
     def image(self) -> Global___Image: ...
@@ -460,10 +469,11 @@ class EvaluateRequest(_message.Message):
         batch_sizes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         truth: Global___Truth | None = ...,
         precision: _builtins.str = ...,
+        priority: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method", "saliency", b"saliency", "subject", b"subject", "target", b"target", "truth", b"truth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "precision", b"precision", "request_id", b"request_id", "saliency", b"saliency", "seed", b"seed", "subject", b"subject", "target", b"target", "truth", b"truth"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "precision", b"precision", "priority", b"priority", "request_id", b"request_id", "saliency", b"saliency", "seed", b"seed", "subject", b"subject", "target", b"target", "truth", b"truth"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["saliency", "method"]  # noqa: Y015
     _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
@@ -1147,7 +1157,9 @@ class Model(_message.Message):
     """Where it came from, such as "embedded:efficientnet-lite0"."""
     digest: _builtins.str
     state: _builtins.str
-    """"ready"; other states come with loading at run time."""
+    """"ready"; "waiting" for the first request, or since it had to make room: it is loaded when asked for; or "unloaded"
+    by an operator. Models that are not ready have no facts but their name and source.
+    """
     classes: _builtins.int
     layer: _builtins.str
     """Where methods of one layer look."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -29,8 +30,8 @@ class Model:
     if the logits are a linear function of a layer's mean. `attention` names the global self-attention modules, of which
     the input has `attention_prefix` tokens, the class token first, and then `attention_grid`. `folded` names the
     convolutions that also compute the batch norm after them, and that batch norm: they cannot be named. `others` are
-    the same model at other precisions. `batch_sizes` and, where they were measured, `rows_per_s` are set at warm-up,
-    one for each lane.
+    the same model at other precisions. `serial` is another each time that it is loaded. `batch_sizes` and, where they
+    were measured, `rows_per_s` are set at warm-up, one for each lane.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Model:
     random_weights: bool = False
     precision: Precision = "fp32"
     others: Mapping[Precision, Model] = field(default_factory=dict)
+    serial: int = field(default_factory=itertools.count(1).__next__)
     batch_sizes: dict[LaneKind, int] = field(default_factory=dict)
     rows_per_s: dict[LaneKind, float] = field(default_factory=dict)
 
@@ -65,7 +67,16 @@ class Model:
     @property
     def lane(self) -> str:
         """What sets its lanes apart from those of others."""
-        return f"{self.name} in {self.precision}"
+        return f"{self.name} in {self.precision}, load {self.serial}"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of its weights at all its precisions."""
+        return sum(
+            value.numel() * value.element_size()
+            for model in self.precisions.values()
+            for value in model.module.state_dict().values()
+        )
 
     @property
     def precisions(self) -> Mapping[str, Model]:

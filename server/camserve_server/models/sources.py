@@ -16,6 +16,7 @@ from camserve_server.errors import ConfigError
 
 def network(config: ModelConfig, where: str) -> nn.Module:
     """What `config.source` names. Raises ConfigError, naming the key after `where`."""
+    config.check_pin()
     kind, _, rest = config.source.partition(":")
     build = {"embedded": _embedded, "torchvision": _torchvision, "timm": _timm, "python": _python}[kind]
     try:

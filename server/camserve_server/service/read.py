@@ -6,7 +6,7 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import cast, get_args
 
 import numpy as np
 import PIL.Image
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from camserve.v1 import explain_pb2 as pb
 from camserve_server import boxes, registry
+from camserve_server.admission import Priority
 from camserve_server.config import Config
-from camserve_server.errors import InvalidArgument, NotFound, OutOfRange, Unavailable, Unservable
+from camserve_server.errors import InvalidArgument, OutOfRange, Unservable
 from camserve_server.explain import MethodCall, MetricCall
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.pixels import check_size, decode, from_pixels
@@ -48,6 +49,7 @@ class Asked:
     budget: int
     batch_sizes: Mapping[LaneKind, int]
     truth: Truth | None  # where all of the targets are
+    priority: Priority | None  # what the caller may have at most, if there is none
 
     @property
     def call(self) -> MethodCall | None:
@@ -67,11 +69,11 @@ def request_id(given: str) -> str:
     return given or uuid.uuid4().hex
 
 
-def explain_request(request: pb.ExplainRequest, models: Mapping[str, Model], config: Config) -> Asked:
+def explain_request(request: pb.ExplainRequest, model: Model, config: Config) -> Asked:
     """Raises a CamserveError that names the field at fault."""
     if not 0 <= request.top_k <= MAX_TOP_K:
         raise OutOfRange(f"top_k must lie in [0, {MAX_TOP_K}], not {request.top_k}", field="top_k")
-    model = find_model(models, request.model).at(request.precision)
+    model = model.at(request.precision)
     return Asked(
         model,
         model.image(_image(request.image, model, config)),
@@ -83,12 +85,13 @@ def explain_request(request: pb.ExplainRequest, models: Mapping[str, Model], con
         _budget(request.budget),
         _batch_sizes(request.batch_sizes, model),
         _truth(request, model),
+        _priority(request.priority),
     )
 
 
-def evaluate_request(request: pb.EvaluateRequest, models: Mapping[str, Model], config: Config) -> Asked:
+def evaluate_request(request: pb.EvaluateRequest, model: Model, config: Config) -> Asked:
     """Raises a CamserveError that names the field at fault."""
-    model = find_model(models, request.model).at(request.precision)
+    model = model.at(request.precision)
     subject: MethodCall | Tensor
     match request.WhichOneof("subject"):
         case "saliency":
@@ -110,19 +113,16 @@ def evaluate_request(request: pb.EvaluateRequest, models: Mapping[str, Model], c
         _budget(request.budget),
         _batch_sizes(request.batch_sizes, model),
         _truth(request, model),
+        _priority(request.priority),
     )
 
 
-def find_model(models: Mapping[str, Model], name: str) -> Model:
-    """The model of that name; the first one for no name. Raises NotFound, listing the known ones."""
-    if not models:
-        raise Unavailable("the models are being loaded", retry_after_s=1.0)
+def _priority(name: str) -> Priority | None:
     if not name:
-        return next(iter(models.values()))
-    if name not in models:
-        known = ", ".join(models)
-        raise NotFound(f"there is no model {name!r}; there are: {known}", field="model", metadata={"known": known})
-    return models[name]
+        return None
+    if name not in get_args(Priority):
+        raise InvalidArgument(f"it is {', '.join(get_args(Priority))} or empty, not {name!r}", field="priority")
+    return cast(Priority, name)
 
 
 def _at_most(limit: int, values: Sequence[object], field: str) -> None:

@@ -5,28 +5,33 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import structlog
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_reflection.v1alpha import reflection
 
-from camserve.v1 import explain_pb2, explain_pb2_grpc
+from camserve.v1 import admin_pb2_grpc, explain_pb2, explain_pb2_grpc
 from camserve_server import registry
 from camserve_server.allocator import keep_memory
-from camserve_server.config import Config
+from camserve_server.config import Config, TLSConfig
 from camserve_server.engine import Engine
 from camserve_server.errors import ConfigError
-from camserve_server.models.load import load
 from camserve_server.models.model import Model
+from camserve_server.service.admin import AdminServicer
+from camserve_server.service.health import Health
+from camserve_server.service.security import Guard
 from camserve_server.service.servicer import Servicer
-from camserve_server.warmup import warm_up
+from camserve_server.service.tls import credentials
+from camserve_server.shelf import Shelf
 
 SERVICE = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+ONE_A_PORT = ("grpc.so_reuseport", 0)  # a second server on the port is an error, not a lottery
+LAST_WORDS_S = 0.5  # for answers on their way; those who watch Health would stay for ever
 
 log = structlog.get_logger()
 
@@ -36,70 +41,74 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.engine: Engine | None = None
+        self.engine = Engine(max_rows_owed=config.max_rows_owed, batch_invariant=config.batch_invariant)
         self.address = ""
-        self._servicer = Servicer(config)
-        self._health = health.aio.HealthServicer()
+        self.health_address = ""  # of the listener for probes, if there is one
+        self.admin_address = ""  # of the listener for operators, if there is one
+        self._servicer = Servicer(config, self.engine)
+        self._health = Health()
         self._grpc = grpc.aio.server(
+            interceptors=[Guard(config)],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
-                ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
-            ]
+                ONE_A_PORT,
+            ],
         )
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(self._servicer, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection([SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc)
+        if config.reflection:
+            reflection.enable_server_reflection([SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME], self._grpc)
+        self._probes = grpc.aio.server(options=[ONE_A_PORT])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
+        self._admin = grpc.aio.server(interceptors=[Guard(config)], options=[ONE_A_PORT])
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._servicer), self._admin)
 
     async def start(self) -> None:
         """Binds, answers Health, loads and warms the models, then is ready. Raises ConfigError."""
-        host, _, _ = self.config.listen.rpartition(":")
-        try:
-            port = self._grpc.add_insecure_port(self.config.listen)
-        except RuntimeError as error:
-            raise ConfigError(f"listen: cannot bind {self.config.listen}; is another server there?") from error
-        self.address = f"{host}:{port}"
-        await self._health.set("", SERVING)
-        await self._health.set(SERVICE, NOT_SERVING)
+        self.address = _bind(self._grpc, "listen", self.config.listen, self.config.tls)
+        self._health.set("", SERVING)
+        self._health.set(SERVICE, NOT_SERVING)
+        if self.config.health_listen is not None:
+            self.health_address = _bind(self._probes, "health_listen", self.config.health_listen)
+            await self._probes.start()
         await self._grpc.start()
-        with ThreadPoolExecutor(1, "load") as loader:  # ends with it, and its OpenMP team too: see device/
-            models = await asyncio.get_running_loop().run_in_executor(loader, load_models, self.config)
-        self.engine = Engine(
-            models, max_rows_owed=self.config.max_rows_owed, batch_invariant=self.config.batch_invariant
-        )
+        device = pick_device(self.config.device)
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        registry.discover()
         self.engine.start()
-        self._servicer.engine = self.engine
-        await self._health.set(SERVICE, SERVING)
-        log.info("ready", address=self.address, models=[*models], methods=sorted(registry.METHODS))
+        shelf = Shelf(self.config, self.engine, device)
+        await shelf.fill()
+        self._servicer.shelf = shelf
+        if self.config.admin_listen is not None:
+            self.admin_address = _bind(self._admin, "admin_listen", self.config.admin_listen, self.config.tls)
+            await self._admin.start()
+        self._health.set(SERVICE, SERVING)
+        log.info("ready", address=self.address, models=[*self.models], methods=sorted(registry.METHODS))
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """Those that are loaded."""
+        return {config.name: model for config, _, model in self._servicer.loaded_shelf().all() if model}
 
     async def stop(self, grace_s: float) -> None:
         """Is not ready, refuses new work, finishes what runs within `grace_s` seconds, fails the rest."""
-        await self._health.set(SERVICE, NOT_SERVING)
-        await self._grpc.stop(grace_s)
-        if self.engine is not None:
-            await asyncio.to_thread(self.engine.close)
+        self._health.set(SERVICE, NOT_SERVING)
+        # The port stays open meanwhile: whoever calls now is told when to try again.
+        await self._servicer.drain(grace_s)
+        await asyncio.to_thread(self.engine.close)
+        await asyncio.gather(*(each.stop(LAST_WORDS_S) for each in (self._grpc, self._probes, self._admin)))
 
 
-def load_models(config: Config) -> dict[str, Model]:
-    """All models of the configuration, loaded and warm, the first one first. Raises ConfigError."""
-    device = pick_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    registry.discover()
-    models = {}
-    for settings in config.models:
-        models[settings.name] = load(settings, device)
-        for model in models[settings.name].precisions.values():
-            warm_up(model, settings.batch_size)
-            log.info(
-                "loaded",
-                model=model.name,
-                precision=model.precision,
-                digest=model.digest,
-                device=device.type,
-                batch_sizes=model.batch_sizes,
-            )
-    return models
+def _bind(server: grpc.aio.Server, key: str, address: str, tls: TLSConfig | None = None) -> str:
+    """Makes the server listen there; returns where, with the port. Raises ConfigError, naming the key."""
+    host = address.rpartition(":")[0]
+    try:
+        port = server.add_secure_port(address, credentials(tls)) if tls else server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: cannot bind {address}; is another server there?") from error
+    return f"{host}:{port}"
 
 
 def pick_device(name: str) -> torch.device:
@@ -130,7 +139,6 @@ async def run(config: Config, ready: Callable[[Server], None]) -> int:
         raise
     _on(loop, signals, stopping.set)
     ready(server)
-    assert server.engine is not None, "a ready server has an engine"
     server.engine.died.add_done_callback(lambda _: loop.call_soon_threadsafe(stopping.set))
     await stopping.wait()
     if server.engine.died.done():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,10 +25,10 @@ from camserve_server.engine import Engine
 from camserve_server.errors import CamserveError, Cancelled, InternalError, Unavailable
 from camserve_server.explain import Explained, explain, limits, rows_needed
 from camserve_server.job import Event, Job, Progress
-from camserve_server.models.model import Model
 from camserve_server.plan import Level, Randomised, Remark, Stage
-from camserve_server.service import read, status, write
+from camserve_server.service import read, security, status, write
 from camserve_server.service.read import Asked
+from camserve_server.shelf import Shelf
 
 PROGRESS_EVERY_S = 0.1
 HEARTBEAT_S = 15.0
@@ -60,12 +60,21 @@ class _Done:
 
 
 class Servicer(explain_pb2_grpc.ExplainServiceServicer):
-    """Answers from `engine`, which is None until the models are loaded."""
+    """Answers from `engine` with the models of the shelf, which is there once they are loaded."""
 
-    def __init__(self, config: Config) -> None:
-        self.engine: Engine | None = None
+    def __init__(self, config: Config, engine: Engine) -> None:
+        self.shelf: Shelf | None = None
         self._config = config
+        self._engine = engine
         self._codec = ThreadPoolExecutor(max_workers=4, thread_name_prefix="codec")
+        self._running: set[_Call] = set()
+        self._draining = False
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuses new calls; returns when those that run are answered, but after `grace_s` seconds at the latest."""
+        self._draining, until = True, time.monotonic() + grace_s
+        while self._running and time.monotonic() < until:
+            await asyncio.sleep(0.02)
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
         return (await _last(self._explain("Explain", request, context))).result
@@ -86,17 +95,19 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             yield event
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        async with self._call("ListModels", "", context):
-            return pb.ListModelsResponse(models=[write.model_message(m) for m in self._models().values()])
+        async with self.call("ListModels", "", context):
+            return pb.ListModelsResponse(models=[write.model_message(*each) for each in self.loaded_shelf().all()])
 
     async def ListMethods(self, request: pb.ListMethodsRequest, context: Context) -> pb.ListMethodsResponse:
-        async with self._call("ListMethods", "", context):
-            model = read.find_model(self._models(), request.model) if request.model else None
+        async with self.call("ListMethods", "", context):
             methods = [method for _, method in sorted(registry.METHODS.items())]
-            return pb.ListMethodsResponse(methods=[write.method_message(m, model) for m in methods])
+            if not request.model:
+                return pb.ListMethodsResponse(methods=[write.method_message(m, None) for m in methods])
+            async with self.loaded_shelf().lend(request.model) as model:
+                return pb.ListMethodsResponse(methods=[write.method_message(m, model) for m in methods])
 
     async def ListMetrics(self, request: pb.ListMetricsRequest, context: Context) -> pb.ListMetricsResponse:
-        async with self._call("ListMetrics", "", context):
+        async with self.call("ListMetrics", "", context):
             metrics = [metric for _, metric in sorted(registry.METRICS.items())]
             return pb.ListMetricsResponse(metrics=[write.metric_message(m) for m in metrics])
 
@@ -105,8 +116,11 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
     async def _explain(
         self, rpc: str, request: pb.ExplainRequest, context: Context
     ) -> AsyncIterator[pb.ExplainStreamResponse]:
-        async with self._call(rpc, request.request_id, context) as call:
-            asked = await self._in_thread(read.explain_request, request, self._models(), self._config)
+        async with (
+            self.call(rpc, request.request_id, context) as call,
+            self.loaded_shelf().lend(request.model) as model,
+        ):
+            asked = await self._in_thread(read.explain_request, request, model, self._config)
             async for event in self._run(asked, call):
                 match event:
                     case pb.Progress():
@@ -124,8 +138,11 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
     async def _evaluate(
         self, rpc: str, request: pb.EvaluateRequest, context: Context
     ) -> AsyncIterator[pb.EvaluateStreamResponse]:
-        async with self._call(rpc, request.request_id, context) as call:
-            asked = await self._in_thread(read.evaluate_request, request, self._models(), self._config)
+        async with (
+            self.call(rpc, request.request_id, context) as call,
+            self.loaded_shelf().lend(request.model) as model,
+        ):
+            asked = await self._in_thread(read.evaluate_request, request, model, self._config)
             async for event in self._run(asked, call):
                 match event:
                     case pb.Progress():
@@ -140,8 +157,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
 
     async def _run(self, asked: Asked, call: _Call) -> AsyncIterator[pb.Progress | Picture | _Done]:
         """Runs the request's plan. Yields pictures, progress now and then, and at the end what came of it."""
-        assert self.engine is not None, "there are models, so there is an engine"
-        engine, loop = self.engine, asyncio.get_running_loop()
+        engine, loop = self._engine, asyncio.get_running_loop()
         events: asyncio.Queue[Sent] = asyncio.Queue()
 
         def tell(event: Event | None) -> None:
@@ -157,6 +173,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             loop.call_soon_threadsafe(events.put_nowait, sent)
 
         model, method = asked.model, asked.call
+        caller, priority = security.rights(call.context, self._config, asked.priority)
         job = engine.submit(
             explain(model, asked.image, asked.targets, asked.subject, asked.metrics, asked.truth),
             model,
@@ -165,6 +182,8 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 model, method, asked.metrics, asked.maps, budget=asked.budget, deadline=_deadline(call.context)
             ),
             batch_sizes=asked.batch_sizes,
+            caller=caller,
+            priority=priority,
             tell=tell,
         )
         # A job that is done is not cancelled by it.
@@ -183,21 +202,26 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
 
     # ---- what all share ----------------------------------------------------------------------------------------------
 
-    def _models(self) -> Mapping[str, Model]:
-        if self.engine is None:
+    def loaded_shelf(self) -> Shelf:
+        """Raises Unavailable while it is being filled."""
+        if self.shelf is None:
             raise Unavailable("the models are being loaded", retry_after_s=1.0)
-        return self.engine.models
+        return self.shelf
 
     async def _in_thread(self, work: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._codec, work, *args)
 
     @asynccontextmanager
-    async def _call(self, rpc: str, request_id: str, context: Context) -> AsyncIterator[_Call]:
+    async def call(self, rpc: str, request_id: str, context: Context) -> AsyncIterator[_Call]:
         """Logs the call and turns whatever goes wrong into a status. No image, label or path stands in the log."""
         call, started = _Call(rpc, context, request_id), time.monotonic()
         failure: CamserveError | None = None
         try:
             call.request_id = read.request_id(request_id)
+            if self._draining:
+                raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)
+            self._running.add(call)
+            context.add_done_callback(lambda *_: self._running.discard(call))  # type: ignore[arg-type]
             yield call
         except CamserveError as error:
             failure = error

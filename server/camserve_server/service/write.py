@@ -15,6 +15,7 @@ from torch import Tensor
 
 from camserve.v1 import explain_pb2 as pb
 from camserve_server import registry
+from camserve_server.config import ModelConfig
 from camserve_server.explain import Explained, MethodCall, finished, rows_needed
 from camserve_server.job import Job, Progress
 from camserve_server.models.layers import Layer
@@ -90,8 +91,13 @@ def tensor(values: Tensor) -> pb.Tensor:
     return pb.Tensor(shape=array.shape, data=array.astype("<f4").tobytes())
 
 
-def model_message(model: Model) -> pb.Model:
-    """A row of ListModels."""
+def model_message(config: ModelConfig, state: str, model: Model | None) -> pb.Model:
+    """A row of ListModels, with the model's facts if it is loaded."""
+    return loaded_message(model) if model else pb.Model(name=config.name, source=config.source, state=state)
+
+
+def loaded_message(model: Model) -> pb.Model:
+    """The facts of a model that is ready."""
     return pb.Model(
         name=model.name,
         source=model.source,
