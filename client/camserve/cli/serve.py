@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from camserve.calls import DEFAULT_ADDRESS
+from camserve.transport import DEFAULT_ADDRESS
 
 __all__ = ["serve"]
 
@@ -16,6 +16,9 @@ def serve(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML. Default: the embedded model.")] = None,
     listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help=f"Default: {DEFAULT_ADDRESS}.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. Default: auto.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen without TLS where other machines can reach it.")
+    ] = False,
 ) -> None:
     """Start a server, and stop it with Ctrl-C."""
     try:
@@ -25,4 +28,4 @@ def serve(
             raise  # a bug of ours, not something to install
         typer.echo(f"error: the server needs {missing.name}: pip install 'camserve[server]'", err=True)
         raise typer.Exit(1) from None
-    raise typer.Exit(run(config=config, listen=listen, device=device))
+    raise typer.Exit(run(config=config, listen=listen, device=device, insecure=insecure or None))
