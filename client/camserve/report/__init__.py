@@ -6,20 +6,15 @@ The same files give the same bytes.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from camserve import picture, sheet
 from camserve.catalogue import Method, Metric, Model
-from camserve.report import gallery, provenance, scores, statistics, study, tables
+from camserve.report import gallery, html, provenance, scores, statistics, study, tables
 
 __all__ = ["write"]
 
@@ -49,28 +44,18 @@ def write(
     Raises OSError, and InvalidArgument for files of another kind.
     """
     run = study.read(Path(csv), models=models, methods=methods, metrics=metrics, order=order, against=against)
+    pages = html.environment()
+    pages.filters["number"] = scores.number
+    pages.tests["control"] = run.is_control
     with closing(sheet.SavedMaps(Path(npz))) as maps:
-        page = _page(run, maps, command, most_images)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    anew = path.with_name(path.name + ".tmp")
-    anew.write_text(page, encoding="utf-8")
-    anew.replace(path)
+        # Maps are read as the page comes to them.
+        content = _content(run, maps, command, most_images)
+        html.write_page(path, pages, "page.html.j2", content, script="page.js")
 
 
-def _page(run: study.Study, maps: sheet.SavedMaps, command: str, most_images: int) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("camserve.report", "page"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": scores.number, "svg": Markup}
-    environment.tests["control"] = run.is_control
-    script = environment.get_template("page.js").render()
+def _content(run: study.Study, maps: sheet.SavedMaps, command: str, most_images: int) -> dict[str, Any]:
     per_model = [tables.model_part(run, model) for model in run.models]
-    content: dict[str, Any] = {
+    return {
         "run": run,
         "blocks": tables.blocks(run, per_model),
         "parts": per_model,
@@ -82,8 +67,4 @@ def _page(run: study.Study, maps: sheet.SavedMaps, command: str, most_images: in
         "colours": [f"rgb({r} {g} {b})" for r, g, b in picture.COLOURS[::15].tolist()],
         "resamples": statistics.RESAMPLES,
         "alpha": scores.ALPHA,
-        # The page may run this script, and nothing else.
-        "script": Markup(script),
-        "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
-    return environment.get_template("page.html.j2").render(content)
