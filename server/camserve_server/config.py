@@ -200,6 +200,7 @@ class Config(BaseSettings):
     health_listen: Annotated[
         Address | None, Field(description="A second, plaintext listener, which serves Health only, for probes.")
     ] = None
+    metrics_listen: Annotated[Address | None, Field(description="A listener for Prometheus, in plaintext.")] = None
     admin_listen: Annotated[
         Address | None, Field(description="A listener of its own for operators, who load and unload models.")
     ] = None
@@ -249,10 +250,28 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _keep_plaintext_at_home(self) -> Self:
-        if self.tls is None and not self.insecure and not _is_loopback(self.listen):
+        """But for Health, which probes ask for that know nothing of certificates."""
+        if self.metrics_listen is not None and not self.insecure and not _is_loopback(self.metrics_listen):
             raise ValueError(
-                f"listen: {self.listen} can be reached from other machines, and there is no TLS; give [tls] with a "
-                "certificate and a key, listen on 127.0.0.1, or set insecure = true if you trust the network"
+                f"metrics_listen: {self.metrics_listen} can be reached from other machines, and metrics are plaintext; "
+                "listen on 127.0.0.1, or set insecure = true if you trust the network"
+            )
+        for key, address in (("listen", self.listen), ("admin_listen", self.admin_listen)):
+            if address and self.tls is None and not self.insecure and not _is_loopback(address):
+                raise ValueError(
+                    f"{key}: {address} can be reached from other machines, and there is no TLS; give [tls] with a "
+                    "certificate and a key, listen on 127.0.0.1, or set insecure = true (CAMSERVE_INSECURE=true, "
+                    "--insecure) if you trust the network"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _keep_strangers_from_models(self) -> Self:
+        known = any(token.admin for token in self.tokens) or (not self.tokens and self.tls and self.tls.client_ca)
+        if self.admin_listen and not known and not self.insecure and not _is_loopback(self.admin_listen):
+            raise ValueError(
+                f"admin_listen: anybody who reaches {self.admin_listen} could unload models; give [[tokens]] with "
+                "admin = true, or client_ca in [tls], or listen on 127.0.0.1"
             )
         return self
 
@@ -271,8 +290,11 @@ def read(path: Path | None = None, **flags: Any) -> Config:
         raise ConfigError("; ".join(_line(detail, data) for detail in error.errors())) from error
     config.models = config.models or [embedded()]
     config._file = path
-    for table in (*config.models, *([config.tls] if config.tls else [])):
-        table._folder = path.parent if path else Path()
+    folder = path.parent if path else Path()
+    for model in config.models:
+        model._folder = folder
+    if config.tls is not None:
+        config.tls._folder = folder
     return config
 
 

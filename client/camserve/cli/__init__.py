@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
+from camserve.cli.config import config
 from camserve.cli.evaluate import evaluate
 from camserve.cli.explain import explain
 from camserve.cli.listing import list_
 from camserve.cli.replay import replay
 from camserve.cli.sanity import sanity
 from camserve.cli.serve import serve
+from camserve.cli.token import token
 from camserve.version import __version__
 
 __all__ = ["app"]
@@ -41,3 +43,5 @@ def _options(
 for command in (serve, explain, evaluate, sanity, replay):
     app.command()(command)
 app.command("list")(list_)
+app.command()(token)
+app.add_typer(config, name="config")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +11,7 @@ import typer
 
 from camserve.transport import DEFAULT_ADDRESS
 
-__all__ = ["serve"]
+__all__ = ["needs_server", "serve"]
 
 
 def serve(
@@ -21,11 +23,18 @@ def serve(
     ] = False,
 ) -> None:
     """Start a server, and stop it with Ctrl-C."""
-    try:
+    with needs_server():
         from camserve_server.__main__ import serve as run
+    raise typer.Exit(run(config=config, listen=listen, device=device, insecure=insecure or None))
+
+
+@contextmanager
+def needs_server() -> Iterator[None]:
+    """Says what to install where the server's packages are not."""
+    try:
+        yield
     except ModuleNotFoundError as missing:
         if (missing.name or "").startswith(("camserve.", "camserve_server.")):
             raise  # a bug of ours, not something to install
         typer.echo(f"error: the server needs {missing.name}: pip install 'camserve[server]'", err=True)
         raise typer.Exit(1) from None
-    raise typer.Exit(run(config=config, listen=listen, device=device, insecure=insecure or None))

@@ -160,13 +160,14 @@ def _labels(config: ModelConfig, classes: int, where: str) -> tuple[str, ...]:
 
         labels = list(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
     else:
-        labels = _label_file(config.resolve(config.labels), where)
+        labels = label_file(config.resolve(config.labels), where)
     if len(labels) != classes:
         raise ConfigError(f"{where}.labels: {len(labels)} labels for {classes} classes")
     return tuple(labels)
 
 
-def _label_file(path: Path, where: str) -> list[str]:
+def label_file(path: Path, where: str) -> list[str]:
+    """One label a line. Raises ConfigError."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

