@@ -29,13 +29,22 @@ State = Literal["ready", "waiting", "unloaded"]
 log = structlog.get_logger()
 
 
+@dataclass
+class Loads:
+    """How often a model has been loaded or could not be, and how long that took, warm-up included."""
+
+    done: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(eq=False)
 class _Loaded:
     model: Model
     weight_bytes: int
-    users: int = 0
-    used_at: int = 0  # the how-manieth request of the server was the last for it
-    left: asyncio.Event = field(default_factory=asyncio.Event)  # set whenever it has no users
+    users: set[object] = field(default_factory=set)
+    left: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last user has left it
+    used_at: int = 0  # which request of the server was the last for it
 
 
 @dataclass(eq=False)
@@ -45,7 +54,8 @@ class _Place:
     config: ModelConfig
     loaded: _Loaded | None = None
     closed: bool = False
-    loading: asyncio.Task[None] | None = None
+    loading: asyncio.Task[_Loaded] | None = None
+    waiting: set[object] = field(default_factory=set)  # who will use it once it is loaded
     weight_bytes: int = 0  # when it was loaded last
 
     @property
@@ -63,6 +73,7 @@ class Shelf:
     """
 
     def __init__(self, config: Config, engine: Engine, device: torch.device) -> None:
+        self.loads: dict[str, Loads] = {}
         self._config = config
         self._engine = engine
         self._device = device
@@ -82,7 +93,7 @@ class Shelf:
 
     def all(self) -> Iterator[tuple[ModelConfig, State, Model | None]]:
         """Every model, the first one first; the last is there if it is ready."""
-        for place in self._places.values():
+        for place in [*self._places.values()]:  # a copy: whoever watches asks on another thread
             yield place.config, place.state, place.loaded.model if place.loaded else None
 
     @contextlib.asynccontextmanager
@@ -92,25 +103,22 @@ class Shelf:
         Raises NotFound, listing the known ones, and Unservable where it cannot be loaded.
         """
         place = self._place(name)
-        while place.loaded is None:
-            if place.closed:
-                raise Unservable(f"{place.config.name} is not loaded: an operator has unloaded it", reason="UNLOADED")
-            try:
-                await self._load_once(place)
-            except ConfigError as error:
-                log.error("cannot be loaded", model=place.config.name, exc_info=error)
-                raise Unservable(
-                    f"{place.config.name} cannot be loaded; the server's log says why", reason="LOAD_FAILED"
-                ) from error
-        loaded = place.loaded
-        loaded.users += 1
-        loaded.used_at = next(self._requests)
-        loaded.left.clear()
+        if place.closed:
+            raise Unservable(f"{place.config.name} is not loaded: an operator has unloaded it", reason="UNLOADED")
+        loaded, me = place.loaded, object()
+        users = loaded.users if loaded else place.waiting
+        users.add(me)
         try:
+            loaded = loaded or await self._load_once(place)
+            loaded.used_at = next(self._requests)
             yield loaded.model
+        except ConfigError as error:
+            raise Unservable(
+                f"{place.config.name} cannot be loaded; the server's log says why", reason="LOAD_FAILED"
+            ) from error
         finally:
-            loaded.users -= 1
-            if not loaded.users:
+            users.remove(me)
+            if loaded and not users:
                 loaded.left.set()
 
     # ---- for operators -----------------------------------------------------------------------------------------------
@@ -118,11 +126,9 @@ class Shelf:
     async def load(self, name: str) -> Model:
         """Loads the model as the configuration file has it now. Raises NotFound and ConfigError."""
         place = self._read_again(name)
-        if place.loaded is None:
-            await self._load_once(place)
+        loaded = place.loaded or await self._load_once(place)
         place.closed = False
-        assert place.loaded is not None, "it has just been loaded"
-        return place.loaded.model
+        return loaded.model
 
     async def unload(self, name: str) -> None:
         """Lends the model no more, and waits for what runs on it. Raises NotFound."""
@@ -162,31 +168,40 @@ class Shelf:
                 return place
         return self._place(name)
 
-    async def _load_once(self, place: _Place) -> None:
+    async def _load_once(self, place: _Place) -> _Loaded:
         """Loads it; all who wait for it wait for the same load, which goes on if they do not."""
         if place.loading is None:
             place.loading = asyncio.create_task(self._load(place))
-            place.loading.add_done_callback(lambda _: setattr(place, "loading", None))
-        await asyncio.shield(place.loading)
+        return await asyncio.shield(place.loading)
 
-    async def _load(self, place: _Place) -> None:
-        async with self._one_at_a_time:
-            await self._make_room(place)
-            loaded = await self._loaded(place)
-            place.loaded = loaded
-            await self._make_room(place)  # by now its size is known
+    async def _load(self, place: _Place) -> _Loaded:
+        try:
+            async with self._one_at_a_time:
+                await self._make_room(place)
+                loaded = await self._loaded(place)
+                # Nobody can take it away from those who wait before they have had it.
+                loaded.users, place.waiting = place.waiting, set()
+                place.loaded = loaded
+                await self._make_room(place)  # by now its size is known
+                return loaded
+        except Exception:
+            log.exception("cannot be loaded", model=place.config.name)
+            raise
+        finally:
+            place.loading = None
 
     async def _loaded(self, place: _Place) -> _Loaded:
         name, started = place.config.name, time.monotonic()
+        loads = self.loads.setdefault(name, Loads())
         try:
-            loader = ThreadPoolExecutor(1, "load")
-            loading = asyncio.get_running_loop().run_in_executor(loader, load, place.config, self._device)
-            loader.shutdown(wait=False)  # the thread ends with the load, and its OpenMP team too: see device/
-            model = await loading
-            for each in model.precisions.values():
-                await asyncio.wrap_future(self._engine.between(warming_up(each, place.config.batch_size)))
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"{name} does not fit into the device's memory") from error
+            model = await self._warm(place.config)
+        except Exception as error:
+            loads.failed += 1
+            if isinstance(error, torch.OutOfMemoryError):
+                raise OutOfMemory(f"{name} does not fit into the device's memory") from error
+            raise
+        loads.done += 1
+        loads.seconds += time.monotonic() - started
         for each in model.precisions.values():
             log.info(
                 "loaded",
@@ -195,10 +210,18 @@ class Shelf:
                 digest=each.digest,
                 device=self._device.type,
                 batch_sizes=each.batch_sizes,
-                seconds=round(time.monotonic() - started, 2),
             )
         place.weight_bytes = model.weight_bytes
         return _Loaded(model, model.weight_bytes)
+
+    async def _warm(self, config: ModelConfig) -> Model:
+        loader = ThreadPoolExecutor(1, "load")
+        loading = asyncio.get_running_loop().run_in_executor(loader, load, config, self._device)
+        loader.shutdown(wait=False)  # the thread ends with the load, and its OpenMP team too: see device/
+        model = await loading
+        for each in model.precisions.values():
+            await asyncio.wrap_future(self._engine.between(warming_up(each, config.batch_size)))
+        return model
 
     def _weight_bytes(self) -> int:
         return sum(place.loaded.weight_bytes for place in self._places.values() if place.loaded)
@@ -211,7 +234,7 @@ class Shelf:
         needed = 0 if place.loaded else place.weight_bytes
         others = sorted(
             (each for each in self._places.values() if each.loaded and each is not place),
-            key=lambda each: (each.loaded.users > 0, each.loaded.used_at) if each.loaded else (False, 0),
+            key=lambda each: (bool(each.loaded.users), each.loaded.used_at) if each.loaded else (False, 0),
         )
         total, going = self._weight_bytes() + needed, list[_Place]()
         for other in others:
@@ -234,5 +257,6 @@ class Shelf:
 
 async def _unused(loaded: _Loaded) -> None:
     while loaded.users:
+        loaded.left.clear()
         await loaded.left.wait()
     log.info("unloaded", model=loaded.model.name, digest=loaded.model.digest)

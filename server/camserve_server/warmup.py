@@ -21,7 +21,8 @@ log = structlog.get_logger()
 SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256)}
 # The share of the best throughput that is enough. An ascent brings one row a batch: a lone one pays for the padding.
 NEAR_BEST: dict[LaneKind, float] = {"forward": 0.95, "gradient": 0.95, "ascend": 0.6}
-MEASURE_S = 0.4
+MEASURE_S = 0.4  # where sizes are compared
+GLANCE_S = 0.05
 SLOW_S = 2.0  # a batch that takes longer would make cancelling slow, whatever its throughput
 
 
@@ -36,7 +37,8 @@ def warming_up(model: Model, batch_size: int | None = None) -> Iterator[None]:
     for kind, query in _queries(model).items():
         sizes = (batch_size,) if batch_size else SIZES[model.device.type]
         try:
-            size, model.rows_per_s[kind] = yield from _best(partial(_seconds, model, query), sizes, NEAR_BEST[kind])
+            seconds = partial(_seconds, model, query, GLANCE_S if batch_size else MEASURE_S)
+            size, model.rows_per_s[kind] = yield from _best(seconds, sizes, NEAR_BEST[kind])
         except Unservable as error:  # methods of other lanes can be served all the same
             log.warning("a lane cannot be served", model=model.name, lane=kind, reason=error.message)
             size = model.batch_sizes["forward"]
@@ -80,9 +82,11 @@ def _best(
     return next((size, rate) for size, rate in rates.items() if rate >= near * max(rates.values()))
 
 
-def _seconds(model: Model, query: Callable[[int], Query[Any]], size: int) -> Generator[None, None, float]:
+def _seconds(
+    model: Model, query: Callable[[int], Query[Any]], at_least_s: float, size: int
+) -> Generator[None, None, float]:
     times: list[float] = []
-    while len(times) < 3 or sum(times) < MEASURE_S:
+    while len(times) < 3 or sum(times) < at_least_s:
         yield
         lane, work = start_work(query(size), model, dict.fromkeys(get_args(LaneKind), size))
         _synchronize(model)

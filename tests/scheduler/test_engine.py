@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -257,6 +257,40 @@ def test_a_long_request_shuts_no_short_one_out(model: Model) -> None:
         assert 1 <= caught.value.retry_after_s <= 60, "the long one may be cancelled at any time"
         submit(engine, model, X, call(model, "rise", masks=900_000), budget=100).future.result(60)
         engine.cancel(long)
+
+
+def test_steps_let_the_batches_of_others_run_between_them(model: Model) -> None:
+    with running() as engine:
+        seen = []
+
+        def steps() -> Iterator[None]:
+            for _ in range(20):
+                seen.append(engine.counters.batches)
+                yield
+
+        long = submit(engine, model, X, call(model, "rise", masks=1_000_000))
+        while not engine.counters.batches:
+            time.sleep(0.001)
+        engine.between(steps()).result(60)
+        engine.cancel(long)
+        assert seen == sorted(set(seen)), "at least a batch between any two"
+
+
+def test_steps_that_fail_or_are_left_say_so() -> None:
+    def broken() -> Iterator[None]:
+        yield
+        raise OutOfMemory("no room")
+
+    def endless() -> Iterator[None]:
+        while True:
+            yield
+
+    with running() as engine:
+        with pytest.raises(OutOfMemory):
+            engine.between(broken()).result(60)
+        left = engine.between(endless())
+    with pytest.raises(Unavailable):
+        left.result(60)
 
 
 class Slow(nn.Module):

@@ -1,0 +1,195 @@
+"""Models come and go while others are served."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import skimage.data
+from safetensors.torch import save_file
+
+import camserve
+from camserve.v1 import admin_pb2 as pb
+from camserve.v1.admin_pb2_grpc import AdminServiceStub
+from camserve_server.config import read
+from camserve_server.service.server import Server
+from tests import nets
+from tests.conftest import serving
+
+PICTURE = skimage.data.chelsea()
+TABLE = """
+[[models]]
+name = "{name}"
+source = "python:tests.nets:tiny_cnn"
+weights = "{name}.safetensors"
+input_size = [32, 32]
+batch_size = 2
+"""
+LONG = {"method": "rise", "parameters": {"masks": 6000}}
+ENDLESS = {"method": "rise", "parameters": {"masks": 1_000_000}}  # to be cancelled
+
+
+def write(folder: Path, *names: str, **keys: int) -> Path:
+    """A configuration file with those models, each with weights of its own."""
+    for seed, name in enumerate(names):
+        weights(folder, name, seed)
+    path = folder / "camserve.toml"
+    server = 'listen = "127.0.0.1:0"\nadmin_listen = "127.0.0.1:0"\ndevice = "cpu"\n'
+    path.write_text(
+        server + "".join(f"{k} = {v}\n" for k, v in keys.items()) + "".join(TABLE.format(name=n) for n in names)
+    )
+    return path
+
+
+def weights(folder: Path, name: str, seed: int) -> None:
+    save_file(nets.tiny_cnn(seed=seed).state_dict(), folder / f"{name}.safetensors")
+
+
+@contextmanager
+def running(path: Path) -> Iterator[tuple[Server, camserve.Client, AdminServiceStub]]:
+    """A server, somebody who asks it, and its operator."""
+    with (
+        serving(read(path)) as server,
+        camserve.Client(server.address) as client,
+        grpc.insecure_channel(server.admin_address) as channel,
+    ):
+        yield server, client, AdminServiceStub(channel)
+
+
+def gone(weight: weakref.ref[object]) -> bool:
+    """Whether the weights are freed, once those who have had them are collected."""
+    for _ in range(100):
+        gc.collect()
+        if weight() is None:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def states(client: camserve.Client) -> dict[str, str]:
+    return {model.name: model.state for model in client.models()}
+
+
+def test_what_runs_is_finished_before_a_model_goes(tmp_path: Path) -> None:
+    with running(write(tmp_path, "a", "b")) as (server, client, admin):
+        weight = weakref.ref(next(server.models["b"].module.parameters()))
+        stream = client.explain_stream(PICTURE, model="b", **LONG)  # type: ignore[arg-type]
+        next(event for event in stream if isinstance(event, camserve.Progress))
+        going = admin.UnloadModel.future(pb.UnloadModelRequest(model="b"))
+        while states(client)["b"] == "ready":
+            time.sleep(0.01)
+        with pytest.raises(camserve.FailedPrecondition, match="an operator has unloaded it") as caught:
+            client.explain(PICTURE, model="b", method="grad-cam")
+        assert caught.value.reason == "UNLOADED"
+        assert not going.done(), "it runs still"
+        *_, explanation = stream
+        assert isinstance(explanation, camserve.Explanation)
+        going.result(timeout=30)
+        assert gone(weight)
+        assert states(client) == {"a": "ready", "b": "unloaded"}
+        assert client.explain(PICTURE, method="grad-cam").receipt.model == "a"
+
+        loaded = admin.LoadModel(pb.LoadModelRequest(model="b")).model
+        assert (loaded.state, loaded.digest) == ("ready", explanation.receipt.model_digest)
+        again = client.explain(PICTURE, model="b", **LONG)  # type: ignore[arg-type]
+        assert np.array_equal(again.saliency, explanation.saliency)
+
+
+def test_a_reload_mixes_no_weights(tmp_path: Path) -> None:
+    """Requests of before it and of after it run at the same time, each on its own weights."""
+    asked = {"method": "rise", "parameters": {"masks": 3000}}
+    with running(write(tmp_path, "a")) as (server, client, admin):
+        old = client.explain(PICTURE, **asked)  # type: ignore[arg-type]
+        stream = client.explain_stream(PICTURE, **ENDLESS)  # type: ignore[arg-type]
+        next(event for event in stream if isinstance(event, camserve.Progress))
+        weights(tmp_path, "a", seed=7)
+        going = admin.ReloadModel.future(pb.ReloadModelRequest(model="a"))
+        while server.models["a"].digest == old.receipt.model_digest:
+            time.sleep(0.01)
+        new = client.explain(PICTURE, **asked)  # type: ignore[arg-type]
+        assert not going.done(), "the old one is in use"
+        stream.close()
+        assert going.result(timeout=30).model.digest == new.receipt.model_digest != old.receipt.model_digest
+        alone = client.explain(PICTURE, **asked)  # type: ignore[arg-type]
+        assert np.array_equal(new.saliency, alone.saliency)
+        assert not np.array_equal(new.saliency, old.saliency)
+
+
+def test_a_model_added_to_the_file_can_be_loaded(tmp_path: Path) -> None:
+    with running(write(tmp_path, "a")) as (_, client, admin):
+        with pytest.raises(grpc.RpcError) as caught:
+            admin.LoadModel(pb.LoadModelRequest(model="b"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        write(tmp_path, "a", "b")
+        admin.LoadModel(pb.LoadModelRequest(model="b"))
+        assert states(client) == {"a": "ready", "b": "ready"}
+        assert client.explain(PICTURE, model="b", method="grad-cam").maps
+
+
+def test_a_reload_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    with running(write(tmp_path, "a")) as (_, client, admin):
+        (tmp_path / "a.safetensors").write_bytes(b"nonsense")
+        with pytest.raises(grpc.RpcError, match=r"models\.a\.weights") as caught:
+            admin.ReloadModel(pb.ReloadModelRequest(model="a"))
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert client.explain(PICTURE, method="grad-cam").maps
+        admin.UnloadModel(pb.UnloadModelRequest(model="a"))
+        with pytest.raises(grpc.RpcError, match=r"models\.a\.weights"):
+            admin.LoadModel(pb.LoadModelRequest(model="a"))
+        assert states(client) == {"a": "unloaded"}
+
+
+def test_the_least_recently_used_makes_room(tmp_path: Path) -> None:
+    each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
+    with running(write(tmp_path, "a", "b", "c", max_model_bytes=2 * each + 10)) as (server, client, _):
+        assert states(client) == {"a": "ready", "b": "ready", "c": "waiting"}, "no room at the start"
+        first = {name: client.explain(PICTURE, model=name, method="grad-cam") for name in "ab"}
+        client.explain(PICTURE, model="a", method="grad-cam")
+        weight = weakref.ref(next(server.models["b"].module.parameters()))
+        first["c"] = client.explain(PICTURE, model="c", method="grad-cam")
+        assert states(client) == {"a": "ready", "b": "waiting", "c": "ready"}
+        assert gone(weight)
+        again = client.explain(PICTURE, model="b", method="grad-cam")
+        assert states(client) == {"a": "waiting", "b": "ready", "c": "ready"}
+        assert np.array_equal(again.saliency, first["b"].saliency)
+        assert len({explanation.receipt.model_digest for explanation in first.values()}) == 3
+
+
+def test_many_callers_of_more_models_than_there_is_room_for(tmp_path: Path) -> None:
+    """Everybody is answered, and rightly, though only one model fits at a time."""
+    each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
+    with running(write(tmp_path, "a", "b", "c", max_model_bytes=each)) as (_, client, _):
+        maps: dict[str, list[np.ndarray]] = {"a": [], "b": [], "c": []}
+
+        def ask(name: str) -> None:
+            maps[name].append(client.explain(PICTURE, model=name, method="score-cam").saliency)
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in 4 * "abc"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert [len(found) for found in maps.values()] == [4, 4, 4]
+        assert all(np.array_equal(found[0], other) for found in maps.values() for other in found)
+        assert sum(state == "ready" for state in states(client).values()) == 1
+
+
+def test_a_model_that_cannot_be_loaded_names_no_file_to_callers(tmp_path: Path) -> None:
+    each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
+    with running(write(tmp_path, "a", "b", max_model_bytes=each)) as (_, client, _):
+        (tmp_path / "b.safetensors").unlink()
+        with pytest.raises(
+            camserve.FailedPrecondition, match="b cannot be loaded; the server's log says why"
+        ) as caught:
+            client.explain(PICTURE, model="b", method="grad-cam")
+        assert caught.value.reason == "LOAD_FAILED"
+        weights(tmp_path, "b", seed=1)
+        assert client.explain(PICTURE, model="b", method="grad-cam").maps, "the next request tries again"
