@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from camserve.cli.bench import bench
 from camserve.cli.config import config
 from camserve.cli.evaluate import evaluate
 from camserve.cli.explain import explain
@@ -40,7 +41,7 @@ def _options(
     pass
 
 
-for command in (serve, explain, evaluate, sanity, replay):
+for command in (serve, explain, evaluate, sanity, replay, bench):
     app.command()(command)
 app.command("list")(list_)
 app.command()(token)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -13,9 +13,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
-__all__ = ["Curve", "Point", "curves", "layers", "scatter"]
+__all__ = ["MOST_LINES", "Curve", "Line", "Point", "curves", "layers", "lines", "scatter"]
 
 Numbers = NDArray[np.float64]
 
@@ -53,6 +54,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.solid_capstyle": "round",
 }
+MOST_LINES = len(_COLOURS)
 # In inches, of 72 units each; texts have 10.
 _WIDTH = 4.6
 # More points than pixels would only make the page heavy.
@@ -81,6 +83,16 @@ class Point:
     hollow: bool = False
 
 
+@dataclass(frozen=True)
+class Line:
+    """Points, [P] each, joined where they are numbers; a `level` is one of the same y all along."""
+
+    label: str
+    x: Numbers
+    y: Numbers
+    level: bool = False
+
+
 def curves(alt: str, drawn: Sequence[Curve], x: Numbers, x_label: str, y_label: str) -> str:
     """Curves with their bands over x [P], the first of them that of comparison. At most seven."""
 
@@ -99,6 +111,43 @@ def curves(alt: str, drawn: Sequence[Curve], x: Numbers, x_label: str, y_label: 
         axes.figure.legend(loc="outside lower left", ncols=2, handlelength=2.6)
 
     return _svg(alt, 3.5, draw)
+
+
+def lines(
+    alt: str,
+    drawn: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    x_ticks: Mapping[str, float] | None = None,
+) -> str:
+    """Lines over x, at most `MOST_LINES`; `x_ticks` are what stands below which x."""
+
+    def draw(axes: Axes) -> None:
+        for line, colour, dashes in zip(drawn, _COLOURS, _DASHES, strict=False):
+            if line.level:
+                axes.axhline(line.y[0], color=colour, linestyle=(0, (2, 2)), lw=1, label=line.label)
+                continue
+            marker = "o" if len(line.x) < 30 else ""
+            axes.plot(line.x, line.y, color=colour, linestyle=dashes, label=line.label, lw=1.5, marker=marker, ms=3)
+        if log_x:
+            axes.set_xscale("log")
+        if log_y:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+            axis.set_minor_formatter(NullFormatter())
+        if x_ticks:
+            axes.set_xticks([*x_ticks.values()], [*x_ticks])
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.grid(visible=True)
+        axes.figure.legend(loc="outside lower left", ncols=3, handlelength=2.6)
+
+    return _svg(alt, 3.3, draw)
 
 
 def scatter(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
