@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
 from camserve import calls, errors, many
-from camserve.v1.explain_pb2_grpc import ExplainServiceStub
+from camserve.transport import Connection
 
 __all__ = ["Client"]
 
@@ -52,21 +52,15 @@ def _many(
     return method
 
 
-class Client:
+class Client(Connection):
     """A connection to a camserve server at `address`, "host:port". To be made where the event loop runs.
 
-    Connects when first used; to be closed, best by `async with`. `timeout` is how many seconds a call may take unless
-    it says otherwise; None waits as long as it takes. Cancelling the task that awaits a call cancels it at the server,
-    too. Wrap a stream that may be left early in `contextlib.aclosing`, or else it ends only when it is collected.
+    Connects when first used; to be closed, best by `async with`. Cancelling the task that awaits a call cancels it at
+    the server, too. Wrap a stream that may be left early in `contextlib.aclosing`, or else it ends only when it is
+    collected. What it takes is what `camserve.Client` takes.
     """
 
-    def __init__(
-        self, address: str = calls.DEFAULT_ADDRESS, *, timeout: float | None = calls.DEFAULT_TIMEOUT_S
-    ) -> None:
-        self.address = address
-        self.timeout = timeout
-        self._channel = grpc.aio.insecure_channel(address, options=calls.CHANNEL_OPTIONS)
-        self._stub = ExplainServiceStub(self._channel)
+    _grpc: ClassVar[Any] = grpc.aio
 
     explain = _unary(calls.explain)
     explain_stream = _stream(calls.explain)
@@ -81,7 +75,8 @@ class Client:
 
     async def close(self) -> None:
         """Close the connection. Calls still under way are cancelled; the client is of no further use."""
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     async def __aenter__(self) -> Client:
         return self
@@ -92,12 +87,11 @@ class Client:
     def __repr__(self) -> str:
         return f"aio.Client({self.address!r})"
 
-    async def _answer(self, call: calls.Call[Answer]) -> Answer:
-        timeout = self.timeout if call.timeout is None else call.timeout
+    async def _answer(self, call: calls.Call[Answer], stub: Any = None) -> Answer:
         try:
-            return call.read(await getattr(self._stub, call.rpc)(call.request, timeout=timeout))
+            return call.read(await getattr(stub or self._stub, call.rpc)(call.request, **self._given(call)))
         except grpc.RpcError as error:
-            raise errors.from_rpc(error, address=self.address, timeout_s=timeout) from error
+            raise self._error(error, call) from error
 
     async def _answers(self, asked: many.Many[Answer]) -> AsyncGenerator[Answer, None]:
         running: set[asyncio.Task[Answer]] = set()
@@ -123,7 +117,7 @@ class Client:
     async def _outcome(self, ask: many.Ask[Answer]) -> Answer:
         try:
             call = await asyncio.to_thread(ask.call)
-            explanation = await self._answer(call)
+            explanation = await self._answer(call, self._stub_of_many)
             return ask.answer(explanation)
         except (errors.CamserveError, OSError) as error:
             if not (later := ask.again(error)):
@@ -133,14 +127,13 @@ class Client:
         return await self._outcome(again)
 
     async def _events(self, call: calls.Call[Event | None]) -> AsyncGenerator[Event, None]:
-        timeout = self.timeout if call.timeout is None else call.timeout
-        rpc: Any = getattr(self._stub, call.rpc)(call.request, timeout=timeout)
+        rpc: Any = getattr(self._stub, call.rpc)(call.request, **self._given(call))
         try:
             async for message in rpc:
                 event = call.read(message)
                 if event is not None:
                     yield event
         except grpc.RpcError as error:
-            raise errors.from_rpc(error, address=self.address, timeout_s=timeout) from error
+            raise self._error(error, call) from error
         finally:
             rpc.cancel()  # does nothing to a call that has ended

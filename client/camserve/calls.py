@@ -22,12 +22,8 @@ from camserve.errors import InvalidArgument
 from camserve.images import ImageLike
 from camserve.receipt import Receipt
 from camserve.v1 import explain_pb2 as pb
-from camserve.version import __version__
 
 __all__ = [
-    "CHANNEL_OPTIONS",
-    "DEFAULT_ADDRESS",
-    "DEFAULT_TIMEOUT_S",
     "Call",
     "Streamable",
     "described",
@@ -45,16 +41,6 @@ Event = TypeVar("Event")
 TargetLike: TypeAlias = int | str
 Parameters: TypeAlias = Mapping[str, Any]
 BoxesLike: TypeAlias = Sequence[float] | Sequence[Sequence[float]]
-
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-# A map of thousands of rows takes minutes on a CPU.
-DEFAULT_TIMEOUT_S = 300.0
-
-CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", images.MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", images.MAX_MESSAGE_BYTES),
-    ("grpc.primary_user_agent", f"camserve/{__version__}"),
-]
 
 
 @dataclass(frozen=True)
@@ -96,6 +82,7 @@ def explain(
     budget: int | None = None,
     batch_sizes: Mapping[str, int] | None = None,
     precision: str | None = None,
+    priority: str | None = None,
     boxes: BoxesLike | None = None,
     mask: object = None,
     predictions: int = 5,
@@ -119,6 +106,7 @@ def explain(
         and the map's `share` says how far it got; one that cannot is refused. None is no limit.
     batch_sizes: of the server's lanes, from a receipt: with them the same machine gives the same bits.
     precision: arithmetic of the model, one of its `precisions`, such as "bf16"; None is the model's own.
+    priority: "low", "normal" or "high", as far as the caller may; None is normal. It changes when, never what.
     boxes: where the target is, for metrics of localisation: a (left, top, right, bottom), or several, in pixels of the
         image as it is given (of a photograph: upright), right and bottom behind the last pixel.
     mask: or booleans [H, W], true where the target is, over the whole image at any resolution; if both are given,
@@ -151,6 +139,7 @@ def explain(
         budget=_at_least_1(budget, "budget", 2**63 - 1),
         batch_sizes=_batch_sizes(batch_sizes),
         precision=precision or "",
+        priority=priority or "",
         truth=_truth(boxes, mask, given),
     )
     images.check_size(request.ByteSize(), "the request")
@@ -171,6 +160,7 @@ def evaluate(
     budget: int | None = None,
     batch_sizes: Mapping[str, int] | None = None,
     precision: str | None = None,
+    priority: str | None = None,
     boxes: BoxesLike | None = None,
     mask: object = None,
     request_id: str | None = None,
@@ -184,8 +174,8 @@ def evaluate(
     target: the class that the map explains, an index or label; None is the predicted class.
     seed: all randomness comes from it, of the metrics and of the method.
 
-    `image`, `model`, `budget`, `batch_sizes`, `precision`, `boxes`, `mask`, `request_id`, `timeout` and what is raised
-    are as for `explain`.
+    `image`, `model`, `budget`, `batch_sizes`, `precision`, `priority`, `boxes`, `mask`, `request_id`, `timeout` and
+    what is raised are as for `explain`.
     """
     if (saliency is None) == (method is None):
         raise InvalidArgument("give either a saliency map or the method that makes one", field="saliency")
@@ -204,6 +194,7 @@ def evaluate(
         budget=_at_least_1(budget, "budget", 2**63 - 1),
         batch_sizes=_batch_sizes(batch_sizes),
         precision=precision or "",
+        priority=priority or "",
         truth=_truth(boxes, mask, given),
     )
     images.check_size(request.ByteSize(), "the request")

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import grpc
 
 from camserve import calls, errors, many
-from camserve.v1.explain_pb2_grpc import ExplainServiceStub
+from camserve.transport import Connection
 
 __all__ = ["Client"]
 
@@ -48,21 +48,19 @@ def _many(
     return method
 
 
-class Client:
+class Client(Connection):
     """A connection to a camserve server at `address`, "host:port".
 
-    Connects when first used; may be shared between threads; to be closed, best by `with`. `timeout` is how many seconds
-    a call may take unless it says otherwise; None waits as long as it takes. A call that is interrupted, by Ctrl-C for
-    instance, is cancelled at the server, too.
-    """
+    Connects when first used; may be shared between threads; to be closed, best by `with`. A call that is interrupted,
+    by Ctrl-C for instance, is cancelled at the server, too.
 
-    def __init__(
-        self, address: str = calls.DEFAULT_ADDRESS, *, timeout: float | None = calls.DEFAULT_TIMEOUT_S
-    ) -> None:
-        self.address = address
-        self.timeout = timeout
-        self._channel = grpc.insecure_channel(address, options=calls.CHANNEL_OPTIONS)
-        self._stub = ExplainServiceStub(self._channel)
+    `address` may also be any other name that gRPC knows, such as dns:///host:port; where it stands for several servers,
+    calls take turns among those that are ready. `timeout` is how many seconds a call may take, tries again included,
+    unless it says otherwise; None waits as long as it takes.
+
+    `tls` asks for TLS; `ca`, `certificate` and `key`, PEM files or what is in them, do, too: whom to trust instead of
+    the authorities that gRPC knows, and who this is. `token` is sent with each call; without TLS, only to this machine.
+    """
 
     explain = _unary(calls.explain)
     explain_stream = _stream(calls.explain)
@@ -77,7 +75,8 @@ class Client:
 
     def close(self) -> None:
         """Close the connection. Calls still under way are cancelled; the client is of no further use."""
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Client:
         return self
@@ -88,23 +87,20 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.address!r})"
 
-    def _sent(self, call: calls.Call[Any]) -> Any:
+    def _sent(self, stub: Any, call: calls.Call[Any]) -> Any:
         # As a future, because the blocking form would leave the call running at the server when interrupted.
-        return getattr(self._stub, call.rpc).future(call.request, timeout=self._timeout_of(call))
+        return getattr(stub, call.rpc).future(call.request, **self._given(call))
 
     def _read(self, call: calls.Call[Answer], rpc: Any) -> Answer:
         try:
             return call.read(rpc.result())
         except grpc.RpcError as error:
-            raise errors.from_rpc(error, address=self.address, timeout_s=self._timeout_of(call)) from error
+            raise self._error(error, call) from error
         except grpc.FutureCancelledError as error:
             raise errors.Cancelled("the client was closed while the call was under way") from error
 
-    def _timeout_of(self, call: calls.Call[Any]) -> float | None:
-        return self.timeout if call.timeout is None else call.timeout
-
     def _answer(self, call: calls.Call[Answer]) -> Answer:
-        rpc = self._sent(call)
+        rpc = self._sent(self._stub, call)
         try:
             return self._read(call, rpc)
         finally:
@@ -122,7 +118,7 @@ class Client:
                 failure = error  # the name of an except clause is gone after it
                 ended.put(lambda: [ask.answer(failure)])
                 return
-            rpc = self._sent(call)
+            rpc = self._sent(self._stub_of_many, call)
             flying.add(rpc)
             rpc.add_done_callback(lambda rpc: ended.put(lambda: finish(ask, call, rpc)))
 
@@ -156,14 +152,13 @@ class Client:
                 rpc.cancel()
 
     def _events(self, call: calls.Call[Event | None]) -> Generator[Event, None, None]:
-        timeout = self._timeout_of(call)
-        rpc: Any = getattr(self._stub, call.rpc)(call.request, timeout=timeout)
+        rpc: Any = getattr(self._stub, call.rpc)(call.request, **self._given(call))
         try:
             for message in rpc:
                 event = call.read(message)
                 if event is not None:
                     yield event
         except grpc.RpcError as error:
-            raise errors.from_rpc(error, address=self.address, timeout_s=timeout) from error
+            raise self._error(error, call) from error
         finally:
             rpc.cancel()  # does nothing to a call that has ended

@@ -137,13 +137,24 @@ class InternalError(CamserveError):
 _BY_CODE = {kind.code: kind for kind in CamserveError.__subclasses__()}
 
 
+# What gRPC says of a connection that cannot be made, and what to do about it.
+_HINTS = {
+    "backend unhealthy": "it is loading its models, or draining",
+    "WRONG_VERSION_NUMBER": "it speaks no TLS: leave out tls, ca and certificate",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is of no authority that is trusted here: give its authority as ca",
+    "not in peer certificate": "its certificate is of another name than this address",
+    "Socket closed": "it may ask for TLS (give tls or ca), or for a client's certificate (give certificate and key)",
+}
+
+
 def from_rpc(error: grpc.RpcError, *, address: str, timeout_s: float | None) -> CamserveError:
     """The CamserveError that says what a failed call says, sync or async."""
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     code, message = error.code(), error.details() or ""
     details = status.read(error.trailing_metadata())
     if details is None and code is grpc.StatusCode.UNAVAILABLE:
-        message = f"no answer from a camserve server at {address}: {message}"
+        hint = next((f"; {hint}" for said, hint in _HINTS.items() if said in message), "")
+        message = f"no answer from a camserve server at {address}: {message}{hint}"
     elif details is None and code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
         message = f"no answer from {address} within {timeout_s:g} s"
     translated = _BY_CODE.get(code, CamserveError)(message or code.name, **(details or {}))

@@ -78,7 +78,7 @@ def measure(bench: Bench, found: Findings, subject: Subject, address: str) -> No
     """Adds what the callers of the server at `address`, which serves that model, and of an engine get."""
     pixels = np.asarray(photograph())
     maps = {}
-    with camserve.Client(address) as client:
+    with camserve.Client(address, timeout=None) as client:
         for load in LOADS:
 
             def through_grpc(load: Load = load) -> camserve.Explanation:

@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ import PIL.Image
 import pytest
 import skimage.data
 from google.protobuf import struct_pb2
+from grpc_health.v1.health import HealthServicer
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 import camserve
-from camserve.calls import CHANNEL_OPTIONS
+from camserve.images import MAX_MESSAGE_BYTES
+from camserve.transport import SERVICE
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceServicer, add_ExplainServiceServicer_to_server
 
@@ -197,15 +202,33 @@ def servicer() -> Servicer:
     return Servicer()
 
 
+@contextmanager
+def listening(
+    servicer: Servicer,
+    credentials: grpc.ServerCredentials | None = None,
+    health: HealthServicer | None = None,
+) -> Iterator[str]:
+    """The address of a server that answers with the servicer."""
+    if health is None:
+        health = HealthServicer()
+        health.set(SERVICE, HealthCheckResponse.SERVING)
+    server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
+    add_ExplainServiceServicer_to_server(servicer, server)
+    add_HealthServicer_to_server(health, server)
+    anywhere = "127.0.0.1:0"
+    port = server.add_secure_port(anywhere, credentials) if credentials else server.add_insecure_port(anywhere)
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        servicer.cancelled.set()
+        server.stop(None).wait()
+
+
 @pytest.fixture
 def address(servicer: Servicer) -> Iterator[str]:
-    server = grpc.server(ThreadPoolExecutor(8), options=CHANNEL_OPTIONS)
-    add_ExplainServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield f"127.0.0.1:{port}"
-    servicer.cancelled.set()
-    server.stop(None).wait()
+    with listening(servicer) as address:
+        yield address
 
 
 @pytest.fixture

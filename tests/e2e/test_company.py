@@ -54,7 +54,7 @@ def test_thirty_two_callers_with_mixed_requests(server: Server) -> None:
         metrics = {"insertion": {"steps": 4}} if i % 3 == 0 else {}
         return client.explain(pictures[i], model=model, method=method, parameters=parameters, metrics=metrics)
 
-    with camserve.Client(server.address) as client:
+    with camserve.Client(server.address, timeout=300) as client:
         start = engine_of(server).counters.batches
         with ThreadPoolExecutor(32) as pool:
             together = dict(zip(order, pool.map(lambda i: ask(client, i), order), strict=True))
@@ -73,7 +73,7 @@ def test_thirty_two_callers_with_mixed_requests(server: Server) -> None:
 def test_a_grad_cam_passes_a_poly_cam(server: Server) -> None:
     """Sent while PCAM± runs, it is answered within three batches' time of its arrival."""
     engine = engine_of(server)
-    with camserve.Client(server.address) as slow, camserve.Client(server.address) as quick:
+    with camserve.Client(server.address, timeout=300) as slow, camserve.Client(server.address) as quick:
         stream = slow.explain_stream(CAT, method="poly-cam")
         next(event for event in stream if isinstance(event, camserve.Progress) and event.rows_done > 20)
         arrived: list[int] = []
@@ -100,7 +100,7 @@ def test_a_grad_cam_passes_a_poly_cam(server: Server) -> None:
 
 def test_a_cancel_frees_the_device_within_one_batch(server: Server) -> None:
     engine = engine_of(server)
-    with camserve.Client(server.address) as client:
+    with camserve.Client(server.address, timeout=300) as client:
         stream = client.explain_stream(CAT, method="poly-cam")
         next(event for event in stream if isinstance(event, camserve.Progress) and event.rows_done > 8)
         cancelled: list[int] = []
@@ -121,7 +121,7 @@ def test_a_cancel_frees_the_device_within_one_batch(server: Server) -> None:
 
 
 def test_a_caller_that_vanishes_frees_the_device(server: Server) -> None:
-    client = camserve.Client(server.address)
+    client = camserve.Client(server.address, timeout=300)
     stream = client.explain_stream(CAT, method="poly-cam")
     next(stream)
     client.close()
@@ -130,7 +130,7 @@ def test_a_caller_that_vanishes_frees_the_device(server: Server) -> None:
 
 def test_a_failure_stays_at_home(server: Server) -> None:
     """Hostile requests among good ones: the good ones get the answers that they get alone."""
-    with camserve.Client(server.address) as client:
+    with camserve.Client(server.address, timeout=300) as client:
         alone = client.explain(CAT, model="tiny", method="poly-cam").saliency
         errors: list[str] = []
 
@@ -155,7 +155,7 @@ def test_a_failure_stays_at_home(server: Server) -> None:
 def test_the_embedded_model_at_its_own_size() -> None:
     """224×224: a trained network names what is in a photograph, and what the map shows first is what it needs."""
     config = Config(listen="127.0.0.1:0", models=[embedded().model_copy(update={"batch_size": 2})])
-    with serving(config) as server, camserve.Client(server.address) as client:
+    with serving(config) as server, camserve.Client(server.address, timeout=300) as client:
         e = client.explain(skimage.data.camera(), method="opti-cam", metrics=["insertion", "deletion"])
     assert e.target.label == "tripod"
     assert e.scores["insertion"] > e.scores["deletion"] + 0.2
@@ -166,7 +166,10 @@ def test_random_weights_are_said_to_be_random() -> None:
     net = ModelConfig(
         name="r18", source="torchvision:resnet18", allow_random_weights=True, input_size=(32, 32), batch_size=1
     )
-    with serving(Config(listen="127.0.0.1:0", models=[net])) as server, camserve.Client(server.address) as client:
+    with (
+        serving(Config(listen="127.0.0.1:0", models=[net])) as server,
+        camserve.Client(server.address, timeout=300) as client,
+    ):
         (model,) = client.models()
         assert model.random_weights
         assert [layer.name for layer in model.layers] == ["relu", "layer1", "layer2", "layer3"]

@@ -77,7 +77,7 @@ def test_it_serves_and_drains(config: Path, number: signal.Signals) -> None:
 
 
 def test_a_second_signal_ends_at_once(config: Path) -> None:
-    with process("--config", str(config)) as (running, address), camserve.Client(address) as client:
+    with process("--config", str(config)) as (running, address), camserve.Client(address, timeout=300) as client:
         stream = client.explain_stream(skimage.data.chelsea(), method="opti-cam", parameters={"steps": 10_000})
         next(event for event in stream if isinstance(event, camserve.Progress))
         running.send_signal(signal.SIGTERM)

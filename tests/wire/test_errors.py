@@ -14,6 +14,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 import camserve
+from camserve import calls, errors
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from camserve_server.config import Config, ModelConfig
@@ -410,12 +411,21 @@ def test_what_a_model_cannot_serve() -> None:
 def test_a_full_queue_says_when_to_come_back() -> None:
     tiny = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=1)
     config = Config(listen="127.0.0.1:0", models=[tiny], max_rows_owed=900)
-    with serving(config) as server, camserve.Client(server.address) as client:
+    with (
+        serving(config) as server,
+        camserve.Client(server.address, timeout=300) as client,
+        grpc.insecure_channel(server.address) as channel,
+    ):
         stream = client.explain_stream(PICTURE, method="opti-cam", parameters={"steps": 5000})
         next(stream)
-        with pytest.raises(camserve.ResourceExhausted) as caught:
-            client.explain(PICTURE, method="opti-cam", parameters={"steps": 500})
-        assert caught.value.reason == "QUEUE_FULL"
-        assert caught.value.retry_after_s is not None
-        assert caught.value.retry_after_s > 0
+        # Without the client's channel, which would wait and try again.
+        with pytest.raises(grpc.RpcError) as caught:
+            ExplainServiceStub(channel).Explain(
+                calls.explain(PICTURE, method="opti-cam", parameters={"steps": 500}).request
+            )
+        refused = errors.from_rpc(caught.value, address=server.address, timeout_s=None)
+        assert isinstance(refused, camserve.ResourceExhausted)
+        assert refused.reason == "QUEUE_FULL"
+        assert refused.retry_after_s is not None
+        assert refused.retry_after_s > 0
         stream.close()

@@ -17,15 +17,14 @@ from rich.progress import Progress as ProgressBar
 from camserve import files, sheet, tables
 from camserve.annotations import read_boxes, read_labels
 from camserve.answers import Evaluation
-from camserve.calls import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
 from camserve.cli.options import (
-    Address,
     AsJson,
     Budget,
     Layers,
     Parameters,
     Seed,
-    Timeout,
+    Server,
+    asks,
     model_of,
     named,
     read_parameters,
@@ -38,9 +37,10 @@ from camserve.errors import InvalidArgument
 from camserve.many import DEFAULT_METRICS, Variant
 from camserve.runs import Run, Wanted, by_layer
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "report_module"]
 
 
+@asks
 def evaluate(
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", help="Files, or folders of them; several only with --csv.")
@@ -55,7 +55,7 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="NAME", help=f"May be repeated. Default: {', '.join(DEFAULT_METRICS)}."),
     ] = None,
-    address: Address = DEFAULT_ADDRESS,
+    server: Server,
     model: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="With --csv may be repeated. Default: the server's first."),
@@ -70,7 +70,6 @@ def evaluate(
     param: Parameters = None,
     seed: Seed = 0,
     budget: Budget = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
     boxes: Annotated[
         Path | None,
         typer.Option(
@@ -128,7 +127,7 @@ def evaluate(
             "--against": against,
         }
         _one_only(images, variants, model, only_many)
-        with errors_as_lines(), Client(address, timeout=timeout) as client:
+        with errors_as_lines(), server.client() as client:
             _evaluate_one(
                 client,
                 images[0],
@@ -154,9 +153,9 @@ def evaluate(
     if report:
         if report in (csv, npz):
             raise typer.BadParameter("is to be another file than those of --csv and --npz", param_hint="--report")
-        _report_module()
+        report_module()
     studied = [read_variant(each, parameters, layer, seed) for each in dict.fromkeys(per_layer or [])]
-    with errors_as_lines(), Client(address, timeout=timeout) as client:
+    with errors_as_lines(), server.client() as client:
         if report and report.exists() and not resume:
             raise InvalidArgument(f"{report} is there: make it anew by --resume, or give another file")
         found = sheet.image_files(images)
@@ -234,7 +233,7 @@ def _evaluate_many(run: Run, in_flight: int) -> list[sheet.Row]:
 def _write_report(client: Client, path: Path, run: Run, **options: Any) -> None:
     console = Console(stderr=True)
     with console.status(f"writing {escape(str(path))}"):
-        _report_module().write(
+        report_module().write(
             path,
             csv=run.csv,
             npz=run.npz,
@@ -246,7 +245,7 @@ def _write_report(client: Client, path: Path, run: Run, **options: Any) -> None:
         )
 
 
-def _report_module() -> Any:
+def report_module() -> Any:
     """What a report needs is not installed by everybody. Exits with 1 where it is missing."""
     try:
         from camserve import report

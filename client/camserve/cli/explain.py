@@ -11,31 +11,30 @@ from rich.console import Console
 from camserve import files, tables
 from camserve.annotations import read_mask
 from camserve.answers import Explanation
-from camserve.calls import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
 from camserve.cli.options import (
-    Address,
     AsJson,
     Budget,
     Layers,
     ModelName,
     Parameters,
     Seed,
-    Timeout,
+    Server,
+    asks,
     read_box,
     read_parameters,
     read_target,
 )
 from camserve.cli.show import errors_as_lines, followed, print_json, said, warn
-from camserve.client import Client
 from camserve.errors import CamserveError
 
 __all__ = ["explain"]
 
 
+@asks
 def explain(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="JPEG, PNG, WebP, BMP, GIF or TIFF.")],
     *,
-    address: Address = DEFAULT_ADDRESS,
+    server: Server,
     model: ModelName = None,
     method: Annotated[str, typer.Option(metavar="NAME", help="`camserve list methods` lists them.")] = "poly-cam",
     target: Annotated[
@@ -57,7 +56,6 @@ def explain(
     ] = None,
     seed: Seed = 0,
     budget: Budget = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the files go; made if need be.")] = Path(),
     as_json: AsJson = False,
 ) -> None:
@@ -79,7 +77,7 @@ def explain(
     metrics = list(dict.fromkeys(metric or []))
     table = tables.plain_table("image", "class", "probability", "rows", "time", *metrics, "overlay")
     failures = 0
-    with errors_as_lines(), Client(address, timeout=timeout) as client:
+    with errors_as_lines(), server.client() as client:
         parameters = read_parameters(param)
         boxes = [read_box(each) for each in box] if box else None
         truth_mask = None if mask is None else read_mask(mask)

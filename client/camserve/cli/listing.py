@@ -11,11 +11,9 @@ import typer
 from rich.console import Console, RenderableType
 
 from camserve import tables
-from camserve.calls import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
 from camserve.catalogue import Layer, Method, Metric, Model
-from camserve.cli.options import Address, AsJson, Timeout, model_of, named
+from camserve.cli.options import AsJson, Server, asks, model_of, named
 from camserve.cli.show import errors_as_lines, print_json
-from camserve.client import Client
 
 __all__ = ["list_"]
 
@@ -29,18 +27,18 @@ class What(Enum):
     metrics = "metrics"
 
 
+@asks
 def list_(
     what: What,
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Only this one; a method with all there is to know.")
     ] = None,
     *,
-    address: Address = DEFAULT_ADDRESS,
+    server: Server,
     model: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Whose layers, or where methods cost what. Default: the server's first."),
     ] = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
     """List what the server has: models, the layers of one that can be named, methods or metrics.
@@ -48,7 +46,7 @@ def list_(
     Methods are shown with what they cost on a model, and with their parameters; with NAME also with their equations,
     and when to take them.
     """
-    with errors_as_lines(), Client(address, timeout=timeout) as client:
+    with errors_as_lines(), server.client() as client:
         found: Sequence[Model | Layer | Method | Metric]
         table: RenderableType
         match what:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -12,16 +17,17 @@ from camserve.catalogue import Layer, Method, Metric, Model
 from camserve.client import Client
 from camserve.errors import NotFound
 from camserve.many import Variant
+from camserve.transport import DEFAULT_ADDRESS
 
 __all__ = [
-    "Address",
     "AsJson",
     "Budget",
     "Layers",
     "ModelName",
     "Parameters",
     "Seed",
-    "Timeout",
+    "Server",
+    "asks",
     "model_of",
     "named",
     "read_box",
@@ -30,7 +36,6 @@ __all__ = [
     "read_variant",
 ]
 
-Address = Annotated[str, typer.Option(help="The server, HOST:PORT.")]
 ModelName = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Default: the server's first.")]
 Layers = Annotated[
     list[str] | None,
@@ -44,9 +49,70 @@ Seed = Annotated[int, typer.Option(min=0, help="All randomness comes from it.")]
 Budget = Annotated[
     int | None, typer.Option(metavar="ROWS", min=1, help="The most rows. A method that can stop early then does.")
 ]
-Timeout = Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Of each call to the server.")]
 Named = TypeVar("Named", Model, Layer, Method, Metric)
+Connected = TypeVar("Connected")
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
+
+
+def _option(*names: str, **given: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Server", **given)
+
+
+@dataclass(frozen=True)
+class Server:
+    """Whom a command asks, and how: options of each command that `asks` a server."""
+
+    address: Annotated[str, _option(help="HOST:PORT.", envvar="CAMSERVE_ADDRESS")] = DEFAULT_ADDRESS
+    # A person sees how far it is and can press Ctrl-C, so this is longer than the library's.
+    timeout: Annotated[float, _option(metavar="SECONDS", min=0, help="Of each call.")] = 300.0
+    tls: Annotated[bool, _option("--tls", envvar="CAMSERVE_USE_TLS", help="Use TLS; --ca and --cert do, too.")] = False
+    ca: Annotated[Path | None, _option(metavar="FILE", envvar="CAMSERVE_CA", help="PEM: whom to trust.")] = None
+    cert: Annotated[
+        Path | None, _option(metavar="FILE", envvar="CAMSERVE_CERT", help="PEM: who you are, for mutual TLS.")
+    ] = None
+    key: Annotated[Path | None, _option(metavar="FILE", envvar="CAMSERVE_KEY", help="PEM: the key of --cert.")] = None
+    token_file: Annotated[
+        Path | None,
+        _option(metavar="FILE", envvar="CAMSERVE_TOKEN_FILE", help="Holds the token; or CAMSERVE_TOKEN is the token."),
+    ] = None
+
+    def client(self) -> Client:
+        """To be closed. Raises OSError for a file that cannot be read, InvalidArgument for a wrong combination."""
+        return self.connection(Client)
+
+    def connection(self, kind: Callable[..., Connected]) -> Connected:
+        """As `client`, of that kind."""
+        # Not an option of its own, for all users of a machine see each other's command lines.
+        token = self.token_file.read_text().strip() if self.token_file else os.environ.get("CAMSERVE_TOKEN")
+        return kind(
+            self.address,
+            timeout=self.timeout,
+            tls=self.tls,
+            ca=self.ca,
+            certificate=self.cert,
+            key=self.key,
+            token=token or None,
+        )
+
+
+def asks(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of a Server in place of its `server`."""
+    own, servers = (inspect.signature(each, eval_str=True).parameters for each in (command, Server))
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        *(each for each in own.values() if each.name != "server"),
+        *(each.replace(kind=keyword) for each in servers.values()),
+    ]
+
+    @functools.wraps(command)
+    def asking(**given: Any) -> None:
+        server = Server(**{name: given.pop(name) for name in servers})
+        command(**given, server=server)
+
+    # What typer makes its options of.
+    asking.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    asking.__annotations__ = {each.name: each.annotation for each in parameters}
+    return asking
 
 
 def read_target(text: str) -> int | str:

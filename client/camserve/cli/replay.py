@@ -11,15 +11,14 @@ from rich.console import Console
 
 from camserve import files, tables
 from camserve.answers import Replay
-from camserve.calls import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
-from camserve.cli.options import Address, Timeout
+from camserve.cli.options import Server, asks
 from camserve.cli.show import errors_as_lines, followed
-from camserve.client import Client
 from camserve.receipt import Receipt
 
 __all__ = ["replay"]
 
 
+@asks
 def replay(
     receipt: Annotated[
         Path, typer.Argument(metavar="RECEIPT", help="STEM.json, or another file with a receipt in it; - for stdin.")
@@ -30,8 +29,7 @@ def replay(
         list[Path] | None,
         typer.Option(metavar="FILE.npy", help="The map as it was, repeated for several. Default: beside RECEIPT."),
     ] = None,
-    address: Address = DEFAULT_ADDRESS,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
+    server: Server,
 ) -> None:
     """Make the map of a receipt again, and say whether it is the same.
 
@@ -43,7 +41,7 @@ def replay(
     and, where the map was saved as STEM.npy beside STEM.json, STEM.INDEX.npy for several, or is given by --saliency,
     how far it is from this one.
     """
-    with errors_as_lines(), Client(address, timeout=timeout) as client:
+    with errors_as_lines(), server.client() as client:
         then = Receipt.from_json(sys.stdin.buffer.read() if str(receipt) == "-" else receipt.read_bytes())
         if saliency and len(saliency) != len(then.targets):
             raise typer.BadParameter(f"the receipt is of {len(then.targets)} maps", param_hint="--saliency")

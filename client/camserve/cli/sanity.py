@@ -12,10 +12,8 @@ from rich.console import Console
 
 from camserve import strip, tables
 from camserve.answers import Evaluation, Randomised
-from camserve.calls import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
-from camserve.cli.options import Address, Layers, ModelName, Parameters, Seed, Timeout, read_parameters, read_target
+from camserve.cli.options import Layers, ModelName, Parameters, Seed, Server, asks, read_parameters, read_target
 from camserve.cli.show import errors_as_lines, followed, warn
-from camserve.client import Client
 
 __all__ = ["sanity"]
 
@@ -29,10 +27,11 @@ class Order(Enum):
     independent = "independent"
 
 
+@asks
 def sanity(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG, WebP, BMP, GIF or TIFF.")],
     *,
-    address: Address = DEFAULT_ADDRESS,
+    server: Server,
     model: ModelName = None,
     method: Annotated[str, typer.Option(metavar="NAME", help="`camserve list methods` lists them.")] = "grad-cam",
     target: Annotated[
@@ -46,7 +45,6 @@ def sanity(
     ] = Order.cascading,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="To which the layers are dealt out evenly.")] = 10,
     seed: Seed = 0,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="The picture. Default: STEM.METHOD.sanity.png.")
     ] = None,
@@ -62,7 +60,7 @@ def sanity(
     """
     out = out or Path(f"{image.stem}.{method}.sanity.png")
     maps: list[Randomised] = []
-    with errors_as_lines(), Client(address, timeout=timeout) as client:
+    with errors_as_lines(), server.client() as client:
         events = client.evaluate_stream(
             image,
             method=method,
