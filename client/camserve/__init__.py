@@ -9,6 +9,7 @@
 """
 
 from camserve import aio
+from camserve.admin import Admin
 from camserve.answers import (
     Cost,
     Evaluation,
@@ -39,9 +40,11 @@ from camserve.errors import (
 )
 from camserve.many import Result, Variant
 from camserve.receipt import Receipt
+from camserve.sampler import Sampler
 from camserve.version import __version__
 
 __all__ = [
+    "Admin",
     "CamserveError",
     "Cancelled",
     "Client",
@@ -69,6 +72,7 @@ __all__ = [
     "ResourceExhausted",
     "Result",
     "SaliencyMap",
+    "Sampler",
     "Score",
     "Unauthenticated",
     "Unavailable",

@@ -14,9 +14,12 @@ import grpc
 import numpy as np
 import pytest
 import skimage.data
+from click.testing import Result
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import camserve
+from camserve.cli import app
 from camserve.v1 import admin_pb2 as pb
 from camserve.v1.admin_pb2_grpc import AdminServiceStub
 from camserve_server.config import read
@@ -193,3 +196,30 @@ def test_a_model_that_cannot_be_loaded_names_no_file_to_callers(tmp_path: Path) 
         assert caught.value.reason == "LOAD_FAILED"
         weights(tmp_path, "b", seed=1)
         assert client.explain(PICTURE, model="b", method="grad-cam").maps, "the next request tries again"
+
+
+def test_the_command_line_of_operators(tmp_path: Path) -> None:
+    with running(write(tmp_path, "a", "b")) as (server, client, _):
+
+        def ask(command: str, model: str, address: str = server.admin_address) -> Result:
+            return CliRunner().invoke(app, ["admin", command, model, "--address", address])
+
+        def said(done: Result) -> tuple[int, str]:
+            return done.exit_code, done.stdout.splitlines()[-1]  # the server's log stands before it
+
+        done = ask("unload", "b")
+        assert said(done) == (0, "b is unloaded")
+        assert states(client) == {"a": "ready", "b": "unloaded"}
+        done = ask("load", "b")
+        assert said(done) == (0, f"b is ready, {server.models['b'].digest}")
+        weights(tmp_path, "b", seed=7)
+        before = server.models["b"].digest
+        done = ask("reload", "b")
+        assert said(done) == (0, f"b is ready, {server.models['b'].digest}")
+        assert server.models["b"].digest != before
+        done = ask("load", "c")
+        assert done.exit_code == 1
+        assert "there is no model 'c'; there are: a, b" in done.stderr
+        done = ask("load", "a", server.address)
+        assert done.exit_code == 1
+        assert "is not for operators: give the address that admin_listen has" in done.stderr

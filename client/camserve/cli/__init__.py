@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from camserve.cli.bench import bench
+from camserve.cli.admin import admin
 from camserve.cli.config import config
 from camserve.cli.evaluate import evaluate
 from camserve.cli.explain import explain
@@ -46,3 +47,4 @@ for command in (serve, explain, evaluate, sanity, replay, bench):
 app.command("list")(list_)
 app.command()(token)
 app.add_typer(config, name="config")
+app.add_typer(admin, name="admin")
