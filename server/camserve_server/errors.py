@@ -19,6 +19,10 @@ ConfigError              raised at start: the configuration names something that
 
 from __future__ import annotations
 
+# In bytes. They quote what the caller sent, and gRPC drops an answer whose metadata takes more than 8 KiB.
+MAX_MESSAGE = 1000
+MAX_FIELD = 200
+
 
 class CamserveError(Exception):
     """An error that a caller gets to see.
@@ -40,8 +44,8 @@ class CamserveError(Exception):
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.message = message
-        self.field = field
+        self.message = _clipped(message, MAX_MESSAGE)
+        self.field = _clipped(field, MAX_FIELD)
         self.reason = reason or type(self).reason
         self.metadata = metadata or {}
         self.retry_after_s = retry_after_s
@@ -139,3 +143,9 @@ class InternalError(CamserveError):
 
 class ConfigError(Exception):
     """The configuration names something that is not so; the message names the key."""
+
+
+def _clipped(text: str, most: int) -> str:
+    """As much of it as fits into so many bytes of UTF-8."""
+    encoded = text.encode(errors="replace")
+    return text if len(encoded) <= most else encoded[: most - 3].decode(errors="ignore") + "…"

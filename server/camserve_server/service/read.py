@@ -173,9 +173,9 @@ def _saliency(message: pb.Tensor) -> Tensor:
 
 def _tensor(message: pb.Tensor, field: str) -> Tensor:
     shape = tuple(message.shape)
-    if not shape or min(shape) < 1 or len(message.data) != 4 * math.prod(shape):
+    if not 1 <= len(shape) <= 3 or min(shape) < 1 or len(message.data) != 4 * math.prod(shape):
         raise InvalidArgument(
-            f"{len(message.data)} bytes are not float32 values of shape {list(shape)}",
+            f"{len(message.data)} bytes are not float32 values of shape {list(shape)}, one to three numbers ≥ 1",
             field=f"{field}.data",
             reason="WRONG_SHAPE",
         )
