@@ -78,15 +78,18 @@ class Run:
             for index, name in enumerate(self.names)
             for model, variants in self.wanted.variants.items()
             for variant in variants
-            if self._is_done(rows.get((name, model, variant.label)), variant, self.wanted.targets[index])
+            if self._is_done(rows.get((name, model, variant.label)), variant, index)
         }
         self._sheet.write(rows.values())
 
-    def _is_done(self, row: sheet.Row | None, variant: Variant, target: int | str | None) -> bool:
+    def _is_done(self, row: sheet.Row | None, variant: Variant, index: int) -> bool:
         if row is None or row["error"]:
             return False
-        sheet.check_same(row, variant, target)
+        sheet.check_same(row, variant, self.wanted.targets[index], self._boxes(index))
         return self._maps is None or self._maps.has(self._name_of(sheet.key_of(row)))
+
+    def _boxes(self, index: int) -> BoxesLike | None:
+        return self.wanted.boxes[index] if self.wanted.boxes is not None else None
 
     def _name_of(self, key: sheet.Key) -> str:
         """What a map is called in the npz: as its image, if there is but one model and one method.
@@ -117,7 +120,7 @@ class Run:
                     if result.error is None and self._maps:
                         # Before its row: what the CSV says is done has a map.
                         self._maps.add(self._name_of((name, result.model, result.method)), result.saliency)
-                    self._sheet.add(name, result)
+                    self._sheet.add(name, result, self._boxes(result.index))
                     yield result
             finally:
                 results.close()

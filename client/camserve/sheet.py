@@ -12,12 +12,14 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from camserve.calls import BoxesLike
 from camserve.errors import CamserveError, InvalidArgument
 from camserve.many import Failure, Result, Variant
 
@@ -71,7 +73,7 @@ def image_names(images: Iterable[Path]) -> list[str]:
 # ---- the CSV --------------------------------------------------------------------------------------------------------
 
 _BEFORE = ["image", "model", "method", "target", "label", "probability"]
-_AFTER = ["rows", "queue_ms", "compute_ms", "share", "warnings", "error", "receipt", "curves"]
+_AFTER = ["rows", "queue_ms", "compute_ms", "share", "left_out", "warnings", "error", "boxes", "receipt", "curves"]
 # A cell may hold several curves of 10,000 points; what the csv module takes by default is less.
 _MAX_CELL_CHARACTERS = 2**27
 
@@ -104,10 +106,13 @@ def said(error: Failure) -> str:
     return f"{error.strerror}: {error.filename}" if error.strerror else str(error) or type(error).__name__
 
 
-def check_same(row: Row, variant: Variant, target: int | str | None) -> None:
-    """Raises InvalidArgument where the row's receipt is of other parameters, layers, seed or target than asked for."""
+def check_same(row: Row, variant: Variant, target: int | str | None, boxes: BoxesLike | None) -> None:
+    """Raises InvalidArgument where the row is of other parameters, layers, seed, target or boxes than asked for."""
     receipt = json.loads(row["receipt"])
-    pairs: dict[str, tuple[Any, Any]] = {"seed": (receipt["seed"], variant.seed)}
+    pairs: dict[str, tuple[Any, Any]] = {
+        "seed": (receipt["seed"], variant.seed),
+        "boxes": (row["boxes"] or "none", _written(boxes) or "none"),
+    }
     pairs |= {name: (receipt["parameters"].get(name), value) for name, value in variant.parameters.items()}
     if variant.layers:
         pairs["layers"] = (receipt["layers"], list(variant.layers))
@@ -159,13 +164,19 @@ class Sheet:
             writer.writerows([row[name] for name in self._columns] for row in sorted(rows, key=key_of))
         anew.replace(self.path)
 
-    def add(self, name: str, result: Result) -> None:
-        """A row for the result, whose image is called `name`. It is in the file when this returns."""
+    def add(self, name: str, result: Result, boxes: BoxesLike | None = None) -> None:
+        """A row for the result, whose image is called `name` and has `boxes`. It is in the file when this returns."""
         values = {"image": name, "model": result.model, "method": result.method, **_values(result)}
+        values["boxes"] = _written(boxes)
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow([values.get(column, "") for column in self._columns])
         with self.path.open("ab") as file:  # one write, so that Ctrl-C falls before or after the line
             file.write(line.getvalue().encode())
+
+
+def _written(boxes: BoxesLike | None) -> str:
+    """As JSON; empty for none."""
+    return "" if boxes is None or not len(boxes) else json.dumps(np.atleast_2d(np.asarray(boxes, float)).tolist())
 
 
 def _values(result: Result) -> dict[str, Any]:
@@ -181,6 +192,7 @@ def _values(result: Result) -> dict[str, Any]:
         "queue_ms": result.cost.queue_ms,
         "compute_ms": result.cost.compute_ms,
         "share": result.explanation.share,
+        "left_out": json.dumps([asdict(each) for each in result.explanation.left_out]),
         "warnings": "; ".join(result.warnings),
         "receipt": result.receipt.to_json(),
         "curves": json.dumps(curves),

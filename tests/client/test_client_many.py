@@ -25,7 +25,7 @@ import pytest
 from typer.testing import CliRunner
 
 import camserve
-from camserve import Variant, annotations, many, sheet
+from camserve import Variant, annotations, calls, many, sheet
 from camserve.cli import app
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.errors import QueueFull
@@ -241,8 +241,58 @@ def test_the_awaited_client_does_the_same(servicer, address, pixels):
     assert 2 <= counter.most <= 4
 
 
-def test_both_clients_have_the_same_signature():
-    sync, awaited = camserve.Client.evaluate_many, camserve.aio.Client.evaluate_many
+def test_many_are_explained_from_an_iterator_without_a_length(servicer, address, client, pixels):
+    images = (each for each in [pixels, "none.png", pixels])
+    found = {each.index: each for each in client.explain_many(images, method="grad-cam", top_k=2, in_flight=2)}
+    assert [type(found[index].error) for index in range(3)] == [type(None), FileNotFoundError, type(None)]
+    assert found[0].image is pixels
+    assert [each.target.index for each in found[2].explanation.maps] == [281, 8]
+    assert (found[2].model, found[2].method) == ("first", "grad-cam")
+    labelled = client.explain_many([pixels] * 3, labels=[7, "hen", None])
+    assert {each.index: each.target.index for each in labelled} == {0: 7, 1: 8, 2: 281}
+    assert [each.target.index for each in client.explain_many([pixels] * 2, target=8)] == [8, 8]
+
+    async def ask() -> set[int]:
+        async with camserve.aio.Client(address) as client:
+            return {each.index async for each in client.explain_many(iter([pixels] * 9), in_flight=3)}
+
+    assert asyncio.run(ask()) == {*range(9)}
+    for wrong in ({"in_flight": 0}, {"images": "dog.jpg"}, {"target": 1, "labels": [1]}):
+        with pytest.raises(camserve.InvalidArgument):
+            client.explain_many(**{"images": [pixels]} | wrong)
+
+
+def test_many_take_the_options_of_one():
+    one, several = (set(inspect.signature(each).parameters) for each in (calls.explain, many.explain_many))
+    of_each = {"image", "boxes", "mask", "request_id", "batch_sizes"}
+    assert several == one - of_each | {"images", "labels", "in_flight"}
+
+
+def test_the_options_of_many_arrive(servicer, client, pixels):
+    options = {
+        "model": "m",
+        "method": "opti-cam",
+        "target": 7,
+        "layers": ["a"],
+        "parameters": {"steps": 2},
+        "metrics": ["insertion"],
+        "seed": 3,
+        "budget": 9,
+        "precision": "bf16",
+        "priority": "low",
+        "predictions": 2,
+        "raw": True,
+        "timeout": 20,
+    }
+    [result] = client.explain_many([pixels], **options)
+    client.explain(pixels, **options)
+    assert result.error is None
+    assert servicer.requests[0] == servicer.requests[1]
+
+
+@pytest.mark.parametrize("name", ["evaluate_many", "explain_many"])
+def test_both_clients_have_the_same_signature(name):
+    sync, awaited = getattr(camserve.Client, name), getattr(camserve.aio.Client, name)
     assert (sync.__name__, sync.__doc__) == (awaited.__name__, awaited.__doc__)
     ours, theirs = inspect.signature(sync), inspect.signature(awaited)
     assert ours.parameters == theirs.parameters
@@ -475,6 +525,12 @@ def test_metrics_of_localisation_take_boxes(server: Server, folder: Path, tmp_pa
     ran = evaluate(server, *given, "--csv", tmp_path / "s.csv", "--boxes", tmp_path / "boxes.csv")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert [float(row["pointing-game"]) for row in table(tmp_path / "s.csv")] == [1, 0]
+    again = ("--csv", tmp_path / "s.csv", "--resume", "--boxes")
+    assert evaluate(server, *given, *again, tmp_path / "boxes.csv").returncode == 0
+    (tmp_path / "others.csv").write_text("00.png,0,0,36,39\n01.png,35,39,36,40\n")
+    other = evaluate(server, *given, *again, tmp_path / "others.csv")
+    assert other.returncode == 1
+    assert "00.png by cam is there with boxes [[0.0, 0.0, 36.0, 40.0]], not [[0.0, 0.0, 36.0, 39.0]]" in other.stderr
     one = evaluate(server, given[0], *given[2:], "--boxes", tmp_path / "boxes.csv")
     assert re.search(r"pointing-game +1\b", one.stdout)
 

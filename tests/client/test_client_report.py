@@ -30,6 +30,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 HOSTILE = "<script>document.title = 'broken'<.png"
 LAYERS = ("fine", "middle", "coarse")
 METHODS = ("poly-cam", "grad-cam:<b>=1", "fake-cam")
+LEFT_OUT = [
+    {"layer": "bn1", "channels": 7, "rows": 14, "error": 0.05},
+    {"layer": "bn2", "channels": 2, "rows": 4, "error": 0.125},
+]
 METRICS = {
     "insertion": ("Insertion", "1", True),
     "deletion": ("Deletion", "1", False),
@@ -129,6 +133,7 @@ def write_run(folder: Path, images: int = 12, models: Sequence[str] = ("first",)
                 "compute_ms": "20",
                 "share": "0.5" if j == 0 else "1",
                 "warnings": "degenerate: nearly even" if j == 2 else "",
+                "left_out": json.dumps(LEFT_OUT) if j == 0 else "[]",
                 "receipt": json.dumps(receipt | digests | fixed),
                 "curves": json.dumps(curves),
             }
@@ -219,6 +224,7 @@ def test_it_says_what_is_to_be_known(text):
         "Average drop and average increase can be fooled",
         "better and ▼ worse than poly-cam on the same images",
         "cut short: 50% of its sum",
+        "left out 9 channels, 18 rows; a layer's sum is off by 12.5% at most",
         "degenerate: nearly even 12 fake-cam (12)",
         "tabby, cat (281), probability 0.750",
         "steps of randomisation, from the last layer",

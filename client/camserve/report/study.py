@@ -33,6 +33,7 @@ class Record:
     rows: int
     seconds: float
     share: float
+    left_out: Sequence[Mapping[str, Any]]
     warnings: str
     error: str
     receipt: Mapping[str, Any]
@@ -160,6 +161,7 @@ def _record(row: sheet.Row, metrics: Sequence[str]) -> Record:
         rows=int(row["rows"] or 0),
         seconds=float(row["compute_ms"] or 0) / 1000,
         share=float(row["share"] or 1),
+        left_out=json.loads(row["left_out"] or "[]"),
         warnings=row["warnings"],
         error=row["error"],
         receipt=json.loads(row["receipt"] or "{}"),
