@@ -64,6 +64,7 @@ class Client(Connection):
 
     explain = _unary(calls.explain)
     explain_stream = _stream(calls.explain)
+    explain_many = _many(many.explain_many)
     evaluate = _unary(calls.evaluate)
     evaluate_stream = _stream(calls.evaluate)
     evaluate_many = _many(many.evaluate_many)

@@ -16,7 +16,7 @@ from camserve.errors import CamserveError, InvalidArgument, ResourceExhausted
 from camserve.images import ImageLike
 from camserve.receipt import Receipt
 
-__all__ = ["DEFAULT_METRICS", "Ask", "Failure", "Many", "Result", "Variant", "evaluate_many"]
+__all__ = ["DEFAULT_METRICS", "Ask", "Failure", "Many", "Result", "Variant", "evaluate_many", "explain_many"]
 
 Answer = TypeVar("Answer")
 Failure: TypeAlias = CamserveError | OSError
@@ -142,6 +142,7 @@ def evaluate_many(
     boxes: Iterable[calls.BoxesLike | None] | None = None,
     masks: Iterable[object] | None = None,
     budget: int | None = None,
+    priority: str | None = None,
     skip: Container[Place] = (),
     in_flight: int = 8,
     timeout: float | None = None,
@@ -154,7 +155,7 @@ def evaluate_many(
     models: names; None is the server's first.
     labels: the target of each image, an index or label, in the order of the images; None is the predicted class.
     boxes, masks: where the target of each image is, in the same order and as for `explain`; None is nowhere.
-    budget: the most rows that each request may take.
+    budget, priority: of each request, as for `explain`.
     skip: what is not wanted, as (place of the image from 0, model, method or label of the variant).
     in_flight: how many requests are kept in the air.
     timeout: seconds to wait for each answer; None is the client's.
@@ -169,16 +170,10 @@ def evaluate_many(
     variants = _variants(methods)
     if len({each.label for each in variants}) < len(variants):
         raise InvalidArgument("two methods have the same label: name them apart by camserve.Variant", field="methods")
-    if in_flight < 1:
-        raise InvalidArgument(f"in_flight must be at least 1, not {in_flight}", field="in_flight")
-    if isinstance(images, str | bytes | PathLike):
-        raise InvalidArgument("images must be several: put one into a list", field="images")
-
-    each = {"target": labels, "boxes": boxes, "mask": masks}
-    given = {name: values for name, values in each.items() if values is not None}
+    _check(images, in_flight)
 
     def asks() -> Iterator[Ask[Result]]:
-        for index, (image, *values) in enumerate(zip(images, *given.values(), strict=True)):
+        for index, image, own in _numbered(images, target=labels, boxes=boxes, mask=masks):
             for model in [models] if models is None or isinstance(models, str) else models:
                 for variant in variants:
                     if (index, model or "", variant.label) in skip:
@@ -188,18 +183,99 @@ def evaluate_many(
                         image,
                         model=model,
                         method=variant.method,
-                        **dict(zip(given, values, strict=True)),
+                        **own,
                         layers=variant.layers,
                         parameters=variant.parameters,
                         metrics=metrics,
                         seed=variant.seed,
                         budget=budget,
+                        priority=priority,
                         predictions=1,
                         timeout=timeout,
                     )
                     yield Ask(make, functools.partial(_result, index, image, model, variant.label))
 
     return Many(asks(), in_flight)
+
+
+def explain_many(
+    images: Iterable[ImageLike],
+    *,
+    model: str | None = None,
+    method: str = "poly-cam",
+    target: calls.TargetLike | Sequence[calls.TargetLike] | None = None,
+    labels: Iterable[calls.TargetLike | None] | None = None,
+    top_k: int | None = None,
+    layers: str | Sequence[str] | None = None,
+    parameters: calls.Parameters | None = None,
+    metrics: str | Sequence[str] | Mapping[str, calls.Parameters] = (),
+    seed: int = 0,
+    budget: int | None = None,
+    precision: str | None = None,
+    priority: str | None = None,
+    predictions: int = 5,
+    raw: bool = False,
+    in_flight: int = 8,
+    timeout: float | None = None,
+) -> Many[Result]:
+    """Explain many images; yields a `Result` for each as soon as it is done.
+
+    images: any number, each as for `explain`. An iterator is read as far as requests are in flight, no further.
+    target: of all images, as for `explain`.
+    labels: or the target of each image, an index or label, in the order of the images; None is the predicted class.
+    in_flight: how many requests are kept in the air.
+    timeout: seconds to wait for each answer; None is the client's.
+
+    The other options are those of `explain`. A result has the `index` of its image, and an `explanation` or an `error`.
+    Results come in the order in which they are done. One that failed stops no other. Where the server has too much to
+    do, a request waits for as long as it says and is made again, a few times. Closing the iterator early cancels what
+    is in flight.
+
+    Raises InvalidArgument for both target and labels, and ValueError where there are more or fewer labels than images.
+    """
+    if target is not None and labels is not None:
+        raise InvalidArgument("give either a target for all images or labels for each", field="labels")
+    _check(images, in_flight)
+
+    def asks() -> Iterator[Ask[Result]]:
+        for index, image, own in _numbered(images, target=labels):
+            make = functools.partial(
+                calls.explain,
+                image,
+                model=model,
+                method=method,
+                **{"target": target, **own},
+                top_k=top_k,
+                layers=layers,
+                parameters=parameters,
+                metrics=metrics,
+                seed=seed,
+                budget=budget,
+                precision=precision,
+                priority=priority,
+                predictions=predictions,
+                raw=raw,
+                timeout=timeout,
+            )
+            yield Ask(make, functools.partial(_result, index, image, model, method))
+
+    return Many(asks(), in_flight)
+
+
+def _check(images: object, in_flight: int) -> None:
+    if in_flight < 1:
+        raise InvalidArgument(f"in_flight must be at least 1, not {in_flight}", field="in_flight")
+    if isinstance(images, str | bytes | PathLike):
+        raise InvalidArgument("images must be several: put one into a list", field="images")
+
+
+def _numbered(
+    images: Iterable[ImageLike], **each: Iterable[Any] | None
+) -> Iterator[tuple[int, ImageLike, dict[str, Any]]]:
+    """Each image with its number and, by name, what is given for it."""
+    given = {name: values for name, values in each.items() if values is not None}
+    for index, (image, *own) in enumerate(zip(images, *given.values(), strict=True)):
+        yield index, image, dict(zip(given, own, strict=True))
 
 
 def _variants(methods: str | Sequence[str | Variant] | Mapping[str, calls.Parameters]) -> list[Variant]:
