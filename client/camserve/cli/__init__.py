@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
-from camserve.cli.bench import bench
 from camserve.cli.admin import admin
+from camserve.cli.bench import bench
 from camserve.cli.config import config
+from camserve.cli.dicom import dicom
 from camserve.cli.evaluate import evaluate
 from camserve.cli.explain import explain
+from camserve.cli.health import health
 from camserve.cli.listing import list_
 from camserve.cli.replay import replay
 from camserve.cli.sanity import sanity
@@ -46,5 +48,7 @@ for command in (serve, explain, evaluate, sanity, replay, bench):
     app.command()(command)
 app.command("list")(list_)
 app.command()(token)
+app.command()(health)
 app.add_typer(config, name="config")
 app.add_typer(admin, name="admin")
+app.add_typer(dicom, name="dicom")

@@ -1,0 +1,26 @@
+"""DICOM in and out: images are explained without their headers, and results are objects that a PACS stores.
+
+    with camserve.Client("127.0.0.1:50051") as client:
+        e = camserve.dicom.explain(client, "image.dcm", outputs=("sc", "sr"))
+        e.save("results")
+
+Needs `pip install 'camserve[dicom]'`.
+"""
+
+from camserve.dicom.derivation import IMPLEMENTATION_UID
+from camserve.dicom.errors import DicomError
+from camserve.dicom.explaining import DicomExplanation, explain, sent
+from camserve.dicom.reading import Picture, quiet, read
+from camserve.dicom.results import objects
+
+__all__ = [
+    "IMPLEMENTATION_UID",
+    "DicomError",
+    "DicomExplanation",
+    "Picture",
+    "explain",
+    "objects",
+    "quiet",
+    "read",
+    "sent",
+]

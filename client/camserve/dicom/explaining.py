@@ -1,0 +1,120 @@
+"""From a DICOM image to the objects that explain it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+from pydicom import Dataset
+
+from camserve.answers import Explanation
+from camserve.calls import Parameters, TargetLike
+from camserve.client import Client
+from camserve.dicom.derivation import DEFAULT_CHECK, Derivation, check_metrics
+from camserve.dicom.reading import Picture, Source, Window, read
+from camserve.dicom.results import DEFAULT_OUTPUTS, objects, outputs_of
+from camserve.errors import InvalidArgument
+
+__all__ = ["DEFAULT_METRICS", "DicomExplanation", "explain", "sent"]
+
+DEFAULT_METRICS = ("insertion", "deletion", "average-gain")
+# A request holds 64 MiB; no model looks at a fraction of it.
+_MOST_PIXELS = 20_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class DicomExplanation:
+    """An explanation of `picture`, and its `objects` by kind: "sc", "sr", "pm", "seg", "gsps".
+
+    `withheld` says which check failed, so that there is only a report; it is empty otherwise.
+    """
+
+    explanation: Explanation
+    picture: Picture
+    objects: dict[str, Dataset]
+    withheld: str
+
+    def save(self, folder: str | PathLike[str], stem: str | None = None) -> list[Path]:
+        """Writes STEM.KIND.dcm for each object, making the folder if need be; returns them.
+
+        The stem is the SOP Instance UID of each unless it is given. Files of the same names are replaced.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        for kind, each in self.objects.items():
+            path = folder / f"{stem or each.SOPInstanceUID}.{kind}.dcm"
+            each.save_as(path, enforce_file_format=True)
+            written.append(path)
+        return written
+
+
+def explain(
+    client: Client,
+    source: Source,
+    *,
+    frame: int = 0,
+    outputs: Sequence[str] = DEFAULT_OUTPUTS,
+    model: str | None = None,
+    method: str = "poly-cam",
+    target: TargetLike | None = None,
+    metrics: str | Sequence[str] | Mapping[str, Parameters] = DEFAULT_METRICS,
+    parameters: Parameters | None = None,
+    check: str | None = DEFAULT_CHECK,
+    window: Window | None = None,
+    regions: Literal["refuse", "crop", "ignore"] = "refuse",
+    burned_in: Literal["refuse", "ignore"] = "refuse",
+    **more: Any,
+) -> DicomExplanation:
+    """Explain a DICOM image, and make DICOM objects of the answer.
+
+    Only the pixels and a request id made by chance are sent; the header stays here.
+
+    source: a path, a binary file, or a pydicom dataset, which is not changed.
+    frame: of several, from 0.
+    outputs: kinds of objects: "sc", the overlay as Secondary Capture; "sr", a report with the scores; "pm", the map
+        itself as Parametric Map; "seg", where it is above half of its maximum; "gsps", the outline of that as
+        presentation state.
+    metrics: that score the map; all are in the report.
+    check: two metrics, or one and a number, such as "insertion>deletion": where it does not hold, there is but a report
+        that says so. None checks nothing.
+    window, regions, burned_in: as for `read`.
+
+    `model`, `method`, `target`, `parameters` and what else may be given are as for `Client.explain`.
+
+    Raises OSError for a file that cannot be read, DicomError for what is no such image or is refused, and what
+    `Client.explain` raises.
+    """
+    names = [metrics] if isinstance(metrics, str) else metrics
+    asked: Mapping[str, Parameters] = metrics if isinstance(metrics, Mapping) else {name: {} for name in names}
+    outputs = outputs_of(outputs)
+    if lacking := [name for name in check_metrics(check) if name not in asked]:
+        raise InvalidArgument(f"the check needs the metric {lacking[0]}: ask for it, too", field="check")
+    picture = read(source, frame=frame, window=window, regions=regions, burned_in=burned_in)
+    explanation = client.explain(
+        sent(picture),
+        model=model,
+        method=method,
+        target=target,
+        metrics=asked,
+        parameters=parameters,
+        request_id=uuid.uuid4().hex,
+        **more,
+    )
+    with_parameters = asked if any(asked.values()) else None
+    made = objects(explanation, picture, outputs, check=check, metrics=with_parameters)
+    return DicomExplanation(explanation, picture, made, Derivation(explanation, picture, check).withheld)
+
+
+def sent(picture: Picture) -> NDArray[np.uint8]:
+    """What is sent of a picture: its pixels, of very large ones the means of squares of them."""
+    pixels = picture.pixels
+    factor = int(np.ceil((pixels.shape[0] * pixels.shape[1] / _MOST_PIXELS) ** 0.5))
+    return pixels if factor <= 1 else np.asarray(PIL.Image.fromarray(pixels).reduce(factor), dtype=np.uint8)
