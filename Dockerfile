@@ -1,20 +1,35 @@
 # The camserve server. docs/container.md says how to build and run it.
-FROM python:3.11-slim AS build
 
-# Further options for every `pip install` of the build, such as an index of CPU-only torch wheels, or a mirror. They
-# stay in the build's history: no credentials here.
+# "cpu", or "cuda" for NVIDIA's GPUs, which is several gigabytes larger.
+ARG VARIANT=cpu
+
+FROM python:3.11-slim AS torch-cpu
+# Where wheels of torch without CUDA are; nothing for what pip knows by itself.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV TORCH_INDEX=${TORCH_INDEX}
+
+FROM python:3.11-slim AS torch-cuda
+ENV TORCH_INDEX=""
+
+
+FROM torch-${VARIANT} AS build
+# Further options for every `pip install` of the build, such as a mirror. They stay in the build's history: no credentials
+# here.
 ARG PIP_EXTRA=""
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN python -m venv /opt/camserve
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# Without a pip of its own: nothing is to be installed in what runs.
+RUN python -m venv --without-pip /opt/camserve
 WORKDIR /src
 COPY constraints.txt ./
 # By itself, so that a change of the code does not install it again.
-RUN /opt/camserve/bin/pip install ${PIP_EXTRA} --constraint constraints.txt torch
+RUN pip --python /opt/camserve/bin/python install ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}} ${PIP_EXTRA} \
+      --constraint constraints.txt torch torchvision
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY server server
-RUN /opt/camserve/bin/pip install ${PIP_EXTRA} --constraint constraints.txt '.[server]' \
- && /opt/camserve/bin/pip check
+RUN pip --python /opt/camserve/bin/python install ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}} ${PIP_EXTRA} \
+      --constraint constraints.txt '.[server,otel]' \
+ && pip --python /opt/camserve/bin/python check
 
 
 FROM python:3.11-slim
@@ -25,19 +40,18 @@ LABEL org.opencontainers.image.title="camserve" \
 RUN useradd --uid 10001 --user-group --create-home camserve
 COPY --from=build /opt/camserve /opt/camserve
 # PYTHONDONTWRITEBYTECODE: the bytecode is there already, and the file system may be read-only.
-# CAMSERVE_LISTEN: every interface of the container, or its port could not be published.
+# CAMSERVE_LISTEN: every interface of the container, or its port could not be published. Without TLS the server refuses
+# this, unless whoever runs it says CAMSERVE_INSECURE=true.
+# CAMSERVE_HEALTH_LISTEN: for the health check below, which has no certificate.
 ENV PATH=/opt/camserve/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    CAMSERVE_LISTEN=0.0.0.0:50051
+    CAMSERVE_LISTEN=0.0.0.0:50051 \
+    CAMSERVE_HEALTH_LISTEN=127.0.0.1:50052
 USER 10001:10001
 WORKDIR /home/camserve
 EXPOSE 50051
 # Healthy once the models are loaded and warm.
-HEALTHCHECK --interval=15s --timeout=10s --start-period=3m CMD ["python", "-c", "\
-import os, sys, grpc; \
-from grpc_health.v1 import health_pb2 as pb, health_pb2_grpc as rpc; \
-channel = grpc.insecure_channel('127.0.0.1:' + os.environ['CAMSERVE_LISTEN'].rpartition(':')[2]); \
-asked = pb.HealthCheckRequest(service='camserve.v1.ExplainService'); \
-sys.exit(rpc.HealthStub(channel).Check(asked, timeout=5).status != pb.HealthCheckResponse.SERVING)"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=3m --start-interval=5s \
+  CMD camserve health --address "127.0.0.1:${CAMSERVE_HEALTH_LISTEN##*:}" --timeout 5
 ENTRYPOINT ["camserve", "serve"]

@@ -89,7 +89,9 @@ class Model:
             return self
         if precision not in self.precisions:
             there = ", ".join(self.precisions)
-            raise Unservable(f"{self.name} computes in {there}, not in {precision}; its configuration sets that")
+            raise Unservable(
+                f"{self.name} computes in {there}, not in {precision}; its configuration sets that", field="precision"
+            )
         return self.precisions[precision]
 
     def of(self, module: nn.Module, **changes: Any) -> Model:
