@@ -1,0 +1,57 @@
+"""Coverage-guided fuzzing of all that reads what callers send. README.md beside this file says how to run it.
+
+The first byte of an input says what the others are: an image, an ExplainRequest or an EvaluateRequest.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import atheris
+
+with atheris.instrument_imports(include=["PIL", "camserve_server.service", "camserve_server.models.pixels"]):
+    from camserve.v1 import explain_pb2 as pb
+    from camserve_server.config import Config
+    from camserve_server.errors import CamserveError
+    from camserve_server.explain import limits, rows_needed
+    from camserve_server.models.pixels import decode
+    from camserve_server.service import bounds, read
+
+from tests import nets
+from tests.support import as_model
+
+MAX_PIXELS = 250_000
+MODEL = as_model(nets.tiny_cnn(), (32, 32))
+CONFIG = Config(max_image_pixels=MAX_PIXELS)
+
+
+def one_input(data: bytes) -> None:
+    """Any exception but our own is a crash, and so is an error of ours that names no field."""
+    kind, data = data[:1], data[1:]
+    try:
+        match kind:
+            case b"i":
+                decode(data, max_pixels=MAX_PIXELS, field="image.encoded")
+                return
+            case b"x":
+                explain = bounds.parse(pb.ExplainRequest, data)
+                asked = read.explain_request(explain, MODEL, CONFIG)
+            case b"v":
+                evaluate = bounds.parse(pb.EvaluateRequest, data)
+                asked = read.evaluate_request(evaluate, MODEL, CONFIG)
+            case _:
+                return
+        rows_needed(asked.model, asked.call, asked.metrics, asked.maps)
+        limits(asked.model, asked.call, asked.metrics, asked.maps, budget=asked.budget, deadline=None)
+    except CamserveError as error:
+        if not (error.field or "cannot be read" in error.message):
+            raise RuntimeError(f"no field: {error.message}") from error
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.disable()
+    atheris.Setup(sys.argv, one_input)
+    atheris.Fuzz()

@@ -1,0 +1,254 @@
+"""Whatever is asked: a request that is worth starting, or an error of ours that names the field."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Struct
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from camserve.v1 import explain_pb2 as pb
+from camserve_server.config import Config
+from camserve_server.errors import CamserveError, InvalidArgument, TooLarge
+from camserve_server.explain import limits, rows_needed
+from camserve_server.registry import METHODS, METRICS
+from camserve_server.service import bounds, read
+from tests import nets
+from tests.fuzz.pictures import GOOD
+from tests.support import as_model
+
+MODEL = as_model(nets.tiny_cnn(), (32, 32))
+CONFIG = Config(max_image_pixels=1_000_000)
+FUZZ = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+PARAMETERS = sorted({p.name for entry in (*METHODS.values(), *METRICS.values()) for p in entry.parameters})
+INT32 = st.integers(-(2**31), 2**31 - 1)
+INT64 = st.integers(-(2**63), 2**63 - 1)
+# Surrogates are no UTF-8, so protobuf does not take them.
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+NUMBER = st.floats() | st.sampled_from([0.0, 1.0, -1.0, 3.0, 1e300, 2.0**63])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBER | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@st.composite
+def structs(draw: st.DrawFn) -> Struct:
+    struct = Struct()
+    struct.update(draw(st.dictionaries(st.sampled_from(PARAMETERS) | TEXT, VALUES, max_size=4)))
+    return struct
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> pb.Tensor:
+    """Those that a model takes, and those that lie about their shape or hold what is no number."""
+    shape = draw(
+        st.sampled_from([(3, 32, 32), (32, 32), (1, 1), (4, 9)])
+        | st.lists(st.sampled_from([0, 1, -1, 2, 32, 2**16, 2**31 - 1, -(2**31)]), max_size=80)
+    )
+    size = 4
+    for side in shape:
+        size = min(abs(size * side), 4 * 3 * 32 * 32)
+    value = draw(st.sampled_from([b"\x00\x00\x00\x00", b"\x00\x00\x80\x3f", b"\x00\x00\xc0\x7f", b"\x00\x00\x80\xff"]))
+    data = value * (size // 4) if draw(st.booleans()) else draw(st.binary(max_size=64))
+    return pb.Tensor(shape=shape, data=data)
+
+
+def images() -> st.SearchStrategy[pb.Image]:
+    pixels = st.builds(pb.Pixels, height=INT32 | st.just(2), width=INT32 | st.just(2), data=st.binary(max_size=24))
+    return st.one_of(
+        st.builds(pb.Image, encoded=st.sampled_from(sorted(GOOD.values())) | st.binary(max_size=50)),
+        st.builds(pb.Image, pixels=pixels),
+        st.builds(pb.Image, tensor=tensors()),
+        st.just(pb.Image()),
+    )
+
+
+def few(each: st.SearchStrategy[Any], most: int = 3) -> st.SearchStrategy[list[Any]]:
+    return st.lists(each, max_size=most)
+
+
+METHOD = st.builds(
+    pb.MethodSpec,
+    name=st.sampled_from(sorted(METHODS)) | TEXT,
+    parameters=structs(),
+    layers=few(st.sampled_from(["r1", "r2", "r3", "r1#2"]) | TEXT),
+    seed=st.integers(0, 2**64 - 1),
+)
+METRIC = st.builds(pb.MetricSpec, name=st.sampled_from(sorted(METRICS)) | TEXT, parameters=structs())
+TARGET = st.builds(pb.Target, index=INT32 | st.integers(0, 6)) | st.builds(pb.Target, label=TEXT) | st.just(pb.Target())
+SIDE = st.floats(0, 1) | st.floats()
+BOX = st.builds(pb.Box, left=SIDE, top=SIDE, right=SIDE, bottom=SIDE)
+TRUTH = st.builds(pb.Truth, boxes=few(BOX), mask=st.none() | tensors())
+SHARED: dict[str, Any] = {
+    "request_id": TEXT,
+    "image": st.just(pb.Image(encoded=GOOD["png"])) | images(),
+    "metrics": few(METRIC),
+    "budget": st.just(0) | INT64,
+    "batch_sizes": st.dictionaries(st.sampled_from(["forward", "gradient", "ascend"]) | TEXT, INT32, max_size=2),
+    "truth": st.none() | TRUTH,
+    "precision": st.just("") | st.just("fp64") | TEXT,
+}
+EXPLAIN = st.builds(
+    pb.ExplainRequest,
+    method=METHOD,
+    targets=few(TARGET),
+    top_k=st.just(0) | INT32,
+    raw=st.booleans(),
+    target_top_k=st.just(0) | INT32,
+    **SHARED,
+)
+EVALUATE = st.one_of(
+    st.builds(pb.EvaluateRequest, target=st.none() | TARGET, seed=st.integers(0, 2**64 - 1), **subject, **SHARED)
+    for subject in ({"method": METHOD}, {"saliency": tensors()}, {})
+)
+
+
+def check(request: Message) -> None:
+    """Reads it as the service does. Any error but our own is not caught."""
+    try:
+        if isinstance(request, pb.ExplainRequest):
+            asked = read.explain_request(request, MODEL, CONFIG)
+        else:
+            assert isinstance(request, pb.EvaluateRequest)
+            asked = read.evaluate_request(request, MODEL, CONFIG)
+        assert rows_needed(asked.model, asked.call, asked.metrics, asked.maps) >= 1
+        limits(asked.model, asked.call, asked.metrics, asked.maps, budget=asked.budget, deadline=None)
+    except CamserveError as error:
+        assert error.field
+        assert len(error.message.encode()) <= 1000
+
+
+@settings(FUZZ, max_examples=500)
+@given(EXPLAIN)
+def test_explain(request: pb.ExplainRequest) -> None:
+    check(request)
+
+
+@settings(FUZZ, max_examples=300)
+@given(EVALUATE)
+def test_evaluate(request: pb.EvaluateRequest) -> None:
+    check(request)
+
+
+@settings(FUZZ, max_examples=300)
+@given(EXPLAIN | EVALUATE, st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=4)), max_size=5), st.booleans())
+def test_spoilt_messages(request: Message, changes: list[tuple[int, bytes]], cut: bool) -> None:
+    """They are parsed, or refused as not readable."""
+    data = bytearray(request.SerializeToString())
+    for at, value in changes:
+        data[at % (len(data) + 1) : at % (len(data) + 1) + len(value)] = value
+    data = data[: len(data) // 2] if cut else data
+    try:
+        parsed = bounds.parse(type(request), bytes(data))
+    except InvalidArgument as error:
+        assert "cannot be read" in error.message
+    except TooLarge:  # a length that has become a large one
+        pass
+    else:
+        check(parsed)
+
+
+# ---- in large --------------------------------------------------------------------------------------------------------
+
+
+def ld(number: int, data: bytes) -> bytes:
+    """A length-delimited field on the wire."""
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def varint(number: int) -> bytes:
+    parts = []
+    while number > 0x7F:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+KEYS = b"".join(ld(1, ld(1, b"%x" % i)) for i in range(1_000_000))
+HUGE = {
+    "a struct of a million keys": (ld(4, ld(2, KEYS)), "method"),
+    "a list of millions": (ld(4, ld(2, ld(1, ld(2, ld(6, ld(1, b"") * 5_000_000))))), "method"),
+    "a million layers": (ld(4, ld(3, b"") * 1_000_000), "method"),
+    "millions of targets": (ld(5, b"") * 5_000_000, "targets"),
+    "millions of metrics": (ld(6, b"") * 5_000_000, "metrics"),
+    "millions of boxes": (ld(12, ld(1, b"") * 5_000_000), "truth.boxes"),
+    "millions of sides": (ld(3, ld(3, ld(1, b"\x01" * 20_000_000))), "image.tensor.shape"),
+    "a million lanes": (b"".join(ld(11, ld(1, b"%x" % i)) for i in range(1_000_000)), "batch_sizes"),
+    "millions of pictures": (ld(3, ld(1, b"")) * 3_000_000, "image.encoded"),
+    "a long name": (ld(2, b"a" * 1_000_000), "model"),
+    "what nobody knows": (b"\xa0\x06\x01" * 5_000_000, ""),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_messages_are_refused_before_they_are_parsed(name: str) -> None:
+    """Parsed, each takes seconds in which nothing else runs, and up to a gigabyte."""
+    data, field = HUGE[name]
+    started = time.process_time()
+    with pytest.raises(TooLarge) as caught:
+        bounds.parse(pb.ExplainRequest, data)
+    assert time.process_time() - started < 0.5
+    assert caught.value.field == field
+    with pytest.raises(TooLarge) as caught:
+        bounds.parse(pb.ExplainStreamRequest, ld(1, data))
+    assert caught.value.field == field
+
+
+def test_pictures_maps_and_masks_are_not_counted() -> None:
+    large = bytes(50 << 20)
+    mask = pb.Truth(mask=pb.Tensor(shape=[1, 1], data=large))
+    for image in (
+        pb.Image(encoded=large),
+        pb.Image(pixels=pb.Pixels(height=1, width=1, data=large)),
+        pb.Image(tensor=pb.Tensor(shape=[1], data=large)),
+    ):
+        asked = pb.ExplainRequest(image=image, truth=mask)
+        assert bounds.parse(pb.ExplainRequest, asked.SerializeToString()) == asked
+    scored = pb.EvaluateRequest(saliency=pb.Tensor(shape=[1], data=large), truth=mask)
+    assert bounds.parse(pb.EvaluateRequest, scored.SerializeToString()) == scored
+
+
+def test_the_largest_good_request_is_read() -> None:
+    """Everything as often as it may be, with names of a hundred characters."""
+    name = "a" * 100
+    asked = pb.ExplainRequest(
+        request_id=name,
+        model=name,
+        image=pb.Image(encoded=GOOD["png"]),
+        method=pb.MethodSpec(name=name, layers=[name] * read.MAX_LAYERS),
+        targets=[pb.Target(label=name)] * read.MAX_TARGETS,
+        metrics=[pb.MetricSpec(name=name)] * read.MAX_METRICS,
+        batch_sizes={name: 1},
+        truth=pb.Truth(boxes=[pb.Box(left=0.1, top=0.1, right=0.9, bottom=0.9)] * read.MAX_BOXES),
+    )
+    for spec in asked.metrics:
+        spec.parameters.update({f"{name}{i}": 0.5 for i in range(3)})
+    assert bounds.parse(pb.ExplainRequest, asked.SerializeToString()) == asked
+
+
+@pytest.mark.parametrize("depth", [10, 1_000])
+def test_deep_structs(depth: int) -> None:
+    """protobuf itself goes no deeper than a hundred messages."""
+    value = ld(3, b"deep")
+    for _ in range(depth):
+        value = ld(6, ld(1, value))
+    data = ld(4, ld(1, b"opti-cam") + ld(2, ld(1, ld(1, b"steps") + ld(2, value))))
+    try:
+        parsed = bounds.parse(pb.ExplainRequest, data)
+    except InvalidArgument as error:
+        assert depth == 1_000
+        assert "nested too deeply" in error.message
+    else:
+        assert depth == 10
+        assert isinstance(parsed, pb.ExplainRequest)
+        parsed.image.CopyFrom(pb.Image(encoded=GOOD["png"]))
+        with pytest.raises(InvalidArgument, match="steps must be of type integer") as caught:
+            read.explain_request(parsed, MODEL, CONFIG)
+        assert caught.value.field == "method.parameters.steps"
