@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from pathlib import Path
 
-import structlog
-from structlog.typing import Processor
-
-from camserve_server.config import Config, read
+from camserve_server.config import read
 from camserve_server.errors import ConfigError
+from camserve_server.service.logs import log_to_stderr
 from camserve_server.service.server import Server, run
 
 
@@ -26,21 +23,6 @@ def serve(
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def log_to_stderr(config: Config) -> None:
-    """Logs as lines for people on a terminal, as JSON elsewhere."""
-    shared: list[Processor] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso")]
-    for_people: list[Processor] = [
-        # Without local variables: they hold images.
-        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-    ]
-    for_programs: list[Processor] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    structlog.configure(
-        processors=[*shared, *(for_people if sys.stderr.isatty() else for_programs)],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, config.log_level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def _say_ready(server: Server) -> None:

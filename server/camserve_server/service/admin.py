@@ -9,7 +9,8 @@ from camserve.v1 import admin_pb2 as pb
 from camserve.v1 import admin_pb2_grpc
 from camserve_server.errors import ConfigError, Unservable
 from camserve_server.service import write
-from camserve_server.service.servicer import Context, Servicer
+from camserve_server.service.call import Context
+from camserve_server.service.servicer import Servicer
 from camserve_server.shelf import Shelf
 
 

@@ -17,6 +17,7 @@ from camserve_server.admission import Caller, Priority
 from camserve_server.config import Config, TokenConfig
 from camserve_server.errors import CamserveError, PermissionDenied, Unauthenticated
 from camserve_server.service import read, status
+from camserve_server.service.prometheus import Metrics
 
 PRIORITIES = get_args(Priority)  # from the lowest
 ADMIN_SERVICE = "camserve.v1.AdminService"
@@ -47,7 +48,8 @@ def rights(context: Context, config: Config, asked: Priority | None) -> tuple[Ca
 class Guard(grpc.aio.ServerInterceptor):
     """Lets those calls through that their token and their certificate allow. Health is for everybody."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._tokens = config.tokens
         self._allowed = config.tls.allowed_subjects if config.tls else None
 
@@ -66,9 +68,9 @@ class Guard(grpc.aio.ServerInterceptor):
                 if service == ADMIN_SERVICE and not token.admin:
                     raise PermissionDenied(f"the token of {token.name} is not one of an admin")
             except CamserveError as error:
-                return _refusal(error, rpc)
+                return _refusal(error, rpc, self._metrics)
             _token.set(token)
-        return handler if self._allowed is None else _only_for(handler, self._allowed, rpc)
+        return handler if self._allowed is None else _only_for(handler, self._allowed, rpc, self._metrics)
 
 
 def _known(call: grpc.HandlerCallDetails, tokens: Collection[TokenConfig]) -> TokenConfig:
@@ -95,13 +97,14 @@ def _subjects(context: Context) -> list[str]:
 
 
 def _only_for(
-    handler: grpc.RpcMethodHandler[Any, Any], allowed: Collection[str], rpc: str
+    handler: grpc.RpcMethodHandler[Any, Any], allowed: Collection[str], rpc: str, metrics: Metrics
 ) -> grpc.RpcMethodHandler[Any, Any]:
     """The handler, for callers with one of those subjects. Only the context of a call, not its details, knows them."""
 
     async def check(context: Context) -> None:
         if not set(_subjects(context)) & set(allowed):
-            await _refuse(PermissionDenied("this server is not for the subject of your certificate"), rpc, context)
+            error = PermissionDenied("this server is not for the subject of your certificate")
+            await _refuse(error, rpc, metrics, context)
 
     kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
     behaviour: Any = getattr(handler, kind)
@@ -128,16 +131,17 @@ def _arity(streaming: bool) -> str:
     return "stream" if streaming else "unary"
 
 
-def _refusal(error: CamserveError, rpc: str) -> grpc.RpcMethodHandler[Any, Any]:
+def _refusal(error: CamserveError, rpc: str, metrics: Metrics) -> grpc.RpcMethodHandler[Any, Any]:
     """A handler that refuses a call of any kind: of a stream, so that the request is not read before it."""
 
     async def refuse(_: object, context: Context) -> None:
-        await _refuse(error, rpc, context)
+        await _refuse(error, rpc, metrics, context)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-async def _refuse(error: CamserveError, rpc: str, context: Context) -> None:
+async def _refuse(error: CamserveError, rpc: str, metrics: Metrics, context: Context) -> None:
     request_id = read.request_id("")
     log.info("call", rpc=rpc, request_id=request_id, code=error.code)
+    metrics.refused(rpc, error.code)
     await context.abort(status.code(error), error.message, status.trailing_metadata(error, request_id))

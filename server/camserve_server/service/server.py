@@ -21,16 +21,23 @@ from camserve_server.engine import Engine
 from camserve_server.errors import ConfigError
 from camserve_server.models.model import Model
 from camserve_server.service.admin import AdminServicer
+from camserve_server.service.bounds import Bounds
 from camserve_server.service.health import Health
+from camserve_server.service.prometheus import Gauges, Listener, Metrics
 from camserve_server.service.security import Guard
 from camserve_server.service.servicer import Servicer
 from camserve_server.service.tls import credentials
+from camserve_server.service.traces import from_environment
 from camserve_server.shelf import Shelf
 
 SERVICE = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 ONE_A_PORT = ("grpc.so_reuseport", 0)  # a second server on the port is an error, not a lottery
+KEEPALIVE = (  # clients ping every 30 s; by default gRPC would hang up on who does so more than every five minutes
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
 LAST_WORDS_S = 0.5  # for answers on their way; those who watch Health would stay for ever
 
 log = structlog.get_logger()
@@ -45,14 +52,19 @@ class Server:
         self.address = ""
         self.health_address = ""  # of the listener for probes, if there is one
         self.admin_address = ""  # of the listener for operators, if there is one
-        self._servicer = Servicer(config, self.engine)
+        self.metrics_address = ""  # of the listener for Prometheus, if there is one
+        self._metrics, self._traces = Metrics(), from_environment()
+        self._servicer = Servicer(config, self.engine, self._metrics, self._traces)
+        self._metrics.registry.register(Gauges(self._servicer, self.engine))
+        self._metrics_listener: Listener | None = None
         self._health = Health()
         self._grpc = grpc.aio.server(
-            interceptors=[Guard(config)],
+            interceptors=[Guard(config, self._metrics), Bounds()],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ONE_A_PORT,
+                *KEEPALIVE,
             ],
         )
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(self._servicer, self._grpc)
@@ -61,8 +73,9 @@ class Server:
             reflection.enable_server_reflection([SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME], self._grpc)
         self._probes = grpc.aio.server(options=[ONE_A_PORT])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
-        self._admin = grpc.aio.server(interceptors=[Guard(config)], options=[ONE_A_PORT])
+        self._admin = grpc.aio.server(interceptors=[Guard(config, self._metrics), Bounds()], options=[ONE_A_PORT])
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._servicer), self._admin)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._admin)
 
     async def start(self) -> None:
         """Binds, answers Health, loads and warms the models, then is ready. Raises ConfigError."""
@@ -72,6 +85,9 @@ class Server:
         if self.config.health_listen is not None:
             self.health_address = _bind(self._probes, "health_listen", self.config.health_listen)
             await self._probes.start()
+        if self.config.metrics_listen is not None:
+            self._metrics_listener = Listener(self._metrics.registry, self.config.metrics_listen)
+            self.metrics_address = self._metrics_listener.address
         await self._grpc.start()
         device = pick_device(self.config.device)
         if self.config.threads is not None:
@@ -99,6 +115,9 @@ class Server:
         await self._servicer.drain(grace_s)
         await asyncio.to_thread(self.engine.close)
         await asyncio.gather(*(each.stop(LAST_WORDS_S) for each in (self._grpc, self._probes, self._admin)))
+        for last in (self._metrics_listener, self._traces):
+            if last is not None:
+                await asyncio.to_thread(last.close)
 
 
 def _bind(server: grpc.aio.Server, key: str, address: str, tls: TLSConfig | None = None) -> str:

@@ -6,15 +6,15 @@ Nothing here blocks the event loop, so Health answers while the device is satura
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
-import grpc
 import structlog
 
 from camserve.v1 import explain_pb2 as pb
@@ -26,9 +26,14 @@ from camserve_server.errors import CamserveError, Cancelled, InternalError, Unav
 from camserve_server.explain import Explained, explain, limits, rows_needed
 from camserve_server.job import Event, Job, Progress
 from camserve_server.plan import Level, Randomised, Remark, Stage
-from camserve_server.service import read, security, status, write
+from camserve_server.service import bounds, read, security, status, traces, write
+from camserve_server.service.call import Call, Context
+from camserve_server.service.prometheus import Metrics, known_method
 from camserve_server.service.read import Asked
 from camserve_server.shelf import Shelf
+
+if TYPE_CHECKING:
+    from camserve_server.service.spans import Traces
 
 PROGRESS_EVERY_S = 0.1
 HEARTBEAT_S = 15.0
@@ -37,17 +42,6 @@ log = structlog.get_logger()
 T = TypeVar("T")
 Picture = pb.Level | pb.Randomised
 Sent = Picture | Progress | Stage | Remark | None
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-@dataclass(eq=False)
-class _Call:
-    """One RPC under way, and what its log line will say."""
-
-    rpc: str
-    context: Context
-    request_id: str
-    facts: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -62,18 +56,20 @@ class _Done:
 class Servicer(explain_pb2_grpc.ExplainServiceServicer):
     """Answers from `engine` with the models of the shelf, which is there once they are loaded."""
 
-    def __init__(self, config: Config, engine: Engine) -> None:
+    def __init__(self, config: Config, engine: Engine, metrics: Metrics, traces: Traces | None) -> None:
         self.shelf: Shelf | None = None
+        self.running: set[Call] = set()
+        self.draining = False
         self._config = config
         self._engine = engine
         self._codec = ThreadPoolExecutor(max_workers=4, thread_name_prefix="codec")
-        self._running: set[_Call] = set()
-        self._draining = False
+        self._metrics = metrics
+        self._traces = traces
 
     async def drain(self, grace_s: float) -> None:
         """Refuses new calls; returns when those that run are answered, but after `grace_s` seconds at the latest."""
-        self._draining, until = True, time.monotonic() + grace_s
-        while self._running and time.monotonic() < until:
+        self.draining, until = True, time.monotonic() + grace_s
+        while self.running and time.monotonic() < until:
             await asyncio.sleep(0.02)
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
@@ -117,7 +113,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         self, rpc: str, request: pb.ExplainRequest, context: Context
     ) -> AsyncIterator[pb.ExplainStreamResponse]:
         async with (
-            self.call(rpc, request.request_id, context) as call,
+            self.call(rpc, request.request_id, context, request.method.name) as call,
             self.loaded_shelf().lend(request.model) as model,
         ):
             asked = await self._in_thread(read.explain_request, request, model, self._config)
@@ -139,7 +135,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         self, rpc: str, request: pb.EvaluateRequest, context: Context
     ) -> AsyncIterator[pb.EvaluateStreamResponse]:
         async with (
-            self.call(rpc, request.request_id, context) as call,
+            self.call(rpc, request.request_id, context, request.method.name) as call,
             self.loaded_shelf().lend(request.model) as model,
         ):
             asked = await self._in_thread(read.evaluate_request, request, model, self._config)
@@ -155,7 +151,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                         )
                         yield pb.EvaluateStreamResponse(result=response)
 
-    async def _run(self, asked: Asked, call: _Call) -> AsyncIterator[pb.Progress | Picture | _Done]:
+    async def _run(self, asked: Asked, call: Call) -> AsyncIterator[pb.Progress | Picture | _Done]:
         """Runs the request's plan. Yields pictures, progress now and then, and at the end what came of it."""
         engine, loop = self._engine, asyncio.get_running_loop()
         events: asyncio.Queue[Sent] = asyncio.Queue()
@@ -186,6 +182,8 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             priority=priority,
             tell=tell,
         )
+        call.job = job
+        job.future.add_done_callback(lambda _: self._metrics.finished(job, call.method))
         # A job that is done is not cancelled by it.
         call.context.add_done_callback(lambda *_: engine.cancel(job))  # type: ignore[arg-type]
         job.future.add_done_callback(lambda _: tell(None))
@@ -209,32 +207,44 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         return self.shelf
 
     async def _in_thread(self, work: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._codec, work, *args)
+        context = contextvars.copy_context()  # for the log
+        return await asyncio.get_running_loop().run_in_executor(self._codec, lambda: context.run(work, *args))
 
     @asynccontextmanager
-    async def call(self, rpc: str, request_id: str, context: Context) -> AsyncIterator[_Call]:
-        """Logs the call and turns whatever goes wrong into a status. No image, label or path stands in the log."""
-        call, started = _Call(rpc, context, request_id), time.monotonic()
+    async def call(self, rpc: str, request_id: str, context: Context, method: str = "") -> AsyncIterator[Call]:
+        """Logs, counts and traces the call, and turns whatever goes wrong into a status.
+
+        `method` is as the caller gave it. No image, label or path stands in the log.
+        """
+        call = Call(rpc, context, request_id[: read.MAX_REQUEST_ID], known_method(method))
+        trace_id = self._traces.start(call) if self._traces else traces.callers_trace(context)
+        known = {"trace_id": trace_id} if trace_id else {}
         failure: CamserveError | None = None
         try:
             call.request_id = read.request_id(request_id)
-            if self._draining:
+            structlog.contextvars.bind_contextvars(request_id=call.request_id, **known)
+            if self.draining:
                 raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)
-            self._running.add(call)
-            context.add_done_callback(lambda *_: self._running.discard(call))  # type: ignore[arg-type]
+            bounds.check()
+            self.running.add(call)
+            context.add_done_callback(lambda *_: self.running.discard(call))  # type: ignore[arg-type]
             yield call
         except CamserveError as error:
             failure = error
         except Exception:
-            log.exception("bug", rpc=rpc, request_id=call.request_id)
+            log.exception("bug", rpc=rpc)
             failure = InternalError("an internal error; the server's log says more under this request's id")
         except BaseException:
             failure = Cancelled("the caller went away")
             raise
         finally:
             code = failure.code if failure else "OK"
-            ms = round(1e3 * (time.monotonic() - started), 1)
-            log.info("call", rpc=rpc, request_id=call.request_id, code=code, ms=ms, **call.facts)
+            ms = round(1e3 * (time.monotonic() - call.started), 1)
+            # This may be another task than the call's own, which knows nothing of it.
+            log.info("call", request_id=call.request_id, **known, rpc=rpc, code=code, ms=ms, **call.facts)
+            self._metrics.ended(call, code)
+            if self._traces:
+                self._traces.end(call, code)
         if failure is not None:
             await context.abort(
                 status.code(failure), failure.message, status.trailing_metadata(failure, call.request_id)

@@ -1,0 +1,437 @@
+"""What is seen from outside: metrics as Prometheus gets them, traces as a collector gets them, the dashboard."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from opentelemetry import trace
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.sdk.trace import TracerProvider
+from prometheus_client.parser import text_string_to_metric_families
+
+import camserve
+from camserve_server.config import Config, ModelConfig, TokenConfig, read
+from camserve_server.errors import ConfigError
+from camserve_server.service import traces
+from camserve_server.service.server import Server
+from tests.conftest import serving
+
+ROOT = Path(__file__).parents[2]
+CAT = skimage.data.chelsea()
+SECONDS = 1e-9
+TINY = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """Takes in what is exported by OTLP."""
+
+    def __init__(self) -> None:
+        self.resources: list[dict[str, Any]] = []
+        self.spans: list[Any] = []
+
+    def Export(self, request: Any, context: Any) -> Any:
+        for each in request.resource_spans:
+            self.resources.append(attributes(each.resource))
+            self.spans += [span for scope in each.scope_spans for span in scope.spans]
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+    def of(self, request_id: str) -> dict[str, list[Any]]:
+        """The spans of the request's trace by their names, once the call's own, the last, is there."""
+        found: list[Any] = []
+
+        def complete() -> bool:
+            found[:] = [span for span in self.spans if attributes(span).get("camserve.request_id") == request_id]
+            return bool(found)
+
+        eventually(complete)
+        inside = [span for span in self.spans if span.trace_id == found[0].trace_id]
+        return {name: [span for span in inside if span.name == name] for name in {span.name for span in inside}}
+
+
+def attributes(of: Any) -> dict[str, Any]:
+    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in of.attributes}
+
+
+def eventually(true: Callable[[], object]) -> None:
+    until = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    """Set in the environment as where traces go."""
+    found, receiver = Collector(), grpc.server(ThreadPoolExecutor(2))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(found, receiver)
+    port = receiver.add_insecure_port("127.0.0.1:0")
+    receiver.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+        yield found
+    receiver.stop(None).wait()
+
+
+@pytest.fixture(scope="module")
+def watched(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a quick model, watched by Prometheus and by the collector."""
+    labels = tmp_path_factory.mktemp("labels") / "labels.txt"
+    labels.write_text("\n".join("abcdefg"))
+    model = TINY.model_copy(update={"labels": str(labels)})
+    with serving(Config(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", models=[model])) as server:
+        yield server
+
+
+@pytest.fixture
+def client(watched: Server) -> Iterator[camserve.Client]:
+    with camserve.Client(watched.address) as client:
+        yield client
+
+
+class Scrape(dict[tuple[str, frozenset[tuple[str, str]]], float]):
+    """What Prometheus gets: values by name and labels."""
+
+    def __init__(self, server: Server) -> None:
+        with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=30) as answer:
+            self.families = [*text_string_to_metric_families(answer.read().decode())]
+        super().__init__(
+            ((sample.name, frozenset(sample.labels.items())), sample.value)
+            for family in self.families
+            for sample in family.samples
+        )
+
+    def sum(self, name: str, **labels: str) -> float:
+        """Of all samples of the name that have the labels."""
+        return sum(value for (each, has), value in self.items() if each == name and labels.items() <= has)
+
+
+IDLE = (
+    "camserve_requests_in_flight",
+    "camserve_requests_oldest_seconds",
+    "camserve_queue_rows",
+    "camserve_queue_requests",
+    "camserve_queue_oldest_seconds",
+)
+
+
+def idle(server: Server) -> bool:
+    now = Scrape(server)
+    return all(now.sum(name) == 0 for name in IDLE)
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_request_adds_up_to(watched: Server, client: camserve.Client) -> None:
+    eventually(lambda: idle(watched))
+    before = Scrape(watched)
+    cost = client.explain(CAT, method="score-cam").cost
+    after = Scrape(watched)
+
+    def more(name: str, **labels: str) -> float:
+        return after.sum(name, **labels) - before.sum(name, **labels)
+
+    forward = {"model": "tiny", "precision": "fp32", "lane": "forward"}
+    assert more("camserve_rows_total", **forward) == more("camserve_rows_total") == cost.rows
+    batches = more("camserve_batch_seconds_count", **forward)
+    assert batches == more("camserve_batch_seconds_bucket", **forward, le="+Inf") == cost.batches
+    assert more("camserve_padding_rows_total", **forward) == 4 * batches - cost.rows
+    assert 0 < more("camserve_batch_seconds_sum", **forward) <= 1e-3 * cost.compute_ms
+    assert more("camserve_requests_total", rpc="Explain", method="score-cam", code="OK") == 1
+    assert more("camserve_request_queue_seconds_sum", method="score-cam") == pytest.approx(1e-3 * cost.queue_ms)
+    assert more("camserve_request_compute_seconds_sum", method="score-cam") == pytest.approx(1e-3 * cost.compute_ms)
+    took = more("camserve_request_duration_seconds_sum", rpc="Explain", method="score-cam")
+    assert took > 1e-3 * (cost.queue_ms + cost.compute_ms)
+
+
+def test_codes_and_methods_are_those_that_there_are(watched: Server, client: camserve.Client) -> None:
+    """What callers make up is no label."""
+    before = Scrape(watched)
+    with pytest.raises(camserve.NotFound):
+        client.explain(CAT, method="made-up")
+    with pytest.raises(camserve.NotFound):
+        client.explain(CAT, method="grad-cam", model="made-up")
+    with pytest.raises(camserve.InvalidArgument):
+        client.evaluate(CAT, saliency=np.zeros((4, 4), np.float32), metrics={"insertion": {"steps": -1}})
+    client.models()
+    after = Scrape(watched)
+    for labels in (
+        {"rpc": "Explain", "method": "other", "code": "NOT_FOUND"},
+        {"rpc": "Explain", "method": "grad-cam", "code": "NOT_FOUND"},
+        {"rpc": "Evaluate", "method": "", "code": "INVALID_ARGUMENT"},
+        {"rpc": "ListModels", "method": "", "code": "OK"},
+    ):
+        assert after.sum("camserve_requests_total", **labels) == 1 + before.sum("camserve_requests_total", **labels)
+    assert not [labels for _, labels in after if "made-up" in dict(labels).values()]
+
+
+def test_gauges_rise_under_load_and_return_to_zero(watched: Server, client: camserve.Client) -> None:
+    """After answers, failures, cancels and callers that vanish."""
+    before = Scrape(watched)
+    forever = {"steps": 10_000}
+    streams = [client.explain_stream(CAT, method="opti-cam", parameters=forever) for _ in range(3)]
+    for stream in streams:
+        next(event for event in stream if isinstance(event, camserve.Progress) and event.rows_done > 1)
+    loaded = Scrape(watched)
+    assert loaded.sum("camserve_requests_in_flight") == 3
+    assert loaded.sum("camserve_queue_rows") > 20_000
+    assert loaded.sum("camserve_requests_oldest_seconds") > 0
+    with pytest.raises(camserve.InvalidArgument):
+        client.explain(CAT, method="opti-cam", target="no such label")
+    client.explain(CAT, method="grad-cam")
+    for stream in streams[1:]:
+        stream.close()
+    with camserve.Client(watched.address) as other:
+        next(other.explain_stream(CAT, method="opti-cam", parameters=forever))
+    streams[0].close()
+    eventually(lambda: idle(watched))
+    after = Scrape(watched)
+    stopped = {"rpc": "ExplainStream", "method": "opti-cam", "code": "CANCELLED"}
+    assert after.sum("camserve_requests_total", **stopped) == 4 + before.sum("camserve_requests_total", **stopped)
+    ended = "camserve_request_queue_seconds_count"
+    assert after.sum(ended, method="opti-cam") == 4 + before.sum(ended, method="opti-cam"), "the engine let all go"
+
+
+def test_models_and_readiness(watched: Server) -> None:
+    now = Scrape(watched)
+    model = watched.models["tiny"]
+    assert (now.sum("camserve_ready"), now.sum("camserve_draining")) == (1, 0)
+    assert (now.sum("camserve_models", state="ready"), now.sum("camserve_models")) == (1, 1)
+    assert now.sum("camserve_model_info", model="tiny", precision="fp32", digest=model.digest, device="cpu") == 1
+    assert now.sum("camserve_model_weight_bytes", model="tiny") == model.weight_bytes > 0
+    assert now.sum("camserve_batch_size", model="tiny", lane="gradient") == 4
+    assert (
+        now.sum("camserve_model_loads_total", model="tiny", result="ok") == now.sum("camserve_model_loads_total") == 1
+    )
+    assert now.sum("camserve_model_load_seconds_total", model="tiny") > 0
+    assert now.sum("process_resident_memory_bytes") > 1e8
+
+
+def test_refused_callers_are_counted() -> None:
+    token = TokenConfig(name="someone", sha256=64 * "0")
+    config = Config(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", models=[TINY], tokens=[token])
+    with serving(config) as server, camserve.Client(server.address) as client:
+        with pytest.raises(camserve.Unauthenticated):
+            client.models()
+        assert Scrape(server).sum("camserve_requests_total", rpc="ListModels", code="UNAUTHENTICATED") == 1
+
+
+def documented() -> dict[str, tuple[str, set[str]]]:
+    """Of each metric in docs/monitoring.md, the type and the labels."""
+    page = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(camserve_\w+)` \| (\w+) \| (.*?) \|", page, re.MULTILINE)
+    return {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+
+
+def test_all_metrics_are_documented(watched: Server, client: camserve.Client) -> None:
+    client.explain(CAT, method="grad-cam")
+    told = documented()
+    exported = {}
+    for family in Scrape(watched).families:
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels = {label for sample in family.samples for label in sample.labels if label != "le"}
+        exported[name] = (family.type, labels)
+    assert {name for name in exported if not name.startswith("process_")} <= told.keys()
+    assert {name: told[name] for name in exported if name in told} == {
+        name: exported[name] for name in exported if name in told
+    }
+    missing = {name for name in told.keys() - exported.keys() if not name.startswith("camserve_device_memory_")}
+    assert not missing
+    assert torch.cuda.is_available() or not [name for name in exported if "device_memory" in name]
+
+
+@pytest.mark.gpu
+def test_memory_of_the_gpu() -> None:
+    config = Config(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", models=[TINY], device="cuda")
+    with serving(config) as server:
+        now = Scrape(server)
+        used, held, total = (
+            now.sum(f"camserve_device_memory_{what}_bytes", device="cuda:0")
+            for what in ("allocated", "reserved", "total")
+        )
+        assert server.models["tiny"].weight_bytes <= used <= held <= total
+
+
+def test_the_listener_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(ConfigError, match=r"metrics_listen: .* insecure = true"):
+        read(metrics_listen="0.0.0.0:9464")
+    assert read(metrics_listen="0.0.0.0:9464", insecure=True).metrics_listen
+
+
+def test_a_port_that_is_taken_names_the_key(watched: Server) -> None:
+    config = Config(listen="127.0.0.1:0", metrics_listen=watched.metrics_address, models=[TINY])
+
+    async def start() -> None:
+        server = Server(config)
+        try:
+            await server.start()
+        finally:
+            await server.stop(0)
+
+    with pytest.raises(ConfigError, match=f"metrics_listen: cannot bind {watched.metrics_address}"):
+        asyncio.run(start())
+
+
+# ---- the dashboard ---------------------------------------------------------------------------------------------------
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "camserve.json").read_text(encoding="utf-8"))
+    assert dashboard["title"]
+    assert dashboard["schemaVersion"] >= 39
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    asked = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    asked += [variable["query"]["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
+    told = documented()
+    series = {
+        f"{name}{suffix}"
+        for name, (kind, _) in told.items()
+        for suffix in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))
+    } | {"process_resident_memory_bytes", "process_cpu_seconds_total"}
+    used = {name for text in asked for name in re.findall(r"\b(?:camserve|process)_\w+", text)}
+    assert used <= series
+    assert {name for name in told if not any(each.startswith(name) for each in used)} == set(), "all are shown"
+    for text in asked:  # what is grouped by or shown is a label of what is asked for
+        labels = {label for found in re.findall(r"\bby \((.*?)\)", text) for label in found.split(", ")}
+        known = {label for name, (_, has) in told.items() if name in text for label in has} | {"le", "instance"}
+        assert labels <= known, text
+
+
+def test_panels_of_the_dashboard_do_not_overlap() -> None:
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "camserve.json").read_text(encoding="utf-8"))
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken, panel["title"]
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+        for target in panel.get("targets", ()):
+            assert target["datasource"] == panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+
+
+# ---- traces ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_traced_from_the_caller_to_the_batch(
+    collector: Collector, watched: Server, client: camserve.Client
+) -> None:
+    tracer = TracerProvider(shutdown_on_exit=False).get_tracer("caller")
+    with tracer.start_as_current_span("caller") as caller:
+        cost = client.explain(CAT, method="score-cam", request_id="traced").cost
+    spans = collector.of("traced")
+    [server] = spans["camserve.v1.ExplainService/Explain"]
+    assert server.trace_id == caller.get_span_context().trace_id.to_bytes(16, "big")
+    assert server.parent_span_id == caller.get_span_context().span_id.to_bytes(8, "big")
+    assert server.kind == server.SPAN_KIND_SERVER
+    assert attributes(server) == {
+        "rpc.system": "grpc",
+        "rpc.service": "camserve.v1.ExplainService",
+        "rpc.method": "Explain",
+        "rpc.grpc.status_code": 0,
+        "camserve.request_id": "traced",
+        "camserve.method": "score-cam",
+    }
+    parts = [spans[name][0] for name in ("read", "queue", "compute", "write")]
+    assert all(part.parent_span_id == server.span_id for part in parts)
+    times = [server.start_time_unix_nano, *(part.end_time_unix_nano for part in parts)]
+    starts = [part.start_time_unix_nano for part in parts]
+    slack = 50_000_000  # spans are dated by two clocks
+    assert all(abs(start - end) < slack for start, end in zip(starts, times, strict=False)), "one after the other"
+    assert abs(times[-1] - server.end_time_unix_nano) < slack
+    compute = parts[2]
+    assert attributes(compute) == {
+        "camserve.model": "tiny",
+        "camserve.rows": cost.rows,
+        "camserve.batches": cost.batches,
+    }
+    assert SECONDS * (compute.end_time_unix_nano - compute.start_time_unix_nano) == pytest.approx(
+        1e-3 * cost.compute_ms, abs=0.05
+    )
+    batches = spans["batch"]
+    assert len(batches) == min(16, cost.batches)
+    assert all(batch.parent_span_id == compute.span_id for batch in batches)
+    facts = [attributes(batch) for batch in batches]
+    assert all(each["camserve.batch.rows"] + each["camserve.batch.padding"] == 4 for each in facts)
+    numbers = [each["camserve.batch"] for each in facts]
+    assert numbers == [*range(numbers[0], numbers[0] + len(numbers))]
+
+
+def test_batches_of_a_long_request_are_bounded(collector: Collector, client: camserve.Client) -> None:
+    cost = client.explain(CAT, method="opti-cam", parameters={"steps": 40}, request_id="long").cost
+    spans = collector.of("long")
+    assert cost.batches > 16 == len(spans["batch"])
+    assert attributes(spans["compute"][0])["camserve.batches"] == cost.batches
+
+
+def test_failures_are_traced_without_their_words(collector: Collector, client: camserve.Client) -> None:
+    with pytest.raises(camserve.InvalidArgument, match="secret-label"):
+        client.explain(CAT, method="grad-cam", target="secret-label", request_id="failed")
+    curves = {"insertion": {"steps": 10_000}, "deletion": {"steps": 10_000}}
+    with pytest.raises(camserve.DeadlineExceeded):
+        client.explain(CAT, method="grad-cam", target=[*range(7)], metrics=curves, timeout=2, request_id="late")
+    [failed], [late] = (collector.of(name)["camserve.v1.ExplainService/Explain"] for name in ("failed", "late"))
+    assert attributes(failed)["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert failed.status.code == failed.status.STATUS_CODE_UNSET, "that is the caller's"
+    assert late.status.code == late.status.STATUS_CODE_ERROR
+    assert "compute" not in collector.of("failed")
+    assert "secret" not in str(collector.spans)
+
+
+def test_what_the_caller_does_not_sample_is_not_traced(collector: Collector, client: camserve.Client) -> None:
+    ignored = trace.SpanContext(0xABC, 0xDEF, is_remote=False, trace_flags=trace.TraceFlags(0))
+    with trace.use_span(trace.NonRecordingSpan(ignored)):
+        client.explain(CAT, method="grad-cam", request_id="ignored")
+    client.explain(CAT, method="grad-cam", request_id="after")
+    collector.of("after")
+    assert not [span for span in collector.spans if span.trace_id == (0xABC).to_bytes(16, "big")]
+
+
+def test_the_server_says_who_it_is(
+    collector: Collector, client: camserve.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.explain(CAT, method="grad-cam", request_id="named")
+    collector.of("named")
+    assert collector.resources[-1]["service.name"] == "camserve"
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "explanations")
+    with serving(Config(listen="127.0.0.1:0", models=[TINY])) as other, camserve.Client(other.address) as client:
+        client.explain(CAT, method="grad-cam", request_id="elsewhere")
+    assert collector.of("elsewhere"), "what is left is sent at the end"
+    assert collector.resources[-1]["service.name"] == "explanations"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_SDK_DISABLED": "true"},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_TRACES_EXPORTER": "none"},
+    ],
+)
+def test_nothing_is_traced_unless_asked_for(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert traces.from_environment() is None
+
+
+def test_another_protocol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+    with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_PROTOCOL"):
+        traces.from_environment()
