@@ -106,6 +106,11 @@ class Derivation:
         )
 
     @property
+    def frame_number(self) -> int | None:
+        """Of the frame, from 1, as references have it; None where there is but one."""
+        return self.picture.frame + 1 if int(self.picture.source.get("NumberOfFrames") or 1) > 1 else None
+
+    @property
     def label(self) -> str:
         """The class, as it is shown."""
         target = self.explanation.target

@@ -62,14 +62,14 @@ def code(value: str, scheme: str, meaning: str) -> Dataset:
     return item
 
 
-def reference(derivation: Derivation, *, frames: bool = True) -> Dataset:
+def reference(derivation: Derivation) -> Dataset:
     """The source as an item of a sequence of references."""
     source = derivation.picture.source
     item = Dataset()
     item.ReferencedSOPClassUID = source.SOPClassUID
     item.ReferencedSOPInstanceUID = source.SOPInstanceUID
-    if frames and "NumberOfFrames" in source:
-        item.ReferencedFrameNumber = derivation.picture.frame + 1
+    if derivation.frame_number:
+        item.ReferencedFrameNumber = derivation.frame_number
     return item
 
 
@@ -81,8 +81,7 @@ def finished(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
         if name not in result:
             setattr(result, name, None)
     _carry(source, result, _OF_SERIES)
-    if "Laterality" not in result:
-        result.Laterality = None  # type 2C, of paired body parts, and which those are nobody says
+    _laterality(result, kind)
     if "PixelData" in result or "FloatPixelData" in result:
         _carry(source, result, _OF_IMAGE)
     result.SeriesInstanceUID = derivation.uid(f"{kind}/series")
@@ -97,6 +96,14 @@ def finished(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
     result.ContributingEquipmentSequence = [_equipment(derivation)]
     _charset(result, str(source.get("SpecificCharacterSet") or ""))
     return _written(result)
+
+
+def _laterality(result: Dataset, kind: str) -> None:
+    """Type 2C: of paired body parts, empty where it is not known whether it is one; these two kinds have none."""
+    if kind in ("sr", "seg"):
+        result.pop("Laterality", None)
+    elif "BodyPartExamined" not in result and "Laterality" not in result:
+        result.Laterality = None
 
 
 def _time(result: Dataset, derivation: Derivation) -> None:

@@ -11,13 +11,22 @@ from camserve.answers import Explanation
 from camserve.dicom.capture import secondary_capture
 from camserve.dicom.derivation import DEFAULT_CHECK, Derivation
 from camserve.dicom.header import finished
+from camserve.dicom.maps import parametric_map, segmentation
+from camserve.dicom.presentation import presentation_state
 from camserve.dicom.reading import Picture
+from camserve.dicom.report import structured_report
 from camserve.errors import InvalidArgument
 
 __all__ = ["DEFAULT_OUTPUTS", "KINDS", "objects", "outputs_of"]
 
 DEFAULT_OUTPUTS = ("sc", "sr")
-_MAKERS: dict[str, Callable[[Derivation], Dataset]] = {"sc": secondary_capture}
+_MAKERS: dict[str, Callable[[Derivation], Dataset]] = {
+    "sc": secondary_capture,
+    "sr": structured_report,
+    "pm": parametric_map,
+    "seg": segmentation,
+    "gsps": presentation_state,
+}
 KINDS = tuple(_MAKERS)
 
 
