@@ -100,7 +100,7 @@ def tables(result: Result) -> RenderableType:
                 f"{of.requests:,}",
                 f"{sum(of.errors.values()):,}",
                 *(_number(latency[level]) if latency else "–" for level in ("p50", "p99")),
-                "yes" if step.met else "no, given up early" if step.dropped else "no",
+                "yes" if step.met else "no, early" if step.dropped else "no",
             )
         at = result.measured.rate or 0
         parts += [rates, "", Text(f"at {_number(at)} requests a second:", style="bold"), ""]
@@ -110,7 +110,7 @@ def tables(result: Result) -> RenderableType:
         errors = ", ".join(f"{name}: {count:,}" for name, count in each.errors.items()) or "none"
         counts = (f"{each.requests:,}", f"{each.answered:,}", _number(each.requests_per_s), _number(each.rows_per_s))
         throughput.add_row(escape(each.method), *counts, errors)
-    kinds = {"latency": "latency_ms", "in the server's queue": "queue_ms", "from first batch to answer": "compute_ms"}
+    kinds = {"latency": "latency_ms", "in the queue": "queue_ms", "computed": "compute_ms"}
     for kind, name in kinds.items():
         for each in result.summaries:
             if values := getattr(each, name):

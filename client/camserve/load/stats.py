@@ -154,10 +154,10 @@ class Over:
     max_ms: Numbers
 
 
-def over_time(records: Sequence[Record], seconds: float, most: int = 60) -> Over:
-    """In spans of a whole or a simple share of a second, at most so many."""
-    width = next(span for span in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, seconds) if seconds / span <= most)
-    edges = np.append(np.arange(0, seconds - 1e-9, width), seconds)
+def over_time(records: Sequence[Record], seconds: float) -> Over:
+    """In spans of some ten requests or more each, on average: at most sixty, and at least five."""
+    requests = sum(0 <= each.intended_s < seconds for each in records)
+    edges = np.linspace(0, seconds, min(60, max(5, requests // 10)) + 1)
 
     def rate(times: Sequence[float]) -> Numbers:
         return np.histogram(times, edges)[0] / np.diff(edges)

@@ -13,7 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 __all__ = ["MOST_LINES", "Curve", "Line", "Point", "curves", "layers", "lines", "scatter"]
@@ -85,7 +85,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """Points, [P] each, joined where they are numbers; a `level` is one of the same y all along."""
+    """Points, [P] each, those joined that are numbers; a `level` is one of the same y all along."""
 
     label: str
     x: Numbers
@@ -130,17 +130,18 @@ def lines(
             if line.level:
                 axes.axhline(line.y[0], color=colour, linestyle=(0, (2, 2)), lw=1, label=line.label)
                 continue
-            marker = "o" if len(line.x) < 30 else ""
-            axes.plot(line.x, line.y, color=colour, linestyle=dashes, label=line.label, lw=1.5, marker=marker, ms=3)
-        if log_x:
-            axes.set_xscale("log")
-        if log_y:
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
-        for axis in (axes.xaxis, axes.yaxis):
+            known = np.isfinite(line.y)
+            x, y = line.x[known], line.y[known]
+            marker = "o" if len(x) < 30 else ""
+            axes.plot(x, y, color=colour, linestyle=dashes, label=line.label, lw=1.5, marker=marker, ms=3)
+        for axis, logarithmic in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
+            if logarithmic:
+                # Within less than a decade there would be no tick.
+                getattr(axes, f"set_{axis.axis_name}scale")("log", subs=())
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-            axis.set_minor_formatter(NullFormatter())
+        if not log_y:
+            axes.set_ylim(bottom=0)
         if x_ticks:
             axes.set_xticks([*x_ticks.values()], [*x_ticks])
         axes.set(xlabel=x_label, ylabel=y_label)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from camserve.load import knee, stats
 from camserve.load.knee import Step
-from camserve.load.stats import Measured, Record
+from camserve.load.stats import Measured, Record, Summary
 from camserve.report import charts, html
 from camserve.report.charts import Line
 from camserve.report.figures import Figure
@@ -58,7 +58,7 @@ def write(
 
 def _figures(records: Sequence[Record], seconds: float, methods: Sequence[str]) -> list[Figure]:
     over = stats.over_time(records, seconds)
-    span = f"{over.middle_s[0] * 2:g} s"
+    span = f"{2 * over.middle_s[0]:.2g} s"
     time = [
         Line("longest", over.middle_s, over.max_ms),
         Line("p99", over.middle_s, over.p99_ms),
@@ -84,7 +84,7 @@ def _figures(records: Sequence[Record], seconds: float, methods: Sequence[str]) 
         Figure(
             charts.lines("Latency over time.", time, "seconds", "latency, ms", log_y=True),
             "Latency over time",
-            f"by when requests were meant to be sent, in spans of {span}",
+            f"in spans of {span}",
         ),
         Figure(
             charts.lines(
@@ -97,7 +97,7 @@ def _figures(records: Sequence[Record], seconds: float, methods: Sequence[str]) 
                 x_ticks={text: at for text, at in ticks.items() if at <= longest},
             ),
             "Percentiles of latency",
-            "as far as there are requests for them",
+            "of all requests",
         ),
         throughput,
     ]
@@ -118,24 +118,27 @@ def _knee_figures(steps: Sequence[Step], bound_s: float) -> list[Figure]:
         return []
     rate = np.array([step.rate for step in ordered])
 
-    def at(level: str) -> Line:
-        return Line(level, rate, np.array([step.summary.latency_ms[level] for step in ordered]))
+    def line(label: str, value: Callable[[Summary], float], dropped: bool = False) -> Line:
+        """Without the rates that were dropped, whose figures are of their first moments, unless it says so."""
+        given = [value(step.summary) if dropped or not step.dropped else np.nan for step in ordered]
+        return Line(label, rate, np.array(given))
 
-    latency = [at("p99"), at("p50"), Line("bound", rate, np.array([1e3 * bound_s]), level=True)]
-    answered = [
-        Line("answered", rate, np.array([step.summary.requests_per_s for step in ordered])),
-        Line("asked for", rate, rate),
+    latency = [
+        line("p99", lambda of: of.latency_ms["p99"], dropped=True),
+        line("p50", lambda of: of.latency_ms["p50"]),
+        Line("bound", rate, np.array([1e3 * bound_s]), level=True),
     ]
+    answered = [line("answered", lambda of: of.requests_per_s), Line("asked for", rate, rate)]
     label = "requests a second that were asked for"
     return [
         Figure(
             charts.lines("Latency over rate.", latency, label, "latency, ms", log_x=True, log_y=True),
             "Latency over rate",
-            "of rates that were given up, as far as they went",
+            "of rates that were given up: by then",
         ),
         Figure(
             charts.lines("Answers over rate.", answered, label, "answers a second", log_x=True, log_y=True),
             "Answers over rate",
-            "",
+            "without those",
         ),
     ]
