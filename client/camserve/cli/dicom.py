@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from camserve import tables
+from camserve.cli.gateway import gateway
 from camserve.cli.options import (
     AsJson,
     Budget,
@@ -37,11 +38,7 @@ __all__ = ["dicom", "needs_dicom"]
 KINDS = ("sc", "sr", "pm", "seg", "gsps")
 
 dicom = typer.Typer(help="Explain DICOM images: results are DICOM objects.", no_args_is_help=True)
-
-
-@dicom.callback()
-def _alone() -> None:
-    """Keeps a single command a command of its own; it would take the group's place."""
+dicom.command()(gateway)
 
 
 class Regions(StrEnum):

@@ -1,0 +1,137 @@
+"""Threads that work through a stage of the spool, oldest entry first; what fails for now is tried again later."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from camserve.dicom.gateway.audit import Audit
+from camserve.dicom.gateway.spool import Spool, Stage, save
+
+__all__ = ["Dead", "Later", "Work", "give_up"]
+
+log = logging.getLogger(__name__)
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0
+# Entries may also be put into a stage by hand.
+LOOK_AGAIN_S = 1.0
+
+
+class Later(Exception):
+    """It cannot be done now. `reason` is for the log; without `after_s` the wait doubles from try to try."""
+
+    def __init__(self, reason: str, after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.after_s = after_s
+
+
+class Dead(Exception):
+    """It can never be done. `reason` is for the log, `details`, which may be out of the header, for reason.json."""
+
+    def __init__(self, reason: str, details: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.details = details
+
+
+class Work:
+    """`handle` moves an entry on, or raises Later or Dead. Whatever else it raises is Dead, but for OSError."""
+
+    def __init__(
+        self, spool: Spool, stage: Stage, handle: Callable[[Path], None], audit: Audit, threads: int = 1
+    ) -> None:
+        self._spool, self._stage, self._handle, self._audit = spool, stage, handle, audit
+        self._lock = threading.Lock()
+        self._found: deque[Path] = deque()
+        self._busy: set[str] = set()
+        self._later: dict[str, tuple[float, int]] = {}  # not before, and how often it was tried
+        self._arrived, self._over = spool.arrived[stage], threading.Event()
+        self.threads = [threading.Thread(target=self._run, name=stage.value, daemon=True) for _ in range(threads)]
+
+    def start(self) -> None:
+        """Begins."""
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Takes no further entry; `join` the threads for those under way."""
+        self._over.set()
+        self._arrived.set()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            try:
+                entry = self._next()
+            except OSError as error:
+                log.error("the spool cannot be read", extra={"said": {"errno": error.errno}})
+                entry = None
+            if entry is None:
+                self._arrived.wait(LOOK_AGAIN_S)
+                self._arrived.clear()
+                continue
+            try:
+                self._try(entry)
+            finally:
+                with self._lock:
+                    self._busy.discard(entry.name)
+
+    def _next(self) -> Path | None:
+        with self._lock:
+            if not self._found:
+                entries = self._spool.entries(self._stage)
+                self._found.extend(entries)
+                there = {entry.name for entry in entries}
+                self._later = {name: when for name, when in self._later.items() if name in there}
+            while self._found:
+                entry = self._found.popleft()
+                not_before, _ = self._later.get(entry.name, (0.0, 0))
+                if entry.name not in self._busy and not_before <= time.monotonic() and entry.exists():
+                    self._busy.add(entry.name)
+                    return entry
+            return None
+
+    def _try(self, entry: Path) -> None:
+        try:
+            self._handle(entry)
+        except Dead as dead:
+            self._give_up(entry, dead.reason, dead.details)
+        except Later as later:
+            self._put_off(entry, later.reason, later.after_s)
+        except OSError as error:
+            if entry.exists():  # or it has been moved on meanwhile, by an answer of the PACS
+                self._put_off(entry, f"{type(error).__name__} {error.errno or ''}".strip(), None)
+        except Exception as error:
+            if entry.exists():
+                self._give_up(entry, type(error).__name__, traceback.format_exc())
+        else:
+            with self._lock:
+                self._later.pop(entry.name, None)
+
+    def _put_off(self, entry: Path, reason: str, after_s: float | None) -> None:
+        with self._lock:
+            _, tried = self._later.get(entry.name, (0.0, 0))
+            wait_s = min(FIRST_WAIT_S * 2**tried, LONGEST_WAIT_S) if after_s is None else after_s
+            # A wait that was asked for is no failure.
+            self._later[entry.name] = (time.monotonic() + wait_s, tried + (after_s is None))
+        said = {"object": entry.name, "stage": self._stage.value, "reason": reason, "wait_s": round(wait_s, 1)}
+        log.info("later", extra={"said": said})
+
+    def _give_up(self, entry: Path, reason: str, details: str) -> None:
+        try:
+            give_up(self._spool, self._audit, entry, reason, details)
+        except OSError as error:
+            self._put_off(entry, f"{type(error).__name__} {error.errno or ''}".strip(), None)
+
+
+def give_up(spool: Spool, audit: Audit, entry: Path, reason: str, details: str = "") -> None:
+    """Brings an entry to the dead ones, with the reason; moved back to its stage by hand, it is tried again."""
+    stage = entry.parent.name
+    save(entry / "reason.json", {"stage": stage, "reason": reason, "details": details})
+    audit.write("dead", object=entry.name, stage=stage, reason=reason)
+    spool.move(entry, Stage.dead)
