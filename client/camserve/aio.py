@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
 from camserve import calls, errors, many
 from camserve.transport import Connection
+
+if TYPE_CHECKING:
+    from camserve.dicom import DicomExplanation, Source
 
 __all__ = ["Client"]
 
@@ -73,6 +76,15 @@ class Client(Connection):
     models = _unary(calls.list_models)
     methods = _unary(calls.list_methods)
     metrics = _unary(calls.list_metrics)
+
+    async def explain_dicom(self, source: Source, **options: Any) -> DicomExplanation:
+        """Explain a DICOM image, and make DICOM objects of the answer; only its pixels are sent.
+
+        The options are those of `camserve.dicom.explain`. Needs `pip install 'camserve[dicom]'`.
+        """
+        from camserve import dicom
+
+        return await dicom.explain_async(self, source, **options)
 
     async def close(self) -> None:
         """Close the connection. Calls still under way are cancelled; the client is of no further use."""

@@ -6,12 +6,15 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
 from queue import SimpleQueue
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
 from camserve import calls, errors, many
 from camserve.transport import Connection
+
+if TYPE_CHECKING:
+    from camserve.dicom import DicomExplanation, Source
 
 __all__ = ["Client"]
 
@@ -73,6 +76,15 @@ class Client(Connection):
     models = _unary(calls.list_models)
     methods = _unary(calls.list_methods)
     metrics = _unary(calls.list_metrics)
+
+    def explain_dicom(self, source: Source, **options: Any) -> DicomExplanation:
+        """Explain a DICOM image, and make DICOM objects of the answer; only its pixels are sent.
+
+        The options are those of `camserve.dicom.explain`. Needs `pip install 'camserve[dicom]'`.
+        """
+        from camserve import dicom
+
+        return dicom.explain(self, source, **options)
 
     def close(self) -> None:
         """Close the connection. Calls still under way are cancelled; the client is of no further use."""

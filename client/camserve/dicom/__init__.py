@@ -9,16 +9,19 @@ Needs `pip install 'camserve[dicom]'`.
 
 from camserve.dicom.derivation import IMPLEMENTATION_UID
 from camserve.dicom.errors import DicomError
-from camserve.dicom.explaining import DicomExplanation, explain, sent
-from camserve.dicom.reading import Picture, quiet, read
-from camserve.dicom.results import objects
+from camserve.dicom.explaining import DicomExplanation, explain, explain_async, sent
+from camserve.dicom.reading import Picture, Source, quiet, read
+from camserve.dicom.results import KINDS, objects
 
 __all__ = [
     "IMPLEMENTATION_UID",
+    "KINDS",
     "DicomError",
     "DicomExplanation",
     "Picture",
+    "Source",
     "explain",
+    "explain_async",
     "objects",
     "quiet",
     "read",

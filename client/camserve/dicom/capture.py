@@ -31,7 +31,9 @@ def secondary_capture(derivation: Derivation) -> Dataset:
     result.SourceImageSequence = [origin]
     series = Dataset()
     series.SeriesInstanceUID = source.SeriesInstanceUID
-    series.ReferencedInstanceSequence = [reference(derivation)]
+    instance = reference(derivation)
+    instance.pop("ReferencedFrameNumber", None)
+    series.ReferencedInstanceSequence = [instance]
     result.ReferencedSeriesSequence = [series]
     result.SamplesPerPixel, result.PhotometricInterpretation, result.PlanarConfiguration = 3, "RGB", 0
     result.Rows, result.Columns = pixels.shape[:2]

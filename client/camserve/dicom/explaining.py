@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -16,13 +18,16 @@ from pydicom import Dataset
 
 from camserve.answers import Explanation
 from camserve.calls import Parameters, TargetLike
-from camserve.client import Client
 from camserve.dicom.derivation import DEFAULT_CHECK, Derivation, check_metrics
 from camserve.dicom.reading import Picture, Source, Window, read
 from camserve.dicom.results import DEFAULT_OUTPUTS, objects, outputs_of
 from camserve.errors import InvalidArgument
 
-__all__ = ["DEFAULT_METRICS", "DicomExplanation", "explain", "sent"]
+if TYPE_CHECKING:
+    from camserve import aio
+    from camserve.client import Client
+
+__all__ = ["DEFAULT_METRICS", "DicomExplanation", "explain", "explain_async", "sent"]
 
 DEFAULT_METRICS = ("insertion", "deletion", "average-gain")
 # A request holds 64 MiB; no model looks at a fraction of it.
@@ -54,6 +59,57 @@ class DicomExplanation:
             each.save_as(path, enforce_file_format=True)
             written.append(path)
         return written
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A picture, what to ask the server for about it, and what to make of the answer."""
+
+    picture: Picture
+    request: dict[str, Any]
+    outputs: tuple[str, ...]
+    check: str | None
+
+    def answered(self, explanation: Explanation) -> DicomExplanation:
+        """The objects of the answer."""
+        metrics = self.request["metrics"]
+        made = objects(
+            explanation,
+            self.picture,
+            self.outputs,
+            check=self.check,
+            metrics=metrics if any(metrics.values()) else None,
+        )
+        return DicomExplanation(
+            explanation, self.picture, made, Derivation(explanation, self.picture, self.check).withheld
+        )
+
+
+def asked(
+    source: Source,
+    *,
+    frame: int = 0,
+    outputs: Sequence[str] = DEFAULT_OUTPUTS,
+    metrics: str | Sequence[str] | Mapping[str, Parameters] = DEFAULT_METRICS,
+    check: str | None = DEFAULT_CHECK,
+    window: Window | None = None,
+    regions: Literal["refuse", "crop", "ignore"] = "refuse",
+    burned_in: Literal["refuse", "ignore"] = "refuse",
+    **request: Any,
+) -> Asked:
+    """Reads the source; what is given is as for `explain`. Nothing is sent."""
+    names = [metrics] if isinstance(metrics, str) else metrics
+    scored: Mapping[str, Parameters] = metrics if isinstance(metrics, Mapping) else {name: {} for name in names}
+    kinds = outputs_of(outputs)
+    if lacking := [name for name in check_metrics(check) if name not in scored]:
+        raise InvalidArgument(f"the check needs the metric {lacking[0]}: ask for it, too", field="check")
+    picture = read(source, frame=frame, window=window, regions=regions, burned_in=burned_in)
+    return Asked(
+        picture,
+        {"image": sent(picture), "metrics": scored, "request_id": uuid.uuid4().hex, **request},
+        kinds,
+        check,
+    )
 
 
 def explain(
@@ -92,25 +148,29 @@ def explain(
     Raises OSError for a file that cannot be read, DicomError for what is no such image or is refused, and what
     `Client.explain` raises.
     """
-    names = [metrics] if isinstance(metrics, str) else metrics
-    asked: Mapping[str, Parameters] = metrics if isinstance(metrics, Mapping) else {name: {} for name in names}
-    outputs = outputs_of(outputs)
-    if lacking := [name for name in check_metrics(check) if name not in asked]:
-        raise InvalidArgument(f"the check needs the metric {lacking[0]}: ask for it, too", field="check")
-    picture = read(source, frame=frame, window=window, regions=regions, burned_in=burned_in)
-    explanation = client.explain(
-        sent(picture),
+    ready = asked(
+        source,
+        frame=frame,
+        outputs=outputs,
+        metrics=metrics,
+        check=check,
+        window=window,
+        regions=regions,
+        burned_in=burned_in,
         model=model,
         method=method,
         target=target,
-        metrics=asked,
         parameters=parameters,
-        request_id=uuid.uuid4().hex,
         **more,
     )
-    with_parameters = asked if any(asked.values()) else None
-    made = objects(explanation, picture, outputs, check=check, metrics=with_parameters)
-    return DicomExplanation(explanation, picture, made, Derivation(explanation, picture, check).withheld)
+    return ready.answered(client.explain(**ready.request))
+
+
+async def explain_async(client: aio.Client, source: Source, **given: Any) -> DicomExplanation:
+    """As `explain`, by the awaited client; pixels and objects are made on a thread beside the event loop."""
+    ready = await asyncio.to_thread(functools.partial(asked, source, **given))
+    explanation = await client.explain(**ready.request)
+    return await asyncio.to_thread(ready.answered, explanation)
 
 
 def sent(picture: Picture) -> NDArray[np.uint8]:
