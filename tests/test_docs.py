@@ -17,7 +17,7 @@ import skimage
 from pydantic import BaseModel
 
 from camserve_server import registry
-from camserve_server.config import Config, ModelConfig, read
+from camserve_server.config import Config, ModelConfig, TLSConfig, read
 from camserve_server.service.server import Server
 
 ROOT = Path(__file__).parent.parent
@@ -99,9 +99,12 @@ def test_options_of_commands_exist(text: str) -> None:
     from camserve.cli import app
 
     known = get_command(app).commands  # type: ignore[attr-defined]
-    for line in re.findall(r"^\$ camserve (.*)$", text, re.MULTILINE):
+    for line in re.findall(r"^\$ camserve (.*)$", text.replace("\\\n", " "), re.MULTILINE):
         name, *arguments = shlex.split(line, comments=True)
-        options = {option for parameter in known[name].params for option in parameter.opts}
+        command = known[name]
+        if hasattr(command, "commands"):
+            command = command.commands[arguments[0]]
+        options = {option for parameter in command.params for option in parameter.opts}
         assert {a for a in arguments if a.startswith("--")} <= options
 
 
@@ -130,7 +133,7 @@ def test_environment_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None
 # ---- what is complete ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Config, ModelConfig])
+@pytest.mark.parametrize("kind", [Config, ModelConfig, TLSConfig])
 def test_every_key_is_documented_with_its_default(kind: type[BaseModel]) -> None:
     for name, field in kind.model_fields.items():
         rows = [line for line in page("configuration.md").splitlines() if line.startswith(f"| `{name}` |")]

@@ -316,8 +316,8 @@ def _with_file(data: dict[str, Any]) -> type[Config]:
 
 def _line(detail: Any, data: dict[str, Any]) -> str:
     match detail["loc"]:
-        case ("models", int(i), *rest):
-            place: tuple[Any, ...] = ("models", _name(data, i), *rest)
+        case ("models" | "tokens" as tables, int(i), *rest):
+            place: tuple[Any, ...] = (tables, _name(data, tables, i), *rest)
         case place:
             pass
     # Errors of the whole configuration name the key themselves.
@@ -325,16 +325,18 @@ def _line(detail: Any, data: dict[str, Any]) -> str:
 
 
 def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
+    host = address.rpartition(":")[0]
+    if ":" in host:  # of IPv6: without brackets, its last group would be taken for the port here, and not by gRPC
+        host = host[1:-1] if host[0] + host[-1] == "[]" else ""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # another name may be anything
         return False
 
 
-def _name(data: dict[str, Any], i: int) -> str | int:
-    """Of the i-th model in the file, as other errors call it; its number if it has none."""
+def _name(data: dict[str, Any], tables: str, i: int) -> str | int:
+    """Of the i-th table in the file, as other errors call it; its number if it has none."""
     try:
-        return str(data["models"][i]["name"])
+        return str(data[tables][i]["name"])
     except (KeyError, IndexError, TypeError):  # from the environment, or not yet checked to be a table
         return i

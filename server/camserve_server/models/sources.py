@@ -29,7 +29,34 @@ def network(config: ModelConfig, where: str) -> nn.Module:
 
 def check(config: ModelConfig, where: str) -> str | None:
     """What can be known before a network is made. Returns the weights to download, if any. Raises ConfigError."""
+    download = _known(config, where)
     config.check_pin()
+    return download
+
+
+def completed(config: ModelConfig, module: nn.Module) -> ModelConfig:
+    """The configuration with what the network says of its input, where that has not been configured."""
+    said: dict[str, Any] = {}
+    if config.source.startswith("timm:"):
+        timms: Any = module.pretrained_cfg
+        said = {"input_size": tuple(timms["input_size"][1:]), "mean": tuple(timms["mean"]), "std": tuple(timms["std"])}
+        if timms["interpolation"] in ("bilinear", "bicubic"):
+            said["interpolation"] = timms["interpolation"]
+    if channels(module) == 1 and not {"mean", "std"} & config.model_fields_set:
+        said |= {"mean": (0.5,), "std": (0.5,)}
+    return config.model_copy(update={k: v for k, v in said.items() if k not in config.model_fields_set})
+
+
+def channels(module: nn.Module) -> int | None:
+    """Of the input, as far as the first convolution tells."""
+    return next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+def _known(config: ModelConfig, where: str) -> str | None:
+    """Whether there is what source and weights name. Returns the weights to download, if any."""
     kind, _, name = config.source.partition(":")
     if kind == "torchvision":
         from camserve_server import torchvision_ops
@@ -55,27 +82,6 @@ def check(config: ModelConfig, where: str) -> str | None:
         if config.weights is not None and config.weights_file is None:
             raise ConfigError(f"{where}.weights: there is no file {config.weights}")
     return None
-
-
-def completed(config: ModelConfig, module: nn.Module) -> ModelConfig:
-    """The configuration with what the network says of its input, where that has not been configured."""
-    said: dict[str, Any] = {}
-    if config.source.startswith("timm:"):
-        timms: Any = module.pretrained_cfg
-        said = {"input_size": tuple(timms["input_size"][1:]), "mean": tuple(timms["mean"]), "std": tuple(timms["std"])}
-        if timms["interpolation"] in ("bilinear", "bicubic"):
-            said["interpolation"] = timms["interpolation"]
-    if channels(module) == 1 and not {"mean", "std"} & config.model_fields_set:
-        said |= {"mean": (0.5,), "std": (0.5,)}
-    return config.model_copy(update={k: v for k, v in said.items() if k not in config.model_fields_set})
-
-
-def channels(module: nn.Module) -> int | None:
-    """Of the input, as far as the first convolution tells."""
-    return next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-
-
-# ---- sources ---------------------------------------------------------------------------------------------------------
 
 
 def _embedded(_name: str, _config: ModelConfig, _download: str | None, _where: str) -> nn.Module:

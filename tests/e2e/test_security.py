@@ -1,0 +1,366 @@
+"""Who may call a server: TLS, client certificates and tokens, over real connections."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import skimage.data
+import trustme
+from cryptography import x509
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+
+import camserve
+from camserve.v1 import admin_pb2, admin_pb2_grpc
+from camserve.v1 import explain_pb2 as pb
+from camserve.v1.explain_pb2_grpc import ExplainServiceStub
+from camserve_server.__main__ import serve
+from camserve_server.config import Config, ModelConfig, TLSConfig, TokenConfig, read
+from camserve_server.errors import ConfigError
+from camserve_server.service import security
+from camserve_server.service.prometheus import Metrics
+from camserve_server.service.tls import credentials
+from tests.conftest import serving
+from tests.credentials import certify, hashed
+from tests.processes import TINY, served
+
+MODEL = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
+LOCAL = {"listen": "127.0.0.1:0", "models": [MODEL], "device": "cpu"}
+SECRET, ADMIN_SECRET = "camserve_triage-0123456789", "camserve_admin-0123456789"
+
+
+TOKENS = [
+    TokenConfig(name="triage", sha256=hashed(SECRET)),
+    TokenConfig(name="operator", sha256=hashed(ADMIN_SECRET), admin=True),
+]
+
+
+@pytest.fixture(scope="module")
+def ca() -> trustme.CA:
+    return trustme.CA()
+
+
+def tls(folder: Path, **more: Any) -> TLSConfig:
+    return TLSConfig(certificate=str(folder / "server.pem"), key=str(folder / "server.key"), **more)
+
+
+def mutual(folder: Path, **more: Any) -> TLSConfig:
+    return tls(folder, client_ca=str(folder / "ca.pem"), **more)
+
+
+def channel(address: str, ca: trustme.CA, who: trustme.LeafCert | None = None) -> grpc.Channel:
+    shown = (who.private_key_pem.bytes(), who.cert_chain_pems[0].bytes()) if who else ()
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca.cert_pem.bytes(), *shown))
+
+
+def code(error: pytest.ExceptionInfo[grpc.RpcError]) -> str:
+    assert isinstance(error.value, grpc.Call)
+    name: str = error.value.code().name
+    return name
+
+
+def reason(error: pytest.ExceptionInfo[grpc.RpcError]) -> str:
+    """Of our details, which also name the request."""
+    status = rpc_status.from_call(error.value)
+    info, request = error_details_pb2.ErrorInfo(), error_details_pb2.RequestInfo()
+    assert status.details[0].Unpack(info)
+    assert status.details[-1].Unpack(request)
+    assert request.request_id
+    return info.reason
+
+
+def every_kind_of_call(channel: grpc.Channel, metadata: Any = ()) -> list[Any]:
+    """Unary, streaming in one direction and in both; but Health."""
+    stub = ExplainServiceStub(channel)
+    reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+    question = reflection_pb2.ServerReflectionRequest(list_services="")
+    request = pb.ExplainRequest(
+        image=pb.Image(pixels=pb.Pixels(height=1, width=1, data=b"rgb")), method=pb.MethodSpec(name="grad-cam")
+    )
+    return [
+        lambda: stub.ListModels(pb.ListModelsRequest(), metadata=metadata),
+        lambda: stub.Explain(request, metadata=metadata),
+        lambda: [*stub.ExplainStream(pb.ExplainStreamRequest(request=request), metadata=metadata)],
+        lambda: [*reflect(iter([question]), metadata=metadata)],
+    ]
+
+
+# ---- where it listens ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1"])
+def test_loopback_needs_no_tls(address: str) -> None:
+    assert read(listen=address, admin_listen=address).listen == address
+
+
+@pytest.mark.parametrize("key", ["listen", "admin_listen"])
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "192.168.1.5:1", "camserve.example:1", "::1:1", "[::1:1"])
+def test_plaintext_for_other_machines_is_refused(key: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: .*insecure = true"):
+        read(**{key: address})
+    with_tls = {"tls": {"certificate": "server.pem", "key": "server.key"}, "tokens": [TOKENS[1]]}
+    assert read(**{key: address}, **with_tls).tls
+    assert read(**{key: address}, insecure=True).insecure
+    monkeypatch.setenv("CAMSERVE_INSECURE", "true")
+    assert read(**{key: address}).insecure
+
+
+def test_it_does_not_start_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve(listen="0.0.0.0:0") == 2
+    assert capsys.readouterr().err.startswith("error: listen: 0.0.0.0:0 can be reached from other machines")
+
+
+def test_models_are_not_unloaded_by_strangers() -> None:
+    files = {"certificate": "server.pem", "key": "server.key"}
+    with pytest.raises(ConfigError, match=r"^admin_listen: .*admin = true"):
+        read(admin_listen="0.0.0.0:1", tls=files, tokens=TOKENS[:1])
+    assert read(admin_listen="0.0.0.0:1", tls={**files, "client_ca": "ca.pem"})
+
+
+# ---- TLS -------------------------------------------------------------------------------------------------------------
+
+
+def test_everything_by_a_configuration_file(tmp_path: Path, ca: trustme.CA) -> None:
+    """The process, its files beside its configuration, and the client."""
+    certify(ca, tmp_path)
+    config = tmp_path / "camserve.toml"
+    config.write_text(
+        'listen = "127.0.0.1:0"\nhealth_listen = "127.0.0.1:0"\ndevice = "cpu"\n'
+        '[tls]\ncertificate = "server.pem"\nkey = "server.key"\nclient_ca = "ca.pem"\nallowed_subjects = ["pacs"]\n'
+        f'[[tokens]]\nname = "triage"\nsha256 = "{hashed(SECRET)}"\n{TINY}'
+    )
+    who = ca.issue_cert("pacs.example", common_name="pacs")
+    shown = {
+        "ca": tmp_path / "ca.pem",
+        "certificate": who.cert_chain_pems[0].bytes(),
+        "key": who.private_key_pem.bytes(),
+    }
+    with served(config) as server:
+        with camserve.Client(server.address, **shown, token=SECRET) as client:
+            assert client.explain(skimage.data.chelsea(), method="grad-cam").saliency.shape == (32, 32)
+        with (
+            camserve.Client(server.address, **shown, token="camserve_guessed") as client,
+            pytest.raises(camserve.Unauthenticated),
+        ):
+            client.models()
+        with grpc.insecure_channel(server.health_address) as probes:
+            assert health_pb2_grpc.HealthStub(probes).Check(health_pb2.HealthCheckRequest()).status
+        log = server.stderr()
+    assert '"UNAUTHENTICATED"' in log
+    for secret in (SECRET, hashed(SECRET), "camserve_guessed", hashed("camserve_guessed")):
+        assert secret not in log
+
+
+def test_plaintext_and_strangers_are_not_answered(tmp_path: Path, ca: trustme.CA) -> None:
+    certify(ca, tmp_path)
+    ours, theirs = ca.issue_cert("pacs.example"), trustme.CA().issue_cert("pacs.example")
+    with serving(Config(**LOCAL, tls=mutual(tmp_path))) as server:
+        with channel(server.address, ca, ours) as known:
+            assert ExplainServiceStub(known).ListModels(pb.ListModelsRequest()).models
+        for stranger in (
+            grpc.insecure_channel(server.address),
+            channel(server.address, ca),
+            channel(server.address, ca, theirs),
+            channel(server.address, trustme.CA(), ours),
+        ):
+            with stranger, pytest.raises(grpc.RpcError) as refused:
+                ExplainServiceStub(stranger).ListModels(pb.ListModelsRequest())
+            assert code(refused) == "UNAVAILABLE"
+
+
+def test_changed_certificates_are_taken_without_a_restart(tmp_path: Path, ca: trustme.CA) -> None:
+    def shown() -> int:
+        trusts = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())
+        trusts.set_alpn_protocols(["h2"])
+        host, port = server.address.split(":")
+        with socket.create_connection((host, int(port))) as raw, trusts.wrap_socket(raw, server_hostname=host) as wire:
+            certificate = wire.getpeercert()
+        assert certificate
+        return int(str(certificate["serialNumber"]), 16)
+
+    first = certify(ca, tmp_path)
+    with serving(Config(**LOCAL, tls=tls(tmp_path))) as server:
+        assert shown() == serial(first)
+        second = certify(ca, tmp_path)
+        assert shown() == serial(second)
+        # A new certificate whose key has not been written yet, and a file that is none: the last good ones stay.
+        certify(ca, tmp_path, "other")
+        (tmp_path / "other.pem").replace(tmp_path / "server.pem")
+        assert shown() == serial(second)
+        (tmp_path / "server.pem").write_text("half a certific")
+        assert shown() == serial(second)
+        (tmp_path / "server.pem").unlink()
+        assert shown() == serial(second)
+        third = certify(ca, tmp_path)
+        assert shown() == serial(third)
+
+
+def serial(certificate: trustme.LeafCert) -> int:
+    return x509.load_pem_x509_certificate(certificate.cert_chain_pems[0].bytes()).serial_number
+
+
+def test_only_allowed_subjects_may_call(tmp_path: Path, ca: trustme.CA) -> None:
+    certify(ca, tmp_path)
+    config = Config(**LOCAL, tls=mutual(tmp_path, allowed_subjects=["pacs", "triage.example"]))
+    allowed = [
+        ca.issue_cert("any.example", common_name="pacs"),
+        ca.issue_cert("one.example", "triage.example", common_name="x"),
+    ]
+    with serving(config) as server:
+        for who in allowed:
+            with channel(server.address, ca, who) as known:
+                for call in every_kind_of_call(known):
+                    assert call()
+        with channel(server.address, ca, ca.issue_cert("pacs.example", common_name="triage")) as other:
+            for call in every_kind_of_call(other):
+                with pytest.raises(grpc.RpcError) as refused:
+                    call()
+                assert (code(refused), reason(refused)) == ("PERMISSION_DENIED", "PERMISSION_DENIED")
+            assert health_pb2_grpc.HealthStub(other).Check(health_pb2.HealthCheckRequest()).status
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_tokens() -> Iterator[tuple[grpc.Channel, grpc.Channel]]:
+    """Channels to the server and to its operators' listener."""
+    config = Config(**LOCAL, admin_listen="127.0.0.1:0", tokens=TOKENS)
+    with (
+        serving(config) as server,
+        grpc.insecure_channel(server.address) as calls,
+        grpc.insecure_channel(server.admin_address) as operations,
+    ):
+        yield calls, operations
+
+
+def bearer(secret: str) -> list[tuple[str, str]]:
+    return [("authorization", f"Bearer {secret}")]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [],
+        bearer("guessed"),
+        bearer(""),
+        bearer(hashed(SECRET)),
+        bearer(SECRET[:-1]),
+        [("authorization", SECRET)],
+        [("authorization", f"Basic {SECRET}")],
+        bearer("guessed") + bearer(SECRET),
+    ],
+)
+def test_without_a_known_token_only_health_answers(
+    with_tokens: tuple[grpc.Channel, grpc.Channel], metadata: Any
+) -> None:
+    calls, operations = with_tokens
+    admin = admin_pb2_grpc.AdminServiceStub(operations).LoadModel
+    for call in [
+        *every_kind_of_call(calls, metadata),
+        lambda: admin(admin_pb2.LoadModelRequest(model="tiny"), metadata=metadata),
+    ]:
+        with pytest.raises(grpc.RpcError) as refused:
+            call()
+        assert (code(refused), reason(refused)) == ("UNAUTHENTICATED", "UNAUTHENTICATED")
+        assert SECRET not in refused.value.details()
+    assert health_pb2_grpc.HealthStub(calls).Check(health_pb2.HealthCheckRequest()).status
+
+
+@pytest.mark.parametrize("secret", [SECRET, ADMIN_SECRET])
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+def test_a_known_token_lets_every_call_through(
+    with_tokens: tuple[grpc.Channel, grpc.Channel], secret: str, scheme: str
+) -> None:
+    for call in every_kind_of_call(with_tokens[0], [("authorization", f"{scheme} {secret}")]):
+        assert call()
+
+
+def test_only_tokens_of_admins_load_models(with_tokens: tuple[grpc.Channel, grpc.Channel]) -> None:
+    load = admin_pb2_grpc.AdminServiceStub(with_tokens[1]).LoadModel
+    with pytest.raises(grpc.RpcError) as refused:
+        load(admin_pb2.LoadModelRequest(model="tiny"), metadata=bearer(SECRET))
+    assert (code(refused), reason(refused)) == ("PERMISSION_DENIED", "PERMISSION_DENIED")
+    assert load(admin_pb2.LoadModelRequest(model="tiny"), metadata=bearer(ADMIN_SECRET)).model.name == "tiny"
+
+
+def test_what_strangers_send_is_not_even_read(with_tokens: tuple[grpc.Channel, grpc.Channel]) -> None:
+    """What is no message is an error of its own, if it is parsed."""
+    send = with_tokens[0].unary_unary("/camserve.v1.ExplainService/Explain")
+    for metadata, expected in (((), "UNAUTHENTICATED"), (bearer(SECRET), "INVALID_ARGUMENT")):
+        with pytest.raises(grpc.RpcError) as refused:
+            send(b"\xff" * 99, metadata=metadata)
+        assert code(refused) == expected
+
+
+CALLERS = {
+    # tokens, mutual TLS, common name → who calls
+    "a token": (TOKENS, False, None, "triage"),
+    "a token before a certificate": (TOKENS, True, "pacs", "triage"),
+    "a common name": ([], True, "pacs", "pacs"),
+    "a DNS name": ([], True, None, "pacs.example"),
+    "nobody": ([], False, None, ""),
+}
+
+
+@pytest.mark.parametrize(("tokens", "by_certificate", "common_name", "expected"), CALLERS.values(), ids=CALLERS)
+def test_the_caller_has_a_name(
+    tokens: list[TokenConfig],
+    by_certificate: bool,
+    common_name: str | None,
+    expected: str,
+    tmp_path: Path,
+    ca: trustme.CA,
+) -> None:
+    """In calls of every kind, to a service of the test's own."""
+    who = ca.issue_cert("pacs.example", common_name=common_name)
+    certify(ca, tmp_path)
+    config = Config(tokens=tokens, tls=mutual(tmp_path, allowed_subjects=["pacs.example"]) if by_certificate else None)
+
+    async def one(_: Any, context: Any) -> bytes:
+        return security.caller(context).encode()
+
+    async def many(_: Any, context: Any) -> AsyncIterator[bytes]:
+        yield security.caller(context).encode()
+
+    kinds = {"unary_unary": one, "stream_unary": one, "unary_stream": many, "stream_stream": many}
+    handlers = {kind: getattr(grpc, f"{kind}_rpc_method_handler")(answer) for kind, answer in kinds.items()}
+
+    async def ask() -> list[bytes]:
+        server = grpc.aio.server(interceptors=[security.Guard(config, Metrics())])
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Who", handlers),))
+        if config.tls:
+            port = server.add_secure_port("127.0.0.1:0", credentials(config.tls))
+        else:
+            port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        trusts = grpc.ssl_channel_credentials(
+            ca.cert_pem.bytes(), who.private_key_pem.bytes(), who.cert_chain_pems[0].bytes()
+        )
+        address, answers = f"127.0.0.1:{port}", []
+        async with (
+            grpc.aio.secure_channel(address, trusts) if config.tls else grpc.aio.insecure_channel(address)
+        ) as asking:
+            for kind in kinds:
+                request = iter([b""]) if kind.startswith("stream") else b""
+                call = getattr(asking, kind)(f"/test.Who/{kind}")(request, metadata=bearer(SECRET))
+                answers += [each async for each in call] if kind.endswith("stream") else [await call]
+        await server.stop(0)
+        return answers
+
+    assert asyncio.run(ask()) == [expected.encode()] * 4
+
+
+def test_tokens_are_told_apart() -> None:
+    for key, other in (("name", {"sha256": hashed("other")}), ("sha256", {"name": "other"})):
+        with pytest.raises(ConfigError, match=f"^tokens: two have the same {key}"):
+            read(tokens=[TOKENS[0], TOKENS[0].model_copy(update=other)])
