@@ -414,8 +414,8 @@ def test_serve_hands_over_to_the_server(monkeypatch):
     monkeypatch.setitem(sys.modules, "camserve_server.__main__", server)
     assert run("serve").exit_code == 3
     assert given == {"config": None, "listen": None, "device": None, "insecure": None}
-    run("serve", "--config", "camserve.toml", "--listen", "127.0.0.1:0", "--device", "cpu")
-    assert given == {"config": Path("camserve.toml"), "listen": "127.0.0.1:0", "device": "cpu"}
+    run("serve", "--config", "camserve.toml", "--listen", "127.0.0.1:0", "--device", "cpu", "--insecure")
+    assert given == {"config": Path("camserve.toml"), "listen": "127.0.0.1:0", "device": "cpu", "insecure": True}
 
 
 def test_importing_the_client_imports_nothing_heavy():
