@@ -48,7 +48,6 @@ def write(
         "knee": knee.highest(steps),
         "knee_figures": _knee_figures(steps, bound_s) if bound_s else [],
         "bound_ms": 1e3 * (bound_s or 0),
-        "tolerance": knee.TOLERANCE,
         "facts": facts,
         "notes": notes,
         "command": command,
