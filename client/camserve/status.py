@@ -79,6 +79,7 @@ def read(trailing_metadata: Iterable[Any] | None) -> Details | None:
                     info = _parse("ErrorInfo", detail.value)
                     details["reason"] = info.reason
                     details["metadata"] = {pair.key: pair.value for pair in info.metadata}
+                    details["field"] = details["metadata"].get("field", "")  # where there is no BadRequest
                 case "BadRequest":
                     violations = _parse("BadRequest", detail.value).field_violations
                     details["field"] = violations[0].field if violations else ""

@@ -247,7 +247,9 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 self._traces.end(call, code)
         if failure is not None:
             await context.abort(
-                status.code(failure), failure.message, status.trailing_metadata(failure, call.request_id)
+                status.code(failure),
+                failure.message,
+                status.trailing_metadata(failure, call.request_id, context.time_remaining()),
             )
 
 

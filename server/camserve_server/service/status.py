@@ -20,10 +20,11 @@ def code(error: CamserveError) -> grpc.StatusCode:
     return found
 
 
-def trailing_metadata(error: CamserveError, request_id: str) -> Metadata:
+def trailing_metadata(error: CamserveError, request_id: str, left_s: float | None = None) -> Metadata:
     """`grpc-status-details-bin` and, where the code is one that clients retry, `grpc-retry-pushback-ms`.
 
-    A negative pushback tells a client's own retries to stop.
+    A negative pushback tells a client's own retries to stop. That is also said where the wait would outlast the `left_s`
+    that the caller has: its retries would wait until then, and this error would never be seen.
     """
     status = status_pb2.Status(code=code(error).value[0], message=error.message)
     for detail in _details(error, request_id):
@@ -31,7 +32,8 @@ def trailing_metadata(error: CamserveError, request_id: str) -> Metadata:
     metadata: Metadata = (("grpc-status-details-bin", status.SerializeToString()),)
     if error.code in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
         wait_s = error.retry_after_s
-        metadata += (("grpc-retry-pushback-ms", "-1" if wait_s is None else str(math.ceil(1e3 * wait_s))),)
+        useless = wait_s is None or (left_s is not None and wait_s >= left_s)
+        metadata += (("grpc-retry-pushback-ms", "-1" if useless else str(math.ceil(1e3 * (wait_s or 0)))),)
     return metadata
 
 
