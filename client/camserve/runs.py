@@ -26,6 +26,7 @@ class Wanted:
     metrics: Sequence[str]
     boxes: Sequence[BoxesLike | None] | None = None
     budget: int | None = None
+    priority: str | None = None
 
     @property
     def count(self) -> int:
@@ -111,6 +112,7 @@ class Run:
                 labels=self.wanted.targets,
                 boxes=self.wanted.boxes,
                 budget=self.wanted.budget,
+                priority=self.wanted.priority,
                 skip=self.done,
                 in_flight=in_flight,
             )

@@ -119,6 +119,9 @@ def model_table(models: Sequence[Model], methods: Sequence[Method]) -> Table:
     """What `camserve list models` shows."""
     table = _spaced_table("name", "what it is", "layers, fine to coarse")
     for model in models:
+        if model.state != "ready":
+            table.add_row(*map(escape, (model.name, f"{model.source}\n{model.state}", "")))
+            continue
         height, width = model.input_size
         about = [
             model.source + (", random weights" if model.random_weights else ""),

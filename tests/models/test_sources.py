@@ -187,7 +187,7 @@ def test_a_value_out_of_range_names_its_key(line: str, message: str, tmp_path: P
 
 def asked(model: Model, **image: Any) -> Tensor:
     request = pb.ExplainRequest(image=pb.Image(**image), method=pb.MethodSpec(name="grad-cam"))
-    return explain_request(request, {"m": model}, Config()).image.tensor
+    return explain_request(request, model, Config()).image.tensor
 
 
 def test_a_grey_network_gets_grey_pictures() -> None:

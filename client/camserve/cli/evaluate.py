@@ -22,6 +22,7 @@ from camserve.cli.options import (
     Budget,
     Layers,
     Parameters,
+    Priority,
     Seed,
     Server,
     asks,
@@ -70,6 +71,7 @@ def evaluate(
     param: Parameters = None,
     seed: Seed = 0,
     budget: Budget = None,
+    priority: Priority = None,
     boxes: Annotated[
         Path | None,
         typer.Option(
@@ -141,6 +143,7 @@ def evaluate(
                 parameters=variants[0].parameters if variants else parameters,
                 seed=seed,
                 budget=budget,
+                priority=priority,
                 boxes=read_boxes(boxes, images)[0] if boxes else None,
             )
         return
@@ -168,6 +171,7 @@ def evaluate(
             metrics=metrics,
             boxes=read_boxes(boxes, found) if boxes else None,
             budget=budget,
+            priority=priority,
         )
         run = Run(client, wanted, csv, npz, resume)
         rows = _evaluate_many(run, in_flight)

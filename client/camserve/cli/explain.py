@@ -17,6 +17,7 @@ from camserve.cli.options import (
     Layers,
     ModelName,
     Parameters,
+    Priority,
     Seed,
     Server,
     asks,
@@ -56,6 +57,7 @@ def explain(
     ] = None,
     seed: Seed = 0,
     budget: Budget = None,
+    priority: Priority = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the files go; made if need be.")] = Path(),
     as_json: AsJson = False,
 ) -> None:
@@ -94,6 +96,7 @@ def explain(
                     metrics=metrics,
                     seed=seed,
                     budget=budget,
+                    priority=priority,
                     boxes=boxes,
                     mask=truth_mask,
                 )

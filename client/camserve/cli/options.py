@@ -25,6 +25,7 @@ __all__ = [
     "Layers",
     "ModelName",
     "Parameters",
+    "Priority",
     "Seed",
     "Server",
     "asks",
@@ -48,6 +49,9 @@ Parameters = Annotated[
 Seed = Annotated[int, typer.Option(min=0, help="All randomness comes from it.")]
 Budget = Annotated[
     int | None, typer.Option(metavar="ROWS", min=1, help="The most rows. A method that can stop early then does.")
+]
+Priority = Annotated[
+    str | None, typer.Option(metavar="low|normal|high", help="When its rows are done; the map is the same.")
 ]
 Named = TypeVar("Named", Model, Layer, Method, Metric)
 Connected = TypeVar("Connected")

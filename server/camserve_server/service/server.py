@@ -38,6 +38,8 @@ KEEPALIVE = (  # clients ping every 30 s; by default gRPC would hang up on who d
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
+# Clients look for new replicas when they connect; what runs on an old connection is finished on it.
+CONNECTION_AGE = ("grpc.max_connection_age_ms", 600_000)
 LAST_WORDS_S = 0.5  # for answers on their way; those who watch Health would stay for ever
 
 log = structlog.get_logger()
@@ -65,6 +67,7 @@ class Server:
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ONE_A_PORT,
                 *KEEPALIVE,
+                CONNECTION_AGE,
             ],
         )
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(self._servicer, self._grpc)

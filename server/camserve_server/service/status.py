@@ -23,8 +23,8 @@ def code(error: CamserveError) -> grpc.StatusCode:
 def trailing_metadata(error: CamserveError, request_id: str, left_s: float | None = None) -> Metadata:
     """`grpc-status-details-bin` and, where the code is one that clients retry, `grpc-retry-pushback-ms`.
 
-    A negative pushback tells a client's own retries to stop. That is also said where the wait would outlast the `left_s`
-    that the caller has: its retries would wait until then, and this error would never be seen.
+    A negative pushback tells a client's own retries to stop. That is also said where the wait would outlast the
+    `left_s` that the caller has: its retries would wait until then, and this error would never be seen.
     """
     status = status_pb2.Status(code=code(error).value[0], message=error.message)
     for detail in _details(error, request_id):
