@@ -108,6 +108,13 @@ def test_options_of_commands_exist(text: str) -> None:
         assert {a for a in arguments if a.startswith("--")} <= options
 
 
+def test_promises_name_tests_that_there_are() -> None:
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", page("operations.md"))
+    assert len(named) > 30
+    for path, name in named:
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), name
+
+
 @pytest.mark.parametrize("text", blocks("toml", [path for path in PAGES if path.name != "add-a-method.md"]))
 def test_toml_is_a_configuration(text: str, tmp_path: Path) -> None:
     path = tmp_path / "camserve.toml"
