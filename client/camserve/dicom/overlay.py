@@ -42,7 +42,7 @@ def _legend(derivation: Derivation, width: int) -> PIL.Image.Image:
     size = max(14, round(width / 50))
     font = PIL.ImageFont.load_default(size)
     margin, line = round(size * 0.7), round(size * 1.4)
-    percent = f"p = {explanation.target.probability:.3f}"
+    percent = f"probability {explanation.target.probability:.3f}"
     index = f" (class {explanation.target.index})" if explanation.target.label else ""
     lines = [
         (WARNING, _YELLOW),

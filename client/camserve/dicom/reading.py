@@ -15,6 +15,7 @@ import PIL.Image
 import pydicom
 from numpy.typing import NDArray
 from pydicom import Dataset
+from pydicom.dataelem import RawDataElement
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import get_expected_length, pixel_array
@@ -33,6 +34,7 @@ Window: TypeAlias = tuple[float, float]
 Box: TypeAlias = tuple[int, int, int, int]
 
 _NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+_UNDEFINED = 0xFFFFFFFF
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 # Spatial formats of ultrasound regions: 2D is the picture, others are curves and scales.
 _FORMAT_2D = 1
@@ -126,7 +128,12 @@ def read(
 
 def _parsed(source: str | PathLike[str] | BinaryIO) -> Dataset:
     try:
-        return pydicom.dcmread(source)
+        dataset = pydicom.dcmread(source)
+        if _is_cut(dataset):
+            raise _truncated()
+        return dataset
+    except DicomError:
+        raise
     except InvalidDicomError as error:
         raise DicomError("the file is not DICOM: it has no DICM after its preamble", "NOT_DICOM") from error
     except OSError as error:
@@ -148,6 +155,16 @@ def _sound() -> Iterator[None]:
         raise DicomError("an attribute of the header, or a lookup table in it, is broken", "BROKEN_HEADER") from error
 
 
+def _is_cut(dataset: Dataset) -> bool:
+    """Whether it ends within an element; of a sequence without an end pydicom leaves nothing at all."""
+    if not len(dataset):
+        return True
+    last = dataset.get_item(max(dataset.keys()))
+    if not isinstance(last, RawDataElement) or last.value is None or last.length == _UNDEFINED:
+        return False
+    return len(last.value) < last.length
+
+
 def _truncated() -> DicomError:
     return DicomError("the object is truncated: it ends before its pixels do", "TRUNCATED")
 
@@ -159,8 +176,13 @@ def pixels_of_frame(dataset: Dataset, frame: int) -> NDArray[Any]:
         raise DicomError("the dataset has no file_meta.TransferSyntaxUID: how are its pixels stored?", "INCOMPLETE")
     try:
         # pydicom speaks of fewer bytes in words of several kinds.
-        native = not syntax.is_compressed and "PixelData" in dataset
-        if native and len(dataset.PixelData) < get_expected_length(dataset):
+        known = syntax.is_transfer_syntax
+        if (
+            known
+            and not syntax.is_compressed
+            and "PixelData" in dataset
+            and len(dataset.PixelData) < get_expected_length(dataset)
+        ):
             raise _truncated()
         return pixel_array(dataset, index=frame)
     except DicomError:
@@ -174,12 +196,18 @@ def _undecoded(dataset: Dataset, syntax: UID, error: Exception) -> DicomError:
     if isinstance(error, AttributeError) or "required element" in said or "missing required" in said:
         return DicomError("the object lacks attributes that say how its pixels are stored", "UNSUPPORTED_PIXELS")
     unsupported = isinstance(error, NotImplementedError) or "missing dependencies" in said or "no decoder" in said
-    if not unsupported and syntax.is_compressed and int(dataset.get("BitsStored", 8)) <= _DEPTHS.get(syntax, 16):
+    known = syntax.is_transfer_syntax
+    if (
+        known
+        and not unsupported
+        and syntax.is_compressed
+        and int(dataset.get("BitsStored", 8)) <= _DEPTHS.get(syntax, 16)
+    ):
         return DicomError("the pixels cannot be decoded: they are broken, or truncated", "UNREADABLE_PIXELS")
-    if not syntax.is_compressed:
+    if known and not syntax.is_compressed:
         return DicomError("the pixels cannot be decoded: their attributes contradict each other", "UNREADABLE_PIXELS")
     hint = _PACKAGES.get(syntax, "no package that camserve can use decodes it")
-    name = syntax.name if not syntax.is_private and syntax.name != str(syntax) else "a private transfer syntax"
+    name = syntax.name if known and not syntax.is_private else "a private transfer syntax"
     return DicomError(f"the pixels are compressed as {name}: {hint}", "UNSUPPORTED_TRANSFER_SYNTAX")
 
 
@@ -201,9 +229,10 @@ _PACKAGES = {
 
 def _part(dataset: Dataset, regions: str, burned_in: str) -> Box:
     whole = (0, 0, int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0))
-    found = [_box(region, whole) for region in dataset.get("SequenceOfUltrasoundRegions") or []]
-    pictures = [box for box, is_2d in found if is_2d] or [box for box, _ in found]
-    if pictures and regions == "crop":
+    described = list(dataset.get("SequenceOfUltrasoundRegions") or [])
+    if described and regions == "crop":
+        found = [_box(region, whole) for region in described]
+        pictures = [box for box, is_2d in found if is_2d] or [box for box, _ in found]
         return max(pictures, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
     if str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES" and burned_in == "refuse":
         raise DicomError(
@@ -212,7 +241,7 @@ def _part(dataset: Dataset, regions: str, burned_in: str) -> Box:
             "BURNED_IN_ANNOTATION",
             field="burned_in",
         )
-    if pictures and regions == "refuse":
+    if described and regions == "refuse":
         raise DicomError(
             'the image has ultrasound regions, and outside of them maybe a name: regions="crop" sends the largest '
             'region, regions="ignore" all of it',

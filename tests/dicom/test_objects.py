@@ -1,0 +1,365 @@
+"""The objects that explanations become."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom import Dataset
+from pydicom.uid import UltrasoundMultiFrameImageStorage
+
+from camserve import dicom
+from camserve.dicom import KINDS, maps
+from camserve.dicom.derivation import Derivation
+from camserve.errors import InvalidArgument
+from camserve.receipt import Receipt
+from tests.dicom.samples import INSTANCE, SECRETS, SERIES, STUDY, data_of, explanation, image, ramp, stored
+
+ROOT = Path(__file__).parents[2]
+PNG_LIKE = {"regions": "ignore", "burned_in": "ignore"}
+
+
+def made(
+    source: Any, *, frame: int = 0, kinds: Any = KINDS, check: str | None = None, **given: Any
+) -> dict[str, Dataset]:
+    picture = dicom.read(source, frame=frame, **PNG_LIKE)
+    return dicom.objects(explanation(picture.pixels, **given), picture, kinds, check=check)
+
+
+def texts(dataset: Dataset) -> str:
+    return "\n".join(str(element.value) for element in dataset.iterall() if element.VR != "SQ")
+
+
+# ---- what a PACS has to take ----------------------------------------------------------------------------------------
+
+
+def multi_frame() -> Dataset:
+    frames = np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8)
+    return image(
+        frames,
+        SOPClassUID=UltrasoundMultiFrameImageStorage,
+        Modality="US",
+        ImagePositionPatient=None,
+        ImageOrientationPatient=None,
+        FrameOfReferenceUID=None,
+        PositionReferenceIndicator=None,
+    )
+
+
+SOURCES = {
+    "CR, MONOCHROME1": lambda: stored("RG1_UNCR.dcm"),
+    "CR, other hand": lambda: stored("RG3_UNCR.dcm"),
+    "CT": lambda: stored("CT_small.dcm"),
+    "ultrasound": lambda: stored("US1_UNCR.dcm"),
+    "ultrasound, frames": multi_frame,
+    "MR, frames": lambda: stored("emri_small.dcm"),
+}
+
+
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="needs dciodvfy, of Debian's dicom3tools")
+@pytest.mark.parametrize("name", SOURCES)
+def test_dciodvfy_finds_no_error(name, tmp_path):
+    for kind, each in made(SOURCES[name](), frame=1 if "frames" in name else 0).items():
+        path = tmp_path / f"{kind}.dcm"
+        each.save_as(path, enforce_file_format=True)
+        checked = subprocess.run(["dciodvfy", path], capture_output=True, text=True, check=False)
+        said = [line for line in (checked.stdout + checked.stderr).splitlines() if "Error" in line]
+        assert said == [], f"{kind} of {name}"
+
+
+def test_results_belong_to_the_study_and_to_series_of_their_own():
+    source = image(ramp(), IssuerOfPatientID="Klinikum-Nordwest", BodyPartExamined="CHEST", LossyImageCompression="01")
+    objects = made(source)
+    for each in objects.values():
+        for name in (*SECRETS, "StudyInstanceUID", "TimezoneOffsetFromUTC", "PatientSex", "BodyPartExamined"):
+            if name not in ("InstitutionName", "StationName"):  # of the scanner
+                assert each[name].value == source[name].value, name
+        assert each.file_meta.ImplementationClassUID == dicom.IMPLEMENTATION_UID
+        [equipment] = each.ContributingEquipmentSequence
+        assert equipment.PurposeOfReferenceCodeSequence[0].CodeValue == "109102"
+        assert "sha256:" + "ab" * 32 in equipment.ContributionDescription
+        receipt = Receipt.from_json(equipment.private_block(0x0099, "camserve")[0x01].value)
+        assert (receipt.model, receipt.method, receipt.request_id) == ("thorax", "poly-cam", "")
+        assert INSTANCE in texts(each)
+        if "PixelData" in each or "FloatPixelData" in each:
+            assert each.LossyImageCompression == "01"
+    for name, of_source in (("SeriesInstanceUID", SERIES), ("SOPInstanceUID", INSTANCE)):
+        assert len({str(each[name].value) for each in objects.values()} - {of_source}) == len(KINDS)
+    assert objects["pm"].ContentQualification == "RESEARCH"
+
+
+@pytest.mark.parametrize(
+    ("charset", "name", "written"),
+    [
+        ("ISO_IR 100", "Müller^Jürgen", "ISO_IR 100"),
+        ("ISO_IR 192", "山田^太郎", "ISO_IR 192"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎", "ISO_IR 192"),
+        (["ISO 2022 IR 6", "ISO 2022 IR 100"], "Müller^Jürgen", "ISO_IR 192"),
+        (None, "Mueller^Juergen", None),
+    ],
+)
+def test_names_stay_what_they_are_in_any_character_set(charset, name, written):
+    source = image(ramp(), **({"SpecificCharacterSet": charset} if charset else {}), PatientName=name)
+    for kind, each in made(source).items():
+        reread = pydicom.dcmread(io.BytesIO(data_of(each)))
+        assert str(reread.PatientName) == name, kind
+        assert reread.get("SpecificCharacterSet") == written, kind
+
+
+def test_a_name_outside_of_the_declared_characters_makes_it_utf8():
+    source = image(ramp(), SpecificCharacterSet="ISO_IR 100", PatientName="Müller")
+    picture = dicom.read(source)
+    answer = explanation(picture.pixels)
+    object.__setattr__(answer, "target", type(answer.target)(3, "肺炎", 0.5, 1.0))
+    each = dicom.objects(answer, picture, ["sr"], check=None)["sr"]
+    assert each.SpecificCharacterSet == "ISO_IR 192"
+    assert "肺炎" in texts(each)
+
+
+# ---- the same, always -----------------------------------------------------------------------------------------------
+
+
+def digests() -> str:
+    objects = made(image(ramp(40, 50))) | {f"us {k}": v for k, v in made(stored("US1_UNCR.dcm")).items()}
+    return "\n".join(f"{kind} {hashlib.sha256(data_of(each)).hexdigest()}" for kind, each in objects.items())
+
+
+def test_the_same_bytes_in_any_process():
+    environment = os.environ | {
+        "TZ": "Asia/Tokyo",
+        "LC_ALL": "tr_TR.UTF-8",
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": str(ROOT),
+    }
+    code = "from tests.dicom import test_objects as t; print(t.digests())"
+    other = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert other.stdout.strip() == digests()
+
+
+def test_the_request_and_its_cost_change_nothing_and_what_is_asked_changes_all():
+    source = image(ramp())
+
+    def uids(**given: Any) -> dict[str, str]:
+        return {kind: str(each.SOPInstanceUID) for kind, each in made(source, **given).items()}
+
+    first = made(source)
+    again = made(source, request_id="another")
+    assert {k: data_of(v) for k, v in first.items()} == {k: data_of(v) for k, v in again.items()}
+    for kind, uid in uids().items():
+        assert re.fullmatch(r"2\.25\.\d{1,39}", uid)
+        for other in ({"index": 4}, {"method": "grad-cam"}, {"seed": 1}, {"model_digest": "sha256:00"}, {"budget": 9}):
+            assert uids(**other)[kind] != uid, other
+    windowed = dicom.read(source, window=(1000, 2000))
+    assert (
+        str(dicom.objects(explanation(windowed.pixels), windowed, ["sc"], check=None)["sc"].SOPInstanceUID)
+        != uids()["sc"]
+    )
+
+
+# ---- the overlay ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), [(500, 600, 1), (90, 128, 4)])
+def test_the_overlay_leaves_the_image_as_it_is_where_the_map_is_nothing(height, width, scale):
+    pixels = np.random.default_rng(2).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    capture = made(image(pixels), kinds=["sc"])["sc"]
+    overlay = capture.pixel_array
+    shown = overlay[: height * scale, : width * scale]
+    picture = dicom.read(image(pixels))
+    saliency = maps.native(Derivation(explanation(pixels), picture))
+    for row in range(scale):  # each pixel of an enlarged image is the same block
+        for column in range(scale):
+            block = shown[row::scale, column::scale]
+            far = saliency == 0
+            far[:-3] &= saliency[3:] == 0
+            far[3:] &= saliency[:-3] == 0
+            far[:, :-3] &= saliency[:, 3:] == 0
+            far[:, 3:] &= saliency[:, :-3] == 0
+            np.testing.assert_array_equal(block[far], pixels[far])
+            assert far.mean() > 0.5
+    assert (shown[::scale, ::scale] != pixels).any()
+    legend = overlay[height * scale :]
+    assert len(legend) > 60
+    assert legend.max() == 255
+    assert capture.BurnedInAnnotation == "YES"
+    assert [*capture.PixelSpacing] == [0.5 / scale] * 2
+    [origin] = capture.SourceImageSequence
+    assert (origin.ReferencedSOPInstanceUID, origin.PurposeOfReferenceCodeSequence[0].CodeValue) == (INSTANCE, "121322")
+    [series] = capture.ReferencedSeriesSequence
+    assert series.SeriesInstanceUID == SERIES
+
+
+def test_results_name_the_frame():
+    objects = made(multi_frame(), frame=2)
+    assert objects["sc"].SourceImageSequence[0].ReferencedFrameNumber == 3
+    for kind in ("sr", "pm", "seg", "gsps"):
+        numbers = {e.value for e in objects[kind].iterall() if e.keyword == "ReferencedFrameNumber"}
+        assert numbers == {3}, kind
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def numbers(report: Dataset) -> dict[str, tuple[float, str]]:
+    found = {}
+
+    def walk(item: Dataset) -> None:
+        if item.get("ValueType") == "NUM":
+            value = item.MeasuredValueSequence[0]
+            found[item.ConceptNameCodeSequence[0].get("CodeValue") or item.ConceptNameCodeSequence[0].LongCodeValue] = (
+                float(value.NumericValue),
+                value.MeasurementUnitsCodeSequence[0].CodeValue,
+            )
+        for each in item.get("ContentSequence", []):
+            walk(each)
+
+    walk(report)
+    return found
+
+
+def test_the_report_has_the_numbers_and_says_what_made_them():
+    report = made(image(ramp(64, 64)), kinds=["sr"])["sr"]
+    assert report.Modality == "SR"
+    assert report.ContentTemplateSequence[0].TemplateIdentifier == "1500"
+    found = numbers(report)
+    share = found.pop("saliency-in-content")
+    assert found == {
+        "probability": (0.875, "1"),
+        "insertion": (pytest.approx(0.7), "1"),
+        "deletion": (0.25, "1"),
+        "average-gain": (12.5, "%"),
+    }
+    assert share[0] == pytest.approx(1, abs=0.05)
+    said = texts(report)
+    for part in ("poly-cam", "thorax", "sha256:" + "ab" * 32, "effusion (class 3)", "RESEARCH USE ONLY"):
+        assert part in said
+
+
+def test_saliency_outside_of_the_content_is_counted():
+    pixels = np.zeros((64, 64), np.uint8)
+    pixels[:, 32:] = 200  # the map is on the left
+    picture = dicom.read(image(pixels), window=(128, 256))
+    assert picture.content == (32, 0, 64, 64)
+    report = dicom.objects(explanation(picture.pixels), picture, ["sr"], check=None)["sr"]
+    assert numbers(report)["saliency-in-content"][0] < 0.4
+
+
+def test_a_check_that_fails_withholds_all_but_a_report_that_says_so():
+    source = image(ramp())
+    assert set(made(source, check="insertion>deletion")) == set(KINDS)
+    assert set(made(source, check="insertion>=0.9", kinds=["sc"])) == {"sr"}
+    report = made(source, check="insertion>deletion", insertion=0.125)["sr"]
+    assert "check insertion > deletion failed (0.125 and 0.25)" in texts(report)
+    assert set(made(source, check=None, insertion=0.125)) == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("check", "said"),
+    [("insertion", "a check compares"), ("insertion>iou", "needs the score 'iou'"), (">1", "compares")],
+)
+def test_a_check_that_cannot_be_made(check, said):
+    with pytest.raises(InvalidArgument, match=said) as wrong:
+        made(image(ramp()), check=check)
+    assert wrong.value.field == "check"
+
+
+def test_outputs_that_are_unknown():
+    for wrong in (["sc", "pdf"], "sc", []):
+        with pytest.raises(InvalidArgument, match="outputs are one or several of sc, sr, pm, seg, gsps"):
+            made(image(ramp()), kinds=wrong)
+
+
+# ---- maps -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_map_lies_where_the_image_lies():
+    source = image(ramp(40, 60))
+    objects = made(source)
+    for each in (objects["pm"], objects["seg"]):
+        assert each.FrameOfReferenceUID == source.FrameOfReferenceUID
+        assert (each.Rows, each.Columns) == (40, 60)
+        shared, own = each.SharedFunctionalGroupsSequence[0], each.PerFrameFunctionalGroupsSequence[0]
+        position = own.PlanePositionSequence[0] if "PlanePositionSequence" in own else shared.PlanePositionSequence[0]
+        assert [*position.ImagePositionPatient] == [*source.ImagePositionPatient]
+        assert [*shared.PixelMeasuresSequence[0].PixelSpacing] == [0.5, 0.5]
+        assert "SYNTHETIC" not in texts(each)
+    values = objects["pm"].pixel_array
+    picture = dicom.read(source)
+    expected = maps.native(Derivation(explanation(picture.pixels), picture))
+    np.testing.assert_array_equal(values, expected)
+    assert values.max() == pytest.approx(1, abs=0.05)
+    np.testing.assert_array_equal(objects["seg"].pixel_array.astype(bool), expected >= expected.max() / 2)
+    mapping = objects["pm"].SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence[0]
+    quantity = mapping.QuantityDefinitionSequence[0].ConceptCodeSequence[0]
+    assert (quantity.CodeValue, quantity.CodingSchemeDesignator) == ("130404", "DCM")
+
+
+@pytest.mark.parametrize(("method", "code"), [("grad-cam", "130403"), ("cam", "130402"), ("rise", "130404")])
+def test_the_quantity_is_the_methods(method, code):
+    each = made(image(ramp()), kinds=["pm"], method=method)["pm"]
+    assert {e.value for e in each.iterall() if e.keyword == "CodeValue"} >= {code}
+
+
+def test_geometry_that_is_made_up_is_said_to_be():
+    for kind in ("pm", "seg"):
+        each = made(multi_frame(), kinds=[kind])[kind]
+        assert "SYNTHETIC GEOMETRY" in each.ImageComments
+        assert "SYNTHETIC GEOMETRY" in each.DerivationDescription
+
+
+def test_what_was_cropped_away_has_no_saliency():
+    region = Dataset()
+    region.RegionLocationMinX0, region.RegionLocationMinY0 = 20, 10
+    region.RegionLocationMaxX1, region.RegionLocationMaxY1, region.RegionSpatialFormat = 51, 41, 1
+    picture = dicom.read(image(ramp(64, 64), SequenceOfUltrasoundRegions=[region]), regions="crop")
+    objects = dicom.objects(explanation(picture.pixels), picture, KINDS, check=None)
+    values = objects["pm"].pixel_array
+    assert values.shape == (64, 64)
+    peak = np.unravel_index(values.argmax(), values.shape)
+    assert (peak[0] - 10) / 32 == pytest.approx(0.6, abs=0.05)
+    assert (peak[1] - 20) / 32 == pytest.approx(0.4, abs=0.05)
+    values[10:42, 20:52] = 0
+    assert not values.any()
+    [outline] = objects["gsps"].GraphicAnnotationSequence[0].GraphicObjectSequence
+    points = np.array(outline.GraphicData).reshape(-1, 2)
+    assert points.min(0) == pytest.approx([20 + 32 * 0.28, 10 + 32 * 0.48], abs=2)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_the_outline_goes_around_what_stands_out(photometric):
+    source = image(ramp(40, 60), PhotometricInterpretation=photometric, WindowCenter=100, WindowWidth=200)
+    state = made(source, kinds=["gsps"])["gsps"]
+    [annotation] = state.GraphicAnnotationSequence
+    assert "RESEARCH USE ONLY" in annotation.TextObjectSequence[0].UnformattedTextValue
+    points = np.array(annotation.GraphicObjectSequence[0].GraphicData).reshape(-1, 2)
+    np.testing.assert_array_equal(points[0], points[-1])
+    assert points.mean(0) == pytest.approx([0.4 * 60, 0.6 * 40], abs=2)
+    assert state.PresentationLUTShape == ("INVERSE" if photometric == "MONOCHROME1" else "IDENTITY")
+    assert state.SoftcopyVOILUTSequence[0].WindowCenter == 100
+
+
+def test_a_map_of_nothing_makes_objects_too():
+    picture = dicom.read(image(ramp()))
+    answer = explanation(picture.pixels)
+    answer.saliency[:] = 0
+    objects = dicom.objects(answer, picture, KINDS, check=None)
+    assert not objects["seg"].pixel_array.any()
+    assert "GraphicObjectSequence" not in objects["gsps"].GraphicAnnotationSequence[0]
+    assert objects["sc"].StudyInstanceUID == STUDY

@@ -1,0 +1,322 @@
+"""From stored values to the picture that is sent."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import gdcm
+import numpy as np
+import pydicom
+import pytest
+from pydicom import Dataset
+from pydicom.uid import UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+
+from camserve import dicom
+from camserve.dicom import DicomError
+from tests.dicom.samples import SECRETS, SERIES, data_of, image, ramp, stored
+
+
+def shown(pixels: np.ndarray, **attributes) -> np.ndarray:
+    return dicom.read(image(pixels, **attributes)).pixels
+
+
+def levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    return np.rint(255 * ((values - low) / (high - low)).clip(0, 1)).astype(np.uint8)
+
+
+# ---- grey -----------------------------------------------------------------------------------------------------------
+
+
+def test_values_are_rescaled_and_windowed_as_the_header_says():
+    stored = np.array([[0, 924], [1064, 1164], [1265, 4000]], np.uint16)
+    picture = dicom.read(
+        image(stored, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=[40, 500], WindowWidth=[401, 2000])
+    )
+    # PS3.3 C.11.2.1.2: from centre - 0.5 - (width - 1) / 2 to centre - 0.5 + (width - 1) / 2
+    np.testing.assert_array_equal(picture.pixels, levels(stored - 1024.0, -160.5, 239.5))
+    assert picture.pixels.dtype == np.uint8
+    assert picture.steps == ("rescaled by 1 and -1024", "window 40/401, the header's")
+
+
+def test_a_window_that_is_given_beats_the_headers():
+    source = image(ramp(), WindowCenter=1, WindowWidth=2)
+    np.testing.assert_array_equal(dicom.read(source, window=(1000, 401)).pixels, levels(ramp(), 799.5, 1199.5))
+
+
+@pytest.mark.parametrize("attributes", [{}, {"WindowCenter": 5, "WindowWidth": 0}])
+def test_without_a_window_percentiles_are_shown(attributes):
+    values = ramp(40, 50)
+    values[0, 0] = 65535  # a marker, which would make all else black
+    pixels = shown(values, **attributes)
+    np.testing.assert_array_equal(pixels, levels(values, *np.percentile(values, (0.5, 99.5))))
+
+
+def test_a_flat_image_is_black():
+    assert not shown(np.full((4, 5), 77, np.uint16)).any()
+
+
+def test_other_functions_of_windows():
+    values = np.array([[0, 25, 50, 100]], np.uint16)
+    window = {"WindowCenter": 50, "WindowWidth": 100}
+    np.testing.assert_array_equal(shown(values, VOILUTFunction="LINEAR_EXACT", **window)[0], [0, 64, 128, 255])
+    sigmoid = 255 / (1 + np.exp(-4 * (values[0] - 50.0) / 100))
+    np.testing.assert_allclose(shown(values, VOILUTFunction="SIGMOID", **window)[0], sigmoid, atol=0.5)
+
+
+def table(entries: list[int], first: int, bits: int) -> list[Dataset]:
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [len(entries), first, bits])
+    item.add_new("LUTData", "US", entries)
+    item.ModalityLUTType = "US"
+    return [item]
+
+
+def test_tables_come_before_windows():
+    values = np.array([[0, 1, 2, 3]], np.uint16)
+    np.testing.assert_array_equal(
+        shown(values, VOILUTSequence=table([0, 4095, 2048, 0], 0, 12), WindowCenter=1, WindowWidth=1)[0],
+        [0, 255, 128, 0],
+    )
+    modality = shown(values, ModalityLUTSequence=table([30, 20, 10, 0], 0, 16), WindowCenter=15.5, WindowWidth=31)
+    np.testing.assert_array_equal(modality[0], [255, 170, 85, 0])
+
+
+def test_monochrome1_is_inverted_and_padding_stays_black():
+    values = np.array([[0, 100, 200], [300, 400, 65000]], np.uint16)
+    window = {"WindowCenter": 200.5, "WindowWidth": 401}
+    inverted = np.rint(255 * (1 - (values / 400).clip(0, 1))).astype(np.uint8)
+    np.testing.assert_array_equal(shown(values, PhotometricInterpretation="MONOCHROME1", **window), inverted)
+    inverted[0, 0] = 0  # white, if it were a value
+    source = image(values, PhotometricInterpretation="MONOCHROME1", PixelPaddingValue=0, **window)
+    np.testing.assert_array_equal(dicom.read(source).pixels, inverted)
+
+
+def test_padding_is_of_stored_values_and_counts_for_no_percentile():
+    values = np.tile(np.arange(100, dtype=np.int16), (10, 1))
+    values[:, :40] = np.linspace(-2000, -1990, 40).astype(np.int16)
+    source = image(values, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1990, RescaleSlope=2, RescaleIntercept=5)
+    expected = levels(2.0 * values + 5, *np.percentile(2.0 * values[:, 40:] + 5, (0.5, 99.5)))
+    expected[:, :40] = 0
+    picture = dicom.read(source)
+    np.testing.assert_array_equal(picture.pixels, expected)
+    assert picture.content[0] >= 40
+
+
+def test_frames_have_windows_of_their_own():
+    frames = np.stack([ramp(), ramp() + 1000])
+
+    def group(centre: float) -> Dataset:
+        voi, item = Dataset(), Dataset()
+        voi.WindowCenter, voi.WindowWidth = centre, 401
+        item.FrameVOILUTSequence = [voi]
+        return item
+
+    source = image(frames, PerFrameFunctionalGroupsSequence=[group(200), group(1200)])
+    np.testing.assert_array_equal(dicom.read(source, frame=0).pixels, dicom.read(source, frame=1).pixels)
+    assert dicom.read(source, frame=1).steps == ("window 1200/401, the header's",)
+
+
+# ---- colour ---------------------------------------------------------------------------------------------------------
+
+
+def test_colours():
+    rgb = np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(shown(rgb), rgb)
+    np.testing.assert_array_equal(shown(rgb.astype(np.uint16) * 257), rgb)
+    ybr = pydicom.pixels.convert_color_space(rgb, "RGB", "YBR_FULL")
+    np.testing.assert_allclose(shown(ybr, PhotometricInterpretation="YBR_FULL").astype(int), rgb, atol=2)
+
+
+def test_a_palette_becomes_colours():
+    index = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    source = image(index, PhotometricInterpretation="PALETTE COLOR")
+    for place, colour in enumerate(("Red", "Green", "Blue")):
+        source.add_new(f"{colour}PaletteColorLookupTableDescriptor", "US", [256, 0, 16])
+        entries = (np.arange(256) * 257 // (place + 1)).astype("<u2").tobytes()
+        source.add_new(f"{colour}PaletteColorLookupTableData", "OW", entries)
+    pixels = dicom.read(source).pixels
+    np.testing.assert_allclose(pixels, index[..., None] / np.array([1, 2, 3]), atol=0.51)
+
+
+# ---- geometry -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attributes", "shape"),
+    [
+        ({"PixelSpacing": [1.0, 0.5]}, (40, 30)),
+        ({"PixelSpacing": [0.5, 1.0]}, (20, 60)),
+        ({"PixelSpacing": None, "PixelAspectRatio": [3, 2]}, (30, 30)),
+        ({"PixelSpacing": None, "ImagerPixelSpacing": [0.2, 0.2]}, (20, 30)),
+    ],
+)
+def test_pixels_become_square(attributes, shape):
+    picture = dicom.read(image(ramp(), **attributes))
+    assert picture.pixels.shape == shape
+    assert picture.box == (0, 0, 30, 20)
+    assert any("square" in step for step in picture.steps) == (shape != (20, 30))
+
+
+def region(left: int, top: int, right: int, bottom: int, kind: int) -> Dataset:
+    item = Dataset()
+    item.RegionLocationMinX0, item.RegionLocationMinY0 = left, top
+    item.RegionLocationMaxX1, item.RegionLocationMaxY1 = right, bottom
+    item.RegionSpatialFormat = kind
+    return item
+
+
+def test_ultrasound_regions_are_refused_or_cropped():
+    pixels = np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    regions = [region(0, 0, 29, 4, 3), region(1, 6, 4, 9, 1), region(5, 6, 24, 17, 1)]
+    source = image(pixels, SequenceOfUltrasoundRegions=regions, BurnedInAnnotation="YES")
+    with pytest.raises(DicomError, match="burned") as refused:
+        dicom.read(source)
+    assert (refused.value.reason, refused.value.field) == ("BURNED_IN_ANNOTATION", "burned_in")
+    with pytest.raises(DicomError, match="regions") as refused:
+        dicom.read(source, burned_in="ignore")
+    assert (refused.value.reason, refused.value.field) == ("ULTRASOUND_REGIONS", "regions")
+    cropped = dicom.read(source, regions="crop")  # outside of which the text is
+    np.testing.assert_array_equal(cropped.pixels, pixels[6:18, 5:25])
+    assert cropped.box == (5, 6, 25, 18)
+    np.testing.assert_array_equal(dicom.read(source, regions="ignore", burned_in="ignore").pixels, pixels)
+    outside = image(pixels, SequenceOfUltrasoundRegions=[region(40, 0, 50, 5, 1)])
+    with pytest.raises(DicomError, match="outside"):
+        dicom.read(outside, regions="crop")
+
+
+# ---- compressed -----------------------------------------------------------------------------------------------------
+
+
+def jpeg_lossless(dataset: Dataset, folder: Path) -> Path:
+    """By GDCM, the only one here that writes it."""
+    plain, written = folder / "plain.dcm", folder / "packed.dcm"
+    plain.write_bytes(data_of(dataset))
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(plain))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFileName(str(written))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+    return written
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless], ids=lambda uid: uid.keyword)
+def test_compressed_pixels_are_the_same(syntax):
+    plain, packed = (image(ramp(64, 50), WindowCenter=9000, WindowWidth=15000) for _ in range(2))
+    packed.compress(syntax, generate_instance_uid=False)
+    reread = pydicom.dcmread(io.BytesIO(data_of(packed)))
+    assert reread.file_meta.TransferSyntaxUID == syntax
+    np.testing.assert_array_equal(dicom.read(reread).pixels, dicom.read(plain).pixels)
+
+
+def test_lossless_jpeg_is_the_same(tmp_path):
+    written = jpeg_lossless(image(ramp(64, 50)), tmp_path)
+    assert pydicom.dcmread(written).file_meta.TransferSyntaxUID == JPEGLosslessSV1
+    np.testing.assert_array_equal(dicom.read(written).pixels, dicom.read(image(ramp(64, 50))).pixels)
+
+
+@pytest.mark.parametrize("name", ["JPGLosslessP14SV1_1s_1f_8b.dcm", "JPEG-LL.dcm", "color3d_jpeg_baseline.dcm"])
+def test_jpeg_of_real_images(name):
+    assert dicom.read(stored(name), regions="ignore", burned_in="ignore").pixels.std() > 5
+
+
+@pytest.mark.parametrize(("plain", "packed"), [("RG1_UNCR.dcm", "RG1_J2KR.dcm"), ("693_UNCR.dcm", "693_J2KR.dcm")])
+def test_real_images_are_the_same_compressed(plain, packed):
+    first, second = (dicom.read(stored(name)) for name in (plain, packed))
+    np.testing.assert_array_equal(first.pixels, second.pixels)
+    assert first.steps == second.steps
+    if plain.startswith("RG1"):
+        assert "MONOCHROME1 inverted" in first.steps
+
+
+# ---- what is wrong --------------------------------------------------------------------------------------------------
+
+
+def cut(dataset: Dataset, keep: float) -> io.BytesIO:
+    data = data_of(dataset)
+    return io.BytesIO(data[: int(len(data) * keep)])
+
+
+def packed() -> Dataset:
+    dataset = image(ramp(64, 50))
+    dataset.compress(RLELossless, generate_instance_uid=False)
+    return dataset
+
+
+def of_syntax(uid: str) -> Dataset:
+    dataset = packed()
+    dataset.file_meta.TransferSyntaxUID = UID(uid)
+    return dataset
+
+
+def without(name: str) -> Dataset:
+    dataset = image(ramp())
+    delattr(dataset, name)
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("make", "reason", "said"),
+    [
+        (lambda: io.BytesIO(b"\xff\xd8\xff a photograph" * 50), "NOT_DICOM", "not DICOM"),
+        (lambda: io.BytesIO(b""), "NOT_DICOM", "not DICOM"),
+        (lambda: cut(image(ramp(100, 100)), 0.9), "TRUNCATED", "truncated"),
+        (lambda: cut(packed(), 0.8), "TRUNCATED", "truncated"),
+        (lambda: cut(image(ramp(), PatientComments="x" * 9000), 0.3), "TRUNCATED", "truncated"),
+        (lambda: image(ramp(), PixelData=None), "NO_PIXELS", "no pixels"),
+        (lambda: without("SOPInstanceUID"), "INCOMPLETE", "SOPInstanceUID"),
+        (lambda: image(ramp(), PhotometricInterpretation=None), "UNSUPPORTED_PIXELS", "attributes"),
+        (lambda: image(ramp(), PixelSpacing=[90, 1]), "UNSUPPORTED_PIXELS", "10 times"),
+        (lambda: of_syntax("1.2.840.10008.1.2.4.102"), "UNSUPPORTED_TRANSFER_SYNTAX", "MPEG-4.*no package"),
+        (lambda: of_syntax("1.2.3.4"), "UNSUPPORTED_TRANSFER_SYNTAX", "private transfer syntax"),
+        (
+            lambda: stored("JPEG-lossy.dcm"),
+            "UNSUPPORTED_TRANSFER_SYNTAX",
+            "pip install|pylibjpeg-libjpeg, which is GPL",
+        ),
+        (lambda: of_syntax("1.2.840.10008.1.2.4.90"), "UNREADABLE_PIXELS", "broken, or truncated"),
+    ],
+)
+def test_what_cannot_be_shown_says_why_and_nothing_of_the_patient(make, reason, said):
+    with pytest.raises(DicomError, match=said) as wrong:
+        dicom.read(make())
+    assert wrong.value.reason == reason
+    assert isinstance(wrong.value, ValueError)
+    assert not any(secret in str(wrong.value) for secret in [*SECRETS.values(), SERIES])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_broken_value_is_a_broken_header():
+    sound = data_of(image(ramp()[None]))
+    broken = sound.replace(b"\x28\x00\x08\x00IS\x02\x001 ", b"\x28\x00\x08\x00IS\x02\x001A")
+    assert broken != sound
+    with pytest.raises(DicomError, match="broken") as wrong:
+        dicom.read(io.BytesIO(broken))
+    assert wrong.value.reason == "BROKEN_HEADER"
+
+
+@pytest.mark.parametrize("frame", [-1, 3])
+def test_a_frame_that_is_not_there(frame):
+    with pytest.raises(DicomError, match=r"no frame -?\d: the image has 3") as wrong:
+        dicom.read(image(np.zeros((3, 4, 5), np.uint8)), frame=frame)
+    assert (wrong.value.reason, wrong.value.field) == ("FRAME_OUT_OF_RANGE", "frame")
+
+
+def test_a_file_that_is_not_there_stays_what_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        dicom.read(tmp_path / "none.dcm")
+
+
+def test_the_source_is_not_changed():
+    source = image(ramp())
+    before = data_of(source)
+    picture = dicom.read(source)
+    assert "PixelData" in source
+    assert "PixelData" not in picture.source
+    assert str(picture.source.PatientName) == SECRETS["PatientName"]
+    assert data_of(source) == before
