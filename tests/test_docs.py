@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 import skimage
 from pydantic import BaseModel
+from pydicom.data import get_testdata_file
 
 from camserve_server import registry
 from camserve_server.config import Config, ModelConfig, TLSConfig, read
@@ -49,9 +50,10 @@ def section(name: str, of: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of a reader: a photograph lies in it."""
+    """The working directory of a reader: a photograph and a CT lie in it."""
     photograph = Path(skimage.__file__).parent / "data" / "chelsea.png"
     (tmp_path / "dog.jpg").write_bytes(photograph.read_bytes())
+    (tmp_path / "image.dcm").write_bytes(Path(str(get_testdata_file("CT_small.dcm", download=False))).read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
