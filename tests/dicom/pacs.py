@@ -79,7 +79,7 @@ class Pacs:
     """Keeps each object once: `kept` are their bytes by UID, `stores` how often each was stored.
 
     `before` sees each object that comes in, and may answer in its place. `commits` says how commitments are answered:
-    "anew" in an association to `gateway`, "same" in that which asked, "never", or "failed".
+    "anew" in an association to `gateway`, "same" in that which asked, "never", "later" when it is told to, or "failed".
     """
 
     def __init__(self) -> None:
@@ -129,7 +129,8 @@ class Pacs:
     def _action(self, event: Any) -> tuple[int, None]:
         said = event.action_information
         self.asked.append(said.TransactionUID)
-        if self.commits != "never":
+        self._said = said
+        if self.commits not in ("never", "later"):
             target = self._anew if self.commits == "anew" else self._same
             thread = threading.Thread(target=target, args=(event.assoc, self._report(said)))
             self._answers.append(thread)
@@ -151,6 +152,10 @@ class Pacs:
         if failed:
             report.FailedSOPSequence = failed
         return report
+
+    def answer_now(self) -> None:
+        """To the last that was asked for, in an association of its own."""
+        self._anew(None, self._report(self._said))
 
     def _same(self, association: Any, report: Dataset) -> None:
         time.sleep(0.05)  # after the answer to what was asked

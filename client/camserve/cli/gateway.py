@@ -16,12 +16,12 @@ __all__ = ["gateway"]
 
 
 def gateway(
-    config: Annotated[Path, typer.Option(metavar="FILE", help="TOML: see docs/pacs.md.")],
+    config: Annotated[Path, typer.Option(metavar="FILE", help="TOML; docs/pacs.md has its keys.")],
     check: Annotated[bool, typer.Option("--check", help="Say what the configuration means, and do nothing.")] = False,
 ) -> None:
     """Take images from a PACS, explain them, and store the results there, until Ctrl-C.
 
-    What it has taken lies in a spool on disk until the PACS has its results. Exits with 2 if the configuration is wrong.
+    What it has taken lies in a spool on disk until the PACS has its results. Exits with 2 for a wrong configuration.
     """
     try:
         from camserve.dicom import gateway as package

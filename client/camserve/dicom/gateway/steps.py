@@ -24,8 +24,9 @@ from camserve.dicom.gateway.work import Dead, Later
 
 __all__ = ["Commitment", "Delivery", "Explaining"]
 
-# An object that ends the process, by a decoder's crash for instance, must not do so for ever.
-MOST_BEGUN = 3
+# An object that ends the process, by a decoder's crash for instance, must not do so for ever. What is killed for other
+# reasons is hardly killed so often while it explains the same object.
+MOST_BEGUN = 10
 MOST_UNCOMMITTED = 3
 # How long an association is held open for the answer to a storage commitment; later ones come in their own.
 ANSWER_WAIT_S = 2.0
