@@ -33,6 +33,7 @@ SECRETS = {
     "ReferringPhysicianName": "Hausarzt^Ottokar",
     "InstitutionName": "Sankt-Irgendwo",
     "StationName": "SCANNER-17",
+    "AdditionalPatientHistory": "Sturz vom Kirschbaum",
 }
 
 

@@ -253,9 +253,10 @@ def test_options_that_are_wrong(address, file, tmp_path, option, value):
 
 def test_the_command_says_nothing_of_the_header(address, tmp_path):
     """Even where pydicom would quote it, of values that break the standard."""
-    odd = image(ramp())
-    data = data_of(odd).replace(b"20240229", b"2024-02-").replace(b"ACC-993311", b"ACC\\993311")
-    data = data.replace(b"F ", b"weiblich"[:2])
+    odd = image(ramp(), PatientWeight="63.25", PatientSize="1.7125")
+    data = data_of(odd).replace(b"20240229", b"2024-02-").replace(b"19520317", b"1952X317")
+    data = data.replace(b"63.25", b"63,25").replace(b"1.7125", b"1.712m")
+    data = data.replace(UIDS[-1].encode(), UIDS[-1][:-1].encode() + b"X")
     path = tmp_path / "case.dcm"
     path.write_bytes(data)
     ran = subprocess.run(
@@ -266,7 +267,17 @@ def test_the_command_says_nothing_of_the_header(address, tmp_path):
     assert ran.returncode == 0, ran.stderr
     said = ran.stdout + ran.stderr
     assert len(list((tmp_path / "out").iterdir())) == 5
-    secrets = {*SECRETS.values(), *UIDS, "2024-02-", "993311", "Wintersohn", "Amelie"}
+    secrets = {
+        *SECRETS.values(),
+        *UIDS,
+        "2024-02-",
+        "1952X317",
+        "63,25",
+        "1.712m",
+        UIDS[-1][:-1] + "X",
+        "Wintersohn",
+        "Amelie",
+    }
     assert [each for each in secrets if each in said] == []
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom import Dataset
+from pydicom import DataElement, Dataset
 from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
 from camserve.dicom.errors import DicomError
 
-__all__ = ["of_frame", "pixel_aspect", "shown"]
+__all__ = ["of_frame", "pixel_aspect", "readable", "shown"]
 
 # Where nobody says which grey levels matter; the darkest and brightest are often markers.
 _PERCENTILES = (0.5, 99.5)
@@ -32,6 +32,14 @@ def of_frame(dataset: Dataset, frame: int) -> Dataset:
             if element.VR == "SQ" and len(element.value) == 1:
                 header.update(element.value[0])
     return header
+
+
+def readable(header: Dataset, name: str) -> DataElement | None:
+    """The element, if it is there and what it says can be read: a number like "63,2" cannot."""
+    try:
+        return header[name]
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
 
 
 def pixel_aspect(header: Dataset) -> float:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import pydicom
 from pydicom import DataElement, Dataset
 from pydicom.charset import python_encoding
 from pydicom.config import IGNORE
+from pydicom.datadict import keyword_for_tag
 from pydicom.dataset import FileMetaDataset
 from pydicom.multival import MultiValue
-from pydicom.sequence import Sequence
 from pydicom.uid import UID, ExplicitVRLittleEndian
 from pydicom.valuerep import PersonName
 
+from camserve.dicom import grey
 from camserve.dicom.derivation import IMPLEMENTATION_UID, Derivation
 from camserve.version import __version__
 
@@ -134,23 +136,23 @@ def _equipment(derivation: Derivation) -> Dataset:
     return item
 
 
-def _carry(source: Dataset, result: Dataset, names: tuple[str, ...]) -> None:
+def _carry(source: Dataset, result: Dataset, names: Iterable[str]) -> None:
+    """Copies the elements as they are, even where the standard would have them otherwise.
+
+    They are decoded, so that any character set can hold them. What cannot be read, a number "63,2", is left out.
+    """
     for name in names:
-        if name in source:
-            result.add(_copied(source[name]))
-
-
-def _copied(element: DataElement) -> DataElement:
-    """As it is, even where the standard would have it otherwise: decoded, so that any character set can hold it."""
-    if element.VR == "SQ":
-        items = []
-        for each in element.value:
-            item = Dataset()
-            for inner in each:
-                item.add(_copied(inner))
-            items.append(item)
-        return DataElement(element.tag, "SQ", Sequence(items))
-    return DataElement(element.tag, element.VR, _decoded(element.value), validation_mode=IGNORE)
+        element = grey.readable(source, name)
+        if element is None:
+            continue
+        if element.VR == "SQ":
+            items = [Dataset() for _ in element.value]
+            for item, original in zip(items, element.value, strict=True):
+                _carry(original, item, filter(None, map(keyword_for_tag, original.keys())))
+            setattr(result, name, items)
+        else:
+            with suppress(TypeError, ValueError, OverflowError):
+                result.add(DataElement(element.tag, element.VR, _decoded(element.value), validation_mode=IGNORE))
 
 
 def _decoded(value: object) -> object:

@@ -70,8 +70,9 @@ def presentation_state(derivation: Derivation) -> Dataset:
         return restored(pr.ColorSoftcopyPresentationState(**given, icc_profile=_srgb()), derivation)
     header = grey.of_frame(source, derivation.picture.frame)
     for name in _LUTS:
-        if header.get(name) not in (None, ""):
-            image.add(header[name])
+        element = grey.readable(header, name)
+        if element is not None and not element.is_empty:
+            image.add(element)
     inverse = source.PhotometricInterpretation == "MONOCHROME1"
     shape = PresentationLUTTransformation(presentation_lut_shape="INVERSE" if inverse else "IDENTITY")
     state = pr.GrayscaleSoftcopyPresentationState(**given, presentation_lut_transformation=shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from highdicom import sr
 from pydicom import Dataset
@@ -93,6 +95,7 @@ def _measurements(derivation: Derivation) -> list[sr.Measurement]:
     return [
         sr.Measurement(_code(name, _MEANINGS.get(name, name)), value, _UNITS.get(unit, _UNITS["1"]))
         for name, value, unit in values
+        if math.isfinite(value)  # a decimal string holds nothing else
     ]
 
 

@@ -27,15 +27,19 @@ _PLANE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 def geometry(derivation: Derivation) -> Dataset | None:
     """Where the plane lies in the patient; None where the header does not say."""
     header = grey.of_frame(derivation.picture.source, derivation.picture.frame)
-    lengths = [len(header.get(name) or []) for name in _PLANE]
-    if lengths != [3, 6, 2] or not header.get("FrameOfReferenceUID"):
+    plane = [element for name in _PLANE if (element := grey.readable(header, name)) is not None]
+    if [element.VM for element in plane] != [3, 6, 2] or not header.get("FrameOfReferenceUID"):
         return None
     found = Dataset()
     found.FrameOfReferenceUID = header.FrameOfReferenceUID
     found.PositionReferenceIndicator = header.get("PositionReferenceIndicator")
-    for name in _PLANE:
-        setattr(found, name, [_number(each) for each in header[name].value])
-    found.SliceThickness = _number(header.get("SliceThickness") or 1)
+    thickness = grey.readable(header, "SliceThickness")
+    try:
+        for element in plane:
+            setattr(found, element.keyword, [_number(each) for each in element.value])
+        found.SliceThickness = _number(thickness.value if thickness and thickness.VM == 1 else 1)
+    except (TypeError, ValueError):
+        return None
     return found
 
 
