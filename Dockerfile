@@ -1,33 +1,31 @@
 # The camserve server. docs/container.md says how to build and run it.
 
+FROM python:3.11-slim AS build
+
 # "cpu", or "cuda" for NVIDIA's GPUs, which is several gigabytes larger.
 ARG VARIANT=cpu
-
-FROM python:3.11-slim AS torch-cpu
-# Where wheels of torch without CUDA are; nothing for what pip knows by itself.
+# For "cpu": where wheels of torch without CUDA are; nothing for what pip knows by itself.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ENV TORCH_INDEX=${TORCH_INDEX}
-
-FROM python:3.11-slim AS torch-cuda
-ENV TORCH_INDEX=""
-
-
-FROM torch-${VARIANT} AS build
 # Further options for every `pip install` of the build, such as a mirror. They stay in the build's history: no credentials
 # here.
 ARG PIP_EXTRA=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+RUN case "${VARIANT}" in \
+      cpu) echo "${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}} ${PIP_EXTRA}" ;; \
+      cuda) echo "${PIP_EXTRA}" ;; \
+      *) echo "VARIANT is cpu or cuda, not ${VARIANT}" >&2; exit 1 ;; \
+    esac > /options
 # Without a pip of its own: nothing is to be installed in what runs.
 RUN python -m venv --without-pip /opt/camserve
 WORKDIR /src
 COPY constraints.txt ./
 # By itself, so that a change of the code does not install it again.
-RUN pip --python /opt/camserve/bin/python install ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}} ${PIP_EXTRA} \
+RUN pip --python /opt/camserve/bin/python install $(cat /options) \
       --constraint constraints.txt torch torchvision
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY server server
-RUN pip --python /opt/camserve/bin/python install ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}} ${PIP_EXTRA} \
+RUN pip --python /opt/camserve/bin/python install $(cat /options) \
       --constraint constraints.txt '.[server,otel]' \
  && pip --python /opt/camserve/bin/python check
 
@@ -52,6 +50,6 @@ USER 10001:10001
 WORKDIR /home/camserve
 EXPOSE 50051
 # Healthy once the models are loaded and warm.
-HEALTHCHECK --interval=30s --timeout=10s --start-period=3m --start-interval=5s \
+HEALTHCHECK --interval=15s --timeout=10s --start-period=3m \
   CMD camserve health --address "127.0.0.1:${CAMSERVE_HEALTH_LISTEN##*:}" --timeout 5
 ENTRYPOINT ["camserve", "serve"]

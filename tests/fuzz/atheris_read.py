@@ -12,6 +12,10 @@ import warnings
 import atheris
 
 with atheris.instrument_imports(include=["PIL", "camserve_server.service", "camserve_server.models.pixels"]):
+    import PIL.Image
+
+    PIL.Image.init()  # which imports the readers of all formats
+
     from camserve.v1 import explain_pb2 as pb
     from camserve_server.config import Config
     from camserve_server.errors import CamserveError
