@@ -1,0 +1,106 @@
+"""What a gateway is told, and how it says what is wrong with it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trustme
+from pydantic import BaseModel
+
+from camserve.dicom.gateway.config import Config, ConfigError, PacsConfig, Rule, ServerConfig, TLSConfig, read
+from tests.dicom.gateways import ROOT
+
+LEAST = """
+spool = "spool"
+callers = ["MODALITY"]
+
+[pacs]
+ae_title = "PACS"
+address = "127.0.0.1:104"
+"""
+PAGE = (ROOT / "docs" / "pacs.md").read_text(encoding="utf-8")
+
+
+def command(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "camserve", "dicom", "gateway", "--config", str(path), *more]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_check_shows_what_is_understood_and_does_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_text(LEAST)
+    ran = command(path, "--check")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert re.search(r"^pacs.address +\"127.0.0.1:104\"$", ran.stdout, re.MULTILINE)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("spool", "spol"), "spool: Field required; spol: Extra inputs"),
+        (('callers = ["MODALITY"]', "callers = []"), "callers: List should have at least 1 item"),
+        (('["MODALITY"]', '["a title that is too long"]'), "callers.0: String should match"),
+        (('ae_title = "PACS"', ""), "pacs: ae_title: a PACS that is called"),
+        (('address = "127.0.0.1:104"', ""), "pacs: give either address or stow_url"),
+        (("127.0.0.1:104", "pacs.example.org:104"), "pacs.address: pacs.example.org:104 is beyond this machine"),
+        (("[pacs]", 'listen = "0.0.0.0:104"\n[pacs]'), "listen: 0.0.0.0:104 is beyond this machine"),
+        (("[pacs]", "[pacs]\ntls = true"), "pacs.tls: give [tls]"),
+        (("[pacs]", '[tls]\ncertificate = "a"\nkey = "b"\nca = "c"\n[pacs]'), "tls.certificate: "),
+        (("[pacs]", '[server]\ntoken_file = "none"\n[pacs]'), "server.token_file: "),
+        (("[pacs]", '[[rules]]\noutputs = ["jpeg"]\n[pacs]'), "rules.0.outputs.0: "),
+        (("[pacs]", '[[rules]]\ncheck = "nonsense"\n[pacs]'), "rules.0.check: "),
+        (("[pacs]", "[pacs"), "gateway.toml: "),
+    ],
+)
+def test_errors_name_the_key(tmp_path: Path, change: tuple[str, str], says: str) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_text(LEAST.replace(*change))
+    if says.startswith(("tls", "server")):  # of files, which are looked at last
+        ran = command(path, "--check")
+        assert ran.returncode == 2
+        assert f"error: {says}" in ran.stderr
+        return
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        read(path)
+
+
+def test_keys_that_do_not_fit_are_said(tmp_path: Path) -> None:
+    ca, certificate, other = trustme.CA(), trustme.CA().issue_cert("localhost"), trustme.CA().issue_cert("localhost")
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    other.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    tls = TLSConfig(certificate=tmp_path / "cert.pem", key=tmp_path / "key.pem", ca=tmp_path / "ca.pem")
+    with pytest.raises(ValueError, match=r"tls\.key: .* is not the key of the certificate"):
+        tls.listening()
+    (tmp_path / "ca.pem").write_text("nothing")
+    with pytest.raises(ValueError, match=r"tls\.ca: .* holds no certificate"):
+        tls.listening()
+
+
+@pytest.mark.parametrize("kind", [Config, TLSConfig, ServerConfig, PacsConfig, Rule])
+def test_every_key_is_documented_with_its_default(kind: type[BaseModel]) -> None:
+    for name, field in kind.model_fields.items():
+        rows = [line for line in PAGE.splitlines() if re.match(rf"\| `{name}` \|", line)]
+        assert rows, name
+        defaults = [row.split(" | ")[2] for row in rows]
+        match field.default:
+            case bool() as value:
+                assert f"`{str(value).lower()}`" in defaults, name
+            case str() | int() | float() as value:
+                assert {f"`{value}`", f'`"{value}"`'} & {*defaults}, name
+            case _:  # required, or nothing
+                pass
+
+
+def test_configurations_in_the_documentation_are_read(tmp_path: Path) -> None:
+    found = re.findall(r"^```toml\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    assert found
+    for i, text in enumerate([*found, (ROOT / "deploy" / "orthanc" / "gateway.toml").read_text()]):
+        path = tmp_path / f"{i}.toml"
+        path.write_text(text)
+        assert read(path).callers
