@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +22,14 @@ def tiny() -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    """What pynetdicom says of associations that tests break is of no interest."""
+@pytest.fixture
+def broken_associations() -> Iterator[None]:
+    """Tests may break associations: of what pynetdicom says of them, and leaves of them, nothing comes after the test.
+
+    It leaves the socket of a connection that is refused to the garbage collector.
+    """
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -104,9 +105,9 @@ class Pacs:
         """What it keeps, read."""
         return [dcmread(BytesIO(data)) for data in [*self.kept.values()]]
 
-    def up(self) -> None:
+    def up(self, tls: ssl.SSLContext | None = None) -> None:
         handlers = [(evt.EVT_C_STORE, self._store), (evt.EVT_N_ACTION, self._action)]
-        self._ae.start_server(("127.0.0.1", self.port), block=False, evt_handlers=handlers)
+        self._ae.start_server(("127.0.0.1", self.port), block=False, evt_handlers=handlers, ssl_context=tls)
 
     def down(self) -> None:
         self._ae.shutdown()

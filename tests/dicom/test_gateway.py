@@ -21,8 +21,10 @@ from camserve_server.service.server import Server
 from tests.dicom.gateways import RULE, Spooled, opened
 from tests.dicom.pacs import NAME, Pacs, free_port, image, listening, send, until
 
-# pynetdicom leaves the socket of a connection that is refused to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+pytestmark = [
+    pytest.mark.usefixtures("broken_associations"),
+    pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning"),
+]
 
 
 class Opened(Protocol):
@@ -144,7 +146,7 @@ def test_strangers_are_turned_away(gateway: Opened) -> None:
 
 def test_a_full_disk_or_queue_refuses_for_now(gateway: Opened) -> None:
     nobody = f"127.0.0.1:{free_port()}"
-    with gateway(max_waiting=1, server={"address": nobody, "timeout_s": 1}) as running:
+    with gateway(max_waiting=1, server={"address": nobody, "timeout_s": 0.3}) as running:
         assert send(running.address, image(0), image(1)) == [0, 0xA700]
         assert asked(running, "/health")[0] == 503
     with gateway(min_free_bytes=1 << 60) as running:
@@ -163,7 +165,7 @@ def test_what_is_too_large_is_aborted(gateway: Opened) -> None:
 
 
 def test_the_same_object_twice_is_one(gateway: Opened, pacs: Pacs) -> None:
-    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 1}) as running:
+    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}) as running:
         assert send(running.address, image(), image()) == [0, 0]
         assert len(running.entries("inbox")) == 1
     with gateway() as running:
@@ -245,7 +247,7 @@ def test_what_cannot_be_explained_is_given_up_with_the_reason(gateway: Opened, p
 
 
 def test_what_ends_the_process_does_not_do_so_for_ever(gateway: Opened, tmp_path: Path) -> None:
-    nobody = {"address": f"127.0.0.1:{free_port()}", "timeout_s": 1}
+    nobody = {"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}
     with gateway(server=nobody) as running:
         assert send(running.address, image()) == [0]
     [entry] = running.entries("inbox")
@@ -256,11 +258,11 @@ def test_what_ends_the_process_does_not_do_so_for_ever(gateway: Opened, tmp_path
 
 
 def test_nothing_is_kept_for_ever(gateway: Opened) -> None:
-    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 1}) as running:
+    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}) as running:
         assert send(running.address, image(0), image(1)) == [0, 0]
     old, young = running.entries("inbox")
     os.utime(old / "source.dcm", (0, 0))
-    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 1}) as running:
+    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}) as running:
         assert running.entries("inbox") == [young]
         [dead] = running.entries("dead")
         assert dead.name == old.name
@@ -292,7 +294,7 @@ def test_health_and_metrics(gateway: Opened) -> None:
 
 
 def test_only_the_owner_looks_into_the_spool(gateway: Opened, tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
-    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 1}) as running:
+    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}) as running:
         assert send(running.address, image()) == [0]
         found = [running.spool, *running.spool.rglob("*")]
         assert {path.stat().st_mode & 0o777 for path in found if path.is_dir()} == {0o700}

@@ -16,8 +16,10 @@ from camserve_server.service.server import Server
 from tests.dicom.gateways import process
 from tests.dicom.pacs import Pacs, free_port, image, listening, send, until
 
-# pynetdicom leaves the socket of a connection that is refused to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+pytestmark = [
+    pytest.mark.usefixtures("broken_associations"),
+    pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning"),
+]
 
 CONFIG = """
 spool = "spool"

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from camserve.dicom.derivation import DEFAULT_CHECK, check_metrics
+
 __all__ = ["Config", "ConfigError", "PacsConfig", "Rule", "ServerConfig", "TLSConfig", "read"]
 
 Address = Annotated[str, Field(pattern=r"^.+:\d+$")]
@@ -136,9 +138,9 @@ class Rule(_Table):
         "average-gain",
     ]
     outputs: Annotated[list[Literal["sc", "sr", "pm", "seg", "gsps"]], Field(min_length=1)] = ["sc", "sr"]
-    check: Annotated[str, Field(description="What the map's scores must keep, or the overlay is withheld.")] = (
-        "insertion>deletion"
-    )
+    check: Annotated[
+        str, Field(description="What scores must keep, or the overlay is withheld; empty for nothing.")
+    ] = DEFAULT_CHECK
     frame: Annotated[int, Field(ge=0, description="Of a multi-frame image.")] = 0
     window: Annotated[
         tuple[float, float] | None, Field(description="(centre, width) of the grey levels, instead of the header's.")
@@ -148,6 +150,12 @@ class Rule(_Table):
         Literal["refuse", "ignore"], Field(description="What to do if the header says that text is in the pixels.")
     ] = "refuse"
 
+    @model_validator(mode="after")
+    def _know_what_is_checked(self) -> Self:
+        if lacking := [name for name in check_metrics(self.check or None) if name not in self.metrics]:
+            raise ValueError(f"check: it needs the metric {lacking[0]}; add it to metrics")
+        return self
+
     def fits(self, modality: str, body_part: str, caller: str) -> bool:
         """Whether the rule is for such an object; a condition that is left out fits any."""
         conditions = ((self.modality, modality), (self.body_part, body_part), (self.callers, caller))
@@ -155,7 +163,8 @@ class Rule(_Table):
 
     def asked(self) -> dict[str, Any]:
         """What `camserve.dicom.explain` is asked for."""
-        return self.model_dump(exclude={"modality", "body_part", "callers", "ignore"})
+        asked = self.model_dump(exclude={"modality", "body_part", "callers", "ignore"})
+        return asked | {"check": self.check or None}
 
 
 class Config(_Table):

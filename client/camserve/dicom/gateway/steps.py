@@ -29,7 +29,7 @@ __all__ = ["Commitment", "Delivery", "Explaining"]
 MOST_BEGUN = 10
 MOST_UNCOMMITTED = 3
 # How long an association is held open for the answer to a storage commitment; later ones come in their own.
-ANSWER_WAIT_S = 2.0
+ANSWER_WAIT_S = 1.0
 # What passes by itself, or by an operator's hand, without the object being to blame.
 _PASSING = (errors.Unavailable, errors.DeadlineExceeded, errors.Cancelled, errors.Unauthenticated)
 

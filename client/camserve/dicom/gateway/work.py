@@ -73,7 +73,8 @@ class Work:
                 entry = None
             if entry is None:
                 self._arrived.wait(LOOK_AGAIN_S)
-                self._arrived.clear()
+                if not self._over.is_set():  # which the other threads shall see, too
+                    self._arrived.clear()
                 continue
             try:
                 self._try(entry)
