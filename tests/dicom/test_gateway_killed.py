@@ -14,7 +14,7 @@ from pydicom import Dataset
 
 from camserve_server.service.server import Server
 from tests.dicom.gateways import process
-from tests.dicom.pacs import Pacs, free_port, image, listening, send, until
+from tests.dicom.pacs import NAME, Pacs, free_port, image, listening, send, until
 
 pytestmark = [
     pytest.mark.usefixtures("broken_associations"),
@@ -183,3 +183,7 @@ def test_at_any_moment(tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
     expected = sorted(str(each.SOPInstanceUID) for each in images)
     assert {kind: sources(pacs, kind) for kind in KINDS} == dict.fromkeys(KINDS, expected)
     assert seen.dead() == []
+    log = config.with_suffix(".log").read_text()
+    assert '"event": "committed"' in log
+    for said in (NAME, "Q-4711", "1.2.826", "2.25.", "19470229", "20240203", str(tmp_path)):
+        assert said not in log
