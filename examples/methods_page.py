@@ -43,9 +43,9 @@ its own model. How maps are scored: [metrics.md](metrics.md). How to add one: [a
 *All methods but two controls, with their default parameters, for the class that EfficientNet-Lite0 predicts; at the
 left that class, with its probability. Each map is drawn up to its 99th percentile, as gradients have a few pixels that
 outshine all others. Made by `make figure`, after Figure 5 of the
-[Poly-CAM paper](https://arxiv.org/abs/2204.13359); the pictures below by `make pictures`. Photographs from scikit-image:
-Chelsea by Stéfan van der Walt, coffee by Rachel Michetti, cameraman by Lav Varshney, all CC0; rocket by SpaceX, public
-domain, for which ImageNet has no nearer class.*
+[Poly-CAM paper](https://arxiv.org/abs/2204.13359); the pictures below by `make pictures`. Photographs from
+scikit-image: Chelsea by Stéfan van der Walt, coffee by Rachel Michetti, cameraman by Lav Varshney, all CC0; rocket by
+SpaceX, public domain, for which ImageNet has no nearer class.*
 
 ## Letters
 | letter | meaning |

@@ -39,9 +39,10 @@ def serving(config: Config) -> Iterator[Server]:
         server, over = Server(config), asyncio.Event()
         try:
             await server.start()
-        except BaseException as error:
+        except Exception as error:
+            await server.stop(grace_s=0)
             started.set_exception(error)
-            raise
+            return
         started.set_result((server, asyncio.get_running_loop(), over))
         await over.wait()
         await server.stop(grace_s=0)

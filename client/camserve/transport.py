@@ -93,15 +93,12 @@ class Connection:
     ) -> None:
         self.address = address
         self.timeout = timeout
-        if (certificate is None) != (key is None):
-            raise InvalidArgument("a certificate needs its key, and a key its certificate", field="certificate")
         # Visible ASCII is what a header can hold; the token itself is not to be in a message.
         if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
             raise InvalidArgument("a token is visible ASCII characters, without spaces", field="token")
-        self._credentials: grpc.ChannelCredentials | None = None
+        self._credentials = credentials(tls=tls, ca=ca, certificate=certificate, key=key)
         self._headers: list[tuple[str, str]] = []
-        if tls or ca is not None or certificate is not None:
-            self._credentials = _tls(*map(_read, (ca, key, certificate)))
+        if self._credentials is not None:
             if token:
                 bearer = grpc.access_token_call_credentials(token)
                 self._credentials = grpc.composite_channel_credentials(self._credentials, bearer)
@@ -117,7 +114,7 @@ class Connection:
         self._stub, self._stub_of_many = map(ExplainServiceStub, self._channels)
 
     def _channel(self, *retried: str) -> Any:
-        options = [*_options([*retried]), *self._more]
+        options = [*_options([*retried]), *proxy(self.address), *self._more]
         if self._credentials is None:
             return self._grpc.insecure_channel(self.address, options=options)
         return self._grpc.secure_channel(self.address, self._credentials, options=options)
@@ -129,6 +126,22 @@ class Connection:
 
     def _error(self, error: grpc.RpcError, call: calls.Call[Any]) -> errors.CamserveError:
         return errors.from_rpc(error, address=self.address, timeout_s=self._given(call)["timeout"])
+
+
+def credentials(
+    *, tls: bool = False, ca: Pem | None = None, certificate: Pem | None = None, key: Pem | None = None
+) -> grpc.ChannelCredentials | None:
+    """Those of TLS, if anything asks for it. Raises OSError and InvalidArgument."""
+    if (certificate is None) != (key is None):
+        raise InvalidArgument("a certificate needs its key, and a key its certificate", field="certificate")
+    if not tls and ca is None and certificate is None:
+        return None
+    return _tls(*map(_read, (ca, key, certificate)))
+
+
+def proxy(address: str) -> list[tuple[str, Any]]:
+    """Options of a channel: what goes to this machine, in plaintext perhaps, takes no detour."""
+    return [("grpc.enable_http_proxy", 0)] if _is_this_machine(address) else []
 
 
 def _read(pem: Pem | None) -> bytes | None:

@@ -66,35 +66,43 @@ class Admission:
         Raises Unavailable once closed, QueueFull where too many rows would go before the job's or its caller owes too
         many already, and Expired where its deadline would pass even if everything went as fast as it can.
         """
-        weight = WEIGHTS[claim.priority]
         with self._lock:
-            if self._closed:
-                raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)
-            mine = sum(owed.rows for owed in self._owed.values() if owed.caller == claim.caller.name)
-            most = claim.caller.max_rows_owed
-            if most is not None and mine and mine + claim.rows > most:
-                raise QueueFull(
-                    f"this caller owes {mine} rows, and {claim.rows} for this request; its limit is {most}",
-                    reason="QUOTA_EXCEEDED",
-                    retry_after_s=_wait_s(mine + claim.rows - most, rows_per_s),
+            self._check(claim, rows_per_s)
+            self._owed[job] = _Owed(claim.rows, claim.caller.name, WEIGHTS[claim.priority])
+
+    def look(self, claim: Claim, rows_per_s: float) -> None:
+        """Raises what `admit` would."""
+        with self._lock:
+            self._check(claim, rows_per_s)
+
+    def _check(self, claim: Claim, rows_per_s: float) -> None:
+        weight = WEIGHTS[claim.priority]
+        if self._closed:
+            raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)
+        mine = sum(owed.rows for owed in self._owed.values() if owed.caller == claim.caller.name)
+        most = claim.caller.max_rows_owed
+        if most is not None and mine and mine + claim.rows > most:
+            raise QueueFull(
+                f"this caller owes {mine} rows, and {claim.rows} for this request; its limit is {most}",
+                reason="QUOTA_EXCEEDED",
+                retry_after_s=_wait_s(mine + claim.rows - most, rows_per_s),
+            )
+        before = _before(self._owed.values(), claim.rows, weight)
+        if before and before + claim.rows > self._max_rows_owed:
+            raise QueueFull(
+                f"{before} rows go before the {claim.rows} of this request; the limit is {self._max_rows_owed}",
+                retry_after_s=_wait_s(before + claim.rows - self._max_rows_owed, rows_per_s),
+            )
+        if claim.deadline is not None and claim.rows_per_s:
+            before = _before(self._owed.values(), claim.least, weight)
+            takes_s = (before + claim.least) / claim.rows_per_s
+            left_s = max(0.0, claim.deadline - time.monotonic())
+            if takes_s > left_s:
+                raise Expired(
+                    f"the {claim.least} rows that it takes{f' and the {before} before them' if before else ''} "
+                    f"need {takes_s:.2g} s at the very least; the deadline is in {left_s:.2g} s",
+                    reason="DEADLINE_UNREACHABLE",
                 )
-            before = _before(self._owed.values(), claim.rows, weight)
-            if before and before + claim.rows > self._max_rows_owed:
-                raise QueueFull(
-                    f"{before} rows go before the {claim.rows} of this request; the limit is {self._max_rows_owed}",
-                    retry_after_s=_wait_s(before + claim.rows - self._max_rows_owed, rows_per_s),
-                )
-            if claim.deadline is not None and claim.rows_per_s:
-                before = _before(self._owed.values(), claim.least, weight)
-                takes_s = (before + claim.least) / claim.rows_per_s
-                left_s = max(0.0, claim.deadline - time.monotonic())
-                if takes_s > left_s:
-                    raise Expired(
-                        f"the {claim.least} rows that it takes{f' and the {before} before them' if before else ''} "
-                        f"need {takes_s:.2g} s at the very least; the deadline is in {left_s:.2g} s",
-                        reason="DEADLINE_UNREACHABLE",
-                    )
-            self._owed[job] = _Owed(claim.rows, claim.caller.name, weight)
 
     def owe(self, job: int, rows: int) -> None:
         """The job, if it is still there, owes so many rows now."""

@@ -228,10 +228,11 @@ class Config(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     _file: Path | None = None
+    _flags: dict[str, Any] = {}
 
     def models_now(self) -> list[ModelConfig]:
         """The models as the configuration file has them by now. Raises ConfigError."""
-        return read(self._file).models if self._file else self.models
+        return read(self._file, **self._flags).models if self._file else self.models
 
     @model_validator(mode="after")
     def _unique_names(self) -> Self:
@@ -289,7 +290,7 @@ def read(path: Path | None = None, **flags: Any) -> Config:
     except ValidationError as error:
         raise ConfigError("; ".join(_line(detail, data) for detail in error.errors())) from error
     config.models = config.models or [embedded()]
-    config._file = path
+    config._file, config._flags = path, flags
     folder = path.parent if path else Path()
     for model in config.models:
         model._folder = folder

@@ -106,6 +106,10 @@ class Engine:
         self._inbox.put(lambda: self._begin(job))
         return job
 
+    def look(self, rows: int, caller: Caller, priority: Priority) -> None:
+        """Raises what `submit` would by now for so many rows, whatever their deadline."""
+        self._admission.look(Claim(rows, caller=caller, priority=priority), self._rows_per_s)
+
     def cancel(self, job: Job[Any]) -> None:
         """Drops the job at the next batch; its future raises Cancelled."""
         self._inbox.put(lambda: self._end(job, error=Cancelled("the caller cancelled the request")))
@@ -130,12 +134,9 @@ class Engine:
         self._inbox.put(step)
         return done
 
-    def close(self, grace_s: float = 0.0) -> None:
-        """Takes in no more, finishes what runs within `grace_s` seconds, fails the rest, ends the thread."""
+    def close(self) -> None:
+        """Takes in no more, fails what runs, ends the thread."""
         self._admission.close()
-        until = time.monotonic() + grace_s
-        while len(self._admission) and time.monotonic() < until and self._thread.is_alive():
-            time.sleep(0.01)
         self._inbox.put(self._halt)
         if self._thread.is_alive():
             self._thread.join()
@@ -340,7 +341,6 @@ class Engine:
         job.rows += rows
         job.done = part.stop
         job.batches += 1
-        self.counters.rows_by_job[job.id] = job.rows
         work = self._work(job)
         self._owe(job, job.owed - rows)
         _tell(job, Progress(job.rows, job.rows + job.left))
@@ -373,7 +373,6 @@ class Engine:
         self._waiting.pop(job.id, None)
         self._free_copy(job)
         del self._jobs[job.id]
-        self.counters.rows_by_job.pop(job.id, None)
         self._admission.leave(job.id)
         job.finished = time.monotonic()
         if error is None:

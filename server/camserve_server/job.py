@@ -127,7 +127,6 @@ class Counters:
     batches: int = 0
     rows: int = 0
     padding: int = 0
-    rows_by_job: dict[int, int] = field(default_factory=dict)
     lanes: dict[tuple[str, str, LaneKind], LaneCounters] = field(default_factory=dict)
 
     def count(self, model: Model, ran: Ran) -> None:

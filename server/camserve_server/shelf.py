@@ -8,18 +8,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import structlog
 import torch
 
 from camserve_server.config import Config, ModelConfig
 from camserve_server.engine import Engine
-from camserve_server.errors import ConfigError, NotFound, OutOfMemory, Unservable
+from camserve_server.errors import CamserveError, ConfigError, InvalidArgument, NotFound, OutOfMemory, Unservable
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
 from camserve_server.warmup import warming_up
@@ -27,6 +27,7 @@ from camserve_server.warmup import warming_up
 State = Literal["ready", "waiting", "unloaded"]
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 
 @dataclass
@@ -38,12 +39,49 @@ class Loads:
     seconds: float = 0.0
 
 
+class _Users:
+    """Who uses a model, or waits to use it."""
+
+    def __init__(self) -> None:
+        self._users: set[object] = set()
+        self._left = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def join(self) -> Callable[[], None]:
+        """One more, until what is returned is called; to call it again does nothing."""
+        me = object()
+        self._users.add(me)
+
+        def leave() -> None:
+            self._users.discard(me)
+            self._left.set()
+
+        return leave
+
+    async def gone(self) -> None:
+        """Waits until nobody uses it."""
+        while self._users:
+            self._left.clear()
+            await self._left.wait()
+
+
+@dataclass(frozen=True, eq=False)
+class Loan:
+    """A model that stays loaded until `end()`."""
+
+    model: Model
+    end: Callable[[], None]
+
+
 @dataclass(eq=False)
-class _Loaded:
+class _Resident:
+    """A model that is loaded."""
+
     model: Model
     weight_bytes: int
-    users: set[object] = field(default_factory=set)
-    left: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last user has left it
+    users: _Users
     used_at: int = 0  # which request of the server was the last for it
 
 
@@ -52,24 +90,24 @@ class _Place:
     """Of one model. `closed` by an operator, it is loaded for no request."""
 
     config: ModelConfig
-    loaded: _Loaded | None = None
+    resident: _Resident | None = None
     closed: bool = False
-    loading: asyncio.Task[_Loaded] | None = None
-    waiting: set[object] = field(default_factory=set)  # who will use it once it is loaded
+    task: asyncio.Task[_Resident] | None = None  # that loads it
+    waiting: _Users = field(default_factory=_Users)  # who will use it once it is loaded
     weight_bytes: int = 0  # when it was loaded last
 
     @property
     def state(self) -> State:
-        if self.loaded:
-            return "ready"
-        return "unloaded" if self.closed else "waiting"
+        if self.closed:
+            return "unloaded"
+        return "ready" if self.resident else "waiting"
 
 
 class Shelf:
     """Lends out models. One that has had to make room is loaded again when it is asked for.
 
     The weights of all take at most `max_model_bytes`, if set: the least recently used one goes, when it has finished
-    what runs on it.
+    what runs on it. One model is loaded at a time.
     """
 
     def __init__(self, config: Config, engine: Engine, device: torch.device) -> None:
@@ -82,181 +120,240 @@ class Shelf:
         self._one_at_a_time = asyncio.Lock()
 
     async def fill(self) -> None:
-        """Loads the models in their order, as many as there is room for. Raises ConfigError."""
-        most = self._config.max_model_bytes
+        """Loads the models in their order, as many as there is room for. Raises CamserveError or ConfigError."""
         for place in self._places.values():
-            loaded = await self._loaded(place)
-            if most is not None and self._weight_bytes() + loaded.weight_bytes > most:
+            model = await self._read(place.config)
+            place.weight_bytes = model.weight_bytes
+            if self._weight_bytes() + model.weight_bytes > self._most:
                 log.info("no room at the start: loaded when asked for", model=place.config.name)
                 continue
-            place.loaded = loaded
+            place.resident = await self._warm(place.config, model, _Users())
 
     def all(self) -> Iterator[tuple[ModelConfig, State, Model | None]]:
         """Every model, the first one first; the last is there if it is ready."""
-        for place in [*self._places.values()]:  # a copy: whoever watches asks on another thread
-            yield place.config, place.state, place.loaded.model if place.loaded else None
+        for place in self._places.values():
+            ready = place.resident if place.state == "ready" else None
+            yield place.config, place.state, ready.model if ready else None
 
     @contextlib.asynccontextmanager
-    async def lend(self, name: str) -> AsyncIterator[Model]:
-        """The model of that name, the first one for none, to be kept loaded meanwhile.
+    async def lend(self, name: str) -> AsyncIterator[Loan]:
+        """The model of that name, the first one for none; the loan ends with the context, if not before.
 
         Raises NotFound, listing the known ones, and Unservable where it cannot be loaded.
         """
-        place = self._place(name)
+        place = self._place(name) if name else next(iter(self._places.values()))
         if place.closed:
             raise Unservable(f"{place.config.name} is not loaded: an operator has unloaded it", reason="UNLOADED")
-        loaded, me = place.loaded, object()
-        users = loaded.users if loaded else place.waiting
-        users.add(me)
+        resident = place.resident
+        # Who waits for it is one of its users already: it cannot go before they have had it.
+        leave = (resident.users if resident else place.waiting).join()
         try:
-            loaded = loaded or await self._load_once(place)
-            loaded.used_at = next(self._requests)
-            yield loaded.model
+            resident = resident or await self._load_once(place)
+            resident.used_at = next(self._requests)
+            loan = Loan(resident.model, leave)
+            del resident
+            yield loan
         except ConfigError as error:
             raise Unservable(
                 f"{place.config.name} cannot be loaded; the server's log says why", reason="LOAD_FAILED"
             ) from error
         finally:
-            users.remove(me)
-            if loaded and not users:
-                loaded.left.set()
+            leave()
 
-    # ---- for operators -----------------------------------------------------------------------------------------------
+    # ---- for operators: whether or not they wait for it, what they began is finished ---------------------------------
 
     async def load(self, name: str) -> Model:
         """Loads the model as the configuration file has it now. Raises NotFound and ConfigError."""
-        place = self._read_again(name)
-        loaded = place.loaded or await self._load_once(place)
-        place.closed = False
-        return loaded.model
+        return await _to_its_end(self._anew(name, only_if_gone=True))
+
+    async def reload(self, name: str) -> Model:
+        """Loads the model anew as the configuration file has it now, then waits for what runs on the old one.
+
+        Raises NotFound and ConfigError; then everything is as it was.
+        """
+        return await _to_its_end(self._anew(name))
 
     async def unload(self, name: str) -> None:
         """Lends the model no more, and waits for what runs on it. Raises NotFound."""
         place = self._place(name)
         place.closed = True
-        await self._take_down([place])
+        await _to_its_end(self._close(place))
 
-    async def reload(self, name: str) -> Model:
-        """Loads the model anew as the configuration file has it now, then waits for what runs on the old one.
-
-        Raises NotFound and ConfigError; then the old one is there still.
-        """
-        place = self._read_again(name)
+    async def _anew(self, name: str, *, only_if_gone: bool = False) -> Model:
+        settings = self._settings(name)
         async with self._one_at_a_time:
-            fresh = await self._loaded(place)
-            old, place.loaded, place.closed = place.loaded, fresh, False
+            place = self._places.get(name) or _Place(settings)
+            old = place.resident
+            if old is None or not only_if_gone:
+                if old is None:
+                    await self._make_room(place)
+                place.resident = await self._loaded(settings, place)
+                place.config = self._places.setdefault(name, place).config = settings
+            assert place.resident is not None, "it was there, or has been loaded"
+            fresh, place.closed = place.resident, False
             await self._make_room(place)
-        if old:
-            await _unused(old)
+        going = [old] if old and old is not fresh else []
+        del old
+        await self._gone(going)
         return fresh.model
+
+    async def _close(self, place: _Place) -> None:
+        async with self._one_at_a_time:  # what is being loaded may be this one
+            going = [place.resident] if place.resident else []
+            place.resident, place.closed = None, True
+        await self._gone(going)
+
+    def _settings(self, name: str) -> ModelConfig:
+        """As the configuration file has them now."""
+        given = {settings.name: settings for settings in self._config.models_now()}
+        if name not in given:
+            raise _unknown(name, given)
+        return given[name]
 
     # ---- loading and making room -------------------------------------------------------------------------------------
 
+    @property
+    def _most(self) -> float:
+        return self._config.max_model_bytes or float("inf")
+
     def _place(self, name: str) -> _Place:
-        known = ", ".join(self._places)
-        if not name:
-            return next(iter(self._places.values()))
         if name not in self._places:
-            raise NotFound(f"there is no model {name!r}; there are: {known}", field="model", metadata={"known": known})
+            raise _unknown(name, self._places)
         return self._places[name]
 
-    def _read_again(self, name: str) -> _Place:
-        for settings in self._config.models_now():
-            if settings.name == name:
-                place = self._places.setdefault(name, _Place(settings))
-                place.config = settings
-                return place
-        return self._place(name)
-
-    async def _load_once(self, place: _Place) -> _Loaded:
+    async def _load_once(self, place: _Place) -> _Resident:
         """Loads it; all who wait for it wait for the same load, which goes on if they do not."""
-        if place.loading is None:
-            place.loading = asyncio.create_task(self._load(place))
-        return await asyncio.shield(place.loading)
+        if place.task is None:
+            place.task = asyncio.create_task(self._load(place))
+            place.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # somebody has seen it
+        return await asyncio.shield(place.task)
 
-    async def _load(self, place: _Place) -> _Loaded:
+    async def _load(self, place: _Place) -> _Resident:
         try:
             async with self._one_at_a_time:
-                await self._make_room(place)
-                loaded = await self._loaded(place)
-                # Nobody can take it away from those who wait before they have had it.
-                loaded.users, place.waiting = place.waiting, set()
-                place.loaded = loaded
-                await self._make_room(place)  # by now its size is known
-                return loaded
-        except Exception:
-            log.exception("cannot be loaded", model=place.config.name)
-            raise
+                if place.resident is None:  # an operator may have been faster
+                    await self._make_room(place)
+                    place.resident = await self._loaded(place.config, place)
+                    await self._make_room(place)  # by now its size is known
+                return place.resident
         finally:
-            place.loading = None
+            place.task = None
 
-    async def _loaded(self, place: _Place) -> _Loaded:
-        name, started = place.config.name, time.monotonic()
-        loads = self.loads.setdefault(name, Loads())
-        try:
-            model = await self._warm(place.config)
-        except Exception as error:
-            loads.failed += 1
-            if isinstance(error, torch.OutOfMemoryError):
-                raise OutOfMemory(f"{name} does not fit into the device's memory") from error
-            raise
-        loads.done += 1
-        loads.seconds += time.monotonic() - started
+    async def _loaded(self, settings: ModelConfig, place: _Place) -> _Resident:
+        """Raises ConfigError for what cannot be loaded, and OutOfMemory."""
+        model = await self._read(settings)
+        resident = await self._warm(settings, model, place.waiting)
+        place.weight_bytes, place.waiting = model.weight_bytes, _Users()
+        return resident
+
+    async def _read(self, settings: ModelConfig) -> Model:
+        model = await self._tried(settings, _on_a_thread(lambda: load(settings, self._device)))
+        if model.weight_bytes > self._most:
+            raise ConfigError(
+                f"max_model_bytes: {settings.name} alone has {model.weight_bytes} bytes of weights, "
+                f"{self._config.max_model_bytes} are allowed"
+            )
+        return model
+
+    async def _warm(self, settings: ModelConfig, model: Model, users: _Users) -> _Resident:
+        async def warm() -> None:
+            for each in model.precisions.values():
+                await asyncio.wrap_future(self._engine.between(warming_up(each, settings.batch_size)))
+
+        await self._tried(settings, warm())
+        self.loads[settings.name].done += 1
         for each in model.precisions.values():
             log.info(
                 "loaded",
-                model=name,
+                model=settings.name,
                 precision=each.precision,
                 digest=each.digest,
                 device=self._device.type,
                 batch_sizes=each.batch_sizes,
             )
-        place.weight_bytes = model.weight_bytes
-        return _Loaded(model, model.weight_bytes)
+        return _Resident(model, model.weight_bytes, users)
 
-    async def _warm(self, config: ModelConfig) -> Model:
-        loader = ThreadPoolExecutor(1, "load")
-        loading = asyncio.get_running_loop().run_in_executor(loader, load, config, self._device)
-        loader.shutdown(wait=False)  # the thread ends with the load, and its OpenMP team too: see device/
-        model = await loading
-        for each in model.precisions.values():
-            await asyncio.wrap_future(self._engine.between(warming_up(each, config.batch_size)))
-        return model
+    async def _tried(self, settings: ModelConfig, work: Coroutine[Any, Any, T]) -> T:
+        """What comes of the work, which is counted. Raises ConfigError or CamserveError."""
+        loads, started = self.loads.setdefault(settings.name, Loads()), time.monotonic()
+        try:
+            return await work
+        except Exception as error:
+            loads.failed += 1
+            if isinstance(error, torch.OutOfMemoryError):
+                error = OutOfMemory(f"{settings.name} does not fit into the device's memory")
+            elif not isinstance(error, (CamserveError, ConfigError)):
+                log.exception("a model breaks", model=settings.name)
+                error = ConfigError(f"models.{settings.name}: {type(error).__name__}: {error}")
+            log.error("cannot be loaded", model=settings.name, reason=str(error))
+            raise error from None
+        finally:
+            loads.seconds += time.monotonic() - started
 
     def _weight_bytes(self) -> int:
-        return sum(place.loaded.weight_bytes for place in self._places.values() if place.loaded)
+        return sum(place.resident.weight_bytes for place in self._places.values() if place.resident)
 
     async def _make_room(self, place: _Place) -> None:
         """Takes down the least recently used of the others, idle ones first, until it fits."""
-        most = self._config.max_model_bytes
-        if most is None:
-            return
-        needed = 0 if place.loaded else place.weight_bytes
-        others = sorted(
-            (each for each in self._places.values() if each.loaded and each is not place),
-            key=lambda each: (bool(each.loaded.users), each.loaded.used_at) if each.loaded else (False, 0),
-        )
-        total, going = self._weight_bytes() + needed, list[_Place]()
+        others = [each for each in self._places.values() if each.resident and each is not place]
+        others.sort(key=lambda each: (len(each.resident.users) > 0, each.resident.used_at) if each.resident else ())
+        needed = 0 if place.resident else place.weight_bytes
+        going = list[_Resident]()
         for other in others:
-            if total <= most:
+            if self._weight_bytes() + needed <= self._most or other.resident is None:
                 break
-            assert other.loaded is not None, "only loaded ones make room"
-            total -= other.loaded.weight_bytes
-            going.append(other)
-        await self._take_down(going)
+            going.append(other.resident)
+            other.resident = None
+        await self._gone(going)
 
-    async def _take_down(self, places: Iterable[_Place]) -> None:
-        """Lends them no more, and waits until nobody uses them: with that, their weights are gone."""
-        for place in places:
-            if place.loaded:
-                going, place.loaded = place.loaded, None
-                await _unused(going)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+    async def _gone(self, going: list[_Resident]) -> None:
+        """Waits until nobody uses them, and empties the list: with that, their weights are free."""
+        if not going:
+            return
+        while going:
+            await going[-1].users.gone()
+            model = going.pop().model
+            log.info("unloaded", model=model.name, digest=model.digest)
+            del model
+        if self._device.type == "cuda":  # which waits for what runs there
+            await asyncio.to_thread(torch.cuda.empty_cache)
 
 
-async def _unused(loaded: _Loaded) -> None:
-    while loaded.users:
-        loaded.left.clear()
-        await loaded.left.wait()
-    log.info("unloaded", model=loaded.model.name, digest=loaded.model.digest)
+def _unknown(name: str, known: dict[str, Any]) -> CamserveError:
+    if not name:
+        return InvalidArgument("name the model", field="model")
+    names = ", ".join(known)
+    return NotFound(f"there is no model {name!r}; there are: {names}", field="model", metadata={"known": names})
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """The result; whoever gives up waiting for it does not cancel it."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())
+    return await asyncio.shield(task)
+
+
+async def _on_a_thread(work: Callable[[], T]) -> T:
+    """Runs it on a thread that ends with it, and its OpenMP team too: see device/. The process does not wait for it."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(result)  # type: ignore[arg-type]
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 import time
@@ -9,11 +10,13 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from click.testing import Result
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -22,10 +25,14 @@ import camserve
 from camserve.cli import app
 from camserve.v1 import admin_pb2 as pb
 from camserve.v1.admin_pb2_grpc import AdminServiceStub
+from camserve_server import shelf as shelf_module
 from camserve_server.config import read
+from camserve_server.errors import ConfigError
 from camserve_server.service.server import Server
+from camserve_server.shelf import Shelf
 from tests import nets
 from tests.conftest import serving
+from tests.support import running as engine_running
 
 PICTURE = skimage.data.chelsea()
 TABLE = """
@@ -223,3 +230,117 @@ def test_the_command_line_of_operators(tmp_path: Path) -> None:
         done = ask("load", "a", server.address)
         assert done.exit_code == 1
         assert "is not for operators: give the address that admin_listen has" in done.stderr
+
+
+def test_a_load_that_fails_changes_nothing(tmp_path: Path) -> None:
+    """Neither a new model nor other settings of an old one are taken over before they have proved good."""
+    path = write(tmp_path, "a")
+    with running(path) as (_, client, admin):
+        good = path.read_text()
+        path.write_text(good + TABLE.format(name="broken").replace("tiny_cnn", "none"))
+        with pytest.raises(grpc.RpcError, match=r"models\.broken\.weights"):
+            admin.LoadModel(pb.LoadModelRequest(model="broken"))
+        assert states(client) == {"a": "ready"}
+        path.write_text(good.replace("tiny_cnn", "none"))
+        with pytest.raises(grpc.RpcError, match=r"models\.a\.source"):
+            admin.ReloadModel(pb.ReloadModelRequest(model="a"))
+        path.write_text(good)
+        assert client.explain(PICTURE, method="grad-cam").maps
+
+
+def test_what_an_operator_began_is_finished_without_him(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(write(tmp_path, "a", "b")) as (_, client, admin):
+        admin.UnloadModel(pb.UnloadModelRequest(model="b"))
+        slowly(monkeypatch, 1.0)
+        with pytest.raises(grpc.RpcError) as caught:
+            admin.LoadModel(pb.LoadModelRequest(model="b"), timeout=0.3)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        until = time.monotonic() + 20
+        while states(client)["b"] != "ready":
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert client.explain(PICTURE, model="b", method="grad-cam").maps
+
+
+def test_a_model_is_unloaded_even_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(write(tmp_path, "a", "b")) as (_, client, admin):
+        admin.UnloadModel(pb.UnloadModelRequest(model="b"))
+        slowly(monkeypatch, 0.5)
+        loading = admin.LoadModel.future(pb.LoadModelRequest(model="b"))
+        time.sleep(0.2)
+        admin.UnloadModel(pb.UnloadModelRequest(model="b"))
+        loading.result(timeout=20)
+        assert states(client) == {"a": "ready", "b": "unloaded"}
+
+
+def test_nothing_is_unloaded_for_want_of_a_name(tmp_path: Path) -> None:
+    with running(write(tmp_path, "a")) as (_, client, admin):
+        for call, request in [
+            (admin.LoadModel, pb.LoadModelRequest()),
+            (admin.ReloadModel, pb.ReloadModelRequest()),
+            (admin.UnloadModel, pb.UnloadModelRequest()),
+        ]:
+            with pytest.raises(grpc.RpcError, match="name the model") as caught:
+                call(request)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert states(client) == {"a": "ready"}
+
+
+def test_a_model_whose_table_is_gone_cannot_be_loaded_anew(tmp_path: Path) -> None:
+    with running(write(tmp_path, "a", "b")) as (_, client, admin):
+        write(tmp_path, "a")
+        with pytest.raises(grpc.RpcError) as caught:
+            admin.ReloadModel(pb.ReloadModelRequest(model="b"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert client.explain(PICTURE, model="b", method="grad-cam").maps
+
+
+def test_a_model_larger_than_the_bound_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a", max_model_bytes=9)
+    with pytest.raises(ConfigError, match="max_model_bytes: a alone has"), running(path):
+        pass
+
+
+def test_flags_hold_for_models_that_are_loaded_later(tmp_path: Path) -> None:
+    path = write(tmp_path, "a")
+    path.write_text(path.read_text().replace('device = "cpu"', 'device = "cuda:7"'))
+    with serving(read(path, device="cpu")) as server, grpc.insecure_channel(server.admin_address) as channel:
+        assert AdminServiceStub(channel).ReloadModel(pb.ReloadModelRequest(model="a")).model.state == "ready"
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Loads take so much longer from now on."""
+    load = shelf_module.load
+
+    def slow(*given: Any) -> Any:
+        time.sleep(seconds)
+        return load(*given)
+
+    monkeypatch.setattr(shelf_module, "load", slow)
+
+
+@pytest.mark.parametrize("ticks", range(8))
+def test_who_gives_up_at_any_moment_holds_nobody_up(tmp_path: Path, ticks: int) -> None:
+    """A caller that waits for a model is cancelled before, while and after it gets it; then another needs the room."""
+    each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
+    config = read(write(tmp_path, "a", "b", max_model_bytes=each))
+
+    async def use(shelf: Shelf, name: str) -> None:
+        async with shelf.lend(name) as loan:
+            assert loan.model.name == name
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        with engine_running() as engine:
+            shelf = Shelf(config, engine, torch.device("cpu"))
+            await shelf.fill()
+            waiting = asyncio.create_task(use(shelf, "b"))
+            while not shelf.loads["b"].done:
+                await asyncio.sleep(0)
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait_for(use(shelf, "a"), 20)
+            await asyncio.wait_for(use(shelf, "b"), 20)
+
+    asyncio.run(main())

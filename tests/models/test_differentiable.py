@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,11 +67,17 @@ def test_it_can_be_started(frozen: Model, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_sizes_that_do_not_fit_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def seconds(size: int) -> float:
+    def seconds(size: int) -> Generator[None, None, float]:
+        yield
         if size > 4:
             raise torch.OutOfMemoryError("no room")
         return 1.0
 
-    assert warmup._best(seconds, (1, 2, 4, 8), 0.95) == (4, 4.0)
+    def best(*sizes: int) -> Generator[None, None, None]:
+        found.append((yield from warmup._best(seconds, sizes, 0.95)))
+
+    found: list[tuple[int, float]] = []
+    assert len(list(best(1, 2, 4, 8))) == 4, "others have their turn before each batch"
+    assert found == [(4, 4.0)]
     with pytest.raises(torch.OutOfMemoryError):
-        warmup._best(seconds, (8, 16), 0.95)
+        list(best(8, 16))

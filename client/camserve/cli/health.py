@@ -7,7 +7,7 @@ import typer
 
 from camserve.cli.options import Server, asks
 from camserve.cli.show import errors_as_lines
-from camserve.transport import SERVICE
+from camserve.transport import SERVICE, credentials, proxy
 
 __all__ = ["health"]
 
@@ -23,10 +23,12 @@ def health(*, server: Server) -> None:
 
     No token is needed, and no certificate where `--address` is the server's `health_listen`.
     """
-    with errors_as_lines(), server.client() as client:  # whose own calls would wait for a server that is ready
-        credentials = client._credentials
-    channel = grpc.secure_channel(server.address, credentials) if credentials else grpc.insecure_channel(server.address)
-    with channel:
+    with errors_as_lines():
+        given = credentials(tls=server.tls, ca=server.ca, certificate=server.cert, key=server.key)
+    options = proxy(server.address)
+    with (
+        grpc.secure_channel(server.address, given, options) if given else grpc.insecure_channel(server.address, options)
+    ) as channel:
         check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
             "/grpc.health.v1.Health/Check", None, None
         )

@@ -21,21 +21,22 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self._servicer = servicer
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> pb.LoadModelResponse:
-        async with self._call("LoadModel", context) as shelf:
+        async with self._call("LoadModel", request.model, context) as shelf:
             return pb.LoadModelResponse(model=write.loaded_message(await shelf.load(request.model)))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.UnloadModelResponse:
-        async with self._call("UnloadModel", context) as shelf:
+        async with self._call("UnloadModel", request.model, context) as shelf:
             await shelf.unload(request.model)
             return pb.UnloadModelResponse()
 
     async def ReloadModel(self, request: pb.ReloadModelRequest, context: Context) -> pb.ReloadModelResponse:
-        async with self._call("ReloadModel", context) as shelf:
+        async with self._call("ReloadModel", request.model, context) as shelf:
             return pb.ReloadModelResponse(model=write.loaded_message(await shelf.reload(request.model)))
 
     @asynccontextmanager
-    async def _call(self, rpc: str, context: Context) -> AsyncIterator[Shelf]:
-        async with self._servicer.call(rpc, "", context):
+    async def _call(self, rpc: str, model: str, context: Context) -> AsyncIterator[Shelf]:
+        async with self._servicer.call(rpc, "", context) as call:
+            call.facts["model"] = model[:64]
             try:
                 yield self._servicer.loaded_shelf()
             except ConfigError as error:  # an operator may see what callers may not: it names files

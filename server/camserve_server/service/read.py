@@ -20,7 +20,7 @@ from camserve_server import boxes, registry
 from camserve_server.admission import Priority
 from camserve_server.config import Config
 from camserve_server.errors import InvalidArgument, OutOfRange, Unservable
-from camserve_server.explain import MethodCall, MetricCall
+from camserve_server.explain import MethodCall, MetricCall, rows_needed
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.pixels import check_size, decode, from_pixels
 from camserve_server.plan import Box, Image, Truth
@@ -85,7 +85,7 @@ def explain_request(request: pb.ExplainRequest, model: Model, config: Config) ->
         _budget(request.budget),
         _batch_sizes(request.batch_sizes, model),
         _truth(request, model),
-        _priority(request.priority),
+        priority(request.priority),
     )
 
 
@@ -113,16 +113,37 @@ def evaluate_request(request: pb.EvaluateRequest, model: Model, config: Config) 
         _budget(request.budget),
         _batch_sizes(request.batch_sizes, model),
         _truth(request, model),
-        _priority(request.priority),
+        priority(request.priority),
     )
 
 
-def _priority(name: str) -> Priority | None:
+def priority(name: str) -> Priority | None:
+    """None where nothing is asked for. Raises InvalidArgument."""
     if not name:
         return None
     if name not in get_args(Priority):
         raise InvalidArgument(f"it is {', '.join(get_args(Priority))} or empty, not {name!r}", field="priority")
     return cast(Priority, name)
+
+
+def rows_of_explain(request: pb.ExplainRequest, model: Model) -> int:
+    """The most rows that the request can take; its image is not looked at. Raises as explain_request does."""
+    model, targets = model.at(request.precision), _targets(request, model)
+    metrics = _metrics(request.metrics, request.method.seed, "method")
+    maps = targets if isinstance(targets, int) else len(targets)
+    return _within(request.budget, rows_needed(model, _method(request.method, model), metrics, maps))
+
+
+def rows_of_evaluate(request: pb.EvaluateRequest, model: Model) -> int:
+    """The same of an evaluation."""
+    model = model.at(request.precision)
+    method = _method(request.method, model) if request.HasField("method") else None
+    metrics = _metrics(request.metrics, request.seed, request.WhichOneof("subject") or "method")
+    return _within(request.budget, rows_needed(model, method, metrics, 1))
+
+
+def _within(budget: int, rows: int) -> int:
+    return min(rows, budget) if budget > 0 else rows
 
 
 def _at_most(limit: int, values: Sequence[object], field: str) -> None:

@@ -18,7 +18,7 @@ from camserve_server import registry
 from camserve_server.allocator import keep_memory
 from camserve_server.config import Config, TLSConfig
 from camserve_server.engine import Engine
-from camserve_server.errors import ConfigError
+from camserve_server.errors import CamserveError, ConfigError
 from camserve_server.models.model import Model
 from camserve_server.service.admin import AdminServicer
 from camserve_server.service.bounds import Bounds
@@ -37,6 +37,10 @@ ONE_A_PORT = ("grpc.so_reuseport", 0)  # a second server on the port is an error
 KEEPALIVE = (  # clients ping every 30 s; by default gRPC would hang up on who does so more than every five minutes
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # And we them: who has vanished without a word shall not be waited for.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 # Clients look for new replicas when they connect; what runs on an old connection is finished on it.
 CONNECTION_AGE = ("grpc.max_connection_age_ms", 600_000)
@@ -76,7 +80,9 @@ class Server:
             reflection.enable_server_reflection([SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME], self._grpc)
         self._probes = grpc.aio.server(options=[ONE_A_PORT])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
-        self._admin = grpc.aio.server(interceptors=[Guard(config, self._metrics), Bounds()], options=[ONE_A_PORT])
+        self._admin = grpc.aio.server(
+            interceptors=[Guard(config, self._metrics), Bounds()], options=[ONE_A_PORT, *KEEPALIVE]
+        )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._servicer), self._admin)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._admin)
 
@@ -91,6 +97,8 @@ class Server:
         if self.config.metrics_listen is not None:
             self._metrics_listener = Listener(self._metrics.registry, self.config.metrics_listen)
             self.metrics_address = self._metrics_listener.address
+        if self.config.admin_listen is not None:
+            self.admin_address = _bind(self._admin, "admin_listen", self.config.admin_listen, self.config.tls)
         await self._grpc.start()
         device = pick_device(self.config.device)
         if self.config.threads is not None:
@@ -101,7 +109,6 @@ class Server:
         await shelf.fill()
         self._servicer.shelf = shelf
         if self.config.admin_listen is not None:
-            self.admin_address = _bind(self._admin, "admin_listen", self.config.admin_listen, self.config.tls)
             await self._admin.start()
         self._health.set(SERVICE, SERVING)
         log.info("ready", address=self.address, models=[*self.models], methods=sorted(registry.METHODS))
@@ -156,9 +163,9 @@ async def run(config: Config, ready: Callable[[Server], None]) -> int:
     except asyncio.CancelledError:
         await server.stop(0)
         return 0
-    except ConfigError:
+    except (CamserveError, ConfigError) as error:
         await server.stop(0)
-        raise
+        raise ConfigError(str(error)) from error
     _on(loop, signals, stopping.set)
     ready(server)
     server.engine.died.add_done_callback(lambda _: loop.call_soon_threadsafe(stopping.set))

@@ -22,7 +22,7 @@ from camserve.v1 import explain_pb2_grpc
 from camserve_server import registry
 from camserve_server.config import Config
 from camserve_server.engine import Engine
-from camserve_server.errors import CamserveError, Cancelled, InternalError, Unavailable
+from camserve_server.errors import CamserveError, Cancelled, Expired, InternalError, Unavailable
 from camserve_server.explain import Explained, explain, limits, rows_needed
 from camserve_server.job import Event, Job, Progress
 from camserve_server.plan import Level, Randomised, Remark, Stage
@@ -30,13 +30,14 @@ from camserve_server.service import bounds, read, security, status, traces, writ
 from camserve_server.service.call import Call, Context
 from camserve_server.service.prometheus import Metrics, known_method
 from camserve_server.service.read import Asked
-from camserve_server.shelf import Shelf
+from camserve_server.shelf import Loan, Shelf
 
 if TYPE_CHECKING:
     from camserve_server.service.spans import Traces
 
 PROGRESS_EVERY_S = 0.1
 HEARTBEAT_S = 15.0
+CLOCKS_DIFFER_S = 0.01
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -99,8 +100,8 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             methods = [method for _, method in sorted(registry.METHODS.items())]
             if not request.model:
                 return pb.ListMethodsResponse(methods=[write.method_message(m, None) for m in methods])
-            async with self.loaded_shelf().lend(request.model) as model:
-                return pb.ListMethodsResponse(methods=[write.method_message(m, model) for m in methods])
+            async with self.loaded_shelf().lend(request.model) as loan:
+                return pb.ListMethodsResponse(methods=[write.method_message(m, loan.model) for m in methods])
 
     async def ListMetrics(self, request: pb.ListMetricsRequest, context: Context) -> pb.ListMetricsResponse:
         async with self.call("ListMetrics", "", context):
@@ -114,10 +115,11 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
     ) -> AsyncIterator[pb.ExplainStreamResponse]:
         async with (
             self.call(rpc, request.request_id, context, request.method.name) as call,
-            self.loaded_shelf().lend(request.model) as model,
+            self.loaded_shelf().lend(request.model) as loan,
         ):
-            asked = await self._in_thread(read.explain_request, request, model, self._config)
-            async for event in self._run(asked, call):
+            self._look(call, request.priority, read.rows_of_explain(request, loan.model))
+            asked = await self._in_thread(read.explain_request, request, loan.model, self._config)
+            async for event in self._run(asked, call, loan):
                 match event:
                     case pb.Progress():
                         yield pb.ExplainStreamResponse(progress=event)
@@ -136,10 +138,11 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
     ) -> AsyncIterator[pb.EvaluateStreamResponse]:
         async with (
             self.call(rpc, request.request_id, context, request.method.name) as call,
-            self.loaded_shelf().lend(request.model) as model,
+            self.loaded_shelf().lend(request.model) as loan,
         ):
-            asked = await self._in_thread(read.evaluate_request, request, model, self._config)
-            async for event in self._run(asked, call):
+            self._look(call, request.priority, read.rows_of_evaluate(request, loan.model))
+            asked = await self._in_thread(read.evaluate_request, request, loan.model, self._config)
+            async for event in self._run(asked, call, loan):
                 match event:
                     case pb.Progress():
                         yield pb.EvaluateStreamResponse(progress=event)
@@ -151,8 +154,16 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                         )
                         yield pb.EvaluateStreamResponse(result=response)
 
-    async def _run(self, asked: Asked, call: Call) -> AsyncIterator[pb.Progress | Picture | _Done]:
-        """Runs the request's plan. Yields pictures, progress now and then, and at the end what came of it."""
+    def _look(self, call: Call, priority: str, rows: int) -> None:
+        """Refuses what would be refused anyway, before its image costs anything."""
+        caller, allowed = security.rights(call.context, self._config, read.priority(priority))
+        self._engine.look(rows, caller, allowed)
+
+    async def _run(self, asked: Asked, call: Call, loan: Loan) -> AsyncIterator[pb.Progress | Picture | _Done]:
+        """Runs the request's plan. Yields pictures, progress now and then, and at the end what came of it.
+
+        The loan ends with the plan, however long the caller takes to read the answer.
+        """
         engine, loop = self._engine, asyncio.get_running_loop()
         events: asyncio.Queue[Sent] = asyncio.Queue()
 
@@ -187,6 +198,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         # A job that is done is not cancelled by it.
         call.context.add_done_callback(lambda *_: engine.cancel(job))  # type: ignore[arg-type]
         job.future.add_done_callback(lambda _: tell(None))
+        job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(loan.end))
         call.facts |= {"model": model.name, "method": method.method.name if method else ""}
 
         remarks: list[str] = []
@@ -219,8 +231,11 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         call = Call(rpc, context, request_id[: read.MAX_REQUEST_ID], known_method(method))
         trace_id = self._traces.start(call) if self._traces else traces.callers_trace(context)
         known = {"trace_id": trace_id} if trace_id else {}
+        deadline = _deadline(context)
         failure: CamserveError | None = None
         try:
+            if name := security.caller(context):
+                call.facts["caller"] = name
             call.request_id = read.request_id(request_id)
             structlog.contextvars.bind_contextvars(request_id=call.request_id, **known)
             if self.draining:
@@ -234,8 +249,9 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         except Exception:
             log.exception("bug", rpc=rpc)
             failure = InternalError("an internal error; the server's log says more under this request's id")
-        except BaseException:
-            failure = Cancelled("the caller went away")
+        except BaseException:  # gRPC cancels the task for both
+            late = deadline is not None and time.monotonic() >= deadline - CLOCKS_DIFFER_S
+            failure = Expired("the deadline passed") if late else Cancelled("the caller went away")
             raise
         finally:
             code = failure.code if failure else "OK"
