@@ -166,6 +166,8 @@ def _tls(ca: bytes | None, key: bytes | None, certificate: bytes | None) -> grpc
         raise InvalidArgument(
             "no PEM, or the key is encrypted or of another certificate", field="certificate"
         ) from error
+    except OSError:  # nowhere to write: what is wrong with them will show in the handshake
+        pass
     return grpc.ssl_channel_credentials(ca, key, certificate)
 
 

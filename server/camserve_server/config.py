@@ -28,10 +28,20 @@ Numbers = Annotated[tuple[float, ...], AfterValidator(_one_or_three)]
 NumbersAbove0 = Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_one_or_three)]
 
 
-class ModelConfig(BaseModel):
-    """One `[[models]]` table. Relative paths are looked up beside the configuration file."""
+class _Table(BaseModel):
+    """A table that names files. Relative paths are looked up beside the configuration file."""
 
     model_config = ConfigDict(extra="forbid")
+
+    _folder: Path = Path()
+
+    def resolve(self, path: str) -> Path:
+        """The path, looked up beside the configuration file."""
+        return self._folder / path
+
+
+class ModelConfig(_Table):
+    """One `[[models]]` table."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="What callers ask for.")]
     source: Annotated[
@@ -89,8 +99,6 @@ class ModelConfig(BaseModel):
         int | None, Field(ge=1, le=1024, description="Of every lane; measured at warm-up if left out.")
     ] = None
 
-    _folder: Path = Path()
-
     @model_validator(mode="before")
     @classmethod
     def _know_the_embedded_one(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -107,10 +115,6 @@ class ModelConfig(BaseModel):
         if self.classes is not None and not self.source.startswith(("timm:", "torchvision:")):
             raise ValueError("classes: only networks of torchvision and timm are made for a number of classes")
         return self
-
-    def resolve(self, path: str) -> Path:
-        """The path, looked up beside the configuration file."""
-        return self._folder / path
 
     @property
     def weights_file(self) -> Path | None:
@@ -131,10 +135,8 @@ class ModelConfig(BaseModel):
             raise ConfigError(f"{where}: {self.weights} is another file: its sha256 is {found}")
 
 
-class TLSConfig(BaseModel):
-    """The `[tls]` table. Relative paths are looked up beside the configuration file."""
-
-    model_config = ConfigDict(extra="forbid")
+class TLSConfig(_Table):
+    """The `[tls]` table."""
 
     certificate: Annotated[
         str, Field(description="A PEM file: the server's certificate, then those between it and the CA.")
@@ -152,17 +154,11 @@ class TLSConfig(BaseModel):
         ),
     ] = None
 
-    _folder: Path = Path()
-
     @model_validator(mode="after")
     def _know_subjects_by_their_certificates(self) -> Self:
         if self.allowed_subjects is not None and self.client_ca is None:
             raise ValueError("allowed_subjects: without client_ca no caller shows a certificate")
         return self
-
-    def resolve(self, path: str) -> Path:
-        """The path, looked up beside the configuration file."""
-        return self._folder / path
 
 
 class TokenConfig(BaseModel):
@@ -292,10 +288,8 @@ def read(path: Path | None = None, **flags: Any) -> Config:
     config.models = config.models or [embedded()]
     config._file, config._flags = path, flags
     folder = path.parent if path else Path()
-    for model in config.models:
-        model._folder = folder
-    if config.tls is not None:
-        config.tls._folder = folder
+    for table in (*config.models, *([config.tls] if config.tls else [])):
+        table._folder = folder
     return config
 
 

@@ -326,6 +326,12 @@ def test_a_token_goes_to_this_machine_in_plaintext(servicer, address, pixels):
         assert servicer.metadata["authorization"] == "Bearer secret"
 
 
+def test_what_goes_to_this_machine_takes_no_detour(servicer, address, pixels, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with camserve.Client(address, token="secret", timeout=20) as client:
+        assert client.explain(pixels).maps
+
+
 @pytest.mark.parametrize(
     ("address", "may"),
     [

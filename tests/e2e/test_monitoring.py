@@ -8,7 +8,9 @@ import re
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +124,26 @@ def test_codes_and_methods_are_those_that_there_are(watched: Server, client: cam
     ):
         assert after.sum("camserve_requests_total", **labels) == 1 + before.sum("camserve_requests_total", **labels)
     assert not [labels for _, labels in after if "made-up" in dict(labels).values()]
+
+
+def test_deadlines_that_pass_are_told_from_callers_that_leave(watched: Server, client: camserve.Client) -> None:
+    asked: dict[str, Any] = {"method": "occlusion", "parameters": {"stride": 1}, "timeout": 0.4}
+
+    def ended(code: str) -> float:
+        return Scrape(watched).sum("camserve_requests_total", rpc="Explain", method="occlusion", code=code)
+
+    def ask(_: int) -> bool:
+        try:
+            return bool(client.explain(CAT, **asked).maps)
+        except camserve.DeadlineExceeded:
+            return False
+
+    before = {code: ended(code) for code in ("OK", "DEADLINE_EXCEEDED", "CANCELLED")}
+    with ThreadPoolExecutor(24) as pool:
+        late = [*pool.map(ask, range(24))].count(False)
+    assert late, "more than can be done in that time"
+    eventually(lambda: ended("OK") + ended("DEADLINE_EXCEEDED") == 24 + before["OK"] + before["DEADLINE_EXCEEDED"])
+    assert ended("CANCELLED") == before["CANCELLED"]
 
 
 def test_gauges_rise_under_load_and_return_to_zero(watched: Server, client: camserve.Client) -> None:

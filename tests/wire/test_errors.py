@@ -428,4 +428,9 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         assert refused.reason == "QUEUE_FULL"
         assert refused.retry_after_s is not None
         assert refused.retry_after_s > 0
+        # At once: a picture that nobody will explain is not even looked at.
+        hopeless = calls.explain(b"no picture", method="opti-cam", parameters={"steps": 500}).request
+        with pytest.raises(grpc.RpcError) as caught:
+            ExplainServiceStub(channel).Explain(hopeless)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         stream.close()
