@@ -269,7 +269,7 @@ def test_nothing_is_kept_for_ever(gateway: Opened) -> None:
         os.utime(dead / "reason.json", (0, 0))
     with gateway(rules=[{"ignore": True}]) as running:
         assert running.entries("dead") == []
-        assert running.events()[-1] == "deleted"
+        assert "deleted" in running.events()
         until(running.idle)  # its rule is gone
 
 

@@ -154,9 +154,10 @@ def test_a_failure_stays_at_home(server: Server) -> None:
 @pytest.mark.slow
 def test_the_embedded_model_at_its_own_size() -> None:
     """224×224: a trained network names what is in a photograph, and what the map shows first is what it needs."""
-    config = Config(listen="127.0.0.1:0", models=[embedded().model_copy(update={"batch_size": 2})])
+    config = Config(listen="127.0.0.1:0", models=[embedded().model_copy(update={"batch_size": 1})])
+    metrics = {"insertion": {"steps": 32}, "deletion": {"steps": 32}}
     with serving(config) as server, camserve.Client(server.address, timeout=300) as client:
-        e = client.explain(skimage.data.camera(), method="opti-cam", metrics=["insertion", "deletion"])
+        e = client.explain(skimage.data.camera(), method="opti-cam", metrics=metrics)
     assert e.target.label == "tripod"
     assert e.scores["insertion"] > e.scores["deletion"] + 0.2
     assert e.saliency[60:180, 60:160].mean() > 2 * e.saliency[:60, 160:].mean(), "the photographer, not the sky"
