@@ -21,7 +21,8 @@ def serve(
         log_to_stderr(settings)
         return asyncio.run(run(settings, _say_ready))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return 2
 
 

@@ -23,7 +23,7 @@ def check(path: Path | None) -> tuple[list[tuple[str, str]], list[str]]:
     try:
         config = read(path)
     except ConfigError as error:
-        return [], [str(error)]
+        return [], str(error).splitlines()
     return [*_understood(config)], [*_wrong(config)]
 
 

@@ -276,7 +276,7 @@ class Config(BaseSettings):
 def read(path: Path | None = None, **flags: Any) -> Config:
     """The configuration from a file, the environment and those `flags` that are not None.
 
-    Raises ConfigError, naming the key at fault.
+    Raises ConfigError, with a line for each fault that names its key.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
@@ -284,7 +284,7 @@ def read(path: Path | None = None, **flags: Any) -> Config:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     except ValidationError as error:
-        raise ConfigError("; ".join(_line(detail, data) for detail in error.errors())) from error
+        raise ConfigError("\n".join(_line(detail, data) for detail in error.errors())) from error
     config.models = config.models or [embedded()]
     config._file, config._flags = path, flags
     folder = path.parent if path else Path()

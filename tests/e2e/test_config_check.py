@@ -37,6 +37,7 @@ def test_a_made_token_is_one_that_the_server_knows(options: list[str]) -> None:
     [table] = tomllib.loads(said[said.index("[[tokens]]") :])["tokens"]
     assert table == {"name": "triage", "sha256": hashed(secret), **({"admin": True} if options else {})}
     assert TokenConfig(**table).admin == bool(options)
+    assert "letters, digits" in run("token", "a b").stderr
 
 
 CONFIG = f"""
@@ -131,6 +132,12 @@ def test_what_is_wrong_is_named_before_it_is_served(config: Path, old: str, new:
 def test_all_faults_are_listed_at_once(config: Path) -> None:
     config.write_text(config.read_text().replace("labels.txt", "none.txt").replace("server.pem", "none.pem"))
     assert run("config", "check", "--config", config).stderr.count("error: ") == 2
+    config.write_text(config.read_text() + "batch_size = 0\nno_such_key = 1\n")
+    said = run("config", "check", "--config", config).stderr.splitlines()
+    assert [line.split(": ")[:2] for line in said] == [
+        ["error", "models.tiny.batch_size"],
+        ["error", "models.tiny.no_such_key"],
+    ]
 
 
 @pytest.mark.parametrize("key", ["certificate", "key"])

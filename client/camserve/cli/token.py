@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from typing import Annotated
 
@@ -16,6 +17,8 @@ def token(
     admin: Annotated[bool, typer.Option("--admin", help="Also let it load and unload models.")] = False,
 ) -> None:
     """Make a bearer token: it is shown once, and the server's configuration has only its hash."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise typer.BadParameter("letters, digits, '.', '_' and '-', 64 of them at most", param_hint="NAME")
     made = f"camserve_{secrets.token_urlsafe(32)}"  # so that scanners of leaked secrets can know it
     typer.echo("The token, for the caller alone. It is not shown again:")
     typer.echo(f"\n{made}\n")
