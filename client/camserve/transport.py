@@ -103,7 +103,7 @@ class Connection:
                 bearer = grpc.access_token_call_credentials(token)
                 self._credentials = grpc.composite_channel_credentials(self._credentials, bearer)
         elif token:
-            if not _is_this_machine(address):
+            if not is_this_machine(address):
                 raise InvalidArgument(
                     f"a token goes to {address} only by TLS, or anybody on the way could read it: give tls or ca",
                     field="token",
@@ -141,7 +141,7 @@ def credentials(
 
 def proxy(address: str) -> list[tuple[str, Any]]:
     """Options of a channel: what goes to this machine, in plaintext perhaps, takes no detour."""
-    return [("grpc.enable_http_proxy", 0)] if _is_this_machine(address) else []
+    return [("grpc.enable_http_proxy", 0)] if is_this_machine(address) else []
 
 
 def _read(pem: Pem | None) -> bytes | None:
@@ -171,7 +171,7 @@ def _tls(ca: bytes | None, key: bytes | None, certificate: bytes | None) -> grpc
     return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
-def _is_this_machine(address: str) -> bool:
+def is_this_machine(address: str) -> bool:
     """Whether nothing that is sent to the address, in any of gRPC's forms, leaves this machine."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True

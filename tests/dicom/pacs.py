@@ -90,6 +90,7 @@ class Pacs:
         self.before: Callable[[Dataset], int | None] = lambda dataset: None
         self.commits = "same"
         self.asked: list[str] = []
+        self.hangs_up = False  # after the next object
         self.gateway = ""
         self._ae = AE("PACS")
         self._ae.supported_contexts = AllStoragePresentationContexts
@@ -125,6 +126,10 @@ class Pacs:
             return status
         self.stores.append(str(dataset.SOPInstanceUID))
         self.kept.setdefault(str(dataset.SOPInstanceUID), event.encoded_dataset())
+        if self.hangs_up:
+            self.hangs_up = False
+            self._answers.append(threading.Timer(0.02, event.assoc.abort))  # type: ignore[arg-type]
+            self._answers[-1].start()
         return status or 0
 
     def _action(self, event: Any) -> tuple[int, None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -213,6 +214,43 @@ def test_a_pacs_that_knows_the_gateway_not(gateway: Opened, pacs: Pacs) -> None:
         assert send(running.address, image()) == [0]
         until(running.dead)
         assert "rejects the association" in running.dead()[0]["reason"]
+
+
+def test_a_pacs_that_hangs_up_between_two_objects(gateway: Opened, pacs: Pacs) -> None:
+    pacs.hangs_up = True
+    with gateway(rules=[{**RULE, "outputs": ["sc", "sr"]}]) as running:
+        assert send(running.address, image()) == [0]
+        until(running.idle)
+        assert len(pacs.kept) == 2
+        assert running.dead() == []
+
+
+def test_what_the_pacs_lacks_is_not_forgotten_by_a_kill(gateway: Opened, pacs: Pacs) -> None:
+    """The process was killed when it had taken back what the PACS did not commit itself to, but not moved it on."""
+    pacs.commits = "never"
+    with gateway() as running:
+        assert send(running.address, image()) == [0]
+        until(lambda: pacs.asked)
+    [entry] = running.entries("stored")
+    [sent] = (entry / "sent").iterdir()
+    sent.rename(entry / "results" / sent.name)
+    pacs.commits = "same"
+    with gateway() as running:
+        until(running.idle)
+        assert len(pacs.stores) == 2
+        assert running.events()[-1] == "committed"
+
+
+def test_no_new_results_where_there_is_hardly_room_for_old_ones(gateway: Opened, pacs: Pacs) -> None:
+    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}) as running:
+        assert send(running.address, image()) == [0]
+    with gateway(min_free_bytes=1 << 60) as running:
+        time.sleep(1)
+        assert len(running.entries("inbox")) == 1
+        assert "explained" not in running.events()
+    with gateway() as running:
+        until(running.idle)
+        assert len(pacs.kept) == 1
 
 
 def test_no_commitment_no_end(gateway: Opened, pacs: Pacs) -> None:

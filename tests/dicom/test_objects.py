@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -60,6 +61,7 @@ SOURCES = {
     "CR, MONOCHROME1": lambda: stored("RG1_UNCR.dcm"),
     "CR, other hand": lambda: stored("RG3_UNCR.dcm"),
     "CT": lambda: stored("CT_small.dcm"),
+    "mammogram": lambda: image(ramp(200, 150), Modality="MG", BodyPartExamined="BREAST", ImageLaterality="R"),
     "ultrasound": lambda: stored("US1_UNCR.dcm"),
     "ultrasound, frames": multi_frame,
     "MR, frames": lambda: stored("emri_small.dcm"),
@@ -363,3 +365,29 @@ def test_a_map_of_nothing_makes_objects_too():
     assert not objects["seg"].pixel_array.any()
     assert "GraphicObjectSequence" not in objects["gsps"].GraphicAnnotationSequence[0]
     assert objects["sc"].StudyInstanceUID == STUDY
+
+
+def test_which_side_it_is_is_kept():
+    for kind, each in made(image(ramp(), BodyPartExamined="BREAST", ImageLaterality="R")).items():
+        if kind in ("sc", "pm"):
+            assert (each.ImageLaterality, "Laterality" in each) == ("R", False)
+
+
+def test_another_label_is_another_object():
+    source = image(ramp())
+    picture = dicom.read(source)
+    of = explanation(picture.pixels)
+    other = dataclasses.replace(of, target=dataclasses.replace(of.target, label="pneumothorax"))
+    uids = {str(dicom.objects(each, picture, ("sr",))["sr"].SOPInstanceUID) for each in (of, other)}
+    assert len(uids) == 2
+
+
+def test_nothing_of_a_header_is_in_what_is_printed():
+    picture = dicom.read(image(ramp()))
+    assert SECRETS["PatientName"] not in repr(picture)
+
+
+@pytest.mark.parametrize("spacing", [["0.5"], ["0", "0.5"]])
+def test_odd_spacing_is_none(spacing):
+    each = made(image(ramp(), PixelSpacing=spacing))["sc"]
+    assert "PixelSpacing" not in each

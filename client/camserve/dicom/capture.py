@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pydicom import Dataset
+from pydicom.multival import MultiValue
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from camserve.dicom import overlay
@@ -61,4 +62,5 @@ def description(derivation: Derivation) -> str:
 def _spacing(shown: Picture) -> float | None:
     """Millimetres from pixel to pixel of the picture, which are square; None where the header does not say."""
     spacing = shown.source.get("PixelSpacing")
-    return min(map(float, spacing)) if spacing else None
+    given = [float(each) for each in spacing] if isinstance(spacing, MultiValue) else []
+    return min(given) if len(given) == 2 and min(given) > 0 else None

@@ -61,7 +61,7 @@ class Derivation:
                 "frame": self.picture.frame,
                 "model": [receipt.model, receipt.model_digest, receipt.precision],
                 "method": [receipt.method, receipt.parameters, receipt.layers, receipt.seed, receipt.budget],
-                "target": self.explanation.target.index,
+                "target": [self.explanation.target.index, self.explanation.target.label],
                 "preprocessing": [receipt.preprocessing, self.picture.steps, self.picture.box],
                 "metrics": self.metrics or sorted(self.explanation.scores),
                 "check": self.check,

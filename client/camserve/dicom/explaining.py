@@ -6,7 +6,7 @@ import asyncio
 import functools
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,7 +43,7 @@ class DicomExplanation:
 
     explanation: Explanation
     picture: Picture
-    objects: dict[str, Dataset]
+    objects: dict[str, Dataset] = field(repr=False)
     withheld: str
 
     def save(self, folder: str | PathLike[str], stem: str | None = None) -> list[Path]:

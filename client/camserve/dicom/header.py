@@ -51,7 +51,7 @@ _CARRIED = (
     "TimezoneOffsetFromUTC",
 )  # fmt: skip
 _OF_SERIES = ("BodyPartExamined", "Laterality")
-_OF_IMAGE = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
+_OF_IMAGE = ("ImageLaterality", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 # In the order of their series' numbers.
 _NUMBERS = {"sc": 9001, "sr": 9002, "pm": 9003, "seg": 9004, "gsps": 9005}
 _NAMES = {"sc": "overlay", "sr": "report", "pm": "map", "seg": "segmentation", "gsps": "annotation"}
@@ -83,9 +83,9 @@ def finished(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
         if name not in result:
             setattr(result, name, None)
     _carry(source, result, _OF_SERIES)
-    _laterality(result, kind)
     if "PixelData" in result or "FloatPixelData" in result:
         _carry(source, result, _OF_IMAGE)
+    _laterality(result, kind, source)
     result.SeriesInstanceUID = derivation.uid(f"{kind}/series")
     result.SOPInstanceUID = derivation.uid(kind)
     result.SeriesNumber, result.InstanceNumber = _NUMBERS[kind], 1
@@ -100,10 +100,14 @@ def finished(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
     return _written(result)
 
 
-def _laterality(result: Dataset, kind: str) -> None:
+def _laterality(result: Dataset, kind: str, source: Dataset) -> None:
     """Type 2C: of paired body parts, empty where it is not known whether it is one; these two kinds have none."""
     if kind in ("sr", "seg"):
         result.pop("Laterality", None)
+    elif "ImageLaterality" in result:
+        result.pop("Laterality", None)  # one of them, not both
+    elif source.get("ImageLaterality"):  # which a presentation state has not
+        result.Laterality = source.ImageLaterality
     elif "BodyPartExamined" not in result and "Laterality" not in result:
         result.Laterality = None
 

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, BinaryIO, Literal, TypeAlias
 
@@ -51,8 +51,8 @@ class Picture:
     `content` is the box of what is not background, in pixels of the picture.
     """
 
-    pixels: NDArray[np.uint8]
-    source: Dataset
+    pixels: NDArray[np.uint8] = field(repr=False)
+    source: Dataset = field(repr=False)  # nothing of it in a log
     frame: int
     steps: tuple[str, ...]
     box: Box

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from camserve.dicom.derivation import DEFAULT_CHECK, check_metrics
+from camserve.transport import is_this_machine
 
 __all__ = ["Config", "ConfigError", "PacsConfig", "Rule", "ServerConfig", "TLSConfig", "read"]
 
@@ -204,6 +205,9 @@ class Config(_Table):
             raise ValueError("pacs.tls: give [tls] with the files for it")
         secured = {"listen": self.tls is not None, "monitor_listen": False, "pacs.address": self.pacs.tls}
         addresses = {"listen": self.listen, "monitor_listen": self.monitor_listen, "pacs.address": self.pacs.address}
+        server = self.server
+        if not (server.tls or server.ca or server.certificate or is_this_machine(server.address)):
+            secured["server.address"], addresses["server.address"] = False, server.address
         if self.pacs.stow_url is not None and self.pacs.stow_url.startswith("http:"):
             host = self.pacs.stow_url.removeprefix("http://").partition("/")[0]
             secured["pacs.stow_url"], addresses["pacs.stow_url"] = False, host if ":" in host else f"{host}:80"

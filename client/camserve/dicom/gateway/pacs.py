@@ -62,6 +62,8 @@ class Dimse:
                     answer = association.send_c_store(each)
                 except ValueError as error:
                     raise Dead("the PACS takes no such object", str(error)) from error
+                except RuntimeError as error:
+                    raise Later("the PACS has ended the association") from error
                 if "Status" not in answer:
                     raise Later("no answer of the PACS")
                 is_stored(answer.Status)
@@ -82,6 +84,8 @@ class Dimse:
                 )
             except ValueError as error:
                 raise Dead("the PACS knows no storage commitment", str(error)) from error
+            except RuntimeError as error:
+                raise Later("the PACS has ended the association") from error
             if "Status" not in answer:
                 raise Later("no answer of the PACS")
             if answer.Status == NOT_NOW:

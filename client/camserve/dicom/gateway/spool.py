@@ -97,6 +97,7 @@ class Spool:
     def take(self, name: str, files: Mapping[str, bytes]) -> bool:
         """Puts an object into the inbox, for good. False where it is under way already."""
         if any((self.folder(stage) / name).exists() for stage in (Stage.inbox, Stage.outbox, Stage.stored)):
+            _sync(self.folder(Stage.inbox))  # whoever put it there may not have come to that yet
             return False
         new = self._aside(name)
         try:

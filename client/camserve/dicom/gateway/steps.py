@@ -42,6 +42,8 @@ class Explaining:
 
     def __call__(self, entry: Path) -> None:
         """Explains what is in the entry. Raises Later or Dead."""
+        if self._spool.free_bytes() < self._config.min_free_bytes:
+            raise Later("the disk is full")  # what is left is for results that are there
         begun = int(load(entry / "begun.json").get("times", 0))
         if begun >= MOST_BEGUN:
             (entry / "begun.json").unlink()  # so that it can be tried again by hand
@@ -138,6 +140,10 @@ class Commitment:
     def __call__(self, entry: Path) -> None:
         """Asks for the commitment, unless an answer may still come. Raises Later or Dead."""
         assert self.pacs is not None
+        if any((entry / "results").glob("*.dcm")):  # killed while what the PACS lacks was taken back
+            (entry / "transaction.json").unlink(missing_ok=True)
+            self._spool.move(entry, Stage.outbox)
+            return
         asked = load(entry / "transaction.json")
         left_s = asked.get("time", 0.0) + self._timeout_s - time.time()
         if 0 < left_s <= self._timeout_s:
@@ -173,7 +179,7 @@ class Commitment:
                 for file in sorted((entry / "sent").glob("*.dcm"))
                 if references(file).ReferencedSOPInstanceUID not in set(there) - failed.keys()
             ]
-            if not lacking:
+            if not lacking and not any((entry / "results").glob("*.dcm")):
                 self._audit.write("committed", object=entry.name)
                 self._spool.remove(entry)
             else:

@@ -117,7 +117,7 @@ class Work:
     def _put_off(self, entry: Path, reason: str, after_s: float | None) -> None:
         with self._lock:
             _, tried = self._later.get(entry.name, (0.0, 0))
-            wait_s = min(FIRST_WAIT_S * 2**tried, LONGEST_WAIT_S) if after_s is None else after_s
+            wait_s = min(FIRST_WAIT_S * 2 ** min(tried, 30), LONGEST_WAIT_S) if after_s is None else after_s
             # A wait that was asked for is no failure.
             self._later[entry.name] = (time.monotonic() + wait_s, tried + (after_s is None))
         said = {"object": entry.name, "stage": self._stage.value, "reason": reason, "wait_s": round(wait_s, 1)}
