@@ -108,9 +108,10 @@ def test_no_result_is_explained_again(gateway: Opened, pacs: Pacs) -> None:
         for attribute in ("Rows", "Columns", "PixelData"):
             delattr(report, attribute)
         derived = image(2, ImageType=["DERIVED", "SECONDARY"])
-        assert send(running.address, own, report, derived) == [0, 0, 0]
+        raw = image(3, PresentationIntentType="FOR PROCESSING")
+        assert send(running.address, own, report, derived, raw) == [0, 0, 0, 0]
         dropped = [line["reason"] for line in running.audit() if line["event"] == "dropped"]
-        assert dropped == ["own", "no image", "derived"]
+        assert dropped == ["own", "no image", "derived", "for processing"]
         assert running.idle()
         assert running.events().count("explained") == 1
 

@@ -9,6 +9,7 @@ from io import BytesIO
 from typing import Any, cast
 
 from pydicom import Dataset, dcmread
+from pydicom.uid import ParametricMapStorage, RTDoseStorage, SegmentationStorage
 from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # type: ignore[attr-defined]
@@ -29,9 +30,13 @@ UNREADABLE = 0xC000
 INVALID_VALUE = 0x0115
 
 # What the rules ask for, and the loop guard.
+# They have rows, but show nobody.
+_NO_PICTURES = (SegmentationStorage, ParametricMapStorage, RTDoseStorage)
 _HEADER = [
+    "SOPClassUID",
     "SOPInstanceUID",
     "ImageType",
+    "PresentationIntentType",
     "Modality",
     "BodyPartExamined",
     "Rows",
@@ -155,8 +160,10 @@ class Receiver:
         equipment = [header, *header.get("ContributingEquipmentSequence", [])]
         if any(each.get("Manufacturer") == "camserve" for each in equipment):
             return "own"
-        if "Rows" not in header:
+        if "Rows" not in header or header.get("SOPClassUID") in _NO_PICTURES:
             return "no image"
+        if header.get("PresentationIntentType") == "FOR PROCESSING":  # the one for presentation comes as well
+            return "for processing"
         if [*header.get("ImageType", [])][:2] == ["DERIVED", "SECONDARY"]:
             return "derived"
         if self._config.rule(*described(header), caller) is None:
