@@ -391,3 +391,17 @@ def test_nothing_of_a_header_is_in_what_is_printed():
 def test_odd_spacing_is_none(spacing):
     each = made(image(ramp(), PixelSpacing=spacing))["sc"]
     assert "PixelSpacing" not in each
+
+
+def test_a_presentation_state_shows_pixels_as_wide_as_they_are():
+    [area] = made(image(ramp(), PixelSpacing=["0.5", "1"]))["gsps"].DisplayedAreaSelectionSequence
+    assert [*area.PresentationPixelAspectRatio] == [500, 1000]
+    [area] = made(image(ramp()))["gsps"].DisplayedAreaSelectionSequence
+    assert [*area.PresentationPixelAspectRatio] == [1, 1]
+
+
+def test_a_class_is_one_of_a_model():
+    found = [item for item in made(image(ramp()))["sr"].iterall() if item.value == "class-3"]
+    assert found
+    versions = [item.value for item in made(image(ramp()))["sr"].iterall() if item.keyword == "CodingSchemeVersion"]
+    assert "ab" * 8 in versions

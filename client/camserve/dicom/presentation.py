@@ -67,7 +67,8 @@ def presentation_state(derivation: Derivation) -> Dataset:
         "graphic_layers": [layer],
     }
     if not str(source.PhotometricInterpretation).startswith("MONOCHROME"):
-        return restored(pr.ColorSoftcopyPresentationState(**given, icc_profile=_srgb()), derivation)
+        colour = pr.ColorSoftcopyPresentationState(**given, icc_profile=_srgb())
+        return restored(_as_wide(colour, source), derivation)
     header = grey.of_frame(source, derivation.picture.frame)
     for name in _LUTS:
         element = grey.readable(header, name)
@@ -76,7 +77,16 @@ def presentation_state(derivation: Derivation) -> Dataset:
     inverse = source.PhotometricInterpretation == "MONOCHROME1"
     shape = PresentationLUTTransformation(presentation_lut_shape="INVERSE" if inverse else "IDENTITY")
     state = pr.GrayscaleSoftcopyPresentationState(**given, presentation_lut_transformation=shape)
-    return restored(state, derivation)
+    return restored(_as_wide(state, header), derivation)
+
+
+def _as_wide(state: Dataset, header: Dataset) -> Dataset:
+    """Pixels are shown as wide and high as they are; highdicom takes them to be square."""
+    aspect = grey.pixel_aspect(header)
+    if aspect != 1:
+        for area in state.DisplayedAreaSelectionSequence:
+            area.PresentationPixelAspectRatio = [round(1000 * aspect), 1000]
+    return state
 
 
 def _srgb() -> bytes:

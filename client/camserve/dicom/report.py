@@ -33,7 +33,13 @@ def structured_report(derivation: Derivation) -> Dataset:
         tracking_identifier=sr.TrackingIdentifier(
             derivation.uid("tracking"), f"{receipt.method} class {explanation.target.index}"
         ),
-        finding_type=_code(f"class-{explanation.target.index}", derivation.label),
+        # A class is what a model means by its index.
+        finding_type=Code(
+            f"class-{explanation.target.index}",
+            SCHEME,
+            derivation.label[:64],
+            receipt.model_digest.removeprefix("sha256:")[:16],
+        ),
         algorithm_id=sr.AlgorithmIdentification(
             name=receipt.method,
             version=receipt.versions.get("camserve") or "unknown",
