@@ -159,9 +159,11 @@ class Pacs:
             report.FailedSOPSequence = failed
         return report
 
-    def answer_now(self) -> None:
-        """To the last that was asked for, in an association of its own."""
-        self._anew(None, self._report(self._said))
+    def answer_now(self, transaction: str | None = None) -> None:
+        """To that, or the last that was asked for, in an association of its own."""
+        report = self._report(self._said)
+        report.TransactionUID = transaction or report.TransactionUID
+        self._anew(None, report)
 
     def _same(self, association: Any, report: Dataset) -> None:
         time.sleep(0.05)  # after the answer to what was asked

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
+import struct
 import time
 import urllib.error
 import urllib.request
@@ -16,8 +19,10 @@ from typing import Any, Protocol
 import pytest
 from pydicom.uid import BasicTextSRStorage
 
+from camserve.dicom.gateway import steps, work
 from camserve.dicom.gateway.config import Config, ConfigError
 from camserve.dicom.gateway.process import Gateway
+from camserve.errors import InternalError
 from camserve_server.service.server import Server
 from tests.dicom.gateways import RULE, Spooled, opened
 from tests.dicom.pacs import NAME, Pacs, free_port, image, listening, send, until
@@ -242,6 +247,44 @@ def test_what_the_pacs_lacks_is_not_forgotten_by_a_kill(gateway: Opened, pacs: P
         assert running.events()[-1] == "committed"
 
 
+def test_a_fault_of_the_server_passes_or_is_given_up(
+    gateway: Opened, pacs: Pacs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explain, times = steps.explain, 0
+
+    def faulty(*given: Any, **options: Any) -> Any:
+        nonlocal times
+        times += 1
+        if times <= faults:
+            raise InternalError("a fault")
+        return explain(*given, **options)
+
+    monkeypatch.setattr(steps, "explain", faulty)
+    monkeypatch.setattr(work, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(work, "LONGEST_WAIT_S", 0.1)
+    faults = 3
+    with gateway() as running:
+        assert send(running.address, image()) == [0]
+        until(running.idle)
+        assert len(pacs.kept) == 1
+        faults, times = 99, 0
+        assert send(running.address, image(1)) == [0]
+        until(running.dead)
+        assert (running.dead()[0]["reason"], times) == ("InternalError", 10)
+
+
+def test_nobody_fills_the_memory_by_a_single_message(gateway: Opened) -> None:
+    with gateway() as running, socket.create_connection(parsed(running.address), timeout=10) as peer:
+        peer.sendall(struct.pack(">BBL", 1, 0, 1 << 31) + bytes(4096))
+        with contextlib.suppress(ConnectionResetError):
+            assert peer.recv(1) == b"", "the gateway hangs up before it has read it"
+
+
+def parsed(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
 def test_no_new_results_where_there_is_hardly_room_for_old_ones(gateway: Opened, pacs: Pacs) -> None:
     with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}) as running:
         assert send(running.address, image()) == [0]
@@ -274,6 +317,17 @@ def test_a_commitment_that_is_not_answered_is_asked_for_again(gateway: Opened, p
         assert len(pacs.stores) == 1
         pacs.commits = "same"
         until(lambda: "committed" in running.events())
+
+
+def test_an_archive_may_answer_what_was_asked_first(gateway: Opened, pacs: Pacs) -> None:
+    pacs.commits = "later"
+    with gateway(pacs={"commitment_timeout_s": 0.5}) as running:
+        pacs.gateway = running.address
+        assert send(running.address, image()) == [0]
+        until(lambda: len(pacs.asked) == 2)
+        pacs.answer_now(pacs.asked[0])
+        until(lambda: "committed" in running.events())
+        until(running.idle)
 
 
 def test_what_cannot_be_explained_is_given_up_with_the_reason(gateway: Opened, pacs: Pacs) -> None:

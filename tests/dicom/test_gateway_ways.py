@@ -171,7 +171,7 @@ def test_stow_stores_in_the_end(tmp_path: Path, tiny: Server, web: Web, answers:
 @pytest.mark.parametrize(
     ("status", "answer", "reason"),
     [
-        (403, {}, "HTTP 403"),
+        (400, {}, "HTTP 400"),
         (409, {}, "HTTP 409, and not why"),
         (202, said("00081198", "00081197", 0x0110), "status 0x0110"),
     ],

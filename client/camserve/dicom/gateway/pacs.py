@@ -117,6 +117,8 @@ class Dimse:
                 raise Dead(f"the PACS rejects the association: source {said.result_source}, reason {said.diagnostic}")
             raise Later("the PACS rejects the association for now")
         if association.acceptor.primitive is not None:  # it answered, and accepts none of what was proposed
+            if contexts[0][0] == StorageCommitmentPushModel:
+                raise Dead("the PACS knows no storage commitment: set commitment = false")
             raise Dead("the PACS takes no such object")
         raise Later("no connection to the PACS")
 
@@ -155,7 +157,7 @@ class Stow:
     def store(self, files: Sequence[Path], stored: Callable[[Path, int], None]) -> None:
         """As Pacs says."""
         status, answer = self._post(files)
-        if status in (408, 429) or status >= 500:
+        if status in (401, 403, 408, 429) or status >= 500:  # an operator can renew what has expired
             raise Later(f"HTTP {status}")
         if status not in (200, 202, 409):
             raise Dead(f"HTTP {status}")

@@ -29,9 +29,11 @@ OTHER_OBJECT = 0xA900
 UNREADABLE = 0xC000
 INVALID_VALUE = 0x0115
 
-# What the rules ask for, and the loop guard.
+# 16 KB are what it says it takes; some send more.
+MOST_PDU_BYTES = 1 << 20
 # They have rows, but show nobody.
 _NO_PICTURES = (SegmentationStorage, ParametricMapStorage, RTDoseStorage)
+# What the rules ask for, and the loop guard.
 _HEADER = [
     "SOPClassUID",
     "SOPInstanceUID",
@@ -103,10 +105,19 @@ class Receiver:
     # ---- handlers, each on the thread of its association ------------------------------------------------------------
 
     def _connected(self, event: evt.Event) -> None:
-        """Lets no one stop within a message for ever."""
+        """Lets no one stop within a message for ever, nor announce one that would fill the memory."""
         socket = event.assoc.dul.socket
-        if socket is not None and socket.socket is not None:
-            socket.socket.settimeout(self._config.idle_s)
+        if socket is None or socket.socket is None:
+            return
+        socket.socket.settimeout(self._config.idle_s)
+        receive = socket.recv
+
+        def bounded(count: int) -> bytearray:
+            if count > MOST_PDU_BYTES:  # pynetdicom would read it whole, whatever it said it takes
+                raise OSError("a protocol data unit is too long")
+            return receive(count)
+
+        socket.recv = bounded  # type: ignore[assignment, method-assign]
 
     def _bounded(self, event: evt.Event) -> None:
         """Aborts an object that is too large while it comes in."""

@@ -28,10 +28,18 @@ __all__ = ["Commitment", "Delivery", "Explaining"]
 # reasons is hardly killed so often while it explains the same object.
 MOST_BEGUN = 10
 MOST_UNCOMMITTED = 3
+# A fault of the server may be its own, and pass, or the image's.
+MOST_FAILED = 10
 # How long an association is held open for the answer to a storage commitment; later ones come in their own.
 ANSWER_WAIT_S = 1.0
 # What passes by itself, or by an operator's hand, without the object being to blame.
-_PASSING = (errors.Unavailable, errors.DeadlineExceeded, errors.Cancelled, errors.Unauthenticated)
+_PASSING = (
+    errors.Unavailable,
+    errors.DeadlineExceeded,
+    errors.Cancelled,
+    errors.Unauthenticated,
+    errors.PermissionDenied,
+)
 
 
 class Explaining:
@@ -72,6 +80,12 @@ class Explaining:
                 raise Dead(error.reason or type(error).__name__, str(error)) from error
             raise Later(type(error).__name__, error.retry_after_s) from error
         except errors.CamserveError as error:
+            # Of a code without a class of its own nobody knows what it means.
+            if isinstance(error, errors.InternalError) or type(error) is errors.CamserveError:
+                failed = int(load(entry / "failed.json").get("times", 0)) + 1
+                save(entry / "failed.json", {"times": failed % MOST_FAILED})  # so that it can be tried again by hand
+                if failed < MOST_FAILED:
+                    raise Later(type(error).__name__) from error
             raise Dead(error.reason or type(error).__name__, str(error)) from error
         seconds = round(time.monotonic() - started, 3)
         shutil.rmtree(entry / "results", ignore_errors=True)  # of an earlier time, to which the process was killed
@@ -150,8 +164,7 @@ class Commitment:
             raise Later("the answer of the PACS is awaited", left_s)
         transaction = str(generate_uid(None))
         save(entry / "transaction.json", {"transaction": transaction, "time": time.time()})
-        with self._lock:
-            self._asked.pop(asked.get("transaction", ""), None)
+        with self._lock:  # an answer to an earlier one may come yet: archives take their time
             self._asked[transaction] = entry
         try:
             self.pacs.commit(sorted((entry / "sent").glob("*.dcm")), transaction, lambda: self._wait(transaction))
@@ -184,7 +197,7 @@ class Commitment:
                 self._spool.remove(entry)
             else:
                 self._store_again(entry, lacking, sorted(set(failed.values())))
-            del self._asked[transaction]
+            self._asked = {each: of for each, of in self._asked.items() if of != entry}
             return True
 
     def _store_again(self, entry: Path, lacking: list[Path], reasons: list[int]) -> None:
