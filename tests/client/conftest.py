@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,13 +17,11 @@ import PIL.Image
 import pytest
 import skimage.data
 from google.protobuf import struct_pb2
-from grpc_health.v1.health import HealthServicer
 from grpc_health.v1.health_pb2 import HealthCheckResponse
-from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_health.v1.health_pb2_grpc import HealthServicer, add_HealthServicer_to_server
 
 import camserve
 from camserve.images import MAX_MESSAGE_BYTES
-from camserve.transport import SERVICE
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceServicer, add_ExplainServiceServicer_to_server
 
@@ -202,19 +201,35 @@ def servicer() -> Servicer:
     return Servicer()
 
 
+class Health(HealthServicer):
+    """The state of all services. grpcio's own may wait for ever for a watcher that has just left."""
+
+    def __init__(self) -> None:
+        self.state = HealthCheckResponse.SERVING
+
+    def Check(self, request: object, context: grpc.ServicerContext) -> HealthCheckResponse:
+        return HealthCheckResponse(status=self.state)
+
+    def Watch(self, request: object, context: grpc.ServicerContext) -> Iterator[HealthCheckResponse]:
+        told = None
+        while context.is_active():
+            if self.state != told:
+                told = self.state
+                yield HealthCheckResponse(status=told)
+            time.sleep(0.02)
+
+
 @contextmanager
 def listening(
     servicer: Servicer,
     credentials: grpc.ServerCredentials | None = None,
-    health: HealthServicer | None = None,
+    health: Health | None = None,
 ) -> Iterator[str]:
     """The address of a server that answers with the servicer."""
-    if health is None:
-        health = HealthServicer()
-        health.set(SERVICE, HealthCheckResponse.SERVING)
-    server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
+    # A watcher of health takes a thread.
+    server = grpc.server(ThreadPoolExecutor(32), options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
     add_ExplainServiceServicer_to_server(servicer, server)
-    add_HealthServicer_to_server(health, server)
+    add_HealthServicer_to_server(health or Health(), server)
     anywhere = "127.0.0.1:0"
     port = server.add_secure_port(anywhere, credentials) if credentials else server.add_insecure_port(anywhere)
     server.start()

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import trustme
 from click.testing import Result
-from grpc_health.v1.health import HealthServicer
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from typer.testing import CliRunner
 
@@ -25,7 +24,7 @@ from camserve import transport
 from camserve.cli import app
 from camserve_server.errors import QueueFull, TooLarge, Unavailable
 from camserve_server.service import status
-from tests.client.conftest import Servicer, listening
+from tests.client.conftest import Health, Servicer, listening
 
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
@@ -145,9 +144,7 @@ def until(holds: Any) -> None:
 
 
 def test_calls_go_in_turn_to_the_servers_that_are_ready():
-    servicers, healths = [Servicer(), Servicer()], [HealthServicer(), HealthServicer()]
-    for health in healths:
-        health.set(transport.SERVICE, SERVING)
+    servicers, healths = [Servicer(), Servicer()], [Health(), Health()]
     with contextlib.ExitStack() as stack:
         addresses = [
             stack.enter_context(listening(servicer, health=health))
@@ -163,7 +160,7 @@ def test_calls_go_in_turn_to_the_servers_that_are_ready():
             return [len(servicer.requests) for servicer in servicers]
 
         until(lambda: asked() == [5, 5])
-        healths[0].set(transport.SERVICE, NOT_SERVING)
+        healths[0].state = NOT_SERVING
         until(lambda: asked() == [0, 10])
 
         async def ask() -> None:
@@ -174,11 +171,11 @@ def test_calls_go_in_turn_to_the_servers_that_are_ready():
         servicers[1].requests.clear()
         asyncio.run(ask())
         assert len(servicers[1].requests) == 10
-        healths[1].set(transport.SERVICE, NOT_SERVING)
+        healths[1].state = NOT_SERVING
         time.sleep(0.3)
         with pytest.raises(camserve.Unavailable, match="loading its models, or draining"):
             client.models(timeout=10)
-        healths[0].set(transport.SERVICE, SERVING)
+        healths[0].state = SERVING
         until(lambda: [*map(bool, asked())] == [True, False])
 
 

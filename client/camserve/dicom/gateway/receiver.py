@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from collections.abc import Callable
@@ -9,8 +10,28 @@ from io import BytesIO
 from typing import Any, cast
 
 from pydicom import Dataset, dcmread
-from pydicom.uid import ParametricMapStorage, RTDoseStorage, SegmentationStorage
-from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, evt
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    ParametricMapStorage,
+    RLELossless,
+    RTDoseStorage,
+    SegmentationStorage,
+)
+from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # type: ignore[attr-defined]
 
@@ -29,6 +50,26 @@ OTHER_OBJECT = 0xA900
 UNREADABLE = 0xC000
 INVALID_VALUE = 0x0115
 
+# What can be decoded, the surest first: a PACS that has it otherwise may send it as one of these.
+_READ = [
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    RLELossless,
+    JPEGLSLossless,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLossless,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEGLSNearLossless,
+    JPEG2000,
+    HTJ2K,
+    JPEGBaseline8Bit,
+]
+if importlib.util.find_spec("libjpeg"):  # which is GPL, and nobody's who has not installed it
+    _READ.append(JPEGExtended12Bit)
 # 16 KB are what it says it takes; some send more.
 MOST_PDU_BYTES = 1 << 20
 # They have rows, but show nobody.
@@ -72,7 +113,7 @@ class Receiver:
         self._ae.network_timeout = self._ae.acse_timeout = self._ae.dimse_timeout = config.idle_s
         self._ae.supported_contexts = AllStoragePresentationContexts
         for context in self._ae.supported_contexts:
-            context.transfer_syntax = ALL_TRANSFER_SYNTAXES  # type: ignore[assignment]
+            context.transfer_syntax = _READ  # type: ignore[assignment]
         self._ae.add_supported_context(Verification)
         self._ae.add_supported_context(StorageCommitmentPushModel, scu_role=True, scp_role=True)
 
