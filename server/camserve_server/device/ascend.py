@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from camserve_server.device.work import Part, batch, check_differentiable, spans_of
 from camserve_server.models.model import Model
@@ -14,20 +14,21 @@ from camserve_server.plan import Ascend, Ascent
 
 
 class Ascending:
-    """Adam (Kingma and Ba 2015, algorithm 1) on T variables side by side. Row i·T + t is step i of variable t."""
+    """T variables, moved side by side. Row i·T + t is step i of variable t."""
 
     layers: tuple[str, ...] = ()
-    beta1, beta2, epsilon = 0.9, 0.999, 1e-8
 
     def __init__(self, query: Ascend, model: Model) -> None:
         self._query = query
         self.least = query.least
+        self.rate = query.rate
         self._count = len(query.u0)
         self.rows = query.steps * self._count
         self.width = self._count
         self._u = [u.detach().clone() for u in query.u0]
         self._m = [torch.zeros_like(u) for u in self._u]
         self._v = [torch.zeros_like(u) for u in self._u]
+        self._steps = [torch.zeros((), dtype=torch.float32, device=u.device) for u in self._u]
         self._history: list[list[Tensor]] = [[] for _ in self._u]
         self._halted = [False] * self._count
         self._leaves: dict[int, Tensor] = {}
@@ -48,24 +49,26 @@ class Ascending:
         """Of each row, the variable to be moved."""
         return [self._leaves.pop(i) for i in range(start, stop)]
 
-    def move(self, row: int, objective: Tensor, gradient: Tensor) -> None:
-        """Step `row` // T of variable `row` % T, unless it has halted."""
-        t, step = row % self._count, row // self._count + 1
-        if self._halted[t] or len(self._history[t]) >= step:  # the latter: a batch that is tried again
-            return
-        history = [*self._history[t], objective.detach()]
+    def seen(self, row: int) -> bool:
+        """Whether step `row` // T of variable `row` % T is over: it has halted, or the batch is tried again."""
+        t = row % self._count
+        return self._halted[t] or len(self._history[t]) > row // self._count
+
+    def halts(self, row: int, objective: Tensor) -> bool:
+        """Whether the variable is to stay where it is, now that it has had this objective."""
         halt = self._query.halt
-        u, m, v = self._u[t], self._m[t], self._v[t]
-        halted = halt is not None and halt([float(value) for value in history])
-        if not halted:
-            m = m.lerp(-gradient, 1 - self.beta1)
-            v = (v * self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-            scale = math.sqrt(1 - self.beta2**step)
-            denominator = (v.sqrt() / scale).add_(self.epsilon)
-            u = u.addcdiv(m, denominator, value=-self._query.rate / (1 - self.beta1**step))
-        # All at once: what has failed half-way is tried again from where it was.
-        self._u[t], self._m[t], self._v[t], self._history[t] = u, m, v, history
-        self._halted[t] = halted or step == self._query.steps
+        return halt is not None and halt([float(value) for value in (*self._history[row % self._count], objective)])
+
+    def state(self, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The variable, its two moments, and how many steps these have had."""
+        t = row % self._count
+        return self._u[t], self._m[t], self._v[t], self._steps[t]
+
+    def note(self, row: int, objective: Tensor, halted: bool) -> None:
+        """That the step is over."""
+        t = row % self._count
+        self._history[t].append(objective.detach())
+        self._halted[t] = halted or len(self._history[t]) == self._query.steps
 
     def answered(self) -> bool:
         return all(self._halted)
@@ -88,6 +91,39 @@ def run_ascend(model: Model, parts: Sequence[Part], size: int) -> None:
         objectives = [o for work, part, (start, stop) in each for o in work.objectives(part.start, logits[start:stop])]
         leaves = [u for work, part in zip(works, parts, strict=True) for u in work.leaves(part.start, part.stop)]
         gradients = torch.autograd.grad(torch.stack(objectives).sum(), leaves)
-    moves = [(work, row) for work, part in zip(works, parts, strict=True) for row in range(part.start, part.stop)]
-    for (work, row), objective, gradient in zip(moves, objectives, gradients, strict=True):
-        work.move(row, objective, gradient)
+    rows = [(work, row) for work, part in zip(works, parts, strict=True) for row in range(part.start, part.stop)]
+    seen = [(*at, y, g) for at, y, g in zip(rows, objectives, gradients, strict=True) if not at[0].seen(at[1])]
+    halted = [work.halts(row, objective) for work, row, objective, _ in seen]
+    # Nothing before here has changed a work: a batch that fails is tried again from where it was.
+    moving: dict[float, list[tuple[Tensor, ...]]] = {}
+    for (work, row, _, gradient), halts in zip(seen, halted, strict=True):
+        if not halts:
+            moving.setdefault(work.rate, []).append((gradient, *work.state(row)))
+    for rate, variables in moving.items():
+        _ascend(rate, variables)
+    for (work, row, objective, _), halts in zip(seen, halted, strict=True):
+        work.note(row, objective, halts)
+
+
+def _ascend(rate: float, variables: Sequence[Sequence[Tensor]]) -> None:
+    """A step of Adam (Kingma and Ba 2015, algorithm 1) upwards, in place, in one kernel for all variables.
+
+    Each is (gradient, variable, first moment, second moment, steps so far).
+    """
+    gradients, us, ms, vs, steps = ([*values] for values in zip(*variables, strict=True))
+    adam(
+        us,
+        gradients,
+        ms,
+        vs,
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=0.9,
+        beta2=0.999,
+        lr=rate,
+        weight_decay=0.0,
+        eps=1e-8,
+        maximize=True,
+    )

@@ -97,6 +97,9 @@ class PacsConfig(_Table):
     tls: Annotated[bool, Field(description="Call it by TLS, with the files of [tls].")] = False
     commitment: Annotated[bool, Field(description="Delete results only once the PACS commits itself to them.")] = True
     commitment_timeout_s: Annotated[float, Field(gt=0, description="After which it is asked again.")] = 3600.0
+    commitment_ae_title: Annotated[
+        AETitle | None, Field(description="With which it says what it has committed itself to, if not its own.")
+    ] = None
     stow_url: Annotated[
         str | None, Field(pattern="^https?://.+$", description="Of DICOMweb's studies, instead of `address`.")
     ] = None
@@ -113,6 +116,11 @@ class PacsConfig(_Table):
         if self.address is not None and self.ae_title is None:
             raise ValueError("ae_title: a PACS that is called by DIMSE has one")
         return self
+
+    @property
+    def committers(self) -> set[str]:
+        """AE titles that may say what the PACS has committed itself to."""
+        return {*filter(None, (self.ae_title, self.commitment_ae_title))}
 
     @property
     def commits(self) -> bool:
@@ -179,6 +187,7 @@ class Config(_Table):
     monitor_listen: Annotated[Address | None, Field(description="HOST:PORT of /health and /metrics, in plaintext.")] = (
         None
     )
+    monitor_insecure: Annotated[bool, Field(description="Let other machines reach monitor_listen.")] = False
     insecure: Annotated[bool, Field(description="Let images leave and enter this machine without TLS.")] = False
     callers: Annotated[list[AETitle], Field(min_length=1, description="AE titles that may send images.")]
     max_associations: Annotated[Positive, Field(description="At a time.")] = 10
@@ -203,8 +212,8 @@ class Config(_Table):
     def _keep_plaintext_at_home(self) -> Self:
         if self.pacs.tls and self.tls is None:
             raise ValueError("pacs.tls: give [tls] with the files for it")
-        secured = {"listen": self.tls is not None, "monitor_listen": False, "pacs.address": self.pacs.tls}
-        addresses = {"listen": self.listen, "monitor_listen": self.monitor_listen, "pacs.address": self.pacs.address}
+        secured = {"listen": self.tls is not None, "pacs.address": self.pacs.tls}
+        addresses = {"listen": self.listen, "pacs.address": self.pacs.address}
         server = self.server
         if not (server.tls or server.ca or server.certificate or is_this_machine(server.address)):
             secured["server.address"], addresses["server.address"] = False, server.address
@@ -217,6 +226,15 @@ class Config(_Table):
                     f"{key}: {address} is beyond this machine, and there is no TLS; give [tls], use 127.0.0.1, or set "
                     "insecure = true if you trust the network"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _keep_the_monitor_at_home(self) -> Self:
+        if self.monitor_listen is not None and not self.monitor_insecure and not _is_loopback(self.monitor_listen):
+            raise ValueError(
+                f"monitor_listen: {self.monitor_listen} can be reached from other machines, and what it answers is "
+                "plaintext; listen on 127.0.0.1, or set monitor_insecure = true if you trust the network"
+            )
         return self
 
     def rule(self, modality: str, body_part: str, caller: str) -> Rule | None:

@@ -107,8 +107,7 @@ class Receiver:
         self._ae = AE(config.ae_title)
         self._ae.require_called_aet = True
         # A PACS that may not send still has to say what it has committed itself to.
-        callers = {*config.callers, *filter(None, [config.pacs.ae_title])}
-        self._ae.require_calling_aet = sorted(callers)
+        self._ae.require_calling_aet = sorted({*config.callers, *config.pacs.committers})
         self._ae.maximum_associations = config.max_associations
         self._ae.network_timeout = self._ae.acse_timeout = self._ae.dimse_timeout = config.idle_s
         self._ae.supported_contexts = AllStoragePresentationContexts
@@ -225,7 +224,7 @@ class Receiver:
     def answered(self, event: evt.Event) -> int:
         """The PACS says what became of a storage commitment, in this association or in that which asked for it."""
         peer = event.assoc.requestor if event.assoc.is_acceptor else event.assoc.acceptor
-        if peer.ae_title.strip() != self._config.pacs.ae_title:
+        if peer.ae_title.strip() not in self._config.pacs.committers:
             return NOT_AUTHORISED
         said = event.event_information
         there = [str(item.ReferencedSOPInstanceUID) for item in said.get("ReferencedSOPSequence", [])]
