@@ -95,6 +95,9 @@ class ModelConfig(_Table):
             description="Compute convolutions and the batch norms after them in one step; but for rounding, the same."
         ),
     ] = True
+    compile: Annotated[
+        bool, Field(description="Compile the forward pass at load, by torch.compile: on CPUs it needs a C++ compiler.")
+    ] = False
     batch_size: Annotated[
         int | None, Field(ge=1, le=1024, description="Of every lane; measured at warm-up if left out.")
     ] = None

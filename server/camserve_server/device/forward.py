@@ -185,7 +185,9 @@ def run_forward(model: Model, parts: Sequence[Part], size: int) -> None:
                     changed[start:stop] = new
         return changed
 
-    with hooks(model, dict.fromkeys(layer for work in works for layer in work.layers), see):
-        logits = model.module(X).to(model.dtype)
+    layers = dict.fromkeys(layer for work in works for layer in work.layers)
+    with hooks(model, layers, see):
+        forward = model.module if layers or model.bare is None else model.bare
+        logits = forward(X).to(model.dtype)
     for work, part, (start, stop) in zip(works, parts, spans, strict=True):
         work.take(part.start, part.stop, logits[start:stop])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from camserve_server.device import Lane, Part, run
 from camserve_server.errors import OutOfMemory
 from camserve_server.models.model import LaneKind, Model
+
+IN_FLIGHT = 2  # batches that a GPU has been given and not done: enough to be never idle, and a cancel waits for no more
 
 
 class Runner:
@@ -21,6 +24,7 @@ class Runner:
         self._padded = padded
         self._halved = halved
         self._fits: dict[tuple[str, LaneKind], int] = {}  # largest batch, once memory has run out
+        self._given: deque[torch.cuda.Event] = deque()
 
     def fitting(self, lane: str, kind: LaneKind, size: int) -> int:
         """`size` rows, or as many as have been found to fit."""
@@ -38,6 +42,7 @@ class Runner:
         """Runs the parts together; if that fails, each alone. Returns the failures by the part's id."""
         try:
             self._run(model, lane, parts)
+            self._wait(model.device)
             return {}
         except Exception as error:
             if len(parts) == 1:
@@ -46,6 +51,14 @@ class Runner:
         for part in parts:
             failures |= self.run(model, lane, [part])
         return failures
+
+    def _wait(self, device: torch.device) -> None:
+        """Until a GPU has done all batches but the last few."""
+        if device.type == "cuda":
+            self._given.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+            self._given[-1].record(torch.cuda.current_stream(device))
+            if len(self._given) > IN_FLIGHT:
+                self._given.popleft().synchronize()
 
     def _run(self, model: Model, lane: Lane, parts: list[Part]) -> None:
         """Runs the parts as one batch or, where that does not fit into memory, as halves of it."""

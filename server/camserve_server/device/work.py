@@ -20,7 +20,8 @@ from camserve_server.plan import INPUT, Sum, Summed
 class Lane:
     """Works of one lane share batches: the same model, passes, batch size, and layers to differentiate.
 
-    `copy` is the request whose own copy of the model it is; 0 for the model itself.
+    `copy` is the request whose own copy of the model it is; 0 for the model itself. `bare` are those that look at no
+    layer, where the model has a way of its own for them: their bits must not depend on who shares a batch.
     """
 
     model: str
@@ -28,6 +29,7 @@ class Lane:
     size: int
     layers: tuple[str, ...] = ()
     copy: int = 0
+    bare: bool = False
 
 
 class Work(Protocol):
@@ -98,6 +100,12 @@ def batch(model: Model, rows: list[Tensor], size: int) -> Tensor:
     if missing:
         rows = [*rows, rows[0].new_zeros(missing, *rows[0].shape[1:])]
     return torch.cat(rows).to(model.device, model.arithmetic, memory_format=torch.channels_last)
+
+
+def set_arithmetic(model: Model) -> None:
+    """Has a GPU compute in TF32 or not: torch's own default has it on for convolutions, off for the rest."""
+    if model.device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = model.precision == "tf32"
 
 
 def check_differentiable(model: Model, logits: Tensor) -> None:

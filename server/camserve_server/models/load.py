@@ -72,6 +72,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         attention_grid=found.attention_grid,
         folded=folded,
         random_weights=config.allow_random_weights and config.weights is None,
+        compile=config.compile,
     )
     made: dict[Precision, Model] = {each: _at(model, each) for each in (precision, *others)}
     main = made.pop(precision)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -31,7 +31,8 @@ class Model:
     the input has `attention_prefix` tokens, the class token first, and then `attention_grid`. `folded` names the
     convolutions that also compute the batch norm after them, and that batch norm: they cannot be named. `others` are
     the same model at other precisions. `serial` is another each time that it is loaded. `batch_sizes` and, where they
-    were measured, `rows_per_s` are set at warm-up, one for each lane.
+    were measured, `rows_per_s` are set at warm-up, one for each lane; so is `bare`, where there is a faster way forward
+    than the module's for batches in which nobody looks at a layer. `compile` asks for one.
     """
 
     name: str
@@ -58,6 +59,8 @@ class Model:
     serial: int = field(default_factory=itertools.count(1).__next__)
     batch_sizes: dict[LaneKind, int] = field(default_factory=dict)
     rows_per_s: dict[LaneKind, float] = field(default_factory=dict)
+    compile: bool = False
+    bare: Callable[[Tensor], Tensor] | None = None
 
     @property
     def arithmetic(self) -> torch.dtype:
@@ -101,12 +104,18 @@ class Model:
             at = gap.weight.data_ptr()
             name = next(name for name, weight in self.module.named_parameters() if weight.data_ptr() == at)
             gap = replace(gap, weight=module.get_parameter(name).flatten(1))
-        return replace(self, module=module, gap=gap, **changes)
+        return replace(self, module=module, gap=gap, bare=None, **changes)
 
     def image(self, tensor: Tensor) -> Image:
         """A preprocessed [C, H, W] on the model's device, in its precision, with its normalisation."""
         values = (tensor, Preprocessing.column(self.preprocessing.mean), Preprocessing.column(self.preprocessing.std))
-        return Image(*(value.to(self.device, self.dtype) for value in values))
+        return Image(*(self._moved(value.to(self.dtype)) for value in values))
+
+    def _moved(self, values: Tensor) -> Tensor:
+        """To the device; from pinned memory a copy need not wait for what runs there."""
+        if self.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[..., classes] logits → probabilities of the same shape, float64, so that 1 − p keeps its digits."""
