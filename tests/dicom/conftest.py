@@ -1,17 +1,25 @@
-"""What tests of the gateway share."""
+"""What tests of DICOM share: callers of the client's tests, a PACS, and a gateway to it."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import socketserver
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from camserve.dicom.gateway import steps, work
 from camserve_server.config import Config, ModelConfig
 from camserve_server.service.server import Server
+from tests.client.conftest import address, client, servicer
 from tests.conftest import serving
+from tests.dicom.gateways import Opened, config, opened
+from tests.dicom.pacs import Pacs, listening
+
+__all__ = ["address", "client", "servicer"]
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +41,28 @@ def broken_associations() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def no_idle_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listeners end at once, instead of within half a second; what failed is soon tried again."""
+    monkeypatch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.01,))
+    monkeypatch.setattr(work, "FIRST_WAIT_S", 0.1)
+
+
+@pytest.fixture
+def no_answers_in_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a PACS that answers storage commitments in associations of its own, or not at all."""
+    monkeypatch.setattr(steps, "ANSWER_WAIT_S", 0.02)
+
+
+@pytest.fixture
+def pacs() -> Iterator[Pacs]:
+    with listening() as pacs:
+        yield pacs
+
+
+@pytest.fixture
+def gateway(tmp_path: Path, tiny: Server, pacs: Pacs) -> Opened:
+    """Opens a gateway between the server and the PACS."""
+    return lambda **given: opened(config(tmp_path, tiny, pacs, **given))

@@ -7,13 +7,17 @@ import os
 import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from camserve.dicom.gateway.config import Config
 from camserve.dicom.gateway.process import Gateway
+from camserve_server.service.server import Server
+from tests.dicom.pacs import Pacs, free_port
 
 ROOT = Path(__file__).parents[2]
 RULE = {"model": "tiny", "method": "grad-cam", "outputs": ["sc"], "check": "insertion>=0"}
@@ -43,6 +47,44 @@ class Spooled:
     def dead(self) -> list[dict[str, Any]]:
         """Why entries were given up."""
         return [json.loads((entry / "reason.json").read_text()) for entry in self.entries("dead")]
+
+
+class Opened(Protocol):
+    """Opens a gateway with those keys."""
+
+    def __call__(self, **given: Any) -> AbstractContextManager[Spooled]: ...
+
+
+def config(tmp_path: Path, tiny: Server, there: Pacs, **given: Any) -> Config:
+    """Of a gateway between the two, which the PACS is told of."""
+    there.gateway = f"127.0.0.1:{free_port()}"
+    defaults = {
+        "spool": tmp_path / "spool",
+        "listen": there.gateway,
+        "monitor_listen": "127.0.0.1:0",
+        "callers": ["MODALITY"],
+        "min_free_bytes": 0,
+        "grace_s": 5,
+        "server": {"address": tiny.address},
+        "rules": [RULE],
+    }
+    pacs = {"ae_title": "PACS", "address": there.address} | given.pop("pacs", {})
+    return Config(**defaults | {"pacs": pacs} | given)
+
+
+def nobody() -> dict[str, Any]:
+    """`[server]` of one that is away."""
+    return {"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}
+
+
+def asked(running: Spooled, path: str) -> tuple[int, str]:
+    """What the monitor answers."""
+    try:
+        with urllib.request.urlopen(f"http://{running.monitor}{path}", timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
 
 
 @contextmanager

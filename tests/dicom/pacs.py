@@ -80,7 +80,8 @@ class Pacs:
     """Keeps each object once: `kept` are their bytes by UID, `stores` how often each was stored.
 
     `before` sees each object that comes in, and may answer in its place. `commits` says how commitments are answered:
-    "anew" in an association to `gateway`, "same" in that which asked, "never", "later" when it is told to, or "failed".
+    "anew" in an association to `gateway`, "same" in that which asked, "never", "later" when it is told to, or "failed";
+    "stuck" is never, and the association hangs. In its own it calls itself `reporter`.
     """
 
     def __init__(self) -> None:
@@ -89,6 +90,7 @@ class Pacs:
         self.stores: list[str] = []
         self.before: Callable[[Dataset], int | None] = lambda dataset: None
         self.commits = "same"
+        self.reporter = "PACS"
         self.asked: list[str] = []
         self.hangs_up = False  # after the next object
         self.gateway = ""
@@ -136,7 +138,9 @@ class Pacs:
         said = event.action_information
         self.asked.append(said.TransactionUID)
         self._said = said
-        if self.commits not in ("never", "later"):
+        if self.commits == "stuck":
+            event.assoc._reactor_checkpoint.clear()
+        elif self.commits not in ("never", "later"):
             target = self._anew if self.commits == "anew" else self._same
             thread = threading.Thread(target=target, args=(event.assoc, self._report(said)))
             self._answers.append(thread)
@@ -171,7 +175,7 @@ class Pacs:
 
     def _anew(self, _: Any, report: Dataset) -> None:
         host, port = self.gateway.split(":")
-        ae = AE("PACS")
+        ae = AE(self.reporter)
         ae.add_requested_context(StorageCommitmentPushModel)
         role = build_role(StorageCommitmentPushModel, scp_role=True)
         association = ae.associate(host, int(port), ae_title="CAMSERVE", ext_neg=[role])

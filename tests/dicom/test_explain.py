@@ -8,7 +8,6 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,27 +30,9 @@ from camserve.images import MAX_MESSAGE_BYTES
 from camserve.transport import SERVICE
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.service.server import Server
-from tests.client.conftest import Servicer, listening
 from tests.dicom.samples import INSTANCE, SECRETS, SERIES, STUDY, data_of, image, ramp
 
 UIDS = [INSTANCE, SERIES, STUDY, "1.2.826.0.1.3680043.8.498.7004"]
-
-
-@pytest.fixture
-def servicer() -> Servicer:
-    return Servicer()
-
-
-@pytest.fixture
-def address(servicer: Servicer) -> Iterator[str]:
-    with listening(servicer) as address:
-        yield address
-
-
-@pytest.fixture
-def client(address: str) -> Iterator[camserve.Client]:
-    with camserve.Client(address, timeout=20) as client:
-        yield client
 
 
 @pytest.fixture

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import socket
-import struct
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
 
 import pytest
-from pydicom.uid import BasicTextSRStorage
+from pydicom.uid import BasicTextSRStorage, DeflatedExplicitVRLittleEndian
+from pynetdicom import AE
+from pynetdicom.association import Association
+from pynetdicom.sop_class import Verification
 
-from camserve.dicom.gateway import steps, work
-from camserve.dicom.gateway.config import Config, ConfigError
+from camserve.dicom.gateway import monitor
+from camserve.dicom.gateway.config import ConfigError
 from camserve.dicom.gateway.process import Gateway
-from camserve.errors import InternalError
 from camserve_server.service.server import Server
-from tests.dicom.gateways import RULE, Spooled, opened
-from tests.dicom.pacs import NAME, Pacs, free_port, image, listening, send, until
+from tests.dicom.gateways import RULE, Opened, Spooled, asked, config, nobody
+from tests.dicom.pacs import NAME, Pacs, image, send, until
 
 pytestmark = [
     pytest.mark.usefixtures("broken_associations"),
@@ -33,45 +28,16 @@ pytestmark = [
 ]
 
 
-class Opened(Protocol):
-    def __call__(self, **given: Any) -> AbstractContextManager[Spooled]: ...
-
-
-@pytest.fixture
-def pacs() -> Iterator[Pacs]:
-    with listening() as pacs:
-        yield pacs
-
-
-@pytest.fixture
-def gateway(tmp_path: Path, tiny: Server, pacs: Pacs) -> Opened:
-    """Opens a gateway between the server and the PACS."""
-    return lambda **given: opened(config(tmp_path, tiny, pacs, **given))
-
-
-def config(tmp_path: Path, tiny: Server, there: Pacs, **given: Any) -> Config:
-    there.gateway = f"127.0.0.1:{free_port()}"
-    defaults = {
-        "spool": tmp_path / "spool",
-        "listen": there.gateway,
-        "monitor_listen": "127.0.0.1:0",
-        "callers": ["MODALITY"],
-        "min_free_bytes": 0,
-        "grace_s": 5,
-        "server": {"address": tiny.address},
-        "rules": [RULE],
-    }
-    pacs = {"ae_title": "PACS", "address": there.address} | given.pop("pacs", {})
-    return Config(**defaults | {"pacs": pacs} | given)
-
-
-def asked(running: Spooled, path: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"http://{running.monitor}{path}", timeout=20) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
+@contextmanager
+def associated(running: Spooled) -> Iterator[Association]:
+    """A modality that says nothing."""
+    host, _, port = running.address.partition(":")
+    modality = AE("MODALITY")
+    modality.add_requested_context(Verification)
+    association = modality.associate(host, int(port), ae_title="CAMSERVE")
+    assert association.is_established
+    yield association
+    association.abort()
 
 
 # ---- from image to result --------------------------------------------------------------------------------------------
@@ -94,6 +60,14 @@ def test_results_are_stored_and_committed(gateway: Opened, pacs: Pacs, commits: 
     assert {line.get("object") for line in map(json.loads, text.splitlines())} == {
         line["object"] for line in map(json.loads, text.splitlines()) if line["event"] == "received"
     }
+
+
+def test_another_of_the_archive_says_what_is_committed(gateway: Opened, pacs: Pacs) -> None:
+    pacs.commits, pacs.reporter = "anew", "ARCHIVE"
+    with gateway(pacs={"commitment_ae_title": "ARCHIVE"}) as running:
+        assert send(running.address, image()) == [0]
+        until(lambda: "committed" in running.events())
+        assert send(running.address, image(1), calling="ARCHIVE") == [0x0124], "it may say that alone"
 
 
 def test_without_commitment_it_ends_when_all_is_stored(gateway: Opened, pacs: Pacs) -> None:
@@ -152,8 +126,7 @@ def test_strangers_are_turned_away(gateway: Opened) -> None:
 
 
 def test_a_full_disk_or_queue_refuses_for_now(gateway: Opened) -> None:
-    nobody = f"127.0.0.1:{free_port()}"
-    with gateway(max_waiting=1, server={"address": nobody, "timeout_s": 0.3}) as running:
+    with gateway(max_waiting=1, server=nobody()) as running:
         assert send(running.address, image(0), image(1)) == [0, 0xA700]
         assert asked(running, "/health")[0] == 503
     with gateway(min_free_bytes=1 << 60) as running:
@@ -171,8 +144,30 @@ def test_what_is_too_large_is_aborted(gateway: Opened) -> None:
         assert running.events()[0] == "too large"
 
 
+def test_what_is_too_large_once_inflated_is_refused(gateway: Opened) -> None:
+    with gateway(max_object_bytes=100_000) as running:
+        bomb = image(0, Rows=1000, Columns=1000, PixelData=bytes(2_000_000))
+        fair = image(1)
+        for each in (bomb, fair):
+            each.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        assert send(running.address, bomb, fair) == [0xC000, 0]
+        assert running.events()[:2] == ["too large", "received"]
+
+
+def test_no_more_associations_than_are_allowed(gateway: Opened) -> None:
+    with gateway(max_associations=1) as running:
+        with associated(running):
+            assert send(running.address, image()) == []
+        until(lambda: send(running.address, image()) == [0])
+
+
+def test_who_is_silent_is_sent_away(gateway: Opened) -> None:
+    with gateway(idle_s=0.3) as running, associated(running) as association:
+        until(lambda: association.is_aborted)
+
+
 def test_the_same_object_twice_is_one(gateway: Opened, pacs: Pacs) -> None:
-    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}) as running:
+    with gateway(server=nobody()) as running:
         assert send(running.address, image(), image()) == [0, 0]
         assert len(running.entries("inbox")) == 1
     with gateway() as running:
@@ -180,190 +175,6 @@ def test_the_same_object_twice_is_one(gateway: Opened, pacs: Pacs) -> None:
         assert send(running.address, image()) == [0], "it is explained anew, to the same object"
         until(lambda: running.events().count("committed") == 2)
     assert len(pacs.kept) == 1
-
-
-# ---- what goes wrong -------------------------------------------------------------------------------------------------
-
-
-def test_a_pacs_that_is_down_for_a_while(gateway: Opened, pacs: Pacs) -> None:
-    pacs.down()
-    with gateway() as running:
-        assert send(running.address, image(0), image(1)) == [0, 0]
-        until(lambda: len(running.entries("outbox")) == 2)
-        pacs.up()
-        until(lambda: running.events().count("committed") == 2)
-        assert len(pacs.kept) == 2
-        assert running.dead() == []
-
-
-def test_what_the_pacs_answers(gateway: Opened, pacs: Pacs) -> None:
-    answers = iter([0xA701, 0xB000])
-    pacs.before = lambda dataset: next(answers, None)
-    with gateway() as running:
-        assert send(running.address, image(0)) == [0]
-        until(lambda: "committed" in running.events())
-        assert [line["status"] for line in running.audit() if line["event"] == "stored"] == ["0xb000"]
-        pacs.before = lambda dataset: 0xC123
-        assert send(running.address, image(1)) == [0]
-        until(running.dead)
-        assert [(each["stage"], each["reason"]) for each in running.dead()] == [("outbox", "status 0xc123")]
-        # Moved back by hand, it is tried again.
-        pacs.before = lambda dataset: 0x0111
-        [dead] = running.entries("dead")
-        dead.rename(running.spool / "outbox" / dead.name)
-        until(lambda: len(pacs.asked) == 2, 20)
-
-
-def test_a_pacs_that_knows_the_gateway_not(gateway: Opened, pacs: Pacs) -> None:
-    pacs.only("SOMEBODY")
-    with gateway() as running:
-        assert send(running.address, image()) == [0]
-        until(running.dead)
-        assert "rejects the association" in running.dead()[0]["reason"]
-
-
-def test_a_pacs_that_hangs_up_between_two_objects(gateway: Opened, pacs: Pacs) -> None:
-    pacs.hangs_up = True
-    with gateway(rules=[{**RULE, "outputs": ["sc", "sr"]}]) as running:
-        assert send(running.address, image()) == [0]
-        until(running.idle)
-        assert len(pacs.kept) == 2
-        assert running.dead() == []
-
-
-def test_what_the_pacs_lacks_is_not_forgotten_by_a_kill(gateway: Opened, pacs: Pacs) -> None:
-    """The process was killed when it had taken back what the PACS did not commit itself to, but not moved it on."""
-    pacs.commits = "never"
-    with gateway() as running:
-        assert send(running.address, image()) == [0]
-        until(lambda: pacs.asked)
-    [entry] = running.entries("stored")
-    [sent] = (entry / "sent").iterdir()
-    sent.rename(entry / "results" / sent.name)
-    pacs.commits = "same"
-    with gateway() as running:
-        until(running.idle)
-        assert len(pacs.stores) == 2
-        assert running.events()[-1] == "committed"
-
-
-def test_a_fault_of_the_server_passes_or_is_given_up(
-    gateway: Opened, pacs: Pacs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    explain, times = steps.explain, 0
-
-    def faulty(*given: Any, **options: Any) -> Any:
-        nonlocal times
-        times += 1
-        if times <= faults:
-            raise InternalError("a fault")
-        return explain(*given, **options)
-
-    monkeypatch.setattr(steps, "explain", faulty)
-    monkeypatch.setattr(work, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(work, "LONGEST_WAIT_S", 0.1)
-    faults = 3
-    with gateway() as running:
-        assert send(running.address, image()) == [0]
-        until(running.idle)
-        assert len(pacs.kept) == 1
-        faults, times = 99, 0
-        assert send(running.address, image(1)) == [0]
-        until(running.dead)
-        assert (running.dead()[0]["reason"], times) == ("InternalError", 10)
-
-
-def test_nobody_fills_the_memory_by_a_single_message(gateway: Opened) -> None:
-    with gateway() as running, socket.create_connection(parsed(running.address), timeout=10) as peer:
-        peer.sendall(struct.pack(">BBL", 1, 0, 1 << 31) + bytes(4096))
-        with contextlib.suppress(ConnectionResetError):
-            assert peer.recv(1) == b"", "the gateway hangs up before it has read it"
-
-
-def parsed(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host, int(port)
-
-
-def test_no_new_results_where_there_is_hardly_room_for_old_ones(gateway: Opened, pacs: Pacs) -> None:
-    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}) as running:
-        assert send(running.address, image()) == [0]
-    with gateway(min_free_bytes=1 << 60) as running:
-        time.sleep(1)
-        assert len(running.entries("inbox")) == 1
-        assert "explained" not in running.events()
-    with gateway() as running:
-        until(running.idle)
-        assert len(pacs.kept) == 1
-
-
-def test_no_commitment_no_end(gateway: Opened, pacs: Pacs) -> None:
-    """Results that the PACS has not after all are stored again, and given up in the end."""
-    pacs.commits = "failed"
-    with gateway() as running:
-        assert send(running.address, image()) == [0]
-        until(running.dead, 60)
-        assert running.dead()[0]["reason"] == "the PACS did not commit itself 3 times"
-        assert running.events().count("stored") == len(pacs.stores) == 3
-        assert [line["reasons"] for line in running.audit() if line["event"] == "not committed"] == [["0x0112"]] * 3
-
-
-def test_a_commitment_that_is_not_answered_is_asked_for_again(gateway: Opened, pacs: Pacs) -> None:
-    pacs.commits = "never"
-    with gateway(pacs={"commitment_timeout_s": 0.5}) as running:
-        assert send(running.address, image()) == [0]
-        until(lambda: len(pacs.asked) == 2)
-        assert len(set(pacs.asked)) == 2
-        assert len(pacs.stores) == 1
-        pacs.commits = "same"
-        until(lambda: "committed" in running.events())
-
-
-def test_an_archive_may_answer_what_was_asked_first(gateway: Opened, pacs: Pacs) -> None:
-    pacs.commits = "later"
-    with gateway(pacs={"commitment_timeout_s": 0.5}) as running:
-        pacs.gateway = running.address
-        assert send(running.address, image()) == [0]
-        until(lambda: len(pacs.asked) == 2)
-        pacs.answer_now(pacs.asked[0])
-        until(lambda: "committed" in running.events())
-        until(running.idle)
-
-
-def test_what_cannot_be_explained_is_given_up_with_the_reason(gateway: Opened, pacs: Pacs) -> None:
-    with gateway() as running:
-        assert send(running.address, image(0, BurnedInAnnotation="YES"), image(1)) == [0, 0]
-        until(lambda: running.dead() and "committed" in running.events())
-        [why] = running.dead()
-        assert (why["stage"], why["reason"]) == ("inbox", "BURNED_IN_ANNOTATION")
-        assert len(pacs.kept) == 1, "others are explained"
-
-
-def test_what_ends_the_process_does_not_do_so_for_ever(gateway: Opened, tmp_path: Path) -> None:
-    nobody = {"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}
-    with gateway(server=nobody) as running:
-        assert send(running.address, image()) == [0]
-    [entry] = running.entries("inbox")
-    (entry / "begun.json").write_text('{"times": 10}')
-    with gateway() as running:
-        until(running.dead)
-        assert running.dead()[0]["reason"] == "it was begun 10 times and never ended"
-
-
-def test_nothing_is_kept_for_ever(gateway: Opened) -> None:
-    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}) as running:
-        assert send(running.address, image(0), image(1)) == [0, 0]
-    old, young = running.entries("inbox")
-    os.utime(old / "source.dcm", (0, 0))
-    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}) as running:
-        assert running.entries("inbox") == [young]
-        [dead] = running.entries("dead")
-        assert dead.name == old.name
-        os.utime(dead / "reason.json", (0, 0))
-    with gateway(rules=[{"ignore": True}]) as running:
-        assert running.entries("dead") == []
-        assert "deleted" in running.events()
-        until(running.idle)  # its rule is gone
 
 
 # ---- what is watched, and the spool ----------------------------------------------------------------------------------
@@ -386,8 +197,27 @@ def test_health_and_metrics(gateway: Opened) -> None:
         assert asked(running, "/other")[0] == 404
 
 
+def test_a_spool_that_is_gone_is_no_health(gateway: Opened, capfd: pytest.CaptureFixture[str]) -> None:
+    with gateway() as running:
+        (running.spool / "inbox").rename(running.spool / "away")
+        for path in ("/health", "/metrics"):
+            assert asked(running, path) == (503, '{"status": "not serving", "wrong": ["the spool cannot be read"]}')
+        (running.spool / "away").rename(running.spool / "inbox")
+        assert asked(running, "/health")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_who_watches_and_says_nothing_is_sent_away(gateway: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert monitor._Quiet.timeout is not None
+    monkeypatch.setattr(monitor._Quiet, "timeout", 0.1)
+    with gateway() as running:
+        host, _, port = running.monitor.partition(":")
+        with socket.create_connection((host, int(port)), timeout=20) as silent:
+            assert silent.recv(1) == b""
+
+
 def test_only_the_owner_looks_into_the_spool(gateway: Opened, tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
-    with gateway(server={"address": f"127.0.0.1:{free_port()}", "timeout_s": 0.3}) as running:
+    with gateway(server=nobody()) as running:
         assert send(running.address, image()) == [0]
         found = [running.spool, *running.spool.rglob("*")]
         assert {path.stat().st_mode & 0o777 for path in found if path.is_dir()} == {0o700}

@@ -49,6 +49,14 @@ def test_check_shows_what_is_understood_and_does_nothing(tmp_path: Path) -> None
         (('address = "127.0.0.1:104"', ""), "pacs: give either address or stow_url"),
         (("127.0.0.1:104", "pacs.example.org:104"), "pacs.address: pacs.example.org:104 is beyond this machine"),
         (("[pacs]", 'listen = "0.0.0.0:104"\n[pacs]'), "listen: 0.0.0.0:104 is beyond this machine"),
+        (
+            ("[pacs]", 'insecure = true\nmonitor_listen = "0.0.0.0:80"\n[pacs]'),
+            "monitor_listen: 0.0.0.0:80 can be reached from other machines",
+        ),
+        (
+            ("[pacs]", 'monitor_insecure = true\nmonitor_listen = "0.0.0.0:80"\nlisten = "0.0.0.0:104"\n[pacs]'),
+            "listen: 0.0.0.0:104 is beyond this machine",
+        ),
         (("[pacs]", "[pacs]\ntls = true"), "pacs.tls: give [tls]"),
         (
             ("[pacs]", '[server]\naddress = "camserve.example.org:1"\n[pacs]'),
@@ -72,6 +80,12 @@ def test_errors_name_the_key(tmp_path: Path, change: tuple[str, str], says: str)
         return
     with pytest.raises(ConfigError, match=re.escape(says)):
         read(path)
+
+
+def test_metrics_may_be_reached_where_images_may_not(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_text(LEAST.replace("[pacs]", 'monitor_insecure = true\nmonitor_listen = "0.0.0.0:80"\n[pacs]'))
+    assert read(path).monitor_listen == "0.0.0.0:80"
 
 
 def test_keys_that_do_not_fit_are_said(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from pydicom import Dataset
 
 from camserve_server.service.server import Server
 from tests.dicom.gateways import process
-from tests.dicom.pacs import NAME, Pacs, free_port, image, listening, send, until
+from tests.dicom.pacs import NAME, Pacs, free_port, image, send, until
 
 pytestmark = [
     pytest.mark.usefixtures("broken_associations"),
@@ -43,12 +42,6 @@ outputs = ["sc", "sr"]
 check = "insertion>=0"
 """
 KINDS = {"OT", "SR"}
-
-
-@pytest.fixture
-def pacs() -> Iterator[Pacs]:
-    with listening() as pacs:
-        yield pacs
 
 
 def written(
@@ -82,7 +75,7 @@ def _source(result: Dataset) -> str:
 
 
 def test_while_it_explains(tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
-    config, spool = written(tmp_path, tiny.address, pacs, "opti-cam", "{steps = 100000}"), tmp_path / "spool"
+    config, spool = written(tmp_path, tiny.address, pacs, "opti-cam", "{steps = 10000}"), tmp_path / "spool"
     with process(config, spool) as (running, seen):
         assert send(seen.address, image()) == [0]
         until(lambda: [*seen.entries("inbox")[0].glob("begun.json")])

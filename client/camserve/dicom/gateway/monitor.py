@@ -43,6 +43,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class _Quiet(WSGIRequestHandler):
+    timeout = 10.0  # nobody keeps a thread by saying nothing
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         pass
 
@@ -69,14 +71,17 @@ class Monitor:
         self._thread.join()
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        match environ["PATH_INFO"]:
-            case "/metrics":
-                return self._metrics(environ, start_response)
-            case "/health":
-                wrong = self._wrong()
-                status = "503 Service Unavailable" if wrong else "200 OK"
-                body = {"status": "not serving" if wrong else "serving", "wrong": wrong}
-            case _:
-                status, body = "404 Not Found", {"paths": ["/health", "/metrics"]}
+        try:
+            match environ["PATH_INFO"]:
+                case "/metrics":
+                    return self._metrics(environ, start_response)
+                case "/health":
+                    wrong = self._wrong()
+                    status = "503 Service Unavailable" if wrong else "200 OK"
+                    body = {"status": "not serving" if wrong else "serving", "wrong": wrong}
+                case _:
+                    status, body = "404 Not Found", {"paths": ["/health", "/metrics"]}
+        except OSError:  # of which wsgiref would print paths
+            status, body = "503 Service Unavailable", {"status": "not serving", "wrong": ["the spool cannot be read"]}
         start_response(status, [("Content-Type", "application/json")])
         return [json.dumps(body).encode()]

@@ -26,6 +26,8 @@ from camserve.dicom.gateway.work import Dead, Later
 
 __all__ = ["Dimse", "Pacs", "Stow", "is_stored", "references"]
 
+# Who is just sending an answer to a storage commitment does not look at the release.
+RELEASE_WAIT_S = 5.0
 REJECTED_FOR_GOOD = 1
 NOT_NOW = 0x0213  # resource limitation
 THERE_ALREADY = 0x0111  # duplicate SOP instance: ours, for nobody else can have its UID
@@ -141,6 +143,7 @@ def references(file: Path) -> Dataset:
 
 def _end(association: Association) -> None:
     if association.is_established:
+        association.acse_timeout = min(association.acse_timeout or RELEASE_WAIT_S, RELEASE_WAIT_S)
         association.release()
 
 

@@ -19,7 +19,7 @@ from camserve.dicom.gateway.monitor import Gauges, Monitor
 from camserve.dicom.gateway.pacs import Dimse, Pacs, Stow
 from camserve.dicom.gateway.receiver import Receiver
 from camserve.dicom.gateway.spool import Spool, Stage
-from camserve.dicom.gateway.steps import Commitment, Delivery, Explaining
+from camserve.dicom.gateway.steps import Commitment, Delivery, Explaining, suspect
 from camserve.dicom.gateway.work import Work, give_up
 from camserve.errors import InvalidArgument
 
@@ -72,7 +72,7 @@ class Gateway:
         explaining = Explaining(config, self._spool, self._audit, self._client)
         delivery = Delivery(config, self._spool, self._audit, pacs)
         self._works = [
-            Work(self._spool, Stage.inbox, explaining, self._audit, config.workers),
+            Work(self._spool, Stage.inbox, explaining, self._audit, config.workers, suspect),
             Work(self._spool, Stage.outbox, delivery, self._audit),
             *[Work(self._spool, Stage.stored, commitment, self._audit)] * config.pacs.commits,
         ]
@@ -113,7 +113,7 @@ class Gateway:
                     continue
                 try:
                     if stage is Stage.dead:
-                        self._audit.write("deleted", object=entry.name)
+                        self._audit.write_once("deleted", object=entry.name)
                         self._spool.remove(entry)
                     else:
                         give_up(self._spool, self._audit, entry, "it has waited for too long")

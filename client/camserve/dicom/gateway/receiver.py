@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import zlib
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any, cast
@@ -72,6 +73,7 @@ if importlib.util.find_spec("libjpeg"):  # which is GPL, and nobody's who has no
     _READ.append(JPEGExtended12Bit)
 # 16 KB are what it says it takes; some send more.
 MOST_PDU_BYTES = 1 << 20
+INFLATED_BYTES = 1 << 20  # at a time
 # They have rows, but show nobody.
 _NO_PICTURES = (SegmentationStorage, ParametricMapStorage, RTDoseStorage)
 # What the rules ask for, and the loop guard.
@@ -178,6 +180,9 @@ class Receiver:
                 return NOT_AUTHORISED
             part10 = event.encoded_dataset()
             try:
+                if event.context.transfer_syntax == DeflatedExplicitVRLittleEndian and self._inflates(event):
+                    self._audit.write("too large", peer=caller)
+                    return UNREADABLE
                 header = dcmread(BytesIO(part10), specific_tags=[*_HEADER])
                 uid = str(header.SOPInstanceUID)
             except Exception:  # whatever a broken header makes of the parser
@@ -189,6 +194,15 @@ class Receiver:
         except OSError as error:
             log.error("no object can be taken", extra={"said": {"errno": error.errno}})
             return NO_ROOM
+
+    def _inflates(self, event: evt.Event) -> bool:
+        """Whether a deflated object is too large: who reads it has it whole, and a few kilobytes may be gigabytes."""
+        inflater, left_bytes = zlib.decompressobj(-zlib.MAX_WBITS), self._config.max_object_bytes
+        data = cast(BytesIO, cast(C_STORE, event.request).DataSet).getvalue()
+        while data and not inflater.eof and left_bytes >= 0:
+            left_bytes -= len(inflater.decompress(data, INFLATED_BYTES))
+            data = inflater.unconsumed_tail
+        return left_bytes < 0
 
     def _take(self, header: Dataset, part10: bytes, caller: str) -> int:
         name = self._spool.name(str(header.SOPInstanceUID))

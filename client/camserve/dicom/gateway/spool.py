@@ -2,7 +2,7 @@
 
     incoming/  being written or deleted; emptied at the start
     inbox/     to be explained
-    outbox/    explained; results/ are to be stored, sent/ are stored
+    outbox/    explained; results/ are to be stored, but for those named so, sent/ are stored
     stored/    all stored; the PACS is to commit itself to them
     dead/      given up; reason.json says why
 
@@ -167,13 +167,12 @@ def load(path: Path) -> dict[str, Any]:
         return {}
 
 
-def move_file(path: Path, folder: Path) -> None:
-    """Moves a file of an entry into another folder of it."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    path.rename(folder / path.name)
-    _sync(folder)
-    _sync(path.parent)
-    _sync(folder.parent)
+def move_file(path: Path, new: Path) -> None:
+    """Renames a file of an entry, for good; makes the folder if need be."""
+    new.parent.mkdir(mode=0o700, exist_ok=True)
+    path.rename(new)
+    for folder in {new.parent, path.parent, new.parent.parent}:
+        _sync(folder)
 
 
 def _locked(path: Path) -> int:

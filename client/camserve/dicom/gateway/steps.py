@@ -22,12 +22,15 @@ from camserve.dicom.gateway.receiver import described
 from camserve.dicom.gateway.spool import Spool, Stage, load, move_file, save
 from camserve.dicom.gateway.work import Dead, Later
 
-__all__ = ["Commitment", "Delivery", "Explaining"]
+__all__ = ["Commitment", "Delivery", "Explaining", "suspect"]
 
 # An object that ends the process, by a decoder's crash for instance, must not do so for ever. What is killed for other
-# reasons is hardly killed so often while it explains the same object.
+# reasons is hardly killed so often while it explains the same object, and nothing else.
 MOST_BEGUN = 10
+BEGUN = "begun.json"
 MOST_UNCOMMITTED = 3
+# In the name of a result that the PACS has, before the status: the audit trail does not say so yet.
+STORED = ".stored-"
 # A fault of the server may be its own, and pass, or the image's.
 MOST_FAILED = 10
 # How long an association is held open for the answer to a storage commitment; later ones come in their own.
@@ -52,15 +55,15 @@ class Explaining:
         """Explains what is in the entry. Raises Later or Dead."""
         if self._spool.free_bytes() < self._config.min_free_bytes:
             raise Later("the disk is full")  # what is left is for results that are there
-        begun = int(load(entry / "begun.json").get("times", 0))
+        begun = int(load(entry / BEGUN).get("times", 0))
         if begun >= MOST_BEGUN:
-            (entry / "begun.json").unlink()  # so that it can be tried again by hand
+            (entry / BEGUN).unlink()  # so that it can be tried again by hand
             raise Dead(f"it was begun {begun} times and never ended")
-        save(entry / "begun.json", {"times": begun + 1})
+        save(entry / BEGUN, {"times": begun + 1})
         try:
             self._explain(entry)
         finally:
-            (entry / "begun.json").unlink(missing_ok=True)  # gone already where all went well
+            (entry / BEGUN).unlink(missing_ok=True)  # gone already where all went well
 
     def _explain(self, entry: Path) -> None:
         source = entry / "source.dcm"
@@ -100,8 +103,13 @@ class Explaining:
             method=made.explanation.receipt.method,
             seconds=seconds,
         )
-        (entry / "begun.json").unlink()
+        (entry / BEGUN).unlink()
         self._spool.move(entry, Stage.outbox)
+
+
+def suspect(entry: Path) -> bool:
+    """Whether the process ended while it explained the entry: by its fault, or that of what was explained beside it."""
+    return (entry / BEGUN).exists()
 
 
 class Delivery:
@@ -116,25 +124,34 @@ class Delivery:
         if times >= MOST_UNCOMMITTED:
             (entry / "uncommitted.json").unlink()  # so that it can be tried again by hand
             raise Dead(f"the PACS did not commit itself {times} times")
+        self._tell(entry)  # of what was stored before the process was killed, or nothing could be written
         files = sorted((entry / "results").glob("*.dcm"))
-
-        def stored(file: Path, status: int) -> None:
-            data = file.read_bytes()
-            self._audit.write(
-                "stored",
-                object=entry.name,
-                result=self._spool.name(references(file).ReferencedSOPInstanceUID),
-                digest=f"sha256:{hashlib.sha256(data).hexdigest()}",
-                status=f"{status:#06x}",
-            )
-            move_file(file, entry / "sent")
-
-        if files:
-            self._pacs.store(files, stored)
+        try:
+            if files:
+                self._pacs.store(files, _mark)
+        finally:
+            self._tell(entry)
         if self._commits and (entry / "sent").exists():
             self._spool.move(entry, Stage.stored)
         else:
             self._spool.remove(entry)
+
+    def _tell(self, entry: Path) -> None:
+        for file in sorted((entry / "results").glob(f"*.dcm{STORED}*")):
+            name, _, status = file.name.partition(STORED)
+            self._audit.write_once(
+                "stored",
+                object=entry.name,
+                result=self._spool.name(references(file).ReferencedSOPInstanceUID),
+                digest=f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}",
+                status=status,
+            )
+            move_file(file, entry / "sent" / name)
+
+
+def _mark(file: Path, status: int) -> None:
+    """Keeps in mind that it is stored by its name alone, for which a full disk has room: it is not stored again."""
+    move_file(file, file.with_name(f"{file.name}{STORED}{status:#06x}"))
 
 
 class Commitment:
@@ -193,7 +210,7 @@ class Commitment:
                 if references(file).ReferencedSOPInstanceUID not in set(there) - failed.keys()
             ]
             if not lacking and not any((entry / "results").glob("*.dcm")):
-                self._audit.write("committed", object=entry.name)
+                self._audit.write_once("committed", object=entry.name)
                 self._spool.remove(entry)
             else:
                 self._store_again(entry, lacking, sorted(set(failed.values())))
@@ -207,7 +224,7 @@ class Commitment:
             "not committed", object=entry.name, results=len(lacking), reasons=[f"{each:#06x}" for each in reasons]
         )
         for file in lacking:
-            move_file(file, entry / "results")
+            move_file(file, entry / "results" / file.name)
         (entry / "transaction.json").unlink(missing_ok=True)
         self._spool.move(entry, Stage.outbox)
 

@@ -22,6 +22,11 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0
 LOOK_AGAIN_S = 1.0
 
 
+def wait_s(tried: int) -> float:
+    """How long to wait after so many tries that failed: twice as long from try to try, up to a bound."""
+    return min(FIRST_WAIT_S * 2.0 ** min(tried, 30), LONGEST_WAIT_S)  # a power of thousands is no float
+
+
 class Later(Exception):
     """It cannot be done now. `reason` is for the log; without `after_s` the wait doubles from try to try."""
 
@@ -41,12 +46,22 @@ class Dead(Exception):
 
 
 class Work:
-    """`handle` moves an entry on, or raises Later or Dead. Whatever else it raises is Dead, but for OSError."""
+    """`handle` moves an entry on, or raises Later or Dead. Whatever else it raises is Dead, but for OSError.
+
+    While it has an entry that is `suspect` it has no other.
+    """
 
     def __init__(
-        self, spool: Spool, stage: Stage, handle: Callable[[Path], None], audit: Audit, threads: int = 1
+        self,
+        spool: Spool,
+        stage: Stage,
+        handle: Callable[[Path], None],
+        audit: Audit,
+        threads: int = 1,
+        suspect: Callable[[Path], bool] = lambda entry: False,
     ) -> None:
         self._spool, self._stage, self._handle, self._audit = spool, stage, handle, audit
+        self._suspect, self._alone = suspect, False
         self._lock = threading.Lock()
         self._found: deque[Path] = deque()
         self._busy: set[str] = set()
@@ -72,7 +87,7 @@ class Work:
                 log.error("the spool cannot be read", extra={"said": {"errno": error.errno}})
                 entry = None
             if entry is None:
-                self._arrived.wait(LOOK_AGAIN_S)
+                self._arrived.wait(self._idle_s())
                 if not self._over.is_set():  # which the other threads shall see, too
                     self._arrived.clear()
                 continue
@@ -84,18 +99,37 @@ class Work:
 
     def _next(self) -> Path | None:
         with self._lock:
-            if not self._found:
+            entry = self._due()
+            if entry is None:
                 entries = self._spool.entries(self._stage)
                 self._found.extend(entries)
                 there = {entry.name for entry in entries}
                 self._later = {name: when for name, when in self._later.items() if name in there}
-            while self._found:
-                entry = self._found.popleft()
-                not_before, _ = self._later.get(entry.name, (0.0, 0))
-                if entry.name not in self._busy and not_before <= time.monotonic() and entry.exists():
-                    self._busy.add(entry.name)
-                    return entry
-            return None
+                entry = self._due()
+            if entry is None:
+                return None
+            suspect = self._suspect(entry)
+            if self._busy and (suspect or self._alone):
+                return None  # what was found stays so: nobody overtakes it
+            self._alone = suspect
+            self._busy.add(entry.name)
+            return self._found.popleft()
+
+    def _due(self) -> Path | None:
+        """The first that was found and can be done now. Those before it are dropped, to be found again."""
+        while self._found:
+            entry = self._found[0]
+            not_before, _ = self._later.get(entry.name, (0.0, 0))
+            if entry.name not in self._busy and not_before <= time.monotonic() and entry.exists():
+                return entry
+            self._found.popleft()
+        return None
+
+    def _idle_s(self) -> float:
+        """How long there may be nothing to do."""
+        now = time.monotonic()
+        with self._lock:
+            return min([LOOK_AGAIN_S, *(when - now for when, _ in self._later.values() if when > now)])
 
     def _try(self, entry: Path) -> None:
         try:
@@ -117,10 +151,10 @@ class Work:
     def _put_off(self, entry: Path, reason: str, after_s: float | None) -> None:
         with self._lock:
             _, tried = self._later.get(entry.name, (0.0, 0))
-            wait_s = min(FIRST_WAIT_S * 2 ** min(tried, 30), LONGEST_WAIT_S) if after_s is None else after_s
+            wait = wait_s(tried) if after_s is None else after_s
             # A wait that was asked for is no failure.
-            self._later[entry.name] = (time.monotonic() + wait_s, tried + (after_s is None))
-        said = {"object": entry.name, "stage": self._stage.value, "reason": reason, "wait_s": round(wait_s, 1)}
+            self._later[entry.name] = (time.monotonic() + wait, tried + (after_s is None))
+        said = {"object": entry.name, "stage": self._stage.value, "reason": reason, "wait_s": round(wait, 1)}
         log.info("later", extra={"said": said})
 
     def _give_up(self, entry: Path, reason: str, details: str) -> None:
