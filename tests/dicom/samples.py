@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
+import pytest
 from pydicom import Dataset
 from pydicom.data import get_testdata_file
 from pydicom.dataset import FileMetaDataset
@@ -80,6 +84,17 @@ def data_of(dataset: Dataset) -> bytes:
     file = io.BytesIO()
     dataset.save_as(file, enforce_file_format=True)
     return file.getvalue()
+
+
+needs_dciodvfy = pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="needs dciodvfy, of Debian's dicom3tools")
+
+
+def errors(dataset: Dataset, folder: Path) -> list[str]:
+    """What dciodvfy finds wrong with the object."""
+    path = folder / "checked.dcm"
+    path.write_bytes(data_of(dataset))
+    checked = subprocess.run(["dciodvfy", path], capture_output=True, text=True, errors="replace", check=False)
+    return [line for line in (checked.stdout + checked.stderr).splitlines() if "Error" in line]
 
 
 def ramp(height: int = 20, width: int = 30) -> np.ndarray:

@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,19 @@ from camserve.dicom import KINDS, maps
 from camserve.dicom.derivation import Derivation
 from camserve.errors import InvalidArgument
 from camserve.receipt import Receipt
-from tests.dicom.samples import INSTANCE, SECRETS, SERIES, STUDY, data_of, explanation, image, ramp, stored
+from tests.dicom.samples import (
+    INSTANCE,
+    SECRETS,
+    SERIES,
+    STUDY,
+    data_of,
+    errors,
+    explanation,
+    image,
+    needs_dciodvfy,
+    ramp,
+    stored,
+)
 
 ROOT = Path(__file__).parents[2]
 PNG_LIKE = {"regions": "ignore", "burned_in": "ignore"}
@@ -68,15 +79,11 @@ SOURCES = {
 }
 
 
-@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="needs dciodvfy, of Debian's dicom3tools")
+@needs_dciodvfy
 @pytest.mark.parametrize("name", SOURCES)
 def test_dciodvfy_finds_no_error(name, tmp_path):
     for kind, each in made(SOURCES[name](), frame=1 if "frames" in name else 0).items():
-        path = tmp_path / f"{kind}.dcm"
-        each.save_as(path, enforce_file_format=True)
-        checked = subprocess.run(["dciodvfy", path], capture_output=True, text=True, check=False)
-        said = [line for line in (checked.stdout + checked.stderr).splitlines() if "Error" in line]
-        assert said == [], f"{kind} of {name}"
+        assert errors(each, tmp_path) == [], f"{kind} of {name}"
 
 
 def test_results_belong_to_the_study_and_to_series_of_their_own():
@@ -311,6 +318,12 @@ def test_the_map_lies_where_the_image_lies():
     mapping = objects["pm"].SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence[0]
     quantity = mapping.QuantityDefinitionSequence[0].ConceptCodeSequence[0]
     assert (quantity.CodeValue, quantity.CodingSchemeDesignator) == ("130404", "DCM")
+
+
+def test_a_map_is_shown_in_all_its_greys():
+    each = made(image(ramp(40, 60)), kinds=["pm"])["pm"]
+    [window] = each.SharedFunctionalGroupsSequence[0].FrameVOILUTSequence
+    assert (window.WindowCenter, window.WindowWidth, window.VOILUTFunction) == (0.5, 1, "LINEAR_EXACT")
 
 
 @pytest.mark.parametrize(("method", "code"), [("grad-cam", "130403"), ("cam", "130402"), ("rise", "130404")])

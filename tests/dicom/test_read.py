@@ -16,6 +16,8 @@ from camserve import dicom
 from camserve.dicom import DicomError
 from tests.dicom.samples import SECRETS, SERIES, data_of, image, ramp, stored
 
+AS_IT_IS = {"regions": "ignore", "burned_in": "ignore"}
+
 
 def shown(pixels: np.ndarray, **attributes) -> np.ndarray:
     return dicom.read(image(pixels, **attributes)).pixels
@@ -139,6 +141,21 @@ def test_a_palette_becomes_colours():
     np.testing.assert_allclose(pixels, index[..., None] / np.array([1, 2, 3]), atol=0.51)
 
 
+def test_a_palette_of_bytes_may_be_longer_than_a_byte_counts():
+    index = np.array([[0, 255], [256, 999]], np.uint16)
+    source = image(index, PhotometricInterpretation="PALETTE COLOR")
+    for colour in ("Red", "Green", "Blue"):
+        source.add_new(f"{colour}PaletteColorLookupTableDescriptor", "US", [1000, 0, 8])
+        source.add_new(f"{colour}PaletteColorLookupTableData", "OW", (np.arange(1000) // 4).astype(np.uint8).tobytes())
+    np.testing.assert_array_equal(dicom.read(source).pixels[..., 1], index // 4)
+
+
+@pytest.mark.parametrize("name", ["OBXXXX1A_expb.dcm", "OBXXXX1A_expb_2frame.dcm"])
+def test_a_palette_in_big_endian_has_the_same_colours(name):
+    first, second = (dicom.read(stored(each), **AS_IT_IS).pixels for each in ("OBXXXX1A.dcm", name))
+    np.testing.assert_array_equal(first, second)
+
+
 # ---- geometry -------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +254,9 @@ def test_real_images_are_the_same_compressed(plain, packed):
 # ---- what is wrong --------------------------------------------------------------------------------------------------
 
 
+COLOURS = np.full((4, 4, 3), (120, 90, 200), np.uint8)
+
+
 def cut(dataset: Dataset, keep: float) -> io.BytesIO:
     data = data_of(dataset)
     return io.BytesIO(data[: int(len(data) * keep)])
@@ -271,6 +291,11 @@ def without(name: str) -> Dataset:
         (lambda: image(ramp(), PixelData=None), "NO_PIXELS", "no pixels"),
         (lambda: without("SOPInstanceUID"), "INCOMPLETE", "SOPInstanceUID"),
         (lambda: image(ramp(), PhotometricInterpretation=None), "UNSUPPORTED_PIXELS", "attributes"),
+        (lambda: image(ramp(), BitsStored=12, HighBit=15), "UNSUPPORTED_PIXELS", "High Bit"),
+        *(
+            (lambda kind=kind: image(COLOURS, PhotometricInterpretation=kind), "UNSUPPORTED_PIXELS", "interpretation")
+            for kind in ("YBR_PARTIAL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT", "HSV", "CMYK")
+        ),
         (lambda: image(ramp(), PixelSpacing=[90, 1]), "UNSUPPORTED_PIXELS", "10 times"),
         (lambda: of_syntax("1.2.840.10008.1.2.4.102"), "UNSUPPORTED_TRANSFER_SYNTAX", "MPEG-4.*no package"),
         (lambda: of_syntax("1.2.3.4"), "UNSUPPORTED_TRANSFER_SYNTAX", "private transfer syntax"),

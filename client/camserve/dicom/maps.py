@@ -56,7 +56,8 @@ def parametric_map(derivation: Derivation) -> Dataset:
         [stand_in(derivation)],
         native(derivation),
         real_world_value_mappings=[mapping],
-        voi_lut_transformations=[hd.VOILUTTransformation(0.5, 1)],
+        # LINEAR, the default, would make a width of 1 a threshold.
+        voi_lut_transformations=[hd.VOILUTTransformation(0.5, 1, voi_lut_function="LINEAR_EXACT")],
         contains_recognizable_visual_features=False,
         content_label="SALIENCY",
         content_description=_described(derivation)[:64],

@@ -20,10 +20,7 @@ from camserve.dicom.standin import restored, stand_in
 
 __all__ = ["outlines", "presentation_state"]
 
-_LUTS = (
-    "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType", "VOILUTSequence", "WindowCenter",
-    "WindowWidth", "WindowCenterWidthExplanation", "VOILUTFunction",
-)  # fmt: skip
+_VOI = ("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction")
 # An element of 32 bit numbers holds 16383 of them.
 _MOST_POINTS = 8000
 
@@ -66,17 +63,17 @@ def presentation_state(derivation: Derivation) -> Dataset:
         "graphic_annotations": [annotation],
         "graphic_layers": [layer],
     }
+    header = grey.of_frame(source, derivation.picture.frame)
     if not str(source.PhotometricInterpretation).startswith("MONOCHROME"):
         colour = pr.ColorSoftcopyPresentationState(**given, icc_profile=_srgb())
-        return restored(_as_wide(colour, source), derivation)
-    header = grey.of_frame(source, derivation.picture.frame)
-    for name in _LUTS:
-        element = grey.readable(header, name)
-        if element is not None and not element.is_empty:
-            image.add(element)
+        return restored(_as_wide(colour, header), derivation)
     inverse = source.PhotometricInterpretation == "MONOCHROME1"
     shape = PresentationLUTTransformation(presentation_lut_shape="INVERSE" if inverse else "IDENTITY")
     state = pr.GrayscaleSoftcopyPresentationState(**given, presentation_lut_transformation=shape)
+    voi = Dataset()
+    for element in derivation.picture.luts:
+        (voi if element.keyword in _VOI else state).add(element)
+    state.SoftcopyVOILUTSequence = [voi]
     return restored(_as_wide(state, header), derivation)
 
 

@@ -19,9 +19,9 @@ from pydicom.dataelem import RawDataElement
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import get_expected_length, pixel_array
-from pydicom.uid import UID
+from pydicom.uid import UID, JPEG2000TransferSyntaxes
 
-from camserve.dicom import grey
+from camserve.dicom import grey, tables
 from camserve.dicom.errors import DicomError
 
 __all__ = ["Box", "Picture", "Source", "Window", "pixels_of_frame", "quiet", "read"]
@@ -48,7 +48,8 @@ class Picture:
 
     `source` is the whole header, without pixels, and `frame` counts from 0. `steps` say how the pixels were made of the
     stored values. `box` is the part of the frame that they show, in stored pixels; all of it unless it was cropped.
-    `content` is the box of what is not background, in pixels of the picture.
+    `content` is the box of what is not background, in pixels of the picture. `luts` are the modality and VOI LUT that
+    were applied, as attributes of a presentation state.
     """
 
     pixels: NDArray[np.uint8] = field(repr=False)
@@ -57,6 +58,7 @@ class Picture:
     steps: tuple[str, ...]
     box: Box
     content: Box
+    luts: Dataset = field(repr=False)
 
 
 def quiet() -> None:
@@ -95,6 +97,8 @@ def read(
     if not any(name in dataset for name in _PIXELS):
         raise DicomError("the object has no pixels: it is no image", "NO_PIXELS")
     with _sound():
+        if "HighBit" in dataset and int(dataset.HighBit) != int(dataset.BitsStored) - 1:
+            raise DicomError("High Bit is not Bits Stored - 1: which bits are the pixels?", "UNSUPPORTED_PIXELS")
         frames = int(dataset.get("NumberOfFrames") or 1)
         box = _part(dataset, regions, burned_in)
     if not 0 <= frame < frames:
@@ -105,9 +109,9 @@ def read(
     steps: list[str] = []
     with _sound():
         header = grey.of_frame(dataset, frame)
-        padding = None
+        padding, luts = None, Dataset()
         if stored.ndim == 2 and dataset.PhotometricInterpretation != "PALETTE COLOR":
-            shown, padding = grey.shown(stored, header, window, box, steps)
+            shown, padding, luts = grey.shown(stored, header, window, box, steps)
         else:
             shown = _colour(stored, dataset, steps)
         if box != (0, 0, stored.shape[1], stored.shape[0]):
@@ -120,7 +124,7 @@ def read(
     bare.update({tag: dataset.get_item(tag) for tag in dataset.keys() if tag.group != 0x7FE0})  # noqa: SIM118 - a Dataset yields elements
     implicit, little = dataset.original_encoding
     bare.set_original_encoding(implicit, little, dataset.original_character_set)
-    return Picture(shown, bare, frame, tuple(steps), box, content)
+    return Picture(shown, bare, frame, tuple(steps), box, content, luts)
 
 
 # ---- the object -----------------------------------------------------------------------------------------------------
@@ -151,7 +155,7 @@ def _sound() -> Iterator[None]:
         yield
     except DicomError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
         raise DicomError("an attribute of the header, or a lookup table in it, is broken", "BROKEN_HEADER") from error
 
 
@@ -267,18 +271,44 @@ def _colour(stored: NDArray[Any], dataset: Dataset, steps: list[str]) -> NDArray
     kind = str(dataset.PhotometricInterpretation)
     bits = int(dataset.BitsStored)
     if kind == "PALETTE COLOR":
-        stored = apply_color_lut(stored, dataset)[..., :3]
-        bits = 8 * stored.dtype.itemsize
+        stored, bits = _palette(stored, dataset)
         steps.append("palette")
-    elif not kind.startswith(("RGB", "YBR")) or stored.ndim != 3 or stored.shape[-1] != 3:
-        raise DicomError("the photometric interpretation is none of today's standard", "UNSUPPORTED_PIXELS")
-    elif kind.startswith("YBR"):
+    elif stored.ndim != 3 or stored.shape[-1] != 3 or not _is_rgb(kind, dataset.file_meta.TransferSyntaxUID):
+        raise DicomError(
+            "the photometric interpretation is none of today's standard, or not that of this transfer syntax",
+            "UNSUPPORTED_PIXELS",
+        )
+    elif kind != "RGB":
         steps.append("YBR to RGB")
     if bits == 8:
         return stored.astype(np.uint8)
     steps.append(f"{bits} bits to 8")
     levels: NDArray[np.float64] = stored.astype(np.float64) * (255 / float(2**bits - 1))
     return np.rint(levels).clip(0, 255).astype(np.uint8)
+
+
+def _is_rgb(kind: str, syntax: UID) -> bool:
+    """Whether decoding leaves RGB. The transforms of JPEG 2000 are undone only where there are any."""
+    return kind in ("RGB", "YBR_FULL", "YBR_FULL_422") or (
+        kind in ("YBR_ICT", "YBR_RCT") and syntax in JPEG2000TransferSyntaxes
+    )
+
+
+def _palette(stored: NDArray[Any], dataset: Dataset) -> tuple[NDArray[Any], int]:
+    """Colours [H, W, 3], and how many bits they have."""
+    if "SegmentedRedPaletteColorLookupTableData" in dataset:
+        colours = apply_color_lut(stored, dataset)[..., :3]
+        return colours, 8 * colours.dtype.itemsize
+    little_endian = dataset.file_meta.TransferSyntaxUID.is_little_endian
+    bits, channels = 8, []
+    for name in ("Red", "Green", "Blue"):
+        descriptor = dataset[f"{name}PaletteColorLookupTableDescriptor"].value
+        table = tables.entries(descriptor, dataset[f"{name}PaletteColorLookupTableData"], little_endian=little_endian)
+        if int(descriptor[2]) != 8 or table.max() > 255:
+            bits = max(bits, 8 * table.dtype.itemsize)
+        first = tables.first_mapped(descriptor, signed=bool(dataset.PixelRepresentation))
+        channels.append(tables.looked_up(stored, first, table))
+    return np.stack(channels, axis=-1), bits
 
 
 def _content(shown: NDArray[np.uint8], padding: NDArray[np.bool_] | None) -> Box:
