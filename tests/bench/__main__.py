@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from camserve_server.allocator import keep_memory
 from camserve_server.service.server import pick_device
-from tests.bench import ascent, curves, limit, masked, mixed, page, service, shortcuts
+from tests.bench import ascent, curves, limit, masked, mixed, page, savings, service, shortcuts
 from tests.bench.machine import ROOT, facts
 from tests.bench.results import Claim, Result
 from tests.bench.subjects import CONFIGS
@@ -27,10 +27,11 @@ from tests.bench.work import Bench
 # Each section, and about how many steps of the bar it makes for all three networks at two rounds.
 SECTIONS: dict[str, tuple[Callable[[Bench], Result], int]] = {
     "limit": (limit.section, 30),
-    "poly": (masked.poly, 120),
-    "score": (masked.score, 24),
+    "poly": (masked.poly, 150),
+    "score": (masked.score, 36),
     "opti": (ascent.section, 30),
     "curves": (curves.section, 18),
+    "savings": (savings.section, 24),
     "shortcuts": (shortcuts.section, 42),
     "service": (service.section, 24),
     "mixed": (mixed.section, 20),
@@ -74,7 +75,7 @@ def main() -> int:
     names = [name for name in SECTIONS if name in (arguments.names or SECTIONS)]
     device = pick_device(arguments.device)
     if device.type == "cpu":
-        keep_memory()  # as the server does; the peers have it, too
+        keep_memory()  # as the server does
     bench = Bench(device, arguments.seconds, arguments.rounds, names=arguments.models)
     command = "make bench" if len(sys.argv) == 1 else f"python -m tests.bench {shlex.join(sys.argv[1:])}"
 
@@ -90,15 +91,19 @@ def main() -> int:
         text = page.page(here, in_order, [n for n in SECTIONS if n not in results], arguments.out / "pictures")
         (arguments.out / "benchmarks.md").write_text(text, encoding="utf-8")
 
-    measure(bench, names, keep)
+    try:
+        measure(bench, names, keep)
+    finally:
+        bench.close()
     for claim in (claim for name in names for claim in results[name].claims):
         print(_line(claim))
     return 0
 
 
 def _line(claim: Claim) -> str:
-    verdict = "reached" if claim.reached else "MISSED"
-    return f"{verdict:8}{claim.what}: {claim.figure:.2f} of {claim.aim:.2f}, against {claim.peer}"
+    verdict = "" if claim.aim is None else "reached" if claim.reached else "MISSED"
+    aim = "" if claim.aim is None else f" of {claim.aim:.2f}"
+    return f"{verdict:8}{claim.what}: {claim.figure:.2f}{aim}, against {claim.peer}"
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from camserve_server.explain import MetricCall
 from camserve_server.registry import METRICS
-from tests.bench import ours, peers
+from tests.bench import apart, ours, peers
 from tests.bench.masked import explained_by
 from tests.bench.results import Chart, Claim, Findings, Result, Table
 from tests.bench.subjects import Subject
 from tests.bench.timing import Timed, alone, clock
 from tests.bench.work import Bench
-from tests.oracles.insertion_deletion import gaussian_blur
 
 STEPS = 224  # of the Poly-CAM paper
 LOOP_AIM = 1.0  # it has no needless rows, so all there is to gain is the memory format and the batch size
@@ -27,8 +26,8 @@ def section(bench: Bench) -> Result:
     return Result(
         "Insertion and deletion",
         f"One image and map, both curves: ours through the engine against a straight loop in batches of {peers.LOOP}, "
-        f"contiguous, and the plain forward pass, in turn. Fewer than the {STEPS} steps a curve are measured, each of "
-        "more pixels; a step takes the same time.",
+        "contiguous, once as it is and once with our allocator's settings, and the plain forward pass, in turn. Fewer "
+        f"than the {STEPS} steps a curve are measured, each of more pixels; a step takes the same time.",
         claims=found.claims,
         tables=[
             Table(
@@ -59,19 +58,27 @@ def _one(bench: Bench, found: Findings, subject: Subject) -> None:
     def loop() -> Timed:
         x = subject.image.tensor
         start = clock(x.device)
-        blurred, map_ = gaussian_blur(x[None])[0], S.to(x.device)
-        ends = [(blurred, x), (x, blurred)]
-        found = [peers.curve(subject.made, a, b, map_, index[0], steps) for a, b in ends]
-        curves["loop"] = torch.stack(found).cpu()
+        curves["loop"] = peers.curves(subject.made, x, S.to(x.device), index[0], steps).cpu()
         return Timed(2 * steps, clock(x.device) - start)
 
-    sides = {"plain": subject.limit.side(bench.seconds), "ours": ours_side, "loop": lambda: alone(loop)}
+    def loop_apart() -> Timed:
+        return bench.apart(apart.curves, subject.config, S.numpy(), index[0], steps)
+
+    sides = {
+        "plain": subject.limit.side(bench.seconds),
+        "ours": ours_side,
+        "straight loop": loop_apart,
+        "straight loop, our allocator": lambda: alone(loop),
+    }
     rates = bench.alternate(f"{subject.name}: insertion and deletion", sides)
     differ = float((curves["ours"] - curves["loop"]).abs().max())
     name = f"Insertion and deletion, {subject.name}"
     claims = [
         Claim(f"{name}, rows a second", "plain forward pass", rates["ours"].over(rates["plain"]), 0.95, "share"),
-        Claim(name, "straight loop", rates["ours"].over(rates["loop"]), LOOP_AIM, "×", f"curves to {differ:.0e}"),
+        *(
+            Claim(name, loop_, rates["ours"].over(rates[loop_]), aim, "×", f"curves to {differ:.0e}")
+            for loop_, aim in (("straight loop", LOOP_AIM), ("straight loop, our allocator", None))
+        ),
     ]
     found.claims += explained_by(claims, lambda: ours.where(model, subject.x, S, metrics, targets=index, after=1))
     found.bars[subject.name] = {side: 2 * STEPS / of.rate for side, of in rates.items()}

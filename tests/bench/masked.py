@@ -14,14 +14,15 @@ from torch import Tensor
 from camserve_server.channels import channels
 from camserve_server.explain import Explained
 from camserve_server.models.layers import Layer
-from tests.bench import ours, peers
+from tests.bench import apart, ours, peers
 from tests.bench.ours import Watched
 from tests.bench.peers import GradCam, Library, Torchcam
 from tests.bench.results import Chart, Claim, Findings, Result, Table
 from tests.bench.subjects import Subject
-from tests.bench.timing import Rates, Timed, alone, clock
+from tests.bench.timing import Rates, Timed, alone
 from tests.bench.work import Bench
 
+LOOP, KEPT = "official loop", "official loop, our allocator"
 SHARE_AIM = 0.95
 DENSE_AIM = 2.0  # where all channels are live, and in proportion where fewer are
 TRAINED_AIM = {"efficientnet-lite0": 4.0}  # on the photograph
@@ -72,7 +73,8 @@ def poly(bench: Bench) -> Result:
         "One image, level by level. The sides are the plain forward pass at its best; ours through the engine, masks "
         "made, multiplied, run and weighed; ours with `variant=official`; and a transcription of the "
         f"[official loop](https://github.com/andralex8/polycam): batches of {bench.channels}, contiguous, all masks of "
-        "a level at once, two passes a batch, no channel left out. Each side runs a bounded number of rows of every "
+        "a level at once, two passes a batch, no channel left out; once as it is, once with our allocator's settings. "
+        "Each side runs a bounded number of rows of every "
         "level, in turn; the time of a whole image is extrapolated from them, in proportion to the level's rows. "
         "*Dense* takes all channels as live, *photograph* those that are on this one: a channel that is zero "
         "everywhere owes us no rows, and the loop two. The share of the plain forward pass weighs the levels by their "
@@ -82,7 +84,7 @@ def poly(bench: Bench) -> Result:
         tables=[
             Table(
                 "Rows a second, median of the rounds:",
-                ["model", "layer", "channels", "to be run", "plain", "PCAM±", "share", "official variant", "loop"],
+                ["model", "layer", "channels", "to be run", "plain", "PCAM±", "share", "official variant", LOOP, KEPT],
                 found.rows,
             )
         ],
@@ -92,11 +94,13 @@ def poly(bench: Bench) -> Result:
 
 def _poly_sides(bench: Bench, subject: Subject, layer: Layer, a: Tensor) -> dict[str, Callable[[], Timed]]:
     net, x, rows = subject.made, subject.image.tensor[None], round(subject.limit.rate * bench.seconds)
+    n = max(1, rows // 2 // bench.channels) * bench.channels
     return {
         "plain": subject.limit.side(bench.seconds),
         "ours": lambda: _poly_run(subject, layer, rows, "paper").timed,
         "official variant": lambda: _poly_run(subject, layer, rows, "official").timed,
-        "loop": lambda: alone(_loop, net, x, a[: max(1, rows // 2 // bench.channels) * bench.channels]),
+        LOOP: lambda: bench.apart(apart.poly_cam, subject.config, layer.name, n),
+        KEPT: lambda: alone(peers.timed_poly_cam, net, x, a[:n]),
     }
 
 
@@ -120,16 +124,6 @@ def to_run(a: Tensor, dead: bool) -> int:
     return len(channels(a, dead=dead))
 
 
-def _loop(net: torch.nn.Module, x: Tensor, a: Tensor) -> Timed:
-    """Rows of the official loop; a pass before them is not counted."""
-    p = torch.tensor(0.5, device=x.device)
-    with torch.no_grad():
-        net(x)
-    start = clock(x.device)
-    peers.poly_cam_weights(net, x, a, 0, p)
-    return Timed(2 * len(a), clock(x.device) - start)
-
-
 def poly_agreement(subject: Subject, n: int) -> float:
     """The largest difference between our map and the loop's, of the n strongest channels of the last layer."""
     layer = subject.model.layers[-1]
@@ -146,24 +140,27 @@ def poly_agreement(subject: Subject, n: int) -> float:
 def _poly_findings(found: Findings, subject: Subject, levels: Sequence[Level], agree: float) -> None:
     owed, run = sum(level.layer.channels for level in levels), sum(level.run for level in levels)
     share = ratio(levels, "plain", "ours")
-    dense = ratio(levels, "loop", "official variant")
-    photo = ratio(levels, "loop", "official variant", live=True)
+    dense, photo = (ratio(levels, LOOP, "official variant", live=live) for live in (False, True))
+    kept_dense, kept_photo = (ratio(levels, KEPT, "official variant", live=live) for live in (False, True))
     name, maps = f"PCAM±, {subject.name}", f"maps to {agree:.0e}"
     whole = f"{name}, one image, photograph ({run} of {owed} channels)"
     claims = [Claim(f"{name}, rows a second", "plain forward pass", share, SHARE_AIM, "share")]
     if subject.name in TRAINED_AIM:
-        claims.append(Claim(whole, "official loop", photo, TRAINED_AIM[subject.name], "×", maps))
+        claims.append(Claim(whole, LOOP, photo, TRAINED_AIM[subject.name], "×", maps))
+        claims.append(Claim(whole, KEPT, kept_photo, None, "×", maps))
     else:
-        claims.append(Claim(f"{name}, one image, dense", "official loop", dense, DENSE_AIM, "×", maps))
+        claims.append(Claim(f"{name}, one image, dense", LOOP, dense, DENSE_AIM, "×", maps))
+        claims.append(Claim(f"{name}, one image, dense", KEPT, kept_dense, None, "×", maps))
         if run < owed:
-            claims.append(Claim(whole, "official loop", photo, DENSE_AIM * owed / run, "×", maps))
+            claims.append(Claim(whole, LOOP, photo, DENSE_AIM * owed / run, "×", maps))
     budget = 2 + _whole(round(subject.limit.rate * subject.seconds), lane(subject))
     found.claims += explained_by(
         claims, lambda: ours.where(subject.model, subject.x, subject.call("poly-cam"), budget=budget)
     )
     found.bars[subject.name] = {
         "plain forward passes, dense": seconds(levels, "plain", -1),
-        "official loop": seconds(levels, "loop", -1),
+        LOOP: seconds(levels, LOOP, -1),
+        KEPT: seconds(levels, KEPT, -1),
         "ours, dense": seconds(levels, "official variant", -1),
         "ours, photograph": seconds(levels, "official variant", -1, live=True),
     }
@@ -171,7 +168,7 @@ def _poly_findings(found: Findings, subject: Subject, levels: Sequence[Level], a
         rate = {side: f"{rates.rate:.1f}" for side, rates in level.rates.items()}
         share = level.rates["ours"].over(level.rates["plain"])
         cells = [level.layer.name, str(level.layer.channels), str(level.run), rate["plain"], rate["ours"]]
-        found.rows.append([subject.name, *cells, f"{share:.2f}", rate["official variant"], rate["loop"]])
+        found.rows.append([subject.name, *cells, f"{share:.2f}", rate["official variant"], rate[LOOP], rate[KEPT]])
 
 
 # ---- Score-CAM -------------------------------------------------------------------------------------------------------
@@ -185,11 +182,12 @@ def score(bench: Bench) -> Result:
         _score_findings(bench, found, subject, [Torchcam, GradCam] if libraries else [])
     return Result(
         "Score-CAM against the plain forward pass and two libraries",
-        "One image, the last layer. Each library runs at the batch size that suits it best, on a bounded number of "
-        "channels, in turn with ours through the engine and with the plain forward pass; the time of a whole image is "
-        "extrapolated in proportion to its channels, the passes before the first of them included. Channels that are "
-        "the same everywhere cost us one row for all of them. The equations differ, so maps made of the same channels "
-        "are compared by their correlation; ours agree with a plain re-implementation in the tests.",
+        "One image, the last layer. Each library runs at the batch size that suits it best, once as it is and once "
+        "with our allocator's settings, on a bounded number of channels, in turn with ours through the engine and with "
+        "the plain forward pass; the time of a whole image is extrapolated in proportion to its channels, the passes "
+        "before the first of them included. Channels that are the same everywhere cost us one row for all of them. The "
+        "equations differ, so maps made of the same channels are compared by their correlation; ours agree with a "
+        "plain re-implementation in the tests.",
         claims=found.claims,
         tables=[
             Table(
@@ -220,12 +218,20 @@ def _score_findings(bench: Bench, found: Findings, subject: Subject, libraries: 
     for library in libraries:
         cam = alone(partial(_library, library, subject, layer.name))
         cams.append(cam)
-        bench.step(f"{subject.name}: {cam.name}'s best batch")
-        sizes[cam.name] = best = alone(best_size, cam, a, PEER_SIZES[bench.device.type])
-        n = min(len(a), max(1, rows // best) * best)
-        sides[cam.name] = partial(alone, peers.timed_weights, cam, a[:n], 0, best)
+
+        def there(n: int, batch: int, name: str = library.name) -> Timed:
+            return bench.apart(apart.score_cam, subject.config, name, layer.name, n, batch)
+
+        def here(n: int, batch: int, cam: Library = cam) -> Timed:
+            return alone(peers.timed_weights, cam, a[:n], 0, batch)
+
         r = alone(score_agreement, subject, cam, a, bench.channels)
-        agree[cam.name] = f"maps correlate, r = {r:.3f}: {cam.differs}"
+        ways: dict[str, Callable[[int, int], Timed]] = {library.name: there, f"{library.name}, our allocator": here}
+        for name, way in ways.items():
+            bench.step(f"{subject.name}: the best batch of {name}")
+            sizes[name] = best = best_size(way, len(a), PEER_SIZES[bench.device.type])
+            sides[name] = partial(way, min(len(a), max(1, rows // best) * best), best)
+            agree[name] = f"maps correlate, r = {r:.3f}: {cam.differs}"
     rates = bench.alternate(f"{subject.name}: Score-CAM", sides)
     for cam in cams:
         cam.close()
@@ -234,10 +240,11 @@ def _score_findings(bench: Bench, found: Findings, subject: Subject, libraries: 
     seconds = {"ours": before_s + run / rates["ours"].rate}
     seconds |= {name: (len(a) + 2) / rates[name].rate for name in sizes}
     share = rates["ours"].over(rates["plain"])
-    claims = [Claim(f"Score-CAM, {subject.name}, rows a second", "plain forward pass", share, SHARE_AIM, "share")]
+    claims = [Claim(f"Score-CAM, {subject.name}, rows a second", "plain forward pass", share, None, "share")]
     for name in sizes:
         what = f"Score-CAM, {subject.name}, one image ({run} of {len(a)} channels)"
-        claims.append(Claim(what, name, seconds[name] / seconds["ours"], SCORE_AIM, "×", agree[name]))
+        aim = SCORE_AIM if name in peers.LIBRARIES else None
+        claims.append(Claim(what, name, seconds[name] / seconds["ours"], aim, "×", agree[name]))
     found.claims += explained_by(
         claims, lambda: ours.where(subject.model, subject.x, subject.call("score-cam"), budget=2 + rows)
     )
@@ -260,11 +267,11 @@ def explained_by(claims: Sequence[Claim], why: Callable[[], str]) -> list[Claim]
     return [claim if claim.reached else replace(claim, because=because) for claim in claims]
 
 
-def best_size(cam: Library, a: Tensor, sizes: Sequence[int]) -> int:
-    """The batch size of the highest rate, on one batch of the largest."""
-    n = min(len(a), max(sizes))
-    peers.timed_weights(cam, a[: min(sizes)], 0, min(sizes))
-    rates = {size: n / peers.timed_weights(cam, a[:n], 0, size).seconds for size in sizes if size <= n}
+def best_size(side: Callable[[int, int], Timed], channels: int, sizes: Sequence[int]) -> int:
+    """The batch size of the highest rate, on one batch of the largest; `side` runs so many channels in such batches."""
+    n = min(channels, max(sizes))
+    side(min(n, *sizes), min(sizes))
+    rates = {size: n / side(n, size).seconds for size in sizes if size <= n}
     return max(rates, key=lambda size: rates[size]) if rates else n
 
 

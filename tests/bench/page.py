@@ -18,9 +18,10 @@ HEAD = """# Benchmarks
 ```
 
 in {minutes:.0f} minutes. Everything is a ratio of two rates of the same run: same inputs, weights, threads and
-precision, each side alone in the process, in turn (A B A B …), the median of the rounds. EfficientNet-Lite0 has its
-ImageNet weights; ResNet50 and VGG16 have random ones, with logits of a trained network's scale. Ratios move by some
-hundredths from run to run.
+precision, in turn (A B A B …), each side with the machine to itself, the median of the rounds. Peers run as their users
+have them, in a process with glibc's defaults; and, as a second figure, in ours, where they profit from
+[what the server sets](decisions/0008-allocator.md). EfficientNet-Lite0 has its ImageNet weights; ResNet50 and VGG16
+have random ones, with logits of a trained network's scale. Ratios move by some hundredths from run to run.
 """
 
 
@@ -70,8 +71,8 @@ def _claims(claims: Iterable[Claim]) -> str:
             claim.what,
             claim.peer,
             f"**{_figure(claim, claim.figure)}**",
-            _figure(claim, claim.aim),
-            "reached" if claim.reached else "MISSED",
+            "–" if claim.aim is None else _figure(claim, claim.aim),
+            "" if claim.aim is None else "reached" if claim.reached else "MISSED",
             claim.agree or "–",
         ]
         for claim in claims

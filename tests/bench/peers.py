@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.bench.timing import Timed, clock
+from tests.oracles.insertion_deletion import gaussian_blur
 
 LOOP = 32  # rows a batch of the official loops
 
@@ -45,6 +46,16 @@ def poly_cam_weights(net: nn.Module, x: Tensor, A: Tensor, c: int, p: Tensor, ba
         shown[rows] = net(x * masks[rows]).softmax(dim=1)[:, c]
         hidden[rows] = net(x * reverse[rows]).softmax(dim=1)[:, c]
     return (p + shown - hidden).relu()
+
+
+def timed_poly_cam(net: nn.Module, x: Tensor, A: Tensor) -> Timed:
+    """Rows of one level; a pass before them is not counted."""
+    p = torch.tensor(0.5, device=x.device)
+    with torch.no_grad():
+        net(x)
+    start = clock(x.device)
+    poly_cam_weights(net, x, A, 0, p)
+    return Timed(2 * len(A), clock(x.device) - start)
 
 
 @torch.no_grad()
@@ -82,6 +93,7 @@ class OptiCam:
     c: int
 
     def __init__(self, net: nn.Module, layer: str, x: Tensor, mean: Tensor, std: Tensor, c: int) -> None:
+        self.name = layer
         self.net = copy.deepcopy(net).requires_grad_()
         self.layer = self.net.get_submodule(layer)
         self.image, self.mean, self.std, self.c = (x * std + mean)[None], mean, std, c
@@ -146,6 +158,12 @@ def curve(net: nn.Module, start: Tensor, end: Tensor, S: Tensor, c: int, steps: 
     return torch.cat(p)
 
 
+def curves(net: nn.Module, x: Tensor, S: Tensor, c: int, steps: int) -> Tensor:
+    """Insertion and deletion [2, steps]; x [3, H, W], S [H, W]."""
+    blurred = gaussian_blur(x[None])[0]
+    return torch.stack([curve(net, start, end, S, c, steps) for start, end in ((blurred, x), (x, blurred))])
+
+
 # ---- Score-CAM of other libraries ------------------------------------------------------------------------------------
 
 
@@ -201,6 +219,7 @@ class GradCam:
 
 
 Library = Torchcam | GradCam
+LIBRARIES: dict[str, type[Library]] = {library.name: library for library in (Torchcam, GradCam)}
 
 
 def timed_weights(cam: Library, A: Tensor, c: int, batch: int) -> Timed:

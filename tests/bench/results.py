@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Claim:
-    """`figure` is a ratio of two rates of one run, against the `peer`; it is reached if it is no less than `aim`.
+    """`figure` is a ratio of two rates of one run, against the `peer`, reached if it is no less than `aim`, if any.
 
     `agree` says how far the outputs of the two agree. `because` is where the time goes, of one that is missed.
     """
@@ -18,7 +18,7 @@ class Claim:
     what: str
     peer: str
     figure: float
-    aim: float
+    aim: float | None
     unit: str = "×"
     agree: str = ""
     because: str = ""
@@ -26,7 +26,7 @@ class Claim:
     @property
     def reached(self) -> bool:
         """As it is measured, not as it is rounded."""
-        return self.figure >= self.aim
+        return self.aim is None or self.figure >= self.aim
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 import camserve
+from camserve_server.config import ModelConfig
 from camserve_server.engine import Engine
 from camserve_server.models.model import LaneKind
 from camserve_server.models.pixels import from_pixels
@@ -27,7 +30,7 @@ from tests.bench import ours
 from tests.bench.machine import ROOT
 from tests.bench.ours import Watched
 from tests.bench.results import Chart, Claim, Findings, Result, Table
-from tests.bench.subjects import Subject, photograph
+from tests.bench.subjects import Subject, from_config, photograph
 from tests.bench.timing import Timed, percentile
 from tests.bench.work import Bench
 
@@ -59,9 +62,9 @@ def section(bench: Bench) -> Result:
     return Result(
         "The service",
         f"{bench.callers} callers, each with the next request as soon as the last is answered, over gRPC to a server "
-        "process on the same machine, and as calls of an engine in this process that get the same picture as pixels. "
-        "Both resize and normalise it; over gRPC it is sent, and the map and the receipt are sent back, on the same "
-        f"cores that the engine has. A Score-CAM here has a budget of {BUDGET} rows.",
+        "process on the same machine, and as calls of an engine in their own process that get the same picture as "
+        "pixels. Both resize and normalise it; over gRPC it is sent, and the map and the receipt are sent back, on the "
+        f"same cores that the engine has. A Score-CAM here has a budget of {BUDGET} rows.",
         claims=found.claims,
         tables=[
             Table(
@@ -103,17 +106,21 @@ def _measure(
     latencies: dict[str, list[float]] = {"in process": [], "gRPC": []}
     requests: dict[str, list[float]] = {"in process": [], "gRPC": []}
 
-    def note(way: str, call: Callable[[], int]) -> Timed:
-        timed, times = callers(call, bench.callers, 4 * bench.seconds)
+    seconds = 4 * bench.seconds
+
+    def note(way: str, timed: Timed, times: list[float]) -> Timed:
         latencies[way] += times
         requests[way].append(len(times) / timed.seconds)
         return timed
 
-    def in_process() -> Timed:
-        with ours.engine() as running:
-            return note("in process", lambda: _request(running, subject, load))
+    def directly() -> Timed:
+        config = subject.config.model_copy(update={"batch_size": lane_size(subject)})
+        return note("in process", *bench.apart_as_served(in_process, config, load, bench.callers, seconds))
 
-    sides = {"in process": in_process, "gRPC": lambda: note("gRPC", lambda: through_grpc().cost.rows)}
+    def over_grpc() -> Timed:
+        return note("gRPC", *callers(lambda: through_grpc().cost.rows, bench.callers, seconds))
+
+    sides = {"in process": directly, "gRPC": over_grpc}
     with_plain = {"plain": subject.limit.side(bench.seconds), **sides}
     rates = bench.alternate(f"{bench.callers} callers of {load.method}", with_plain)
     share = rates["gRPC"].over(rates["in process"])
@@ -156,8 +163,20 @@ def callers(call: Callable[[], int], count: int, seconds: float) -> tuple[Timed,
     return Timed(sum(rows), time.perf_counter() - start), times
 
 
+def in_process(config: ModelConfig, device: str, load: Load, count: int, seconds: float) -> tuple[Timed, list[float]]:
+    """The same load for an engine in this process: to be called in one that has nothing else to do, as a server's."""
+    subject = _subject(config.model_dump_json(), device)
+    with ours.engine() as running:
+        return callers(lambda: _request(running, subject, load), count, seconds)
+
+
+@cache
+def _subject(config: str, device: str) -> Subject:
+    return from_config(ModelConfig.model_validate_json(config), torch.device(device), 0.0)
+
+
 def _request(running: Engine, subject: Subject, load: Load) -> int:
-    """In process: the picture is resized and normalised as the service does it."""
+    """The picture is resized and normalised as the service does it."""
     x = subject.model.preprocessing(from_pixels(np.asarray(photograph())))
     watched = _submitted(running, subject, x, load)
     watched.wait()

@@ -126,4 +126,12 @@ def from_config(config: ModelConfig, device: torch.device, seconds: float) -> Su
 def _loaded(config: ModelConfig, device: torch.device) -> tuple[Model, nn.Module]:
     """The network as it is served, and as it is made."""
     model = load(config, device)
-    return model, network(config, "models").eval().requires_grad_(False).to(device, model.dtype)
+    return model, made(config, device, model.dtype)[0]
+
+
+def made(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Image]:
+    """The network as it is made, contiguous, and the photograph as its input."""
+    net = network(config, "models").eval().requires_grad_(False).to(device, dtype)
+    preprocessing = Preprocessing(config.input_size, config.mean, config.std, config.interpolation)
+    columns = (Preprocessing.column(values) for values in (config.mean, config.std))
+    return net, Image(*(values.to(device, dtype) for values in (preprocessing(photograph()), *columns)))

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from camserve_server.config import Config, ModelConfig
 from tests.bench import __main__ as bench_main
-from tests.bench import ascent, curves, limit, masked, mixed, ours, page, peers, service, shortcuts, subjects, work
+from tests.bench import (
+    apart,
+    ascent,
+    curves,
+    limit,
+    masked,
+    mixed,
+    ours,
+    page,
+    peers,
+    savings,
+    service,
+    shortcuts,
+    subjects,
+    work,
+)
 from tests.bench.results import Claim, Findings, Result
 from tests.bench.subjects import Subject
 from tests.bench.timing import Rates, Timed, alternate, percentile
@@ -32,16 +50,26 @@ def subject() -> Subject:
     return subjects.from_config(TINY, CPU, 0.01)
 
 
-@pytest.fixture
-def bench(subject: Subject) -> Bench:
+@pytest.fixture(scope="module")
+def bench(subject: Subject) -> Iterator[Bench]:
     few = Bench(CPU, seconds=0.01, rounds=2, channels=4, images=3, callers=3, names=["tiny"])
     few.loaded["tiny"] = subject
-    return few
+    yield few
+    few.close()
 
 
 @pytest.mark.parametrize(
     "section",
-    [limit.section, masked.poly, masked.score, ascent.section, curves.section, shortcuts.section, mixed.section],
+    [
+        limit.section,
+        masked.poly,
+        masked.score,
+        ascent.section,
+        curves.section,
+        savings.section,
+        shortcuts.section,
+        mixed.section,
+    ],
 )
 def test_every_section_runs(section: object, bench: Bench, tmp_path: Path) -> None:
     result = section(bench)  # type: ignore[operator]
@@ -74,7 +102,7 @@ def test_sections_are_put_together(
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert text.index("## The limit") < text.index("## Insertion and deletion")
     assert "$ python -m tests.bench limit --models tiny" in text
-    assert "Not measured at this commit: poly, score, opti, shortcuts, service, mixed" in text
+    assert "Not measured at this commit: poly, score, opti, savings, shortcuts, service, mixed" in text
     for picture in ("bench-limit.svg", "bench-curves.svg"):
         assert f"(pictures/{picture})" in text
         assert (tmp_path / "pictures" / picture).stat().st_size < 50_000
@@ -82,6 +110,18 @@ def test_sections_are_put_together(
 
 
 # ---- what is compared agrees -----------------------------------------------------------------------------------------
+
+
+def test_the_process_apart_runs_the_same_network(bench: Bench, subject: Subject) -> None:
+    net, x = subject.made, subject.image.tensor[None]
+    torch.testing.assert_close(torch.from_numpy(bench.apart(_logits, TINY)), net(x), rtol=0, atol=0)
+
+
+def _logits(config: ModelConfig, device: str) -> NDArray[np.float32]:
+    net, image = apart.made(config, device)
+    with torch.no_grad():
+        logits: Tensor = net(image.tensor[None])
+    return logits.numpy()
 
 
 def test_the_official_poly_cam(subject: Subject) -> None:

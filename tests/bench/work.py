@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
+from tests.bench.apart import Apart
 from tests.bench.subjects import CONFIGS, Subject, subject
 from tests.bench.timing import Rates, Side, alternate
 
@@ -27,6 +29,21 @@ class Bench:
     names: Sequence[str] = tuple(CONFIGS)
     step: Callable[[str], None] = lambda text: None
     loaded: dict[str, Subject] = field(default_factory=dict)
+
+    @cached_property
+    def apart(self) -> Apart:
+        """A process with glibc's defaults."""
+        return Apart(self.device)
+
+    @cached_property
+    def apart_as_served(self) -> Apart:
+        """A process that keeps freed memory, as the server does."""
+        return Apart(self.device, keeps_memory=self.device.type == "cpu")
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self.apart.close()
+        self.apart_as_served.close()
 
     def subjects(self, *names: str) -> Iterator[Subject]:
         """Those of the networks that are measured, one after the other; all of them if none is named."""

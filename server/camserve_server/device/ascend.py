@@ -100,12 +100,12 @@ def run_ascend(model: Model, parts: Sequence[Part], size: int) -> None:
         if not halts:
             moving.setdefault(work.rate, []).append((gradient, *work.state(row)))
     for rate, variables in moving.items():
-        _ascend(rate, variables)
+        step_up(rate, variables)
     for (work, row, objective, _), halts in zip(seen, halted, strict=True):
         work.note(row, objective, halts)
 
 
-def _ascend(rate: float, variables: Sequence[Sequence[Tensor]]) -> None:
+def step_up(rate: float, variables: Sequence[Sequence[Tensor]]) -> None:
     """A step of Adam (Kingma and Ba 2015, algorithm 1) upwards, in place, in one kernel for all variables.
 
     Each is (gradient, variable, first moment, second moment, steps so far).
