@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 import threading
@@ -81,7 +82,7 @@ class Pacs:
 
     `before` sees each object that comes in, and may answer in its place. `commits` says how commitments are answered:
     "anew" in an association to `gateway`, "same" in that which asked, "never", "later" when it is told to, or "failed";
-    "stuck" is never, and the association hangs. In its own it calls itself `reporter`.
+    "stuck" is never, and the association hangs. In its own it calls itself `reporter`, and may select its role or not.
     """
 
     def __init__(self) -> None:
@@ -90,7 +91,7 @@ class Pacs:
         self.stores: list[str] = []
         self.before: Callable[[Dataset], int | None] = lambda dataset: None
         self.commits = "same"
-        self.reporter = "PACS"
+        self.reporter, self.selects_role = "PACS", True
         self.asked: list[str] = []
         self.hangs_up = False  # after the next object
         self.gateway = ""
@@ -178,19 +179,20 @@ class Pacs:
         ae = AE(self.reporter)
         ae.add_requested_context(StorageCommitmentPushModel)
         role = build_role(StorageCommitmentPushModel, scp_role=True)
-        association = ae.associate(host, int(port), ae_title="CAMSERVE", ext_neg=[role])
+        association = ae.associate(host, int(port), ae_title="CAMSERVE", ext_neg=[role] * self.selects_role)
         if association.is_established:
             self._tell(association, report)
             association.release()
 
     @staticmethod
     def _tell(association: Any, report: Dataset) -> None:
-        association.send_n_event_report(
-            report,
-            2 if "FailedSOPSequence" in report else 1,
-            StorageCommitmentPushModel,
-            StorageCommitmentPushModelInstance,
-        )
+        with contextlib.suppress(RuntimeError):  # who asked may have been killed
+            association.send_n_event_report(
+                report,
+                2 if "FailedSOPSequence" in report else 1,
+                StorageCommitmentPushModel,
+                StorageCommitmentPushModelInstance,
+            )
 
 
 @contextmanager

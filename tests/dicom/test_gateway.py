@@ -36,8 +36,10 @@ def associated(running: Spooled) -> Iterator[Association]:
     modality.add_requested_context(Verification)
     association = modality.associate(host, int(port), ae_title="CAMSERVE")
     assert association.is_established
-    yield association
-    association.abort()
+    try:
+        yield association
+    finally:
+        association.abort()
 
 
 # ---- from image to result --------------------------------------------------------------------------------------------
@@ -62,8 +64,9 @@ def test_results_are_stored_and_committed(gateway: Opened, pacs: Pacs, commits: 
     }
 
 
-def test_another_of_the_archive_says_what_is_committed(gateway: Opened, pacs: Pacs) -> None:
-    pacs.commits, pacs.reporter = "anew", "ARCHIVE"
+@pytest.mark.parametrize("selects_role", [True, False])
+def test_another_of_the_archive_says_what_is_committed(gateway: Opened, pacs: Pacs, selects_role: bool) -> None:
+    pacs.commits, pacs.reporter, pacs.selects_role = "anew", "ARCHIVE", selects_role
     with gateway(pacs={"commitment_ae_title": "ARCHIVE"}) as running:
         assert send(running.address, image()) == [0]
         until(lambda: "committed" in running.events())
@@ -117,9 +120,12 @@ def test_rules_say_what_becomes_of_an_object(gateway: Opened, pacs: Pacs) -> Non
 # ---- who may, and how much -------------------------------------------------------------------------------------------
 
 
-def test_strangers_are_turned_away(gateway: Opened) -> None:
+def test_strangers_are_turned_away(gateway: Opened, caplog: pytest.LogCaptureFixture) -> None:
     with gateway() as running:
         assert send(running.address, image(), calling="STRANGER") == []
+        assert [record.said for record in caplog.records if record.msg == "association rejected"] == [
+            {"peer": "'STRANGER'"}
+        ]
         assert send(running.address, image(), called="OTHER") == []
         assert send(running.address, image(), calling="PACS") == [0x0124], "it may only say what it has committed"
         assert running.idle()

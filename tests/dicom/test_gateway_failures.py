@@ -108,7 +108,7 @@ def test_a_fault_of_the_server_passes_or_is_given_up(
         return explain(*given, **options)
 
     monkeypatch.setattr(steps, "explain", faulty)
-    monkeypatch.setattr(work, "LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr(work, "LONGEST_WAIT_S", 0.02)
     faults = 3
     with gateway() as running:
         assert send(running.address, image()) == [0]
@@ -165,7 +165,7 @@ def test_a_commitment_that_is_not_answered_is_asked_for_again(
 ) -> None:
     monkeypatch.setattr(archive, "RELEASE_WAIT_S", 0.2)
     pacs.commits = commits
-    with gateway(pacs={"commitment_timeout_s": 0.5}) as running:
+    with gateway(pacs={"commitment_timeout_s": 0.2}) as running:
         assert send(running.address, image()) == [0]
         until(lambda: len(pacs.asked) == 2)
         assert len(set(pacs.asked)) == 2
@@ -177,7 +177,7 @@ def test_a_commitment_that_is_not_answered_is_asked_for_again(
 @pytest.mark.usefixtures("no_answers_in_the_same")
 def test_an_archive_may_answer_what_was_asked_first(gateway: Opened, pacs: Pacs) -> None:
     pacs.commits = "later"
-    with gateway(pacs={"commitment_timeout_s": 0.5}) as running:
+    with gateway(pacs={"commitment_timeout_s": 0.2}) as running:
         pacs.gateway = running.address
         assert send(running.address, image()) == [0]
         until(lambda: len(pacs.asked) == 2)
@@ -212,7 +212,8 @@ def test_what_may_end_the_process_is_explained_alone(
     images = [image(number) for number in range(4)]
     with gateway(server=nobody()) as running:
         assert send(running.address, *images) == [0] * 4
-    suspects = {entry.name for entry in running.entries("inbox")[:2]}
+    by_age = sorted(running.entries("inbox"), key=lambda entry: (entry / "source.dcm").stat().st_mtime)
+    suspects = {entry.name for entry in by_age[:2]}
     for name in suspects:
         (running.spool / "inbox" / name / "begun.json").write_text('{"times": 1}')
     explain, now, together = steps.explain, set[str](), threading.Barrier(2)

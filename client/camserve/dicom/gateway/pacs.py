@@ -49,9 +49,9 @@ class Dimse:
         self._host, self._port, self._ae_title = host.strip("[]"), int(port), config.pacs.ae_title
         self._tls = (config.tls.calling(), self._host) if config.tls and config.pacs.tls else None
         self._answered = answered
-        self._ae = AE(config.ae_title)
-        self._ae.connection_timeout = self._ae.acse_timeout = config.pacs.timeout_s
-        self._ae.dimse_timeout = self._ae.network_timeout = config.pacs.timeout_s
+        self._ae, self._timeout_s = AE(config.ae_title), config.pacs.timeout_s
+        self._ae.connection_timeout = self._ae.acse_timeout = self._timeout_s
+        self._ae.dimse_timeout = self._ae.network_timeout = self._timeout_s
 
     def store(self, files: Sequence[Path], stored: Callable[[Path, int], None]) -> None:
         """As Pacs says."""
@@ -96,6 +96,7 @@ class Dimse:
                 raise Dead(f"storage commitment: status {answer.Status:#06x}")
             wait()
         finally:
+            association.acse_timeout = min(RELEASE_WAIT_S, self._timeout_s)
             _end(association)
 
     def _associate(self, contexts: Sequence[tuple[str, str | None]]) -> Association:
@@ -143,7 +144,6 @@ def references(file: Path) -> Dataset:
 
 def _end(association: Association) -> None:
     if association.is_established:
-        association.acse_timeout = min(association.acse_timeout or RELEASE_WAIT_S, RELEASE_WAIT_S)
         association.release()
 
 

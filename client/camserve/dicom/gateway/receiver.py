@@ -171,7 +171,8 @@ class Receiver:
             self._audit.write("too large", peer=_caller(event))
 
     def _rejected(self, event: evt.Event) -> None:
-        log.warning("association rejected")
+        # Who sets a modality up wants to know. A stranger may call himself anything.
+        log.warning("association rejected", extra={"said": {"peer": ascii(_caller(event))}})
 
     def _store(self, event: evt.Event) -> int:
         caller = _caller(event)
