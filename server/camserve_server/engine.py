@@ -19,6 +19,7 @@ import structlog
 import torch
 
 from camserve_server.admission import WEIGHTS, Admission, Caller, Claim, Priority
+from camserve_server.copies import Copies
 from camserve_server.device import Lane, Part, Work, start_work
 from camserve_server.device.runner import Runner
 from camserve_server.errors import (
@@ -31,7 +32,7 @@ from camserve_server.errors import (
 )
 from camserve_server.job import Counters, Event, Job, Limits, Progress, Ran
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.models.randomise import RandomCopy, weighted_layers
+from camserve_server.models.randomise import weighted_layers
 from camserve_server.plan import Answer, ClassWeights, Plan, Query, Randomise, Remark, Report, Spare, WeightedLayers
 from camserve_server.scheduler import Batch, Scheduler
 
@@ -59,11 +60,10 @@ class Engine:
         self.counters = Counters()
         self._admission = Admission(max_rows_owed)
         self._runner = Runner(padded=batch_invariant, halved=self._halve)
-        self._max_copies = max_copies
+        self._copies = Copies(max_copies)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._scheduler: Scheduler[Lane] = Scheduler(self._runner.size)
         self._jobs: dict[int, Job[Any]] = {}
-        self._waiting: dict[int, Randomise] = {}  # for a copy, by job, the first come first
         self._between: set[Future[None]] = set()
         self._ids = itertools.count(1)
         self._rows_per_s = 0.0  # as they are being done, with what the plans do between batches
@@ -225,8 +225,7 @@ class Engine:
                 if torch.is_grad_enabled():
                     torch.set_grad_enabled(False)
                     raise RuntimeError("the plan left the grad mode on across a yield")
-                if isinstance(query, Randomise) and self._must_wait(job, query):
-                    self._waiting[job.id] = query
+                if isinstance(query, Randomise) and self._copies.must_wait(job, query):
                     return
                 answer = self._remark(job, query) or self._ask(job, query)
                 if answer is None:
@@ -256,35 +255,17 @@ class Engine:
                 return None
         return _nothing
 
-    def _must_wait(self, job: Job[Any], query: Randomise) -> bool:
-        """Whether it would be one copy too many, or others came first."""
-        new = bool(query.layers) and job.copy is None
-        return new and (bool(self._waiting) or self._copies() >= self._max_copies)
-
-    def _copies(self) -> int:
-        return sum(job.copy is not None for job in self._jobs.values())
-
     def _randomise(self, job: Job[Any], query: Randomise) -> None:
-        """Runs inside the plan, at the line that asked. Raises OutOfMemory if there is no room for a copy."""
-        if not query.layers:
-            self._free_copy(job)
-            return
-        try:
-            job.copy = job.copy or RandomCopy(job.model)
-            job.copy.randomise(query.layers, query.seed)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"a copy of {job.model.name} does not fit into the device's memory") from error
-
-    def _free_copy(self, job: Job[Any]) -> None:
-        if job.copy is not None:
-            job.copy = None
-            self._inbox.put(self._lend)  # not at once: a plan may be running
+        """Runs inside the plan, at the line that asked."""
+        self._copies.randomise(job, query)
+        if job.copy is None:
+            self._inbox.put(self._lend)  # not at once: a plan is running
 
     def _lend(self) -> None:
         """Lets those go on that wait for a copy, as far as there may be more."""
-        while self._waiting and self._copies() < self._max_copies:
-            job = self._jobs[next(iter(self._waiting))]
-            self._step(job, partial(self._randomise, job, self._waiting.pop(job.id)))
+        while (first := self._copies.next()) is not None:
+            job, query = first
+            self._step(job, partial(self._randomise, job, query))
 
     def _ask(self, job: Job[Any], query: Query[Any]) -> Answer[Any] | None:
         """Puts the query to the scheduler; if no row is left for it, answers it."""
@@ -370,8 +351,8 @@ class Engine:
         self._finish(job, result=result, error=error)
 
     def _finish(self, job: Job[Any], *, result: Any = None, error: Exception | None = None) -> None:
-        self._waiting.pop(job.id, None)
-        self._free_copy(job)
+        if self._copies.free(job):
+            self._inbox.put(self._lend)  # not at once: a plan may be running
         del self._jobs[job.id]
         self._admission.leave(job.id)
         job.finished = time.monotonic()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camserve_server import engine as engine_module
+from camserve_server import copies as copies_module
 from camserve_server.device import runner as runner_module
 from camserve_server.errors import Cancelled, Expired, InternalError, OutOfMemory
 from camserve_server.job import Event, Limits
@@ -46,7 +46,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
             super().__init__(served)
             made.append(weakref.ref(self.model.module))
 
-    monkeypatch.setattr(engine_module, "RandomCopy", Watched)
+    monkeypatch.setattr(copies_module, "RandomCopy", Watched)
     return made
 
 
@@ -248,7 +248,7 @@ def test_no_room_for_a_copy(monkeypatch: pytest.MonkeyPatch, model: Model) -> No
         raise torch.OutOfMemoryError("no room")
 
     with running() as engine:
-        monkeypatch.setattr(engine_module, "RandomCopy", full)
+        monkeypatch.setattr(copies_module, "RandomCopy", full)
         with pytest.raises(OutOfMemory, match="a copy of model"):
             submit(engine, model, X, call(model, "grad-cam"), [1], ALL).future.result(60)
         monkeypatch.undo()
