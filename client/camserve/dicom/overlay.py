@@ -14,8 +14,13 @@ from camserve.dicom.derivation import Derivation
 __all__ = ["WARNING", "drawn"]
 
 WARNING = "RESEARCH USE ONLY - not for diagnosis"
-# The legend needs about this width to be read; a smaller image is enlarged by whole pixels.
-_LEAST_WIDTH = 400
+# The picture has at least as many pixels along its longer side, so that the legend can be read beside it: a smaller
+# image is enlarged by whole pixels.
+_LEAST_SIDE = 400
+# The font's share of the longer side of the picture, which is what is fitted to a screen; and its size in pixels.
+_FONT, _LEAST_FONT, _LARGEST_FONT = 1 / 50, 14, 100
+# How wide the legend is at least, in sizes of the font. A tall picture gets black on its right.
+_LEGEND = 28
 _WHITE, _GREY, _YELLOW = (255, 255, 255), (190, 190, 190), (255, 214, 10)
 
 
@@ -25,21 +30,21 @@ def drawn(derivation: Derivation) -> tuple[NDArray[np.uint8], int]:
     The picture is at the upper left, and untouched where the map is 0.
     """
     pixels = derivation.picture.pixels
-    scale = -(-_LEAST_WIDTH // pixels.shape[1]) if pixels.shape[1] < _LEAST_WIDTH else 1
+    scale = -(-_LEAST_SIDE // max(pixels.shape[:2]))
     image = PIL.Image.fromarray(pixels).convert("RGB")
     size = (image.width * scale, image.height * scale)
     image = image.resize(size, PIL.Image.Resampling.NEAREST)
     image = picture.overlay(image, derivation.explanation.saliency, picture.ALPHA)
-    legend = _legend(derivation, image.width)
-    canvas = PIL.Image.new("RGB", (image.width, image.height + legend.height))
+    font = min(max(_LEAST_FONT, round(_FONT * max(image.size))), _LARGEST_FONT)
+    legend = _legend(derivation, max(image.width, _LEGEND * font), font)
+    canvas = PIL.Image.new("RGB", (legend.width, image.height + legend.height))
     canvas.paste(image)
     canvas.paste(legend, (0, image.height))
     return np.asarray(canvas), scale
 
 
-def _legend(derivation: Derivation, width: int) -> PIL.Image.Image:
+def _legend(derivation: Derivation, width: int, size: int) -> PIL.Image.Image:
     explanation = derivation.explanation
-    size = max(14, round(width / 50))
     font = PIL.ImageFont.load_default(size)
     margin, line = round(size * 0.7), round(size * 1.4)
     percent = f"probability {explanation.target.probability:.3f}"
@@ -57,7 +62,7 @@ def _legend(derivation: Derivation, width: int) -> PIL.Image.Image:
         draw.text((margin, margin + row * line), text, colour, font)
     top = margin + len(wrapped) * line
     draw.text((margin, top), "0", _WHITE, font)
-    bar = margin + round(size * 1.1), min(width // 2, 16 * size)
+    bar = margin + round(size * 1.1), min(width - 15 * size, 16 * size)
     colours = PIL.Image.fromarray(picture.COLOURS[None]).resize((bar[1], size), PIL.Image.Resampling.BILINEAR)
     legend.paste(colours, (bar[0], top + round(size * 0.15)))
     draw.text((bar[0] + bar[1] + round(size * 0.5), top), "1, of this map's maximum", _WHITE, font)
@@ -73,8 +78,13 @@ def _wrapped(text: str, font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFo
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()
-        if not lines[-1] or font.getlength(longer) <= width:
+        if font.getlength(longer) <= width:
             lines[-1] = longer
-        else:
-            lines.append(word)
+            continue
+        if lines[-1]:
+            lines.append("")
+        for each in word:  # one of labels without spaces may be longer than a line
+            if lines[-1] and font.getlength(lines[-1] + each) > width:
+                lines.append("")
+            lines[-1] += each
     return lines
