@@ -169,7 +169,7 @@ def test_the_request_and_its_cost_change_nothing_and_what_is_asked_changes_all()
         return {kind: str(each.SOPInstanceUID) for kind, each in made(source, **given).items()}
 
     first = made(source)
-    again = made(source, request_id="another")
+    again = made(source, request_id="another", batch_sizes={"score": 4}, device="cuda")
     assert {k: data_of(v) for k, v in first.items()} == {k: data_of(v) for k, v in again.items()}
     for kind, uid in uids().items():
         assert re.fullmatch(r"2\.25\.\d{1,39}", uid)
@@ -185,7 +185,7 @@ def test_the_request_and_its_cost_change_nothing_and_what_is_asked_changes_all()
 # ---- the overlay ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("height", "width", "scale"), [(500, 600, 1), (90, 128, 4)])
+@pytest.mark.parametrize(("height", "width", "scale"), [(500, 600, 1), (90, 128, 4), (900, 60, 1)])
 def test_the_overlay_leaves_the_image_as_it_is_where_the_map_is_nothing(height, width, scale):
     pixels = np.random.default_rng(2).integers(0, 256, (height, width, 3), dtype=np.uint8)
     capture = made(image(pixels), kinds=["sc"])["sc"]
@@ -213,6 +213,19 @@ def test_the_overlay_leaves_the_image_as_it_is_where_the_map_is_nothing(height, 
     assert (origin.ReferencedSOPInstanceUID, origin.PurposeOfReferenceCodeSequence[0].CodeValue) == (INSTANCE, "121322")
     [series] = capture.ReferencedSeriesSequence
     assert series.SeriesInstanceUID == SERIES
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (900, 60), (60, 900)])
+def test_the_legend_is_large_enough_and_all_of_it_is_there(height, width):
+    picture = dicom.read(image(ramp(height, width)))
+    of = explanation(picture.pixels)
+    long = dataclasses.replace(of, target=dataclasses.replace(of.target, label="Very_long_name_of_a_finding_" * 5))
+    first, second = (dicom.objects(each, picture, ["sc"], check=None)["sc"].pixel_array for each in (of, long))
+    legend, margin = second[-100:], 8
+    assert not legend[:, :margin].any()
+    assert not legend[:, -margin:].any()
+    assert len(second) > len(first)
+    assert second.shape[1] > height / 2  # a screen shows the whole of it
 
 
 def test_results_name_the_frame():

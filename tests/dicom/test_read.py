@@ -59,7 +59,7 @@ def test_a_flat_image_is_black():
 
 
 def test_other_functions_of_windows():
-    values = np.array([[0, 25, 50, 100]], np.uint16)
+    values = np.array([[0, 25, 50, 100]] * 2, np.uint16)
     window = {"WindowCenter": 50, "WindowWidth": 100}
     np.testing.assert_array_equal(shown(values, VOILUTFunction="LINEAR_EXACT", **window)[0], [0, 64, 128, 255])
     sigmoid = 255 / (1 + np.exp(-4 * (values[0] - 50.0) / 100))
@@ -75,7 +75,7 @@ def table(entries: list[int], first: int, bits: int) -> list[Dataset]:
 
 
 def test_tables_come_before_windows():
-    values = np.array([[0, 1, 2, 3]], np.uint16)
+    values = np.array([[0, 1, 2, 3]] * 2, np.uint16)
     np.testing.assert_array_equal(
         shown(values, VOILUTSequence=table([0, 4095, 2048, 0], 0, 12), WindowCenter=1, WindowWidth=1)[0],
         [0, 255, 128, 0],
@@ -117,6 +117,29 @@ def test_frames_have_windows_of_their_own():
     source = image(frames, PerFrameFunctionalGroupsSequence=[group(200), group(1200)])
     np.testing.assert_array_equal(dicom.read(source, frame=0).pixels, dicom.read(source, frame=1).pixels)
     assert dicom.read(source, frame=1).steps == ("window 1200/401, the header's",)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "by"), [({"RescaleSlope": "", "RescaleIntercept": ""}, (1, 0)), ({"RescaleSlope": 2}, (2, 0))]
+)
+def test_half_of_a_rescaling_is_enough(attributes, by):
+    picture = dicom.read(image(ramp(), WindowCenter=1000, WindowWidth=2001, **attributes))
+    np.testing.assert_array_equal(picture.pixels, levels(by[0] * ramp() + by[1], -0.5, 1999.5))
+
+
+def test_what_is_no_number_is_black_and_counts_for_no_percentile():
+    values = np.tile(np.linspace(0, 1, 50, dtype="<f4"), (50, 1))
+    source = image(values.astype(np.uint16), PixelData=None, BitsAllocated=32)
+    values[:, :10] = np.nan
+    values[0, 11] = np.inf
+    source.FloatPixelData = values.tobytes()
+    for name in ("BitsStored", "HighBit", "PixelRepresentation"):
+        delattr(source, name)
+    pixels = dicom.read(source).pixels
+    assert not pixels[:, :10].any()
+    assert not pixels[0, 11]
+    assert pixels.max() == 255
+    assert len(np.unique(pixels)) > 30
 
 
 # ---- colour ---------------------------------------------------------------------------------------------------------
@@ -296,6 +319,7 @@ def without(name: str) -> Dataset:
             (lambda kind=kind: image(COLOURS, PhotometricInterpretation=kind), "UNSUPPORTED_PIXELS", "interpretation")
             for kind in ("YBR_PARTIAL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT", "HSV", "CMYK")
         ),
+        (lambda: image(ramp(1, 9)), "UNSUPPORTED_PIXELS", "single row"),
         (lambda: image(ramp(), PixelSpacing=[90, 1]), "UNSUPPORTED_PIXELS", "10 times"),
         (lambda: of_syntax("1.2.840.10008.1.2.4.102"), "UNSUPPORTED_TRANSFER_SYNTAX", "MPEG-4.*no package"),
         (lambda: of_syntax("1.2.3.4"), "UNSUPPORTED_TRANSFER_SYNTAX", "private transfer syntax"),

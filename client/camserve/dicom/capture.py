@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from pydicom import Dataset
-from pydicom.multival import MultiValue
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from camserve.dicom import overlay
+from camserve.dicom import grey, overlay
 from camserve.dicom.derivation import Derivation
-from camserve.dicom.header import code, reference
-from camserve.dicom.reading import Picture
+from camserve.dicom.errors import DicomError
+from camserve.dicom.header import reference, source_image
 
 __all__ = ["secondary_capture"]
+
+# Rows and Columns are of 16 bits.
+_MOST_ROWS = 65535
 
 
 def secondary_capture(derivation: Derivation) -> Dataset:
     """The map over the picture, with a legend below it."""
     pixels, scale = overlay.drawn(derivation)
+    if max(pixels.shape) > _MOST_ROWS:
+        raise DicomError(f"an overlay of more than {_MOST_ROWS} rows or columns is no image", "UNSUPPORTED_PIXELS")
     source = derivation.picture.source
     result = Dataset()
     result.SOPClassUID = SecondaryCaptureImageStorage
     result.Modality = "OT"
     result.ConversionType = "WSD"
-    result.ContentDate = result.ContentTime = None  # `finished` sets them
     result.ImageType = ["DERIVED", "SECONDARY"]
     result.PatientOrientation = source.get("PatientOrientation")
     result.BurnedInAnnotation = "YES"
     result.DerivationDescription = description(derivation)
-    origin = reference(derivation)
-    origin.PurposeOfReferenceCodeSequence = [code("121322", "DCM", "Source image for image processing operation")]
-    result.SourceImageSequence = [origin]
+    result.SourceImageSequence = [source_image(derivation)]
     series = Dataset()
     series.SeriesInstanceUID = source.SeriesInstanceUID
     instance = reference(derivation)
@@ -43,9 +44,13 @@ def secondary_capture(derivation: Derivation) -> Dataset:
     result.PixelData = data + b"\0" * (len(data) % 2)
     if frame_of_reference := source.get("FrameOfReferenceUID"):
         result.FrameOfReferenceUID = frame_of_reference
-        result.PositionReferenceIndicator = None
-    if spacing := _spacing(derivation.picture):
-        result.PixelSpacing = [f"{spacing / scale:.10g}"] * 2
+        result.PositionReferenceIndicator = source.get("PositionReferenceIndicator")
+    header = grey.of_frame(source, derivation.picture.frame)
+    if spacing := grey.spacing(header, "PixelSpacing"):
+        result.PixelSpacing = [f"{min(spacing) / scale:.10g}"] * 2  # the picture's pixels are square
+        for name in ("PixelSpacingCalibrationType", "PixelSpacingCalibrationDescription"):
+            if header.get(name):
+                setattr(result, name, header.get(name))
     return result
 
 
@@ -57,10 +62,3 @@ def description(derivation: Derivation) -> str:
         f"{explanation.target.probability:.3f}) by {explanation.receipt.method} of model {explanation.receipt.model}; "
         f"source pixels: {', '.join(derivation.picture.steps) or 'as stored'}"
     )[:1024]
-
-
-def _spacing(shown: Picture) -> float | None:
-    """Millimetres from pixel to pixel of the picture, which are square; None where the header does not say."""
-    spacing = shown.source.get("PixelSpacing")
-    given = [float(each) for each in spacing] if isinstance(spacing, MultiValue) else []
-    return min(given) if len(given) == 2 and min(given) > 0 else None

@@ -20,15 +20,17 @@ from camserve.dicom.reading import Picture
 from camserve.errors import InvalidArgument
 from camserve.version import __version__
 
-__all__ = ["DEFAULT_CHECK", "IMPLEMENTATION_UID", "Derivation", "check_metrics"]
+__all__ = ["DEFAULT_CHECK", "IMPLEMENTATION_UID", "NO_DATE", "Derivation", "check_metrics"]
 
 DEFAULT_CHECK = "insertion>deletion"
 
 _NAMESPACE = uuid.UUID("6f1b3c1e-5b7a-5c0e-9d3f-3f0c5a7d2e41")
 _COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 _DATES = ("ContentDate", "AcquisitionDate", "SeriesDate", "StudyDate")
-# Whoever asks for a moment of an image without any gets one that nobody takes for true.
-_NO_DATE = datetime(1900, 1, 1)
+# Of 1024 characters, which descriptions have, it leaves room for the rest.
+_LONGEST_LABEL = 200
+# What must have a date, of an image without any, has one that nobody takes for true.
+NO_DATE = datetime(1900, 1, 1)
 
 
 def _uid(name: str) -> UID:
@@ -75,7 +77,7 @@ class Derivation:
         return _uid(f"{self.key}\n{name}")
 
     @cached_property
-    def moment(self) -> datetime:
+    def moment(self) -> datetime | None:
         """That of the image: results that had their own would differ each time that they are made."""
         for name in _DATES:
             date = re.sub(r"\D", "", str(self.picture.source.get(name) or ""))
@@ -84,7 +86,7 @@ class Derivation:
                 return datetime.strptime(date + time[:6].ljust(6, "0"), "%Y%m%d%H%M%S")
             except ValueError:
                 continue
-        return _NO_DATE
+        return None
 
     @cached_property
     def withheld(self) -> str:
@@ -112,9 +114,17 @@ class Derivation:
 
     @property
     def label(self) -> str:
-        """The class, as it is shown."""
+        """The class, as it is shown: in a line, with nothing that means something else in DICOM, and not too long."""
         target = self.explanation.target
-        return target.label or f"class {target.index}"
+        given = "".join(each if each.isprintable() and each != "\\" else " " for each in target.label)
+        label = " ".join(given.split())
+        short = label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 3]}..."
+        return short or f"class {target.index}"
+
+    @property
+    def tracked(self) -> str:
+        """The finding's identifier, for people: the report's and the segment's are of the same one."""
+        return f"{self.explanation.receipt.method} class {self.explanation.target.index}"[:64]
 
     @property
     def software(self) -> list[str]:
@@ -124,9 +134,10 @@ class Derivation:
 
     @property
     def receipt(self) -> str:
-        """The receipt as JSON, but for the request's id, which is by chance."""
+        """The receipt as JSON, but for what is by chance, and what another start of the server may change."""
         receipt = json.loads(self.explanation.receipt.to_json())
-        del receipt["request_id"]
+        for name in ("request_id", "batch_sizes", "device"):
+            del receipt[name]
         return json.dumps(receipt, sort_keys=True)
 
 
@@ -157,4 +168,5 @@ def _value(side: str, scores: Mapping[str, float]) -> float:
 
 def _versions() -> dict[str, str]:
     """Of what makes the bytes of results."""
-    return {"camserve client": __version__} | {name: version(name) for name in ("highdicom", "pillow", "pydicom")}
+    libraries = ("contourpy", "highdicom", "numpy", "pillow", "pydicom")
+    return {"camserve client": __version__} | {name: version(name) for name in libraries}

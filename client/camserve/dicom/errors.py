@@ -12,7 +12,7 @@ class DicomError(InvalidArgument):
 
     NOT_DICOM, TRUNCATED, NO_PIXELS, FRAME_OUT_OF_RANGE, BURNED_IN_ANNOTATION, ULTRASOUND_REGIONS,
     UNSUPPORTED_TRANSFER_SYNTAX, UNREADABLE_PIXELS, UNSUPPORTED_PIXELS, BROKEN_HEADER,
-    INCOMPLETE (an attribute is missing that results need).
+    INCOMPLETE (an attribute is missing that results need), OWN_RESULT (camserve has made it), UNWRITABLE_RESULT.
     """
 
     def __init__(self, message: str, reason: str, *, field: str = "source") -> None:

@@ -13,7 +13,7 @@ from pydicom import DataElement, Dataset
 from camserve.dicom import tables
 from camserve.dicom.errors import DicomError
 
-__all__ = ["of_frame", "pixel_aspect", "readable", "shown"]
+__all__ = ["of_frame", "pixel_aspect", "readable", "shown", "spacing"]
 
 # Where nobody says which grey levels matter; the darkest and brightest are often markers.
 _PERCENTILES = (0.5, 99.5)
@@ -45,15 +45,22 @@ def readable(header: Dataset, name: str) -> DataElement | None:
         return None
 
 
-def pixel_aspect(header: Dataset) -> float:
-    """How much higher a pixel is than wide."""
-    for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio"):
+def spacing(header: Dataset, *names: str) -> tuple[float, float] | None:
+    """From row to row and from column to column, by the first of the attributes that has two lengths."""
+    for name in names:
         value = header.get(name)
         if isinstance(value, Sequence | list) and len(value) == 2:
             vertical, horizontal = map(float, value)
             if vertical > 0 and horizontal > 0:
-                return vertical / horizontal
-    return 1.0
+                return vertical, horizontal
+    return None
+
+
+def pixel_aspect(header: Dataset) -> float:
+    """How much higher a pixel is than wide."""
+    names = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
+    vertical, horizontal = spacing(header, *names) or (1.0, 1.0)
+    return vertical / horizontal
 
 
 def shown(

@@ -17,10 +17,10 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from pydicom.valuerep import PersonName
 
 from camserve.dicom import grey
-from camserve.dicom.derivation import IMPLEMENTATION_UID, Derivation
+from camserve.dicom.derivation import IMPLEMENTATION_UID, NO_DATE, Derivation
 from camserve.version import __version__
 
-__all__ = ["code", "finished", "reference"]
+__all__ = ["code", "finished", "reference", "source_image"]
 
 # Attributes that must be there, if only empty.
 _TYPE_2 = (
@@ -31,27 +31,43 @@ _CARRIED = (
     *_TYPE_2,
     # Patient
     "IssuerOfPatientID", "IssuerOfPatientIDQualifiersSequence", "TypeOfPatientID", "PatientBirthTime",
-    "PatientBirthDateInAlternativeCalendar", "OtherPatientIDs", "OtherPatientIDsSequence", "OtherPatientNames",
-    "EthnicGroup", "PatientComments", "QualityControlSubject", "PatientIdentityRemoved", "DeidentificationMethod",
+    "PatientBirthDateInAlternativeCalendar", "PatientDeathDateInAlternativeCalendar", "PatientAlternativeCalendar",
+    "OtherPatientIDs", "OtherPatientIDsSequence", "OtherPatientNames", "EthnicGroup", "EthnicGroupCodeSequence",
+    "PatientComments", "QualityControlSubject", "PatientIdentityRemoved", "DeidentificationMethod",
     "DeidentificationMethodCodeSequence", "PatientSpeciesDescription", "PatientSpeciesCodeSequence",
-    "PatientBreedDescription", "PatientBreedCodeSequence", "BreedRegistrationSequence", "ResponsiblePerson",
-    "ResponsiblePersonRole", "ResponsibleOrganization", "ReferencedPatientSequence",
-    # Clinical trial
-    "ClinicalTrialSponsorName", "ClinicalTrialProtocolID", "ClinicalTrialProtocolName", "ClinicalTrialSiteID",
-    "ClinicalTrialSiteName", "ClinicalTrialSubjectID", "ClinicalTrialSubjectReadingID", "ClinicalTrialTimePointID",
-    "ClinicalTrialTimePointDescription",
+    "PatientBreedDescription", "PatientBreedCodeSequence", "BreedRegistrationSequence", "StrainDescription",
+    "StrainNomenclature", "StrainStockSequence", "StrainAdditionalInformation", "StrainCodeSequence",
+    "GeneticModificationsSequence", "ResponsiblePerson", "ResponsiblePersonRole", "ResponsibleOrganization",
+    "ReferencedPatientSequence", "ReferencedPatientPhotoSequence", "SourcePatientGroupIdentificationSequence",
+    "GroupOfPatientsIdentificationSequence",
+    # Clinical trial: subject and study
+    "ClinicalTrialSponsorName", "ClinicalTrialProtocolID", "ClinicalTrialProtocolName",
+    "IssuerOfClinicalTrialProtocolID", "OtherClinicalTrialProtocolIDsSequence", "ClinicalTrialSiteID",
+    "ClinicalTrialSiteName", "IssuerOfClinicalTrialSiteID", "ClinicalTrialSubjectID",
+    "IssuerOfClinicalTrialSubjectID", "ClinicalTrialSubjectReadingID", "IssuerOfClinicalTrialSubjectReadingID",
+    "ClinicalTrialProtocolEthicsCommitteeName", "ClinicalTrialProtocolEthicsCommitteeApprovalNumber",
+    "ClinicalTrialTimePointID", "IssuerOfClinicalTrialTimePointID", "ClinicalTrialTimePointDescription",
+    "ClinicalTrialTimePointTypeCodeSequence", "LongitudinalTemporalOffsetFromEvent", "LongitudinalTemporalEventType",
+    "ConsentForClinicalTrialUseSequence",
     # Study
     "StudyInstanceUID", "StudyDescription", "IssuerOfAccessionNumberSequence", "ProcedureCodeSequence",
-    "PhysiciansOfRecord", "PhysiciansOfRecordIdentificationSequence", "NameOfPhysiciansReadingStudy",
-    "ReferringPhysicianIdentificationSequence", "ReferencedStudySequence",
+    "ReasonForPerformedProcedureCodeSequence", "RequestingService", "RequestingServiceCodeSequence",
+    "ReferringPhysicianIdentificationSequence", "ConsultingPhysicianName",
+    "ConsultingPhysicianIdentificationSequence", "PhysiciansOfRecord", "PhysiciansOfRecordIdentificationSequence",
+    "NameOfPhysiciansReadingStudy", "PhysiciansReadingStudyIdentificationSequence", "ReferencedStudySequence",
     # Patient's study
-    "AdmittingDiagnosesDescription", "AdmittingDiagnosesCodeSequence", "PatientAge", "PatientSize", "PatientWeight",
-    "Occupation", "AdditionalPatientHistory", "AdmissionID", "IssuerOfAdmissionIDSequence", "ServiceEpisodeID",
+    "AdmittingDiagnosesDescription", "AdmittingDiagnosesCodeSequence", "PatientAge", "PatientSize",
+    "PatientSizeCodeSequence", "PatientWeight", "PatientBodyMassIndex", "MeasuredAPDimension",
+    "MeasuredLateralDimension", "MedicalAlerts", "Allergies", "SmokingStatus", "PregnancyStatus", "LastMenstrualDate",
+    "PatientState", "ReasonForVisit", "ReasonForVisitCodeSequence", "Occupation", "AdditionalPatientHistory",
+    "AdmissionID", "IssuerOfAdmissionIDSequence", "ServiceEpisodeID", "IssuerOfServiceEpisodeIDSequence",
     "ServiceEpisodeDescription", "PatientSexNeutered",
     "TimezoneOffsetFromUTC",
 )  # fmt: skip
+# Of these pydicom takes codecs that hold more characters than they do.
+_ASCII = ("", "ISO_IR 6", "ISO 2022 IR 6", "ISO_IR 13", "ISO 2022 IR 13")
 _OF_SERIES = ("BodyPartExamined", "Laterality")
-_OF_IMAGE = ("ImageLaterality", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
+_OF_IMAGE = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 # In the order of their series' numbers.
 _NUMBERS = {"sc": 9001, "sr": 9002, "pm": 9003, "seg": 9004, "gsps": 9005}
 _NAMES = {"sc": "overlay", "sr": "report", "pm": "map", "seg": "segmentation", "gsps": "annotation"}
@@ -75,6 +91,13 @@ def reference(derivation: Derivation) -> Dataset:
     return item
 
 
+def source_image(derivation: Derivation) -> Dataset:
+    """The same, with what for."""
+    item = reference(derivation)
+    item.PurposeOfReferenceCodeSequence = [code("121322", "DCM", "Source image for image processing operation")]
+    return item
+
+
 def finished(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
     """The result with all that it has in common with others, ready to be written, and read back as it is written."""
     source = derivation.picture.source
@@ -85,13 +108,16 @@ def finished(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
     _carry(source, result, _OF_SERIES)
     if "PixelData" in result or "FloatPixelData" in result:
         _carry(source, result, _OF_IMAGE)
-    _laterality(result, kind, source)
+    _laterality(result, kind, _side(derivation))
     result.SeriesInstanceUID = derivation.uid(f"{kind}/series")
     result.SOPInstanceUID = derivation.uid(kind)
     result.SeriesNumber, result.InstanceNumber = _NUMBERS[kind], 1
     receipt = derivation.explanation.receipt
     result.SeriesDescription = f"camserve {_NAMES[kind]} {receipt.method}"[:53] + " (research)"
-    _time(result, derivation)
+    _time(result, kind, derivation)
+    for element in result.iterall():
+        if element.keyword == "DimensionOrganizationUID":
+            element.value = derivation.uid(f"{kind}/dimensions")
     result.Manufacturer, result.ManufacturerModelName = "camserve", receipt.model[:64]
     result.DeviceSerialNumber = receipt.model_digest.removeprefix("sha256:")[:64]
     result.SoftwareVersions = derivation.software
@@ -100,27 +126,37 @@ def finished(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
     return _written(result)
 
 
-def _laterality(result: Dataset, kind: str, source: Dataset) -> None:
-    """Type 2C: of paired body parts, empty where it is not known whether it is one; these two kinds have none."""
-    if kind in ("sr", "seg"):
-        result.pop("Laterality", None)
-    elif "ImageLaterality" in result:
-        result.pop("Laterality", None)  # one of them, not both
-    elif source.get("ImageLaterality"):  # which a presentation state has not
-        result.Laterality = source.ImageLaterality
+def _side(derivation: Derivation) -> str:
+    """Of the image, or of the frame, of which enhanced objects say it: R, L, B (both) or U (of no pair)."""
+    header = grey.of_frame(derivation.picture.source, derivation.picture.frame)
+    return str(header.get("ImageLaterality") or header.get("FrameLaterality") or "")
+
+
+def _laterality(result: Dataset, kind: str, side: str) -> None:
+    """Of the image, where there is one; or else of the series, which has no word for both sides (B) or for no pair (U).
+
+    That is type 2C: of paired body parts, empty where it is not known whether it is one; these two kinds have none.
+    """
+    if side and kind not in ("sr", "gsps"):
+        result.ImageLaterality = side
+    elif side in ("R", "L", "B"):
+        result.Laterality = None if side == "B" else side
     elif "BodyPartExamined" not in result and "Laterality" not in result:
         result.Laterality = None
+    if kind in ("sr", "seg") or "ImageLaterality" in result:
+        result.pop("Laterality", None)
 
 
-def _time(result: Dataset, derivation: Derivation) -> None:
-    date, time = derivation.moment.strftime("%Y%m%d"), derivation.moment.strftime("%H%M%S")
-    for name in ("Series", "Content", "InstanceCreation", "PresentationCreation"):
-        if name in ("Series", "InstanceCreation") or f"{name}Date" in result:
-            setattr(result, f"{name}Date", date)
-            setattr(result, f"{name}Time", time)
-    for element in result.iterall():
-        if element.keyword == "DimensionOrganizationUID":
-            element.value = derivation.uid("dimensions")
+def _time(result: Dataset, kind: str, derivation: Derivation) -> None:
+    for name in ("Series", "InstanceCreation", "Content", "PresentationCreation"):
+        needed = name == "PresentationCreation" or (name == "Content" and kind != "sc")
+        moment = derivation.moment or (NO_DATE if needed else None)
+        if moment is None:
+            result.pop(f"{name}Date", None)
+            result.pop(f"{name}Time", None)
+        elif f"{name}Date" in result or not needed:
+            setattr(result, f"{name}Date", moment.strftime("%Y%m%d"))
+            setattr(result, f"{name}Time", moment.strftime("%H%M%S"))
 
 
 def _equipment(derivation: Derivation) -> Dataset:
@@ -171,7 +207,7 @@ def _charset(result: Dataset, declared: str) -> None:
     if all(text.isascii() for text in texts) and not declared:
         result.pop("SpecificCharacterSet", None)
         return
-    codec = python_encoding.get(declared) if declared else None
+    codec = "ascii" if declared in _ASCII else python_encoding.get(declared)
     try:
         for text in texts:
             text.encode(codec or "")

@@ -14,7 +14,8 @@ from pydicom.sr.coding import Code
 
 from camserve.dicom.capture import description
 from camserve.dicom.derivation import Derivation
-from camserve.dicom.standin import geometry, restored, stand_in
+from camserve.dicom.header import source_image
+from camserve.dicom.standin import geometry, restored, stand_in, thickness
 
 __all__ = ["THRESHOLD", "native", "parametric_map", "segmentation"]
 
@@ -82,8 +83,8 @@ def segmentation(derivation: Derivation) -> Dataset:
             family=Code("123110", "DCM", "Artificial Intelligence"),
             version=receipt.versions.get("camserve", "unknown")[:64],
         ),
-        tracking_uid=derivation.uid("segment"),
-        tracking_id=f"{receipt.method} class {derivation.explanation.target.index}"[:64],
+        tracking_uid=derivation.uid("tracking"),
+        tracking_id=derivation.tracked,
     )
     result = seg.Segmentation(
         [stand_in(derivation)],
@@ -127,4 +128,9 @@ def _about(result: Dataset, derivation: Derivation) -> Dataset:
     result.DerivationDescription = (where + description(derivation))[:1024]
     if where:
         result.ImageComments = where.strip()
+    [measures] = result.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    measures.pop("SpacingBetweenSlices", None)  # of one
+    if thickness(derivation) is None and "SegmentSequence" not in result:  # a segmentation must have one
+        del measures.SliceThickness
+    result.SourceImageSequence = [source_image(derivation)]
     return restored(result, derivation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import get_expected_length, pixel_array
-from pydicom.uid import UID, JPEG2000TransferSyntaxes
+from pydicom.uid import UID, JPEG2000TransferSyntaxes, JPEGBaseline8Bit, JPEGExtended12Bit
 
 from camserve.dicom import grey, tables
 from camserve.dicom.errors import DicomError
@@ -38,6 +39,8 @@ _UNDEFINED = 0xFFFFFFFF
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 # Spatial formats of ultrasound regions: 2D is the picture, others are curves and scales.
 _FORMAT_2D = 1
+# JPEG; others of its kind may be without loss.
+_LOSSY = (JPEGBaseline8Bit, JPEGExtended12Bit)
 # What is more elongated than this is a broken header, and would fill the memory.
 _MOST_ELONGATED = 10.0
 
@@ -96,6 +99,8 @@ def read(
         raise DicomError(f"the object has no {missing[0]}, which its results refer to", "INCOMPLETE")
     if not any(name in dataset for name in _PIXELS):
         raise DicomError("the object has no pixels: it is no image", "NO_PIXELS")
+    if dataset.get("Manufacturer") == "camserve":
+        raise DicomError("camserve has made the object: it is a result, and no source", "OWN_RESULT")
     with _sound():
         if "HighBit" in dataset and int(dataset.HighBit) != int(dataset.BitsStored) - 1:
             raise DicomError("High Bit is not Bits Stored - 1: which bits are the pixels?", "UNSUPPORTED_PIXELS")
@@ -106,6 +111,8 @@ def read(
             f"there is no frame {frame}: the image has {frames}, counted from 0", "FRAME_OUT_OF_RANGE", field="frame"
         )
     stored = pixels_of_frame(dataset, frame)
+    if min(stored.shape[:2]) < 2:
+        raise DicomError("an image of a single row or column shows nothing", "UNSUPPORTED_PIXELS")
     steps: list[str] = []
     with _sound():
         header = grey.of_frame(dataset, frame)
@@ -120,11 +127,7 @@ def read(
         shown = shown[top:bottom, left:right]
         content = _content(shown, None if padding is None else padding[top:bottom, left:right])
         shown, content = _square(shown, content, header, steps)
-    bare = Dataset()
-    bare.update({tag: dataset.get_item(tag) for tag in dataset.keys() if tag.group != 0x7FE0})  # noqa: SIM118 - a Dataset yields elements
-    implicit, little = dataset.original_encoding
-    bare.set_original_encoding(implicit, little, dataset.original_character_set)
-    return Picture(shown, bare, frame, tuple(steps), box, content, luts)
+    return Picture(shown, _header(dataset), frame, tuple(steps), box, content, luts)
 
 
 # ---- the object -----------------------------------------------------------------------------------------------------
@@ -148,6 +151,20 @@ def _parsed(source: str | PathLike[str] | BinaryIO) -> Dataset:
         raise DicomError("the file cannot be parsed: it is broken, or truncated", "TRUNCATED") from error
 
 
+_BROKEN = (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError, struct.error)
+
+
+def _header(dataset: Dataset) -> Dataset:
+    """All but the pixels; and that they have lost something, which not all say whose transfer syntax does."""
+    bare = Dataset()
+    bare.update({tag: dataset.get_item(tag) for tag in dataset.keys() if tag.group != 0x7FE0})  # noqa: SIM118 - a Dataset yields elements
+    implicit, little = dataset.original_encoding
+    bare.set_original_encoding(implicit, little, dataset.original_character_set)
+    if dataset.file_meta.TransferSyntaxUID in _LOSSY and not bare.get("LossyImageCompression"):
+        bare.LossyImageCompression = "01"
+    return bare
+
+
 @contextmanager
 def _sound() -> Iterator[None]:
     """What a broken header makes of those who read it becomes a DicomError."""
@@ -155,7 +172,7 @@ def _sound() -> Iterator[None]:
         yield
     except DicomError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+    except _BROKEN as error:
         raise DicomError("an attribute of the header, or a lookup table in it, is broken", "BROKEN_HEADER") from error
 
 

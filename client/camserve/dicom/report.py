@@ -30,9 +30,7 @@ def structured_report(derivation: Derivation) -> Dataset:
     receipt = explanation.receipt
     frames = [derivation.frame_number] if derivation.frame_number else None
     group = sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(
-            derivation.uid("tracking"), f"{receipt.method} class {explanation.target.index}"
-        ),
+        tracking_identifier=sr.TrackingIdentifier(derivation.uid("tracking"), derivation.tracked),
         # A class is what a model means by its index.
         finding_type=Code(
             f"class-{explanation.target.index}",
@@ -73,10 +71,10 @@ def structured_report(derivation: Derivation) -> Dataset:
         manufacturer="camserve",
         is_complete=True,
     )
-    moment = derivation.moment.strftime("%Y%m%d%H%M%S")
-    for element in result.iterall():
-        if element.keyword == "ObservationDateTime":
-            element.value = moment
+    scheme = Dataset()
+    scheme.CodingSchemeDesignator = SCHEME
+    scheme.CodingSchemeName, scheme.CodingSchemeResponsibleOrganization = "camserve", "camserve"
+    result.CodingSchemeIdentificationSequence = [scheme]
     return restored(result, derivation, frames=False)  # its measurements have them
 
 

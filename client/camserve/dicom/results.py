@@ -10,12 +10,13 @@ from pydicom import Dataset
 from camserve.answers import Explanation
 from camserve.dicom.capture import secondary_capture
 from camserve.dicom.derivation import DEFAULT_CHECK, Derivation
+from camserve.dicom.errors import DicomError
 from camserve.dicom.header import finished
 from camserve.dicom.maps import parametric_map, segmentation
 from camserve.dicom.presentation import presentation_state
 from camserve.dicom.reading import Picture
 from camserve.dicom.report import structured_report
-from camserve.errors import InvalidArgument
+from camserve.errors import CamserveError, InvalidArgument
 
 __all__ = ["DEFAULT_OUTPUTS", "KINDS", "objects", "outputs_of"]
 
@@ -50,7 +51,20 @@ def objects(
 
     The same arguments give the same bytes, on any day and whatever the request was called. Where the `check` fails
     there is only the report, which says so. `metrics` are those with parameters of their own, as they were asked for.
+
+    Raises DicomError for what cannot be an object, such as an overlay of more than 65535 rows.
     """
     derivation = Derivation(explanation, picture, check, metrics)
     kinds = ("sr",) if derivation.withheld else outputs_of(outputs)
-    return {kind: finished(_MAKERS[kind](derivation), kind, derivation) for kind in kinds}
+    return {kind: _made(kind, derivation) for kind in kinds}
+
+
+def _made(kind: str, derivation: Derivation) -> Dataset:
+    try:
+        return finished(_MAKERS[kind](derivation), kind, derivation)
+    except (CamserveError, MemoryError):
+        raise
+    except Exception as error:  # whatever an odd header makes of highdicom and pydicom
+        raise DicomError(
+            f"no {kind} can be made: something in the header or the answer does not fit into it", "UNWRITABLE_RESULT"
+        ) from error

@@ -1,0 +1,264 @@
+"""What results take over from their source, and what they say where it says nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom import Dataset
+from pydicom.datadict import dictionary_VR
+
+from camserve import dicom
+from camserve.dicom import KINDS, DicomError
+from tests.dicom.samples import data_of, errors, explanation, image, needs_dciodvfy, ramp, stored
+
+AS_IT_IS = {"regions": "ignore", "burned_in": "ignore"}
+NO_PLACE = dict.fromkeys(
+    ("ImagePositionPatient", "ImageOrientationPatient", "FrameOfReferenceUID", "PositionReferenceIndicator")
+)
+
+
+def made(source: Any, *, label: str = "effusion", frame: int = 0, kinds: Any = KINDS) -> dict[str, Dataset]:
+    picture = dicom.read(source, frame=frame, **AS_IT_IS)
+    answer = explanation(picture.pixels)
+    answer = dataclasses.replace(answer, target=dataclasses.replace(answer.target, label=label))
+    return dicom.objects(answer, picture, kinds, check=None)
+
+
+def named(result: Dataset, keyword: str) -> list[Any]:
+    return [element.value for element in result.iterall() if element.keyword == keyword]
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+
+@needs_dciodvfy
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ("left\\right", "left right"),
+        ("a\nb\tc\r\n ", "a b c"),
+        ("long name " * 300, "long name " * 19 + "long na..."),
+        ("\\\n", "class 3"),
+    ],
+)
+def test_any_label_makes_objects(label, said, tmp_path):
+    objects = made(image(ramp(40, 60)), label=label)
+    for kind, each in objects.items():
+        assert errors(each, tmp_path) == [], kind
+    assert named(objects["seg"], "SegmentLabel") == [said[:64]]
+    assert said in objects["gsps"].GraphicAnnotationSequence[0].TextObjectSequence[0].UnformattedTextValue
+    assert objects["sc"].DerivationDescription.endswith("percentile")  # after model and method
+
+
+# ---- the study ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def modules() -> dict[str, list[str]]:
+    """Attributes of the standard's modules, as highdicom lists them."""
+    listed = importlib.resources.files("highdicom").joinpath("_standard/module_attribute_map.json")
+    taken_over = ("patient", "clinical-trial-subject", "clinical-trial-study", "general-study", "patient-study")
+    found = json.loads(listed.read_text())
+    return {module: [each["keyword"] for each in found[module] if not each["path"]] for module in taken_over}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_modules_of_patient_trial_and_study_are_taken_over(module):
+    source = image(ramp())
+    for keyword in modules()[module]:
+        vr = dictionary_VR(keyword)
+        if vr == "SQ":
+            item = Dataset()
+            item.CodeMeaning = keyword
+            setattr(source, keyword, [item])
+        elif keyword not in source:
+            value = {"DA": "20240102", "TM": "1112", "AS": "050Y", "US": 4, "FD": 1.5, "UI": "1.2.3", "DT": "2024"}
+            setattr(source, keyword, value.get(vr, "1"))
+    for kind, each in made(source).items():
+        different = [name for name in modules()[module] if each.get(name) != source.get(name)]
+        assert different == [], kind
+
+
+@pytest.mark.parametrize(
+    ("charset", "name", "label", "written"),
+    [
+        ("ISO_IR 13", "ﾔﾏﾀﾞ^ﾀﾛｳ", "肺炎", "ISO_IR 192"),
+        ("ISO_IR 6", "Mueller", "Müll", "ISO_IR 192"),
+        ("ISO 2022 IR 6", "Mueller", "Müll", "ISO_IR 192"),
+        ("ISO_IR 6", "Mueller", "effusion", "ISO_IR 6"),
+        ("ISO_IR 100", "Müller", "Müll", "ISO_IR 100"),
+    ],
+)
+def test_labels_stay_what_they_are_in_any_character_set(charset, name, label, written):
+    for kind, each in made(image(ramp(), SpecificCharacterSet=charset, PatientName=name), label=label).items():
+        reread = pydicom.dcmread(io.BytesIO(data_of(each)))
+        assert (reread.SpecificCharacterSet, str(reread.PatientName)) == (written, name), kind
+        if kind == "sc":
+            assert label in reread.DerivationDescription
+
+
+# ---- side, place and time -------------------------------------------------------------------------------------------
+
+
+@needs_dciodvfy
+@pytest.mark.parametrize(("side", "part"), [("R", "HAND"), ("L", "BREAST"), ("B", "BREAST"), ("U", "HEAD")])
+def test_sides_are_those_that_a_series_can_have(side, part, tmp_path):
+    objects = made(image(ramp(40, 60), ImageLaterality=side, BodyPartExamined=part))
+    for kind, each in objects.items():
+        assert errors(each, tmp_path) == [], kind
+    assert objects["gsps"].get("Laterality", "absent") == {"B": "", "U": "absent"}.get(side, side)
+    assert objects["sc"].ImageLaterality == side
+
+
+def enhanced() -> Dataset:
+    anatomy, measures, shared = Dataset(), Dataset(), Dataset()
+    anatomy.FrameLaterality = "R"
+    measures.PixelSpacing = [0.25, 0.25]
+    shared.FrameAnatomySequence, shared.PixelMeasuresSequence = [anatomy], [measures]
+    return image(
+        np.stack([ramp(40, 60)] * 2),
+        PixelSpacing=None,
+        SharedFunctionalGroupsSequence=[shared],
+        PerFrameFunctionalGroupsSequence=[Dataset(), Dataset()],
+    )
+
+
+def test_side_and_spacing_may_be_those_of_a_frame():
+    objects = made(enhanced(), frame=1)
+    assert objects["sc"].ImageLaterality == objects["pm"].ImageLaterality == "R"
+    assert objects["gsps"].Laterality == "R"
+    assert [*objects["sc"].PixelSpacing] == [pytest.approx(0.25 / 7)] * 2
+
+
+@needs_dciodvfy
+@pytest.mark.parametrize(
+    ("attributes", "spacing"),
+    [
+        ({"PixelSpacing": [0.143, 0.143]}, [0.143, 0.143]),
+        ({"PixelSpacing": None, "ImagerPixelSpacing": [0.2, 0.1]}, [0.2, 0.1]),
+        ({"PixelSpacing": None, "PixelAspectRatio": [2, 1]}, [2, 1]),
+        ({"PixelSpacing": None}, [1, 1]),
+    ],
+)
+def test_a_place_that_is_made_up_has_the_spacing_of_the_header(attributes, spacing, tmp_path):
+    for kind, each in made(image(ramp(40, 60), **NO_PLACE, **attributes), kinds=["pm", "seg"]).items():
+        [measures] = each.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+        assert [*measures.PixelSpacing] == spacing
+        assert "SYNTHETIC GEOMETRY" in each.ImageComments
+        assert errors(each, tmp_path) == [], kind
+
+
+@needs_dciodvfy
+@pytest.mark.parametrize("thickness", [None, 0, 2])
+def test_a_thickness_that_is_not_known_is_not_made_up_where_it_need_not_be(thickness, tmp_path):
+    objects = made(image(ramp(40, 60), SliceThickness=thickness), kinds=["pm", "seg"])
+    for kind, each in objects.items():
+        [measures] = each.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+        assert "SpacingBetweenSlices" not in measures
+        assert measures.get("SliceThickness") == (thickness or (1 if kind == "seg" else None))
+        assert errors(each, tmp_path) == [], kind
+
+
+@needs_dciodvfy
+@pytest.mark.parametrize(
+    ("directions", "written"),
+    [
+        (["0.70711", "0.70711", "0", "-0.70711", "0.70711", "0.001"], True),
+        (["1", "0", "0", "0", "0.999", "0"], True),
+        (["1", "0", "0", "0", "0.9", "0.1"], False),
+        (["1", "0", "0", "1", "0", "0"], False),
+        (["0"] * 6, False),
+    ],
+)
+def test_directions_have_a_length_of_1_or_are_none(directions, written, tmp_path):
+    for kind, each in made(image(ramp(40, 60), ImageOrientationPatient=directions), kinds=["pm", "seg"]).items():
+        [orientation] = each.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+        found = np.reshape(np.array(orientation.ImageOrientationPatient, float), (2, 3))
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+        assert ("ImageComments" in each) == (not written)
+        assert errors(each, tmp_path) == [], kind
+
+
+def test_reference_points_and_how_spacing_was_calibrated_are_kept():
+    calibrated = {"PixelSpacingCalibrationType": "FIDUCIAL", "PixelSpacingCalibrationDescription": "a coin"}
+    capture = made(image(ramp(), PositionReferenceIndicator="XIPHOID", **calibrated), kinds=["sc"])["sc"]
+    assert capture.PositionReferenceIndicator == "XIPHOID"
+    assert {name: capture[name].value for name in calibrated} == calibrated
+
+
+@needs_dciodvfy
+def test_of_an_image_without_a_date_no_more_is_dated_than_must_be(tmp_path):
+    for kind, each in made(image(ramp(40, 60), StudyDate=None, StudyTime=None)).items():
+        dated = {element.keyword for element in each.iterall() if element.value == "19000101"}
+        needed = {"sc": set(), "gsps": {"PresentationCreationDate"}}
+        assert dated == needed.get(kind, {"ContentDate"}), kind
+        assert errors(each, tmp_path) == [], kind
+
+
+def test_what_was_compressed_with_a_loss_says_so():
+    source = pydicom.dcmread(stored("SC_rgb_jpeg_dcmtk.dcm"))
+    for name in ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"):
+        source.pop(name, None)
+    objects = made(source, kinds=["sc", "pm", "seg"])
+    assert {each.LossyImageCompression for each in objects.values()} == {"01"}
+    assert "LossyImageCompression" not in source
+    assert made(image(ramp()), kinds=["pm"])["pm"].LossyImageCompression == "00"
+
+
+# ---- references -----------------------------------------------------------------------------------------------------
+
+
+def test_references_say_what_for_and_series_name_whole_instances():
+    objects = made(enhanced(), frame=1)
+    for kind in ("sc", "pm", "seg"):
+        [source] = objects[kind].SourceImageSequence
+        assert source.PurposeOfReferenceCodeSequence[0].CodeValue == "121322"
+        assert source.ReferencedFrameNumber == 2
+        [instance] = objects[kind].ReferencedSeriesSequence[0].ReferencedInstanceSequence
+        assert "ReferencedFrameNumber" not in instance
+    assert objects["gsps"].ReferencedSeriesSequence[0].ReferencedImageSequence[0].ReferencedFrameNumber == 2
+
+
+def test_one_finding_has_one_tracking_uid_and_dimensions_have_two():
+    objects = made(image(ramp()))
+    [segment] = objects["seg"].SegmentSequence
+    assert segment.TrackingUID in named(objects["sr"], "UID")
+    assert segment.TrackingID in named(objects["sr"], "TextValue")
+    first, second = ({*named(objects[kind], "DimensionOrganizationUID")} for kind in ("pm", "seg"))
+    assert len(first) == len(second) == len(first ^ second) / 2 == 1
+
+
+def test_our_own_codes_say_whose_they_are():
+    [scheme] = made(image(ramp()), kinds=["sr"])["sr"].CodingSchemeIdentificationSequence
+    assert scheme.CodingSchemeDesignator == "99CAMSERVE"
+
+
+# ---- what is none ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sc", "pm", "seg"])
+def test_a_result_is_no_source(kind):
+    result = made(image(ramp(40, 60)), kinds=[kind])[kind]
+    with pytest.raises(DicomError, match="camserve has made") as wrong:
+        dicom.read(result, **AS_IT_IS)
+    assert wrong.value.reason == "OWN_RESULT"
+
+
+def test_what_does_not_fit_into_an_object_is_an_error_of_that_image():
+    picture = dicom.read(image(ramp()))
+    answer = explanation(picture.pixels, method="a\\b")
+    with pytest.raises(DicomError, match="no pm can be made") as wrong:
+        dicom.objects(answer, picture, ["pm"], check=None)
+    assert wrong.value.reason == "UNWRITABLE_RESULT"
+    tall = dicom.read(image(np.tile(np.arange(65500, dtype=np.uint16)[:, None], (1, 2))))
+    with pytest.raises(DicomError, match="65535 rows") as wrong:
+        dicom.objects(explanation(tall.pixels), tall, ["sc"], check=None)
+    assert wrong.value.reason == "UNSUPPORTED_PIXELS"
