@@ -95,7 +95,8 @@ def explain(
         ),
     ] = "insertion>deletion",
     window: Annotated[
-        str | None, typer.Option(metavar="CENTRE,WIDTH", help="Of grey levels. Default: the header's.")
+        str | None,
+        typer.Option(metavar="CENTRE,WIDTH", help="With which the model was trained. Default: the header's."),
     ] = None,
     regions: Annotated[Regions, typer.Option(help="Of ultrasound.")] = Regions.REFUSE,
     burned_in: Annotated[BurnedIn, typer.Option(help="Text in the pixels.")] = BurnedIn.REFUSE,
