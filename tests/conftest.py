@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the servers that tests start
+os.environ["CAMSERVE_DEVICE"] = "cpu"  # tests marked `gpu` name theirs
 
 import asyncio
 import threading

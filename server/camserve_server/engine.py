@@ -365,6 +365,8 @@ class Engine:
         else:
             job.context.run(log.error, "plan failed", exc_info=error)
             job.future.set_exception(InternalError("an internal error; the server's log says more"))
+            if job.model.device.type == "cuda":  # raises, and ends the engine, where nothing runs there any more
+                torch.cuda.synchronize(job.model.device)
 
     def _work(self, job: Job[Any]) -> Work:
         assert job.work is not None, "a job with rows in a batch has a work"

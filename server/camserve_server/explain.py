@@ -187,6 +187,7 @@ def explain(
             plan = call.metric.plan(x, one, maps[t], **call.parameters, **given)
             measured.append((yield from _once(plan, known)))
         scores.append(tuple(measured))
+    c = Targets(c.index, c.p.cpu(), c.y.cpu())
     return Explained(
         logits.cpu(), c, maps.float().cpu(), raw.float().cpu(), tuple(scores), tuple(warnings), share, left_out
     )

@@ -30,6 +30,12 @@ class Rows(Protocol):
         ...
 
 
+def on(device: torch.device, numbers: Sequence[int]) -> Tensor:
+    """[n] int64. A GPU goes on meanwhile, which it would not for `torch.tensor(numbers, device=device)`."""
+    tensor = torch.tensor(numbers, dtype=torch.int64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def up(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """[..., h, w] → [..., H, W]: the ↑ of the papers, bilinear, `align_corners=False`, no antialias."""
     if maps.shape[-2:] == size:
@@ -140,11 +146,9 @@ class Masked:
         P = len(self.parts)
         A = self.activations[start // P : (stop + P - 1) // P]
         M = self.mask(A, self.x.size)
-        rows = [
-            M[i // P - start // P] if self.parts[i % P] == "revealed" else 1 - M[i // P - start // P]
-            for i in range(start, stop)
-        ]
-        return self.x.tensor * torch.stack(rows).unsqueeze(1)
+        of_channel = torch.stack([M if part == "revealed" else 1 - M for part in self.parts], dim=1)
+        first = start - start // P * P
+        return self.x.tensor * of_channel.flatten(0, 1)[first : first + stop - start].unsqueeze(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,5 +164,5 @@ class Blended:
         return len(self.counts)
 
     def make(self, start: int, stop: int) -> Tensor:
-        counts = torch.tensor(self.counts[start:stop], device=self.rank.device).view(-1, 1, 1, 1)
+        counts = on(self.rank.device, self.counts[start:stop]).view(-1, 1, 1, 1)
         return torch.where(self.rank < counts, self.over, self.under)

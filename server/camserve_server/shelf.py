@@ -315,8 +315,14 @@ class Shelf:
             model = going.pop().model
             log.info("unloaded", model=model.name, digest=model.digest)
             del model
-        if self._device.type == "cuda":  # which waits for what runs there
-            await asyncio.to_thread(torch.cuda.empty_cache)
+        if self._device.type == "cuda":
+            await asyncio.wrap_future(self._engine.between(_empty_cache()))
+
+
+def _empty_cache() -> Iterator[None]:
+    """On the engine's thread: it must not come while a graph is recorded."""
+    torch.cuda.empty_cache()
+    yield
 
 
 def _unknown(name: str, known: dict[str, Any]) -> CamserveError:

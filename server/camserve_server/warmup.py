@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256)}
 # The share of the best throughput that is enough. An ascent brings one row a batch: a lone one pays for the padding.
-NEAR_BEST: dict[LaneKind, float] = {"forward": 0.97, "gradient": 0.95, "ascend": 0.6}
+NEAR_BEST: dict[LaneKind, float] = {"forward": 0.97, "gradient": 0.95, "ascend": 0.7}
 MEASURE_S = 0.4  # where sizes are compared
 GLANCE_S = 0.05
 SLOW_S = 2.0  # a batch that takes longer would make cancelling slow, whatever its throughput
@@ -45,10 +45,12 @@ def warming_up(model: Model, batch_size: int | None = None) -> Iterator[None]:
             size = model.batch_sizes["forward"]
         model.batch_sizes[kind] = size
     yield
-    model.bare = bare(model, model.batch_sizes["forward"])
+    size = model.batch_sizes["forward"]
+    model.bare = bare(model, size)
     if model.bare is not None:
-        took = yield from _seconds(model, _queries(model)["forward"], MEASURE_S, model.batch_sizes["forward"])
-        model.rows_per_s["forward"] = model.batch_sizes["forward"] / took
+        model.bare_size = size
+        took = yield from _seconds(model, _queries(model)["forward"], MEASURE_S, size)
+        model.rows_per_s["forward"] = size / took
 
 
 def _queries(model: Model) -> dict[LaneKind, Callable[[int], Query[Any]]]:

@@ -1,6 +1,6 @@
 """`make bench`: the plain forward pass, all else as a share of it, and peers, measured; writes docs/benchmarks.md.
 
-Sections may be run one at a time; those of the same commit on the same machine are put together on one page.
+Sections may be run one at a time; those of the same machine are put together on one page.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> int:
 
     def keep(name: str, result: Result) -> None:
         """At once: whoever interrupts the rest has what was measured."""
-        results[name] = replace(result, command=command)
+        results[name] = replace(result, command=command, made=f"*{here['date']}, commit {here['commit']}.*")
         arguments.out.mkdir(parents=True, exist_ok=True)
         in_order = {name: results[name] for name in SECTIONS if name in results}
         page.write(data, here, in_order)

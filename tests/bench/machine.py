@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """Machine, versions, commit and date. Figures are put together only if all but the date are the same."""
+    """Machine, versions, commit and date. Figures are put together if all but date and commit are the same."""
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "device": device.type,

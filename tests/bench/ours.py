@@ -40,6 +40,7 @@ class Watched:
     profile: cProfile.Profile | None = None
     started: tuple[float, int] | None = None
     ended: float = 0.0
+    seen: list[tuple[float, int]] = field(default_factory=list)  # from then on: when there were how many rows
     job: Job[Explained] | None = field(default=None)
 
     def tell(self, event: Event) -> None:
@@ -48,6 +49,8 @@ class Watched:
             self.started = (clock(self.model.device), event.rows_done)
             if self.profile is not None:
                 self.profile.enable()
+        if self.started is not None and isinstance(event, Progress):
+            self.seen.append((time.perf_counter(), event.rows_done))
 
     def end(self, _: object) -> None:
         """On the engine's thread, when the result is there."""
@@ -90,6 +93,13 @@ class Watched:
     def wait(self) -> None:
         """Until the result is there. Raises if there is none."""
         _ = self.result
+
+
+def together(jobs: Sequence[Watched]) -> Timed:
+    """Of jobs that run side by side: from when all of them are past what is not counted, to the last one's end."""
+    start = max(job.seen[0][0] for job in jobs)
+    before = sum(max(rows for at, rows in job.seen if at <= start) for job in jobs)
+    return Timed(sum(job.rows for job in jobs) - before, max(job.seen[-1][0] for job in jobs) - start)
 
 
 @contextmanager
@@ -154,10 +164,3 @@ def where(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **k
     shares = {phase: seconds / total for phase, seconds in times.items()}
     shares["the rest"] = max(0.0, 1 - sum(shares.values()))
     return "a profile: " + ", ".join(f"{phase} {share:.0%}" for phase, share in shares.items() if share >= 0.005)
-
-
-def wall(work: Callable[[], object]) -> float:
-    """Seconds that it takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

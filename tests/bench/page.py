@@ -11,7 +11,7 @@ from tests.bench.results import Claim, Result, Table
 
 HEAD = """# Benchmarks
 
-{date}, commit {commit}, {machine}, {threads} threads, torch {torch}, Python {python}, fp32. Made by
+{machine}, {threads} threads, torch {torch}, Python {python}, fp32; date and commit stand with each section. Made by
 
 ```console
 {commands}
@@ -21,16 +21,16 @@ in {minutes:.0f} minutes. Everything is a ratio of two rates of the same run: sa
 precision, in turn (A B A B …), each side with the machine to itself, the median of the rounds. Peers run as their users
 have them, in a process with glibc's defaults; and, as a second figure, in ours, where they profit from
 [what the server sets](decisions/0008-allocator.md). EfficientNet-Lite0 has its ImageNet weights; ResNet50 and VGG16
-have random ones, with logits of a trained network's scale. Ratios move by some hundredths from run to run.
+have random ones, with logits of a trained network's scale. Ratios move by some hundredths from run to run.{gpu}
 """
 
 
 def read(path: Path, facts: Mapping[str, str]) -> dict[str, Result]:
-    """The results that were made by the same commit on the same machine, by section; none if there are others."""
+    """The results that were made on the same machine by the same software but ours; none if there are others."""
     if not path.exists():
         return {}
     data = json.loads(path.read_text(encoding="utf-8"))
-    same = all(data["facts"].get(key) == value for key, value in facts.items() if key != "date")
+    same = all(data["facts"].get(key) == value for key, value in facts.items() if key not in ("date", "commit"))
     return {name: Result.from_json(result) for name, result in data["results"].items()} if same else {}
 
 
@@ -44,7 +44,8 @@ def page(facts: Mapping[str, str], results: Mapping[str, Result], missing: Seque
     """The whole text; draws the pictures into the folder beside it."""
     commands = dict.fromkeys(f"$ {result.command}" for result in results.values())
     minutes = sum(result.seconds for result in results.values()) / 60
-    parts = [HEAD.format(**facts, commands="\n".join(commands), minutes=max(1, minutes))]
+    gpu = "" if facts["device"] == "cuda" else " No GPU has been measured yet."
+    parts = [HEAD.format(**facts, commands="\n".join(commands), minutes=max(1, minutes), gpu=gpu)]
     claims = [claim for result in results.values() for claim in result.claims]
     if claims:
         parts.append("## In short\n\n" + _claims(claims))
@@ -52,7 +53,7 @@ def page(facts: Mapping[str, str], results: Mapping[str, Result], missing: Seque
         if missed:
             parts.append("What is missed, and where the time goes:\n\n" + "\n".join(_reasons(missed)) + "\n")
     for name, result in results.items():
-        parts.append(f"## {result.title}\n\n{wrapped(result.text)}\n")
+        parts.append(f"## {result.title}\n\n{wrapped(result.text)}\n\n{result.made}\n")
         parts += [_table(table) for table in result.tables]
         for number, chart in enumerate(result.charts, 1):
             file = f"bench-{name}{'' if number == 1 else f'-{number}'}.svg"
@@ -61,7 +62,7 @@ def page(facts: Mapping[str, str], results: Mapping[str, Result], missing: Seque
             parts.append(f"![{chart.title}, {chart.unit}]({pictures.name}/{file})\n")
     if missing:
         commands_left = f"`python -m tests.bench {' '.join(missing)}`"
-        parts.append(f"Not measured at this commit: {', '.join(missing)} ({commands_left}).\n")
+        parts.append(f"Not measured: {', '.join(missing)} ({commands_left}).\n")
     return "\n".join(parts)
 
 

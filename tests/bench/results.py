@@ -50,7 +50,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Result:
-    """What a section has found. `seconds` is what it took."""
+    """What a section has found. `seconds` is what it took; `made` says when, and of which commit."""
 
     title: str
     text: str
@@ -59,6 +59,7 @@ class Result:
     charts: Sequence[Chart] = ()
     seconds: float = 0.0
     command: str = ""
+    made: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """To be read by `from_json`."""

@@ -92,7 +92,7 @@ def test_the_service_is_compared_with_calls_in_process(bench: Bench, subject: Su
 def test_sections_are_put_together(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From two runs of one commit."""
+    """From two runs on one machine."""
     monkeypatch.setitem(subjects.CONFIGS, "tiny", TINY)
     monkeypatch.setattr(work, "subject", lambda *_: subject)
     for names in (["limit"], ["curves"]):
@@ -102,7 +102,7 @@ def test_sections_are_put_together(
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert text.index("## The limit") < text.index("## Insertion and deletion")
     assert "$ python -m tests.bench limit --models tiny" in text
-    assert "Not measured at this commit: poly, score, opti, savings, shortcuts, service, mixed" in text
+    assert "Not measured: poly, score, opti, savings, shortcuts, service, mixed" in text
     for picture in ("bench-limit.svg", "bench-curves.svg"):
         assert f"(pictures/{picture})" in text
         assert (tmp_path / "pictures" / picture).stat().st_size < 50_000
@@ -203,12 +203,12 @@ def test_first_come_first_served() -> None:
     assert taken == [("a", 1, 0, 4), ("a", 1, 4, 6), ("a", 2, 0, 1), ("b", 3, 0, 2)]
 
 
-def test_results_of_another_commit_or_machine_are_left_out(tmp_path: Path) -> None:
+def test_results_of_another_machine_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "benchmarks.json"
     result = Result("It", "text", claims=[Claim("what", "peer", 1.0, 2.0, because="so")], seconds=3.0, command="make")
     page.write(path, _facts(), {"it": result})
-    assert page.read(path, _facts(date="tomorrow")) == {"it": Result.from_json(result.as_json())}
-    for other in ({"commit": "2"}, {"machine": "3"}, {"threads": "4"}):
+    assert page.read(path, _facts(date="tomorrow", commit="2")) == {"it": Result.from_json(result.as_json())}
+    for other in ({"machine": "3"}, {"threads": "4"}):
         assert page.read(path, _facts(**other)) == {}
 
 

@@ -3,23 +3,26 @@
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from structlog.testing import capture_logs
-from torch import Tensor
+from torch import Tensor, nn
 
 from camserve_server.config import ModelConfig
 from camserve_server.device import bare
 from camserve_server.models.load import load
-from camserve_server.models.model import Model
+from camserve_server.models.model import LaneKind, Model
 from camserve_server.warmup import warm_up
+from tests import nets
 from tests.support import call, explained, metric, noise, running, submit
 
 CPU = torch.device("cpu")
 SMALL = {"name": "small", "source": "python:tests.nets:tiny_cnn", "input_size": (32, 32), "batch_size": 4}
 METHODS = ("poly-cam", "score-cam", "rise", "ablation-cam")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of what it imports itself
+# What torch says of its own imports, and of precisions that are chosen.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}:torch") for kind in ("DeprecationWarning", "UserWarning")]
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 
@@ -99,27 +102,67 @@ def test_a_way_that_does_not_work_is_not_taken(monkeypatch: pytest.MonkeyPatch, 
     assert torch.isfinite(maps(model, "score-cam")).all()
 
 
+@compiler
+def test_only_batches_of_its_size_take_it(compiled: Model) -> None:
+    """Callers may ask for others, and each would be compiled or recorded anew."""
+    seen: list[int] = []
+    forward = compiled.bare
+    assert forward is not None
+
+    def watched(X: Tensor) -> Tensor:
+        seen.append(len(X))
+        return forward(X)
+
+    model = replace(compiled, bare=watched)
+    for size in (4, 3):
+        sizes: dict[LaneKind, int] = {"forward": size, "gradient": size, "ascend": size}
+        explained(model, noise(3, 32, 32), call(model, "score-cam"), [1], batch_sizes=sizes)
+    assert set(seen) == {4}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [{}, {"compile": True}], ids=["plain", "compiled"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_gpu_gives_the_same_maps(config: dict[str, bool], method: str) -> None:
-    model = small(torch.device("cuda"), **config)
-    assert model.bare is not None, "CUDA graphs are taken wherever they agree"
+    with capture_logs() as logs:
+        model = small(torch.device("cuda"), **config)
+    assert (model.bare is not None, logs) == (True, [])
     torch.testing.assert_close(maps(model, method).cpu(), maps(small(), method), rtol=0, atol=1e-4)
     assert torch.equal(maps(model, method), maps(model, method))
 
 
 @pytest.mark.gpu
-def test_a_graph_is_recorded_for_each_shape_and_keeps_what_it_gave() -> None:
+def test_a_graph_keeps_what_it_gave() -> None:
     device = torch.device("cuda")
     model = small(device)
     forward = bare.Graphed(model.module)
     with torch.no_grad():
-        for size in (4, 2, 4):
-            first, second = (noise(size, 3, 32, 32, seed=seed).to(device) for seed in (1, 2))
-            found = forward(first)
-            forward(second)
-            torch.testing.assert_close(found, model.module(first))
+        first, second = (noise(4, 3, 32, 32, seed=seed).to(device) for seed in (1, 2))
+        found = forward(first)
+        forward(second)
+        torch.testing.assert_close(found, model.module(first))
+
+
+class Asks(nn.Module):
+    """A network that looks at its own activations, which cannot be recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nets.tiny_cnn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y if float(y.sum()) < 1e9 else -y
+
+
+@pytest.mark.gpu
+def test_a_network_that_cannot_be_recorded_is_served_as_it_is() -> None:
+    with capture_logs() as logs:
+        model = small(torch.device("cuda"), source="python:tests.models.test_bare:Asks")
+    assert model.bare is None
+    assert [log["way"] for log in logs] == ["CUDA graphs"]
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.testing.assert_close(maps(model, "poly-cam").cpu(), maps(small(), "poly-cam"), rtol=0, atol=1e-4)
 
 
 @pytest.mark.gpu
@@ -127,7 +170,7 @@ def test_a_gpu_is_not_given_more_than_a_few_batches_ahead() -> None:
     """So that a cancel is quick: what is called done is done but for as many."""
     model = small(torch.device("cuda"), source="torchvision:resnet50", input_size=(224, 224), allow_random_weights=True)
     with running() as engine:
-        job = submit(engine, model, noise(3, 224, 224), call(model, "rise", masks=8000), [1])
+        job = submit(engine, model, noise(3, 224, 224), call(model, "score-cam"), [1])
         _until(lambda: job.rows > 400)
         engine.cancel(job)
         assert job.future.exception(5) is not None

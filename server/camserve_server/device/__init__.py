@@ -15,7 +15,7 @@ from typing import Any
 from camserve_server.device.ascend import Ascending, run_ascend
 from camserve_server.device.forward import Attending, Capturing, Predicting, Scoring, run_forward
 from camserve_server.device.gradient import Differentiating, run_gradient
-from camserve_server.device.work import Lane, Part, Work, set_arithmetic
+from camserve_server.device.work import Lane, Part, Work, arithmetic
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Ablate, Ascend, Attend, Capture, Gradient, Predict, Query, Score, Sum
 
@@ -50,7 +50,7 @@ def start_work(query: Query[Any], model: Model, sizes: Mapping[LaneKind, int], c
             raise TypeError(f"the engine does not know the query {type(query).__name__}")
     # Works that differentiate share a batch only if they look at the same layers.
     layers = work.layers if kind == "gradient" else ()
-    bare = kind == "forward" and model.bare is not None and not work.layers
+    bare = kind == "forward" and sizes[kind] == model.bare_size and not work.layers
     return Lane(model.lane, kind, sizes[kind], layers, copy, bare), work
 
 
@@ -63,5 +63,5 @@ _RUN: dict[LaneKind, Callable[[Model, Sequence[Part], int], None]] = {
 
 def run(model: Model, lane: Lane, parts: Sequence[Part], size: int) -> None:
     """Runs the parts as one batch of `size` rows, the last of them padding. Each work has its rows' share after."""
-    set_arithmetic(model)
-    _RUN[lane.kind](model, parts, size)
+    with arithmetic(model):
+        _RUN[lane.kind](model, parts, size)

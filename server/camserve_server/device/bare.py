@@ -10,7 +10,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from camserve_server.device.work import set_arithmetic
+from camserve_server.device.work import arithmetic
 from camserve_server.models.model import Model, Precision
 
 log = structlog.get_logger()
@@ -21,32 +21,36 @@ AGREES: dict[Precision, float] = {"fp64": 1e-9, "fp32": 1e-4, "tf32": 1e-2, "bf1
 
 
 class Graphed:
-    """Records the kernels of a forward pass once for each shape, and launches them all at once from then on."""
+    """Records the kernels of a forward pass at its first input; others of that shape launch them all at once."""
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
-        self._recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._recorded: tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None = None
 
     def __call__(self, X: Tensor) -> Tensor:
         """Logits of X [N, C, H, W]."""
-        if X.shape not in self._recorded:
-            self._recorded[X.shape] = self._record(X)
-        graph, x, y = self._recorded[X.shape]
+        if self._recorded is None:
+            with torch.cuda.device(X.device):
+                self._recorded = self._record(X)
+        graph, x, y = self._recorded
         x.copy_(X)
         graph.replay()
         return y.clone()  # the next replay writes over it
 
     def _record(self, X: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         x, graph = X.clone(), torch.cuda.CUDAGraph()
-        aside = torch.cuda.Stream(X.device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(X.device))
+        before, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(before)
         with torch.cuda.stream(aside):  # as recording asks for: whatever is made the first time is made by then
             for _ in range(3):
                 self._forward(x)
-        torch.cuda.current_stream(X.device).wait_stream(aside)
-        # Other threads may copy pictures to the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            y = self._forward(x)
+        before.wait_stream(aside)
+        try:
+            # Other threads may copy pictures to the device meanwhile.
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                y = self._forward(x)
+        finally:
+            torch.cuda.set_stream(before)  # a recording that fails at its end does not do so by itself
         return graph, x, y
 
 
@@ -61,7 +65,11 @@ def bare(model: Model, size: int) -> Forward | None:
     shape = (size, model.preprocessing.channels, *model.preprocessing.size)
     X = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     X = X.to(model.device, model.arithmetic, memory_format=torch.channels_last)
-    set_arithmetic(model)
+    with arithmetic(model):
+        return _found(model, X)
+
+
+def _found(model: Model, X: Tensor) -> Forward | None:
     logits = model.module(X)
     # A copy: hooks on the module itself must neither be compiled nor have it compiled anew.
     plain = copy.deepcopy(model.module) if model.compile else model.module
@@ -69,6 +77,7 @@ def bare(model: Model, size: int) -> Forward | None:
     for name, way in _ways(model):
         try:
             faster = way(found)
+            faster(torch.zeros_like(X))  # what is recorded must not be the answer to this one input
             agree = torch.allclose(faster(X), logits, rtol=0, atol=AGREES[model.precision] * float(logits.abs().max()))
             reason = "" if agree else "other logits than the network's own"
         except Exception as error:  # a network may do what neither can follow

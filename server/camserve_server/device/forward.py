@@ -24,6 +24,7 @@ from camserve_server.plan import (
     Sum,
     Summed,
 )
+from camserve_server.rows import on
 
 
 @dataclass(eq=False)
@@ -129,7 +130,7 @@ class Scoring(Forward):
         else:
             super().__init__(model, len(query.channels), (query.layer,), query.least)
         self._query = query
-        self._index = torch.tensor(query.c.index, device=model.device)
+        self._index = on(model.device, query.c.index)
         self._total = Total(sum_) if sum_ else None
         self._enough = False
         size = (0 if sum_ else self.rows, len(query.c))
@@ -144,9 +145,12 @@ class Scoring(Forward):
     def see(self, layer: str, start: int, stop: int, output: Tensor) -> Tensor:
         assert isinstance(self._query, Ablate)
         changed = output.clone()
-        dim = 0 if self.model.spatial[layer].form == "NCHW" else -1
-        for row, channel in zip(changed, self._query.channels[start:stop], strict=True):
-            row.select(dim, channel).zero_()
+        rows = torch.arange(stop - start, device=output.device)
+        channels = on(output.device, self._query.channels[start:stop])
+        if self.model.spatial[layer].form == "NCHW":
+            changed[rows, channels] = 0
+        else:
+            changed[rows, ..., channels] = 0
         return changed
 
     def keep(self, start: int, stop: int, logits: Tensor) -> None:
@@ -187,7 +191,7 @@ def run_forward(model: Model, parts: Sequence[Part], size: int) -> None:
 
     layers = dict.fromkeys(layer for work in works for layer in work.layers)
     with hooks(model, layers, see):
-        forward = model.module if layers or model.bare is None else model.bare
+        forward = model.module if layers or model.bare is None or size != model.bare_size else model.bare
         logits = forward(X).to(model.dtype)
     for work, part, (start, stop) in zip(works, parts, spans, strict=True):
         work.take(part.start, part.stop, logits[start:stop])

@@ -11,6 +11,7 @@ from torch import Tensor
 from camserve_server.device.work import Part, Total, batch, check_differentiable, hooks, spans_of
 from camserve_server.models.model import Model
 from camserve_server.plan import INPUT, Gradient, Gradients, Sum, Summed
+from camserve_server.rows import on
 
 
 class Differentiating:
@@ -84,7 +85,7 @@ def run_gradient(model: Model, parts: Sequence[Part], size: int) -> None:
         chosen = logits.new_zeros(())
         for part, (start, stop) in zip(parts, spans, strict=True):
             assert isinstance(part.work, Differentiating)
-            index = torch.tensor(part.work.index[part.start : part.stop], device=logits.device)
+            index = on(logits.device, part.work.index[part.start : part.stop])
             chosen = chosen + logits[start:stop].gather(1, index[:, None]).sum()
         # A layer that the logits do not depend on has the gradient zero.
         found = torch.autograd.grad(

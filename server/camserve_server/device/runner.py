@@ -55,7 +55,7 @@ class Runner:
     def _wait(self, device: torch.device) -> None:
         """Until a GPU has done all batches but the last few."""
         if device.type == "cuda":
-            self._given.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+            self._given.append(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
             self._given[-1].record(torch.cuda.current_stream(device))
             if len(self._given) > IN_FLIGHT:
                 self._given.popleft().synchronize()
@@ -71,6 +71,7 @@ class Runner:
             return
         if size == 1:
             raise OutOfMemory(f"one row of {model.name} does not fit into the device's memory")
+        model.bare = None  # a graph has memory of its own
         torch.cuda.empty_cache()
         self._fits[lane.model, lane.kind] = size // 2
         self._halved(model, lane.kind, size // 2)

@@ -99,13 +99,23 @@ def batch(model: Model, rows: list[Tensor], size: int) -> Tensor:
     missing = size - sum(map(len, rows))
     if missing:
         rows = [*rows, rows[0].new_zeros(missing, *rows[0].shape[1:])]
-    return torch.cat(rows).to(model.device, model.arithmetic, memory_format=torch.channels_last)
+    together = torch.cat(rows) if len(rows) > 1 else rows[0]
+    # A copy in any case: the network may work in place on it.
+    alone = len(rows) == 1
+    return together.to(model.device, model.arithmetic, copy=alone, memory_format=torch.channels_last)
 
 
-def set_arithmetic(model: Model) -> None:
-    """Has a GPU compute in TF32 or not: torch's own default has it on for convolutions, off for the rest."""
-    if model.device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = model.precision == "tf32"
+@contextmanager
+def arithmetic(model: Model) -> Iterator[None]:
+    """Has a GPU compute in TF32 for a model that asks for it; nothing else does (`pick_device`)."""
+    wanted = model.precision == "tf32"
+    if wanted:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def check_differentiable(model: Model, logits: Tensor) -> None:

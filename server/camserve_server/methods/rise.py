@@ -6,7 +6,7 @@ Petsiuk, Das, Saenko 2018, arXiv:1806.07421.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
@@ -21,7 +21,7 @@ from camserve_server.rows import generator, up
 class Revealed:
     """Row i is x ⊙ M_i: a grid of cells shown or hidden, grown a little larger than the image, cut out at a shift.
 
-    Nothing is kept: each mask is drawn from the seed and its number whenever it is asked for.
+    Each mask is drawn from the seed and its number, whenever it is asked for; those of the last rows made are kept.
     """
 
     x: Image
@@ -29,6 +29,7 @@ class Revealed:
     cells: int
     keep: float
     seed: int
+    last: dict[int, Tensor] = field(default_factory=dict)  # masks [n, H, W] by the number of the first
 
     def __len__(self) -> int:
         return self.count
@@ -48,13 +49,19 @@ class Revealed:
 
     def masks(self, start: int, stop: int) -> Tensor:
         """[n, H, W] in [0, 1]."""
+        for first, kept in self.last.items():
+            if first <= start and stop <= first + len(kept):
+                return kept[start - first : stop - first]
         grids, shifts = zip(*(self.draw(i) for i in range(start, stop)), strict=True)
         (H, W), (h, w) = self.x.size, self.cell
         large = up(torch.stack(grids).to(self.x.tensor), ((self.cells + 1) * h, (self.cells + 1) * w))
         return torch.stack([mask[y : y + H, x : x + W] for mask, (y, x) in zip(large, shifts, strict=True)])
 
     def make(self, start: int, stop: int) -> Tensor:
-        return self.x.tensor * self.masks(start, stop).unsqueeze(1)
+        masks = self.masks(start, stop)
+        self.last.clear()
+        self.last[start] = masks
+        return self.x.tensor * masks.unsqueeze(1)
 
 
 def _rows(sizes: Sizes, *, masks: int = 6000, **_: object) -> int:

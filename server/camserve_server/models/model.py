@@ -32,7 +32,7 @@ class Model:
     convolutions that also compute the batch norm after them, and that batch norm: they cannot be named. `others` are
     the same model at other precisions. `serial` is another each time that it is loaded. `batch_sizes` and, where they
     were measured, `rows_per_s` are set at warm-up, one for each lane; so is `bare`, where there is a faster way forward
-    than the module's for batches in which nobody looks at a layer. `compile` asks for one.
+    than the module's for batches of `bare_size` rows in which nobody looks at a layer. `compile` asks for one.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Model:
     rows_per_s: dict[LaneKind, float] = field(default_factory=dict)
     compile: bool = False
     bare: Callable[[Tensor], Tensor] | None = None
+    bare_size: int = 0
 
     @property
     def arithmetic(self) -> torch.dtype:
@@ -104,7 +105,7 @@ class Model:
             at = gap.weight.data_ptr()
             name = next(name for name, weight in self.module.named_parameters() if weight.data_ptr() == at)
             gap = replace(gap, weight=module.get_parameter(name).flatten(1))
-        return replace(self, module=module, gap=gap, bare=None, **changes)
+        return replace(self, module=module, gap=gap, bare=None, bare_size=0, **changes)
 
     def image(self, tensor: Tensor) -> Image:
         """A preprocessed [C, H, W] on the model's device, in its precision, with its normalisation."""

@@ -143,9 +143,13 @@ def _bind(server: grpc.aio.Server, key: str, address: str, tls: TLSConfig | None
 def pick_device(name: str) -> torch.device:
     """The device of that name; for "auto" a GPU if there is any. Raises ConfigError for one that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device: {name} was asked for, but torch sees no GPU")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device: {name} was asked for, but torch sees no GPU")
+        # Convolutions compute in TF32 by default, and may take another kernel from run to run.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     return torch.device(name)
 
 
