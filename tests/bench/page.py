@@ -44,7 +44,7 @@ def page(facts: Mapping[str, str], results: Mapping[str, Result], missing: Seque
     """The whole text; draws the pictures into the folder beside it."""
     commands = dict.fromkeys(f"$ {result.command}" for result in results.values())
     minutes = sum(result.seconds for result in results.values()) / 60
-    gpu = "" if facts["device"] == "cuda" else " No GPU has been measured yet."
+    gpu = "" if facts["device"] == "cuda" else "\n\nNo GPU has been measured yet."
     parts = [HEAD.format(**facts, commands="\n".join(commands), minutes=max(1, minutes), gpu=gpu)]
     claims = [claim for result in results.values() for claim in result.claims]
     if claims:
