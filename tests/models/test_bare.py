@@ -38,6 +38,11 @@ def maps(model: Model, method: str) -> Tensor:
     return explained(model, noise(3, 32, 32), call(model, method, None, **parameters), [1, 2]).maps
 
 
+def weights_of(module: object) -> list[Tensor]:
+    assert isinstance(module, nn.Module)
+    return [*module.parameters(), *module.buffers()]
+
+
 @pytest.fixture(scope="module")
 def compiled() -> Model:
     return small(compile=True)
@@ -47,6 +52,9 @@ def compiled() -> Model:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_network_gives_the_same_maps(compiled: Model, method: str) -> None:
     assert compiled.bare is not None
+    assert {id(weight) for weight in weights_of(compiled.bare)} == {
+        id(weight) for weight in weights_of(compiled.module)
+    }
     torch.testing.assert_close(maps(compiled, method), maps(small(), method), rtol=0, atol=1e-5)
 
 

@@ -60,7 +60,7 @@ class Ascending:
         return halt is not None and halt([float(value) for value in (*self._history[row % self._count], objective)])
 
     def state(self, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The variable, its two moments, and how many steps these have had."""
+        """The variable [K], its two moments [K], and how many steps these have had []."""
         t = row % self._count
         return self._u[t], self._m[t], self._v[t], self._steps[t]
 
@@ -92,23 +92,23 @@ def run_ascend(model: Model, parts: Sequence[Part], size: int) -> None:
         leaves = [u for work, part in zip(works, parts, strict=True) for u in work.leaves(part.start, part.stop)]
         gradients = torch.autograd.grad(torch.stack(objectives).sum(), leaves)
     rows = [(work, row) for work, part in zip(works, parts, strict=True) for row in range(part.start, part.stop)]
-    seen = [(*at, y, g) for at, y, g in zip(rows, objectives, gradients, strict=True) if not at[0].seen(at[1])]
-    halted = [work.halts(row, objective) for work, row, objective, _ in seen]
+    due = [(*at, y, g) for at, y, g in zip(rows, objectives, gradients, strict=True) if not at[0].seen(at[1])]
+    halted = [work.halts(row, objective) for work, row, objective, _ in due]
     # Nothing before here has changed a work: a batch that fails is tried again from where it was.
     moving: dict[float, list[tuple[Tensor, ...]]] = {}
-    for (work, row, _, gradient), halts in zip(seen, halted, strict=True):
+    for (work, row, _, gradient), halts in zip(due, halted, strict=True):
         if not halts:
             moving.setdefault(work.rate, []).append((gradient, *work.state(row)))
     for rate, variables in moving.items():
         step_up(rate, variables)
-    for (work, row, objective, _), halts in zip(seen, halted, strict=True):
+    for (work, row, objective, _), halts in zip(due, halted, strict=True):
         work.note(row, objective, halts)
 
 
 def step_up(rate: float, variables: Sequence[Sequence[Tensor]]) -> None:
     """A step of Adam (Kingma and Ba 2015, algorithm 1) upwards, in place, in one kernel for all variables.
 
-    Each is (gradient, variable, first moment, second moment, steps so far).
+    Each is (gradient, variable, first moment, second moment), all [K], and steps so far, a float32 scalar.
     """
     gradients, us, ms, vs, steps = ([*values] for values in zip(*variables, strict=True))
     adam(

@@ -8,7 +8,7 @@ from functools import partial
 
 import structlog
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from camserve_server.device.work import arithmetic
 from camserve_server.models.model import Model, Precision
@@ -71,8 +71,8 @@ def bare(model: Model, size: int) -> Forward | None:
 
 def _found(model: Model, X: Tensor) -> Forward | None:
     logits = model.module(X)
-    # A copy: hooks on the module itself must neither be compiled nor have it compiled anew.
-    plain = copy.deepcopy(model.module) if model.compile else model.module
+    # A copy of its own: hooks on the module itself must neither be compiled nor have it compiled anew.
+    plain = _sharing_weights(model.module) if model.compile else model.module
     found: Forward = plain
     for name, way in _ways(model):
         try:
@@ -87,6 +87,11 @@ def _found(model: Model, X: Tensor) -> Forward | None:
         else:
             found = faster
     return None if found is plain else found
+
+
+def _sharing_weights(module: nn.Module) -> nn.Module:
+    weights = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(weight): weight for weight in weights})
 
 
 def _ways(model: Model) -> Iterator[tuple[str, Callable[[Forward], Forward]]]:
