@@ -26,7 +26,7 @@ test: install  ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 
 bench: install  ## measure the limit, ourselves and our peers; a quarter of an hour; writes docs/benchmarks.md
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m benchmarks
 
 docs: install  ## write docs/methods.md out of what the methods say of themselves
 	$(BIN)/python examples/methods_page.py

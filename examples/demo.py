@@ -137,7 +137,7 @@ def run(out: Path, is_quick: bool, console: Console) -> None:
 @contextmanager
 def serving(log: Path, console: Console) -> Iterator[str]:
     """The address of a server with the embedded model, in a process of its own that ends when the block is left."""
-    command = [sys.executable, "-m", "camserve", "serve", "--listen", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "camserve_cli", "serve", "--listen", "127.0.0.1:0"]
     # A session of its own, so that Ctrl-C reaches us alone, and we stop it.
     with (
         log.open("w", encoding="utf-8") as stderr,

@@ -13,7 +13,7 @@ from pathlib import Path
 import PIL.Image
 
 import camserve
-from camserve.picture import ALPHA, COLOURS, overlay
+from camserve.heatmaps import ALPHA, COLOURS, overlay
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from groups import grouped
 from rich.console import Console
 
 import camserve
-from camserve.picture import ALPHA, overlay
+from camserve.heatmaps import ALPHA, overlay
 
 OUT = Path(__file__).parent.parent / "docs" / "pictures"
 

@@ -23,7 +23,7 @@ import PIL.Image
 import torch
 
 import camserve
-from camserve.transport import DEFAULT_ADDRESS
+from camserve.connection import DEFAULT_ADDRESS
 from camserve_server.config import embedded
 from camserve_server.models.load import load
 

@@ -11,7 +11,7 @@ import grpc.experimental.gevent
 from locust import User, between, task
 
 import camserve
-from camserve.load.mix import photograph
+from camserve_cli.load.mix import photograph
 
 # Or else a call would stop all users, not only the one who waits for it.
 grpc.experimental.gevent.init_gevent()

@@ -24,7 +24,7 @@ from camserve_server.config import embedded
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
 from camserve_server.registry import Method, Parameter, Value
-from camserve_server.service.write import method_message
+from camserve_server.service.responses import method_message
 
 DOCS = Path(__file__).parent.parent / "docs"
 MODEL = "EfficientNet-Lite0"

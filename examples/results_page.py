@@ -19,9 +19,9 @@ import numpy as np
 from rich.progress import track
 
 import camserve
-from camserve import sheet
-from camserve.report import scores, statistics, study
-from camserve.report.study import Study
+from camserve_cli.report import records, scores, statistics
+from camserve_cli.report.records import Study
+from camserve_cli.study import score_csv
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, SCORES, LEVELS = DOCS / "results.md", DOCS / "results.csv", DOCS / "results-levels.csv"
@@ -53,7 +53,7 @@ def main() -> None:
             score_levels(client, given.levels)
         if given.csv:
             slim(given.csv)
-        run = study.read(
+        run = records.read(
             SCORES, models=client.models(), methods=client.methods(), metrics=client.metrics(), against=AGAINST
         )
     page = PAGE.read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def slim(source: Path) -> None:
         row.update(image=Path(row["image"]).name, receipt=f'{{"method": "{row["method"]}"}}')
         row.update(dict.fromkeys(["curves", "queue_ms", "compute_ms", "left_out", "boxes"], ""))
         row.update({metric: f"{float(row[metric]):.6g}" for metric in METRICS})
-    sheet.Sheet(SCORES, METRICS).write(rows)
+    score_csv.Sheet(SCORES, METRICS).write(rows)
 
 
 def score_levels(client: camserve.Client, photographs: Sequence[Path]) -> None:

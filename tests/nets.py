@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import camserve_server.torchvision_ops  # noqa: F401  (lets torchvision be imported)
+import camserve_server.torch_setup.torchvision_ops  # noqa: F401  (lets torchvision be imported)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

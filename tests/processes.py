@@ -39,7 +39,7 @@ class Served:
 def served(config: Path, **environment: str) -> Iterator[Served]:
     """The process, which is killed at the end if it has not ended by itself."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, "-m", "camserve", "serve", "--config", str(config)]
+    command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(config)]
     log = config.with_suffix(".log")
     with (
         log.open("w", encoding="utf-8") as stderr,

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from camserve_server import boxes, registry
-from camserve_server.engine import Engine
-from camserve_server.explain import Explained, MethodCall, MetricCall, explain, limits, rows_needed
-from camserve_server.job import Event, Job
+from camserve_server import registry
+from camserve_server.engine.engine import Engine
+from camserve_server.engine.job import Event, Job
+from camserve_server.maps import boxes
 from camserve_server.models.layers import Layer
 from camserve_server.models.load import state_digest
 from camserve_server.models.model import Head, LaneKind, Model
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.probe import probe
 from camserve_server.plan import Truth
+from camserve_server.request_plan import Explained, MethodCall, MetricCall, explain, limits, rows_needed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -25,7 +25,7 @@ def servers() -> set[str]:
             command = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if command[1:] == ["-m", "camserve", "serve", "--listen", "127.0.0.1:0", ""]:
+        if command[1:] == ["-m", "camserve_cli", "serve", "--listen", "127.0.0.1:0", ""]:
             found.add(process.name)
     return found
 

@@ -157,7 +157,7 @@ def test_the_image_alone_does_not_serve_strangers_in_plaintext() -> None:
 
 
 def health(address: str, *options: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "camserve", "health", "--address", address, *options]
+    command = [sys.executable, "-m", "camserve_cli", "health", "--address", address, *options]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     return ran.returncode, ran.stdout + ran.stderr
 

@@ -83,7 +83,7 @@ def test_commands_run_as_they_stand(server: Server, folder: Path) -> None:
     assert {command.split()[0] for command in commands} == {"list", "explain", "evaluate", "replay"}
     for command in commands:
         ran = subprocess.run(
-            [sys.executable, "-m", "camserve", *shlex.split(command), "--address", server.address],
+            [sys.executable, "-m", "camserve_cli", *shlex.split(command), "--address", server.address],
             capture_output=True,
             text=True,
             timeout=240,
@@ -98,7 +98,7 @@ def test_commands_run_as_they_stand(server: Server, folder: Path) -> None:
 def test_options_of_commands_exist(text: str) -> None:
     from typer.main import get_command
 
-    from camserve.cli import app
+    from camserve_cli.app import app
 
     known = get_command(app).commands  # type: ignore[attr-defined]
     for line in re.findall(r"^\$ camserve (.*)$", text.replace("\\\n", " "), re.MULTILINE):

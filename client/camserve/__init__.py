@@ -23,6 +23,7 @@ from camserve.answers import (
     SaliencyMap,
     Score,
 )
+from camserve.batches import Result, Variant
 from camserve.catalogue import Layer, Method, Metric, Model, Parameter
 from camserve.client import Client
 from camserve.errors import (
@@ -38,7 +39,6 @@ from camserve.errors import (
     Unauthenticated,
     Unavailable,
 )
-from camserve.many import Result, Variant
 from camserve.receipt import Receipt
 from camserve.sampler import Sampler
 from camserve.version import __version__

@@ -6,9 +6,9 @@ from typing import Any
 
 import grpc
 
-from camserve import calls, catalogue, errors
+from camserve import catalogue, errors, request_messages
 from camserve.catalogue import Model
-from camserve.transport import Connection
+from camserve.connection import Connection
 from camserve.v1 import admin_pb2 as pb
 from camserve.v1 import explain_pb2
 from camserve.v1.admin_pb2_grpc import AdminServiceStub
@@ -58,7 +58,7 @@ class Admin(Connection):
         return model
 
     def _asked(self, rpc: str, request: Any) -> Any:
-        call = calls.Call[Any](rpc, request, lambda answer: answer)
+        call = request_messages.Call[Any](rpc, request, lambda answer: answer)
         try:
             return getattr(AdminServiceStub(self._channels[1]), rpc)(request, **self._given(call))
         except grpc.RpcError as error:

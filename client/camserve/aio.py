@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
-from camserve import calls, errors, many
-from camserve.transport import Connection
-
-if TYPE_CHECKING:
-    from camserve.dicom import DicomExplanation, Source
+from camserve import batches, errors, request_messages
+from camserve.connection import Connection
 
 __all__ = ["Client"]
 
@@ -24,34 +21,34 @@ Event = TypeVar("Event")
 
 
 def _unary(
-    call: Callable[P, calls.Call[Answer]],
+    call: Callable[P, request_messages.Call[Answer]],
 ) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, Answer]]:
     async def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
         return await self._answer(await asyncio.to_thread(call, *args, **kwargs))
 
-    calls.described(method, call, Awaitable)
+    request_messages.described(method, call, Awaitable)
     return method
 
 
 def _stream(
-    call: Callable[P, calls.Streamable[Answer, Event]],
+    call: Callable[P, request_messages.Streamable[Answer, Event]],
 ) -> Callable[Concatenate[Client, P], AsyncGenerator[Event, None]]:
     async def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Event, None]:
         made = await asyncio.to_thread(call, *args, **kwargs)
         async for event in self._events(made.streamed()):
             yield event
 
-    calls.described(method, call, AsyncIterator, streams=True)
+    request_messages.described(method, call, AsyncIterator, streams=True)
     return method
 
 
 def _many(
-    call: Callable[P, many.Many[Answer]],
+    call: Callable[P, batches.Many[Answer]],
 ) -> Callable[Concatenate[Client, P], AsyncGenerator[Answer, None]]:
     def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Answer, None]:
         return self._answers(call(*args, **kwargs))
 
-    calls.described(method, call, AsyncIterator)
+    request_messages.described(method, call, AsyncIterator)
     return method
 
 
@@ -65,26 +62,17 @@ class Client(Connection):
 
     _grpc: ClassVar[Any] = grpc.aio
 
-    explain = _unary(calls.explain)
-    explain_stream = _stream(calls.explain)
-    explain_many = _many(many.explain_many)
-    evaluate = _unary(calls.evaluate)
-    evaluate_stream = _stream(calls.evaluate)
-    evaluate_many = _many(many.evaluate_many)
-    replay = _unary(calls.replay)
-    replay_stream = _stream(calls.replay)
-    models = _unary(calls.list_models)
-    methods = _unary(calls.list_methods)
-    metrics = _unary(calls.list_metrics)
-
-    async def explain_dicom(self, source: Source, **options: Any) -> DicomExplanation:
-        """Explain a DICOM image, and make DICOM objects of the answer; only its pixels are sent.
-
-        The options are those of `camserve.dicom.explain`. Needs `pip install 'camserve[dicom]'`.
-        """
-        from camserve import dicom
-
-        return await dicom.explain_async(self, source, **options)
+    explain = _unary(request_messages.explain)
+    explain_stream = _stream(request_messages.explain)
+    explain_many = _many(batches.explain_many)
+    evaluate = _unary(request_messages.evaluate)
+    evaluate_stream = _stream(request_messages.evaluate)
+    evaluate_many = _many(batches.evaluate_many)
+    replay = _unary(request_messages.replay)
+    replay_stream = _stream(request_messages.replay)
+    models = _unary(request_messages.list_models)
+    methods = _unary(request_messages.list_methods)
+    metrics = _unary(request_messages.list_metrics)
 
     async def close(self) -> None:
         """Close the connection. Calls still under way are cancelled; the client is of no further use."""
@@ -100,13 +88,13 @@ class Client(Connection):
     def __repr__(self) -> str:
         return f"aio.Client({self.address!r})"
 
-    async def _answer(self, call: calls.Call[Answer], stub: Any = None) -> Answer:
+    async def _answer(self, call: request_messages.Call[Answer], stub: Any = None) -> Answer:
         try:
             return call.read(await getattr(stub or self._stub, call.rpc)(call.request, **self._given(call)))
         except grpc.RpcError as error:
             raise self._error(error, call) from error
 
-    async def _answers(self, asked: many.Many[Answer]) -> AsyncGenerator[Answer, None]:
+    async def _answers(self, asked: batches.Many[Answer]) -> AsyncGenerator[Answer, None]:
         running: set[asyncio.Task[Answer]] = set()
 
         async def top_up() -> None:
@@ -127,7 +115,7 @@ class Client(Connection):
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    async def _outcome(self, ask: many.Ask[Answer]) -> Answer:
+    async def _outcome(self, ask: batches.Ask[Answer]) -> Answer:
         try:
             call = await asyncio.to_thread(ask.call)
             explanation = await self._answer(call, self._stub_of_many)
@@ -139,7 +127,7 @@ class Client(Connection):
         await asyncio.sleep(wait_s)
         return await self._outcome(again)
 
-    async def _events(self, call: calls.Call[Event | None]) -> AsyncGenerator[Event, None]:
+    async def _events(self, call: request_messages.Call[Event | None]) -> AsyncGenerator[Event, None]:
         rpc: Any = getattr(self._stub, call.rpc)(call.request, **self._given(call))
         try:
             async for message in rpc:

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from camserve import images, notebook, picture, wire
+from camserve import heatmaps, images, notebook, wire
 from camserve.errors import InternalError
 from camserve.receipt import Receipt, differences
 from camserve.v1 import explain_pb2 as pb
@@ -120,16 +120,16 @@ class SaliencyMap:
 
     def heatmap(self) -> PIL.Image.Image:
         """The map in colours, RGB, of the image's size."""
-        return picture.heatmap(self.saliency, self.image().size)
+        return heatmaps.heatmap(self.saliency, self.image().size)
 
-    def overlay(self, alpha: float = picture.ALPHA) -> PIL.Image.Image:
+    def overlay(self, alpha: float = heatmaps.ALPHA) -> PIL.Image.Image:
         """The map over the image, RGB, of the image's size. Where the map is 0 the image shows as it is.
 
         `alpha` in [0, 1] is how much the colour covers where the map is 1. Raises ValueError outside that range.
         """
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
-        return picture.overlay(self.image(), self.saliency, alpha)
+        return heatmaps.overlay(self.image(), self.saliency, alpha)
 
     def save(self, directory: str | Path, stem: str) -> tuple[Path, Path]:
         """Writes `stem`.npy (the map) and `stem`.png (the overlay), making the directory if need be; returns both."""

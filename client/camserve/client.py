@@ -6,15 +6,12 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
-from camserve import calls, errors, many
-from camserve.transport import Connection
-
-if TYPE_CHECKING:
-    from camserve.dicom import DicomExplanation, Source
+from camserve import batches, errors, request_messages
+from camserve.connection import Connection
 
 __all__ = ["Client"]
 
@@ -23,31 +20,31 @@ Answer = TypeVar("Answer")
 Event = TypeVar("Event")
 
 
-def _unary(call: Callable[P, calls.Call[Answer]]) -> Callable[Concatenate[Client, P], Answer]:
+def _unary(call: Callable[P, request_messages.Call[Answer]]) -> Callable[Concatenate[Client, P], Answer]:
     def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
         return self._answer(call(*args, **kwargs))
 
-    calls.described(method, call)
+    request_messages.described(method, call)
     return method
 
 
 def _stream(
-    call: Callable[P, calls.Streamable[Answer, Event]],
+    call: Callable[P, request_messages.Streamable[Answer, Event]],
 ) -> Callable[Concatenate[Client, P], Generator[Event, None, None]]:
     def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Generator[Event, None, None]:
         return self._events(call(*args, **kwargs).streamed())
 
-    calls.described(method, call, Iterator, streams=True)
+    request_messages.described(method, call, Iterator, streams=True)
     return method
 
 
 def _many(
-    call: Callable[P, many.Many[Answer]],
+    call: Callable[P, batches.Many[Answer]],
 ) -> Callable[Concatenate[Client, P], Generator[Answer, None, None]]:
     def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Generator[Answer, None, None]:
         return self._answers(call(*args, **kwargs))
 
-    calls.described(method, call, Iterator)
+    request_messages.described(method, call, Iterator)
     return method
 
 
@@ -65,26 +62,17 @@ class Client(Connection):
     the authorities that gRPC knows, and who this is. `token` is sent with each call; without TLS, only to this machine.
     """
 
-    explain = _unary(calls.explain)
-    explain_stream = _stream(calls.explain)
-    explain_many = _many(many.explain_many)
-    evaluate = _unary(calls.evaluate)
-    evaluate_stream = _stream(calls.evaluate)
-    evaluate_many = _many(many.evaluate_many)
-    replay = _unary(calls.replay)
-    replay_stream = _stream(calls.replay)
-    models = _unary(calls.list_models)
-    methods = _unary(calls.list_methods)
-    metrics = _unary(calls.list_metrics)
-
-    def explain_dicom(self, source: Source, **options: Any) -> DicomExplanation:
-        """Explain a DICOM image, and make DICOM objects of the answer; only its pixels are sent.
-
-        The options are those of `camserve.dicom.explain`. Needs `pip install 'camserve[dicom]'`.
-        """
-        from camserve import dicom
-
-        return dicom.explain(self, source, **options)
+    explain = _unary(request_messages.explain)
+    explain_stream = _stream(request_messages.explain)
+    explain_many = _many(batches.explain_many)
+    evaluate = _unary(request_messages.evaluate)
+    evaluate_stream = _stream(request_messages.evaluate)
+    evaluate_many = _many(batches.evaluate_many)
+    replay = _unary(request_messages.replay)
+    replay_stream = _stream(request_messages.replay)
+    models = _unary(request_messages.list_models)
+    methods = _unary(request_messages.list_methods)
+    metrics = _unary(request_messages.list_metrics)
 
     def close(self) -> None:
         """Close the connection. Calls still under way are cancelled; the client is of no further use."""
@@ -100,11 +88,11 @@ class Client(Connection):
     def __repr__(self) -> str:
         return f"Client({self.address!r})"
 
-    def _sent(self, stub: Any, call: calls.Call[Any]) -> Any:
+    def _sent(self, stub: Any, call: request_messages.Call[Any]) -> Any:
         # As a future, because the blocking form would leave the call running at the server when interrupted.
         return getattr(stub, call.rpc).future(call.request, **self._given(call))
 
-    def _read(self, call: calls.Call[Answer], rpc: Any) -> Answer:
+    def _read(self, call: request_messages.Call[Answer], rpc: Any) -> Answer:
         try:
             return call.read(rpc.result())
         except grpc.RpcError as error:
@@ -112,19 +100,19 @@ class Client(Connection):
         except grpc.FutureCancelledError as error:
             raise errors.Cancelled("the client was closed while the call was under way") from error
 
-    def _answer(self, call: calls.Call[Answer]) -> Answer:
+    def _answer(self, call: request_messages.Call[Answer]) -> Answer:
         rpc = self._sent(self._stub, call)
         try:
             return self._read(call, rpc)
         finally:
             rpc.cancel()  # does nothing to a call that has ended
 
-    def _answers(self, asked: many.Many[Answer]) -> Generator[Answer, None, None]:
+    def _answers(self, asked: batches.Many[Answer]) -> Generator[Answer, None, None]:
         flying: set[Any] = set()
         # How to get at the answer of each ask that has ended: in a list, which is empty where it is asked for again.
         ended: SimpleQueue[Callable[[], list[Answer]]] = SimpleQueue()
 
-        def start(ask: many.Ask[Answer]) -> None:
+        def start(ask: batches.Ask[Answer]) -> None:
             try:
                 call = ask.call()
             except (errors.CamserveError, OSError) as error:
@@ -135,7 +123,7 @@ class Client(Connection):
             flying.add(rpc)
             rpc.add_done_callback(lambda rpc: ended.put(lambda: finish(ask, call, rpc)))
 
-        def finish(ask: many.Ask[Answer], call: calls.Call[Any], rpc: Any) -> list[Answer]:
+        def finish(ask: batches.Ask[Answer], call: request_messages.Call[Any], rpc: Any) -> list[Answer]:
             flying.discard(rpc)
             try:
                 return [ask.answer(self._read(call, rpc))]
@@ -164,7 +152,7 @@ class Client(Connection):
             for rpc in flying:
                 rpc.cancel()
 
-    def _events(self, call: calls.Call[Event | None]) -> Generator[Event, None, None]:
+    def _events(self, call: request_messages.Call[Event | None]) -> Generator[Event, None, None]:
         rpc: Any = getattr(self._stub, call.rpc)(call.request, **self._given(call))
         try:
             for message in rpc:

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 
 import grpc
 
-from camserve import status
+from camserve import error_details
 
 __all__ = [
     "CamserveError",
@@ -151,7 +151,7 @@ def from_rpc(error: grpc.RpcError, *, address: str, timeout_s: float | None) -> 
     """The CamserveError that says what a failed call says, sync or async."""
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     code, message = error.code(), error.details() or ""
-    details = status.read(error.trailing_metadata())
+    details = error_details.read(error.trailing_metadata())
     if details is None and code is grpc.StatusCode.UNAVAILABLE:
         hint = next((f"; {hint}" for said, hint in _HINTS.items() if said in message), "")
         message = f"no answer from a camserve server at {address}: {message}{hint}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import PIL.Image
 
-from camserve import picture
+from camserve import heatmaps
 
 if TYPE_CHECKING:
     from camserve.answers import SaliencyMap
@@ -20,7 +20,7 @@ __all__ = ["html"]
 # Three side by side fit the output cell of a usual notebook.
 _SIDE_PX = 300
 
-_SCALE = ", ".join(f"rgb({r}, {g}, {b})" for r, g, b in picture.COLOURS[::15].tolist())
+_SCALE = ", ".join(f"rgb({r}, {g}, {b})" for r, g, b in heatmaps.COLOURS[::15].tolist())
 
 
 def html(maps: Iterable[SaliencyMap], model: str, method: str) -> str:
@@ -33,8 +33,8 @@ def _figure(shown: SaliencyMap, model: str, method: str) -> str:
     image.thumbnail((_SIDE_PX, _SIDE_PX), PIL.Image.Resampling.LANCZOS)
     pictures = {
         "image": image,
-        "saliency": picture.heatmap(shown.saliency, image.size),
-        "overlay": picture.overlay(image, shown.saliency, picture.ALPHA),
+        "saliency": heatmaps.heatmap(shown.saliency, image.size),
+        "overlay": heatmaps.overlay(image, shown.saliency, heatmaps.ALPHA),
     }
     cells = "".join(
         f'<div><img alt="{name}" src="{_data_uri(each)}" style="display:block;margin:0"/>{name}</div>'

@@ -11,11 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from camserve import calls
+from camserve import request_messages
+from camserve.batches import Failure, Result
 from camserve.client import Client
 from camserve.errors import CamserveError, InvalidArgument
 from camserve.images import ImageLike
-from camserve.many import Failure, Result
 
 __all__ = ["Counts", "Sampler"]
 
@@ -64,7 +64,7 @@ class Sampler:
             raise InvalidArgument(f"waiting must be at least 0, not {waiting}", field="waiting")
         if in_flight < 1:
             raise InvalidArgument(f"in_flight must be at least 1, not {in_flight}", field="in_flight")
-        inspect.signature(calls.explain).bind(b"", **options)  # a TypeError now rather than for each image
+        inspect.signature(request_messages.explain).bind(b"", **options)  # a TypeError now rather than for each image
         self._client, self._on_result = client, on_result
         self._share, self._below, self._most = share, below, waiting + in_flight
         self._options = {"method": "poly-cam", "priority": "low", **options}
@@ -80,7 +80,7 @@ class Sampler:
         image: ImageLike,
         *,
         confidence: float | None = None,
-        target: calls.TargetLike | None = None,
+        target: request_messages.TargetLike | None = None,
         request_id: str | None = None,
     ) -> bool:
         """Whether the image is going to be explained. It is read later: an array must not change after this.

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from camserve_server.rows import Rows
 
 T = TypeVar("T")
 
@@ -42,6 +40,18 @@ class Query(Generic[T]):
 
 
 # ---- what plans speak of ---------------------------------------------------------------------------------------------
+
+
+class Rows(Protocol):
+    """N inputs of the model."""
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        ...
+
+    def make(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) as [stop − start, 3, H, W], normalised."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -288,3 +288,8 @@ def _parameter(name: str, hint: Any, default: Value) -> Parameter:
         range=next((e for e in extras if isinstance(e, Range)), None),
         choices=choices,
     )
+
+
+def known_method(name: str) -> str:
+    """The method's name if there is one of that name: what callers make up must not become labels."""
+    return name if not name or name in METHODS else "other"

@@ -8,26 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camserve_server.plan import Image, Resize
-
-
-class Rows(Protocol):
-    """N inputs of the model."""
-
-    def __len__(self) -> int:
-        """How many rows there are."""
-        ...
-
-    def make(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) as [stop − start, 3, H, W], normalised."""
-        ...
+from camserve_server.plan import Image, Resize, Rows
 
 
 def on(device: torch.device, numbers: Sequence[int]) -> Tensor:

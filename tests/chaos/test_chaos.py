@@ -74,7 +74,7 @@ class Replica:
 
     def start(self) -> None:
         """Returns when it is ready."""
-        command = [sys.executable, "-m", "camserve", "serve", "--config", str(self._config)]
+        command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(self._config)]
         with self._log.open("a") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from camserve.dicom.gateway import steps, work
+from camserve_dicom.gateway import steps, workers
 from camserve_server.config import Config, ModelConfig
 from camserve_server.service.server import Server
 from tests.client.conftest import address, client, servicer
@@ -47,7 +47,7 @@ def broken_associations() -> Iterator[None]:
 def no_idle_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Listeners end at once, instead of within half a second; what failed is soon tried again."""
     monkeypatch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.01,))
-    monkeypatch.setattr(work, "FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(workers, "FIRST_WAIT_S", 0.1)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from camserve.dicom.gateway.config import Config
-from camserve.dicom.gateway.process import Gateway
+from camserve_dicom.gateway.config import Config
+from camserve_dicom.gateway.process import Gateway
 from camserve_server.service.server import Server
 from tests.dicom.pacs import Pacs, free_port
 
@@ -100,7 +100,7 @@ def opened(config: Config) -> Iterator[Spooled]:
 @contextmanager
 def process(config: Path, spool: Path) -> Iterator[tuple[subprocess.Popen[str], Spooled]]:
     """`camserve dicom gateway`, killed at the end if it has not ended by itself."""
-    command = [sys.executable, "-m", "camserve", "dicom", "gateway", "--config", str(config)]
+    command = [sys.executable, "-m", "camserve_cli", "dicom", "gateway", "--config", str(config)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (
         config.with_suffix(".log").open("a") as stderr,

@@ -22,6 +22,7 @@ from typing import Any
 import pydicom
 
 import camserve
+import camserve_dicom
 from tests.dicom.gateways import ROOT, Spooled
 from tests.dicom.pacs import image, send, until
 
@@ -138,7 +139,7 @@ def main(folder: Path) -> None:
         found = both(0)
         (folder / "overlay.png").write_bytes(preview(found["OT"]))
         with camserve.Client("127.0.0.1:50051") as client:
-            made = camserve.dicom.explain(client, folder / "image.dcm", check="insertion>=0").objects
+            made = camserve_dicom.explain(client, folder / "image.dcm", check="insertion>=0").objects
         assert found == {"OT": made["sc"], "SR": made["sr"]}
         print("results read back are those that the same image has here")
         until(lambda: seen.events().count("committed") == 1 and seen.idle())

@@ -23,12 +23,12 @@ from pydicom import Dataset
 from typer.testing import CliRunner
 
 import camserve
-from camserve import dicom
-from camserve.cli import app
+import camserve_dicom as dicom
+from camserve.connection import SERVICE
 from camserve.errors import InvalidArgument
 from camserve.images import MAX_MESSAGE_BYTES
-from camserve.transport import SERVICE
 from camserve.v1 import explain_pb2 as pb
+from camserve_cli.app import app
 from camserve_server.service.server import Server
 from tests.dicom.samples import INSTANCE, SECRETS, SERIES, STUDY, data_of, image, ramp
 
@@ -84,7 +84,7 @@ def test_pixels_and_a_request_id_are_all_that_is_sent(file):
         with camserve.Client(f"127.0.0.1:{port}", timeout=20) as client:
             for _ in range(2):
                 with pytest.raises(camserve.CamserveError, match="seen"):
-                    client.explain_dicom(file, method="grad-cam", target=3)
+                    dicom.explain(client, file, method="grad-cam", target=3)
     finally:
         server.stop(None).wait()
     assert len(tapped.calls) == 2
@@ -126,7 +126,7 @@ def test_a_very_large_image_is_made_smaller_to_be_sent():
 
 
 def test_an_explanation_with_its_objects(client, servicer, file, tmp_path):
-    made = client.explain_dicom(file, outputs=("sr", "sc", "pm"), check=None, metrics={"insertion": {"steps": 5}})
+    made = dicom.explain(client, file, outputs=("sr", "sc", "pm"), check=None, metrics={"insertion": {"steps": 5}})
     assert list(made.objects) == ["sc", "sr", "pm"]
     assert made.explanation.target.probability == 0.75
     assert made.withheld == ""
@@ -135,39 +135,39 @@ def test_an_explanation_with_its_objects(client, servicer, file, tmp_path):
     assert [path.name for path in paths] == ["case.sc.dcm", "case.sr.dcm", "case.pm.dcm"]
     for path, each in zip(paths, made.objects.values(), strict=True):
         assert path.read_bytes() == data_of(each)
-    again = client.explain_dicom(file, outputs=("sc",), check=None, metrics={"insertion": {"steps": 5}})
+    again = dicom.explain(client, file, outputs=("sc",), check=None, metrics={"insertion": {"steps": 5}})
     assert again.explanation.request_id != made.explanation.request_id
     assert data_of(again.objects["sc"]) == data_of(made.objects["sc"])
     assert again.save(tmp_path / "named")[0].name == f"{again.objects['sc'].SOPInstanceUID}.sc.dcm"
-    other = client.explain_dicom(file, outputs=("sc",), check=None, metrics={"insertion": {"steps": 6}})
+    other = dicom.explain(client, file, outputs=("sc",), check=None, metrics={"insertion": {"steps": 6}})
     assert other.objects["sc"].SOPInstanceUID != made.objects["sc"].SOPInstanceUID
 
 
 def test_the_awaited_client_does_the_same(client, address, file):
     async def awaited() -> dicom.DicomExplanation:
         async with camserve.aio.Client(address, timeout=20) as client:
-            return await client.explain_dicom(file, check=None)
+            return await dicom.explain_async(client, file, check=None)
 
     made = asyncio.run(awaited())
-    blocking = client.explain_dicom(file, check=None)
+    blocking = dicom.explain(client, file, check=None)
     assert {k: data_of(v) for k, v in made.objects.items()} == {k: data_of(v) for k, v in blocking.objects.items()}
 
 
 def test_what_is_wrong_is_said_before_anything_is_sent(client, servicer, file):
     with pytest.raises(InvalidArgument, match="needs the metric deletion") as wrong:
-        client.explain_dicom(file, metrics=["insertion"])
+        dicom.explain(client, file, metrics=["insertion"])
     assert wrong.value.field == "check"
     with pytest.raises(dicom.DicomError, match="frame 1"):
-        client.explain_dicom(file, frame=1)
+        dicom.explain(client, file, frame=1)
     with pytest.raises(InvalidArgument, match="outputs"):
-        client.explain_dicom(file, outputs=["pdf"])
+        dicom.explain(client, file, outputs=["pdf"])
     assert servicer.requests == []
 
 
 def test_a_real_server_explains_twice_alike(tiny: Server, file):
     with camserve.Client(tiny.address, timeout=60) as client:
         first, second = (
-            client.explain_dicom(file, method="grad-cam", outputs=dicom.KINDS, check="insertion>=0") for _ in range(2)
+            dicom.explain(client, file, method="grad-cam", outputs=dicom.KINDS, check="insertion>=0") for _ in range(2)
         )
         [equipment] = first.objects["sc"].ContributingEquipmentSequence
         receipt = camserve.Receipt.from_json(equipment.private_block(0x0099, "camserve")[0x01].value)
@@ -241,8 +241,8 @@ def test_the_command_says_nothing_of_the_header(address, tmp_path):
     path = tmp_path / "case.dcm"
     path.write_bytes(data)
     ran = subprocess.run(
-        [sys.executable, "-m", "camserve", "dicom", "explain", path, "--address", address, "--out", tmp_path / "out",
-         "--outputs", "sc,sr,pm,seg,gsps", "--check", "none", "--json"],
+        [sys.executable, "-m", "camserve_cli", "dicom", "explain", path, "--address", address,
+         "--out", tmp_path / "out", "--outputs", "sc,sr,pm,seg,gsps", "--check", "none", "--json"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
@@ -264,5 +264,5 @@ def test_the_command_says_nothing_of_the_header(address, tmp_path):
 
 def test_the_library_logs_nothing_of_the_header(client, file, caplog):
     with caplog.at_level(logging.DEBUG):
-        client.explain_dicom(file, check=None)
+        dicom.explain(client, file, check=None)
     assert [each for each in [*SECRETS.values(), *UIDS] if each in caplog.text] == []

@@ -15,9 +15,9 @@ from pynetdicom import AE
 from pynetdicom.association import Association
 from pynetdicom.sop_class import Verification
 
-from camserve.dicom.gateway import monitor
-from camserve.dicom.gateway.config import ConfigError
-from camserve.dicom.gateway.process import Gateway
+from camserve_dicom.gateway import monitor
+from camserve_dicom.gateway.config import ConfigError
+from camserve_dicom.gateway.process import Gateway
 from camserve_server.service.server import Server
 from tests.dicom.gateways import RULE, Opened, Spooled, asked, config, nobody
 from tests.dicom.pacs import NAME, Pacs, image, send, until

@@ -11,7 +11,7 @@ import pytest
 import trustme
 from pydantic import BaseModel
 
-from camserve.dicom.gateway.config import Config, ConfigError, PacsConfig, Rule, ServerConfig, TLSConfig, read
+from camserve_dicom.gateway.config import Config, ConfigError, PacsConfig, Rule, ServerConfig, TLSConfig, read
 from tests.dicom.gateways import ROOT
 
 LEAST = """
@@ -26,7 +26,7 @@ PAGE = (ROOT / "docs" / "pacs.md").read_text(encoding="utf-8")
 
 
 def command(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "camserve", "dicom", "gateway", "--config", str(path), *more]
+    line = [sys.executable, "-m", "camserve_cli", "dicom", "gateway", "--config", str(path), *more]
     return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from camserve.dicom.gateway import pacs as archive
-from camserve.dicom.gateway import steps, work
 from camserve.errors import InternalError
+from camserve_dicom.gateway import pacs as archive
+from camserve_dicom.gateway import steps, workers
 from tests.dicom.gateways import RULE, Opened, nobody
 from tests.dicom.pacs import Pacs, image, send, until
 
@@ -43,7 +43,7 @@ def test_a_pacs_that_is_down_for_a_while(gateway: Opened, pacs: Pacs) -> None:
 
 
 def test_what_the_pacs_answers(gateway: Opened, pacs: Pacs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "LOOK_AGAIN_S", 0.1)
+    monkeypatch.setattr(workers, "LOOK_AGAIN_S", 0.1)
     answers = iter([0xA701, 0xB000])
     pacs.before = lambda dataset: next(answers, None)
     with gateway() as running:
@@ -108,7 +108,7 @@ def test_a_fault_of_the_server_passes_or_is_given_up(
         return explain(*given, **options)
 
     monkeypatch.setattr(steps, "explain", faulty)
-    monkeypatch.setattr(work, "LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(workers, "LONGEST_WAIT_S", 0.02)
     faults = 3
     with gateway() as running:
         assert send(running.address, image()) == [0]
@@ -135,7 +135,7 @@ def parsed(address: str) -> tuple[str, int]:
 def test_no_new_results_where_there_is_hardly_room_for_old_ones(
     gateway: Opened, pacs: Pacs, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "camserve.dicom.gateway")
+    caplog.set_level("INFO", "camserve_dicom.gateway")
     with gateway(server=nobody()) as running:
         assert send(running.address, image()) == [0]
     with gateway(min_free_bytes=1 << 60) as running:
@@ -242,7 +242,7 @@ def test_what_the_pacs_has_taken_is_stored_once(
     gateway: Opened, pacs: Pacs, broken: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Though nothing can be written then: neither the audit trail, nor a folder."""
-    caplog.set_level("INFO", "camserve.dicom.gateway")
+    caplog.set_level("INFO", "camserve_dicom.gateway")
     with gateway(rules=[{**RULE, "outputs": ["sc", "sr"]}]) as running:
         trail, blocked = running.spool / "audit.jsonl", list[Path]()
 

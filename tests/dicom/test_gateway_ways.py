@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trustme
 
-from camserve.dicom.gateway.config import Config
+from camserve_dicom.gateway.config import Config
 from camserve_server.service.server import Server
 from tests.dicom.gateways import RULE, Spooled, opened
 from tests.dicom.pacs import Pacs, image, send, until

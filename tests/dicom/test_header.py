@@ -15,8 +15,8 @@ import pytest
 from pydicom import Dataset
 from pydicom.datadict import dictionary_VR
 
-from camserve import dicom
-from camserve.dicom import KINDS, DicomError
+import camserve_dicom as dicom
+from camserve_dicom import KINDS, DicomError
 from tests.dicom.samples import data_of, errors, explanation, image, needs_dciodvfy, ramp, stored
 
 AS_IT_IS = {"regions": "ignore", "burned_in": "ignore"}

@@ -18,11 +18,11 @@ import pytest
 from pydicom import Dataset
 from pydicom.uid import UltrasoundMultiFrameImageStorage
 
-from camserve import dicom
-from camserve.dicom import KINDS, maps
-from camserve.dicom.derivation import Derivation
+import camserve_dicom as dicom
 from camserve.errors import InvalidArgument
 from camserve.receipt import Receipt
+from camserve_dicom import KINDS, maps
+from camserve_dicom.derivation import Derivation
 from tests.dicom.samples import (
     INSTANCE,
     SECRETS,

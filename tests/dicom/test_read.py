@@ -12,8 +12,8 @@ import pytest
 from pydicom import Dataset
 from pydicom.uid import UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
-from camserve import dicom
-from camserve.dicom import DicomError
+import camserve_dicom as dicom
+from camserve_dicom import DicomError
 from tests.dicom.samples import SECRETS, SERIES, data_of, image, ramp, stored
 
 AS_IT_IS = {"regions": "ignore", "burned_in": "ignore"}

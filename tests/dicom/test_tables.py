@@ -12,8 +12,8 @@ import pytest
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from camserve import dicom
-from camserve.dicom import DicomError
+import camserve_dicom as dicom
+from camserve_dicom import DicomError
 from tests.dicom.samples import errors, explanation, image, needs_dciodvfy, ramp, stored
 
 SYNTAXES = [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian]

@@ -13,7 +13,7 @@ import skimage.data
 
 import camserve
 from camserve_server.config import Config, ModelConfig, embedded
-from camserve_server.engine import Engine
+from camserve_server.engine.engine import Engine
 from camserve_server.service.server import Server
 from tests.conftest import serving
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from camserve.cli import app
+from camserve_cli.app import app
 from camserve_server.config import TokenConfig, read
 from camserve_server.errors import ConfigError
 from camserve_server.models.sources import network

@@ -55,7 +55,7 @@ def tricky() -> nn.Module:
 def process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     (tmp_path / "camserve.toml").write_text(CONFIG)
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "camserve", "serve", "--config", str(tmp_path / "camserve.toml")]
+    command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(tmp_path / "camserve.toml")]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

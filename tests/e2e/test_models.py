@@ -63,7 +63,7 @@ MODELS = [
 
 def small_vit() -> nn.Module:
     """torchvision's transformer, small."""
-    from camserve_server import torchvision_ops  # noqa: F401
+    from camserve_server.torch_setup import torchvision_ops  # noqa: F401
 
     import torchvision  # isort: skip
 
@@ -74,7 +74,7 @@ def small_vit() -> nn.Module:
 
 def small_swin() -> nn.Module:
     """torchvision's Swin, small."""
-    from camserve_server import torchvision_ops  # noqa: F401
+    from camserve_server.torch_setup import torchvision_ops  # noqa: F401
 
     import torchvision  # isort: skip
 
@@ -83,7 +83,7 @@ def small_swin() -> nn.Module:
 
 def small_timm_swin() -> nn.Module:
     """timm's Swin, small."""
-    from camserve_server import torchvision_ops  # noqa: F401
+    from camserve_server.torch_setup import torchvision_ops  # noqa: F401
 
     import timm  # isort: skip
 

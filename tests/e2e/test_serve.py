@@ -40,7 +40,7 @@ batch_size = 2
 def process(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its address, once it says that it is ready."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment}
-    command = [sys.executable, "-m", "camserve", "serve", *arguments]
+    command = [sys.executable, "-m", "camserve_cli", "serve", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as running:
         try:
             assert running.stdout is not None
@@ -143,7 +143,7 @@ def test_a_wrong_configuration_names_the_key(config: Path, change: tuple[str, st
         pytest.skip("there is a GPU")
     config.write_text(config.read_text().replace(*change))
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "camserve", "serve", "--config", str(config)]
+    command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
     assert done.returncode == 2
     assert says in done.stderr
@@ -154,7 +154,7 @@ def test_pickled_weights_with_code_are_refused(config: Path, tmp_path: Path) -> 
     torch.save({"c1.weight": os.system}, tmp_path / "evil.pt")
     config.write_text(config.read_text().replace("tiny.safetensors", "evil.pt"))
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "camserve", "serve", "--config", str(config)]
+    command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
     assert done.returncode == 2
     assert "without unpickling code" in done.stderr
@@ -172,7 +172,7 @@ def test_flags_go_before_the_environment_and_that_before_the_file(config: Path) 
 def test_a_port_that_is_taken(config: Path) -> None:
     with process("--config", str(config)) as (_, address):
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        command = [sys.executable, "-m", "camserve", "serve", "--config", str(config), "--listen", address]
+        command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(config), "--listen", address]
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
     assert done.returncode == 2
     assert f"cannot bind {address}" in done.stderr

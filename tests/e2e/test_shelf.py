@@ -22,14 +22,14 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import camserve
-from camserve.cli import app
 from camserve.v1 import admin_pb2 as pb
 from camserve.v1.admin_pb2_grpc import AdminServiceStub
-from camserve_server import shelf as shelf_module
+from camserve_cli.app import app
+from camserve_server import model_pool as shelf_module
 from camserve_server.config import read
 from camserve_server.errors import ConfigError
+from camserve_server.model_pool import Shelf
 from camserve_server.service.server import Server
-from camserve_server.shelf import Shelf
 from tests import nets
 from tests.conftest import serving
 from tests.support import running as engine_running

@@ -19,9 +19,9 @@ with atheris.instrument_imports(include=["PIL", "camserve_server.service", "cams
     from camserve.v1 import explain_pb2 as pb
     from camserve_server.config import Config
     from camserve_server.errors import CamserveError
-    from camserve_server.explain import limits, rows_needed
     from camserve_server.models.pixels import decode
-    from camserve_server.service import bounds, read
+    from camserve_server.request_plan import limits, rows_needed
+    from camserve_server.service import bounds, requests
 
 from tests import nets
 from tests.support import as_model
@@ -41,10 +41,10 @@ def one_input(data: bytes) -> None:
                 return
             case b"x":
                 explain = bounds.parse(pb.ExplainRequest, data)
-                asked = read.explain_request(explain, MODEL, CONFIG)
+                asked = requests.explain_request(explain, MODEL, CONFIG)
             case b"v":
                 evaluate = bounds.parse(pb.EvaluateRequest, data)
-                asked = read.evaluate_request(evaluate, MODEL, CONFIG)
+                asked = requests.evaluate_request(evaluate, MODEL, CONFIG)
             case _:
                 return
         rows_needed(asked.model, asked.call, asked.metrics, asked.maps)

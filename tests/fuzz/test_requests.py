@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.config import Config
 from camserve_server.errors import CamserveError, InvalidArgument, TooLarge
-from camserve_server.explain import limits, rows_needed
 from camserve_server.registry import METHODS, METRICS
-from camserve_server.service import bounds, read
+from camserve_server.request_plan import limits, rows_needed
+from camserve_server.service import bounds, requests
 from tests import nets
 from tests.fuzz.pictures import GOOD
 from tests.support import as_model
@@ -114,10 +114,10 @@ def check(request: Message) -> None:
     """Reads it as the service does. Any error but our own is not caught."""
     try:
         if isinstance(request, pb.ExplainRequest):
-            asked = read.explain_request(request, MODEL, CONFIG)
+            asked = requests.explain_request(request, MODEL, CONFIG)
         else:
             assert isinstance(request, pb.EvaluateRequest)
-            asked = read.evaluate_request(request, MODEL, CONFIG)
+            asked = requests.evaluate_request(request, MODEL, CONFIG)
         assert rows_needed(asked.model, asked.call, asked.metrics, asked.maps) >= 1
         limits(asked.model, asked.call, asked.metrics, asked.maps, budget=asked.budget, deadline=None)
     except CamserveError as error:
@@ -222,11 +222,11 @@ def test_the_largest_good_request_is_read() -> None:
         request_id=name,
         model=name,
         image=pb.Image(encoded=GOOD["png"]),
-        method=pb.MethodSpec(name=name, layers=[name] * read.MAX_LAYERS),
-        targets=[pb.Target(label=name)] * read.MAX_TARGETS,
-        metrics=[pb.MetricSpec(name=name)] * read.MAX_METRICS,
+        method=pb.MethodSpec(name=name, layers=[name] * requests.MAX_LAYERS),
+        targets=[pb.Target(label=name)] * requests.MAX_TARGETS,
+        metrics=[pb.MetricSpec(name=name)] * requests.MAX_METRICS,
         batch_sizes={name: 1},
-        truth=pb.Truth(boxes=[pb.Box(left=0.1, top=0.1, right=0.9, bottom=0.9)] * read.MAX_BOXES),
+        truth=pb.Truth(boxes=[pb.Box(left=0.1, top=0.1, right=0.9, bottom=0.9)] * requests.MAX_BOXES),
     )
     for spec in asked.metrics:
         spec.parameters.update({f"{name}{i}": 0.5 for i in range(3)})
@@ -250,5 +250,5 @@ def test_deep_structs(depth: int) -> None:
         assert isinstance(parsed, pb.ExplainRequest)
         parsed.image.CopyFrom(pb.Image(encoded=GOOD["png"]))
         with pytest.raises(InvalidArgument, match="steps must be of type integer") as caught:
-            read.explain_request(parsed, MODEL, CONFIG)
+            requests.explain_request(parsed, MODEL, CONFIG)
         assert caught.value.field == "method.parameters.steps"

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from camserve_server import registry
-from camserve_server.engine import Engine
+from camserve_server.engine.engine import Engine
+from camserve_server.engine.job import Job, Limits
 from camserve_server.errors import OutOfRange
-from camserve_server.explain import Explained, MethodCall, explain, rows_needed
-from camserve_server.job import Job, Limits
 from camserve_server.metrics.road import imputed
 from camserve_server.models.model import Model
+from camserve_server.models.servable import why_not
 from camserve_server.plan import Measured
-from camserve_server.service.read import why_not
+from camserve_server.request_plan import Explained, MethodCall, explain, rows_needed
 from tests import nets
 from tests.support import as_model, call, explained, metric, noise, running, submit
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import camserve
-from camserve_server import boxes, registry
+from camserve_server import registry
+from camserve_server.maps import boxes
 from camserve_server.models.model import Model
 from camserve_server.plan import Measured, Truth
 from camserve_server.service.server import Server

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from camserve_server.explain import Explained, finished
-from camserve_server.job import Event
+from camserve_server.engine.job import Event
 from camserve_server.methods import poly_cam as served_poly_cam
 from camserve_server.models.model import Model
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.plan import Level, SaliencyMaps, Targets
 from camserve_server.registry import METHODS
+from camserve_server.request_plan import Explained, finished
 from tests import nets
 from tests.oracles.average import average_of_one
 from tests.oracles.grad_cam import grad_cam

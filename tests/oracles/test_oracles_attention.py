@@ -81,7 +81,7 @@ def test_rows_that_do_not_add_up_to_one_are_scaled() -> None:
 
 
 def test_on_a_vision_transformer() -> None:
-    import camserve_server.torchvision_ops  # noqa: F401, I001 (lets timm be imported)
+    import camserve_server.torch_setup.torchvision_ops  # noqa: F401, I001 (lets timm be imported)
     import timm
 
     torch.manual_seed(0)

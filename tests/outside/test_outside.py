@@ -52,7 +52,7 @@ def environment(folder: Path) -> dict[str, str]:
 def serve(folder: Path) -> list[str]:
     """The command that serves a tiny network."""
     (folder / "camserve.toml").write_text(CONFIG, encoding="utf-8")
-    return [sys.executable, "-m", "camserve", "serve", "--config", str(folder / "camserve.toml")]
+    return [sys.executable, "-m", "camserve_cli", "serve", "--config", str(folder / "camserve.toml")]
 
 
 @contextmanager

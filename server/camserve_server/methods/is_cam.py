@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from camserve_server.channels import channels
+from camserve_server.maps.channels import channels
 from camserve_server.plan import Capture, Image, Plan, SaliencyMaps, Score, Spare, Targets
 from camserve_server.registry import Range, Sizes, method
 from camserve_server.rows import Masked, minmax, up

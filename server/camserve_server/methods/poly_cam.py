@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camserve_server.channels import Channels, channels
+from camserve_server.maps.channels import Channels, channels
 from camserve_server.plan import (
     Capture,
     Image,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from camserve_server.channels import channels
+from camserve_server.maps.channels import channels
 from camserve_server.plan import Capture, Image, Plan, SaliencyMaps, Score, Spare, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Masked

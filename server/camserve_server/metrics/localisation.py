@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from camserve_server.boxes import area, largest, overlap
+from camserve_server.maps.boxes import area, largest, overlap
 from camserve_server.plan import Box, Image, Measured, Plan, Score, Targets, Truth
 from camserve_server.registry import Range, Sizes, metric
 from camserve_server.rows import Repeated

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
+from camserve_server.maps.similarity import hog, spearman, ssim
 from camserve_server.plan import (
     Alike,
     Image,
@@ -26,7 +27,6 @@ from camserve_server.plan import (
     WeightedLayers,
 )
 from camserve_server.registry import Range, Sizes, metric
-from camserve_server.similarity import hog, spearman, ssim
 
 Order = Annotated[
     Literal["cascading", "independent"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from camserve_server import spread
+from camserve_server.maps import concentration
 from camserve_server.plan import Image, Measured, Plan, Targets
 from camserve_server.registry import Sizes, metric
 
@@ -25,7 +25,7 @@ def entropy(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
     x [3, H, W], one class, S [H, W] in [0, 1]. −Σ q log q / log(H·W) of q = S / Σ S.
     """
     yield from ()
-    return Measured(spread.entropy(S))
+    return Measured(concentration.entropy(S))
 
 
 @metric("top-decile-mass", title="Mass of the top decile", paper="arXiv:1810.06583", rows=_none, higher_is_better=True)
@@ -35,4 +35,4 @@ def top_decile_mass(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
     x [3, H, W], one class, S [H, W] in [0, 1].
     """
     yield from ()
-    return Measured(spread.top_decile_mass(S))
+    return Measured(concentration.top_decile_mass(S))

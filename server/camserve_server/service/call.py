@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from camserve_server.job import Job
+from camserve_server.engine.job import Job
+from camserve_server.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 Context = grpc.aio.ServicerContext[Any, Any]
+MAX_REQUEST_ID = 128
 
 
 @dataclass(eq=False)
@@ -31,3 +34,10 @@ class Call:
     started: float = field(default_factory=time.monotonic)
     job: Job[Any] | None = None  # once the request is read and admitted
     span: Span | None = None
+
+
+def checked_request_id(given: str) -> str:
+    """The caller's own, or a new one. Raises InvalidArgument for one that is too long or not printable."""
+    if len(given) > MAX_REQUEST_ID or not given.isprintable():
+        raise InvalidArgument(f"at most {MAX_REQUEST_ID} printable characters are allowed", field="request_id")
+    return given or uuid.uuid4().hex

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
 
-import torch
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -17,28 +15,17 @@ from prometheus_client import (
     disable_created_metrics,
     start_http_server,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from camserve_server import registry
-from camserve_server.engine import Engine
+from camserve_server.engine.job import Job
 from camserve_server.errors import ConfigError
-from camserve_server.job import BATCH_BOUNDS_S, Job
 from camserve_server.service.call import Call
-from camserve_server.shelf import State
 
 if TYPE_CHECKING:
-    from camserve_server.service.servicer import Servicer
+    pass
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-LANE = ["model", "precision", "lane"]
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
-
-
-def known_method(name: str) -> str:
-    """The method's name if there is one of that name: what callers make up must not become labels."""
-    return name if not name or name in registry.METHODS else "other"
 
 
 class Metrics:
@@ -77,112 +64,6 @@ class Metrics:
         self._queue.labels(method).observe(job.queue_ms / 1e3)
         if job.first_batch is not None:
             self._compute.labels(method).observe(job.compute_ms / 1e3)
-
-
-class Gauges(Collector):
-    """Of the engine, the models and the calls under way: read from them when Prometheus asks, on its thread."""
-
-    def __init__(self, servicer: Servicer, engine: Engine) -> None:
-        self._servicer = servicer
-        self._engine = engine
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self._server()
-        yield from self._queue()
-        yield from self._lanes()
-        yield from self._models()
-        yield from _device_memory()
-
-    def _server(self) -> Iterator[Metric]:
-        draining = self._servicer.draining
-        ready = self._servicer.shelf is not None and not draining and not self._engine.died.done()
-        yield GaugeMetricFamily("camserve_ready", "1 if the server takes requests.", ready)
-        yield GaugeMetricFamily("camserve_draining", "1 if the server finishes what runs, to end.", draining)
-
-    def _queue(self) -> Iterator[Metric]:
-        now, calls = time.monotonic(), [*self._servicer.running]
-        waiting = [job.submitted for job in (call.job for call in calls) if job and _waits(job)]
-        yield GaugeMetricFamily("camserve_requests_in_flight", "Calls that have not ended.", len(calls))
-        yield GaugeMetricFamily(
-            "camserve_requests_oldest_seconds",
-            "Age of the oldest call that has not ended.",
-            max((now - call.started for call in calls), default=0.0),
-        )
-        yield GaugeMetricFamily("camserve_queue_rows", "Rows that all requests still owe.", self._engine.rows_owed())
-        yield GaugeMetricFamily("camserve_queue_requests", "Requests that wait for their first batch.", len(waiting))
-        yield GaugeMetricFamily(
-            "camserve_queue_oldest_seconds",
-            "How long the oldest of those has waited.",
-            now - min(waiting, default=now),
-        )
-
-    def _lanes(self) -> Iterator[Metric]:
-        rows = CounterMetricFamily("camserve_rows", "Rows that were run.", labels=LANE)
-        padding = CounterMetricFamily(
-            "camserve_padding_rows", "Rows of nothing that filled up batches to their lane's size.", labels=LANE
-        )
-        batches = HistogramMetricFamily("camserve_batch_seconds", "What batches took.", labels=LANE)
-        for lane, counted in [*self._engine.counters.lanes.items()]:
-            rows.add_metric(lane, counted.rows)
-            padding.add_metric(lane, counted.padding)
-            within, so_far = [], 0
-            for bound, count in zip((*BATCH_BOUNDS_S, "+Inf"), [*counted.within], strict=True):
-                so_far += count
-                within.append((str(bound), so_far))
-            batches.add_metric(lane, within, counted.seconds)
-        yield from (rows, padding, batches)
-
-    def _models(self) -> Iterator[Metric]:
-        models = GaugeMetricFamily("camserve_models", "Models that are configured, by state.", labels=["state"])
-        info = GaugeMetricFamily(
-            "camserve_model_info", "1 for each model that is loaded.", labels=["model", "precision", "digest", "device"]
-        )
-        memory = GaugeMetricFamily("camserve_model_weight_bytes", "Weights of a loaded model.", labels=["model"])
-        sizes = GaugeMetricFamily("camserve_batch_size", "Rows in a full batch of the lane.", labels=LANE)
-        loads = CounterMetricFamily("camserve_model_loads", "Loads of a model.", labels=["model", "result"])
-        seconds = CounterMetricFamily(
-            "camserve_model_load_seconds", "What loads took, warm-up included.", labels=["model"]
-        )
-        shelf = self._servicer.shelf
-        states = dict.fromkeys(get_args(State), 0)
-        for config, state, model in shelf.all() if shelf else ():
-            states[state] += 1
-            if model is None:
-                continue
-            memory.add_metric([config.name], model.weight_bytes)
-            for each in model.precisions.values():
-                info.add_metric([each.name, each.precision, each.digest, str(each.device)], 1)
-                for kind, size in [*each.batch_sizes.items()]:
-                    sizes.add_metric([each.name, each.precision, kind], size)
-        for each_state, count in states.items():
-            models.add_metric([each_state], count)
-        for name, loaded in [*shelf.loads.items()] if shelf else ():
-            loads.add_metric([name, "ok"], loaded.done)
-            loads.add_metric([name, "failed"], loaded.failed)
-            seconds.add_metric([name], loaded.seconds)
-        yield from (models, info, memory, sizes, loads, seconds)
-
-
-def _waits(job: Job[Any]) -> bool:
-    return job.first_batch is None and job.finished is None
-
-
-def _device_memory() -> Iterator[Metric]:
-    """What torch takes of each GPU that it uses; reading it asks nothing of the GPU."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return
-    allocated = GaugeMetricFamily("camserve_device_memory_allocated_bytes", "In use by tensors.", labels=["device"])
-    reserved = GaugeMetricFamily(
-        "camserve_device_memory_reserved_bytes", "Held by torch, tensors included.", labels=["device"]
-    )
-    total = GaugeMetricFamily("camserve_device_memory_total_bytes", "Of the GPU.", labels=["device"])
-    for i in range(torch.cuda.device_count()):
-        if torch.cuda.memory_reserved(i):
-            device = [f"cuda:{i}"]
-            allocated.add_metric(device, torch.cuda.memory_allocated(i))
-            reserved.add_metric(device, torch.cuda.memory_reserved(i))
-            total.add_metric(device, torch.cuda.get_device_properties(i).total_memory)
-    yield from (allocated, reserved, total)
 
 
 class Listener:

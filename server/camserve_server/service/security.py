@@ -13,10 +13,11 @@ import grpc
 import structlog
 from grpc_health.v1 import health
 
-from camserve_server.admission import Caller, Priority
 from camserve_server.config import Config, TokenConfig
+from camserve_server.engine.admission import Caller, Priority
 from camserve_server.errors import CamserveError, PermissionDenied, Unauthenticated
-from camserve_server.service import read, status
+from camserve_server.service import status
+from camserve_server.service.call import checked_request_id
 from camserve_server.service.prometheus import Metrics
 
 PRIORITIES = get_args(Priority)  # from the lowest
@@ -141,7 +142,7 @@ def _refusal(error: CamserveError, rpc: str, metrics: Metrics) -> grpc.RpcMethod
 
 
 async def _refuse(error: CamserveError, rpc: str, metrics: Metrics, context: Context) -> None:
-    request_id = read.request_id("")
+    request_id = checked_request_id("")
     log.info("call", rpc=rpc, request_id=request_id, code=error.code)
     metrics.refused(rpc, error.code)
     await context.abort(status.code(error), error.message, status.trailing_metadata(error, request_id))

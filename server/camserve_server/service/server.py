@@ -15,20 +15,22 @@ from grpc_reflection.v1alpha import reflection
 
 from camserve.v1 import admin_pb2_grpc, explain_pb2, explain_pb2_grpc
 from camserve_server import registry
-from camserve_server.allocator import keep_memory
 from camserve_server.config import Config, TLSConfig
-from camserve_server.engine import Engine
+from camserve_server.engine.engine import Engine
 from camserve_server.errors import CamserveError, ConfigError
+from camserve_server.model_pool import Shelf
 from camserve_server.models.model import Model
 from camserve_server.service.admin import AdminServicer
 from camserve_server.service.bounds import Bounds
+from camserve_server.service.gauges import Gauges
 from camserve_server.service.health import Health
-from camserve_server.service.prometheus import Gauges, Listener, Metrics
+from camserve_server.service.prometheus import Listener, Metrics
 from camserve_server.service.security import Guard
 from camserve_server.service.servicer import Servicer
 from camserve_server.service.tls import credentials
 from camserve_server.service.traces import from_environment
-from camserve_server.shelf import Shelf
+from camserve_server.torch_setup.allocator import keep_memory
+from camserve_server.torch_setup.device import pick_device
 
 SERVICE = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -138,19 +140,6 @@ def _bind(server: grpc.aio.Server, key: str, address: str, tls: TLSConfig | None
     except RuntimeError as error:
         raise ConfigError(f"{key}: cannot bind {address}; is another server there?") from error
     return f"{host}:{port}"
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; for "auto" a GPU if there is any. Raises ConfigError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ConfigError(f"device: {name} was asked for, but torch sees no GPU")
-        # Convolutions compute in TF32 by default, and may take another kernel from run to run.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.deterministic = True
-    return torch.device(name)
 
 
 async def run(config: Config, ready: Callable[[Server], None]) -> int:

@@ -21,16 +21,17 @@ from camserve.v1 import explain_pb2 as pb
 from camserve.v1 import explain_pb2_grpc
 from camserve_server import registry
 from camserve_server.config import Config
-from camserve_server.engine import Engine
+from camserve_server.engine.engine import Engine
+from camserve_server.engine.job import Event, Job, Progress
 from camserve_server.errors import CamserveError, Cancelled, Expired, InternalError, Unavailable
-from camserve_server.explain import Explained, explain, limits, rows_needed
-from camserve_server.job import Event, Job, Progress
+from camserve_server.model_pool import Loan, Shelf
 from camserve_server.plan import Level, Randomised, Remark, Stage
-from camserve_server.service import bounds, read, security, status, traces, write
-from camserve_server.service.call import Call, Context
-from camserve_server.service.prometheus import Metrics, known_method
-from camserve_server.service.read import Asked
-from camserve_server.shelf import Loan, Shelf
+from camserve_server.registry import known_method
+from camserve_server.request_plan import Explained, explain, limits, rows_needed
+from camserve_server.service import bounds, requests, responses, security, status, traces
+from camserve_server.service.call import MAX_REQUEST_ID, Call, Context, checked_request_id
+from camserve_server.service.prometheus import Metrics
+from camserve_server.service.requests import Asked
 
 if TYPE_CHECKING:
     from camserve_server.service.spans import Traces
@@ -93,20 +94,20 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         async with self.call("ListModels", "", context):
-            return pb.ListModelsResponse(models=[write.model_message(*each) for each in self.loaded_shelf().all()])
+            return pb.ListModelsResponse(models=[responses.model_message(*each) for each in self.loaded_shelf().all()])
 
     async def ListMethods(self, request: pb.ListMethodsRequest, context: Context) -> pb.ListMethodsResponse:
         async with self.call("ListMethods", "", context):
             methods = [method for _, method in sorted(registry.METHODS.items())]
             if not request.model:
-                return pb.ListMethodsResponse(methods=[write.method_message(m, None) for m in methods])
+                return pb.ListMethodsResponse(methods=[responses.method_message(m, None) for m in methods])
             async with self.loaded_shelf().lend(request.model) as loan:
-                return pb.ListMethodsResponse(methods=[write.method_message(m, loan.model) for m in methods])
+                return pb.ListMethodsResponse(methods=[responses.method_message(m, loan.model) for m in methods])
 
     async def ListMetrics(self, request: pb.ListMetricsRequest, context: Context) -> pb.ListMetricsResponse:
         async with self.call("ListMetrics", "", context):
             metrics = [metric for _, metric in sorted(registry.METRICS.items())]
-            return pb.ListMetricsResponse(metrics=[write.metric_message(m) for m in metrics])
+            return pb.ListMetricsResponse(metrics=[responses.metric_message(m) for m in metrics])
 
     # ---- explain and evaluate ----------------------------------------------------------------------------------------
 
@@ -117,8 +118,8 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             self.call(rpc, request.request_id, context, request.method.name) as call,
             self.loaded_shelf().lend(request.model) as loan,
         ):
-            self._look(call, request.priority, read.rows_of_explain(request, loan.model))
-            asked = await self._in_thread(read.explain_request, request, loan.model, self._config)
+            self._look(call, request.priority, requests.rows_of_explain(request, loan.model))
+            asked = await self._in_thread(requests.explain_request, request, loan.model, self._config)
             async for event in self._run(asked, call, loan):
                 match event:
                     case pb.Progress():
@@ -129,7 +130,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                         yield pb.ExplainStreamResponse(randomised=event)
                     case _Done(job, result, remarks):
                         response = await self._in_thread(
-                            write.explain_response, call.request_id, request, asked, job, result, remarks
+                            responses.explain_response, call.request_id, request, asked, job, result, remarks
                         )
                         yield pb.ExplainStreamResponse(result=response)
 
@@ -140,8 +141,8 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             self.call(rpc, request.request_id, context, request.method.name) as call,
             self.loaded_shelf().lend(request.model) as loan,
         ):
-            self._look(call, request.priority, read.rows_of_evaluate(request, loan.model))
-            asked = await self._in_thread(read.evaluate_request, request, loan.model, self._config)
+            self._look(call, request.priority, requests.rows_of_evaluate(request, loan.model))
+            asked = await self._in_thread(requests.evaluate_request, request, loan.model, self._config)
             async for event in self._run(asked, call, loan):
                 match event:
                     case pb.Progress():
@@ -150,13 +151,13 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                         yield pb.EvaluateStreamResponse(randomised=event)
                     case _Done(job, result, remarks):
                         response = await self._in_thread(
-                            write.evaluate_response, call.request_id, asked, job, result, remarks
+                            responses.evaluate_response, call.request_id, asked, job, result, remarks
                         )
                         yield pb.EvaluateStreamResponse(result=response)
 
     def _look(self, call: Call, priority: str, rows: int) -> None:
         """Refuses what would be refused anyway, before its image costs anything."""
-        caller, allowed = security.rights(call.context, self._config, read.priority(priority))
+        caller, allowed = security.rights(call.context, self._config, requests.priority(priority))
         self._engine.look(rows, caller, allowed)
 
     async def _run(self, asked: Asked, call: Call, loan: Loan) -> AsyncIterator[pb.Progress | Picture | _Done]:
@@ -172,9 +173,9 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             sent: Sent
             match event:
                 case Level():
-                    sent = write.level(event, asked.model)
+                    sent = responses.level(event, asked.model)
                 case Randomised():
-                    sent = write.randomised(event)
+                    sent = responses.randomised(event)
                 case _:
                     sent = event
             loop.call_soon_threadsafe(events.put_nowait, sent)
@@ -228,7 +229,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
 
         `method` is as the caller gave it. No image, label or path stands in the log.
         """
-        call = Call(rpc, context, request_id[: read.MAX_REQUEST_ID], known_method(method))
+        call = Call(rpc, context, request_id[:MAX_REQUEST_ID], known_method(method))
         trace_id = self._traces.start(call) if self._traces else traces.callers_trace(context)
         known = {"trace_id": trace_id} if trace_id else {}
         deadline = _deadline(context)
@@ -236,7 +237,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         try:
             if name := security.caller(context):
                 call.facts["caller"] = name
-            call.request_id = read.request_id(request_id)
+            call.request_id = checked_request_id(request_id)
             structlog.contextvars.bind_contextvars(request_id=call.request_id, **known)
             if self.draining:
                 raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)

@@ -21,7 +21,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from camserve.v1 import admin_pb2, explain_pb2
-from camserve_server.job import Job
+from camserve_server.engine.job import Job
 from camserve_server.service.call import Call
 
 # Codes that are the server's fault; others are the caller's.

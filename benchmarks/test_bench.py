@@ -1,0 +1,225 @@
+"""The benchmarks run: every section, on a tiny network, for no time at all. What they compare agrees."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from benchmarks import __main__ as bench_main
+from benchmarks import (
+    apart,
+    ascent,
+    curves,
+    limit,
+    masked,
+    mixed,
+    ours,
+    page,
+    peers,
+    savings,
+    service,
+    shortcuts,
+    subjects,
+    work,
+)
+from benchmarks.results import Claim, Findings, Result
+from benchmarks.subjects import Subject
+from benchmarks.timing import Rates, Timed, alternate, percentile
+from benchmarks.work import Bench
+from camserve_server.config import Config, ModelConfig
+from tests.conftest import serving
+from tests.oracles import insertion_deletion, poly_cam
+
+TINY = ModelConfig(
+    name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4, precision=("fp32", "bf16")
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return subjects.from_config(TINY, CPU, 0.01)
+
+
+@pytest.fixture(scope="module")
+def bench(subject: Subject) -> Iterator[Bench]:
+    few = Bench(CPU, seconds=0.01, rounds=2, channels=4, images=3, callers=3, names=["tiny"])
+    few.loaded["tiny"] = subject
+    yield few
+    few.close()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        limit.section,
+        masked.poly,
+        masked.score,
+        ascent.section,
+        curves.section,
+        savings.section,
+        shortcuts.section,
+        mixed.section,
+    ],
+)
+def test_every_section_runs(section: object, bench: Bench, tmp_path: Path) -> None:
+    result = section(bench)  # type: ignore[operator]
+    assert "tiny" in page.page(_facts(), {"it": result}, [], tmp_path)
+    assert [*tmp_path.glob("*.svg")]
+    for claim in result.claims:
+        assert math.isfinite(claim.figure) and claim.figure > 0
+        assert claim.reached or claim.because
+    for table in result.tables:
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def test_the_service_is_compared_with_calls_in_process(bench: Bench, subject: Subject) -> None:
+    found = Findings()
+    with serving(Config(listen="127.0.0.1:0", models=[TINY])) as server:
+        service.measure(bench, found, subject, server.address)
+    assert [claim.agree for claim in found.claims] == ["maps to 0e+00", "maps to 0e+00"]
+
+
+def test_sections_are_put_together(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From two runs on one machine."""
+    monkeypatch.setitem(subjects.CONFIGS, "tiny", TINY)
+    monkeypatch.setattr(work, "subject", lambda *_: subject)
+    for names in (["limit"], ["curves"]):
+        arguments = [*names, "--models", "tiny", "--seconds", "0.01", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+        assert bench_main.main() == 0
+    text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert text.index("## The limit") < text.index("## Insertion and deletion")
+    assert "$ python -m benchmarks limit --models tiny" in text
+    assert "Not measured: poly, score, opti, savings, shortcuts, service, mixed" in text
+    for picture in ("bench-limit.svg", "bench-curves.svg"):
+        assert f"(pictures/{picture})" in text
+        assert (tmp_path / "pictures" / picture).stat().st_size < 50_000
+    assert "Insertion and deletion, tiny" in capsys.readouterr().out
+
+
+# ---- what is compared agrees -----------------------------------------------------------------------------------------
+
+
+def test_the_process_apart_runs_the_same_network(bench: Bench, subject: Subject) -> None:
+    net, x = subject.made, subject.image.tensor[None]
+    torch.testing.assert_close(torch.from_numpy(bench.apart(_logits, TINY)), net(x), rtol=0, atol=0)
+
+
+def _logits(config: ModelConfig, device: str) -> NDArray[np.float32]:
+    net, image = apart.made(config, device)
+    with torch.no_grad():
+        logits: Tensor = net(image.tensor[None])
+    return logits.numpy()
+
+
+def test_the_official_poly_cam(subject: Subject) -> None:
+    """The transcription against the oracle and ours: whole maps, all levels."""
+    x = subject.image.tensor[None]
+    A = subject.activations(subject.model.layers)
+    mine = ours.run(subject.model, subject.x, subject.call("poly-cam", variant="official")).result
+    c = mine.targets.index[0]
+    theirs = peers.poly_cam(subject.made, x, A, c, batch=5)
+    slow = poly_cam.poly_cam(subject.made, x, A, c, "pm", "official").map
+    torch.testing.assert_close(theirs, slow, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mine.maps[0], theirs, rtol=0, atol=1e-5)
+    assert masked.poly_agreement(subject, 4) < 1e-5
+
+
+def test_the_official_opti_cam(subject: Subject) -> None:
+    assert ascent.agreement(subject.in_float64(), 20) < 1e-6
+
+
+def test_the_straight_curve(subject: Subject) -> None:
+    x = subject.image.tensor
+    S = torch.rand(32, 32, generator=torch.Generator().manual_seed(0))
+    slow = insertion_deletion.insertion_deletion(subject.made, x[None], S, 3, steps=10)
+    blurred = insertion_deletion.gaussian_blur(x[None])[0]
+    torch.testing.assert_close(peers.curve(subject.made, blurred, x, S, 3, 10, 4), slow.insertion)
+    torch.testing.assert_close(peers.curve(subject.made, x, blurred, S, 3, 10, 4), slow.deletion)
+
+
+def test_folding_keeps_the_logits() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5)).eval()
+    net.requires_grad_(False)
+    x = torch.randn(1, 3, 8, 8)
+    formats, difference = limit.in_formats(net, net, x)
+    assert difference < 1e-5
+    assert set(formats) == {"contiguous", "contiguous, folded", "channels-last", "channels-last, folded"}
+    assert [type(m).__name__ for m in formats["contiguous, folded"].children()].count(
+        "BatchNorm2d"
+    ) == 1  # that after the ReLU
+    assert set(limit.in_formats(net[2:], net[2:], torch.randn(1, 4, 6, 6))[0]) == {"contiguous", "channels-last"}
+
+
+# ---- how it is measured ----------------------------------------------------------------------------------------------
+
+
+def test_sides_take_turns() -> None:
+    turns: list[str] = []
+
+    def side(name: str, seconds: float) -> Timed:
+        turns.append(name)
+        return Timed(10, seconds * len(turns))  # a machine that slows down
+
+    rates = alternate({"a": lambda: side("a", 1), "b": lambda: side("b", 2)}, 3)
+    assert "".join(turns) == "ababab"
+    assert rates["a"].over(rates["b"]) == pytest.approx(2 * 4 / 3)
+    assert Rates((1.0, 5.0, 2.0)).rate == 2
+
+
+def test_percentiles() -> None:
+    assert percentile([3, 1, 2], 0.5) == 2
+    assert percentile(range(1, 101), 0.99) == 99
+    assert percentile([7], 0.99) == 7
+
+
+def test_first_come_first_served() -> None:
+    line = mixed.FirstCome[str](lambda lane: 4)
+    line.ask(1, "a", 6)
+    line.ask(2, "a", 1)
+    line.ask(3, "b", 5, width=2)
+    taken = []
+    while (batch := line.next_batch()) is not None:
+        (take,) = batch.takes
+        taken.append((batch.lane, take.job, take.start, take.stop))
+        if take.job == 3:
+            line.drop(3)
+    assert taken == [("a", 1, 0, 4), ("a", 1, 4, 6), ("a", 2, 0, 1), ("b", 3, 0, 2)]
+
+
+def test_results_of_another_machine_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "benchmarks.json"
+    result = Result("It", "text", claims=[Claim("what", "peer", 1.0, 2.0, because="so")], seconds=3.0, command="make")
+    page.write(path, _facts(), {"it": result})
+    assert page.read(path, _facts(date="tomorrow", commit="2")) == {"it": Result.from_json(result.as_json())}
+    for other in ({"machine": "3"}, {"threads": "4"}):
+        assert page.read(path, _facts(**other)) == {}
+
+
+def test_a_reason_is_given_once(tmp_path: Path) -> None:
+    missed = Claim("a", "peer", 1.0, 2.0, because="so slow")
+    claims = [missed, replace(missed, what="b"), Claim("c", "peer", 3.0, 2.0)]
+    text = page.page(_facts(), {"it": Result("It", "text", claims=claims)}, [], tmp_path)
+    assert text.count("so slow") == 1
+    assert (text.count("MISSED"), text.count("reached")) == (2, 1)
+
+
+def _facts(**given: str) -> dict[str, str]:
+    names = ("machine", "device", "threads", "torch", "python", "commit", "date")
+    return dict.fromkeys(names, "1") | given

@@ -1,9 +1,0 @@
-"""The gateway: takes images from a PACS, has them explained, and stores the results there.
-
-What it has taken lies in a spool on disk until the PACS has its results, so it may be killed at any moment.
-"""
-
-from camserve.dicom.gateway.config import Config, ConfigError, read
-from camserve.dicom.gateway.process import run
-
-__all__ = ["Config", "ConfigError", "read", "run"]

@@ -1,0 +1,54 @@
+"""The command line. What it computes goes to stdout and to files; progress, warnings and errors go to stderr."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from camserve.version import __version__
+from camserve_cli.commands.admin import admin
+from camserve_cli.commands.bench import bench
+from camserve_cli.commands.config import config
+from camserve_cli.commands.dicom import dicom
+from camserve_cli.commands.evaluate import evaluate
+from camserve_cli.commands.explain import explain
+from camserve_cli.commands.health import health
+from camserve_cli.commands.listing import list_
+from camserve_cli.commands.replay import replay
+from camserve_cli.commands.sanity import sanity
+from camserve_cli.commands.serve import serve
+from camserve_cli.commands.token import token
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Explain image classifiers over gRPC: Poly-CAM, Opti-CAM and the methods they compare with.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"camserve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")] = False,
+) -> None:
+    pass
+
+
+for command in (serve, explain, evaluate, sanity, replay, bench):
+    app.command()(command)
+app.command("list")(list_)
+app.command()(token)
+app.command()(health)
+app.add_typer(config, name="config")
+app.add_typer(admin, name="admin")
+app.add_typer(dicom, name="dicom")

@@ -1,0 +1,149 @@
+"""The scores as a Structured Report after TID 1500."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from highdicom import sr
+from pydicom import Dataset
+from pydicom.sr.coding import Code
+
+from camserve_dicom.derivation import Derivation
+from camserve_dicom.overlay import WARNING
+from camserve_dicom.standin import restored, stand_in
+
+__all__ = ["SCHEME", "content_share", "structured_report"]
+
+# Of what no standard has a code for.
+SCHEME = "99CAMSERVE"
+
+_COMMENT = Code("121106", "DCM", "Comment")
+_QUALITATIVE = Code("C0034375", "UMLS", "Qualitative Evaluations")
+_IMAGING = Code("363679005", "SCT", "Imaging procedure")
+_UNITS = {"1": Code("1", "UCUM", "no units"), "%": Code("%", "UCUM", "Percent")}
+
+
+def structured_report(derivation: Derivation) -> Dataset:
+    """Class, probability and scores as measurements; warnings, and why there is no overlay, as text."""
+    source, explanation = stand_in(derivation), derivation.explanation
+    receipt = explanation.receipt
+    frames = [derivation.frame_number] if derivation.frame_number else None
+    group = sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(derivation.uid("tracking"), derivation.tracked),
+        # A class is what a model means by its index.
+        finding_type=Code(
+            f"class-{explanation.target.index}",
+            SCHEME,
+            derivation.label[:64],
+            receipt.model_digest.removeprefix("sha256:")[:16],
+        ),
+        algorithm_id=sr.AlgorithmIdentification(
+            name=receipt.method,
+            version=receipt.versions.get("camserve") or "unknown",
+            parameters=_parameters(derivation),
+        ),
+        measurements=_measurements(derivation),
+        source_images=[
+            sr.SourceImageForMeasurementGroup(
+                source.SOPClassUID, source.SOPInstanceUID, referenced_frame_numbers=frames
+            )
+        ],
+    )
+    device = sr.DeviceObserverIdentifyingAttributes(
+        uid=derivation.uid("observer"), name="camserve", manufacturer_name="camserve", model_name=receipt.model
+    )
+    content = sr.MeasurementReport(
+        observation_context=sr.ObservationContext(
+            observer_device_context=sr.ObserverContext(sr.CodedConcept("121007", "DCM", "Device"), device)
+        ),
+        procedure_reported=_IMAGING,
+        imaging_measurements=[group],
+    )
+    content[0].ContentSequence.append(_remarks(derivation))
+    result = sr.ComprehensiveSR(
+        evidence=[source],
+        content=content,
+        series_instance_uid=derivation.uid("sr/series"),
+        series_number=1,
+        sop_instance_uid=derivation.uid("sr"),
+        instance_number=1,
+        manufacturer="camserve",
+        is_complete=True,
+    )
+    scheme = Dataset()
+    scheme.CodingSchemeDesignator = SCHEME
+    scheme.CodingSchemeName, scheme.CodingSchemeResponsibleOrganization = "camserve", "camserve"
+    result.CodingSchemeIdentificationSequence = [scheme]
+    return restored(result, derivation, frames=False)  # its measurements have them
+
+
+def content_share(derivation: Derivation) -> float:
+    """How much of the map's sum lies in what is not background of the image."""
+    saliency, shown = derivation.explanation.saliency, derivation.picture
+    x, y = (saliency.shape[axis] / shown.pixels.shape[axis] for axis in (1, 0))
+    left, top, right, bottom = shown.content
+    inside = saliency[int(top * y) : int(np.ceil(bottom * y)), int(left * x) : int(np.ceil(right * x))]
+    total = float(saliency.sum(dtype=np.float64))
+    return float(inside.sum(dtype=np.float64)) / total if total else 0.0
+
+
+def _measurements(derivation: Derivation) -> list[sr.Measurement]:
+    explanation = derivation.explanation
+    values = [
+        ("probability", explanation.target.probability, "1"),
+        *((name, float(score), score.unit) for name, score in explanation.scores.items()),
+        ("saliency-in-content", content_share(derivation), "1"),
+        *([("share", explanation.share, "1")] if explanation.share < 1 else []),
+    ]
+    return [
+        sr.Measurement(_code(name, _MEANINGS.get(name, name)), value, _UNITS.get(unit, _UNITS["1"]))
+        for name, value, unit in values
+        if math.isfinite(value)  # a decimal string holds nothing else
+    ]
+
+
+_MEANINGS = {
+    "probability": "Probability of the class",
+    "saliency-in-content": "Share of saliency inside the image content",
+    "share": "Share of the method's sum that was done",
+    "insertion": "Insertion, area under the curve",
+    "deletion": "Deletion, area under the curve",
+    "average-drop": "Average drop",
+    "average-increase": "Average increase",
+    "average-gain": "Average gain",
+}
+
+
+def _parameters(derivation: Derivation) -> list[str]:
+    receipt = derivation.explanation.receipt
+    named = {
+        "model": receipt.model,
+        "model digest": receipt.model_digest,
+        "target": f"{derivation.label} (class {derivation.explanation.target.index})",
+        "layers": ", ".join(receipt.layers),
+        "preprocessing": receipt.preprocessing,
+        "source pixels": ", ".join(derivation.picture.steps),
+        "seed": receipt.seed,
+        **receipt.parameters,
+    }
+    return [f"{name} = {value}" for name, value in named.items() if value != ""]
+
+
+def _remarks(derivation: Derivation) -> sr.ContainerContentItem:
+    texts = [
+        WARNING,
+        *([f"The overlay is withheld. {derivation.withheld}"] if derivation.withheld else []),
+        *derivation.explanation.warnings,
+        "A map shows what influenced the model, not where disease is.",
+    ]
+    item = sr.ContainerContentItem(_QUALITATIVE, relationship_type=sr.RelationshipTypeValues.CONTAINS)
+    item.ContentSequence = sr.ContentSequence(
+        [sr.TextContentItem(_COMMENT, text, relationship_type=sr.RelationshipTypeValues.CONTAINS) for text in texts]
+    )
+    return item
+
+
+def _code(value: str, meaning: str) -> Code:
+    """In our own scheme; values hold 16 characters, or as a long code value more."""
+    return Code(value, SCHEME, meaning[:64])

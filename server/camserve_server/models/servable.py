@@ -1,0 +1,16 @@
+"""The requirements that methods have of a model."""
+
+from __future__ import annotations
+
+from camserve_server import registry
+from camserve_server.models.model import Model
+
+
+def why_not(method: registry.Method, model: Model) -> str:
+    """Why the model cannot serve the method with its own layers; empty if it can."""
+    if method.layers == "many" and not model.layers:
+        return "it has no layer [N, K, h, w] that is non-negative or made by an activation; name the layers"
+    if method.layers == "one" and model.layer is None:
+        return "it has no layer with a spatial output"
+    has: dict[registry.Needs, bool] = {"": True, "gap": model.gap is not None, "attention": bool(model.attention)}
+    return "" if has[method.needs] else f"it does not have {registry.NEEDS[method.needs]}"

@@ -1,0 +1,268 @@
+"""What is answered: domain → protobuf."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+from google.protobuf.struct_pb2 import Struct, Value
+from torch import Tensor
+
+from camserve.v1 import explain_pb2 as pb
+from camserve_server import registry
+from camserve_server.config import ModelConfig
+from camserve_server.engine.job import Job, Progress
+from camserve_server.models.layers import Layer
+from camserve_server.models.model import LaneKind, Model
+from camserve_server.models.servable import why_not
+from camserve_server.plan import Level, Randomised
+from camserve_server.request_plan import Explained, MethodCall, finished, rows_needed
+from camserve_server.service.requests import Asked
+
+TOP_K = 5
+
+
+def explain_response(
+    request_id: str,
+    request: pb.ExplainRequest,
+    asked: Asked,
+    job: Job[Explained],
+    result: Explained,
+    remarks: list[str],
+) -> pb.ExplainResponse:
+    """The answer to Explain."""
+    model = asked.model
+    maps = [_map(asked, result, t, remarks) for t in range(len(result.targets))]
+    if request.raw:
+        for message, raw in zip(maps, result.raw, strict=True):
+            message.raw.CopyFrom(tensor(raw))
+    return pb.ExplainResponse(
+        request_id=request_id,
+        maps=maps,
+        predictions=_predictions(model, result.logits, request.top_k or TOP_K),
+        cost=_cost(job),
+        receipt=_receipt(request_id, asked, job, result),
+    )
+
+
+def evaluate_response(
+    request_id: str, asked: Asked, job: Job[Explained], result: Explained, remarks: list[str]
+) -> pb.EvaluateResponse:
+    """The answer to Evaluate."""
+    return pb.EvaluateResponse(
+        request_id=request_id,
+        map=_map(asked, result, 0, remarks),
+        cost=_cost(job),
+        receipt=_receipt(request_id, asked, job, result),
+    )
+
+
+def progress(event: Progress, stage: str) -> pb.Progress:
+    """Rows done and in all."""
+    return pb.Progress(rows_done=event.rows_done, rows_total=event.rows_total, stage=stage)
+
+
+def level(event: Level, model: Model) -> pb.Level:
+    """A finer map of Poly-CAM, resized and scaled like the last one."""
+    maps, _ = finished(event.maps, model.preprocessing.size)
+    return pb.Level(index=event.index, count=event.count, layer=event.layer, saliency=[tensor(m) for m in maps])
+
+
+def randomised(event: Randomised) -> pb.Randomised:
+    """A map of a network at random, and how like it is to that of the network itself."""
+    return pb.Randomised(
+        order=event.order,
+        index=event.index,
+        count=event.count,
+        layers=event.layers,
+        target=event.target,
+        **asdict(event.alike),
+        saliency=tensor(event.saliency),
+    )
+
+
+def tensor(values: Tensor) -> pb.Tensor:
+    """float32, little-endian."""
+    array = values.cpu().numpy()  # and NumPy from here on: see device/
+    return pb.Tensor(shape=array.shape, data=array.astype("<f4").tobytes())
+
+
+def model_message(config: ModelConfig, state: str, model: Model | None) -> pb.Model:
+    """A row of ListModels, with the model's facts if it is loaded."""
+    return loaded_message(model) if model else pb.Model(name=config.name, source=config.source, state=state)
+
+
+def loaded_message(model: Model) -> pb.Model:
+    """The facts of a model that is ready."""
+    return pb.Model(
+        name=model.name,
+        source=model.source,
+        digest=model.digest,
+        state="ready",
+        input_size=model.preprocessing.size,
+        classes=model.classes,
+        labels=model.labels,
+        layers=[_layer(layer) for layer in model.layers],
+        layer=model.layer.name if model.layer else "",
+        precision=model.precision,
+        precisions=[*model.precisions],
+        device=model.device.type,
+        batch_sizes=_batch_sizes(model.batch_sizes),
+        methods=[name for name, method in sorted(registry.METHODS.items()) if not why_not(method, model)],
+        random_weights=model.random_weights,
+        input_channels=model.preprocessing.channels,
+        head=model.head,
+        named_layers=[_layer(layer) for layer in model.spatial.values()],
+    )
+
+
+def method_message(method: registry.Method, model: Model | None) -> pb.Method:
+    """A row of ListMethods; with what it costs on `model`, if there is one."""
+    message = pb.Method(
+        name=method.name,
+        title=method.title,
+        paper=method.paper,
+        summary=method.summary,
+        layers=method.layers,
+        parameters=[_parameter(p) for p in method.parameters],
+        needs=registry.NEEDS[method.needs],
+        anytime=method.least is not None,
+        seeded=method.seeded,
+        class_agnostic=method.class_agnostic,
+        equations=method.equations,
+        advice=method.advice,
+    )
+    if model is not None:
+        message.unavailable = why_not(method, model)
+        if not message.unavailable:
+            layers = () if method.layers == "none" else model.default_layers(method.layers == "many")
+            call = MethodCall(method, method.check({}, ""), layers)
+            message.rows = rows_needed(model, call, (), 1)
+            message.rows_per_target = rows_needed(model, call, (), 2) - message.rows
+    return message
+
+
+def metric_message(metric: registry.Metric) -> pb.Metric:
+    """A row of ListMetrics."""
+    return pb.Metric(
+        name=metric.name,
+        title=metric.title,
+        paper=metric.paper,
+        summary=metric.summary,
+        unit=metric.unit,
+        higher_is_better=metric.higher_is_better,
+        parameters=[_parameter(p) for p in metric.parameters],
+        rows=metric.rows(registry.Sizes([]), **metric.check({}, "")),
+        maps=metric.rows(registry.Sizes([], again=1), **metric.check({}, ""))
+        - metric.rows(registry.Sizes([]), **metric.check({}, "")),
+        seeded=metric.seeded,
+        needs_truth=metric.needs_truth,
+    )
+
+
+def _map(asked: Asked, result: Explained, t: int, remarks: list[str]) -> pb.SaliencyMap:
+    targets = result.targets
+    return pb.SaliencyMap(
+        target=_prediction(asked.model, targets.index[t], float(targets.p[t]), float(targets.y[t])),
+        saliency=tensor(result.maps[t]),
+        scores=[
+            pb.Score(metric=call.metric.name, value=score.value, unit=call.metric.unit, curve=score.curve)
+            for call, score in zip(asked.metrics, result.scores[t], strict=True)
+        ],
+        warnings=[*result.warnings[t], *remarks],
+        share=result.share,
+        left_out=[
+            pb.LeftOut(layer=each.layer, channels=each.channels, rows=each.rows, error=each.error[t])
+            for each in result.left_out
+        ],
+    )
+
+
+def _predictions(model: Model, logits: Tensor, top_k: int) -> list[pb.Prediction]:
+    p = model.probabilities(logits)
+    best = p.argsort(descending=True, stable=True)[:top_k].tolist()
+    return [_prediction(model, i, float(p[i]), float(logits[i])) for i in best]
+
+
+def _prediction(model: Model, index: int, probability: float, logit: float) -> pb.Prediction:
+    return pb.Prediction(index=index, label=model.label(index), probability=probability, logit=logit)
+
+
+def _cost(job: Job[Any]) -> pb.Cost:
+    return pb.Cost(rows=job.rows, batches=job.batches, queue_ms=job.queue_ms, compute_ms=job.compute_ms)
+
+
+def _receipt(request_id: str, asked: Asked, job: Job[Explained], result: Explained) -> pb.Receipt:
+    model, call = asked.model, asked.call
+    return pb.Receipt(
+        request_id=request_id,
+        model=model.name,
+        model_digest=model.digest,
+        method=call.method.name if call else "",
+        parameters=_struct(call.parameters if call else {}),
+        layers=[layer.name for layer in call.layers] if call else [],
+        targets=result.targets.index,
+        seed=call.seed if call else asked.seed,
+        precision=model.precision,
+        device=model.device.type,
+        batch_sizes=_batch_sizes(job.batch_sizes),
+        preprocessing="as given" if asked.as_given else str(model.preprocessing),
+        versions=versions(),
+        budget=job.cut_at,
+        input_digest=_digest(asked.image.tensor),
+        map_digests=[_digest(saliency) for saliency in result.maps],
+    )
+
+
+@cache
+def versions() -> Mapping[str, str]:
+    """Of everything that a map depends on."""
+    packages = ("camserve", "torch", "torchvision", "timm", "pillow", "numpy")
+    found = {name: metadata.version(name) for name in packages}
+    return {**found, "python": platform.python_version()}
+
+
+def _digest(values: Tensor) -> str:
+    return f"sha256:{hashlib.sha256(tensor(values).data).hexdigest()}"
+
+
+def _batch_sizes(sizes: Mapping[LaneKind, int]) -> dict[str, int]:
+    return {str(kind): size for kind, size in sizes.items()}
+
+
+def _layer(layer: Layer) -> pb.Layer:
+    return pb.Layer(
+        name=layer.name,
+        channels=layer.channels,
+        height=layer.height,
+        width=layer.width,
+        signed=layer.signed,
+        prefix_tokens=layer.prefix,
+    )
+
+
+def _parameter(parameter: registry.Parameter) -> pb.Parameter:
+    return pb.Parameter(
+        name=parameter.name,
+        type=parameter.type,
+        default=_value(parameter.default),
+        minimum=parameter.range.minimum if parameter.range else None,
+        maximum=parameter.range.maximum if parameter.range else None,
+        choices=parameter.choices,
+        description=parameter.description,
+    )
+
+
+def _value(value: registry.Value) -> Value:
+    if isinstance(value, bool):
+        return Value(bool_value=value)
+    return Value(string_value=value) if isinstance(value, str) else Value(number_value=value)
+
+
+def _struct(values: Mapping[str, registry.Value]) -> Struct:
+    return Struct(fields={name: _value(value) for name, value in values.items()})

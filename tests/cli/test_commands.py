@@ -1,0 +1,432 @@
+"""The command line, against a server on a loopback port."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import grpc
+import numpy as np
+import PIL.Image
+import pytest
+import rich.console
+from typer.testing import CliRunner, Result
+
+import camserve
+from camserve import catalogue
+from camserve.v1 import explain_pb2 as pb
+from camserve_cli import rich_tables
+from camserve_cli.app import app
+from camserve_cli.saved_maps import stems
+
+
+def run(*arguments: object, **env: str) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments], env={"COLUMNS": "200", **env})
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photos" / "dog.jpg"
+    path.parent.mkdir()
+    PIL.Image.new("RGB", (50, 30), "teal").save(path)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def written(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir())
+
+
+def test_the_truth_is_a_box_or_a_picture(address, servicer, photo, out):
+    given = ("explain", photo, "--address", address, "--out", out)
+    mask = photo.parent / "mask.png"
+    PIL.Image.fromarray(np.array([[0, 255], [0, 3]], np.uint8)).save(mask)
+    assert run(*given, "--box", "0,0,25,30", "--box", "5,6,7,8.5", "--mask", mask).exit_code == 0
+    truth = servicer.requests[-1].truth
+    assert [(box.left, box.right) for box in truth.boxes] == [(0, 0.5), (0.1, 0.14)]
+    np.testing.assert_array_equal(np.frombuffer(truth.mask.data, "<f4").reshape(truth.mask.shape), [[0, 1], [0, 1]])
+    for wrong in ("0,0,25", "0,0,25,x"):
+        assert run(*given, "--box", wrong).exit_code == 2
+    missing = run(*given, "--mask", photo.parent / "none.png")
+    assert (missing.exit_code, missing.stderr) == (
+        1,
+        f"error: No such file or directory: {photo.parent / 'none.png'}\n",
+    )
+
+
+def test_an_error_names_the_option_as_it_was_typed(address, servicer, photo, out):
+    servicer.before = lambda context: context.abort(
+        grpc.StatusCode.INVALID_ARGUMENT, "target_top_k must lie in [0, 5], not 9"
+    )
+    result = run("explain", photo, "--address", address, "--out", out, "--top-k", 9)
+    assert result.stderr == f"error: {photo}: --top-k must lie in [0, 5], not 9\n"
+
+
+def test_explain_writes_files_and_prints_a_table(address, servicer, photo, out, ramp):
+    result = run(
+        *("explain", photo, "--address", address, "--out", out, "--method", "opti-cam", "--model", "m"),
+        *("--target", "8", "--layer", "a", "--layer", "b", "--seed", 5, "--metric", "insertion"),
+        *("--param", "steps=20", "--param", "norm=max", "--param", "soft=true"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert written(out) == ["dog.json", "dog.npy", "dog.png"]
+    np.testing.assert_array_equal(np.load(out / "dog.npy"), ramp)
+    with PIL.Image.open(out / "dog.png") as overlay:
+        assert overlay.size == (50, 30)
+    for said in ("hen (8)", "0.750", "12", "0.02 s", "insertion", "0.25"):
+        assert said in result.stdout
+    assert "warning:" in result.stderr
+    asked = servicer.requests[-1]
+    assert (asked.model, asked.method.name, asked.method.layers, asked.method.seed) == ("m", "opti-cam", ["a", "b"], 5)
+    assert dict(asked.method.parameters.items()) == {"steps": 20, "norm": "max", "soft": True}
+    assert asked.targets[0].index == 8
+
+
+def test_explain_writes_a_record(address, photo, out):
+    given = ("explain", photo, "--address", address, "--out", out, "--metric", "insertion")
+    line = json.loads(run(*given, "--json").stdout)
+    record = json.loads((out / "dog.json").read_text(encoding="utf-8"))
+    assert list(record) == ["image", "maps", "predictions", "cost", "receipt", "request_id"]
+    [of_map] = record["maps"]
+    assert list(of_map) == ["saliency", "overlay", "target", "share", "left_out", "scores", "warnings"]
+    assert (of_map["saliency"], of_map["overlay"]) == ("dog.npy", "dog.png")
+    flat = {**record, **of_map, "record": str(out / "dog.json")}
+    del flat["maps"]
+    assert flat | {name: str(out / flat[name]) for name in ("saliency", "overlay")} == line
+
+
+def test_a_map_that_was_cut_short_says_so(address, servicer, photo, out):
+    given = ("explain", photo, "--address", address, "--out", out, "--budget", 7)
+    assert f"warning: {photo}: tabby, cat (281): cut short, 0.25 of the whole is done\n" in run(*given).stderr
+    assert servicer.requests[-1].budget == 7
+    assert json.loads(run(*given, "--json").stdout)["share"] == 0.25
+    assert "cut short" not in run(*given[:-2]).stderr
+    run("evaluate", photo, "--address", address, "--method", "x", "--budget", 8)
+    assert servicer.requests[-1].budget == 8
+
+
+def test_explain_prints_json_lines(address, photo, out):
+    result = run("explain", photo, photo, "--address", address, "--out", out, "--metric", "insertion", "--json")
+    assert result.exit_code == 0
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert first["image"] == str(photo)
+    assert first["saliency"] == str(out / "dog.npy")
+    assert second["overlay"] == str(out / "dog-2.png")
+    assert first["target"] == {"index": 281, "label": "tabby, cat", "probability": 0.75, "logit": 4.5}
+    assert first["scores"] == {"insertion": 0.25}
+    assert first["cost"]["rows"] == 12
+    assert first["receipt"]["method"] == "poly-cam"
+    assert first["warnings"] == ["degenerate: the map is a ramp"]
+    assert len(first["predictions"]) == 2
+    assert first["request_id"] == "given"
+
+
+def test_several_targets_are_files_of_their_own(address, photo, out):
+    result = run("explain", photo, "--address", address, "--out", out, "--target", "7", "--target", "hen", "--json")
+    assert written(out) == ["dog.7.npy", "dog.7.png", "dog.8.npy", "dog.8.png", "dog.json"]
+    assert [json.loads(line)["target"]["label"] for line in result.stdout.splitlines()] == ["cock", "hen"]
+    record = json.loads((out / "dog.json").read_text(encoding="utf-8"))
+    assert [each["saliency"] for each in record["maps"]] == ["dog.7.npy", "dog.8.npy"]
+    assert record["receipt"]["targets"] == [7, 8]
+
+
+def test_the_likeliest_classes(address, servicer, photo, out):
+    assert run("explain", photo, "--address", address, "--out", out, "--top-k", 2).exit_code == 0
+    assert servicer.requests[-1].target_top_k == 2
+    assert written(out) == ["dog.281.npy", "dog.281.png", "dog.8.npy", "dog.8.png", "dog.json"]
+
+
+def test_one_failure_does_not_stop_the_others(address, servicer, photo, out):
+    servicer.before = lambda context: (
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "unreadable") if len(servicer.requests) == 1 else None
+    )
+    result = run("explain", photo, "none.jpg", photo, "--address", address, "--out", out, "--json")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"error: {photo}: unreadable",
+        "error: none.jpg: No such file or directory: none.jpg",
+    ]
+    assert [json.loads(line)["overlay"] for line in result.stdout.splitlines()] == [str(out / "dog-2.png")]
+
+
+def test_stems_never_collide_and_never_replace_an_image(tmp_path):
+    paths = ["a/dog.jpg", "b/dog.jpg", "c/Dog.png", "dog-2.jpg", "e/cat.gif"]
+    assert stems([Path(path) for path in paths], Path("out")) == ["dog", "dog-2", "Dog-3", "dog-2-2", "cat"]
+    here = [tmp_path / name for name in ("cat.png", "dog.jpg", "hen.7.png", "hen.gif")]
+    assert stems(here, tmp_path) == ["cat-2", "dog", "hen.7-2", "hen-2"]
+
+
+def test_labels_beside_an_image_are_not_replaced(address, photo):
+    labels = photo.with_suffix(".json")
+    labels.write_text('{"version": "5.1", "shapes": []}')
+    for _ in range(2):  # the second run replaces the files of the first
+        assert run("explain", photo, "--address", address, "--out", photo.parent).exit_code == 0
+        assert written(photo.parent) == ["dog-2.json", "dog-2.npy", "dog-2.png", "dog.jpg", "dog.json"]
+    assert json.loads(labels.read_text())["shapes"] == []
+
+
+def test_an_image_is_not_replaced_by_its_overlay(address, tmp_path):
+    path = tmp_path / "cat.png"
+    PIL.Image.new("RGB", (9, 9), "teal").save(path)
+    before = path.read_bytes()
+    assert run("explain", path, "--address", address, "--out", tmp_path).exit_code == 0
+    assert path.read_bytes() == before
+    assert written(tmp_path) == ["cat-2.json", "cat-2.npy", "cat-2.png", "cat.png"]
+
+
+def test_progress_goes_to_stderr_only(address, photo, out):
+    result = run("explain", photo, "--address", address, "--out", out, "--json", FORCE_COLOR="1")
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", result.stderr)
+    assert "12 of 12 rows" in plain
+    assert "explain, level 2 of 2 (shallow)" in plain
+    assert json.loads(result.stdout)
+
+
+def test_evaluate_a_file_or_a_method(address, servicer, photo, tmp_path, ramp):
+    np.save(tmp_path / "map.npy", ramp)
+    given = ("evaluate", photo, "--address", address)
+    result = run(*given, "--saliency", tmp_path / "map.npy", "--target", "hen", "--json")
+    record = json.loads(result.stdout)
+    assert record["scores"] == {"insertion": 0.25, "deletion": 0.25, "average-gain": 0.25}
+    assert record["curves"] == {"insertion": [0, 0.25, 0.5]}
+    assert record["target"]["label"] == "hen"
+    result = run(*given, "--method", "poly-cam", "--metric", "average-gain")
+    assert result.exit_code == 0
+    assert re.search(r"average-gain +0\.25 +%", result.stdout)
+    assert [metric.name for metric in servicer.requests[-1].metrics] == ["average-gain"]
+
+
+def test_evaluate_says_what_is_wrong(address, photo, tmp_path, ramp):
+    (tmp_path / "map.npy").write_bytes(b"no array")
+    np.savez(tmp_path / "maps.npz", a=ramp)
+    given = ("evaluate", photo, "--address", address)
+    for wrong, said in [
+        ((), "give either"),
+        (("--saliency", tmp_path / "map.npy"), "is not a NumPy array file"),
+        (("--saliency", tmp_path / "maps.npz"), "one array of real numbers"),
+        (("--saliency", tmp_path / "none.npy"), "No such file"),
+    ]:
+        result = run(*given, *wrong)
+        assert result.exit_code == 1
+        assert re.fullmatch(r"error: [^\n]*\n", result.stderr)
+        assert said in result.stderr
+
+
+def lines(result: Result) -> list[str]:
+    """Of a table, their columns one space apart."""
+    assert result.exit_code == 0, result.stderr
+    return [" ".join(line.split()) for line in result.stdout.splitlines()]
+
+
+def test_list_models(address):
+    result = run("list", "models", "--address", address)
+    for said in ("first", "embedded:first", "3 × 8 × 9 → 3 classes, softmax", "deep[1]", "methods: opti-cam"):
+        assert said in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("served", "said"),
+    [
+        (("a", "b", "c"), "all methods"),
+        (("a", "b"), "all methods but c"),
+        (("b",), "methods: b"),
+        ((), "no methods"),
+    ],
+)
+def test_the_methods_of_a_model_are_said_shortly(served, said):
+    methods = [types.SimpleNamespace(name=name) for name in "abc"]
+    assert rich_tables._served(types.SimpleNamespace(methods=served), methods) == said
+
+
+def test_list_layers(address):
+    assert lines(run("list", "layers", "--address", address))[1:4] == [
+        "stem 2,048 8 × 9 yes",
+        "shallow 2 4 × 6 1 several",
+        "deep[1] 4 2 × 3 one, several",
+    ]
+
+
+def test_list_methods(address, servicer):
+    result = lines(run("list", "methods", "--address", address))
+    assert servicer.requests[-1].model == "first", "so that costs are always shown"
+    for said in (
+        "opti-cam Opti-CAM, arXiv:0 1,101 rows",
+        "one layer + 1,050 per further target",
+        "can stop early; seeded",
+        "poly-cam Poly-CAM, arXiv:1",
+        "not on first: no such layers",
+        "fake-cam Fake-CAM 1 row",
+        "no layers; needs a class all targets in one pass",
+        "the same for every class",
+        "at most, on first with its own layers and default parameters",
+        "opti-cam",
+        "steps integer ≥ 1 50 How many.",
+        'norm max | range "max"',
+    ):
+        assert said in result
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_list_methods_fits(address, columns):
+    result = run("list", "methods", "--address", address, COLUMNS=str(columns))
+    assert max(map(len, result.stdout.splitlines())) <= columns
+    assert "arXiv:0" in result.stdout
+
+
+def test_list_one_method(address):
+    result = run("list", "methods", "opti-cam", "--address", address)
+    assert result.stdout.startswith(
+        "opti-cam: Opti-CAM, arXiv:0\nA mask that is optimised.\none layer\ncan stop early; seeded\n"
+        "on first: at most 1,101 rows, + 1,050 per further target\n\nWhere time is plenty.\n\n"
+    )
+    assert "  S = n( Σ_k A_k [k] )\n" in re.sub(" +\n", "\n", result.stdout)
+    assert "poly-cam" not in result.stdout
+    assert "\nnot on first: no such layers\n" in run("list", "methods", "poly-cam", "--address", address).stdout
+    result = run("list", "methods", "no-cam", "--address", address)
+    assert result.stderr == "error: there is no method 'no-cam'; there are: opti-cam, poly-cam, fake-cam\n"
+    assert run("list", "methods", "--model", "other", "--address", address).exit_code == 1
+
+
+def test_list_metrics(address):
+    assert "higher is better; at most 100 rows" in run("list", "metrics", "insertion", "--address", address).stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"rows": 1}, "lower is better, in %; at most 1 row"),
+        ({}, "lower is better, in %; at most 0 rows"),
+        ({"maps": 10}, "lower is better, in %; at most 10 maps more"),
+        ({"rows": 2, "maps": 1}, "lower is better, in %; at most 2 rows and 1 map more"),
+        ({"needs_truth": True}, "lower is better, in %; at most 0 rows\nneeds to know where the target is"),
+    ],
+)
+def test_what_a_metric_takes(more, said):
+    (metric,) = catalogue.metrics(pb.ListMetricsResponse(metrics=[pb.Metric(name="m", title="M", unit="%", **more)]))
+    console = rich.console.Console(width=80, record=True, file=io.StringIO())
+    console.print(rich_tables.metric_table([metric]))
+    lines = [line.strip().removeprefix("m ").strip() for line in console.export_text().splitlines()]
+    assert said in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("minimum", "maximum", "said"),
+    [
+        (None, None, "number"),
+        (0, None, "number ≥ 0"),
+        (None, 0.5, "number ≤ 0.5"),
+        (0, 1, "number in [0, 1]"),
+        (1e-6, 1e6, "number in [1e-06, 1000000]"),
+    ],
+)
+def test_values_of_a_parameter(minimum, maximum, said):
+    assert rich_tables._values(camserve.Parameter("a", "number", 0, minimum, maximum, (), "")) == said
+
+
+@pytest.mark.parametrize("what", ["models", "layers", "methods", "metrics"])
+def test_list_json(address, what):
+    result = run("list", what, "--address", address, "--json")
+    names = [json.loads(line)["name"] for line in result.stdout.splitlines()]
+    assert all(names)
+    one = run("list", what, names[-1], "--address", address, "--json")
+    assert [json.loads(line)["name"] for line in one.stdout.splitlines()] == names[-1:]
+
+
+def test_errors_are_one_line(photo, out):
+    for command in (("list", "models"), ("evaluate", photo, "--method", "x"), ("explain", photo, "--out", out)):
+        result = run(*command, "--address", "127.0.0.1:1")
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert re.fullmatch(r"error: [^\n]*127\.0\.0\.1:1[^\n]*\n", result.stderr)
+    assert not out.exists()
+
+
+def test_wrong_usage_exits_with_2(photo):
+    assert run("explain").exit_code == 2
+    assert run("explain", photo, "--param", "steps").exit_code == 2
+    assert run("explain", photo, "--seed", "-1").exit_code == 2
+    assert run("explain", photo, "--top-k", 2, "--target", 1).exit_code == 2
+    assert run("replay", photo).exit_code == 2
+    assert run("list", "everything").exit_code == 2
+
+
+def test_version():
+    assert run("--version").stdout.strip() == f"camserve {camserve.__version__}"
+
+
+def test_ctrl_c_cancels_and_exits_with_130(address, servicer, photo, out):
+    command = [sys.executable, "-m", "camserve_cli", "explain", str(photo), "--model", "slow"]
+    process = subprocess.Popen(
+        [*command, "--address", address, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert servicer.started.wait(10)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert (process.returncode, said) == (130, "cancelled\n")
+    assert servicer.cancelled.wait(5)
+
+
+# ---- what is not installed ------------------------------------------------------------------------------------------
+
+
+def python(code: str, without: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter in which the package `without` is not installed."""
+    missing = f"""
+import sys
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == {without!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing)
+"""
+    return subprocess.run(
+        [sys.executable, "-c", missing + code], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_cli_extra(missing):
+    done = python("from camserve_cli.__main__ import main; main()", without=missing)
+    assert done.returncode == 1
+    assert done.stderr == f"error: the command line needs {missing}: pip install 'camserve[cli]'\n"
+
+
+def test_without_the_server_extra():
+    code = "sys.argv = ['camserve', 'serve']; from camserve_cli.__main__ import main; main()"
+    done = python(code, without="camserve_server")
+    assert done.returncode == 1
+    assert done.stderr == "error: the server needs camserve_server: pip install 'camserve[server]'\n"
+
+
+def test_serve_hands_over_to_the_server(monkeypatch):
+    given = {}
+    server = types.ModuleType("camserve_server.__main__")
+    server.serve = lambda **options: given.update(options) or 3
+    monkeypatch.setitem(sys.modules, "camserve_server.__main__", server)
+    assert run("serve").exit_code == 3
+    assert given == {"config": None, "listen": None, "device": None, "insecure": None}
+    run("serve", "--config", "camserve.toml", "--listen", "127.0.0.1:0", "--device", "cpu", "--insecure")
+    assert given == {"config": Path("camserve.toml"), "listen": "127.0.0.1:0", "device": "cpu", "insecure": True}
+
+
+def test_importing_the_client_imports_nothing_heavy():
+    heavy = ("torch", "torchvision", "typer", "rich", "camserve_server", "google.rpc", "grpc_status", "skimage")
+    done = python(f"import camserve; print([name for name in {heavy!r} if name in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_public_names_are_there():
+    assert camserve.__all__ == sorted(camserve.__all__)
+    assert all(hasattr(camserve, name) for name in camserve.__all__)
+    public = {name for name, value in vars(camserve).items() if isinstance(value, type)}
+    assert public <= set(camserve.__all__)

@@ -1,0 +1,298 @@
+"""Loads: their figures by hand, the search for the knee, and their sender against a server that stalls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import itertools
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import numpy as np
+import PIL.Image
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+import camserve
+from camserve import request_messages
+from camserve_cli.load import knee, measure, mix, schedule, stats
+from camserve_cli.load.measure import Load
+from camserve_cli.load.mix import Ask, Mix
+from camserve_cli.load.run import Run, Sender
+from camserve_cli.load.stats import Measured, Record
+from camserve_server.errors import QueueFull
+from camserve_server.service import status
+
+
+def record(intended_s: float, latency_s: float, code: str = "OK", **more: Any) -> Record:
+    return Record(**{"method": "a", "image": 0, "sent_s": intended_s} | more, intended_s=intended_s,
+                  done_s=intended_s + latency_s, code=code)  # fmt: skip
+
+
+# ---- when and what --------------------------------------------------------------------------------------------------
+
+
+def test_random_arrivals_are_a_poisson_process_and_a_seed_repeats_them():
+    times = schedule.poisson(200, 30, seed=3)
+    assert times[-1] < 30
+    assert scipy.stats.kstest(np.diff(times), "expon", args=(0, 1 / 200)).pvalue > 0.01
+    assert abs(len(times) - 6000) < 4 * math.sqrt(6000)
+    np.testing.assert_array_equal(times, schedule.poisson(200, 30, seed=3))
+    assert len(times) != len(schedule.poisson(200, 30, seed=4))
+    # A longer one begins as a shorter one: to measure for longer is to see more of the same.
+    np.testing.assert_array_equal(schedule.poisson(0.01, 5, seed=0), [])
+
+
+def test_even_arrivals_are_even():
+    np.testing.assert_allclose(schedule.constant(4, 1), [0, 0.25, 0.5, 0.75])
+    assert len(schedule.constant(10, 0.3)) == 3
+
+
+def a_mix(weights: tuple[float, ...] = (1,), images: int = 1, model: str = "") -> Mix:
+    def request(method: str) -> bytes:
+        return request_messages.explain(mix.photograph(64, 64), model=model, method=method).request.SerializeToString()
+
+    methods = "abc"[: len(weights)]
+    return Mix([[Ask(method, i, request(method)) for i in range(images)] for method in methods], weights)
+
+
+def test_what_is_asked_goes_by_weights_and_a_seed_repeats_it():
+    mixed = a_mix((8, 1.5, 0.5), images=4)
+    drawn = list(itertools.islice(mixed.draw(seed=5), 5000))
+    counts = Counter(ask.method for ask in drawn)
+    assert scipy.stats.chisquare([counts[m] for m in "abc"], [4000, 750, 250]).pvalue > 0.01
+    assert scipy.stats.chisquare([sum(ask.image == i for ask in drawn) for i in range(4)]).pvalue > 0.01
+    assert drawn == list(itertools.islice(mixed.draw(seed=5), 5000))
+    assert drawn != list(itertools.islice(mixed.draw(seed=6), 5000))
+
+
+def test_the_image_that_is_made_weighs_as_much_as_a_photograph():
+    with PIL.Image.open(io.BytesIO(mix.photograph())) as image:
+        pixels = np.asarray(image)
+    assert pixels.shape == (384, 512, 3)
+    assert 20 < pixels.std() < 80
+    assert 30_000 < len(mix.photograph()) < 200_000
+    power = np.abs(np.fft.rfft2(pixels.mean(-1) - pixels.mean())) ** 2
+    assert power[1:4, 1:4].mean() > 100 * power[40:50, 40:50].mean(), "as in photographs, most is in the coarse"
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300))
+def test_percentiles_are_values_that_were_measured(values):
+    ordered = sorted(values)
+    for name, value in stats.percentiles(values).items():
+        share = stats.LEVELS[name]
+        assert value in ordered
+        assert sum(v <= value for v in values) >= share * len(values) - 1e-9
+        assert sum(v < value for v in values) < share * len(values) + 1e-9
+
+
+def test_a_summary_counts_what_was_meant_in_its_time():
+    records = [
+        record(-0.5, 0.2, rows=100),  # of the warm-up, and over before its end
+        record(-0.5, 1.0, rows=10),  # of the warm-up, but answered after it
+        record(0.0, 0.1, rows=1, queue_ms=3, compute_ms=7),
+        record(0.5, 0.2, rows=1, queue_ms=5, compute_ms=9, sent_s=0.6),
+        record(1.0, 3.0, rows=1, method="b"),  # answered when the time was over
+        record(1.1, 0.001, "RESOURCE_EXHAUSTED", reason="QUEUE_FULL"),
+        record(1.2, 0.001, "DEADLINE_EXCEEDED", reason="DEADLINE_UNREACHABLE"),
+        record(1.3, 5.0, "DEADLINE_EXCEEDED"),
+        record(1.4, 0.5, stats.UNFINISHED),
+        record(2.0, 0.1, rows=1),  # not of it any more
+    ]
+    every = stats.summary(records, 2.0)
+    assert (every.method, every.requests, every.answered) == ("all", 7, 3)
+    assert (every.requests_per_s, every.rows_per_s) == (1.5, 6.0)
+    assert every.errors == {
+        "RESOURCE_EXHAUSTED QUEUE_FULL": 1,
+        "DEADLINE_EXCEEDED DEADLINE_UNREACHABLE": 1,
+        "DEADLINE_EXCEEDED": 1,
+        "UNFINISHED": 1,
+    }
+    # What was refused at once is not quick.
+    waited = sorted([100, 200, 3000, 5000, 500])
+    assert [every.latency_ms[name] for name in ("p50", "max")] == pytest.approx([waited[2], waited[-1]])
+    assert every.queue_ms["max"] == 5
+    assert every.sent_late_ms["max"] == pytest.approx(100)
+    assert stats.summary(records, 2.0, "b").latency_ms["p50"] == pytest.approx(3000)
+    assert stats.summary([], 1.0).latency_ms == {}
+
+
+def test_what_happened_over_time_is_all_there():
+    records = [record(i / 100, 0.05 if i < 500 else 0.5, method="ab"[i % 2]) for i in range(1000)]
+    records += [record(3.0, 0.1, "UNAVAILABLE"), record(-1.0, 0.1)]
+    over = stats.over_time(records, 10.0)
+    width = 10 / len(over.middle_s)
+    assert len(over.middle_s) == 60
+    assert over.meant_per_s.sum() * width == pytest.approx(1001)
+    assert over.failed_per_s.sum() * width == pytest.approx(1)
+    assert over.p99_ms[:29] == pytest.approx(np.full(29, 50))
+    assert over.p50_ms[31:] == pytest.approx(np.full(29, 500))
+
+
+# ---- the knee -------------------------------------------------------------------------------------------------------
+
+
+def tried(first: float, least: float, most: float, holds: Callable[[float], bool]) -> dict[float, bool]:
+    found: dict[float, bool] = {}
+    rates = knee.rates(first, least, most)
+    with contextlib.suppress(StopIteration):
+        rate = next(rates)
+        while True:
+            found[rate] = holds(rate)
+            rate = rates.send(found[rate])
+    return found
+
+
+@given(st.floats(0.02, 5000), st.floats(0.1, 500))
+def test_the_knee_is_found_to_its_tolerance(where, first):
+    found = tried(first, 0.01, 10_000, lambda rate: rate <= where)
+    best = max(rate for rate, met in found.items() if met)
+    missed = min((rate for rate, met in found.items() if not met), default=math.inf)
+    assert best <= where < missed <= best * (1 + knee.TOLERANCE)
+    assert len(found) <= abs(math.log2(where / first)) + 8
+
+
+def test_the_search_ends_where_the_bound_is_never_or_always_met():
+    assert tried(8, 1, 100, lambda _: False) == {8: False, 4: False, 2: False, 1: False}
+    assert tried(30, 1, 100, lambda _: True) == {30: True, 60: True, 100: True}
+
+
+def test_a_rate_is_missed_as_soon_as_it_cannot_be_met_any_more():
+    quick, slow = [record(i / 100, 0.1) for i in range(198)], [record(0.5, 0.6) for _ in range(3)]
+    assert not knee.Watch(0.5, 200, 2.0).missed([*quick, *slow[:2]])
+    assert knee.Watch(0.5, 200, 2.0).missed([*quick, *slow])
+    assert knee.Watch(0.5, 200, 2.0).missed([record(0, 0.1, "UNAVAILABLE")] * 3)
+    assert not knee.Watch(0.5, 200, 2.0).missed([record(-1, 9.0), record(2.0, 9.0)] * 5), "not of the time measured"
+    # Step by step, and those on the way count once they have waited for too long.
+    watch, records = knee.Watch(0.5, 200, 2.0), slow[:1]
+    assert not watch.missed(records, pending=[0.1, -0.5, 0.8], now_s=1.0)
+    records += slow[1:2]
+    assert watch.missed(records, pending=[0.1, -0.5, 0.8], now_s=1.0)
+    assert not watch.missed(records, pending=[0.8], now_s=1.0)
+
+
+# ---- the sender -----------------------------------------------------------------------------------------------------
+
+
+def measured(
+    address: str, send: Callable[[Load], Any], mixed: Mix | None = None, seconds: float = 1.0, **more: Any
+) -> Measured:
+    async def run() -> Measured:
+        senders = [Sender(address, timeout=20) for _ in range(more.pop("connections", 2))]
+        try:
+            return await send(Load(mixed or a_mix(), 0.0, seconds, senders=senders, **more))
+        finally:
+            for sender in senders:
+                await sender.close()
+
+    return asyncio.run(run())
+
+
+class Stall:
+    """All calls from the tenth on wait until it is over, for so many seconds in all."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.calls = itertools.count()
+        self.until = 0.0
+
+    def __call__(self, _: Any) -> None:
+        if next(self.calls) == 10:
+            self.until = time.perf_counter() + self.seconds
+        time.sleep(max(0.0, self.until - time.perf_counter()))
+
+
+def test_a_server_that_stalls_is_seen_by_all_that_come_meanwhile(address, servicer):
+    servicer.before = Stall(1.0)
+    found = measured(address, lambda load: measure.at_rate(load, 40, even=True), seconds=1.5)
+    assert len(found.records) == 60
+    # Those that are meant to be sent in the first half of the stall wait for at least the other half.
+    assert sum(each.latency_s > 0.45 for each in found.records) >= 18
+    assert found.summary().latency_ms["p90"] > 500
+    # In a closed loop, hardly anybody is there to see it: as many as are in flight.
+    servicer.before = Stall(1.0)
+    few = measured(address, lambda load: measure.in_flight(load, 1), seconds=1.5)
+    assert sum(each.latency_s > 0.45 for each in few.records) < 10
+
+
+def test_a_sender_that_falls_behind_counts_it(address):
+    stalled: list[float] = []
+
+    def goes_on(run: Run) -> bool:
+        if run.now_s > 0.2 and not stalled:
+            stalled.append(run.now_s)
+            time.sleep(0.6)
+        return True
+
+    found = measured(address, lambda load: measure.at_rate(load, 50, even=True), goes_on=goes_on)
+    assert len(found.records) == 50
+    assert sum(each.latency_s > 0.25 for each in found.records) >= 14
+    assert found.summary().sent_late_ms["p90"] > 250
+
+
+def test_a_closed_loop_keeps_so_many_on_their_way_over_its_connections(address, servicer):
+    lock, peers = threading.Lock(), set()
+    here = most = 0
+
+    def before(context: grpc.ServicerContext) -> None:
+        nonlocal here, most
+        with lock:
+            peers.add(context.peer())
+            here += 1
+            most = max(most, here)
+        time.sleep(0.02)
+        with lock:
+            here -= 1
+
+    servicer.before = before
+    found = measured(address, lambda load: measure.in_flight(load, 3), a_mix((1, 1)), connections=3, seconds=0.6)
+    assert (most, len(peers)) == (3, 3)
+    assert len(found.records) == len(servicer.requests) >= 6
+    assert Counter(each.method for each in found.records) == Counter(each.method.name for each in servicer.requests)
+    assert {(each.code, each.rows, each.batches) for each in found.records} == {("OK", 12, 3)}
+    assert {(each.queue_ms, each.compute_ms) for each in found.records} == {(1.5, 20.25)}
+
+
+def test_a_refusal_is_counted_and_not_asked_again(address, servicer):
+    def before(context: grpc.ServicerContext) -> None:
+        if len(servicer.requests) % 2:
+            error = QueueFull("too many rows are owed", retry_after_s=0.01)
+            context.set_trailing_metadata(status.trailing_metadata(error, "given"))
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message)
+
+    servicer.before = before
+    found = measured(address, lambda load: measure.at_rate(load, 20, even=True)).summary()
+    assert (found.requests, found.errors) == (20, {"RESOURCE_EXHAUSTED QUEUE_FULL": 10})
+    assert len(servicer.requests) == 20
+
+
+def test_a_load_that_is_wrong_ends_with_what_the_server_says(address, servicer):
+    servicer.before = lambda context: context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no such thing")
+    with pytest.raises(camserve.InvalidArgument, match="no such thing"):
+        measured(address, lambda load: measure.at_rate(load, 1, even=True), seconds=600)
+    assert len(servicer.requests) == 1
+
+
+def test_a_load_that_is_ended_cancels_what_is_on_its_way(address, servicer):
+    found = measured(
+        address,
+        lambda load: measure.in_flight(load, 2),
+        a_mix(model="slow"),
+        seconds=600,
+        goes_on=lambda _: not servicer.started.is_set(),
+    )
+    assert servicer.cancelled.wait(20)
+    assert [each.code for each in found.records] == [stats.UNFINISHED] * 2
+    assert 0 < found.seconds < 600
+    assert found.summary().latency_ms["max"] >= 0

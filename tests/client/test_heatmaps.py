@@ -1,0 +1,115 @@
+"""Heat maps, overlays, files, and what a notebook shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import PIL.Image
+import pytest
+from skimage.color import rgb2lab
+
+from camserve import heatmaps
+
+
+def photograph(height: int, width: int) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def test_lightness_rises_steadily():
+    lightness = rgb2lab(heatmaps.COLOURS[None])[0, :, 0]
+    assert heatmaps.COLOURS.shape == (256, 3)
+    assert (np.diff(lightness) > 0).all()
+    assert lightness[-1] - lightness[0] > 90
+
+
+def test_where_the_map_is_zero_the_image_is_left_as_it_is():
+    image = photograph(40, 60)
+    saliency = np.zeros((40, 60), np.float32)
+    saliency[:, 30:] = 1
+    shown, given = np.asarray(heatmaps.overlay(image, saliency, 0.7)), np.asarray(image)
+    np.testing.assert_array_equal(shown[:, :30], given[:, :30])
+    expected = 0.3 * given[:, 30:] + 0.7 * heatmaps.COLOURS[-1]
+    np.testing.assert_allclose(shown[:, 30:], expected, atol=1.5)
+
+
+def test_alpha_goes_from_the_image_to_the_colour(ramp):
+    image = photograph(8, 8)
+    np.testing.assert_array_equal(np.asarray(heatmaps.overlay(image, ramp, 0)), np.asarray(image))
+    ones = np.ones((8, 8), np.float32)
+    assert (np.asarray(heatmaps.overlay(image, ones, 1)) == heatmaps.COLOURS[-1]).all()
+
+
+def test_more_saliency_covers_more(ramp):
+    shown = np.asarray(heatmaps.overlay(PIL.Image.new("RGB", (8, 8)), ramp, 1)).sum(axis=2).ravel()
+    assert (np.diff(shown.astype(int)) >= 0).all()
+
+
+def test_the_map_covers_the_whole_image():
+    corners = np.zeros((4, 4), np.float32)
+    corners[0, 0] = corners[-1, -1] = 1
+    hot = np.asarray(heatmaps.heatmap(corners, (300, 90)))
+    assert hot.shape == (90, 300, 3)
+    for corner in (hot[0, 0], hot[-1, -1]):
+        np.testing.assert_array_equal(corner, heatmaps.COLOURS[255])
+    for corner in (hot[0, -1], hot[-1, 0]):
+        np.testing.assert_array_equal(corner, heatmaps.COLOURS[0])
+
+
+def test_an_explanation_is_drawn_on_the_image_that_was_given(client):
+    image = photograph(30, 50)
+    e = client.explain(image, target=[7, 8])
+    assert e.overlay().size == e.heatmap().size == e.image().size == (50, 30)
+    assert [m.overlay().size for m in e.maps] == [(50, 30)] * 2
+    np.testing.assert_array_equal(np.asarray(e.overlay(alpha=0)), np.asarray(image))
+    with pytest.raises(ValueError, match="alpha"):
+        e.overlay(alpha=1.5)
+
+
+def test_saved_files_hold_the_map_and_the_overlay(client, tmp_path, ramp):
+    e = client.explain(photograph(30, 50))
+    array, png = e.save(tmp_path / "new" / "folder", "dog")
+    assert (array.name, png.name) == ("dog.npy", "dog.png")
+    np.testing.assert_array_equal(np.load(array), ramp)
+    with PIL.Image.open(png) as shown:
+        np.testing.assert_array_equal(np.asarray(shown), np.asarray(e.overlay()))
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is closed wrongly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag != "img":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag != "img":
+            assert self.open.pop() == tag
+
+
+def test_a_notebook_shows_it(client):
+    html = client.explain(
+        photograph(300, 900), target=[7, 8], method="<script>", model="net", metrics=["average-gain"]
+    )._repr_html_()
+    checked = Balanced()
+    checked.feed(html)
+    assert not checked.open
+    pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'base64,([^"]+)', html)]
+    assert [shown.size for shown in pictures] == [(300, 100)] * 6
+    for said in ("cock (7)", "hen (8)", "75.0%", "net", "average-gain 0.25 %", "⚠ degenerate", "&lt;script&gt;"):
+        assert said in html
+    assert "<script>" not in html
+    assert "http" not in html
+
+
+def test_a_notebook_shows_an_evaluation(client, ramp):
+    html = client.evaluate(photograph(20, 20), saliency=ramp)._repr_html_()
+    assert "given map" in html
+    assert "insertion 0.25" in html

@@ -1,0 +1,184 @@
+"""Receipts, and making a map again, against known numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+import camserve
+from camserve import Receipt
+from camserve_cli.app import app
+
+
+def run(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments], env={"COLUMNS": "200"}, input=stdin)
+
+
+# ---- receipts -------------------------------------------------------------------------------------------------------
+
+FULL = {"seed": 2**64 - 1, "layers": ["a", "b"], "parameters": {"n": 3, "rate": 0.1, "norm": "max", "soft": True}}
+
+
+def test_a_receipt_goes_to_json_and_comes_back(client, pixels):
+    receipt = client.explain(pixels, target=[8, 7], budget=2**40, **FULL).receipt
+    again = Receipt.from_json(receipt.to_json())
+    assert again == receipt
+    assert list(again.parameters) == ["n", "norm", "rate", "soft"], "so that files can be compared"
+    assert [type(value) for value in again.parameters.values()] == [type(v) for v in receipt.parameters.values()]
+    inside = json.dumps({"image": "dog.jpg", "receipt": json.loads(receipt.to_json())})
+    assert Receipt.from_json(inside.encode()) == receipt
+
+
+def test_entries_of_a_later_contract_are_passed_over(client, pixels):
+    receipt = client.explain(pixels).receipt
+    assert Receipt.from_json(json.dumps({**json.loads(receipt.to_json()), "later": [1]})) == receipt
+
+
+NO_JSON = ["", "words", b"\xff\xfe", "{}\n{}"]
+NO_RECEIPT = ["[]", "5", "null", "{}", '{"receipt": null}', '{"receipt": {}}', '{"version": "5.1", "shapes": []}']
+WRONG = ['{"model": "m", "seed": -1}', '{"model": "m", "layers": 5}', '{"model": "m", "targets": ["a"]}']
+
+
+@pytest.mark.parametrize("text", [*NO_JSON, *NO_RECEIPT, *WRONG], ids=lambda text: repr(text)[:20])
+def test_what_is_no_receipt_is_said_to_be_none(text):
+    with pytest.raises(camserve.InvalidArgument, match="this is no receipt") as caught:
+        Receipt.from_json(text)
+    assert caught.value.field == "receipt"
+
+
+# ---- replays --------------------------------------------------------------------------------------------------------
+
+
+def test_a_replay_asks_for_the_same(servicer, client, pixels):
+    receipt = client.explain(pixels, model="m", method="opti-cam", top_k=2, budget=9, **FULL).receipt
+    again = client.replay(receipt, pixels, request_id="second")
+    assert (again.same, again.differences) == (True, {})
+    assert [each.target.index for each in again.explanation.maps] == [281, 8]
+    first, second = servicer.requests
+    for request in (first, second):
+        request.request_id = ""
+    first.target_top_k = 0
+    first.targets.extend(camserve.v1.explain_pb2.Target(index=index) for index in (281, 8))
+    first.batch_sizes["score"], first.precision = 16, "fp32"  # the server's own
+    assert first == second
+
+
+def test_what_differs_is_named(servicer, client, pixels):
+    receipt = client.explain(pixels, parameters={"n": 3}).receipt
+    servicer.ramp = servicer.ramp * 0.5
+    servicer.now = {"device": "cuda", "versions": {"torch": "3", "timm": "1"}, "batch_sizes": {"score": 8}}
+    servicer.now |= {"parameters": {"n": 3, "m": 1}}
+    again = client.replay(receipt, pixels)
+    digest = again.differences.pop("map_digests.281")
+    assert digest == (receipt.map_digests[0], again.explanation.receipt.map_digests[0])
+    assert again.differences == {
+        "device": ("cpu", "cuda"),
+        "versions.camserve": ("0", None),
+        "versions.torch": ("2", "3"),
+        "versions.timm": (None, "1"),
+        "batch_sizes.score": (16, 8),
+        "parameters.m": (None, 1),
+    }
+    assert not again.same
+
+
+def test_another_image_is_noticed(client, pixels):
+    again = client.replay(client.explain(pixels).receipt, 255 - pixels)
+    assert list(again.differences) == ["input_digest"]
+    assert again.same, "the server's map is always the ramp"
+
+
+def test_what_cannot_be_replayed(servicer, client, pixels, ramp):
+    given = client.evaluate(pixels, saliency=ramp).receipt
+    with pytest.raises(camserve.InvalidArgument, match="no method made it") as caught:
+        client.replay(given, pixels)
+    assert caught.value.field == "receipt.method"
+    old = dataclasses.replace(client.explain(pixels).receipt, map_digests=())
+    with pytest.raises(camserve.InvalidArgument, match="no digests"):
+        client.replay(old, pixels)
+    assert len(servicer.requests) == 2
+
+
+# ---- on the command line --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def record(address, photo, tmp_path) -> Path:
+    assert run("explain", photo, "--address", address, "--out", tmp_path).exit_code == 0
+    return tmp_path / "cat.json"
+
+
+def test_replay_shows_how_far_a_saved_map_is(address, servicer, record, photo, tmp_path, ramp):
+    servicer.ramp = ramp + np.eye(8, dtype=np.float32) / 2
+    given = ("replay", record, photo, "--address", address)
+    result = run(*given)
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (1, "not the same map")
+    assert re.search(r"map_digests\.281 +sha256:\w{12}… +sha256:\w{12}…", result.stdout)
+    assert re.search(r"tabby, cat \(281\) +0\.5 +0\.0625", result.stdout)
+    np.save(tmp_path / "elsewhere.npy", ramp + 2)
+    assert re.search(r" 2 +1\.94 *\n", run(*given, "--saliency", tmp_path / "elsewhere.npy").stdout)
+    np.save(tmp_path / "elsewhere.npy", ramp[:4])
+    assert "another shape: [4, 8]" in run(*given, "--saliency", tmp_path / "elsewhere.npy").stdout
+    record.with_suffix(".npy").unlink()
+    assert "difference" not in run(*given).stdout
+
+
+def test_replay_of_several_maps(address, servicer, photo, tmp_path, ramp):
+    run("explain", photo, "--address", address, "--out", tmp_path, "--top-k", 2)
+    servicer.ramp = ramp / 2
+    given = ("replay", tmp_path / "cat.json", photo, "--address", address)
+    saved = [tmp_path / "cat.281.npy", tmp_path / "cat.8.npy"]
+    result = run(*given)
+    assert result.stdout.startswith("not the same maps\n")
+    for said in (r"tabby, cat \(281\) +0\.5 +0\.25", r"hen \(8\) +0\.5 +0\.25"):
+        assert re.search(said, result.stdout)
+    assert run(*given, "--saliency", saved[0], "--saliency", saved[1]).stdout == result.stdout
+    assert run(*given, "--saliency", saved[0]).exit_code == 2
+    saved[0].unlink()
+    assert "tabby" not in run(*given).stdout
+
+
+def test_replay_takes_a_receipt_from_anywhere(address, record, photo, tmp_path):
+    given = ("--address", address)
+    line = run("explain", photo, *given, "--out", tmp_path / "new", "--json").stdout
+    alone = json.dumps(json.loads(record.read_text())["receipt"])
+    (tmp_path / "alone.json").write_text(alone)
+    for path, stdin in ((record, None), (tmp_path / "alone.json", None), ("-", alone), ("-", line)):
+        result = run("replay", path, photo, *given, stdin=stdin)
+        assert (result.exit_code, result.stdout) == (0, "the same map, bit for bit\n")
+
+
+def test_another_image_is_said_first(address, servicer, record, photo, other):
+    given = ("replay", record, other, "--address", address)
+    assert run(*given).stdout.splitlines()[:2] == [
+        "another image: the model saw another input than the receipt's",
+        "the same map, bit for bit",
+    ]
+    servicer.now = {"preprocessing": "as given"}
+    said, *_ = run(*given).stdout.splitlines()
+    assert said == "another input: the image was preprocessed in another way"
+    servicer.now = {"preprocessing": "as given", "input_digest": Receipt.from_json(record.read_text()).input_digest}
+    assert "another" not in run(*given).stdout
+
+
+def test_replay_says_what_is_wrong(address, record, photo, tmp_path, ramp):
+    np.save(tmp_path / "words.npy", np.array(["a"]))
+    given = run("evaluate", photo, "--address", address, "--saliency", tmp_path / "cat.npy", "--json").stdout
+    for arguments, stdin, said in [
+        ((tmp_path / "none.json", photo), None, "No such file or directory"),
+        ((record, tmp_path / "none.jpg"), None, "No such file or directory"),
+        ((photo, photo), None, "this is no receipt"),
+        (("-", photo), given, "no method made it"),
+        ((record, photo, "--saliency", tmp_path / "none.npy"), None, "No such file or directory"),
+        ((record, photo, "--saliency", tmp_path / "words.npy"), None, "real numbers"),
+    ]:
+        result = run("replay", *arguments, "--address", address, stdin=stdin)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert re.fullmatch(r"error: [^\n]*\n", result.stderr)
+        assert said in result.stderr

@@ -1,0 +1,162 @@
+"""The command line and replays on a real server, which keeps what its receipts say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import skimage.data
+from safetensors.torch import save_file
+
+import camserve
+from camserve import Receipt
+from camserve_cli import sanity_picture
+from camserve_server.config import Config, ModelConfig
+from camserve_server.service.server import Server
+from tests import nets
+from tests.conftest import serving
+
+
+def command(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`camserve` as a process of its own, because the server logs to the stdout of this one."""
+    line = [sys.executable, "-m", "camserve_cli", *map(str, arguments)]
+    env = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=60, env=env, input=stdin)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "poly-cam", "--metric", "deletion"),
+        ("--method", "grad-cam", "--top-k", "3"),
+        ("--method", "opti-cam", "--param", "steps=3", "--seed", "5"),
+    ],
+    ids=lambda options: options[1],
+)
+def test_a_replayed_map_is_the_same_bit_for_bit(server: Server, photo, other, tmp_path, options):
+    given = ("--address", server.address)
+    explained = command("explain", photo, *given, "--model", "tiny", "--out", tmp_path, *options)
+    assert explained.returncode == 0, explained.stderr
+    result = command("replay", tmp_path / "cat.json", photo, *given)
+    assert (result.returncode, result.stdout.partition(",")[2]) == (0, " bit for bit\n"), result
+    result = command("replay", tmp_path / "cat.json", other, *given)
+    assert (result.returncode, result.stdout[:13]) == (1, "another image"), result
+    assert "largest difference" in result.stdout
+
+
+def test_the_digests_are_those_of_the_maps(server: Server, photo, tmp_path):
+    command("explain", photo, "--address", server.address, "--model", "tiny", "--out", tmp_path, "--top-k", 2)
+    receipt = Receipt.from_json((tmp_path / "cat.json").read_bytes())
+    maps = [np.load(tmp_path / f"cat.{index}.npy") for index in receipt.targets]
+    digests = [f"sha256:{hashlib.sha256(each.astype('<f4').tobytes()).hexdigest()}" for each in maps]
+    assert list(receipt.map_digests) == digests
+
+
+def test_a_digest_that_was_tampered_with_is_shown(server: Server, photo, tmp_path):
+    command("explain", photo, "--address", server.address, "--model", "tiny", "--out", tmp_path)
+    record = json.loads((tmp_path / "cat.json").read_text())
+    record["receipt"]["map_digests"] = ["sha256:" + "0" * 64]
+    result = command("replay", "-", photo, "--address", server.address, stdin=json.dumps(record))
+    assert (result.returncode, result.stdout[:17]) == (1, "not the same map\n")
+    assert re.search(r"map_digests\.\d +sha256:000000000000… +sha256:", result.stdout)
+    assert len(result.stdout.splitlines()) == 4, "nothing else differs"
+
+
+def test_a_replay_keeps_to_the_batch_sizes_of_the_receipt(server: Server):
+    with camserve.Client(server.address) as client:
+        cat = skimage.data.chelsea()
+        receipt = client.explain(cat, model="tiny").receipt
+        smaller = {**receipt.batch_sizes, "forward": 2}
+        e = client.explain(cat, model="tiny", batch_sizes=smaller)
+        again = client.replay(e.receipt, cat)
+    assert e.receipt.batch_sizes == smaller
+    assert (again.same, again.differences) == (True, {})
+
+
+def test_a_map_that_was_cut_short_is_cut_short_again(server: Server):
+    with camserve.Client(server.address) as client:
+        cat = skimage.data.chelsea()
+        whole = client.explain(cat, model="tiny")
+        e = client.explain(cat, model="tiny", metrics=["average-drop"], budget=whole.cost.rows // 2)
+        again = client.replay(e.receipt, cat)
+    assert whole.share == 1
+    assert 0 < e.share < 1
+    assert e.cost.rows <= whole.cost.rows // 2
+    assert (again.same, again.explanation.share) == (True, e.share)
+
+
+def test_the_map_of_an_evaluation_is_made_again(server: Server):
+    with camserve.Client(server.address) as client:
+        cat = skimage.data.chelsea()
+        made = client.evaluate(cat, model="tiny", method="opti-cam", parameters={"steps": 2}, target=3, seed=4)
+        again = client.replay(made.receipt, cat)
+    assert (again.same, again.differences) == (True, {})
+    assert np.array_equal(again.explanation.saliency, made.saliency)
+
+
+def test_what_the_server_has_is_listed(server: Server):
+    with camserve.Client(server.address) as client:
+        tiny, methods = client.models()[1], client.methods("tiny")
+    given = ("--address", server.address, "--model", "tiny")
+    listed = {what: command("list", what, *given).stdout for what in ("models", "layers", "methods")}
+    assert tiny.digest in listed["models"]
+    assert all(layer.name in listed["layers"] for layer in tiny.named_layers)
+    assert all(method.name in listed["methods"] and method.paper in listed["methods"] for method in methods)
+    page = command("list", "methods", "poly-cam", *given).stdout
+    [poly] = [method for method in methods if method.name == "poly-cam"]
+    assert all(line in page for line in poly.equations.splitlines())
+
+
+@contextmanager
+def version(seed: int, folder: Path) -> Iterator[str]:
+    """The address of a server of "tiny" with other weights for each seed."""
+    weights = folder / f"{seed}.safetensors"
+    save_file(nets.tiny_cnn(seed).state_dict(), weights)
+    source = "python:tests.nets:tiny_cnn"
+    tiny = ModelConfig(name="tiny", source=source, weights=str(weights), input_size=(32, 32), batch_size=4)
+    with serving(Config(listen="127.0.0.1:0", models=[tiny])) as running:
+        yield running.address
+
+
+def test_another_version_of_the_model_is_named(photo, tmp_path):
+    with version(1, tmp_path) as address:
+        command("explain", photo, "--address", address, "--out", tmp_path, "--method", "grad-cam", "--target", 2)
+    with version(2, tmp_path) as address:
+        result = command("replay", tmp_path / "cat.json", photo, "--address", address)
+    assert result.returncode == 1
+    assert result.stdout.startswith("not the same map\n")
+    differs = [line.split()[0] for line in result.stdout.split("\n\n")[1].splitlines()[1:]]
+    assert differs == ["model_digest", "map_digests.2"]
+
+
+def test_a_check_by_randomisation_is_a_picture_and_a_table(server: Server, photo, tmp_path):
+    picture = tmp_path / "checks" / "cat.png"
+    given = ("--address", server.address, "--model", "tiny", "--method", "layer-cam", "--steps", "3", "--out", picture)
+    result = command("sanity", photo, *given)
+    assert result.returncode == 0, result.stderr
+    *_, mean, path = result.stdout.splitlines()
+    assert path == str(picture)
+    steps = [line.split() for line in result.stdout.splitlines() if line[:1].isdigit()]
+    assert [step[0] for step in steps] == ["1", "2", "3"] and steps[-1][-4].startswith("c1")
+    for i, value in enumerate(map(float, mean.split()[1:])):
+        assert value == pytest.approx(np.mean([float(step[i - 3]) for step in steps]), abs=2e-3)
+    with PIL.Image.open(picture) as drawn:
+        pixels = np.asarray(drawn.convert("RGB")).astype(int)
+    # The three curves are there, in their colours.
+    for _, colour, _ in sanity_picture.SERIES.values():
+        assert (np.abs(pixels - colour).sum(axis=2) == 0).sum() > 100
+
+    alone = command("sanity", photo, *given[:-1], tmp_path / "alone.png", "--order", "independent")
+    assert alone.returncode == 0 and alone.stdout.splitlines()[-2] != mean
+    refused = command("sanity", photo, "--address", server.address, "--model", "tiny", "--method", "raw-attention")
+    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and not refused.stdout

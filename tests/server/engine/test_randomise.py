@@ -1,0 +1,255 @@
+"""Random copies of a network: what is drawn, who pays for them, and that none is left."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from camserve_server.engine import batch_runner as runner_module
+from camserve_server.engine import random_copies as copies_module
+from camserve_server.engine.job import Event, Limits
+from camserve_server.errors import Cancelled, Expired, InternalError, OutOfMemory
+from camserve_server.models.load import state_digest
+from camserve_server.models.model import Model
+from camserve_server.models.randomise import RandomCopy, weighted_layers
+from camserve_server.plan import Plan, Predict, Randomise, Randomised
+from camserve_server.rows import normal
+from tests import nets
+from tests.support import as_model, call, explained, metric, noise, running, submit
+
+SIZE = (37, 29)
+X = noise(3, *SIZE)
+NAMES = ("randomisation-spearman", "randomisation-ssim", "randomisation-hog")
+ALL = [metric(name, seed=3) for name in NAMES]
+
+
+@pytest.fixture
+def model() -> Model:
+    return as_model(nets.tiny_cnn(), SIZE)
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """Every network that is copied from here on."""
+    made: list[weakref.ref[Any]] = []
+
+    class Watched(RandomCopy):
+        def __init__(self, served: Model) -> None:
+            super().__init__(served)
+            made.append(weakref.ref(self.model.module))
+
+    monkeypatch.setattr(copies_module, "RandomCopy", Watched)
+    return made
+
+
+def alive(copies: list[weakref.ref[Any]]) -> int:
+    gc.collect()
+    return sum(copy() is not None for copy in copies)
+
+
+def randomised(model: Model, method: str = "layer-cam", **parameters: Any) -> list[Randomised]:
+    events: list[Event] = []
+    asked = [metric("randomisation-ssim", seed=3, **parameters)]
+    with running() as engine:
+        submit(engine, model, X, call(model, method), [1], asked, events).future.result(60)
+    return [event for event in events if isinstance(event, Randomised)]
+
+
+# ---- what is random --------------------------------------------------------------------------------------------------
+
+
+def test_layers_come_in_the_order_in_which_they_run() -> None:
+    class Backwards(nn.Module):
+        """Defined from its end."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 5)
+            self.scale = nn.Parameter(torch.ones(1))
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.body(x * self.scale).mean(dim=(2, 3)))
+            return y
+
+    assert weighted_layers(as_model(Backwards())) == ("scale", "body.0", "body.2", "head")
+    vit = weighted_layers(as_model(nets.tiny_vit()))
+    assert vit[:4] == ("cls_token", "pos_embed", "patch_embed.proj", "blocks.0.norm1")
+    assert vit[-2:] == ("norm", "head")
+
+
+def test_a_layer_is_drawn_with_its_own_mean_and_deviation(model: Model) -> None:
+    copy = RandomCopy(model)
+    copy.randomise(["c2", "fc"], 7)
+    for i, (name, served) in enumerate(model.module.named_parameters()):
+        drawn = copy.model.module.get_parameter(name)
+        if name.startswith(("c2.", "fc.")):
+            expected = served.mean() + served.std(correction=0) * normal(served.shape, 7, i)
+            assert torch.allclose(drawn, expected, atol=1e-6)
+            assert name == "fc.bias" or not torch.allclose(drawn, served)
+        else:
+            assert torch.equal(drawn, served)
+    weights = copy.model.module.get_parameter("c2.weight").clone()
+    copy.randomise(["c2", "c1"], 7)
+    assert torch.equal(copy.model.module.get_parameter("c2.weight"), weights), "whatever else is random"
+    assert torch.equal(copy.model.module.get_parameter("fc.weight"), model.module.get_parameter("fc.weight"))
+    copy.randomise((), 7)
+    assert state_digest(copy.model.module) == state_digest(model.module)
+
+
+@pytest.mark.parametrize("order", ["cascading", "independent"])
+def test_steps(model: Model, order: str) -> None:
+    steps = randomised(model, order=order)
+    assert [step.layers for step in steps] == [("fc",), ("c3",), ("c2",), ("c1",)]
+    assert [(step.order, step.index, step.count, step.target) for step in steps] == [(order, i, 4, 1) for i in range(4)]
+    copy, random = RandomCopy(model), list[str]()
+    for step in steps:
+        random = [*random, *step.layers] if order == "cascading" else [*step.layers]
+        copy.randomise(random, 3)
+        assert torch.equal(explained(copy.model, X, call(copy.model, "layer-cam"), [1]).maps[0], step.saliency)
+
+
+def test_the_last_step_of_a_cascade_is_a_network_at_random(model: Model) -> None:
+    net = nets.tiny_cnn()
+    for i, weight in enumerate(net.parameters()):
+        std, mean = torch.std_mean(weight, correction=0)
+        weight.data = normal(weight.shape, 3, i) * std + mean
+    wholly = explained(as_model(net, SIZE), X, call(model, "layer-cam"), [1]).maps[0]
+    assert torch.allclose(randomised(model)[-1].saliency, wholly, atol=1e-5)
+
+
+def test_layers_are_dealt_out_evenly(model: Model) -> None:
+    assert [step.layers for step in randomised(model, steps=3)] == [("fc",), ("c3",), ("c2", "c1")]
+    assert [step.layers for step in randomised(model, steps=1)] == [("fc", "c3", "c2", "c1")]
+
+
+def test_the_head_of_cam_is_random_too(model: Model) -> None:
+    first, *_ = randomised(model, "cam")
+    assert first.layers == ("fc",)
+    assert first.alike.spearman < 0.9
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["cascading", "independent"])
+@pytest.mark.parametrize("method", ["fake-cam", "center-gaussian", "random"])
+def test_what_knows_nothing_of_the_network_stays_the_same(model: Model, method: str, order: str) -> None:
+    scored = [metric(name, order=order) for name in NAMES]
+    for score in explained(model, X, call(model, method), [1], scored).scores[0]:
+        assert score.value == pytest.approx(1)
+        assert score.curve == pytest.approx([1] * 4)
+
+
+def test_three_metrics_share_their_rows_and_their_events(model: Model) -> None:
+    events: list[Event] = []
+    with running() as engine:
+        job = submit(engine, model, X, call(model, "grad-cam"), [1], ALL, events)
+        scores = job.future.result(60).scores[0]
+    assert job.rows == 2 + 4 * 2
+    assert job.owed == 0
+    steps = [event for event in events if isinstance(event, Randomised)]
+    assert len(steps) == 4
+    for score, name in zip(scores, ("spearman", "ssim", "hog"), strict=True):
+        assert score.curve == tuple(getattr(step.alike, name) for step in steps)
+        assert score.value == pytest.approx(sum(score.curve) / 4)
+
+
+# ---- the served network, and company ---------------------------------------------------------------------------------
+
+
+def test_the_served_network_is_never_touched_and_company_changes_nothing(
+    model: Model, copies: list[weakref.ref[Any]]
+) -> None:
+    before, plain = state_digest(model.module), call(model, "poly-cam")
+    with running(max_copies=2) as engine:
+        expected = submit(engine, model, X, plain).future.result(60)
+        alone = submit(engine, model, X, plain, [1], ALL).future.result(60)
+        jobs = [submit(engine, model, X, plain, [1], ALL if i % 2 else ()) for i in range(8)]
+        for i, job in enumerate(jobs):
+            result = job.future.result(60)
+            assert torch.equal(result.maps, alone.maps)
+            assert result.scores == (alone.scores if i % 2 else ((),))
+        assert torch.equal(submit(engine, model, X, plain).future.result(60).maps, expected.maps)
+        assert len(copies) == 5
+        assert alive(copies) == 0
+    assert state_digest(model.module) == before
+    other = explained(model, X, plain, [1], [metric("randomisation-ssim", seed=4)]).scores[0][0]
+    assert other.curve != alone.scores[0][1].curve
+
+
+@pytest.fixture
+def most(monkeypatch: pytest.MonkeyPatch, copies: list[weakref.ref[Any]]) -> Iterator[list[int]]:
+    """How many copies there were whenever a batch ran."""
+    run, seen = runner_module.run, list[int]()
+
+    def counted(*args: Any) -> None:
+        run(*args)
+        seen.append(sum(copy() is not None for copy in copies))
+
+    monkeypatch.setattr(runner_module, "run", counted)
+    yield seen
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_there_are_never_more_copies_than_allowed(model: Model, most: list[int], limit: int) -> None:
+    with running(max_copies=limit) as engine:
+        jobs = [submit(engine, model, X, call(model, "grad-cam"), [1, 2], ALL) for _ in range(6)]
+        assert len({job.future.result(60).scores for job in jobs}) == 1
+    assert max(most) == limit
+
+
+def holding(model: Model, broken: threading.Event) -> Plan[None]:
+    """Has a copy until somebody takes it away, or it breaks."""
+    yield from Randomise(("fc",))
+    while not broken.is_set():
+        yield from Predict(model.image(X))
+    raise ValueError("a bug in a metric")
+
+
+@pytest.mark.parametrize("end", ["cancelled", "late", "broken"])
+def test_whoever_ends_in_the_middle_leaves_its_copy_to_the_next(
+    model: Model, copies: list[weakref.ref[Any]], end: str
+) -> None:
+    asked, broken = call(model, "grad-cam"), threading.Event()
+    with running(max_copies=1) as engine:
+        limits = Limits(deadline=time.monotonic() + 1) if end == "late" else Limits()
+        holds = engine.submit(holding(model, broken), model, rows=10**5, limits=limits)
+        while not copies:
+            time.sleep(0.01)
+        gives_up, waits = (submit(engine, model, X, asked, [1], ALL) for _ in range(2))
+        submit(engine, model, X, asked).future.result(60)  # whoever wants no copy goes on
+        engine.cancel(gives_up)
+        with pytest.raises(Cancelled):
+            gives_up.future.result(60)
+        assert not waits.future.done()
+        assert len(copies) == 1
+        if end == "cancelled":
+            engine.cancel(holds)
+        if end == "broken":
+            broken.set()
+        with pytest.raises({"cancelled": Cancelled, "late": Expired, "broken": InternalError}[end]):
+            holds.future.result(60)
+        assert len(waits.future.result(60).scores[0]) == 3
+        assert len(copies) == 2
+        assert alive(copies) == 0
+
+
+def test_no_room_for_a_copy(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    def full(served: Model) -> RandomCopy:
+        raise torch.OutOfMemoryError("no room")
+
+    with running() as engine:
+        monkeypatch.setattr(copies_module, "RandomCopy", full)
+        with pytest.raises(OutOfMemory, match="a copy of model"):
+            submit(engine, model, X, call(model, "grad-cam"), [1], ALL).future.result(60)
+        monkeypatch.undo()
+        submit(engine, model, X, call(model, "grad-cam"), [1], ALL).future.result(60)

@@ -1,0 +1,83 @@
+"""Networks, or parts of them, that no gradient goes through: a clear refusal, and all else is served."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from camserve_server.engine import warmup
+from camserve_server.errors import Unservable
+from camserve_server.models.model import Model
+from tests.support import as_model, call, explained, noise
+
+X = noise(3, 32, 32)
+
+
+class Backbone(nn.Module):
+    """With a branch that the logits do not depend on; `frozen` as some publish it, under no_grad."""
+
+    def __init__(self, *, frozen: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen = frozen
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        self.unused, self.fc = nn.Conv2d(8, 4, 1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            A = self.body(x)
+        self.unused(A)
+        y: Tensor = self.fc(A.mean(dim=(2, 3)))
+        return y
+
+
+@pytest.fixture
+def frozen() -> Model:
+    return as_model(Backbone(frozen=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "layer"),
+    [("grad-cam", "body.0"), ("smooth-grad", None), ("integrated-gradients", None), ("opti-cam", "body.1")],
+)
+def test_methods_of_gradients_are_refused(frozen: Model, method: str, layer: str | None) -> None:
+    with pytest.raises(Unservable, match="no_grad"):
+        explained(frozen, X, call(frozen, method, [layer] if layer else None))
+
+
+def test_the_last_layer_before_the_head_is_served(frozen: Model) -> None:
+    assert explained(frozen, X, call(frozen, "grad-cam", ["body"])).maps.any()
+    assert explained(frozen, X, call(frozen, "score-cam", ["body"])).maps.any()
+
+
+def test_a_layer_that_is_not_used() -> None:
+    model = as_model(Backbone(frozen=False))
+    with pytest.raises(Unservable, match="no use of it"):
+        explained(model, X, call(model, "grad-cam", ["unused"]))
+
+
+def test_it_can_be_started(frozen: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "MEASURE_S", 0)
+    warmup.warm_up(frozen)
+    assert set(frozen.batch_sizes) == {"forward", "gradient", "ascend"}
+    assert "ascend" not in frozen.rows_per_s
+
+
+def test_sizes_that_do_not_fit_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(size: int) -> Generator[None, None, float]:
+        yield
+        if size > 4:
+            raise torch.OutOfMemoryError("no room")
+        return 1.0
+
+    def best(*sizes: int) -> Generator[None, None, None]:
+        found.append((yield from warmup._best(seconds, sizes, 0.95)))
+
+    found: list[tuple[int, float]] = []
+    assert len(list(best(1, 2, 4, 8))) == 4, "others have their turn before each batch"
+    assert found == [(4, 4.0)]
+    with pytest.raises(torch.OutOfMemoryError):
+        list(best(8, 16))

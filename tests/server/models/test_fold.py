@@ -1,0 +1,161 @@
+"""Batch norm folded into convolutions: the same outputs, one step less."""
+
+import pytest
+import skimage.data
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from camserve_server.config import ModelConfig, embedded
+from camserve_server.errors import InvalidArgument
+from camserve_server.models.fold import fold_batch_norm, fold_padding
+from camserve_server.models.load import load
+from camserve_server.models.model import Model
+from camserve_server.models.pixels import from_pixels
+from camserve_server.torch_setup import torchvision_ops  # noqa: F401  (timm imports torchvision)
+from tests.support import call, explained, noise
+
+from timm.layers import BatchNormAct2d, create_conv2d  # isort: skip
+
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    """Pairs that can be folded (a, d, e), and convolutions that others use too (b), or that run twice (c)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a_bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.b, self.b_bn = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.c, self.c_bn = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.d, self.d_bn = nn.Conv2d(8, 8, 3, groups=4, bias=False), BatchNormAct2d(8)
+        self.e, self.e_bn = nn.Conv2d(8, 6, 3, stride=2), nn.BatchNorm2d(6, affine=False)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a_bn(self.a(x)).relu_()
+        b = self.b(x)
+        x = self.b_bn(b) + b
+        x = self.c_bn(self.c(self.c(x)))
+        x = self.e_bn(self.e(self.d_bn(self.d(x))))
+        return self.head(x.mean(dim=(2, 3)))
+
+
+def trained(net: nn.Module) -> nn.Module:
+    """With statistics and affine parameters that are not those of a new network."""
+    generator = torch.Generator().manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            if module.affine:
+                nn.init.uniform_(module.weight, -1.5, 1.5, generator=generator)
+                nn.init.normal_(module.bias, generator=generator)
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def test_what_follows_a_convolution_alone_is_folded_into_it():
+    torch.manual_seed(0)
+    net, x = trained(Net()), noise(2, 3, 16, 16)
+    seen: list[Tensor] = []
+    before = net(x)
+    with_hook = net.d_bn.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    net(x)
+    with_hook.remove()
+
+    # b is used beside its batch norm as well, which only the logits tell.
+    assert fold_batch_norm(net, x[:1]) == {}
+    assert torch.equal(net(x), before)
+    assert fold_batch_norm(net, x[:1], keep={"b"}) == {"a": "a_bn", "d": "d_bn", "e": "e_bn"}
+
+    assert isinstance(net.a_bn, nn.Identity) and [*dict(net.d_bn.named_children())] == ["drop", "act"]
+    assert net.a.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+    torch.testing.assert_close(net(x), before, rtol=0, atol=1e-5)
+    net.d_bn.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    net(x)
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-5)
+
+
+def test_a_weight_that_is_computed_is_left_alone():
+    net = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.Flatten())
+    assert fold_batch_norm(trained(net), noise(1, 3, 5, 5)) == {}
+
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 16), (17, 9)])
+def test_padding_becomes_part_of_the_convolution(size):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        create_conv2d(3, 8, 3, stride=2, padding="same", bias=True),
+        create_conv2d(8, 8, 5, stride=2, padding="same", depthwise=True),
+        create_conv2d(8, 6, 3, stride=1, padding="same", dilation=2),
+    )
+    net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    x = noise(2, 3, *size)
+    before = net(x)
+    fold_padding(net, x[:1])
+    assert type(net[0]) is type(net[1]) is nn.Conv2d
+    torch.testing.assert_close(net(x), before, rtol=0, atol=1e-6)
+
+
+def test_a_convolution_that_sees_several_sizes_pads_as_before():
+    net = Twice()
+    x = noise(1, 3, 16, 16)
+    before = net(x)
+    fold_padding(net, x)
+    assert type(net.conv) is not nn.Conv2d and torch.equal(net(x), before)
+
+
+class Twice(nn.Module):
+    """One convolution, of two sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = create_conv2d(3, 3, 3, stride=2, padding="same").requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x)).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def lite0() -> tuple[Model, Model]:
+    """As it is, and folded."""
+    plain, folded = (embedded().model_copy(update={"fold_batch_norm": fold}) for fold in (False, True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("camserve_server.models.load.fold_padding", lambda *_: None)
+        models = [load(plain, CPU)]
+    models.append(load(folded, CPU))
+    for model in models:
+        model.batch_sizes = {"forward": 4, "gradient": 2, "ascend": 1}
+    return models[0], models[1]
+
+
+def test_the_embedded_network_is_the_same(lite0):
+    plain, folded = lite0
+    assert not [name for name, each in folded.module.named_modules() if type(each).__name__ == "Conv2dSame"]
+    assert len(folded.folded) == 49 and not any(isinstance(m, nn.BatchNorm2d) for m in folded.module.modules())
+    assert (folded.digest, folded.layers, folded.layer) == (plain.digest, plain.layers, plain.layer)
+    assert [*folded.spatial] == [name for name in plain.spatial if name not in folded.folded]
+
+
+@pytest.mark.parametrize(
+    ("method", "layers"),
+    [("grad-cam", None), ("grad-cam++", None), ("poly-cam", ["blocks.1.0.bn1"]), ("input-x-gradient", None)],
+)
+def test_maps_are_the_same(lite0, method, layers):
+    x = lite0[0].preprocessing(from_pixels(skimage.data.chelsea()))
+    maps = [explained(each, x, call(each, method, layers), [285]).maps for each in lite0]
+    torch.testing.assert_close(maps[1], maps[0], rtol=0, atol=1e-5)
+
+
+def test_a_folded_convolution_cannot_be_named():
+    config = ModelConfig(name="r", source="torchvision:resnet18", allow_random_weights=True, input_size=(32, 32))
+    with pytest.raises(
+        InvalidArgument, match=r"r computes layer1\.0\.conv1 in one step with layer1\.0\.bn1: name that"
+    ):
+        load(config, CPU).find_layers(["layer1.0.conv1"], "layers")
+    named = load(config.model_copy(update={"layers": ["layer1.0.conv1", "layer3"]}), CPU)
+    assert [layer.name for layer in named.find_layers(["layer1.0.conv1"], "layers")] == ["layer1.0.conv1"]
+    assert "layer1.0.conv2" in named.folded
+    plain = load(config.model_copy(update={"fold_batch_norm": False}), CPU)
+    assert plain.find_layers(["layer1.0.conv1"], "layers")

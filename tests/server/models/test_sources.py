@@ -1,0 +1,218 @@
+"""From a configuration to a model: sources, sizes, channels, heads; each error names its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from camserve.v1 import explain_pb2 as pb
+from camserve_server.config import Config, ModelConfig, read
+from camserve_server.errors import ConfigError, InvalidArgument
+from camserve_server.models.load import load, state_digest
+from camserve_server.models.model import Model
+from camserve_server.service.requests import explain_request
+from camserve_server.torch_setup import torchvision_ops  # noqa: F401
+from tests.support import noise
+
+import timm  # isort: skip
+
+
+def loaded(source: str, **keys: Any) -> Model:
+    keys = {"allow_random_weights": True, **keys}
+    return load(ModelConfig(name="m", source=source, **keys), torch.device("cpu"))
+
+
+# ---- networks for python: --------------------------------------------------------------------------------------------
+
+
+def grey() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+def one_logit() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+
+
+HERE = "python:tests.server.models.test_sources"
+
+
+# ---- timm ------------------------------------------------------------------------------------------------------------
+
+
+def test_timm_brings_its_preprocessing() -> None:
+    model = loaded("timm:test_vit")
+    assert str(model.preprocessing) == "squash 160x160 bicubic, mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5]"
+    assert model.random_weights
+    keys = {"mean": [0.1, 0.2, 0.3], "input_size": [96, 64], "interpolation": "nearest"}
+    model = loaded("timm:test_vit", **keys)
+    assert str(model.preprocessing) == "squash 96x64 nearest, mean [0.1, 0.2, 0.3], std [0.5, 0.5, 0.5]"
+    assert model.attention_grid == (6, 4)
+
+
+def test_random_weights_are_always_the_same() -> None:
+    assert loaded("timm:test_vit").digest == loaded("timm:test_vit").digest
+
+
+def test_timms_weights_from_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    net = timm.create_model("test_vit")
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    config = ModelConfig(name="m", source="timm:test_vit", weights=str(tmp_path / "w.safetensors"))
+    model = load(config, torch.device("cpu"))
+    assert model.digest == state_digest(net)
+    assert not model.random_weights
+
+
+@pytest.mark.parametrize("source", ["timm:test_vit", "torchvision:squeezenet1_1"])
+def test_weights_of_another_number_of_classes(source: str, tmp_path: Path) -> None:
+    finetuned = loaded(source, classes=3)
+    assert finetuned.classes == 3
+    save_file({k: v.contiguous() for k, v in finetuned.module.state_dict().items()}, tmp_path / "mine.safetensors")
+    config = ModelConfig(name="m", source=source, weights=str(tmp_path / "mine.safetensors"))
+    with pytest.raises(ConfigError, match=r"models\.m\.weights"):
+        load(config, torch.device("cpu"))
+    mine = load(config.model_copy(update={"classes": 3}), torch.device("cpu"))
+    assert mine.digest == finetuned.digest
+
+
+def test_pretrained_asks_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    create = timm.create_model
+
+    def instead(name: str, **options: Any) -> nn.Module:
+        asked.append(options)
+        return create(name, **{**options, "pretrained": False})
+
+    monkeypatch.setattr(timm, "create_model", instead)
+    loaded("timm:test_resnet", weights="pretrained", allow_random_weights=False)
+    assert asked == [{"pretrained": True}]
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "layer", "grid"),
+    [
+        ("timm:test_vit", (64, 96), "blocks.5.norm1", (4, 6)),
+        ("timm:swin_tiny_patch4_window7_224", (64, 96), "layers.3.blocks.1.norm1", (2, 3)),
+        ("timm:test_resnet", (64, 96), "layer4", (2, 3)),
+        ("torchvision:vit_b_32", (64, 64), "encoder.layers.encoder_layer_11.ln_1", (2, 2)),
+        ("torchvision:swin_t", (64, 96), "features.7.1.norm1", (2, 3)),
+    ],
+)
+def test_a_network_is_made_for_its_size(source: str, size: tuple[int, int], layer: str, grid: tuple[int, int]) -> None:
+    found = loaded(source, input_size=size).layer
+    assert found is not None
+    assert (found.name, (found.height, found.width)) == (layer, grid)
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_layers_can_be_given() -> None:
+    model = loaded("torchvision:resnet18", input_size=(64, 64), layers=["layer1.0.relu#2", "layer2"])
+    assert [layer.name for layer in model.default_layers(many=True)] == ["layer1.0.relu#2", "layer2"]
+    assert [layer.name for layer in model.default_layers(many=False)] == ["layer2"]
+    model = loaded("torchvision:resnet18", input_size=(64, 64), layer="layer3#1")
+    assert [layer.name for layer in model.default_layers(many=True)][-1] == "layer4"
+    assert [layer.name for layer in model.default_layers(many=False)] == ["layer3"]
+
+
+def test_the_head_can_be_given() -> None:
+    assert loaded("timm:test_resnet").head == "softmax"
+    assert loaded("timm:test_resnet", head="sigmoid").head == "sigmoid"
+    assert loaded(f"{HERE}:one_logit").head == "sigmoid"
+
+
+@pytest.mark.parametrize(
+    ("source", "keys", "message"),
+    [
+        ("timm:nix", {}, "models.m.source: timm has no model 'nix'"),
+        ("timm:test_vit", {"allow_random_weights": False}, 'models.m.weights: give a file or "pretrained"'),
+        ("timm:test_vit", {"weights": "none.pt"}, "models.m.weights: neither a file nor one of timm's: pretrained"),
+        ("timm:mvitv2_tiny", {"input_size": (64, 80)}, "models.m.input_size: mvitv2_tiny cannot be made for it"),
+        ("torchvision:vit_b_16", {"input_size": (64, 80)}, "models.m.input_size: .* takes squares, not 64x80"),
+        ("torchvision:vit_b_16", {"input_size": (65, 65)}, "models.m.input_size: "),
+        ("torchvision:resnet18", {"input_size": (1, 1), "layer": "x"}, "models.m.layer: there is no layer 'x'"),
+        ("timm:test_resnet", {"layer": "layer1.0.nix"}, "models.m.layer: .* the nearest: layer1.0"),
+        ("torchvision:resnet18", {"layer": "layer2.0.relu"}, r"models.m.layer: .* such as layer2\.0\.relu#2"),
+        ("torchvision:resnet18", {"layers": ["layer2", "nix"]}, "models.m.layers: there is no layer 'nix'"),
+        ("torchvision:resnet18", {"layers": ["layer2", "layer1"]}, "models.m.layers: they must go from fine to coarse"),
+        ("timm:test_resnet", {"token_grid": (5, 5)}, "models.m.token_grid: "),
+        (f"{HERE}:one_logit", {"head": "softmax"}, "models.m.head: the softmax of a single logit is always 1"),
+        (f"{HERE}:one_logit", {"mean": [0.5]}, "models.m.std: 3 numbers where mean has 1; set both"),
+        (f"{HERE}:one_logit", {"mean": [0.5], "std": [1]}, "models.m.mean: the network's input has 3 channels"),
+        (f"{HERE}:grey", {"mean": [0.5] * 3}, "models.m.mean: the network's input has one channel"),
+        (f"{HERE}:grey", {"std": [0.5] * 3}, "models.m.mean: the network's input has one channel"),
+        ("timm:test_vit", {"input_size": (8, 8)}, "models.m.input_size: "),
+    ],
+)
+def test_each_error_names_its_key(source: str, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        loaded(source, **keys)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("mean = [0.5, 0.5]", "^models.m.mean: .*2 numbers; expected three, or one"),
+        ("std = [0.5, 0.0, 0.5]", "^models.m.std.1: .*greater than 0"),
+        ("name = 'n'", "camserve.toml"),
+        ("\n[[models]]\nsource = 'timm:test_vit'", "^models.1.name: "),
+        ('head = "both"', "head: "),
+        ("token_grid = [0, 3]", "token_grid.0: "),
+        ("token_grid = [7]", "token_grid"),
+        ("layer = 3", "layer: "),
+    ],
+)
+def test_a_value_out_of_range_names_its_key(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "camserve.toml"
+    path.write_text(f'[[models]]\nname = "m"\nsource = "timm:test_vit"\n{line}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        read(path)
+
+
+# ---- grey-scale ------------------------------------------------------------------------------------------------------
+
+
+def asked(model: Model, **image: Any) -> Tensor:
+    request = pb.ExplainRequest(image=pb.Image(**image), method=pb.MethodSpec(name="grad-cam"))
+    return explain_request(request, model, Config()).image.tensor
+
+
+def test_a_grey_network_gets_grey_pictures() -> None:
+    model = loaded(f"{HERE}:grey", input_size=(24, 16))
+    assert str(model.preprocessing) == "squash 24x16 bilinear, mean [0.5], std [0.5]"
+    colours = np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8)
+    grey = (colours @ np.array([0.299, 0.587, 0.114])) / 255 * 2 - 1
+    seen = asked(model, pixels=pb.Pixels(height=24, width=16, data=colours.tobytes()))
+    assert seen.shape == (1, 24, 16)
+    np.testing.assert_allclose(seen[0], grey, atol=2 / 255)
+
+
+def test_a_grey_picture_stays_as_it_is(tmp_path: Path) -> None:
+    model = loaded(f"{HERE}:grey", input_size=(24, 16), mean=[0.0], std=[1.0])
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 16), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "grey.png")
+    seen = asked(model, encoded=(tmp_path / "grey.png").read_bytes())
+    np.testing.assert_allclose(seen[0], pixels / 255, atol=1e-6)
+
+
+def test_a_tensor_has_the_networks_channels() -> None:
+    model = loaded(f"{HERE}:grey", input_size=(24, 16))
+    x = noise(1, 24, 16)
+    seen = asked(model, tensor=pb.Tensor(shape=x.shape, data=x.numpy().tobytes()))
+    assert torch.equal(seen, x)
+    x = noise(3, 24, 16)
+    with pytest.raises(InvalidArgument, match=r"takes a tensor of \[1, 24, 16\], not \[3, 24, 16\]"):
+        asked(model, tensor=pb.Tensor(shape=x.shape, data=x.numpy().tobytes()))
