@@ -17,7 +17,9 @@ import torch
 
 from camserve_server.config import Config, ModelConfig, embedded
 from camserve_server.service.server import Server
+from tests.processes import restore_default_signals
 
+restore_default_signals()
 torch.set_num_threads(1)
 if torch.cuda.is_available():
     os.environ["CAMSERVE_DEVICE"] = "cpu"  # tests marked `gpu` name theirs

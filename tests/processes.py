@@ -1,17 +1,22 @@
-"""`camserve serve` as a process of its own, for tests."""
+"""Child processes for tests, among them `camserve serve`."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parent.parent
+CAMSERVE = [sys.executable, "-m", "camserve_cli"]
+# A safety net for a process that hangs. No test should come near it, even on a slow machine with other work.
+LIMIT_S = 240
 TINY = """
 [[models]]
 name = "tiny"
@@ -21,9 +26,82 @@ batch_size = 2
 """
 
 
+def restore_default_signals() -> None:
+    """Make this process, and every process that it starts, react to SIGINT and SIGTERM.
+
+    A process inherits ignored and blocked signals from its parent, and Python does not install its handler for SIGINT
+    if that signal is ignored at the start. `make test &` in a script, `trap '' INT` and some CI systems start pytest
+    in this state. `tests/conftest.py` calls this function once in each pytest process, so that tests can use
+    `subprocess` as usual: a new process gets the default action of each signal that its parent handles.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return the environment of a child process that can import `tests`, with these variables set."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+
+
+@contextmanager
+def started(
+    command: Sequence[str | Path],
+    *,
+    stdout: int | IO[str] | None = subprocess.PIPE,
+    stderr: int | IO[str] | None = None,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[subprocess.Popen[str]]:
+    """Start a process in text mode, yield it, and kill it at the end if it still runs.
+
+    Args:
+        command: The program and its arguments.
+        stdout: As in `subprocess.Popen`; a pipe by default.
+        stderr: As in `subprocess.Popen`; that of pytest by default.
+        cwd: The working directory.
+        env: All environment variables; those of `environment()` by default.
+    """
+    variables = environment() if env is None else env
+    with subprocess.Popen(command, stdout=stdout, stderr=stderr, cwd=cwd, text=True, env=variables) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def completed(
+    command: Sequence[str | Path],
+    *,
+    stdin: str = "",
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a process until it ends, and return its exit status and its output.
+
+    Args:
+        command: The program and its arguments.
+        stdin: The text on standard input; nothing by default.
+        cwd: The working directory.
+        env: All environment variables; those of `environment()` by default.
+    """
+    return subprocess.run(
+        command,
+        input=stdin,
+        capture_output=True,
+        cwd=cwd,
+        text=True,
+        env=environment() if env is None else env,
+        timeout=LIMIT_S,
+        check=False,
+    )
+
+
 @dataclass
 class Served:
-    """A server that has said that it is ready, and where."""
+    """A `camserve serve` process that has reported that it is ready."""
 
     process: subprocess.Popen[str]
     address: str
@@ -31,25 +109,27 @@ class Served:
     log: Path
 
     def stderr(self) -> str:
-        """What it has logged so far."""
+        """Return the log so far."""
         return self.log.read_text(encoding="utf-8")
 
 
 @contextmanager
-def served(config: Path, **environment: str) -> Iterator[Served]:
-    """The process, which is killed at the end if it has not ended by itself."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(config)]
+def served(config: Path, *options: str, **variables: str) -> Iterator[Served]:
+    """Start `camserve serve`, yield it when it is ready, and kill it at the end if it still runs.
+
+    Args:
+        config: The configuration file. The log is written beside it.
+        options: Options of the command line.
+        variables: Environment variables that are set in addition to those of pytest.
+    """
     log = config.with_suffix(".log")
+    command = [*CAMSERVE, "serve", "--config", str(config), *options]
     with (
         log.open("w", encoding="utf-8") as stderr,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env) as process,
+        started(command, stderr=stderr, env=environment(**variables)) as process,
     ):
-        try:
-            assert process.stdout is not None
-            ready = process.stdout.readline()
-            found = re.fullmatch(r"camserve is ready on ([^,]+)(?:, health on ([^,]+))?, serving .*\n", ready)
-            assert found, ready + log.read_text(encoding="utf-8")
-            yield Served(process, found[1], found[2] or "", log)
-        finally:
-            process.kill()
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        addresses = re.fullmatch(r"camserve is ready on ([^,]+)(?:, health on ([^,]+))?, serving .*\n", ready)
+        assert addresses, ready + log.read_text(encoding="utf-8")
+        yield Served(process, addresses[1], addresses[2] or "", log)
