@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import socket
 import threading
 import time
@@ -15,16 +14,13 @@ import grpc
 import numpy as np
 import pytest
 import trustme
-from click.testing import Result
 from grpc_health.v1.health_pb2 import HealthCheckResponse
-from typer.testing import CliRunner
 
 import camserve
 from camserve import connection
-from camserve_cli.app import app
 from camserve_server.errors import QueueFull, TooLarge, Unavailable
 from camserve_server.service import status
-from tests.client.conftest import Health, Servicer, listening
+from tests.client.fake_server import Health, Servicer, listening
 
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
@@ -250,18 +246,6 @@ def test_our_server_allows_as_many_pings():
 # ---- TLS and tokens --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture(scope="module")
-def certificate(authority: trustme.CA) -> tuple[bytes, bytes]:
-    """The key and the certificate, PEM, of the server and of its caller."""
-    made = authority.issue_cert("127.0.0.1", "localhost")
-    return made.private_key_pem.bytes(), b"".join(each.bytes() for each in made.cert_chain_pems)
-
-
 def test_tls_with_a_token(servicer, authority, certificate, tmp_path, pixels):
     ca = tmp_path / "ca.pem"
     authority.cert_pem.write_to_path(ca)
@@ -413,31 +397,3 @@ def test_the_callers_span_goes_along(servicer, address, client, pixels):
             servicer.metadata = {}
             call()
             assert expected.items() <= servicer.metadata.items()
-
-
-# ---- the command line ------------------------------------------------------------------------------------------------
-
-
-def test_the_command_line_takes_all_that_from_options_or_the_environment(servicer, authority, certificate, tmp_path):
-    key, chain = certificate
-    files = {"CAMSERVE_CA": authority.cert_pem.bytes(), "CAMSERVE_CERT": chain, "CAMSERVE_KEY": key}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "token").write_text("from-file\n")
-    environment = {name: str(tmp_path / name) for name in files}
-    options = [text for name in files for text in (f"--{name.removeprefix('CAMSERVE_').lower()}", str(tmp_path / name))]
-
-    def listed(*arguments: str, **environment: str) -> Result:
-        return CliRunner().invoke(app, ["list", "metrics", "--json", *arguments], env=environment)
-
-    asked = grpc.ssl_server_credentials([certificate], files["CAMSERVE_CA"], require_client_auth=True)
-    with listening(servicer, asked) as address:
-        ran = listed(**environment, CAMSERVE_ADDRESS=address, CAMSERVE_TOKEN="from-environment")
-        assert json.loads(ran.stdout)["name"] == "insertion", ran.stderr
-        assert servicer.metadata["authorization"] == "Bearer from-environment"
-        ran = listed("--address", address, *options, "--token-file", str(tmp_path / "token"))
-        assert json.loads(ran.stdout)["name"] == "insertion", ran.stderr
-        assert servicer.metadata["authorization"] == "Bearer from-file"
-    ran = listed("--address", "explain.example:1", CAMSERVE_TOKEN="secret")
-    assert (ran.exit_code, ran.stdout) == (1, "")
-    assert ran.stderr.startswith("error: a token goes to explain.example:1 only by TLS")

@@ -14,7 +14,7 @@ import pytest
 from camserve_dicom.gateway import steps, workers
 from camserve_server.config import Config, ModelConfig
 from camserve_server.service.server import Server
-from tests.client.conftest import address, client, servicer
+from tests.client.fake_server import address, client, servicer
 from tests.conftest import serving
 from tests.dicom.gateways import Opened, config, opened
 from tests.dicom.pacs import Pacs, listening

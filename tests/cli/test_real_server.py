@@ -1,4 +1,4 @@
-"""The command line and replays on a real server, which keeps what its receipts say."""
+"""Commands against a real server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-import skimage.data
 from safetensors.torch import save_file
 
 import camserve
@@ -70,38 +69,6 @@ def test_a_digest_that_was_tampered_with_is_shown(server: Server, photo, tmp_pat
     assert (result.returncode, result.stdout[:17]) == (1, "not the same map\n")
     assert re.search(r"map_digests\.\d +sha256:000000000000… +sha256:", result.stdout)
     assert len(result.stdout.splitlines()) == 4, "nothing else differs"
-
-
-def test_a_replay_keeps_to_the_batch_sizes_of_the_receipt(server: Server):
-    with camserve.Client(server.address) as client:
-        cat = skimage.data.chelsea()
-        receipt = client.explain(cat, model="tiny").receipt
-        smaller = {**receipt.batch_sizes, "forward": 2}
-        e = client.explain(cat, model="tiny", batch_sizes=smaller)
-        again = client.replay(e.receipt, cat)
-    assert e.receipt.batch_sizes == smaller
-    assert (again.same, again.differences) == (True, {})
-
-
-def test_a_map_that_was_cut_short_is_cut_short_again(server: Server):
-    with camserve.Client(server.address) as client:
-        cat = skimage.data.chelsea()
-        whole = client.explain(cat, model="tiny")
-        e = client.explain(cat, model="tiny", metrics=["average-drop"], budget=whole.cost.rows // 2)
-        again = client.replay(e.receipt, cat)
-    assert whole.share == 1
-    assert 0 < e.share < 1
-    assert e.cost.rows <= whole.cost.rows // 2
-    assert (again.same, again.explanation.share) == (True, e.share)
-
-
-def test_the_map_of_an_evaluation_is_made_again(server: Server):
-    with camserve.Client(server.address) as client:
-        cat = skimage.data.chelsea()
-        made = client.evaluate(cat, model="tiny", method="opti-cam", parameters={"steps": 2}, target=3, seed=4)
-        again = client.replay(made.receipt, cat)
-    assert (again.same, again.differences) == (True, {})
-    assert np.array_equal(again.explanation.saliency, made.saliency)
 
 
 def test_what_the_server_has_is_listed(server: Server):

@@ -1,0 +1,37 @@
+"""Connection options of the command line."""
+
+from __future__ import annotations
+
+import json
+
+import grpc
+from click.testing import Result
+from typer.testing import CliRunner
+
+from camserve_cli.app import app
+from tests.client.fake_server import listening
+
+
+def test_the_command_line_takes_all_that_from_options_or_the_environment(servicer, authority, certificate, tmp_path):
+    key, chain = certificate
+    files = {"CAMSERVE_CA": authority.cert_pem.bytes(), "CAMSERVE_CERT": chain, "CAMSERVE_KEY": key}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "token").write_text("from-file\n")
+    environment = {name: str(tmp_path / name) for name in files}
+    options = [text for name in files for text in (f"--{name.removeprefix('CAMSERVE_').lower()}", str(tmp_path / name))]
+
+    def listed(*arguments: str, **environment: str) -> Result:
+        return CliRunner().invoke(app, ["list", "metrics", "--json", *arguments], env=environment)
+
+    asked = grpc.ssl_server_credentials([certificate], files["CAMSERVE_CA"], require_client_auth=True)
+    with listening(servicer, asked) as address:
+        ran = listed(**environment, CAMSERVE_ADDRESS=address, CAMSERVE_TOKEN="from-environment")
+        assert json.loads(ran.stdout)["name"] == "insertion", ran.stderr
+        assert servicer.metadata["authorization"] == "Bearer from-environment"
+        ran = listed("--address", address, *options, "--token-file", str(tmp_path / "token"))
+        assert json.loads(ran.stdout)["name"] == "insertion", ran.stderr
+        assert servicer.metadata["authorization"] == "Bearer from-file"
+    ran = listed("--address", "explain.example:1", CAMSERVE_TOKEN="secret")
+    assert (ran.exit_code, ran.stdout) == (1, "")
+    assert ran.stderr.startswith("error: a token goes to explain.example:1 only by TLS")

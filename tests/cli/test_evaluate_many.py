@@ -1,0 +1,347 @@
+"""`camserve evaluate` on many images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import PIL.Image
+import pytest
+from typer.testing import CliRunner
+
+import camserve
+from camserve.v1 import explain_pb2 as pb
+from camserve_cli.app import app
+from camserve_cli.study import annotations, score_csv
+from camserve_server.service.server import Server
+
+METRICS = ("insertion", "average-drop")
+# One method twice, the second time under another label.
+METHODS = ("grad-cam", "opti-cam:steps=2", "opti-cam:steps=3")
+TIMING = ("queue_ms", "compute_ms")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve small images, the fifth of which is none, and a file of another kind."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed in range(12):
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"{seed:02}.png")
+    (folder / "04.png").write_bytes(b"no image")
+    (folder / "readme.txt").write_text("not an image")
+    return folder
+
+
+# ---- which images, and their labels ---------------------------------------------------------------------------------
+
+
+def test_a_folder_is_its_image_files_in_order(folder):
+    (folder / "00.JPG").write_bytes(b"")
+    one = folder / "07.png"
+    found = score_csv.image_files([one, folder, Path("none.png")])
+    assert [path.name for path in found] == [
+        "07.png",
+        "00.JPG",
+        *(f"{i:02}.png" for i in range(12) if i != 7),
+        "none.png",
+    ]
+    (folder.parent / "empty").mkdir()
+    with pytest.raises(camserve.InvalidArgument, match="no image files"):
+        score_csv.image_files([folder.parent / "empty"])
+
+
+@pytest.mark.parametrize("header", ["", "file,target\n", "\ufeffFile, Target\n\n"])
+def test_labels_are_found_by_path_or_by_name(tmp_path, header):
+    labels = tmp_path / "labels.csv"
+    labels.write_text(header + 'a/dog.jpg,1\nb/dog.jpg,2\n/data/cat.jpg,"tabby, cat"\nhen.jpg,8\n', encoding="utf-8")
+    images = [tmp_path / "b" / "dog.jpg", tmp_path / "cat.jpg", tmp_path / "a" / "dog.jpg"]
+    assert annotations.read_labels(labels, images) == ["2", "tabby, cat", "1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file,target\ndog.jpg\n", "line 2: expected file,target, not 'dog.jpg'"),
+        ("dog.jpg,\n", "line 1: expected file,target"),
+        ("cat.jpg,1\n", "no target for"),
+        ("a/dog.jpg,1\nb/dog.jpg,2\n", "several targets for"),
+        ("dog.jpg,1\ndog.jpg,2\n", "several targets for"),
+    ],
+)
+def test_wrong_labels_are_said(tmp_path, text, said):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(camserve.InvalidArgument, match=said):
+        annotations.read_labels(tmp_path / "labels.csv", [tmp_path / "dog.jpg"])
+
+
+def test_boxes_are_lines_in_pixels_or_voc_files(tmp_path):
+    images = [tmp_path / "dog.jpg", tmp_path / "cat.jpg"]
+    (tmp_path / "boxes.csv").write_text(
+        "file,left,top,right,bottom\ncat.jpg,0,1,2,3.5\ndog.jpg,4,5,6,7\ncat.jpg,1,1,2,2\n"
+    )
+    assert annotations.read_boxes(tmp_path / "boxes.csv", images) == [[(4, 5, 6, 7)], [(0, 1, 2, 3.5), (1, 1, 2, 2)]]
+    box = "<object><bndbox><xmin>{}</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox></object>"
+    (tmp_path / "dog.xml").write_text(f"<annotation>{box.format(1)}{box.format(5)}</annotation>")
+    assert annotations.read_boxes(tmp_path, images[:1]) == [[(0, 1, 30, 40), (4, 1, 30, 40)]]
+    for text, said in [
+        ("dog.jpg,1,2,3\n", "line 1: expected file,left,top,right,bottom"),
+        ("dog.jpg,1,2,3,x\n", "line 1: expected file,left,top,right,bottom"),
+        ("cat.jpg,1,2,3,4\n", "no box for .*dog.jpg"),
+    ]:
+        (tmp_path / "boxes.csv").write_text(text)
+        with pytest.raises(camserve.InvalidArgument, match=said):
+            annotations.read_boxes(tmp_path / "boxes.csv", images)
+    for wrong in ("<annotation/>", "<annotation>", f"<annotation>{box.format('x')}</annotation>"):
+        (tmp_path / "dog.xml").write_text(wrong)
+        with pytest.raises(camserve.InvalidArgument, match=r"no Pascal VOC file|no box for"):
+            annotations.read_boxes(tmp_path, images[:1])
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def command(server: Server, *arguments: object) -> list[str]:
+    given = ["evaluate", *arguments, "--address", server.address, "--model", "tiny"]
+    methods = [text for method in METHODS for text in ("--method", method)]
+    return [sys.executable, "-m", "camserve_cli", *map(str, given), *methods]
+
+
+def run(server: Server, *arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [*command(server, *arguments), *(text for metric in METRICS for text in ("--metric", metric))]
+    env = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120, env=env)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def lasting(path: Path) -> list[dict[str, Any]]:
+    """The rows but for what differs from run to run."""
+    rows: list[dict[str, Any]] = table(path)
+    for row in rows:
+        for column in TIMING:
+            del row[column]
+        if row["receipt"]:
+            row["receipt"] = json.loads(row["receipt"]) | {"request_id": ""}
+    return rows
+
+
+def test_a_killed_run_goes_on_to_the_same_files(server: Server, folder: Path, tmp_path: Path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    ran = run(server, folder, "--csv", whole / "scores.csv", "--npz", whole / "maps.npz")
+    assert ran.returncode == 1, "one image is broken"
+    assert ran.stderr.count("error: ") == 3
+    assert ran.stdout.split()[:6] == ["model", "method", "done", *METRICS, "failed"]
+
+    options = ("--csv", cut / "scores.csv", "--npz", cut / "maps.npz", "--in-flight", 2)
+    metrics = (text for metric in METRICS for text in ("--metric", metric))
+    process = subprocess.Popen([*command(server, folder, *options), *metrics], stderr=subprocess.DEVNULL)
+    path = cut / "scores.csv"
+    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 8):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    done = table(path)
+    assert 7 <= len(done) < 36
+    assert not (cut / "maps.npz").exists()
+    with path.open("ab") as file:
+        file.write(path.read_bytes().splitlines()[-1][:90])  # as if the process had died while it wrote
+
+    refused = run(server, folder, *options)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "--resume" in refused.stderr
+    ran = run(server, folder, *options, "--resume")
+    assert ran.returncode == 1
+    assert ran.stderr.count("error: ") == 3, "errors are tried again"
+
+    assert lasting(path) == lasting(whole / "scores.csv")
+    rows = table(path)
+    assert len(rows) == 36
+    assert [score_csv.key_of(row) for row in rows] == sorted(score_csv.key_of(row) for row in rows)
+    known = {score_csv.key_of(row): row for row in rows}
+    assert all(known[score_csv.key_of(row)] == row for row in done if not row["error"]), "what was done is not repeated"
+    assert [row["image"][-6:] for row in rows if row["error"]] == ["04.png"] * 3
+    assert (cut / "maps.npz").read_bytes() == (whole / "maps.npz").read_bytes()
+    assert sorted(each.name for each in cut.iterdir()) == ["maps.npz", "scores.csv"]
+
+    (folder / "04.png").write_bytes((folder / "03.png").read_bytes())
+    ran = run(server, folder, *options, "--resume")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    with np.load(cut / "maps.npz") as maps:
+        assert len(maps) == 36
+        np.testing.assert_array_equal(maps["04.png/tiny/grad-cam"], maps["03.png/tiny/grad-cam"])
+
+
+def test_the_files_hold_what_explain_gives(server: Server, folder: Path, tmp_path: Path):
+    labels, images = tmp_path / "labels.csv", [folder / "02.png", folder / "00.png"]
+    labels.write_text("file,target\nphotos/00.png,3\nphotos/02.png,5\n")
+    ran = run(server, *images, "--labels", labels, "--csv", tmp_path / "s.csv", "--npz", tmp_path / "m.npz")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    rows = {score_csv.key_of(row): row for row in table(tmp_path / "s.csv")}
+    with camserve.Client(server.address) as client, np.load(tmp_path / "m.npz") as maps:
+        assert len(maps) == len(rows) == 6
+        for image, target in zip(images, (5, 3), strict=True):
+            e = client.explain(
+                image, model="tiny", method="opti-cam", parameters={"steps": 2}, target=target, metrics=METRICS
+            )
+            row = rows[str(image), "tiny", "opti-cam:steps=2"]
+            np.testing.assert_array_equal(maps[f"{image.name}/tiny/opti-cam:steps=2"], e.saliency)
+            assert maps[f"{image.name}/tiny/opti-cam:steps=2"].dtype == np.float32
+            assert {metric: float(row[metric]) for metric in METRICS} == e.scores
+            assert (row["target"], row["probability"]) == (str(target), str(e.target.probability))
+            assert (row["rows"], row["share"], row["error"]) == (str(e.cost.rows), "1.0", "")
+            assert camserve.Receipt.from_json(row["receipt"]).map_digests == e.receipt.map_digests
+            assert json.loads(row["curves"]) == {"insertion": pytest.approx(e.scores["insertion"].curve, rel=1e-5)}
+
+
+def evaluate(server: Server, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """With one method and one quick metric."""
+    line = [
+        "evaluate",
+        *map(str, arguments),
+        "--address",
+        server.address,
+        "--model",
+        "tiny",
+        "--metric",
+        "average-drop",
+    ]
+    return subprocess.run(
+        [sys.executable, "-m", "camserve_cli", *line], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_one_method_names_the_maps_by_their_images(server: Server, folder: Path, tmp_path: Path):
+    given = (folder / "00.png", folder / "01.png", "--csv", tmp_path / "s.csv", "--npz", tmp_path / "m.npz")
+    assert evaluate(server, *given, "--method", "grad-cam").returncode == 0
+    with np.load(tmp_path / "m.npz") as maps:
+        assert sorted(maps) == ["00.png", "01.png"]
+
+
+def test_a_file_of_another_run_is_refused(server: Server, folder: Path, tmp_path: Path):
+    given = (folder / "00.png", "--csv", tmp_path / "s.csv", "--method", "opti-cam", "--resume")
+    first = evaluate(server, *given, "--param", "steps=2")
+    assert first.returncode == 0, first.stderr
+    before = (tmp_path / "s.csv").read_bytes()
+    for options, said in [
+        (("--param", "steps=2", "--metric", "insertion"), "its metrics are average-drop, asked for are insertion"),
+        (("--param", "steps=3"), "is there with steps 2, not 3"),
+        (("--param", "steps=2", "--seed", 4), "is there with seed 0, not 4"),
+    ]:
+        again = evaluate(server, *given, *options)
+        assert again.returncode == 1
+        assert said in again.stderr
+    assert (tmp_path / "s.csv").read_bytes() == before
+
+
+def test_wrong_names_are_said_before_anything_is_written(server: Server, folder: Path, tmp_path: Path):
+    given = (folder, "--csv", tmp_path / "s.csv")
+    for options in (
+        ("--method", "no-cam"),
+        ("--method", "cam", "--metric", "no"),
+        ("--method", "cam", "--model", "no"),
+    ):
+        ran = evaluate(server, *given, *options)
+        assert (ran.returncode, ran.stderr[:15]) == (1, "error: there is")
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_metrics_of_localisation_take_boxes(server: Server, folder: Path, tmp_path: Path):
+    given = (folder / "00.png", folder / "01.png", "--method", "cam", "--metric", "pointing-game")
+    refused = evaluate(server, *given, "--csv", tmp_path / "s.csv")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("error: pointing-game needs to know where the target is: give --boxes")
+    assert not (tmp_path / "s.csv").exists()
+    (tmp_path / "boxes.csv").write_text("00.png,0,0,36,40\n01.png,35,39,36,40\n")
+    ran = evaluate(server, *given, "--csv", tmp_path / "s.csv", "--boxes", tmp_path / "boxes.csv")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert [float(row["pointing-game"]) for row in table(tmp_path / "s.csv")] == [1, 0]
+    again = ("--csv", tmp_path / "s.csv", "--resume", "--boxes")
+    assert evaluate(server, *given, *again, tmp_path / "boxes.csv").returncode == 0
+    (tmp_path / "others.csv").write_text("00.png,0,0,36,39\n01.png,35,39,36,40\n")
+    other = evaluate(server, *given, *again, tmp_path / "others.csv")
+    assert other.returncode == 1
+    assert "00.png by cam is there with boxes [[0.0, 0.0, 36.0, 40.0]], not [[0.0, 0.0, 36.0, 39.0]]" in other.stderr
+    one = evaluate(server, given[0], *given[2:], "--boxes", tmp_path / "boxes.csv")
+    assert re.search(r"pointing-game +1\b", one.stdout)
+
+
+def test_wrong_usage_exits_with_2(server: Server, folder: Path, tmp_path: Path):
+    image, labels = folder / "00.png", tmp_path / "labels.csv"
+    out = ("--csv", tmp_path / "s.csv")
+    for wrong in [
+        (folder, "--method", "cam"),
+        (image, image, "--method", "cam"),
+        (image, "--method", "cam", "--method", "grad-cam"),
+        (image, "--method", "cam", "--npz", tmp_path / "m.npz"),
+        (image, "--method", "cam", "--resume"),
+        (image, *out),
+        (image, "--method", "cam:steps", *out),
+        (image, "--method", "cam", "--json", *out),
+        (image, "--method", "cam", "--target", 1, "--labels", labels, *out),
+    ]:
+        assert evaluate(server, *wrong).returncode == 2, wrong
+    missing = evaluate(server, image, "--method", "cam", "--labels", labels, *out)
+    assert (missing.returncode, missing.stderr) == (1, f"error: No such file or directory: {labels}\n")
+
+
+def test_ctrl_c_keeps_what_is_done(address, servicer, folder, tmp_path):
+    def answer_the_first(context: Any) -> None:
+        if len([each for each in servicer.requests if isinstance(each, pb.ExplainRequest)]) == 2:
+            context.add_callback(servicer.cancelled.set)
+            servicer.started.set()
+            servicer.cancelled.wait(20)
+
+    servicer.before = answer_the_first
+    line = ["evaluate", str(folder), "--method", "opti-cam", "--metric", "insertion", "--address", address]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "camserve_cli", *line, "--in-flight", "1", "--csv", str(tmp_path / "s.csv")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert servicer.started.wait(20)
+    while (tmp_path / "s.csv").read_bytes().count(b"\n") < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert said == f"{tmp_path / 's.csv'} keeps what is done: the same command with --resume goes on\ncancelled\n"
+    assert servicer.cancelled.wait(5)
+    assert [row["image"][-6:] for row in table(tmp_path / "s.csv")] == ["00.png"]
+
+
+def test_progress_goes_to_stderr_and_the_means_to_stdout(address, servicer, folder, tmp_path):
+    def refuse_the_third(context: Any) -> None:
+        if len([each for each in servicer.requests if isinstance(each, pb.ExplainRequest)]) == 3:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "un-\nreadable")
+
+    servicer.before = refuse_the_third
+    options = ["--method", "opti-cam", "--method", "fake-cam", "--metric", "insertion", "--in-flight", "1"]
+    line = ["evaluate", str(folder), *options, "--csv", str(tmp_path / "s.csv"), "--address", address]
+    result = CliRunner().invoke(app, line, env={"COLUMNS": "200", "FORCE_COLOR": "1"})
+    plain, said = (re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text) for text in (result.stdout, result.stderr))
+    assert result.exit_code == 1
+    assert "24/24 1 failed" in said
+    assert f"error: {folder / '01.png'}, first, opti-cam: un-\nreadable" in said
+    assert [line.split() for line in plain.splitlines()] == [
+        ["model", "method", "done", "insertion", "failed"],
+        ["first", "fake-cam", "12", "0.25"],
+        ["first", "opti-cam", "11", "0.25", "1"],
+    ]
+    [row] = [row for row in table(tmp_path / "s.csv") if row["error"]]
+    assert (row["error"], row["target"], row["receipt"]) == ("un- readable", "", "")

@@ -1,0 +1,94 @@
+"""`camserve replay` against the fake server."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from camserve import Receipt
+from camserve_cli.app import app
+
+
+def run(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments], env={"COLUMNS": "200"}, input=stdin)
+
+
+@pytest.fixture
+def record(address, photo, tmp_path) -> Path:
+    assert run("explain", photo, "--address", address, "--out", tmp_path).exit_code == 0
+    return tmp_path / "cat.json"
+
+
+def test_replay_shows_how_far_a_saved_map_is(address, servicer, record, photo, tmp_path, ramp):
+    servicer.ramp = ramp + np.eye(8, dtype=np.float32) / 2
+    given = ("replay", record, photo, "--address", address)
+    result = run(*given)
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (1, "not the same map")
+    assert re.search(r"map_digests\.281 +sha256:\w{12}… +sha256:\w{12}…", result.stdout)
+    assert re.search(r"tabby, cat \(281\) +0\.5 +0\.0625", result.stdout)
+    np.save(tmp_path / "elsewhere.npy", ramp + 2)
+    assert re.search(r" 2 +1\.94 *\n", run(*given, "--saliency", tmp_path / "elsewhere.npy").stdout)
+    np.save(tmp_path / "elsewhere.npy", ramp[:4])
+    assert "another shape: [4, 8]" in run(*given, "--saliency", tmp_path / "elsewhere.npy").stdout
+    record.with_suffix(".npy").unlink()
+    assert "difference" not in run(*given).stdout
+
+
+def test_replay_of_several_maps(address, servicer, photo, tmp_path, ramp):
+    run("explain", photo, "--address", address, "--out", tmp_path, "--top-k", 2)
+    servicer.ramp = ramp / 2
+    given = ("replay", tmp_path / "cat.json", photo, "--address", address)
+    saved = [tmp_path / "cat.281.npy", tmp_path / "cat.8.npy"]
+    result = run(*given)
+    assert result.stdout.startswith("not the same maps\n")
+    for said in (r"tabby, cat \(281\) +0\.5 +0\.25", r"hen \(8\) +0\.5 +0\.25"):
+        assert re.search(said, result.stdout)
+    assert run(*given, "--saliency", saved[0], "--saliency", saved[1]).stdout == result.stdout
+    assert run(*given, "--saliency", saved[0]).exit_code == 2
+    saved[0].unlink()
+    assert "tabby" not in run(*given).stdout
+
+
+def test_replay_takes_a_receipt_from_anywhere(address, record, photo, tmp_path):
+    given = ("--address", address)
+    line = run("explain", photo, *given, "--out", tmp_path / "new", "--json").stdout
+    alone = json.dumps(json.loads(record.read_text())["receipt"])
+    (tmp_path / "alone.json").write_text(alone)
+    for path, stdin in ((record, None), (tmp_path / "alone.json", None), ("-", alone), ("-", line)):
+        result = run("replay", path, photo, *given, stdin=stdin)
+        assert (result.exit_code, result.stdout) == (0, "the same map, bit for bit\n")
+
+
+def test_another_image_is_said_first(address, servicer, record, photo, other):
+    given = ("replay", record, other, "--address", address)
+    assert run(*given).stdout.splitlines()[:2] == [
+        "another image: the model saw another input than the receipt's",
+        "the same map, bit for bit",
+    ]
+    servicer.now = {"preprocessing": "as given"}
+    said, *_ = run(*given).stdout.splitlines()
+    assert said == "another input: the image was preprocessed in another way"
+    servicer.now = {"preprocessing": "as given", "input_digest": Receipt.from_json(record.read_text()).input_digest}
+    assert "another" not in run(*given).stdout
+
+
+def test_replay_says_what_is_wrong(address, record, photo, tmp_path, ramp):
+    np.save(tmp_path / "words.npy", np.array(["a"]))
+    given = run("evaluate", photo, "--address", address, "--saliency", tmp_path / "cat.npy", "--json").stdout
+    for arguments, stdin, said in [
+        ((tmp_path / "none.json", photo), None, "No such file or directory"),
+        ((record, tmp_path / "none.jpg"), None, "No such file or directory"),
+        ((photo, photo), None, "this is no receipt"),
+        (("-", photo), given, "no method made it"),
+        ((record, photo, "--saliency", tmp_path / "none.npy"), None, "No such file or directory"),
+        ((record, photo, "--saliency", tmp_path / "words.npy"), None, "real numbers"),
+    ]:
+        result = run("replay", *arguments, "--address", address, stdin=stdin)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert re.fullmatch(r"error: [^\n]*\n", result.stderr)
+        assert said in result.stderr

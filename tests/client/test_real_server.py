@@ -1,0 +1,41 @@
+"""Replays on a real server."""
+
+from __future__ import annotations
+
+import numpy as np
+import skimage.data
+
+import camserve
+from camserve_server.service.server import Server
+
+
+def test_a_replay_keeps_to_the_batch_sizes_of_the_receipt(server: Server):
+    with camserve.Client(server.address) as client:
+        cat = skimage.data.chelsea()
+        receipt = client.explain(cat, model="tiny").receipt
+        smaller = {**receipt.batch_sizes, "forward": 2}
+        e = client.explain(cat, model="tiny", batch_sizes=smaller)
+        again = client.replay(e.receipt, cat)
+    assert e.receipt.batch_sizes == smaller
+    assert (again.same, again.differences) == (True, {})
+
+
+def test_a_map_that_was_cut_short_is_cut_short_again(server: Server):
+    with camserve.Client(server.address) as client:
+        cat = skimage.data.chelsea()
+        whole = client.explain(cat, model="tiny")
+        e = client.explain(cat, model="tiny", metrics=["average-drop"], budget=whole.cost.rows // 2)
+        again = client.replay(e.receipt, cat)
+    assert whole.share == 1
+    assert 0 < e.share < 1
+    assert e.cost.rows <= whole.cost.rows // 2
+    assert (again.same, again.explanation.share) == (True, e.share)
+
+
+def test_the_map_of_an_evaluation_is_made_again(server: Server):
+    with camserve.Client(server.address) as client:
+        cat = skimage.data.chelsea()
+        made = client.evaluate(cat, model="tiny", method="opti-cam", parameters={"steps": 2}, target=3, seed=4)
+        again = client.replay(made.receipt, cat)
+    assert (again.same, again.differences) == (True, {})
+    assert np.array_equal(again.explanation.saliency, made.saliency)
