@@ -1,17 +1,17 @@
-"""`camserve`, and `python -m camserve_cli`: starts the command line, or says what it needs."""
+"""Entry point of the `camserve` script and of `python -m camserve_cli`."""
 
-import sys
+from camserve_cli.extras import needs_extra
 
 
 def main() -> None:
-    """Run the command line. Exits with 0, 1 (something failed), 2 (wrong usage) or 130 (interrupted)."""
-    try:
+    """Run the command line.
+
+    Raises:
+        SystemExit: Always. The exit status is 0 on success, 1 if an operation failed, 2 for wrong usage, a wrong
+            configuration or a missing extra, and 130 after Ctrl-C.
+    """
+    with needs_extra("cli", "camserve"):
         from camserve_cli.app import app
-    except ModuleNotFoundError as missing:
-        needed = (missing.name or "").partition(".")[0]
-        if needed not in ("typer", "rich"):
-            raise
-        sys.exit(f"error: the command line needs {needed}: pip install 'camserve[cli]'")
     app(prog_name="camserve")
 
 

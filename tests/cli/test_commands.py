@@ -376,38 +376,6 @@ def test_ctrl_c_cancels_and_exits_with_130(address, servicer, photo, out):
     assert servicer.cancelled.wait(5)
 
 
-# ---- what is not installed ------------------------------------------------------------------------------------------
-
-
-def python(code: str, without: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter in which the package `without` is not installed."""
-    missing = f"""
-import sys
-class Missing:
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] == {without!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Missing)
-"""
-    return subprocess.run(
-        [sys.executable, "-c", missing + code], capture_output=True, text=True, check=False, timeout=60
-    )
-
-
-@pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_without_the_cli_extra(missing):
-    done = python("from camserve_cli.__main__ import main; main()", without=missing)
-    assert done.returncode == 1
-    assert done.stderr == f"error: the command line needs {missing}: pip install 'camserve[cli]'\n"
-
-
-def test_without_the_server_extra():
-    code = "sys.argv = ['camserve', 'serve']; from camserve_cli.__main__ import main; main()"
-    done = python(code, without="camserve_server")
-    assert done.returncode == 1
-    assert done.stderr == "error: the server needs camserve_server: pip install 'camserve[server]'\n"
-
-
 def test_serve_hands_over_to_the_server(monkeypatch):
     given = {}
     server = types.ModuleType("camserve_server.__main__")
@@ -417,12 +385,6 @@ def test_serve_hands_over_to_the_server(monkeypatch):
     assert given == {"config": None, "listen": None, "device": None, "insecure": None}
     run("serve", "--config", "camserve.toml", "--listen", "127.0.0.1:0", "--device", "cpu", "--insecure")
     assert given == {"config": Path("camserve.toml"), "listen": "127.0.0.1:0", "device": "cpu", "insecure": True}
-
-
-def test_importing_the_client_imports_nothing_heavy():
-    heavy = ("torch", "torchvision", "typer", "rich", "camserve_server", "google.rpc", "grpc_status", "skimage")
-    done = python(f"import camserve; print([name for name in {heavy!r} if name in sys.modules])")
-    assert done.stdout == "[]\n", done.stderr
 
 
 def test_the_public_names_are_there():

@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
@@ -427,16 +426,6 @@ def test_wrong_usage_is_said_before_any_work(address, servicer, photo):
     assert evaluate(address, photo, "--method", "fake-cam", "--per-layer", "opti-cam").exit_code == 2
     assert not path.with_suffix(".csv").exists()
     assert not any(hasattr(request, "image") for request in servicer.requests)
-
-
-def test_without_the_extra_it_says_which(photo):
-    code = (
-        "import sys; sys.modules['jinja2'] = None\n"
-        "from camserve_cli.app import app\n"
-        f"app(['evaluate', {str(photo)!r}, '--method', 'cam', '--report', 'r.html'])"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert (ran.returncode, ran.stderr) == (1, "error: a report needs jinja2: pip install 'camserve[report]'\n")
 
 
 def test_layers_of_methods_of_one_and_of_many():

@@ -24,7 +24,7 @@ from camserve.catalogue import Model
 from camserve.client import Client
 from camserve.errors import FailedPrecondition, InvalidArgument
 from camserve.images import ImageLike
-from camserve_cli.commands.evaluate import report_module
+from camserve_cli.extras import needs_extra
 from camserve_cli.load import measure
 from camserve_cli.load import output as shown
 from camserve_cli.load.knee import Step, highest
@@ -196,7 +196,8 @@ def _check_options(
     if csv is not None and csv == report:
         raise typer.BadParameter("is to be another file than that of --csv", param_hint="--report")
     if report:
-        report_module()
+        with needs_extra("report", "camserve bench --report"):
+            import camserve_cli.report  # noqa: F401
 
 
 def _weighted(text: str, seed: int) -> tuple[Variant, float]:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from camserve_cli.commands.serve import needs_server
+from camserve_cli.extras import needs_extra
 from camserve_cli.rich_tables import plain_table
 
 __all__ = ["config"]
@@ -27,7 +27,7 @@ def check(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML. Default: the embedded model.")] = None,
 ) -> None:
     """Check a configuration without loading a model: keys, files, certificates, pinned weights."""
-    with needs_server():
+    with needs_extra("server", "camserve config check"):
         from camserve_server.config_check import check as run
     understood, wrong = run(config)
     if understood:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 from camserve.errors import CamserveError
 from camserve_cli import rich_tables
 from camserve_cli.commands.gateway import gateway
+from camserve_cli.extras import needs_extra
 from camserve_cli.options import (
     AsJson,
     Budget,
@@ -33,7 +33,7 @@ from camserve_cli.output import errors_as_lines, print_json, said, warn
 if TYPE_CHECKING:
     from camserve_dicom import DicomExplanation
 
-__all__ = ["dicom", "needs_dicom"]
+__all__ = ["dicom"]
 
 KINDS = ("sc", "sr", "pm", "seg", "gsps")
 
@@ -54,18 +54,6 @@ class BurnedIn(StrEnum):
 
     REFUSE = "refuse"
     IGNORE = "ignore"
-
-
-@contextmanager
-def needs_dicom() -> Iterator[None]:
-    """Around imports of the extra: where that is missing, says how to get it, and ends with exit code 2."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "camserve":
-            raise
-        typer.echo(f"error: {error.name} is missing: pip install 'camserve[dicom]'", err=True)
-        raise typer.Exit(2) from error
 
 
 @dicom.command()
@@ -111,7 +99,7 @@ def explain(
     STEM.gsps.dcm the outline of that. STEM is the file's own, with -2, -3 … after it where another has the same. The
     same image, explained again in the same way, gives the same objects. An image that fails does not stop the others.
     """
-    with needs_dicom():
+    with needs_extra("dicom", "camserve dicom explain"):
         import camserve_dicom as api
     api.quiet()
     table = rich_tables.plain_table("file", "class", "probability", "objects", "withheld")

@@ -19,6 +19,7 @@ from camserve.batches import DEFAULT_METRICS, Variant
 from camserve.client import Client
 from camserve.errors import InvalidArgument
 from camserve_cli import rich_tables, saved_maps
+from camserve_cli.extras import needs_extra
 from camserve_cli.options import (
     AsJson,
     Budget,
@@ -39,7 +40,7 @@ from camserve_cli.study import score_csv
 from camserve_cli.study.annotations import read_boxes, read_labels
 from camserve_cli.study.run import Run, Wanted, by_layer
 
-__all__ = ["evaluate", "report_module"]
+__all__ = ["evaluate"]
 
 
 @asks
@@ -157,7 +158,8 @@ def evaluate(
     if report:
         if report in (csv, npz):
             raise typer.BadParameter("is to be another file than those of --csv and --npz", param_hint="--report")
-        report_module()
+        with needs_extra("report", "camserve evaluate --report"):
+            import camserve_cli.report  # noqa: F401
     studied = [read_variant(each, parameters, layer, seed) for each in dict.fromkeys(per_layer or [])]
     with errors_as_lines(), server.client() as client:
         if report and report.exists() and not resume:
@@ -236,9 +238,11 @@ def _evaluate_many(run: Run, in_flight: int) -> list[score_csv.Row]:
 
 
 def _write_report(client: Client, path: Path, run: Run, **options: Any) -> None:
+    from camserve_cli import report
+
     console = Console(stderr=True)
     with console.status(f"writing {escape(str(path))}"):
-        report_module().write(
+        report.write(
             path,
             csv=run.csv,
             npz=run.npz,
@@ -248,18 +252,6 @@ def _write_report(client: Client, path: Path, run: Run, **options: Any) -> None:
             command=shlex.join(["camserve", *(each for each in sys.argv[1:] if each != "--resume")]),
             **options,
         )
-
-
-def report_module() -> Any:
-    """What a report needs is not installed by everybody. Exits with 1 where it is missing."""
-    try:
-        from camserve_cli import report
-    except ModuleNotFoundError as missing:
-        if (missing.name or "").startswith("camserve."):
-            raise  # a bug of ours, not something to install
-        typer.echo(f"error: a report needs {missing.name}: pip install 'camserve[report]'", err=True)
-        raise typer.Exit(1) from None
-    return report
 
 
 def _layered(client: Client, model: str, studied: list[Variant]) -> list[Variant]:

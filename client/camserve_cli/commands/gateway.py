@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from camserve_cli.extras import needs_extra
 from camserve_cli.rich_tables import plain_table
 
 __all__ = ["gateway"]
@@ -23,13 +24,8 @@ def gateway(
 
     What it has taken lies in a spool on disk until the PACS has its results. Exits with 2 for a wrong configuration.
     """
-    try:
+    with needs_extra("gateway", "camserve dicom gateway"):
         from camserve_dicom import gateway as package
-    except ModuleNotFoundError as missing:
-        if (missing.name or "").startswith("camserve."):
-            raise  # a bug of ours, not something to install
-        typer.echo(f"error: the gateway needs {missing.name}: pip install 'camserve[dicom]'", err=True)
-        raise typer.Exit(1) from None
     try:
         found = package.read(config)
         found.check_files()
@@ -38,7 +34,8 @@ def gateway(
         else:
             package.run(found, lambda where: typer.echo(f"camserve gateway is ready on {where}"))
     except package.ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
         raise typer.Exit(2) from None
 
 

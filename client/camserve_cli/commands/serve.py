@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from camserve.connection import DEFAULT_ADDRESS
+from camserve_cli.extras import needs_extra
 
-__all__ = ["needs_server", "serve"]
+__all__ = ["serve"]
 
 
 def serve(
@@ -23,18 +22,6 @@ def serve(
     ] = False,
 ) -> None:
     """Start a server, and stop it with Ctrl-C."""
-    with needs_server():
+    with needs_extra("server", "camserve serve"):
         from camserve_server.__main__ import serve as run
     raise typer.Exit(run(config=config, listen=listen, device=device, insecure=insecure or None))
-
-
-@contextmanager
-def needs_server() -> Iterator[None]:
-    """Says what to install where the server's packages are not."""
-    try:
-        yield
-    except ModuleNotFoundError as missing:
-        if (missing.name or "").startswith(("camserve.", "camserve_server.")):
-            raise  # a bug of ours, not something to install
-        typer.echo(f"error: the server needs {missing.name}: pip install 'camserve[server]'", err=True)
-        raise typer.Exit(1) from None

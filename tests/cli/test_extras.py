@@ -1,0 +1,105 @@
+"""Commands and imports in an interpreter in which packages of an extra are not installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# Each command that needs an extra, the extra, and the packages of the extra that the command imports first or last.
+COMMANDS = [
+    ("camserve", [], "cli", ["typer", "rich"]),
+    ("camserve serve", [], "server", ["torch", "pydantic_settings", "structlog", "grpc_health"]),
+    ("camserve config check", [], "server", ["torch", "pydantic_settings"]),
+    ("camserve dicom explain", ["image.dcm", "--out", "out"], "dicom", ["pydicom", "highdicom", "contourpy"]),
+    (
+        "camserve dicom gateway",
+        ["--config", "gateway.toml"],
+        "gateway",
+        ["pynetdicom", "prometheus_client", "pydicom"],
+    ),
+    (
+        "camserve evaluate --report",
+        ["report.html", "image.jpg", "--method", "cam"],
+        "report",
+        ["jinja2", "matplotlib"],
+    ),
+    ("camserve bench --report", ["report.html"], "report", ["jinja2", "matplotlib"]),
+]
+
+
+def run_without(package: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a new interpreter in which the import package `package` cannot be found."""
+    hide = f"""
+import sys
+class Hidden:
+    def find_spec(name, path=None, target=None):
+        if name == {package!r} or name.startswith({package + "."!r}):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hidden)
+"""
+    return subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True, check=False, timeout=120)
+
+
+def run_command_without(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    line = ["camserve", *arguments]
+    return run_without(package, f"sys.argv = {line!r}\nfrom camserve_cli.__main__ import main\nmain()")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "extra", "package"),
+    [
+        pytest.param(command, arguments, extra, package, id=f"{command} without {package}")
+        for command, arguments, extra, packages in COMMANDS
+        for package in packages
+    ],
+)
+def test_missing_extra_is_reported_with_its_installation(
+    command: str, arguments: list[str], extra: str, package: str
+) -> None:
+    done = run_command_without(package, *command.split()[1:], *arguments)
+    assert done.stderr == (
+        f"error: `{command}` needs the package {package}, which is not installed; "
+        f"install it with: pip install 'camserve[{extra}]'\n"
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "module"),
+    [
+        ("camserve", [], "camserve_cli.app"),
+        ("camserve serve", [], "camserve_server.service.server"),
+        ("camserve config check", [], "camserve_server.config"),
+        ("camserve dicom explain", ["image.dcm", "--out", "out"], "camserve_dicom.errors"),
+        ("camserve dicom gateway", ["--config", "gateway.toml"], "camserve_dicom.gateway.config"),
+        ("camserve evaluate --report", ["report.html", "image.jpg", "--method", "cam"], "camserve_cli.report.records"),
+        ("camserve bench --report", ["report.html"], "camserve_cli.report.records"),
+    ],
+)
+def test_missing_module_of_camserve_is_not_reported_as_an_extra(
+    command: str, arguments: list[str], module: str
+) -> None:
+    done = run_command_without(module, *command.split()[1:], *arguments)
+    assert done.returncode == 1
+    assert f"ModuleNotFoundError: No module named '{module}'" in done.stderr
+    assert "pip install" not in done.stderr
+
+
+def test_help_needs_only_the_cli_extra() -> None:
+    hidden = ("torch", "structlog", "pydicom", "pynetdicom", "jinja2", "matplotlib", "prometheus_client")
+    code = (
+        f"for name in {hidden!r}: sys.modules[name] = None\n"
+        "sys.argv = ['camserve', 'dicom', '--help']\nfrom camserve_cli.__main__ import main\nmain()"
+    )
+    done = run_without("camserve_server", code)
+    assert done.returncode == 0, done.stderr
+    assert "gateway" in done.stdout
+
+
+def test_importing_the_client_imports_no_optional_package() -> None:
+    optional = ("torch", "torchvision", "typer", "rich", "camserve_server", "google.rpc", "grpc_status", "skimage")
+    done = run_without("", f"import camserve; print([name for name in {optional!r} if name in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
