@@ -20,7 +20,7 @@ from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from camserve_server.errors import ConfigError, InvalidArgument, NotFound, OutOfRange
-from camserve_server.plan import Measured, Plan, SaliencyMaps
+from camserve_server.plan import MetricResult, Plan, SaliencyMaps
 
 Value = bool | int | float | str
 Layers = Literal["none", "one", "many"]
@@ -30,7 +30,7 @@ NEEDS: dict[Needs, str] = {
     "gap": "global average pooling and one linear layer at its end",
     "attention": "global self-attention and a class token",
 }
-GIVEN = ("seed", "remake", "truth", "predicted")  # keywords that are no parameters: the request has them
+REQUEST_KEYWORDS = ("seed", "explain", "truth", "predicted")  # keywords that are no parameters: the request has them
 _TYPES: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
@@ -81,7 +81,7 @@ class Sizes:
     channels: Sequence[int]
     targets: int = 1
     pixels: tuple[int, int] = (224, 224)
-    again: int = 0
+    rows_per_map: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,45 +121,45 @@ class Method(Entry):
 
     layers: Layers
     needs: Needs
-    least: Callable[..., int] | None
+    min_rows: Callable[..., int] | None
     seeded: bool
     class_agnostic: bool
 
 
 @dataclass(frozen=True)
 class Metric(Entry):
-    """A way to score one. `plan(x, c, S, **parameters)` returns Plan[Measured]; S [H, W] lies in [0, 1], T is 1.
+    """A way to score one. `plan(x, c, S, **parameters)` returns Plan[MetricResult]; S [H, W] lies in [0, 1], T is 1.
 
-    `given` names the keywords of it that the request has: `remake` makes the map of another image, by the same method
+    `given` names the keywords of it that the request has: `explain` makes the map of another image, by the same method
     for the same class; `truth` is where the target is; `predicted` is the class that the model predicts; the value of
     one with `seed` depends on it.
     """
 
     unit: str
     higher_is_better: bool
-    given: tuple[str, ...]
+    request_keywords: tuple[str, ...]
 
     @property
-    def remakes(self) -> bool:
+    def needs_explainer(self) -> bool:
         """Whether it makes maps of other images."""
-        return "remake" in self.given
+        return "explain" in self.request_keywords
 
     @property
     def needs_truth(self) -> bool:
         """Whether it needs to know where the target is."""
-        return "truth" in self.given
+        return "truth" in self.request_keywords
 
     @property
     def seeded(self) -> bool:
         """Whether its value depends on the seed."""
-        return "seed" in self.given
+        return "seed" in self.request_keywords
 
 
 METHODS: dict[str, Method] = {}
 METRICS: dict[str, Metric] = {}
 
 F = TypeVar("F", bound=Callable[..., Plan[SaliencyMaps]])
-G = TypeVar("G", bound=Callable[..., Plan[Measured]])
+G = TypeVar("G", bound=Callable[..., Plan[MetricResult]])
 
 
 def method(
@@ -168,7 +168,7 @@ def method(
     title: str,
     paper: str,
     rows: Callable[..., int],
-    least: Callable[..., int] | None = None,
+    min_rows: Callable[..., int] | None = None,
     needs: Needs = "",
     class_agnostic: bool = False,
 ) -> Callable[[F], F]:
@@ -183,7 +183,7 @@ def method(
             *(name, title, paper, *_described(plan), _parameters(plan), plan, rows),
             layers=layers,
             needs=needs,
-            least=least,
+            min_rows=min_rows,
             seeded="seed" in arguments,
             class_agnostic=class_agnostic,
         )
@@ -204,7 +204,7 @@ def metric(
             *(name, title, paper, *_described(plan), _parameters(plan), plan, rows),
             unit=unit,
             higher_is_better=higher_is_better,
-            given=tuple(name for name in GIVEN if name in arguments),
+            request_keywords=tuple(name for name in REQUEST_KEYWORDS if name in arguments),
         )
         return plan
 
@@ -271,7 +271,7 @@ def _parameters(plan: Callable[..., object]) -> tuple[Parameter, ...]:
     return tuple(
         _parameter(p.name, p.annotation, p.default)
         for p in signature.parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN
+        if p.kind is p.KEYWORD_ONLY and p.name not in REQUEST_KEYWORDS
     )
 
 
@@ -290,6 +290,6 @@ def _parameter(name: str, hint: Any, default: Value) -> Parameter:
     )
 
 
-def known_method(name: str) -> str:
+def method_label(name: str) -> str:
     """The method's name if there is one of that name: what callers make up must not become labels."""
     return name if not name or name in METHODS else "other"

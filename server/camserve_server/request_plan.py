@@ -20,26 +20,26 @@ from camserve_server.plan import (
     Ablate,
     Answer,
     Ascend,
+    Cached,
+    Explainer,
     Gradient,
     Image,
     LeftOut,
-    Measured,
-    Once,
+    MetricResult,
     Plan,
     Predict,
     Query,
-    Remake,
+    ReleaseRows,
     Report,
     SaliencyMaps,
     Score,
-    Spare,
     Stage,
     Sum,
     Targets,
     Truth,
 )
 from camserve_server.registry import Method, Metric, Sizes, Value
-from camserve_server.rows import normalised, up
+from camserve_server.rows import resize, resize_minmax
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ class Explained:
     targets: Targets
     maps: Tensor
     raw: Tensor
-    scores: tuple[tuple[Measured, ...], ...]
+    scores: tuple[tuple[MetricResult, ...], ...]
     warnings: tuple[tuple[str, ...], ...]
     share: float = 1.0
     left_out: tuple[LeftOut, ...] = ()
@@ -119,9 +119,9 @@ def limits(
     """
     reserved = rows_of_metrics(model, call, metrics, targets)
     least = rows_needed(model, call, metrics, targets)
-    anytime = call is not None and call.method.least is not None
-    if call is not None and call.method.least is not None:
-        least = 1 + reserved + call.method.least(_sizes(model, call, targets), **call.parameters)
+    anytime = call is not None and call.method.min_rows is not None
+    if call is not None and call.method.min_rows is not None:
+        least = 1 + reserved + call.method.min_rows(_sizes(model, call, targets), **call.parameters)
     takes = f"{_subject(call)} takes {'at least ' if anytime else ''}{least} rows"
     if budget and budget < least:
         metrics_too = f", {reserved} of them for metrics" if reserved else ""
@@ -161,7 +161,7 @@ def explain(
     left_out: tuple[LeftOut, ...] = ()
     if isinstance(subject, Tensor):
         raw = subject[None].to(x.tensor)
-        maps = up(raw, x.size).clamp(0, 1)
+        maps = resize(raw, x.size).clamp(0, 1)
         share, warnings = 1.0, [_constant(maps[0])]
     else:
         yield from Report(Stage("explain"))
@@ -173,17 +173,17 @@ def explain(
     scores, again = [], _again(model, subject if isinstance(subject, MethodCall) else None)
     for t in range(len(c)):
         one = Targets((c.index[t],), c.p[t : t + 1], c.y[t : t + 1])
-        measured: list[Measured] = []
+        measured: list[MetricResult] = []
         known: dict[Hashable, object] = {}
         for call in metrics:
             yield from Report(Stage(call.metric.name))
             has = {
                 "seed": call.seed,
-                "remake": Remake(partial(_remade, model, subject, c.index[t]), again),
+                "explain": Explainer(partial(_remade, model, subject, c.index[t]), again),
                 "truth": truth,
                 "predicted": int(likeliest[0]),
             }
-            given = {name: has[name] for name in call.metric.given}
+            given = {name: has[name] for name in call.metric.request_keywords}
             plan = call.metric.plan(x, one, maps[t], **call.parameters, **given)
             measured.append((yield from _once(plan, known)))
         scores.append(tuple(measured))
@@ -224,8 +224,8 @@ def _quietly(plan: Plan[T]) -> Plan[T]:
 
 def _whole(query: Query[Any]) -> Query[Any]:
     if isinstance(query, Sum):
-        return replace(query, of=_whole(query.of))
-    return replace(query, least=None) if isinstance(query, (Score, Ablate, Gradient, Ascend)) else query
+        return replace(query, query=_whole(query.query))
+    return replace(query, min_rows=None) if isinstance(query, (Score, Ablate, Gradient, Ascend)) else query
 
 
 def _nothing() -> None:
@@ -233,16 +233,16 @@ def _nothing() -> None:
 
 
 def _once(plan: Plan[Any], known: dict[Hashable, object]) -> Plan[Any]:
-    """Runs the plan; what it asks for `Once` is taken from `known`, or run and noted there."""
+    """Runs the plan; what it asks for `Cached` is taken from `known`, or run and noted there."""
     answer: Answer[Any] | None = None
     while True:
         try:
             query = plan.send(answer)  # type: ignore[arg-type]  # the first send of a generator must be None
         except StopIteration as stop:
             return stop.value
-        if isinstance(query, Once):
+        if isinstance(query, Cached):
             if query.key in known:
-                yield from Spare(query.rows)
+                yield from ReleaseRows(query.rows)
             else:
                 known[query.key] = yield from _once(query.plan(), known)
             answer = partial(known.get, query.key)
@@ -255,7 +255,7 @@ def finished(result: SaliencyMaps, size: tuple[int, int]) -> tuple[Tensor, list[
 
     A map that is constant or not finite becomes zeros, with a warning, never NaN.
     """
-    maps = (result.finish or normalised)(result.raw, size)
+    maps = (result.finish or resize_minmax)(result.raw, size)
     finite = maps.isfinite().flatten(1).all(dim=1)
     low, high = maps.flatten(1).amin(dim=1), maps.flatten(1).amax(dim=1)
     constant = finite & (low == high)

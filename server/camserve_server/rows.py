@@ -18,13 +18,13 @@ from torch import Tensor
 from camserve_server.plan import Image, Resize, Rows
 
 
-def on(device: torch.device, numbers: Sequence[int]) -> Tensor:
+def to_device(device: torch.device, numbers: Sequence[int]) -> Tensor:
     """[n] int64. A GPU goes on meanwhile, which it would not for `torch.tensor(numbers, device=device)`."""
     tensor = torch.tensor(numbers, dtype=torch.int64)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def up(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """[..., h, w] → [..., H, W]: the ↑ of the papers, bilinear, `align_corners=False`, no antialias."""
     if maps.shape[-2:] == size:
         return maps
@@ -40,13 +40,13 @@ def minmax(maps: Tensor) -> Tensor:
     return torch.where(span > 0, (maps - low) / span, torch.zeros_like(maps))
 
 
-def normalised(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_minmax(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """[..., h, w] → [..., H, W] in [0, 1]: the n(up(·)) of the papers.
 
     A constant map becomes zeros. It is told before it is resized: afterwards the rounding would look like contrast.
     """
     constant = maps.amin(dim=(-2, -1), keepdim=True) == maps.amax(dim=(-2, -1), keepdim=True)
-    return torch.where(constant, 0.0, minmax(up(maps, size)))
+    return torch.where(constant, 0.0, minmax(resize(maps, size)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Repeated:
 
 
 @dataclass(frozen=True, eq=False)
-class Each:
+class RepeatInterleaved:
     """Every one of `rows`, `times` times in succession: one for each class that it is to be differentiated for."""
 
     rows: Rows
@@ -124,7 +124,7 @@ class Masked:
 
     x: Image
     activations: Tensor
-    mask: Resize = normalised
+    mask: Resize = resize_minmax
     parts: Sequence[Part] = ("revealed",)
 
     def __len__(self) -> int:
@@ -152,5 +152,5 @@ class Blended:
         return len(self.counts)
 
     def make(self, start: int, stop: int) -> Tensor:
-        counts = on(self.rank.device, self.counts[start:stop]).view(-1, 1, 1, 1)
+        counts = to_device(self.rank.device, self.counts[start:stop]).view(-1, 1, 1, 1)
         return torch.where(self.rank < counts, self.over, self.under)

@@ -19,7 +19,7 @@ from camserve_server.errors import OutOfRange
 from camserve_server.metrics.road import imputed
 from camserve_server.models.model import Model
 from camserve_server.models.servable import why_not
-from camserve_server.plan import Measured
+from camserve_server.plan import MetricResult
 from camserve_server.request_plan import Explained, MethodCall, explain, rows_needed
 from tests import nets
 from tests.support import as_model, call, explained, metric, noise, running, submit
@@ -185,7 +185,7 @@ def test_a_budget_is_kept(model: Model, method: str, x: Tensor) -> None:
         whole = submit(engine, model, x, quick(model, method), [2])
         full = whole.future.result(timeout=120)
         entry, scores = registry.METHODS[method], [metric("average-gain")]
-        if entry.least is None:
+        if entry.min_rows is None:
             if whole.rows > 1:
                 with pytest.raises(OutOfRange, match="cannot stop early"):
                     submit(engine, model, x, quick(model, method), [2], budget=whole.rows - 1)
@@ -288,8 +288,8 @@ def test_the_rows_are_those_announced(model: Model, method: str, x: Tensor) -> N
     assert 1 <= job.rows <= rows_needed(model, asked, (), 2)
     entry = registry.METHODS[method]
     sizes = registry.Sizes([layer.channels for layer in asked.layers], 2, model.preprocessing.size)
-    if entry.least is not None:
-        assert 1 <= entry.least(sizes, **asked.parameters) <= entry.rows(sizes, **asked.parameters)
+    if entry.min_rows is not None:
+        assert 1 <= entry.min_rows(sizes, **asked.parameters) <= entry.rows(sizes, **asked.parameters)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -334,7 +334,7 @@ def test_metrics_lie_in_their_range(model: Model, name: str) -> None:
     size = model.preprocessing.size
     low, high = RANGES.get(name, (0, 100 if registry.METRICS[name].unit == "%" else 1))
     subjects: list[Tensor | MethodCall]
-    if registry.METRICS[name].remakes:
+    if registry.METRICS[name].needs_explainer:
         subjects = [quick(model, method) for method in ("grad-cam", "fake-cam", "occlusion", "eigen-cam")]
     else:
         subjects = [torch.zeros(size), torch.ones(size), noise(*size).sigmoid(), noise(5, 3).sigmoid()]
@@ -352,7 +352,7 @@ def test_metrics_take_the_rows_announced_and_no_chance_but_the_seed(model: Model
     asked, entry = quick(model, "smooth-grad"), registry.METRICS[name]
     with running() as engine:
 
-        def score(seed: int) -> Measured:
+        def score(seed: int) -> MetricResult:
             scored = [metric(name, seed=seed, **QUICK_METRICS.get(name, {}))]
             job = submit(engine, model, x, asked, [1], scored)
             result = job.future.result(timeout=120)

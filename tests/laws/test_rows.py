@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from camserve_server.rows import up
+from camserve_server.rows import resize
 from tests.support import noise
 
 
@@ -15,8 +15,8 @@ from tests.support import noise
 def test_a_map_is_resized_the_same_whatever_comes_with_it(sides: tuple[tuple[int, int], tuple[int, int]]) -> None:
     small, large = sides
     A = noise(16, *small)
-    alone = torch.stack([up(A_k, large) for A_k in A])
+    alone = torch.stack([resize(A_k, large) for A_k in A])
     for n in range(1, 17):
         for start in range(0, 17 - n):
-            assert torch.equal(up(A[start : start + n], large), alone[start : start + n])
-    assert torch.equal(up(A.view(4, 4, *small), large), alone.view(4, 4, *large))
+            assert torch.equal(resize(A[start : start + n], large), alone[start : start + n])
+    assert torch.equal(resize(A.view(4, 4, *small), large), alone.view(4, 4, *large))

@@ -20,7 +20,7 @@ import camserve
 from camserve_server import registry
 from camserve_server.maps import boxes
 from camserve_server.models.model import Model
-from camserve_server.plan import Measured, Truth
+from camserve_server.plan import MetricResult, Truth
 from camserve_server.service.server import Server
 from tests import nets
 from tests.oracles import localisation as oracle
@@ -40,7 +40,7 @@ def likeliest() -> int:
     return int(model().module(X[None])[0].argmax())
 
 
-def measured(name: str, S: Tensor, truth: Truth | None = None, c: int = C, **parameters: object) -> Measured:
+def measured(name: str, S: Tensor, truth: Truth | None = None, c: int = C, **parameters: object) -> MetricResult:
     return explained(model(), X, S, [c], [metric(name, **parameters)], truth=truth).scores[0][0]
 
 

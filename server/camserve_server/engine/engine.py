@@ -35,7 +35,17 @@ from camserve_server.errors import (
 )
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.randomise import weighted_layers
-from camserve_server.plan import Answer, ClassWeights, Plan, Query, Randomise, Remark, Report, Spare, WeightedLayers
+from camserve_server.plan import (
+    Answer,
+    ClassWeights,
+    MapWarning,
+    Plan,
+    Query,
+    Randomise,
+    ReleaseRows,
+    Report,
+    WeightedLayers,
+)
 
 NO_LIMITS = Limits()
 ANYBODY = Caller()
@@ -247,7 +257,7 @@ class Engine:
                 return partial(weighted_layers, job.model)
             case Randomise():
                 return partial(self._randomise, job, query)
-            case Spare(rows):
+            case ReleaseRows(rows):
                 self._owe(job, job.owed - rows)
                 _tell(job, Progress(job.rows, job.rows + job.left))
             case Report(event):
@@ -313,7 +323,7 @@ class Engine:
             job.batch_sizes[kind] = min(job.batch_sizes[kind], size)
             job.context.run(log.warning, "out of memory, batch halved", model=model.name, lane=kind, size=size)
             if job.rows:
-                _tell(job, Remark(f"memory ran out: batches are of {size} rows since; a replay may differ"))
+                _tell(job, MapWarning(f"memory ran out: batches are of {size} rows since; a replay may differ"))
 
     def _advance(self, job: Job[Any], part: Part, failure: Exception | None) -> None:
         if failure is not None:

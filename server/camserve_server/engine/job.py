@@ -12,7 +12,7 @@ from camserve_server.engine.counters import Ran
 from camserve_server.engine.lanes.dispatch import Lane, Work
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.randomise import RandomCopy
-from camserve_server.plan import Level, Plan, Randomised, Remark, Stage
+from camserve_server.plan import Level, MapWarning, Plan, Randomised, Stage
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class Progress:
     rows_total: int
 
 
-Event = Progress | Level | Randomised | Stage | Remark
+Event = Progress | Level | Randomised | Stage | MapWarning
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from camserve_server.plan import Ablate, Capture, Image, Plan, Remark, Report, SaliencyMaps, Spare, Targets
+from camserve_server.plan import Ablate, Capture, Image, MapWarning, Plan, ReleaseRows, Report, SaliencyMaps, Targets
 from camserve_server.registry import method
 
 
@@ -16,7 +16,7 @@ from camserve_server.registry import method
     title="Ablation-CAM",
     paper="doi:10.1109/WACV45572.2020.9093360",
     rows=lambda sizes: 1 + sizes.channels[0],
-    least=lambda sizes: 2,
+    min_rows=lambda sizes: 2,
 )
 def ablation_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
     """Activations weighted by how far the logit falls without each of them: a forward pass a channel.
@@ -35,15 +35,15 @@ def ablation_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
     strength = A.abs().sum(dim=(-2, -1), dtype=torch.float64)
     order = strength.argsort(descending=True, stable=True)  # those that weigh most first, should it be cut short
     order = order[strength[order] > 0]
-    yield from Spare(len(A) - len(order))
+    yield from ReleaseRows(len(A) - len(order))
     if not len(order):
         return SaliencyMaps(A.new_zeros(len(c), *A.shape[1:]))
     for t, y in enumerate(c.y.tolist()):
         if y <= 0:
             yield from Report(
-                Remark(f"class {c.index[t]} has the logit {y:.3g}: dividing by it turns the weights' signs")
+                MapWarning(f"class {c.index[t]} has the logit {y:.3g}: dividing by it turns the weights' signs")
             )
-    scores = yield from Ablate(x, c, layer, order.tolist(), least=1)
+    scores = yield from Ablate(x, c, layer, order.tolist(), min_rows=1)
     done = order[: len(scores.logits)]
     w = (c.y - scores.logits) / c.y  # eq. 3, [K, T]
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A[done]).relu()  # eq. 4

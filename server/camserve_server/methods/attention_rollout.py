@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from camserve_server.plan import Attend, Image, Plan, SaliencyMaps, Targets
+from camserve_server.plan import CaptureAttention, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
 
 
@@ -32,7 +32,7 @@ def attention_rollout(x: Image, c: Targets) -> Plan[SaliencyMaps]:
         Take it rather than raw attention, which sees the last block alone. It cannot explain one class against another,
         and it takes attention for all that a block does.
     """
-    attentions = yield from Attend(x)
+    attentions = yield from CaptureAttention(x)
     rollout = torch.eye(attentions.blocks[0].shape[-1], dtype=x.tensor.dtype, device=x.tensor.device)
     for block in attentions.blocks:
         A = 0.5 * block.mean(dim=0) + 0.5 * torch.eye(len(rollout), dtype=block.dtype, device=block.device)

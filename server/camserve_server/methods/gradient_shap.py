@@ -12,7 +12,7 @@ from torch import Tensor
 
 from camserve_server.plan import INPUT, Gradient, Gradients, Image, Plan, SaliencyMaps, Sum, Targets
 from camserve_server.registry import Range, Sizes, method
-from camserve_server.rows import Each, Perturbed, generator
+from camserve_server.rows import Perturbed, RepeatInterleaved, generator
 
 
 def _rows(sizes: Sizes, *, samples: int = 50, **_: object) -> int:
@@ -20,7 +20,11 @@ def _rows(sizes: Sizes, *, samples: int = 50, **_: object) -> int:
 
 
 @method(
-    "gradient-shap", title="GradientSHAP", paper="arXiv:1705.07874", rows=_rows, least=lambda sizes, **_: sizes.targets
+    "gradient-shap",
+    title="GradientSHAP",
+    paper="arXiv:1705.07874",
+    rows=_rows,
+    min_rows=lambda sizes, **_: sizes.targets,
 )
 def gradient_shap(
     x: Image,
@@ -49,7 +53,7 @@ def gradient_shap(
     def term(i: int, answer: Gradients) -> Tensor:
         return (rows.noisy(i // T) * answer.gradients[0][0]).sum(dim=0)
 
-    query = Gradient(Each(rows, T), c.index * samples, (INPUT,), least=T)
+    query = Gradient(RepeatInterleaved(rows, T), c.index * samples, (INPUT,), min_rows=T)
     summed = yield from Sum(query, term, groups=T)
     S = summed.total / summed.counts.view(-1, 1, 1)
     return SaliencyMaps(S if signed else S.abs(), share=float(summed.counts.sum()) / (samples * T))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from camserve_server.plan import INPUT, Gradient, Gradients, Image, Plan, SaliencyMaps, Sum, Targets
 from camserve_server.registry import Range, Sizes, method
-from camserve_server.rows import Each, Perturbed
+from camserve_server.rows import Perturbed, RepeatInterleaved
 
 
 def _rows(sizes: Sizes, *, steps: int = 50, **_: object) -> int:
@@ -40,7 +40,7 @@ def integrated_gradients(
     """
     T = len(c)
     nodes, weights = np.polynomial.legendre.leggauss(steps)
-    along = Each(Perturbed(x, (0.5 * (nodes + 1)).tolist(), sigma=0, seed=0), T)
+    along = RepeatInterleaved(Perturbed(x, (0.5 * (nodes + 1)).tolist(), sigma=0, seed=0), T)
 
     def term(i: int, answer: Gradients) -> Tensor:
         return float(weights[i // T] / 2) * answer.gradients[0][0]

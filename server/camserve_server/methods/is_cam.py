@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from camserve_server.maps.channels import channels
-from camserve_server.plan import Capture, Image, Plan, SaliencyMaps, Score, Spare, Targets
+from camserve_server.plan import Capture, Image, Plan, ReleaseRows, SaliencyMaps, Score, Targets
 from camserve_server.registry import Range, Sizes, method
-from camserve_server.rows import Masked, minmax, up
+from camserve_server.rows import Masked, minmax, resize
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +40,11 @@ def _rows(sizes: Sizes, *, steps: int = 10, **_: object) -> int:
     return 1 + steps * sizes.channels[0]
 
 
-def _least(sizes: Sizes, *, steps: int = 10, **_: object) -> int:
+def _min_rows(sizes: Sizes, *, steps: int = 10, **_: object) -> int:
     return 1 + steps
 
 
-@method("is-cam", title="IS-CAM", paper="arXiv:2010.03023", rows=_rows, least=_least)
+@method("is-cam", title="IS-CAM", paper="arXiv:2010.03023", rows=_rows, min_rows=_min_rows)
 def is_cam(
     x: Image,
     c: Targets,
@@ -68,13 +68,13 @@ def is_cam(
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     run = channels(A, dead=True)
-    yield from Spare(steps * (len(A) - len(run)))
+    yield from ReleaseRows(steps * (len(A) - len(run)))
     scales = [i / steps for i in range(1, steps + 1)]
     masked = Masked(x, A[run.run])
     if variant == "torchcam":
         scales = [*accumulate(scales)]
         masked = Masked(x, A[run.run], _scaled_first)
-    scores = yield from Score(Scaled(masked, scales), c, least=steps)
+    scores = yield from Score(Scaled(masked, scales), c, min_rows=steps)
     done = len(scores.logits) // steps
     y = scores.logits[: done * steps].reshape(done, steps, -1).mean(dim=1)  # [channels, T]
     w = run.spread(y, missing=-torch.inf).softmax(dim=0)
@@ -84,4 +84,4 @@ def is_cam(
 
 def _scaled_first(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """torchcam's masks: in [0, 1] before they are resized, so that few reach both ends."""
-    return up(minmax(maps), size)
+    return resize(minmax(maps), size)

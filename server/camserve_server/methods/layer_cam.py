@@ -13,7 +13,7 @@ from torch import Tensor
 
 from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import Range, method
-from camserve_server.rows import Repeated, up
+from camserve_server.rows import Repeated, resize
 
 
 @method("layer-cam", title="Layer-CAM", paper="doi:10.1109/TIP.2021.3089943", rows=lambda sizes, **_: sizes.targets)
@@ -49,7 +49,7 @@ def layer_cam(
         return SaliencyMaps(S[0])
     S = [_scaled(S_l, tanh=l < scaled) for l, S_l in enumerate(S)]
     size = (S[0].shape[-2], S[0].shape[-1])
-    return SaliencyMaps(torch.stack([up(S_l, size) for S_l in S]).amax(dim=0))
+    return SaliencyMaps(torch.stack([resize(S_l, size) for S_l in S]).amax(dim=0))
 
 
 def _scaled(S: Tensor, *, tanh: bool) -> Tensor:

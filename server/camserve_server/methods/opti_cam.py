@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from camserve_server.plan import Ascend, Capture, Image, Plan, SaliencyMaps, Spare, Targets
+from camserve_server.plan import Ascend, Capture, Image, Plan, ReleaseRows, SaliencyMaps, Targets
 from camserve_server.registry import Range, Sizes, method
-from camserve_server.rows import normalised, up
+from camserve_server.rows import resize, resize_minmax
 
 
 def _rows(sizes: Sizes, *, steps: int = 100, **_: object) -> int:
@@ -26,7 +26,7 @@ def _rows(sizes: Sizes, *, steps: int = 100, **_: object) -> int:
     title="Opti-CAM",
     paper="arXiv:2301.07002",
     rows=_rows,
-    least=lambda sizes, **_: 1 + sizes.targets,
+    min_rows=lambda sizes, **_: 1 + sizes.targets,
 )
 def opti_cam(
     x: Image,
@@ -89,13 +89,13 @@ def opti_cam(
     if (
         A.amin(dim=(1, 2)) < A.amax(dim=(1, 2))
     ).any():  # otherwise every combination is constant, and there is nothing to optimise
-        halt = partial(_fell, max(1, steps // 10)) if stop == "official" else None
-        ascent = yield from Ascend(u, masked, gain, steps, rate, halt, least=len(c))  # eq. 9
+        stop_rule = partial(_fell, max(1, steps // 10)) if stop == "official" else None
+        ascent = yield from Ascend(u, masked, gain, steps, rate, stop_rule, min_rows=len(c))  # eq. 9
         u = ascent.u
         done = sum(len(history) for history in ascent.history)
         share = 1.0 if all(ascent.ended) else done / (steps * len(c))
     else:
-        yield from Spare(steps * len(c))
+        yield from ReleaseRows(steps * len(c))
     return SaliencyMaps(torch.stack([S(u_t) for u_t in u]), _NORMS[norm], share)
 
 
@@ -106,12 +106,12 @@ def _fell(period: int, history: Sequence[float]) -> bool:
 
 
 def _by_max(S: Tensor, size: tuple[int, int]) -> Tensor:
-    s = up(S, size)
+    s = resize(S, size)
     return s / s.amax(dim=(-2, -1), keepdim=True)
 
 
 def _by_sigmoid(S: Tensor, size: tuple[int, int]) -> Tensor:
-    return up(S, size).sigmoid()  # the official code writes it as ½(tanh(S/2) + 1)
+    return resize(S, size).sigmoid()  # the official code writes it as ½(tanh(S/2) + 1)
 
 
-_NORMS = {"range": normalised, "max": _by_max, "sigmoid": _by_sigmoid}
+_NORMS = {"range": resize_minmax, "max": _by_max, "sigmoid": _by_sigmoid}

@@ -22,17 +22,17 @@ from camserve_server.plan import (
     Image,
     LeftOut,
     Level,
+    MapWarning,
     Plan,
-    Remark,
+    ReleaseRows,
     Report,
     SaliencyMaps,
     Score,
     Scores,
-    Spare,
     Targets,
 )
 from camserve_server.registry import Range, Sizes, method
-from camserve_server.rows import Masked, Part, normalised, up
+from camserve_server.rows import Masked, Part, resize, resize_minmax
 
 Variant = Annotated[
     Literal["paper", "official"],
@@ -53,7 +53,7 @@ def _rows(masks: int, sizes: Sizes, **_: object) -> int:
     return 1 + masks * sum(sizes.channels)
 
 
-def _least(masks: int, sizes: Sizes, **_: object) -> int:
+def _min_rows(masks: int, sizes: Sizes, **_: object) -> int:
     return 1 + masks
 
 
@@ -73,7 +73,11 @@ def _variation(c: Targets, p: Sequence[Tensor]) -> Tensor:
 
 
 @method(
-    "poly-cam", title="Poly-CAM (PCAM±)", paper="arXiv:2204.13359", rows=partial(_rows, 2), least=partial(_least, 2)
+    "poly-cam",
+    title="Poly-CAM (PCAM±)",
+    paper="arXiv:2204.13359",
+    rows=partial(_rows, 2),
+    min_rows=partial(_min_rows, 2),
 )
 def poly_cam(
     x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
@@ -100,7 +104,11 @@ def poly_cam(
 
 
 @method(
-    "poly-cam+", title="Poly-CAM+ (PCAM+)", paper="arXiv:2204.13359", rows=partial(_rows, 1), least=partial(_least, 1)
+    "poly-cam+",
+    title="Poly-CAM+ (PCAM+)",
+    paper="arXiv:2204.13359",
+    rows=partial(_rows, 1),
+    min_rows=partial(_min_rows, 1),
 )
 def poly_cam_plus(
     x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
@@ -125,7 +133,11 @@ def poly_cam_plus(
 
 
 @method(
-    "poly-cam-", title="Poly-CAM− (PCAM−)", paper="arXiv:2204.13359", rows=partial(_rows, 1), least=partial(_least, 1)
+    "poly-cam-",
+    title="Poly-CAM− (PCAM−)",
+    paper="arXiv:2204.13359",
+    rows=partial(_rows, 1),
+    min_rows=partial(_min_rows, 1),
 )
 def poly_cam_minus(
     x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
@@ -163,7 +175,7 @@ def _poly_cam(
     A = yield from Capture(x, layers)  # fine to coarse, [K_l, h_l, w_l] each
     for name, A_l in zip(layers, A, strict=True):
         if A_l.min() < 0:
-            yield from Report(Remark(f"layer {name} has negative activations, which Poly-CAM does not expect"))
+            yield from Report(MapWarning(f"layer {name} has negative activations, which Poly-CAM does not expect"))
     # A level of the coarser one's size adds nothing in the paper's equations.
     levels = [
         l
@@ -171,7 +183,7 @@ def _poly_cam(
         if variant == "official" or l + 1 == len(layers) or A[l].shape[-2:] != A[l + 1].shape[-2:]
     ]
     run = {l: channels(A[l], dead=False) for l in levels}
-    yield from Spare(len(parts) * (sum(map(len, A)) - sum(map(len, run.values()))))
+    yield from ReleaseRows(len(parts) * (sum(map(len, A)) - sum(map(len, run.values()))))
 
     official = variant == "official"
     finish = _percentile if official else None
@@ -179,7 +191,7 @@ def _poly_cam(
     share, left_out = 0.0, []
     begun = False  # a level of nothing but dead channels has no rows
     for index, l in enumerate(levels):
-        masked = Masked(x, A[l][run[l].run], _percentile if official else normalised, parts)
+        masked = Masked(x, A[l][run[l].run], _percentile if official else resize_minmax, parts)
         negligible = None
         if tolerance and A[l].min() >= 0:
             negligible = _Negligible(run[l].together(A[l]), partial(weights, c), len(parts), bound, tolerance)
@@ -193,7 +205,7 @@ def _poly_cam(
             done = len(run[l])
         share += run[l].share(done) / len(levels)
         S = torch.einsum("kt,khw->thw", w.to(A[l].dtype), A[l]).relu()  # eq. 2
-        P = S if P is None else _lnorm(S, P.shape[-2:], official) * up(P, (S.shape[-2], S.shape[-1]))  # eq. 3
+        P = S if P is None else _lnorm(S, P.shape[-2:], official) * resize(P, (S.shape[-2], S.shape[-1]))  # eq. 3
         yield from Report(Level(index, len(levels), layers[l], SaliencyMaps(P, finish)))
     assert P is not None, "there is at least one layer"
     return SaliencyMaps(P, finish, share, tuple(left_out))
@@ -250,8 +262,8 @@ def _channel_weights(
 def _lnorm(S: Tensor, coarse: Sequence[int], official: bool) -> Tensor:
     """Local normalisation to the mean of each block, eq. 1; S [T, h, w], blocks of h/coarse[0] × w/coarse[1]."""
     size = (coarse[0], coarse[1])
-    means = up(S, size) if official else F.adaptive_avg_pool2d(S, size)
-    return S / up(means, (S.shape[-2], S.shape[-1])).clamp(min=1e-12)
+    means = resize(S, size) if official else F.adaptive_avg_pool2d(S, size)
+    return S / resize(means, (S.shape[-2], S.shape[-1])).clamp(min=1e-12)
 
 
 def _percentile(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -259,4 +271,4 @@ def _percentile(maps: Tensor, size: tuple[int, int]) -> Tensor:
     flat = maps.flatten(-2)
     low = torch.quantile(flat, 0.001, dim=-1)[..., None, None]
     high = torch.quantile(flat, 0.999, dim=-1)[..., None, None]
-    return up(((maps - low) / high.clamp(min=1e-12)).clamp(0, 1), size)
+    return resize(((maps - low) / high.clamp(min=1e-12)).clamp(0, 1), size)

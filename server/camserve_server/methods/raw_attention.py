@@ -5,7 +5,7 @@ Dosovitskiy et al. 2021, arXiv:2010.11929; the last block's attention as it is, 
 
 from __future__ import annotations
 
-from camserve_server.plan import Attend, Image, Plan, SaliencyMaps, Targets
+from camserve_server.plan import CaptureAttention, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
 
 
@@ -29,6 +29,6 @@ def raw_attention(x: Image, c: Targets) -> Plan[SaliencyMaps]:
         Take it as a baseline for transformers. It cannot explain one class against another, and attention to a token
         is not evidence from it.
     """
-    attentions = yield from Attend(x)
+    attentions = yield from CaptureAttention(x)
     S = attentions.blocks[-1].mean(dim=0)[0, attentions.prefix :]
     return SaliencyMaps(S.reshape(1, *attentions.grid).expand(len(c), -1, -1))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from camserve_server.plan import Image, Plan, SaliencyMaps, Score, Scores, Sum, Targets
 from camserve_server.registry import Range, Sizes, method
-from camserve_server.rows import generator, up
+from camserve_server.rows import generator, resize
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class Revealed:
                 return kept[start - first : stop - first]
         grids, shifts = zip(*(self.draw(i) for i in range(start, stop)), strict=True)
         (H, W), (h, w) = self.x.size, self.cell
-        large = up(torch.stack(grids).to(self.x.tensor), ((self.cells + 1) * h, (self.cells + 1) * w))
+        large = resize(torch.stack(grids).to(self.x.tensor), ((self.cells + 1) * h, (self.cells + 1) * w))
         return torch.stack([mask[y : y + H, x : x + W] for mask, (y, x) in zip(large, shifts, strict=True)])
 
     def make(self, start: int, stop: int) -> Tensor:
@@ -68,7 +68,7 @@ def _rows(sizes: Sizes, *, masks: int = 6000, **_: object) -> int:
     return masks
 
 
-@method("rise", title="RISE", paper="arXiv:1806.07421", rows=_rows, least=lambda sizes, **_: 1)
+@method("rise", title="RISE", paper="arXiv:1806.07421", rows=_rows, min_rows=lambda sizes, **_: 1)
 def rise(
     x: Image,
     c: Targets,
@@ -94,6 +94,6 @@ def rise(
     def term(i: int, answer: Scores) -> Tensor:
         return answer.probabilities[0].to(x.tensor)[:, None, None] * revealed.masks(i, i + 1)
 
-    summed = yield from Sum(Score(revealed, c, least=1), term)
+    summed = yield from Sum(Score(revealed, c, min_rows=1), term)
     done = int(summed.counts)
     return SaliencyMaps(summed.total[0] / (done * keep), share=done / masks)  # eq. 6

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 
 from camserve_server.maps.channels import channels
-from camserve_server.plan import Capture, Image, Plan, SaliencyMaps, Score, Spare, Targets
+from camserve_server.plan import Capture, Image, Plan, ReleaseRows, SaliencyMaps, Score, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Masked
 
@@ -20,7 +20,7 @@ from camserve_server.rows import Masked
     title="Score-CAM",
     paper="arXiv:1910.01279",
     rows=lambda sizes, **_: 1 + sizes.channels[0],
-    least=lambda sizes, **_: 2,
+    min_rows=lambda sizes, **_: 2,
 )
 def score_cam(
     x: Image,
@@ -52,8 +52,8 @@ def score_cam(
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     run = channels(A, dead=True)
-    yield from Spare(len(A) - len(run))
-    scores = yield from Score(Masked(x, A[run.run]), c, least=1)  # algorithm 1, lines 6 to 11
+    yield from ReleaseRows(len(A) - len(run))
+    scores = yield from Score(Masked(x, A[run.run]), c, min_rows=1)  # algorithm 1, lines 6 to 11
     y = scores.logits if score == "logit" else scores.probabilities
     # algorithm 1, line 13
     w = run.spread(y, missing=-torch.inf).softmax(dim=0) if channel_softmax else run.spread(y)

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from camserve_server.plan import INPUT, Gradient, Gradients, Image, Plan, SaliencyMaps, Sum, Targets
 from camserve_server.registry import Range, Sizes, method
-from camserve_server.rows import Each, Perturbed
+from camserve_server.rows import Perturbed, RepeatInterleaved
 
 
 def _rows(sizes: Sizes, *, samples: int = 50, **_: object) -> int:
     return samples * sizes.targets
 
 
-@method("smooth-grad", title="SmoothGrad", paper="arXiv:1706.03825", rows=_rows, least=lambda sizes, **_: sizes.targets)
+@method(
+    "smooth-grad", title="SmoothGrad", paper="arXiv:1706.03825", rows=_rows, min_rows=lambda sizes, **_: sizes.targets
+)
 def smooth_grad(
     x: Image,
     c: Targets,
@@ -39,11 +41,11 @@ def smooth_grad(
         not the same as where the class is. Fewer samples are grainier.
     """
     T = len(c)
-    noisy = Each(Perturbed(x, [1.0] * samples, sigma, seed), T)
+    noisy = RepeatInterleaved(Perturbed(x, [1.0] * samples, sigma, seed), T)
 
     def term(i: int, answer: Gradients) -> Tensor:
         return answer.gradients[0][0].abs().sum(dim=0)
 
-    summed = yield from Sum(Gradient(noisy, c.index * samples, (INPUT,), least=T), term, groups=T)
+    summed = yield from Sum(Gradient(noisy, c.index * samples, (INPUT,), min_rows=T), term, groups=T)
     share = float(summed.counts.sum()) / (samples * T)
     return SaliencyMaps(summed.total / summed.counts.view(-1, 1, 1), share=share)

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from camserve_server.plan import Capture, Gradient, Gradients, Image, Plan, SaliencyMaps, Sum, Targets
 from camserve_server.registry import Range, Sizes, method
-from camserve_server.rows import Each, Perturbed
+from camserve_server.rows import Perturbed, RepeatInterleaved
 
 
 def _rows(sizes: Sizes, *, samples: int = 4, **_: object) -> int:
     return 1 + samples * sizes.targets
 
 
-def _least(sizes: Sizes, *, samples: int = 4, variant: str = "paper", **_: object) -> int:
+def _min_rows(sizes: Sizes, *, samples: int = 4, variant: str = "paper", **_: object) -> int:
     return 1 + (samples if variant == "torchcam" else 1) * sizes.targets
 
 
-@method("smooth-grad-cam++", title="Smooth Grad-CAM++", paper="arXiv:1908.01224", rows=_rows, least=_least)
+@method("smooth-grad-cam++", title="Smooth Grad-CAM++", paper="arXiv:1908.01224", rows=_rows, min_rows=_min_rows)
 def smooth_grad_cam_pp(
     x: Image,
     c: Targets,
@@ -62,9 +62,9 @@ def smooth_grad_cam_pp(
         kept = [last * g, last * answer.activations[0][0]] if variant == "torchcam" else [g]
         return torch.stack([g.pow(2), g.pow(3), *kept])
 
-    noisy = Each(Perturbed(x, [1.0] * samples, sigma, seed), T)
+    noisy = RepeatInterleaved(Perturbed(x, [1.0] * samples, sigma, seed), T)
     least = samples * T if variant == "torchcam" else T
-    summed = yield from Sum(Gradient(noisy, c.index * samples, (layer,), least=least), powers, groups=T)
+    summed = yield from Sum(Gradient(noisy, c.index * samples, (layer,), min_rows=least), powers, groups=T)
     D2, D3, *kept = (summed.total / summed.counts.view(-1, 1, 1, 1, 1)).unbind(1)  # [T, K, h, w]
     if variant == "torchcam":
         weighted = (A * D3).sum(dim=(-2, -1), keepdim=True) + 1e-8  # which counts, where gradients are small

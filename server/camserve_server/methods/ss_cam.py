@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from camserve_server.maps.channels import channels
-from camserve_server.plan import Capture, Image, Plan, SaliencyMaps, Score, Spare, Targets
+from camserve_server.plan import Capture, Image, Plan, ReleaseRows, SaliencyMaps, Score, Targets
 from camserve_server.registry import Range, Sizes, method
-from camserve_server.rows import normal, normalised
+from camserve_server.rows import normal, resize_minmax
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Noisy:
 
     def make(self, start: int, stop: int) -> Tensor:
         K = len(self.activations)
-        M = normalised(self.activations[[row % K for row in range(start, stop)]], self.x.size)
+        M = resize_minmax(self.activations[[row % K for row in range(start, stop)]], self.x.size)
         fields = {i: normal(self.x.size, self.seed, i).to(M) for i in range(start // K, (stop - 1) // K + 1)}
         noise = torch.stack([fields[row // K] for row in range(start, stop)])
         return self.x.tensor * (M + self.sigma * noise).unsqueeze(1)
@@ -42,7 +42,7 @@ def _rows(sizes: Sizes, *, samples: int = 35, **_: object) -> int:
     return 1 + samples * sizes.channels[0]
 
 
-@method("ss-cam", title="SS-CAM", paper="arXiv:2006.14255", rows=_rows, least=lambda sizes, **_: 2)
+@method("ss-cam", title="SS-CAM", paper="arXiv:2006.14255", rows=_rows, min_rows=lambda sizes, **_: 2)
 def ss_cam(
     x: Image,
     c: Targets,
@@ -66,8 +66,8 @@ def ss_cam(
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     run = channels(A, dead=True)
-    yield from Spare(samples * (len(A) - len(run)))
-    scores = yield from Score(Noisy(x, A[run.run], samples, sigma, seed), c, least=1)
+    yield from ReleaseRows(samples * (len(A) - len(run)))
+    scores = yield from Score(Noisy(x, A[run.run], samples, sigma, seed), c, min_rows=1)
     y = scores.logits  # [rows, T]
     mean = torch.stack([y[k :: len(run)].mean(dim=0) for k in range(min(len(y), len(run)))])
     w = run.spread(mean, missing=-torch.inf).softmax(dim=0)

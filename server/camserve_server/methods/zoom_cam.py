@@ -12,7 +12,7 @@ from torch import Tensor
 
 from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
-from camserve_server.rows import Repeated, up
+from camserve_server.rows import Repeated, resize
 
 
 @method("zoom-cam", title="Zoom-CAM", paper="arXiv:2010.08644", rows=lambda sizes: sizes.targets)
@@ -34,7 +34,7 @@ def zoom_cam(x: Image, c: Targets, layers: Sequence[str]) -> Plan[SaliencyMaps]:
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, layers)
     S = [(A * g).sum(dim=1).relu() for A, g in zip(answer.activations, answer.gradients, strict=True)]  # eq. 4
-    return SaliencyMaps(torch.stack([up(_scaled(S_l), x.size) for S_l in S]).amax(dim=0))  # eq. 5
+    return SaliencyMaps(torch.stack([resize(_scaled(S_l), x.size) for S_l in S]).amax(dim=0))  # eq. 5
 
 
 def _scaled(S: Tensor) -> Tensor:

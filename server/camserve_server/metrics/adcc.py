@@ -10,28 +10,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from camserve_server.plan import Image, Measured, Once, Plan, Remake, Score, Targets
+from camserve_server.plan import Cached, Explainer, Image, MetricResult, Plan, Score, Targets
 from camserve_server.registry import Sizes, metric
-from camserve_server.rows import Masked, up
+from camserve_server.rows import Masked, resize
 
 
 def _rows(sizes: Sizes) -> int:
-    return 1 + sizes.again
+    return 1 + sizes.rows_per_map
 
 
 @metric("adcc", title="ADCC", paper="arXiv:2104.10252", rows=_rows, higher_is_better=True)
-def adcc(x: Image, c: Targets, S: Tensor, *, remake: Remake) -> Plan[Measured]:
+def adcc(x: Image, c: Targets, S: Tensor, *, explain: Explainer) -> Plan[MetricResult]:
     """Harmonic mean of coherency, simplicity and what is left of the probability, in [0, 1].
 
     x [3, H, W], one class, S [H, W] in [0, 1]. Coherency is (1 + r) / 2, r the correlation of S and the map of
     x ⊙ S; simplicity is 1 − mean S; the last is 1 − average drop (eq. 8). A map that explains nothing fails at one.
     """
-    scores = yield from Once("masked", 1, lambda: iter(Score(Masked(x, S[None], mask=up), c)))
+    scores = yield from Cached("masked", 1, lambda: iter(Score(Masked(x, S[None], mask=resize), c)))
     p, o = float(c.p[0]), float(scores.probabilities[0, 0])
     kept = 1 - max(p - o, 0.0) / p if p > 0 else 0.0
-    again = yield from remake(replace(x, tensor=x.tensor * S))
+    again = yield from explain(replace(x, tensor=x.tensor * S))
     parts = [(1 + _correlation(S, again)) / 2, 1 - float(S.mean()), kept]
-    return Measured(3 / sum(1 / part for part in parts) if min(parts) > 0 else 0.0)
+    return MetricResult(3 / sum(1 / part for part in parts) if min(parts) > 0 else 0.0)
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

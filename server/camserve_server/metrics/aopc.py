@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camserve_server.plan import Image, Measured, Plan, Score, Targets
+from camserve_server.plan import Image, MetricResult, Plan, Score, Targets
 from camserve_server.registry import Range, Sizes, metric
 from camserve_server.rows import Blended, generator
 
@@ -33,7 +33,7 @@ def aopc(
         Literal["uniform", "mean"], "what a region becomes: uniform noise over the range of pixels, or the mean colour"
     ] = "uniform",
     seed: int,
-) -> Plan[Measured]:
+) -> Plan[MetricResult]:
     """Mean fall of the probability as the most salient regions are disturbed one after the other, in [−1, 1].
 
     x [3, H, W], one class, S [H, W] in [0, 1]. 1/(L + 1) Σ_k (p_c(x) − p_c(x without its first k regions)) over
@@ -48,7 +48,7 @@ def aopc(
     counts = range(1, min(steps, len(order)) + 1)
     scores = yield from Score(Blended(_disturbed(x, disturb, seed), x.tensor, tiles[:height, :width], counts), c)
     curve = torch.cat([c.p[:1], scores.probabilities[:, 0]])
-    return Measured(float((c.p[0] - curve).mean()), tuple(curve.tolist()))
+    return MetricResult(float((c.p[0] - curve).mean()), tuple(curve.tolist()))
 
 
 def _disturbed(x: Image, kind: str, seed: int) -> Tensor:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from camserve_server.plan import Image, Measured, Once, Plan, Score, Targets, Truth
+from camserve_server.plan import Cached, Image, MetricResult, Plan, Score, Targets, Truth
 from camserve_server.registry import Sizes, metric
-from camserve_server.rows import Masked, up
+from camserve_server.rows import Masked, resize
 
 
 def _rows(sizes: Sizes) -> int:
@@ -42,40 +42,40 @@ def _gain(p: float, o: float) -> float:
 
 
 @metric("average-drop", title="Average drop", paper="arXiv:1710.11063", rows=_rows, unit="%", higher_is_better=False)
-def average_drop(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
+def average_drop(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
     """Share of the probability lost when the map masks the image, in [0, 100] %: [p − o]₊ / p.
 
     x [3, H, W], one class, S [H, W] in [0, 1]. Opti-CAM, eq. 13.
     """
     p, o = yield from _probabilities("masked", x, c, S)
-    return Measured(_drop(p, o))
+    return MetricResult(_drop(p, o))
 
 
 @metric(
     "average-increase", title="Average increase", paper="arXiv:1710.11063", rows=_rows, unit="%", higher_is_better=True
 )
-def average_increase(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
+def average_increase(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
     """100 % where the probability rises when the map masks the image, 0 % elsewhere: 1[p < o].
 
     x [3, H, W], one class, S [H, W] in [0, 1]. Opti-CAM, eq. 14.
     """
     p, o = yield from _probabilities("masked", x, c, S)
-    return Measured(_increase(p, o))
+    return MetricResult(_increase(p, o))
 
 
 @metric("average-gain", title="Average gain", paper="arXiv:2301.07002", rows=_rows, unit="%", higher_is_better=True)
-def average_gain(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
+def average_gain(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
     """Share of the probability that was missing and is gained when the map masks the image, in [0, 100] %.
 
     [o − p]₊ / (1 − p), and 0 where p = 1. x [3, H, W], one class, S [H, W] in [0, 1]. Opti-CAM, eq. 15.
     """
     p, o = yield from _probabilities("masked", x, c, S)
-    return Measured(_gain(p, o))
+    return MetricResult(_gain(p, o))
 
 
 def _probabilities(key: str, x: Image, c: Targets, mask: Tensor) -> Plan[tuple[float, float]]:
     """p, and o under the mask [H, W]; metrics that name the same `key` share its row."""
-    scores = yield from Once(key, 1, lambda: iter(Score(Masked(x, mask[None], mask=up), c)))
+    scores = yield from Cached(key, 1, lambda: iter(Score(Masked(x, mask[None], mask=resize), c)))
     return float(c.p[0]), float(scores.probabilities[0, 0])
 
 
@@ -114,10 +114,10 @@ REGIONS = (
 )
 
 
-def _study(region: Region, measure: Measure) -> Callable[..., Plan[Measured]]:
-    def plan(x: Image, c: Targets, S: Tensor, *, truth: Truth) -> Plan[Measured]:
+def _study(region: Region, measure: Measure) -> Callable[..., Plan[MetricResult]]:
+    def plan(x: Image, c: Targets, S: Tensor, *, truth: Truth) -> Plan[MetricResult]:
         p, o = yield from _probabilities(region.name, x, c, region.mask(S, truth.mask.to(S)))
-        return Measured(measure.of(p, o))
+        return MetricResult(measure.of(p, o))
 
     plan.__doc__ = f"{measure.what} when {region.what}, in [0, 100] %."
     return plan

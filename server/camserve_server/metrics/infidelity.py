@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from camserve_server.plan import Image, Measured, Plan, Score, Scores, Sum, Targets
+from camserve_server.plan import Image, MetricResult, Plan, Score, Scores, Sum, Targets
 from camserve_server.registry import Range, Sizes, metric
 from camserve_server.rows import normal
 
@@ -49,7 +49,7 @@ def infidelity(
     samples: Annotated[int, Range(1, 100_000), "disturbed images"] = 50,
     sigma: Annotated[float, Range(0, 100), "standard deviation of the disturbance, of the normalised image"] = 0.2,
     seed: int,
-) -> Plan[Measured]:
+) -> Plan[MetricResult]:
     """How far the map is from foretelling what a disturbance does to the logit, from 0 up.
 
     E[(β I·S − (y_c(x) − y_c(x − I)))²] over disturbances I, S being the same for each colour. β is the best factor, so
@@ -65,4 +65,4 @@ def infidelity(
     summed = yield from Sum(Score(rows, c), term)
     tt, td, dd = summed.total[0].tolist()
     beta = td / tt if tt > 0 else 0.0
-    return Measured((beta * beta * tt - 2 * beta * td + dd) / samples)
+    return MetricResult((beta * beta * tt - 2 * beta * td + dd) / samples)

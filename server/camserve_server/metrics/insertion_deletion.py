@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from camserve_server.errors import InvalidArgument
-from camserve_server.plan import Image, Measured, Once, Plan, Score, Targets
+from camserve_server.plan import Cached, Image, MetricResult, Plan, Score, Targets
 from camserve_server.registry import Range, Sizes, metric
 from camserve_server.rows import Blended
 
@@ -30,7 +30,7 @@ def _rows(sizes: Sizes, *, steps: int = 224, auc: str = "mean", **_: object) -> 
 @metric("insertion", title="Insertion", paper="arXiv:1806.07421", rows=_rows, higher_is_better=True)
 def insertion(
     x: Image, c: Targets, S: Tensor, *, steps: Steps = 224, baseline: Baseline = "blur", auc: Area = "mean"
-) -> Plan[Measured]:
+) -> Plan[MetricResult]:
     """Area under the probability while the most salient pixels are put into a baseline image first, in [0, 1].
 
     x [3, H, W], one class, S [H, W] in [0, 1].
@@ -41,7 +41,7 @@ def insertion(
 @metric("deletion", title="Deletion", paper="arXiv:1806.07421", rows=_rows, higher_is_better=False)
 def deletion(
     x: Image, c: Targets, S: Tensor, *, steps: Steps = 224, baseline: Baseline = "blur", auc: Area = "mean"
-) -> Plan[Measured]:
+) -> Plan[MetricResult]:
     """Area under the probability while the most salient pixels are taken out of the image first, in [0, 1].
 
     x [3, H, W], one class, S [H, W] in [0, 1].
@@ -58,33 +58,33 @@ def deletion(
 )
 def insertion_deletion(
     x: Image, c: Targets, S: Tensor, *, steps: Steps = 224, baseline: Baseline = "blur", auc: Area = "mean"
-) -> Plan[Measured]:
+) -> Plan[MetricResult]:
     """Insertion less deletion, in [−1, 1]: both at once, as the Poly-CAM paper sums a map up.
 
     x [3, H, W], one class, S [H, W] in [0, 1]. Where the two are asked for as well, their rows are shared.
     """
     higher = yield from _curve("insertion", x, c, S, steps, baseline, auc)
     lower = yield from _curve("deletion", x, c, S, steps, baseline, auc)
-    return Measured(higher.value - lower.value)
+    return MetricResult(higher.value - lower.value)
 
 
-def _curve(kind: str, x: Image, c: Targets, S: Tensor, steps: int, baseline: str, auc: str) -> Plan[Measured]:
-    def area() -> Plan[Measured]:
+def _curve(kind: str, x: Image, c: Targets, S: Tensor, steps: int, baseline: str, auc: str) -> Plan[MetricResult]:
+    def area() -> Plan[MetricResult]:
         there, here = x.tensor, _baseline(x, baseline)
         over, under = (there, here) if kind == "insertion" else (here, there)
         return (yield from _area(over, under, c, S, steps, auc))
 
-    return (yield from Once((kind, steps, baseline, auc), steps + (auc == "trapezoid"), area))
+    return (yield from Cached((kind, steps, baseline, auc), steps + (auc == "trapezoid"), area))
 
 
-def _area(over: Tensor, under: Tensor, c: Targets, S: Tensor, steps: int, auc: str) -> Plan[Measured]:
+def _area(over: Tensor, under: Tensor, c: Targets, S: Tensor, steps: int, auc: str) -> Plan[MetricResult]:
     pixels = S.numel()
     chunk = -(-pixels // steps)
     counts = [min(i * chunk, pixels) for i in range(0 if auc == "trapezoid" else 1, steps + 1)]
     scores = yield from Score(Blended(over, under, _rank(S), counts), c)
     curve = scores.probabilities[:, 0]
     area = (curve[1:] + curve[:-1]).sum() / (2 * steps) if auc == "trapezoid" else curve.mean()
-    return Measured(float(area), tuple(curve.tolist()))
+    return MetricResult(float(area), tuple(curve.tolist()))
 
 
 def _rank(S: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camserve_server.maps.boxes import area, largest, overlap
-from camserve_server.plan import Box, Image, Measured, Plan, Score, Targets, Truth
+from camserve_server.plan import Box, Image, MetricResult, Plan, Score, Targets, Truth
 from camserve_server.registry import Range, Sizes, metric
 from camserve_server.rows import Repeated
 
@@ -31,9 +31,9 @@ DELTAS = ("0.3", "0.5", "0.7")
 IoU = Annotated[float, Range(0, 1), "from which IoU on a box counts, as 1, and below it as 0; 0: the IoU itself counts"]
 
 
-def _done(value: float, curve: tuple[float, ...] = ()) -> Plan[Measured]:
+def _done(value: float, curve: tuple[float, ...] = ()) -> Plan[MetricResult]:
     """The plan of a metric that has nothing to ask the model."""
-    return Measured(value, curve)
+    return MetricResult(value, curve)
     yield
 
 
@@ -46,7 +46,7 @@ def _one(sizes: Sizes) -> int:
 
 
 @metric("localisation-error", title="Localisation error", paper="arXiv:2301.07002", rows=_none, higher_is_better=False)
-def localisation_error(x: Image, c: Targets, S: Tensor, *, iou: IoU = 0.0, truth: Truth) -> Plan[Measured]:
+def localisation_error(x: Image, c: Targets, S: Tensor, *, iou: IoU = 0.0, truth: Truth) -> Plan[MetricResult]:
     """How little the map's box overlaps with the box of the target, in [0, 1]: 1 − max IoU.
 
     x [3, H, W], one class, S [H, W] in [0, 1]. LE, of B_p and each box of the target.
@@ -55,7 +55,9 @@ def localisation_error(x: Image, c: Targets, S: Tensor, *, iou: IoU = 0.0, truth
 
 
 @metric("official-metric", title="Official metric", paper="arXiv:2301.07002", rows=_none, higher_is_better=False)
-def official_metric(x: Image, c: Targets, S: Tensor, *, iou: IoU = 0.0, truth: Truth, predicted: int) -> Plan[Measured]:
+def official_metric(
+    x: Image, c: Targets, S: Tensor, *, iou: IoU = 0.0, truth: Truth, predicted: int
+) -> Plan[MetricResult]:
     """The localisation error, and 1 where the model predicts another class than the target, in [0, 1].
 
     x [3, H, W], one class, S [H, W] in [0, 1]. OM = 1 − max IoU · 1[the likeliest class is the target].
@@ -69,7 +71,7 @@ def _right(S: Tensor, truth: Truth, iou: float) -> float:
 
 
 @metric("pixel-f1", title="Pixel-wise F1", paper="arXiv:2301.07002", rows=_none, higher_is_better=True)
-def pixel_f1(x: Image, c: Targets, S: Tensor, *, truth: Truth) -> Plan[Measured]:
+def pixel_f1(x: Image, c: Targets, S: Tensor, *, truth: Truth) -> Plan[MetricResult]:
     """Harmonic mean of the map's share inside the target and the target's share that it fills, in [0, 1].
 
     x [3, H, W], one class, S [H, W] in [0, 1]. F1 of precision = Σ S inside / Σ S and recall = Σ S inside / pixels
@@ -87,7 +89,7 @@ def pixel_f1(x: Image, c: Targets, S: Tensor, *, truth: Truth) -> Plan[Measured]
     rows=_none,
     higher_is_better=True,
 )
-def energy_pointing_game(x: Image, c: Targets, S: Tensor, *, truth: Truth) -> Plan[Measured]:
+def energy_pointing_game(x: Image, c: Targets, S: Tensor, *, truth: Truth) -> Plan[MetricResult]:
     """Share of the map's mass that lies inside the target, in [0, 1]: Σ S inside / Σ S.
 
     x [3, H, W], one class, S [H, W] in [0, 1]; 0 for a map of zeros. Score-CAM, Wang et al. 2020, arXiv:1910.01279.
@@ -105,7 +107,7 @@ def pointing_game(
     *,
     tolerance: Annotated[int, Range(0, 100), "how many pixels away from the target still hits it"] = 0,
     truth: Truth,
-) -> Plan[Measured]:
+) -> Plan[MetricResult]:
     """1 where the map's highest value lies inside the target, 0 elsewhere.
 
     x [3, H, W], one class, S [H, W] in [0, 1]. Where several pixels have the highest value, the share of them that hit:
@@ -138,7 +140,7 @@ def box_accuracy(
         Literal["all", "0.3", "0.5", "0.7"], "from which IoU δ on a box is right; all: the mean of the three"
     ] = "all",
     truth: Truth,
-) -> Plan[Measured]:
+) -> Plan[MetricResult]:
     """Whether some threshold of the map gives a box that is right: IoU ≥ δ, the mean over three δ, in [0, 1].
 
     x [3, H, W], one class, S [H, W] in [0, 1]. The curve has max IoU(τ) of the box around the largest component of
@@ -153,7 +155,7 @@ def box_accuracy(
 
 
 @metric("saliency-metric", title="Saliency metric", paper="arXiv:1705.07857", rows=_one, higher_is_better=False)
-def saliency_metric(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
+def saliency_metric(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
     """How small the map's box is, and how sure the model is of what is in it, from log 0.05 up.
 
     x [3, H, W], one class, S [H, W] in [0, 1]. log max(0.05, |B_p| / H·W) − log p_c of the image cropped to B_p and
@@ -164,7 +166,7 @@ def saliency_metric(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
     crop = F.interpolate(x.tensor[None, :, top:bottom, left:right], x.size, mode="bicubic", align_corners=False)[0]
     scores = yield from Score(Repeated(replace(x, tensor=crop), 1), c)
     p = max(float(scores.probabilities[0, 0]), sys.float_info.min)  # 0 has no logarithm
-    return Measured(math.log(max(0.05, area(box) / S.numel())) - math.log(p))
+    return MetricResult(math.log(max(0.05, area(box) / S.numel())) - math.log(p))
 
 
 def _map(S: Tensor) -> Map:

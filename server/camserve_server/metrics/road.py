@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camserve_server.plan import Image, Measured, Plan, Score, Targets
+from camserve_server.plan import Image, MetricResult, Plan, Score, Targets
 from camserve_server.registry import Range, Sizes, metric
 from camserve_server.rows import normal
 
@@ -55,7 +55,7 @@ def road(
     steps: Annotated[int, Range(1, 100), "shares of the pixels that are taken out: 9 are 10 %, 20 % … 90 %"] = 9,
     sigma: Annotated[float, Range(0, 100), "standard deviation of the noise on what is filled in"] = 0.01,
     seed: int,
-) -> Plan[Measured]:
+) -> Plan[MetricResult]:
     """How much more the probability falls without the most salient pixels than without the least, in [−½, ½].
 
     x [3, H, W], one class, S [H, W] in [0, 1]. Half of p_c(without the least) − p_c(without the most), mean over the
@@ -69,7 +69,7 @@ def road(
     missing = [rank < count for count in counts] + [rank >= len(order) - count for count in counts]
     scores = yield from Score(Imputed(x, missing, sigma, seed), c)
     most, least = scores.probabilities[:steps, 0], scores.probabilities[steps:, 0]
-    return Measured(float((least - most).mean() / 2), tuple(((least - most) / 2).tolist()))
+    return MetricResult(float((least - most).mean() / 2), tuple(((least - most) / 2).tolist()))
 
 
 def imputed(x: Tensor, missing: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from camserve_server.maps import concentration
-from camserve_server.plan import Image, Measured, Plan, Targets
+from camserve_server.plan import Image, MetricResult, Plan, Targets
 from camserve_server.registry import Sizes, metric
 
 
@@ -19,20 +19,20 @@ def _none(sizes: Sizes) -> int:
 
 
 @metric("entropy", title="Normalised entropy", paper="arXiv:2005.00631", rows=_none, higher_is_better=False)
-def entropy(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
+def entropy(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
     """How evenly the map's mass is spread over the pixels, in [0, 1]: 1 for an even map, 0 for a single pixel.
 
     x [3, H, W], one class, S [H, W] in [0, 1]. −Σ q log q / log(H·W) of q = S / Σ S.
     """
     yield from ()
-    return Measured(concentration.entropy(S))
+    return MetricResult(concentration.entropy(S))
 
 
 @metric("top-decile-mass", title="Mass of the top decile", paper="arXiv:1810.06583", rows=_none, higher_is_better=True)
-def top_decile_mass(x: Image, c: Targets, S: Tensor) -> Plan[Measured]:
+def top_decile_mass(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
     """Share of the map's mass that the highest tenth of the pixels has, in [0.1, 1]: 0.1 for an even map.
 
     x [3, H, W], one class, S [H, W] in [0, 1].
     """
     yield from ()
-    return Measured(concentration.top_decile_mass(S))
+    return MetricResult(concentration.top_decile_mass(S))

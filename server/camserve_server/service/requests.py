@@ -278,7 +278,7 @@ def _metrics(specs: Sequence[pb.MetricSpec], seed: int, subject: str | None) -> 
     calls = []
     for i, spec in enumerate(specs):
         metric = registry.get_metric(spec.name, f"metrics[{i}].name")
-        if metric.remakes and subject != "method":
+        if metric.needs_explainer and subject != "method":
             raise InvalidArgument(
                 f"{metric.name} makes maps of other images: give the method that makes them, not a map",
                 field=f"metrics[{i}].name",

@@ -81,7 +81,7 @@ def randomised(event: Randomised) -> pb.Randomised:
         count=event.count,
         layers=event.layers,
         target=event.target,
-        **asdict(event.alike),
+        **asdict(event.similarity),
         saliency=tensor(event.saliency),
     )
 
@@ -131,7 +131,7 @@ def method_message(method: registry.Method, model: Model | None) -> pb.Method:
         layers=method.layers,
         parameters=[_parameter(p) for p in method.parameters],
         needs=registry.NEEDS[method.needs],
-        anytime=method.least is not None,
+        anytime=method.min_rows is not None,
         seeded=method.seeded,
         class_agnostic=method.class_agnostic,
         equations=method.equations,
@@ -158,7 +158,7 @@ def metric_message(metric: registry.Metric) -> pb.Metric:
         higher_is_better=metric.higher_is_better,
         parameters=[_parameter(p) for p in metric.parameters],
         rows=metric.rows(registry.Sizes([]), **metric.check({}, "")),
-        maps=metric.rows(registry.Sizes([], again=1), **metric.check({}, ""))
+        maps=metric.rows(registry.Sizes([], rows_per_map=1), **metric.check({}, ""))
         - metric.rows(registry.Sizes([]), **metric.check({}, "")),
         seeded=metric.seeded,
         needs_truth=metric.needs_truth,

@@ -25,8 +25,8 @@ from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Event, Job, Progress
 from camserve_server.errors import CamserveError, Cancelled, Expired, InternalError, Unavailable
 from camserve_server.model_pool import Loan, Shelf
-from camserve_server.plan import Level, Randomised, Remark, Stage
-from camserve_server.registry import known_method
+from camserve_server.plan import Level, MapWarning, Randomised, Stage
+from camserve_server.registry import method_label
 from camserve_server.request_plan import Explained, explain, limits, rows_needed
 from camserve_server.service import bounds, requests, responses, security, status, traces
 from camserve_server.service.call import MAX_REQUEST_ID, Call, Context, checked_request_id
@@ -43,7 +43,7 @@ CLOCKS_DIFFER_S = 0.01
 log = structlog.get_logger()
 T = TypeVar("T")
 Picture = pb.Level | pb.Randomised
-Sent = Picture | Progress | Stage | Remark | None
+Sent = Picture | Progress | Stage | MapWarning | None
 
 
 @dataclass(eq=False)
@@ -204,7 +204,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
 
         remarks: list[str] = []
         async for event in _paced(events):
-            if isinstance(event, Remark):
+            if isinstance(event, MapWarning):
                 remarks.append(event.text)
             else:
                 yield event
@@ -229,7 +229,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
 
         `method` is as the caller gave it. No image, label or path stands in the log.
         """
-        call = Call(rpc, context, request_id[:MAX_REQUEST_ID], known_method(method))
+        call = Call(rpc, context, request_id[:MAX_REQUEST_ID], method_label(method))
         trace_id = self._traces.start(call) if self._traces else traces.callers_trace(context)
         known = {"trace_id": trace_id} if trace_id else {}
         deadline = _deadline(context)
@@ -277,7 +277,7 @@ async def _last(events: AsyncIterator[T]) -> T:
     return last
 
 
-async def _paced(events: asyncio.Queue[Sent]) -> AsyncIterator[pb.Progress | Picture | Remark]:
+async def _paced(events: asyncio.Queue[Sent]) -> AsyncIterator[pb.Progress | Picture | MapWarning]:
     """Until None: all pictures and remarks, but progress no more often than every 0.1 s, and at least every 15 s."""
     progress = pb.Progress()
     sent = 0.0

@@ -20,7 +20,7 @@ from camserve_server.engine.lanes.forward import Scoring
 from camserve_server.engine.lanes.work import Total
 from camserve_server.errors import Cancelled, Expired, InternalError, OutOfMemory, QueueFull, Unavailable
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.plan import Plan, Predict, Remark, Score, Scores, Sum, Targets
+from camserve_server.plan import MapWarning, Plan, Predict, Score, Scores, Sum, Targets
 from camserve_server.request_plan import explain
 from camserve_server.rows import Repeated
 from tests import nets
@@ -75,7 +75,7 @@ def test_the_batch_sizes_of_a_job_are_those_that_it_ran_at(
         after.future.result(60)
     for job in (halved, after):
         assert (job.batch_sizes["forward"], job.batch_sizes["gradient"]) == (2, 2)
-    assert [event.text for event in events if isinstance(event, Remark)] == [
+    assert [event.text for event in events if isinstance(event, MapWarning)] == [
         "memory ran out: batches are of 2 rows since; a replay may differ"
     ], "its first row had run at 4"
 

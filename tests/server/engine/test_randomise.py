@@ -134,7 +134,7 @@ def test_layers_are_dealt_out_evenly(model: Model) -> None:
 def test_the_head_of_cam_is_random_too(model: Model) -> None:
     first, *_ = randomised(model, "cam")
     assert first.layers == ("fc",)
-    assert first.alike.spearman < 0.9
+    assert first.similarity.spearman < 0.9
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_three_metrics_share_their_rows_and_their_events(model: Model) -> None:
     steps = [event for event in events if isinstance(event, Randomised)]
     assert len(steps) == 4
     for score, name in zip(scores, ("spearman", "ssim", "hog"), strict=True):
-        assert score.curve == tuple(getattr(step.alike, name) for step in steps)
+        assert score.curve == tuple(getattr(step.similarity, name) for step in steps)
         assert score.value == pytest.approx(sum(score.curve) / 4)
 
 

@@ -20,7 +20,7 @@ class Ascending:
 
     def __init__(self, query: Ascend, model: Model) -> None:
         self._query = query
-        self.least = query.least
+        self.least = query.min_rows
         self.rate = query.rate
         self._count = len(query.u0)
         self.rows = query.steps * self._count
@@ -56,7 +56,7 @@ class Ascending:
 
     def halts(self, row: int, objective: Tensor) -> bool:
         """Whether the variable is to stay where it is, now that it has had this objective."""
-        halt = self._query.halt
+        halt = self._query.stop
         return halt is not None and halt([float(value) for value in (*self._history[row % self._count], objective)])
 
     def state(self, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

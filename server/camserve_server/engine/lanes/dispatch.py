@@ -17,7 +17,7 @@ from camserve_server.engine.lanes.forward import Attending, Capturing, Predictin
 from camserve_server.engine.lanes.gradient import Differentiating, run_gradient
 from camserve_server.engine.lanes.work import Lane, Part, Work, arithmetic
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.plan import Ablate, Ascend, Attend, Capture, Gradient, Predict, Query, Score, Sum
+from camserve_server.plan import Ablate, Ascend, Capture, CaptureAttention, Gradient, Predict, Query, Score, Sum
 
 __all__ = ["Lane", "Part", "Work", "run", "start_work"]
 
@@ -34,15 +34,15 @@ def start_work(query: Query[Any], model: Model, sizes: Mapping[LaneKind, int], c
             work = Predicting(query, model)
         case Capture():
             work = Capturing(query, model)
-        case Attend():
+        case CaptureAttention():
             work = Attending(query, model)
         case Score() | Ablate():
             work = Scoring(query, model)
-        case Sum(of=Score() | Ablate() as scores):
+        case Sum(query=Score() | Ablate() as scores):
             work = Scoring(scores, model, query)
         case Gradient():
             kind, work = "gradient", Differentiating(query, model)
-        case Sum(of=Gradient() as gradients):
+        case Sum(query=Gradient() as gradients):
             kind, work = "gradient", Differentiating(gradients, model, query)
         case Ascend():
             kind, work = "ascend", Ascending(query, model)

@@ -15,16 +15,16 @@ from camserve_server.models.model import Model
 from camserve_server.plan import (
     INPUT,
     Ablate,
-    Attend,
     Attentions,
     Capture,
+    CaptureAttention,
     Predict,
     Score,
     Scores,
     Sum,
-    Summed,
+    Sums,
 )
-from camserve_server.rows import on
+from camserve_server.rows import to_device
 
 
 @dataclass(eq=False)
@@ -100,7 +100,7 @@ class Capturing(Forward):
 
 
 class Attending(Forward):
-    def __init__(self, query: Attend, model: Model) -> None:
+    def __init__(self, query: CaptureAttention, model: Model) -> None:
         super().__init__(model, layers=tuple(name + INPUT for name in model.attention))
         self._x = query.x
         self._seen: dict[str, Tensor] = {}
@@ -126,11 +126,11 @@ class Scoring(Forward):
 
     def __init__(self, query: Score | Ablate, model: Model, sum_: Sum[Any] | None = None) -> None:
         if isinstance(query, Score):
-            super().__init__(model, len(query.rows), least=query.least)
+            super().__init__(model, len(query.rows), least=query.min_rows)
         else:
-            super().__init__(model, len(query.channels), (query.layer,), query.least)
+            super().__init__(model, len(query.channels), (query.layer,), query.min_rows)
         self._query = query
-        self._index = on(model.device, query.c.index)
+        self._index = to_device(model.device, query.c.index)
         self._total = Total(sum_) if sum_ else None
         self._enough = False
         size = (0 if sum_ else self.rows, len(query.c))
@@ -146,7 +146,7 @@ class Scoring(Forward):
         assert isinstance(self._query, Ablate)
         changed = output.clone()
         rows = torch.arange(stop - start, device=output.device)
-        channels = on(output.device, self._query.channels[start:stop])
+        channels = to_device(output.device, self._query.channels[start:stop])
         if self.model.spatial[layer].form == "NCHW":
             changed[rows, channels] = 0
         else:
@@ -159,13 +159,13 @@ class Scoring(Forward):
             self._total.add(start, [Scores(y[i : i + 1], p[i : i + 1]) for i in range(len(y))])
         else:
             self._logits[start:stop], self._probabilities[start:stop] = y, p
-            if isinstance(self._query, Score) and self._query.enough is not None:
-                self._enough = self._query.enough(start, Scores(y, p))
+            if isinstance(self._query, Score) and self._query.stop is not None:
+                self._enough = self._query.stop(start, Scores(y, p))
 
     def answered(self) -> bool:
         return self._enough or super().answered()
 
-    def answer(self) -> Scores | Summed:
+    def answer(self) -> Scores | Sums:
         if self._total:
             return self._total.answer()
         return Scores(self._logits[: self.done], self._probabilities[: self.done])

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from camserve_server.engine.lanes.work import Part, Total, batch, check_differentiable, hooks, spans_of
 from camserve_server.models.model import Model
-from camserve_server.plan import INPUT, Gradient, Gradients, Sum, Summed
-from camserve_server.rows import on
+from camserve_server.plan import INPUT, Gradient, Gradients, Sum, Sums
+from camserve_server.rows import to_device
 
 
 class Differentiating:
@@ -21,7 +21,7 @@ class Differentiating:
         self.rows = self.width = len(query.rows)
         self.layers = tuple(query.layers)
         self.index = tuple(query.index)
-        self.least = query.least
+        self.least = query.min_rows
         self._rows = query.rows
         self._dtype = model.dtype
         self._total = Total(sum_) if sum_ else None
@@ -44,7 +44,7 @@ class Differentiating:
     def answered(self) -> bool:
         return self._done == self.rows
 
-    def answer(self) -> Gradients | Summed:
+    def answer(self) -> Gradients | Sums:
         if self._total:
             return self._total.answer()
         each = range(len(self.layers))
@@ -85,7 +85,7 @@ def run_gradient(model: Model, parts: Sequence[Part], size: int) -> None:
         chosen = logits.new_zeros(())
         for part, (start, stop) in zip(parts, spans, strict=True):
             assert isinstance(part.work, Differentiating)
-            index = on(logits.device, part.work.index[part.start : part.stop])
+            index = to_device(logits.device, part.work.index[part.start : part.stop])
             chosen = chosen + logits[start:stop].gather(1, index[:, None]).sum()
         # A layer that the logits do not depend on has the gradient zero.
         found = torch.autograd.grad(

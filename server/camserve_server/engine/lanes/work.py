@@ -13,7 +13,7 @@ from torch import Tensor
 
 from camserve_server.errors import Unservable
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.plan import INPUT, Sum, Summed
+from camserve_server.plan import INPUT, Sum, Sums
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class Total:
             self._totals[group] = term.clone() if total is None else total.add_(term)
             self._counts[group] += 1
 
-    def answer(self) -> Summed:
+    def answer(self) -> Sums:
         totals = [total for total in self._totals if total is not None]
-        return Summed(torch.stack(totals), torch.tensor(self._counts, device=totals[0].device))
+        return Sums(torch.stack(totals), torch.tensor(self._counts, device=totals[0].device))
 
 
 def batch(model: Model, rows: list[Tensor], size: int) -> Tensor:

@@ -1,0 +1,234 @@
+"""Queries that a plan can yield. Each docstring says how many rows the query takes and what its answer is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from camserve_server.plan.events import PlanEvent
+from camserve_server.plan.protocol import Plan, Query
+from camserve_server.plan.values import Ascent, Attentions, Gradients, Image, Rows, Scores, Sums, Targets
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+# ---- queries that take rows ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Predict(Query["Tensor"]):
+    """One row. The answer is the logits [classes] of the image, float64.
+
+    Attributes:
+        x: The image.
+    """
+
+    x: Image
+
+
+@dataclass(frozen=True, eq=False)
+class Capture(Query["tuple[Tensor, ...]"]):
+    """One row. The answer is the activations [K, h, w] of each layer for the image.
+
+    Attributes:
+        x: The image.
+        layers: Names of the layers.
+    """
+
+    x: Image
+    layers: Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Score(Query[Scores]):
+    """`len(rows)` rows. The answer is the model's output for each row and target.
+
+    The number of rows does not depend on the number of targets: one forward pass scores all classes.
+
+    Attributes:
+        rows: The rows.
+        c: The targets.
+        min_rows: Minimum number of rows in the answer. If it is set, a budget or a deadline may cut the answer to the
+            first n ≥ `min_rows` rows.
+        stop: Function that the engine calls with the index of the first row and the scores of each finished batch.
+            If it returns True, the query is answered and its other rows are not run.
+    """
+
+    rows: Rows
+    c: Targets
+    min_rows: int | None = None
+    stop: Callable[[int, Scores], bool] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Ablate(Query[Scores]):
+    """`len(channels)` rows. The answer is the model's output with one channel of a layer set to zero in each row.
+
+    Attributes:
+        x: The image of all rows.
+        c: The targets.
+        layer: Name of the layer.
+        channels: Index of the channel that is set to zero, for each row.
+        min_rows: As for `Score`.
+    """
+
+    x: Image
+    c: Targets
+    layer: str
+    channels: Sequence[int]
+    min_rows: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient(Query[Gradients]):
+    """`len(rows)` rows, each with a forward and a backward pass. The answer is activations and gradients of the layers.
+
+    Attributes:
+        rows: The rows.
+        index: Class index whose logit is differentiated, for each row.
+        layers: Names of the layers. `INPUT` stands for the rows themselves.
+        min_rows: As for `Score`.
+    """
+
+    rows: Rows
+    index: Sequence[int]
+    layers: Sequence[str]
+    min_rows: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Query[Sums], Generic[T]):
+    """The rows of another query. The answer is Σ_i `term(i, answer)` over the rows i ≡ g mod `groups`, for each g.
+
+    The engine adds rows one by one in their order, as they finish. The sum therefore does not depend on the batches,
+    and the engine keeps only the sum in memory.
+
+    Attributes:
+        query: The query whose rows are summed.
+        term: Function of the index of a row and the answer for that row alone, [1, …], that returns its term.
+        groups: Number G of groups.
+    """
+
+    query: Query[T]
+    term: Callable[[int, T], Tensor]
+    groups: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Ascend(Query[Ascent]):
+    """T·`steps` rows, each with a forward and a backward pass. The answer is the result of a gradient ascent by Adam.
+
+    The ascent maximises `objective(t, y)` over `u0[t]`, where y [classes] are the logits of the row `row(u)`. One
+    iteration follows the other, and the T variables advance side by side.
+
+    Attributes:
+        u0: Initial variables [T, K].
+        row: Differentiable function of a variable [K] that returns a row [3, H, W].
+        objective: Differentiable function of the index t and the logits [classes] that returns a scalar.
+        steps: Number of iterations.
+        rate: Learning rate of Adam.
+        stop: Function of the objective's values so far. If it returns True, the ascent of this variable ends before
+            the update of the current step.
+        min_rows: As for `Score`.
+    """
+
+    u0: Tensor
+    row: Callable[[Tensor], Tensor]
+    objective: Callable[[int, Tensor], Tensor]
+    steps: int
+    rate: float
+    stop: Callable[[Sequence[float]], bool] | None = None
+    min_rows: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class CaptureAttention(Query[Attentions]):
+    """One row. The answer is the attention of each block of a transformer for the image.
+
+    Attributes:
+        x: The image.
+    """
+
+    x: Image
+
+
+@dataclass(frozen=True, eq=False)
+class Cached(Query[T]):
+    """`rows` rows at most. The answer is the result of `plan`, computed once for each key while one map is scored.
+
+    Metrics share the rows of a curve or of a masked image by using the same key.
+
+    Attributes:
+        key: Key of the result.
+        rows: Maximum number of rows of the plan.
+        plan: Function that returns the plan. It is called only if the key has no result yet.
+    """
+
+    key: Hashable
+    rows: int
+    plan: Callable[[], Plan[T]]
+
+
+# ---- queries without rows --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassWeights(Query["tuple[str, Tensor]"]):
+    """No rows. The answer is the weights of a linear layer behind global average pooling.
+
+    The answer contains the name of the layer that is pooled, and the weights [T, K] of the classes.
+
+    Attributes:
+        index: T class indices.
+    """
+
+    index: Sequence[int]
+
+
+@dataclass(frozen=True)
+class WeightedLayers(Query[tuple[str, ...]]):
+    """No rows. The answer is the names of the layers that have their own weights, in the order of the forward pass."""
+
+
+@dataclass(frozen=True)
+class Randomise(Query[None]):
+    """No rows. From this query on, a copy of the network with random layers answers the queries of the plan.
+
+    An empty list of layers restores the original network and deletes the copy. If too many requests hold a copy, the
+    plan waits until one of them is deleted.
+
+    Attributes:
+        layers: Names of the layers that get random weights. All other layers keep their weights.
+        seed: Seed of the random weights.
+    """
+
+    layers: Sequence[str]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ReleaseRows(Query[None]):
+    """No rows. Tells the engine that the plan needs fewer rows than its method or metric announced.
+
+    The scheduler and the progress of the request use the lower number.
+
+    Attributes:
+        rows: Number of announced rows that the plan does not need.
+    """
+
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Report(Query[None]):
+    """No rows. Sends an event to the caller of the request.
+
+    Attributes:
+        event: The event.
+    """
+
+    event: PlanEvent
