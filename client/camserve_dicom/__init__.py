@@ -9,8 +9,8 @@ Needs `pip install 'camserve[dicom]'`.
 
 from camserve_dicom.derivation import IMPLEMENTATION_UID
 from camserve_dicom.errors import DicomError
-from camserve_dicom.explaining import DicomExplanation, explain, explain_async, sent
-from camserve_dicom.reading import Picture, Source, quiet, read
+from camserve_dicom.explaining import DicomExplanation, explain, explain_async, request_pixels
+from camserve_dicom.reading import RenderedImage, Source, read, silence_library_warnings
 from camserve_dicom.results import KINDS, objects
 
 __all__ = [
@@ -18,12 +18,12 @@ __all__ = [
     "KINDS",
     "DicomError",
     "DicomExplanation",
-    "Picture",
+    "RenderedImage",
     "Source",
     "explain",
     "explain_async",
     "objects",
-    "quiet",
     "read",
-    "sent",
+    "request_pixels",
+    "silence_library_warnings",
 ]

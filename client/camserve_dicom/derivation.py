@@ -18,7 +18,7 @@ from pydicom.uid import UID
 from camserve.answers import Explanation
 from camserve.errors import InvalidArgument
 from camserve.version import __version__
-from camserve_dicom.reading import Picture
+from camserve_dicom.reading import RenderedImage
 
 __all__ = ["DEFAULT_CHECK", "IMPLEMENTATION_UID", "NO_DATE", "Derivation", "check_metrics"]
 
@@ -49,22 +49,22 @@ class Derivation:
     """
 
     explanation: Explanation
-    picture: Picture
+    image: RenderedImage
     check: str | None = None
     metrics: Mapping[str, Any] | None = None
 
     @cached_property
     def key(self) -> str:
         """What makes this derivation another one than others."""
-        receipt, source = self.explanation.receipt, self.picture.source
+        receipt, source = self.explanation.receipt, self.image.source
         return json.dumps(
             {
                 "source": str(source.SOPInstanceUID),
-                "frame": self.picture.frame,
+                "frame": self.image.frame,
                 "model": [receipt.model, receipt.model_digest, receipt.precision],
                 "method": [receipt.method, receipt.parameters, receipt.layers, receipt.seed, receipt.budget],
                 "target": [self.explanation.target.index, self.explanation.target.label],
-                "preprocessing": [receipt.preprocessing, self.picture.steps, self.picture.box],
+                "preprocessing": [receipt.preprocessing, self.image.steps, self.image.box],
                 "metrics": self.metrics or sorted(self.explanation.scores),
                 "check": self.check,
                 "versions": [receipt.versions, _versions()],
@@ -80,8 +80,8 @@ class Derivation:
     def moment(self) -> datetime | None:
         """That of the image: results that had their own would differ each time that they are made."""
         for name in _DATES:
-            date = re.sub(r"\D", "", str(self.picture.source.get(name) or ""))
-            time = re.sub(r"[^\d].*", "", str(self.picture.source.get(name.replace("Date", "Time")) or ""))
+            date = re.sub(r"\D", "", str(self.image.source.get(name) or ""))
+            time = re.sub(r"[^\d].*", "", str(self.image.source.get(name.replace("Date", "Time")) or ""))
             try:
                 return datetime.strptime(date + time[:6].ljust(6, "0"), "%Y%m%d%H%M%S")
             except ValueError:
@@ -110,7 +110,7 @@ class Derivation:
     @property
     def frame_number(self) -> int | None:
         """Of the frame, from 1, as references have it; None where there is but one."""
-        return self.picture.frame + 1 if int(self.picture.source.get("NumberOfFrames") or 1) > 1 else None
+        return self.image.frame + 1 if int(self.image.source.get("NumberOfFrames") or 1) > 1 else None
 
     @property
     def label(self) -> str:

@@ -20,14 +20,14 @@ from camserve.answers import Explanation
 from camserve.errors import InvalidArgument
 from camserve.request_messages import Parameters, TargetLike
 from camserve_dicom.derivation import DEFAULT_CHECK, Derivation, check_metrics
-from camserve_dicom.reading import Picture, Source, Window, read
+from camserve_dicom.reading import RenderedImage, Source, Window, read
 from camserve_dicom.results import DEFAULT_OUTPUTS, objects, outputs_of
 
 if TYPE_CHECKING:
     from camserve import aio
     from camserve.client import Client
 
-__all__ = ["DEFAULT_METRICS", "DicomExplanation", "explain", "explain_async", "sent"]
+__all__ = ["DEFAULT_METRICS", "DicomExplanation", "explain", "explain_async", "request_pixels"]
 
 DEFAULT_METRICS = ("insertion", "deletion", "average-gain")
 # A request holds 64 MiB; no model looks at a fraction of it.
@@ -36,13 +36,13 @@ _MOST_PIXELS = 20_000_000
 
 @dataclass(frozen=True, eq=False)
 class DicomExplanation:
-    """An explanation of `picture`, and its `objects` by kind: "sc", "sr", "pm", "seg", "gsps".
+    """An explanation of `image`, and its `objects` by kind: "sc", "sr", "pm", "seg", "gsps".
 
     `withheld` says which check failed, so that there is only a report; it is empty otherwise.
     """
 
     explanation: Explanation
-    picture: Picture
+    image: RenderedImage
     objects: dict[str, Dataset] = field(repr=False)
     withheld: str
 
@@ -63,9 +63,9 @@ class DicomExplanation:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A picture, what to ask the server for about it, and what to make of the answer."""
+    """A image, what to ask the server for about it, and what to make of the answer."""
 
-    picture: Picture
+    image: RenderedImage
     request: dict[str, Any]
     outputs: tuple[str, ...]
     check: str | None
@@ -75,14 +75,12 @@ class Asked:
         metrics = self.request["metrics"]
         made = objects(
             explanation,
-            self.picture,
+            self.image,
             self.outputs,
             check=self.check,
             metrics=metrics if any(metrics.values()) else None,
         )
-        return DicomExplanation(
-            explanation, self.picture, made, Derivation(explanation, self.picture, self.check).withheld
-        )
+        return DicomExplanation(explanation, self.image, made, Derivation(explanation, self.image, self.check).withheld)
 
 
 def asked(
@@ -103,10 +101,10 @@ def asked(
     kinds = outputs_of(outputs)
     if lacking := [name for name in check_metrics(check) if name not in scored]:
         raise InvalidArgument(f"the check needs the metric {lacking[0]}: ask for it, too", field="check")
-    picture = read(source, frame=frame, window=window, regions=regions, burned_in=burned_in)
+    image = read(source, frame=frame, window=window, regions=regions, burned_in=burned_in)
     return Asked(
-        picture,
-        {"image": sent(picture), "metrics": scored, "request_id": uuid.uuid4().hex, **request},
+        image,
+        {"image": request_pixels(image), "metrics": scored, "request_id": uuid.uuid4().hex, **request},
         kinds,
         check,
     )
@@ -173,8 +171,8 @@ async def explain_async(client: aio.Client, source: Source, **given: Any) -> Dic
     return await asyncio.to_thread(ready.answered, explanation)
 
 
-def sent(picture: Picture) -> NDArray[np.uint8]:
-    """What is sent of a picture: its pixels, of very large ones the means of squares of them."""
-    pixels = picture.pixels
+def request_pixels(image: RenderedImage) -> NDArray[np.uint8]:
+    """What is sent of a image: its pixels, of very large ones the means of squares of them."""
+    pixels = image.pixels
     factor = int(np.ceil((pixels.shape[0] * pixels.shape[1] / _MOST_PIXELS) ** 0.5))
     return pixels if factor <= 1 else np.asarray(PIL.Image.fromarray(pixels).reduce(factor), dtype=np.uint8)

@@ -82,7 +82,7 @@ def code(value: str, scheme: str, meaning: str) -> Dataset:
 
 def reference(derivation: Derivation) -> Dataset:
     """The source as an item of a sequence of references."""
-    source = derivation.picture.source
+    source = derivation.image.source
     item = Dataset()
     item.ReferencedSOPClassUID = source.SOPClassUID
     item.ReferencedSOPInstanceUID = source.SOPInstanceUID
@@ -100,7 +100,7 @@ def source_image(derivation: Derivation) -> Dataset:
 
 def finished(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
     """The result with all that it has in common with others, ready to be written, and read back as it is written."""
-    source = derivation.picture.source
+    source = derivation.image.source
     _carry(source, result, _CARRIED)
     for name in _TYPE_2:
         if name not in result:
@@ -128,7 +128,7 @@ def finished(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
 
 def _side(derivation: Derivation) -> str:
     """Of the image, or of the frame, of which enhanced objects say it: R, L, B (both) or U (of no pair)."""
-    header = grey.of_frame(derivation.picture.source, derivation.picture.frame)
+    header = grey.of_frame(derivation.image.source, derivation.image.frame)
     return str(header.get("ImageLaterality") or header.get("FrameLaterality") or "")
 
 

@@ -32,11 +32,11 @@ _SALIENCY = Code("130404", "DCM", "Saliency")
 
 def native(derivation: Derivation) -> NDArray[np.float32]:
     """float32 [rows, columns] over the whole frame as it is stored, 0 outside of what the model was shown."""
-    picture = derivation.picture
-    left, top, right, bottom = picture.box
+    image = derivation.image
+    left, top, right, bottom = image.box
     saliency = PIL.Image.fromarray(derivation.explanation.saliency)
     smooth = saliency.resize((right - left, bottom - top), PIL.Image.Resampling.BILINEAR)
-    frame = np.zeros((int(picture.source.Rows), int(picture.source.Columns)), np.float32)
+    frame = np.zeros((int(image.source.Rows), int(image.source.Columns)), np.float32)
     frame[top:bottom, left:right] = np.asarray(smooth, dtype=np.float32).clip(0, 1)
     return frame
 

@@ -29,7 +29,7 @@ def drawn(derivation: Derivation) -> tuple[NDArray[np.uint8], int]:
 
     The picture is at the upper left, and untouched where the map is 0.
     """
-    pixels = derivation.picture.pixels
+    pixels = derivation.image.pixels
     scale = -(-_LEAST_SIDE // max(pixels.shape[:2]))
     image = PIL.Image.fromarray(pixels).convert("RGB")
     size = (image.width * scale, image.height * scale)

@@ -27,7 +27,7 @@ _MOST_POINTS = 8000
 
 def presentation_state(derivation: Derivation) -> Dataset:
     """Grayscale or Color Softcopy Presentation State with the outlines and what they are."""
-    source, image = derivation.picture.source, stand_in(derivation)
+    source, image = derivation.image.source, stand_in(derivation)
     for name in ("FrameOfReferenceUID", "PositionReferenceIndicator"):
         image.pop(name, None)
     explanation = derivation.explanation
@@ -63,7 +63,7 @@ def presentation_state(derivation: Derivation) -> Dataset:
         "graphic_annotations": [annotation],
         "graphic_layers": [layer],
     }
-    header = grey.of_frame(source, derivation.picture.frame)
+    header = grey.of_frame(source, derivation.image.frame)
     if not str(source.PhotometricInterpretation).startswith("MONOCHROME"):
         colour = pr.ColorSoftcopyPresentationState(**given, icc_profile=_srgb())
         return restored(_as_wide(colour, header), derivation)
@@ -71,7 +71,7 @@ def presentation_state(derivation: Derivation) -> Dataset:
     shape = PresentationLUTTransformation(presentation_lut_shape="INVERSE" if inverse else "IDENTITY")
     state = pr.GrayscaleSoftcopyPresentationState(**given, presentation_lut_transformation=shape)
     voi = Dataset()
-    for element in derivation.picture.luts:
+    for element in derivation.image.luts:
         (voi if element.keyword in _VOI else state).add(element)
     state.SoftcopyVOILUTSequence = [voi]
     return restored(_as_wide(state, header), derivation)
@@ -95,7 +95,7 @@ def _srgb() -> bytes:
 def outlines(derivation: Derivation) -> list[NDArray[np.float32]]:
     """Closed lines, float32 [points, 2], each (column, row) in the frame, whose first pixel begins at (0, 0)."""
     saliency = derivation.explanation.saliency
-    left, top, right, bottom = derivation.picture.box
+    left, top, right, bottom = derivation.image.box
     x, y = (right - left) / saliency.shape[1], (bottom - top) / saliency.shape[0]
     if not saliency.max():
         return []

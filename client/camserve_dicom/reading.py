@@ -25,7 +25,7 @@ from pydicom.uid import UID, JPEG2000TransferSyntaxes, JPEGBaseline8Bit, JPEGExt
 from camserve_dicom import grey, lookup_tables
 from camserve_dicom.errors import DicomError
 
-__all__ = ["Box", "Picture", "Source", "Window", "pixels_of_frame", "quiet", "read"]
+__all__ = ["Box", "RenderedImage", "Source", "Window", "pixels_of_frame", "read", "silence_library_warnings"]
 
 # A path, a binary file, or a dataset with its pixels and its file_meta.
 Source: TypeAlias = "str | PathLike[str] | BinaryIO | Dataset"
@@ -46,7 +46,7 @@ _MOST_ELONGATED = 10.0
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class RenderedImage:
     """One frame as people see it: `pixels`, uint8 [H, W], or [H, W, 3] in colour.
 
     `source` is the whole header, without pixels, and `frame` counts from 0. `steps` say how the pixels were made of the
@@ -64,7 +64,7 @@ class Picture:
     luts: Dataset = field(repr=False)
 
 
-def quiet() -> None:
+def silence_library_warnings() -> None:
     """Silence pydicom's and highdicom's remarks in this process: they quote what is in headers."""
     for module in ("pydicom", "highdicom"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
@@ -78,7 +78,7 @@ def read(
     window: Window | None = None,
     regions: Literal["refuse", "crop", "ignore"] = "refuse",
     burned_in: Literal["refuse", "ignore"] = "refuse",
-) -> Picture:
+) -> RenderedImage:
     """A frame of a DICOM image as a picture. Nothing of it leaves this machine.
 
     source: a path, a binary file, or a pydicom dataset, which is not changed.
@@ -127,7 +127,7 @@ def read(
         shown = shown[top:bottom, left:right]
         content = _content(shown, None if padding is None else padding[top:bottom, left:right])
         shown, content = _square(shown, content, header, steps)
-    return Picture(shown, _header(dataset), frame, tuple(steps), box, content, luts)
+    return RenderedImage(shown, _header(dataset), frame, tuple(steps), box, content, luts)
 
 
 # ---- the object -----------------------------------------------------------------------------------------------------
@@ -253,8 +253,8 @@ def _part(dataset: Dataset, regions: str, burned_in: str) -> Box:
     described = list(dataset.get("SequenceOfUltrasoundRegions") or [])
     if described and regions == "crop":
         found = [_box(region, whole) for region in described]
-        pictures = [box for box, is_2d in found if is_2d] or [box for box, _ in found]
-        return max(pictures, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
+        candidates = [box for box, is_2d in found if is_2d] or [box for box, _ in found]
+        return max(candidates, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
     if str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES" and burned_in == "refuse":
         raise DicomError(
             "the image has text burned into its pixels (Burned In Annotation YES), which may name the patient: "

@@ -14,7 +14,7 @@ from camserve_dicom.errors import DicomError
 from camserve_dicom.header import finished
 from camserve_dicom.maps import parametric_map, segmentation
 from camserve_dicom.presentation_state import presentation_state
-from camserve_dicom.reading import Picture
+from camserve_dicom.reading import RenderedImage
 from camserve_dicom.secondary_capture import secondary_capture
 from camserve_dicom.structured_report import structured_report
 
@@ -41,20 +41,20 @@ def outputs_of(given: Sequence[str]) -> tuple[str, ...]:
 
 def objects(
     explanation: Explanation,
-    picture: Picture,
+    image: RenderedImage,
     outputs: Sequence[str] = DEFAULT_OUTPUTS,
     *,
     check: str | None = DEFAULT_CHECK,
     metrics: Mapping[str, Any] | None = None,
 ) -> dict[str, Dataset]:
-    """The DICOM objects of an explanation of that picture, by kind, as they would be written to a file.
+    """The DICOM objects of an explanation of that image, by kind, as they would be written to a file.
 
     The same arguments give the same bytes, on any day and whatever the request was called. Where the `check` fails
     there is only the report, which says so. `metrics` are those with parameters of their own, as they were asked for.
 
     Raises DicomError for what cannot be an object, such as an overlay of more than 65535 rows.
     """
-    derivation = Derivation(explanation, picture, check, metrics)
+    derivation = Derivation(explanation, image, check, metrics)
     kinds = ("sr",) if derivation.withheld else outputs_of(outputs)
     return {kind: _made(kind, derivation) for kind in kinds}
 

@@ -21,7 +21,7 @@ def secondary_capture(derivation: Derivation) -> Dataset:
     pixels, scale = overlay.drawn(derivation)
     if max(pixels.shape) > _MOST_ROWS:
         raise DicomError(f"an overlay of more than {_MOST_ROWS} rows or columns is no image", "UNSUPPORTED_PIXELS")
-    source = derivation.picture.source
+    source = derivation.image.source
     result = Dataset()
     result.SOPClassUID = SecondaryCaptureImageStorage
     result.Modality = "OT"
@@ -45,7 +45,7 @@ def secondary_capture(derivation: Derivation) -> Dataset:
     if frame_of_reference := source.get("FrameOfReferenceUID"):
         result.FrameOfReferenceUID = frame_of_reference
         result.PositionReferenceIndicator = source.get("PositionReferenceIndicator")
-    header = grey.of_frame(source, derivation.picture.frame)
+    header = grey.of_frame(source, derivation.image.frame)
     if spacing := grey.spacing(header, "PixelSpacing"):
         result.PixelSpacing = [f"{min(spacing) / scale:.10g}"] * 2  # the picture's pixels are square
         for name in ("PixelSpacingCalibrationType", "PixelSpacingCalibrationDescription"):
@@ -60,5 +60,5 @@ def description(derivation: Derivation) -> str:
     return (
         f"Saliency map of class {explanation.target.index} ({derivation.label}, probability "
         f"{explanation.target.probability:.3f}) by {explanation.receipt.method} of model {explanation.receipt.model}; "
-        f"source pixels: {', '.join(derivation.picture.steps) or 'as stored'}"
+        f"source pixels: {', '.join(derivation.image.steps) or 'as stored'}"
     )[:1024]

@@ -32,7 +32,7 @@ _TOLERANCE = 0.01
 
 def geometry(derivation: Derivation) -> Dataset | None:
     """Where the plane lies in the patient; None where the header does not say, or says what cannot be."""
-    header = grey.of_frame(derivation.picture.source, derivation.picture.frame)
+    header = grey.of_frame(derivation.image.source, derivation.image.frame)
     plane = [element for name in _PLANE if (element := grey.readable(header, name)) is not None]
     if [element.VM for element in plane] != [3, 6, 2] or not header.get("FrameOfReferenceUID"):
         return None
@@ -54,7 +54,7 @@ def geometry(derivation: Derivation) -> Dataset | None:
 
 def thickness(derivation: Derivation) -> str | None:
     """Of the slice, in mm; None where the header does not say."""
-    header = grey.of_frame(derivation.picture.source, derivation.picture.frame)
+    header = grey.of_frame(derivation.image.source, derivation.image.frame)
     try:
         value = float(header.SliceThickness)
     except (AttributeError, TypeError, ValueError):
@@ -76,7 +76,7 @@ def stand_in(derivation: Derivation) -> Dataset:
 
     It is of a plain class, for highdicom wants more of others than every header has; `restored` puts the true one in.
     """
-    source = derivation.picture.source
+    source = derivation.image.source
     result = Dataset()
     result.SOPClassUID = SecondaryCaptureImageStorage
     for name in _SAME:
@@ -94,7 +94,7 @@ def stand_in(derivation: Derivation) -> Dataset:
 
 def restored(result: Dataset, derivation: Derivation, *, frames: bool = True) -> Dataset:
     """The result with references to the source instead of its stand-in, and to the frame."""
-    source = derivation.picture.source
+    source = derivation.image.source
     for keyword, item in _references(result, "", str(source.SOPInstanceUID)):
         item.ReferencedSOPClassUID = source.SOPClassUID
         # Of what belongs to a series whole instances are named, but for presentation states.
@@ -120,7 +120,7 @@ def _synthetic(derivation: Derivation) -> Dataset:
     made.PositionReferenceIndicator = None
     made.ImagePositionPatient = [0, 0, 0]
     made.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    header = grey.of_frame(derivation.picture.source, derivation.picture.frame)
+    header = grey.of_frame(derivation.image.source, derivation.image.frame)
     spacing = grey.spacing(header, "PixelSpacing", "ImagerPixelSpacing") or (grey.pixel_aspect(header), 1.0)
     made.PixelSpacing = [_number(each) for each in spacing]
     return made

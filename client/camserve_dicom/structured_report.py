@@ -80,7 +80,7 @@ def structured_report(derivation: Derivation) -> Dataset:
 
 def content_share(derivation: Derivation) -> float:
     """How much of the map's sum lies in what is not background of the image."""
-    saliency, shown = derivation.explanation.saliency, derivation.picture
+    saliency, shown = derivation.explanation.saliency, derivation.image
     x, y = (saliency.shape[axis] / shown.pixels.shape[axis] for axis in (1, 0))
     left, top, right, bottom = shown.content
     inside = saliency[int(top * y) : int(np.ceil(bottom * y)), int(left * x) : int(np.ceil(right * x))]
@@ -123,7 +123,7 @@ def _parameters(derivation: Derivation) -> list[str]:
         "target": f"{derivation.label} (class {derivation.explanation.target.index})",
         "layers": ", ".join(receipt.layers),
         "preprocessing": receipt.preprocessing,
-        "source pixels": ", ".join(derivation.picture.steps),
+        "source pixels": ", ".join(derivation.image.steps),
         "seed": receipt.seed,
         **receipt.parameters,
     }

@@ -115,11 +115,11 @@ def test_pixels_and_a_request_id_are_all_that_is_sent(file):
 
 
 def test_a_very_large_image_is_made_smaller_to_be_sent():
-    picture = dicom.read(image(np.tile(np.arange(5000, dtype=np.uint16), (4500, 1))))
-    small = dicom.sent(picture)
+    rendered = dicom.read(image(np.tile(np.arange(5000, dtype=np.uint16), (4500, 1))))
+    small = dicom.request_pixels(rendered)
     assert small.shape == (2250, 2500)
-    np.testing.assert_allclose(small[0], picture.pixels[0].reshape(-1, 2).mean(1), atol=1)
-    assert dicom.sent(dicom.read(image(ramp()))).shape == ramp().shape
+    np.testing.assert_allclose(small[0], rendered.pixels[0].reshape(-1, 2).mean(1), atol=1)
+    assert dicom.request_pixels(dicom.read(image(ramp()))).shape == ramp().shape
 
 
 # ---- the clients ----------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_a_real_server_explains_twice_alike(tiny: Server, file):
         )
         [equipment] = first.objects["sc"].ContributingEquipmentSequence
         receipt = camserve.Receipt.from_json(equipment.private_block(0x0099, "camserve")[0x01].value)
-        assert client.replay(receipt, dicom.sent(dicom.read(file))).same
+        assert client.replay(receipt, dicom.request_pixels(dicom.read(file))).same
     assert list(first.objects) == list(dicom.KINDS)
     for kind in dicom.KINDS:
         assert data_of(first.objects[kind]) == data_of(second.objects[kind])

@@ -26,10 +26,10 @@ NO_PLACE = dict.fromkeys(
 
 
 def made(source: Any, *, label: str = "effusion", frame: int = 0, kinds: Any = KINDS) -> dict[str, Dataset]:
-    picture = dicom.read(source, frame=frame, **AS_IT_IS)
-    answer = explanation(picture.pixels)
+    rendered = dicom.read(source, frame=frame, **AS_IT_IS)
+    answer = explanation(rendered.pixels)
     answer = dataclasses.replace(answer, target=dataclasses.replace(answer.target, label=label))
-    return dicom.objects(answer, picture, kinds, check=None)
+    return dicom.objects(answer, rendered, kinds, check=None)
 
 
 def named(result: Dataset, keyword: str) -> list[Any]:
@@ -253,10 +253,10 @@ def test_a_result_is_no_source(kind):
 
 
 def test_what_does_not_fit_into_an_object_is_an_error_of_that_image():
-    picture = dicom.read(image(ramp()))
-    answer = explanation(picture.pixels, method="a\\b")
+    rendered = dicom.read(image(ramp()))
+    answer = explanation(rendered.pixels, method="a\\b")
     with pytest.raises(DicomError, match="no pm can be made") as wrong:
-        dicom.objects(answer, picture, ["pm"], check=None)
+        dicom.objects(answer, rendered, ["pm"], check=None)
     assert wrong.value.reason == "UNWRITABLE_RESULT"
     tall = dicom.read(image(np.tile(np.arange(65500, dtype=np.uint16)[:, None], (1, 2))))
     with pytest.raises(DicomError, match="65535 rows") as wrong:

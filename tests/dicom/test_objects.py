@@ -44,8 +44,8 @@ PNG_LIKE = {"regions": "ignore", "burned_in": "ignore"}
 def made(
     source: Any, *, frame: int = 0, kinds: Any = KINDS, check: str | None = None, **given: Any
 ) -> dict[str, Dataset]:
-    picture = dicom.read(source, frame=frame, **PNG_LIKE)
-    return dicom.objects(explanation(picture.pixels, **given), picture, kinds, check=check)
+    rendered = dicom.read(source, frame=frame, **PNG_LIKE)
+    return dicom.objects(explanation(rendered.pixels, **given), rendered, kinds, check=check)
 
 
 def texts(dataset: Dataset) -> str:
@@ -127,10 +127,10 @@ def test_names_stay_what_they_are_in_any_character_set(charset, name, written):
 
 def test_a_name_outside_of_the_declared_characters_makes_it_utf8():
     source = image(ramp(), SpecificCharacterSet="ISO_IR 100", PatientName="Müller")
-    picture = dicom.read(source)
-    answer = explanation(picture.pixels)
+    rendered = dicom.read(source)
+    answer = explanation(rendered.pixels)
     object.__setattr__(answer, "target", type(answer.target)(3, "肺炎", 0.5, 1.0))
-    each = dicom.objects(answer, picture, ["sr"], check=None)["sr"]
+    each = dicom.objects(answer, rendered, ["sr"], check=None)["sr"]
     assert each.SpecificCharacterSet == "ISO_IR 192"
     assert "肺炎" in texts(each)
 
@@ -191,8 +191,8 @@ def test_the_overlay_leaves_the_image_as_it_is_where_the_map_is_nothing(height, 
     capture = made(image(pixels), kinds=["sc"])["sc"]
     overlay = capture.pixel_array
     shown = overlay[: height * scale, : width * scale]
-    picture = dicom.read(image(pixels))
-    saliency = maps.native(Derivation(explanation(pixels), picture))
+    rendered = dicom.read(image(pixels))
+    saliency = maps.native(Derivation(explanation(pixels), rendered))
     for row in range(scale):  # each pixel of an enlarged image is the same block
         for column in range(scale):
             block = shown[row::scale, column::scale]
@@ -217,10 +217,10 @@ def test_the_overlay_leaves_the_image_as_it_is_where_the_map_is_nothing(height, 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (900, 60), (60, 900)])
 def test_the_legend_is_large_enough_and_all_of_it_is_there(height, width):
-    picture = dicom.read(image(ramp(height, width)))
-    of = explanation(picture.pixels)
+    rendered = dicom.read(image(ramp(height, width)))
+    of = explanation(rendered.pixels)
     long = dataclasses.replace(of, target=dataclasses.replace(of.target, label="Very_long_name_of_a_finding_" * 5))
-    first, second = (dicom.objects(each, picture, ["sc"], check=None)["sc"].pixel_array for each in (of, long))
+    first, second = (dicom.objects(each, rendered, ["sc"], check=None)["sc"].pixel_array for each in (of, long))
     legend, margin = second[-100:], 8
     assert not legend[:, :margin].any()
     assert not legend[:, -margin:].any()
@@ -277,9 +277,9 @@ def test_the_report_has_the_numbers_and_says_what_made_them():
 def test_saliency_outside_of_the_content_is_counted():
     pixels = np.zeros((64, 64), np.uint8)
     pixels[:, 32:] = 200  # the map is on the left
-    picture = dicom.read(image(pixels), window=(128, 256))
-    assert picture.content == (32, 0, 64, 64)
-    report = dicom.objects(explanation(picture.pixels), picture, ["sr"], check=None)["sr"]
+    rendered = dicom.read(image(pixels), window=(128, 256))
+    assert rendered.content == (32, 0, 64, 64)
+    report = dicom.objects(explanation(rendered.pixels), rendered, ["sr"], check=None)["sr"]
     assert numbers(report)["saliency-in-content"][0] < 0.4
 
 
@@ -323,8 +323,8 @@ def test_the_map_lies_where_the_image_lies():
         assert [*shared.PixelMeasuresSequence[0].PixelSpacing] == [0.5, 0.5]
         assert "SYNTHETIC" not in texts(each)
     values = objects["pm"].pixel_array
-    picture = dicom.read(source)
-    expected = maps.native(Derivation(explanation(picture.pixels), picture))
+    rendered = dicom.read(source)
+    expected = maps.native(Derivation(explanation(rendered.pixels), rendered))
     np.testing.assert_array_equal(values, expected)
     assert values.max() == pytest.approx(1, abs=0.05)
     np.testing.assert_array_equal(objects["seg"].pixel_array.astype(bool), expected >= expected.max() / 2)
@@ -356,8 +356,8 @@ def test_what_was_cropped_away_has_no_saliency():
     region = Dataset()
     region.RegionLocationMinX0, region.RegionLocationMinY0 = 20, 10
     region.RegionLocationMaxX1, region.RegionLocationMaxY1, region.RegionSpatialFormat = 51, 41, 1
-    picture = dicom.read(image(ramp(64, 64), SequenceOfUltrasoundRegions=[region]), regions="crop")
-    objects = dicom.objects(explanation(picture.pixels), picture, KINDS, check=None)
+    rendered = dicom.read(image(ramp(64, 64), SequenceOfUltrasoundRegions=[region]), regions="crop")
+    objects = dicom.objects(explanation(rendered.pixels), rendered, KINDS, check=None)
     values = objects["pm"].pixel_array
     assert values.shape == (64, 64)
     peak = np.unravel_index(values.argmax(), values.shape)
@@ -384,10 +384,10 @@ def test_the_outline_goes_around_what_stands_out(photometric):
 
 
 def test_a_map_of_nothing_makes_objects_too():
-    picture = dicom.read(image(ramp()))
-    answer = explanation(picture.pixels)
+    rendered = dicom.read(image(ramp()))
+    answer = explanation(rendered.pixels)
     answer.saliency[:] = 0
-    objects = dicom.objects(answer, picture, KINDS, check=None)
+    objects = dicom.objects(answer, rendered, KINDS, check=None)
     assert not objects["seg"].pixel_array.any()
     assert "GraphicObjectSequence" not in objects["gsps"].GraphicAnnotationSequence[0]
     assert objects["sc"].StudyInstanceUID == STUDY
@@ -401,16 +401,16 @@ def test_which_side_it_is_is_kept():
 
 def test_another_label_is_another_object():
     source = image(ramp())
-    picture = dicom.read(source)
-    of = explanation(picture.pixels)
+    rendered = dicom.read(source)
+    of = explanation(rendered.pixels)
     other = dataclasses.replace(of, target=dataclasses.replace(of.target, label="pneumothorax"))
-    uids = {str(dicom.objects(each, picture, ("sr",))["sr"].SOPInstanceUID) for each in (of, other)}
+    uids = {str(dicom.objects(each, rendered, ("sr",))["sr"].SOPInstanceUID) for each in (of, other)}
     assert len(uids) == 2
 
 
 def test_nothing_of_a_header_is_in_what_is_printed():
-    picture = dicom.read(image(ramp()))
-    assert SECRETS["PatientName"] not in repr(picture)
+    rendered = dicom.read(image(ramp()))
+    assert SECRETS["PatientName"] not in repr(rendered)
 
 
 @pytest.mark.parametrize("spacing", [["0.5"], ["0", "0.5"]])

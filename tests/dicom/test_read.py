@@ -1,4 +1,4 @@
-"""From stored values to the picture that is sent."""
+"""From stored values to the rendered that is sent."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def test_values_are_rescaled_and_windowed_as_the_header_says():
     stored = np.array([[0, 924], [1064, 1164], [1265, 4000]], np.uint16)
-    picture = dicom.read(
+    rendered = dicom.read(
         image(stored, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=[40, 500], WindowWidth=[401, 2000])
     )
     # PS3.3 C.11.2.1.2: from centre - 0.5 - (width - 1) / 2 to centre - 0.5 + (width - 1) / 2
-    np.testing.assert_array_equal(picture.pixels, levels(stored - 1024.0, -160.5, 239.5))
-    assert picture.pixels.dtype == np.uint8
-    assert picture.steps == ("rescaled by 1 and -1024", "window 40/401, the header's")
+    np.testing.assert_array_equal(rendered.pixels, levels(stored - 1024.0, -160.5, 239.5))
+    assert rendered.pixels.dtype == np.uint8
+    assert rendered.steps == ("rescaled by 1 and -1024", "window 40/401, the header's")
 
 
 def test_a_window_that_is_given_beats_the_headers():
@@ -100,9 +100,9 @@ def test_padding_is_of_stored_values_and_counts_for_no_percentile():
     source = image(values, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1990, RescaleSlope=2, RescaleIntercept=5)
     expected = levels(2.0 * values + 5, *np.percentile(2.0 * values[:, 40:] + 5, (0.5, 99.5)))
     expected[:, :40] = 0
-    picture = dicom.read(source)
-    np.testing.assert_array_equal(picture.pixels, expected)
-    assert picture.content[0] >= 40
+    rendered = dicom.read(source)
+    np.testing.assert_array_equal(rendered.pixels, expected)
+    assert rendered.content[0] >= 40
 
 
 def test_frames_have_windows_of_their_own():
@@ -123,8 +123,8 @@ def test_frames_have_windows_of_their_own():
     ("attributes", "by"), [({"RescaleSlope": "", "RescaleIntercept": ""}, (1, 0)), ({"RescaleSlope": 2}, (2, 0))]
 )
 def test_half_of_a_rescaling_is_enough(attributes, by):
-    picture = dicom.read(image(ramp(), WindowCenter=1000, WindowWidth=2001, **attributes))
-    np.testing.assert_array_equal(picture.pixels, levels(by[0] * ramp() + by[1], -0.5, 1999.5))
+    rendered = dicom.read(image(ramp(), WindowCenter=1000, WindowWidth=2001, **attributes))
+    np.testing.assert_array_equal(rendered.pixels, levels(by[0] * ramp() + by[1], -0.5, 1999.5))
 
 
 def test_what_is_no_number_is_black_and_counts_for_no_percentile():
@@ -192,10 +192,10 @@ def test_a_palette_in_big_endian_has_the_same_colours(name):
     ],
 )
 def test_pixels_become_square(attributes, shape):
-    picture = dicom.read(image(ramp(), **attributes))
-    assert picture.pixels.shape == shape
-    assert picture.box == (0, 0, 30, 20)
-    assert any("square" in step for step in picture.steps) == (shape != (20, 30))
+    rendered = dicom.read(image(ramp(), **attributes))
+    assert rendered.pixels.shape == shape
+    assert rendered.box == (0, 0, 30, 20)
+    assert any("square" in step for step in rendered.steps) == (shape != (20, 30))
 
 
 def region(left: int, top: int, right: int, bottom: int, kind: int) -> Dataset:
@@ -364,8 +364,8 @@ def test_a_file_that_is_not_there_stays_what_it_is(tmp_path):
 def test_the_source_is_not_changed():
     source = image(ramp())
     before = data_of(source)
-    picture = dicom.read(source)
+    rendered = dicom.read(source)
     assert "PixelData" in source
-    assert "PixelData" not in picture.source
-    assert str(picture.source.PatientName) == SECRETS["PatientName"]
+    assert "PixelData" not in rendered.source
+    assert str(rendered.source.PatientName) == SECRETS["PatientName"]
     assert data_of(source) == before

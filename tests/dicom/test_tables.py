@@ -75,9 +75,9 @@ TABLES: dict[str, tuple[np.ndarray, dict[str, Any], Callable[[str], Dataset], np
 def test_voi_luts(name, vr, syntax):
     values, attributes, make, expected = TABLES[name]
     source = as_written(image(values, VOILUTSequence=[make(vr)], **attributes), syntax)
-    picture = dicom.read(source)
-    np.testing.assert_array_equal(picture.pixels, np.rint(255 * expected))
-    assert "VOI LUT" in picture.steps
+    rendered = dicom.read(source)
+    np.testing.assert_array_equal(rendered.pixels, np.rint(255 * expected))
+    assert "VOI LUT" in rendered.steps
 
 
 @pytest.mark.parametrize("vr", ["OB", "OW"])
@@ -196,21 +196,21 @@ SHOWN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_presentation_state_shows_what_the_model_saw(name, window):
     pixels = ramp(20, 30)
-    picture = dicom.read(image(pixels, **SHOWN[name]), window=window)
-    state = dicom.objects(explanation(picture.pixels), picture, ["gsps"], check=None)["gsps"]
-    np.testing.assert_allclose(through(state, pixels), picture.pixels, atol=1)
+    rendered = dicom.read(image(pixels, **SHOWN[name]), window=window)
+    state = dicom.objects(explanation(rendered.pixels), rendered, ["gsps"], check=None)["gsps"]
+    np.testing.assert_allclose(through(state, pixels), rendered.pixels, atol=1)
 
 
 @needs_dciodvfy
 @pytest.mark.parametrize("name", SHOWN)
 def test_dciodvfy_finds_no_error_in_a_presentation_state(name, tmp_path):
-    picture = dicom.read(image(ramp(20, 30), **SHOWN[name]))
-    state = dicom.objects(explanation(picture.pixels), picture, ["gsps"], check=None)["gsps"]
+    rendered = dicom.read(image(ramp(20, 30), **SHOWN[name]))
+    state = dicom.objects(explanation(rendered.pixels), rendered, ["gsps"], check=None)["gsps"]
     assert errors(state, tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["vlut_04.dcm", "mlut_18.dcm", "CT_small.dcm", "RG1_UNCR.dcm"])
 def test_a_presentation_state_of_a_real_image_shows_what_the_model_saw(name):
-    picture = dicom.read(stored(name))
-    state = dicom.objects(explanation(picture.pixels), picture, ["gsps"], check=None)["gsps"]
-    np.testing.assert_allclose(through(state, pydicom.dcmread(stored(name)).pixel_array), picture.pixels, atol=1)
+    rendered = dicom.read(stored(name))
+    state = dicom.objects(explanation(rendered.pixels), rendered, ["gsps"], check=None)["gsps"]
+    np.testing.assert_allclose(through(state, pydicom.dcmread(stored(name)).pixel_array), rendered.pixels, atol=1)

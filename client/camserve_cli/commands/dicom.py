@@ -101,7 +101,7 @@ def explain(
     """
     with needs_extra("dicom", "camserve dicom explain"):
         import camserve_dicom as api
-    api.quiet()
+    api.silence_library_warnings()
     table = rich_tables.plain_table("file", "class", "probability", "objects", "withheld")
     failures = 0
     with errors_as_lines(), server.client() as client:
