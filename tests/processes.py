@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import camserve
 
 ROOT = Path(__file__).parent.parent
 CAMSERVE = [sys.executable, "-m", "camserve_cli"]
@@ -133,3 +135,11 @@ def served(config: Path, *options: str, **variables: str) -> Iterator[Served]:
         addresses = re.fullmatch(r"camserve is ready on ([^,]+)(?:, health on ([^,]+))?, serving .*\n", ready)
         assert addresses, ready + log.read_text(encoding="utf-8")
         yield Served(process, addresses[1], addresses[2] or "", log)
+
+
+def patient_client(address: str, **options: Any) -> camserve.Client:
+    """Return a client whose calls time out only if the server hangs.
+
+    The default of 30 s for a call can be too short on a slow machine. Tests of timeouts give their own.
+    """
+    return camserve.Client(address, **{"timeout": LIMIT_S, **options})

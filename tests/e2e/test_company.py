@@ -1,11 +1,14 @@
-"""Many callers at once, over a real channel: nothing is lost, everything is right, nobody waits for a neighbour."""
+"""Concurrent requests over a real channel: results are the same as alone, and requests do not delay each other."""
 
 from __future__ import annotations
 
 import random
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +17,10 @@ import skimage.data
 import camserve
 from camserve_server.config import Config, ModelConfig, embedded
 from camserve_server.engine.engine import Engine
+from camserve_server.engine.job import Job
 from camserve_server.service.server import Server
 from tests.conftest import serving
+from tests.processes import LIMIT_S, patient_client
 
 CAT = skimage.data.chelsea()
 
@@ -25,18 +30,47 @@ def engine_of(server: Server) -> Engine:
     return server.engine
 
 
-def idle(server: Server) -> None:
-    """Waits until nothing is owed."""
-    until = time.monotonic() + 60
+def wait_until_idle(server: Server) -> None:
+    """Wait until the engine owes no rows."""
+    until = time.monotonic() + LIMIT_S
     while engine_of(server).rows_owed():
         assert time.monotonic() < until
         time.sleep(0.01)
 
 
+@contextmanager
+def batches_at_cancel(server: Server) -> Iterator[list[int]]:
+    """Yield a list that gets the number of batches so far whenever the engine cancels an unfinished job."""
+    engine = engine_of(server)
+    batches: list[int] = []
+    cancel = engine.cancel
+
+    def counting(job: Job[Any]) -> None:
+        finished = job.future.done()  # the service cancels the job of each call that ends
+        cancel(job)
+        if not finished:
+            batches.append(engine.counters.batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "cancel", counting)
+        yield batches
+
+
+def assert_device_is_free(server: Server, batches_at_cancel: list[int]) -> None:
+    """Require that the device completed at most the running batch after the cancellation."""
+    wait_until_idle(server)
+    engine = engine_of(server)
+    with patient_client(server.address) as client:
+        # Its two batches run after every batch that was in progress.
+        cost = client.explain(CAT, method="grad-cam").cost
+    assert len(batches_at_cancel) == 1
+    assert engine.counters.batches - cost.batches - batches_at_cancel[0] <= 1, "at most the batch that was running"
+
+
 @pytest.mark.slow
-def test_thirty_two_callers_with_mixed_requests(server: Server) -> None:
-    """Each answer is, to the bit, the one that the same request gets alone."""
-    kinds = [
+def test_concurrent_answers_equal_answers_alone_bitwise(server: Server) -> None:
+    """32 callers send requests of several methods and models at the same time."""
+    kinds: list[tuple[str, str, dict[str, Any]]] = [
         ("tiny", "poly-cam", {}),
         ("tiny", "poly-cam-", {"variant": "official"}),
         ("tiny", "opti-cam", {"steps": 20}),
@@ -45,92 +79,77 @@ def test_thirty_two_callers_with_mixed_requests(server: Server) -> None:
         ("efficientnet-lite0", "grad-cam", {}),
         ("efficientnet-lite0", "opti-cam", {"steps": 5}),
     ]
-    pictures = [np.roll(CAT, 20 * i, axis=1) for i in range(32)]
+    images = [np.roll(CAT, 20 * i, axis=1) for i in range(32)]
     order = list(range(32))
     random.Random(0).shuffle(order)
 
-    def ask(client: camserve.Client, i: int) -> camserve.Explanation:
+    def explain(client: camserve.Client, i: int) -> camserve.Explanation:
         model, method, parameters = kinds[i % len(kinds)]
         metrics = {"insertion": {"steps": 4}} if i % 3 == 0 else {}
-        return client.explain(pictures[i], model=model, method=method, parameters=parameters, metrics=metrics)
+        return client.explain(images[i], model=model, method=method, parameters=parameters, metrics=metrics)
 
-    with camserve.Client(server.address, timeout=300) as client:
+    with patient_client(server.address) as client:
         start = engine_of(server).counters.batches
         with ThreadPoolExecutor(32) as pool:
-            together = dict(zip(order, pool.map(lambda i: ask(client, i), order), strict=True))
-        in_company = engine_of(server).counters.batches - start
-        alone = {i: ask(client, i) for i in order}
-        one_by_one = engine_of(server).counters.batches - start - in_company
-    assert in_company < 0.9 * one_by_one, "they shared batches"
+            together = dict(zip(order, pool.map(lambda i: explain(client, i), order), strict=True))
+        batches_together = engine_of(server).counters.batches - start
+        alone = {i: explain(client, i) for i in order}
+        batches_alone = engine_of(server).counters.batches - start - batches_together
+    assert batches_together < 0.9 * batches_alone, "requests share batches"
     for i in order:
         assert np.array_equal(together[i].saliency, alone[i].saliency)
         assert together[i].scores == alone[i].scores
         assert together[i].cost.rows == alone[i].cost.rows
         assert together[i].predictions == alone[i].predictions
-    idle(server)
+    wait_until_idle(server)
 
 
-def test_a_grad_cam_passes_a_poly_cam(server: Server) -> None:
-    """Sent while PCAM± runs, it is answered within three batches' time of its arrival."""
+def test_short_request_is_answered_while_a_long_one_runs(server: Server) -> None:
+    """A Grad-CAM request that arrives while PCAM± runs is answered within three batches."""
     engine = engine_of(server)
-    with camserve.Client(server.address, timeout=300) as slow, camserve.Client(server.address) as quick:
+    with patient_client(server.address) as slow, patient_client(server.address) as quick:
         stream = slow.explain_stream(CAT, method="poly-cam")
         next(event for event in stream if isinstance(event, camserve.Progress) and event.rows_done > 20)
         arrived: list[int] = []
         answered: list[int] = []
         submit = engine.submit
 
-        def noting(*args, **kwargs):  # type: ignore[no-untyped-def]
-            arrived.append(engine.counters.batches)
+        def counting(*args: Any, **kwargs: Any) -> Job[Any]:
             job = submit(*args, **kwargs)
+            arrived.append(engine.counters.batches)
             job.future.add_done_callback(lambda _: answered.append(engine.counters.batches))
             return job
 
-        engine.submit = noting  # type: ignore[method-assign]
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "submit", counting)
             explanation = quick.explain(CAT, method="grad-cam")
-        finally:
-            del engine.submit  # type: ignore[method-assign]
         assert explanation.cost.batches == 2, "the prediction and the gradient"
         assert answered[0] - arrived[0] <= 3, "the batch that was running, and its own two"
-        assert next(stream).rows_done > 0, "PCAM± goes on"
+        assert isinstance(event := next(stream), camserve.Progress)
+        assert event.rows_done > 0, "PCAM± continues"
         stream.close()
-    idle(server)
+    wait_until_idle(server)
 
 
-def test_a_cancel_frees_the_device_within_one_batch(server: Server) -> None:
-    engine = engine_of(server)
-    with camserve.Client(server.address, timeout=300) as client:
+def test_cancelled_request_frees_the_device_within_one_batch(server: Server) -> None:
+    with patient_client(server.address) as client, batches_at_cancel(server) as batches:
         stream = client.explain_stream(CAT, method="poly-cam")
         next(event for event in stream if isinstance(event, camserve.Progress) and event.rows_done > 8)
-        cancelled: list[int] = []
-        cancel = engine.cancel
-
-        def noting(job):  # type: ignore[no-untyped-def]
-            cancelled.append(engine.counters.batches)
-            cancel(job)
-
-        engine.cancel = noting  # type: ignore[method-assign]
-        try:
-            stream.close()
-            idle(server)
-        finally:
-            del engine.cancel  # type: ignore[method-assign]
-        time.sleep(0.2)
-        assert engine.counters.batches - cancelled[0] <= 1, "at most the batch that was running"
+        stream.close()
+        assert_device_is_free(server, batches)
 
 
-def test_a_caller_that_vanishes_frees_the_device(server: Server) -> None:
-    client = camserve.Client(server.address, timeout=300)
-    stream = client.explain_stream(CAT, method="poly-cam")
-    next(stream)
-    client.close()
-    idle(server)
+def test_closed_connection_frees_the_device_within_one_batch(server: Server) -> None:
+    with batches_at_cancel(server) as batches:
+        client = patient_client(server.address)
+        stream = client.explain_stream(CAT, method="poly-cam")
+        next(event for event in stream if isinstance(event, camserve.Progress) and event.rows_done > 8)
+        client.close()
+        assert_device_is_free(server, batches)
 
 
-def test_a_failure_stays_at_home(server: Server) -> None:
-    """Hostile requests among good ones: the good ones get the answers that they get alone."""
-    with camserve.Client(server.address, timeout=300) as client:
+def test_failing_requests_do_not_change_other_answers(server: Server) -> None:
+    with patient_client(server.address) as client:
         alone = client.explain(CAT, model="tiny", method="poly-cam").saliency
         errors: list[str] = []
 
@@ -147,29 +166,29 @@ def test_a_failure_stays_at_home(server: Server) -> None:
         good = [client.explain(CAT, model="tiny", method="poly-cam").saliency for _ in range(3)]
         for thread in threads:
             thread.join()
-    assert errors == ["INVALID_ARGUMENT"] * 5, "an overflow is a degenerate map, not an error"
+    assert errors == ["INVALID_ARGUMENT"] * 5, "an overflow gives a degenerate map, not an error"
     assert all(np.array_equal(alone, other) for other in good)
 
 
 @pytest.mark.slow
-def test_the_embedded_model_at_its_own_size() -> None:
-    """224×224: a trained network names what is in a photograph, and what the map shows first is what it needs."""
+def test_map_of_the_embedded_model_shows_the_predicted_object() -> None:
+    """The model runs at its own size of 224×224 pixels."""
     config = Config(listen="127.0.0.1:0", models=[embedded().model_copy(update={"batch_size": 1})])
     metrics = {"insertion": {"steps": 32}, "deletion": {"steps": 32}}
-    with serving(config) as server, camserve.Client(server.address, timeout=300) as client:
+    with serving(config) as server, patient_client(server.address) as client:
         e = client.explain(skimage.data.camera(), method="opti-cam", metrics=metrics)
     assert e.target.label == "tripod"
     assert e.scores["insertion"] > e.scores["deletion"] + 0.2
     assert e.saliency[60:180, 60:160].mean() > 2 * e.saliency[:60, 160:].mean(), "the photographer, not the sky"
 
 
-def test_random_weights_are_said_to_be_random() -> None:
+def test_listing_reports_random_weights() -> None:
     net = ModelConfig(
         name="r18", source="torchvision:resnet18", allow_random_weights=True, input_size=(32, 32), batch_size=1
     )
     with (
         serving(Config(listen="127.0.0.1:0", models=[net])) as server,
-        camserve.Client(server.address, timeout=300) as client,
+        patient_client(server.address) as client,
     ):
         (model,) = client.models()
         assert model.random_weights
