@@ -58,7 +58,7 @@ def test_node_explains_evaluates_and_reads_errors(server: Server) -> None:
     assert (error["code"], error["reason"]) == ("INVALID_ARGUMENT", "OUT_OF_RANGE")
     assert error["field"] == "method.parameters.steps"
     assert error["request_id"]
-    assert "steps must lie in" in error["message"]
+    assert "expected 1 to" in error["message"]
 
     status, said = explain(PHOTOGRAPH, server.address, "no-cam")
     assert status == 1

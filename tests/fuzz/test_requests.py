@@ -249,6 +249,6 @@ def test_deep_structs(depth: int) -> None:
         assert depth == 10
         assert isinstance(parsed, pb.ExplainRequest)
         parsed.image.CopyFrom(pb.Image(encoded=GOOD["png"]))
-        with pytest.raises(InvalidArgument, match="steps must be of type integer") as caught:
+        with pytest.raises(InvalidArgument, match="expected a value of type integer") as caught:
             requests.explain_request(parsed, MODEL, CONFIG)
         assert caught.value.field == "method.parameters.steps"

@@ -148,7 +148,7 @@ def test_the_laws_try_it_without_being_told(installed: Path) -> None:
             "from camserve_server.registry import method\n"
             "@method('grad-cam', title='Mine', paper='', rows=lambda sizes: 0)\n"
             "def mine(x, c): pass",
-            "broken_cam brings 'grad-cam', which camserve_server.methods.grad_cam has already",
+            "broken_cam registers 'grad-cam', which camserve_server.methods.grad_cam has already registered",
         ),
     ],
 )
