@@ -18,7 +18,7 @@ from benchmarks.results import Chart, Claim, Findings, Result, Table
 from benchmarks.subjects import Subject
 from benchmarks.timing import Rates, Timed, alone
 from benchmarks.work import Bench
-from camserve_server.maps.channels import channels
+from camserve_server.maps.channels import select_channels
 from camserve_server.models.layers import Layer
 from camserve_server.request_plan import Explained
 
@@ -121,7 +121,7 @@ def _whole(rows: int, batch: int) -> int:
 
 def to_run(a: Tensor, dead: bool) -> int:
     """How many of the channels [K, h, w] have to be run."""
-    return len(channels(a, dead=dead))
+    return len(select_channels(a, dead=dead))
 
 
 def poly_agreement(subject: Subject, n: int) -> float:
@@ -132,7 +132,7 @@ def poly_agreement(subject: Subject, n: int) -> float:
     )
     x = subject.image.tensor[None]
     (a,) = subject.activations([layer])
-    chosen = a[channels(a, dead=False).run[:n]]
+    chosen = a[select_channels(a, dead=False).indices[:n]]
     theirs = peers.poly_cam(subject.made, x, [chosen], watched.result.targets.index[0])
     return float((watched.result.maps[0] - theirs.cpu()).abs().max())
 
@@ -278,7 +278,7 @@ def best_size(side: Callable[[int, int], Timed], channels: int, sizes: Sequence[
 def score_agreement(subject: Subject, cam: Library, a: Tensor, n: int) -> float:
     """The correlation of our map with theirs, both made of the n strongest channels."""
     watched = ours.run(subject.model, subject.x, subject.call("score-cam"), budget=2 + n)
-    chosen = a[channels(a, dead=True).run[:n]]
+    chosen = a[select_channels(a, dead=True).indices[:n]]
     explained: Explained = watched.result
     w = cam.weights(chosen, explained.targets.index[0], n)
     S = torch.einsum("k,khw->hw", w, chosen).relu()

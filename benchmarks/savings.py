@@ -18,7 +18,7 @@ from benchmarks.timing import Rates, Side, Timed, alone, clock
 from benchmarks.work import Bench
 from camserve_server.engine.lanes.ascend import step_up
 from camserve_server.engine.lanes.fast_forward import bare
-from camserve_server.maps.channels import channels
+from camserve_server.maps.channels import select_channels
 from camserve_server.models.fold import fold_batch_norm, fold_padding
 from camserve_server.rows import Masked
 
@@ -112,7 +112,9 @@ def _rows(found: Findings, subject: Subject) -> None:
     """Counted, not timed: rows of a PCAM± of all layers."""
     layers = subject.model.layers
     A = alone(subject.activations, layers)
-    all_, live = (2 * sum(counts) for counts in zip(*((len(a), len(channels(a, dead=False))) for a in A), strict=True))
+    all_, live = (
+        2 * sum(counts) for counts in zip(*((len(a), len(select_channels(a, dead=False))) for a in A), strict=True)
+    )
     found.rows += [
         _counted(subject, "channels that are zero everywhere owe no rows", all_, live),
         _counted(subject, "one prediction, and one look at the activations, for all levels", 2 * len(layers), 2),

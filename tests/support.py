@@ -108,7 +108,7 @@ def submit(
 ) -> Job[Explained]:
     """Hands in the plan of one request; x [C, H, W] is preprocessed. The target is in the middle, if not elsewhere."""
     height, width = model.preprocessing.size
-    middle = boxes.truth([(width / 4, height / 4, width / 2, height / 1.5)], None, (height, width))
+    middle = boxes.make_truth([(width / 4, height / 4, width / 2, height / 1.5)], None, (height, width))
     method = subject if isinstance(subject, MethodCall) else None
     maps = targets if isinstance(targets, int) else len(targets)
     return engine.submit(

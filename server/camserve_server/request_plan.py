@@ -168,7 +168,7 @@ def explain(
         result = yield from _call(subject, x, c)
         raw, share, left_out = result.raw, result.share, result.left_out
         maps, warnings = finished(result, x.size)
-    warnings = [known or concentration.warnings(S) for S, known in zip(maps, warnings, strict=True)]
+    warnings = [known or concentration.degenerate_warnings(S) for S, known in zip(maps, warnings, strict=True)]
 
     scores, again = [], _again(model, subject if isinstance(subject, MethodCall) else None)
     for t in range(len(c)):

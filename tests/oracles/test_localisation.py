@@ -49,7 +49,7 @@ def score(name: str, S: Tensor, truth: Truth | None = None, **parameters: object
 
 
 def at(*given: boxes.Box) -> Truth:
-    return boxes.truth(given, None, SIZE)
+    return boxes.make_truth(given, None, SIZE)
 
 
 def filled(*given: boxes.Box, value: float = 1.0) -> Tensor:
@@ -130,7 +130,7 @@ def test_corners_do_not_connect() -> None:
 def test_a_ring() -> None:
     """A map with a hole has the box of its outside; a mask with a hole has no mass in it."""
     ring = filled((4.0, 6.0, 24.0, 30.0)) - filled((8.0, 10.0, 20.0, 26.0))
-    truth = boxes.truth((), ring.bool().numpy(), SIZE)
+    truth = boxes.make_truth((), ring.bool().numpy(), SIZE)
     assert truth.boxes == ((4.0, 6.0, 24.0, 30.0),)
     assert score("localisation-error", ring, truth) == 0
     assert score("pixel-f1", ring, truth) == score("energy-pointing-game", ring, truth) == 1
@@ -213,7 +213,7 @@ def test_random_maps(seed: int) -> None:
 def test_random_maps_at_every_threshold(seed: int) -> None:
     S = F.interpolate(noise(1, 1, 3, 4, seed=seed).sigmoid(), (8, 9), mode="bilinear")[0, 0]
     tiny = as_model(nets.tiny_cnn(), (8, 9))
-    truth = boxes.truth([(1.5, 2.0, 7.0, 6.5)], None, (8, 9))
+    truth = boxes.make_truth([(1.5, 2.0, 7.0, 6.5)], None, (8, 9))
     found = explained(tiny, noise(3, 8, 9), S, [C], [metric("box-accuracy")], truth=truth).scores[0][0]
     value, curve = oracle.box_accuracy(S.double().numpy(), truth.boxes, (0.3, 0.5, 0.7))
     assert found.value == pytest.approx(value)
@@ -228,7 +228,7 @@ def test_the_largest_component_is_scipys() -> None:
         labels, count = scipy.ndimage.label(mask)
         rows, columns = np.where(labels == 1 + np.bincount(labels.ravel(), minlength=2)[1:].argmax())
         expected = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if count else (0, 0, 0, 0)
-        assert boxes.largest(mask) == expected
+        assert boxes.largest_component_box(mask) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Functions of saliency maps, activations and boxes that several methods and metrics share."""

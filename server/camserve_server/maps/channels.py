@@ -1,4 +1,4 @@
-"""What methods have in common that mask the image by each channel of a layer and score it."""
+"""Selection of the channels that methods with one mask per channel have to run."""
 
 from __future__ import annotations
 
@@ -9,50 +9,86 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Channels:
-    """Which channels of a layer are to be run, and how their scores go back to all K of them.
+class SelectedChannels:
+    """Channels of a layer that need rows, and the mapping of their scores to all K channels.
 
-    `run` [n] are their indices, the strongest (Σ|A|) first, so that a method that is cut short has had those that weigh
-    most. Constant channels make the same mask, nothing at all: the first of `run` stands for them all.
+    All constant channels give the same mask, so one of them represents all. It comes first.
+
+    Attributes:
+        indices: Indices [n] of the selected channels, the strongest (Σ|A|) first. A method that is cut short has then
+            run the channels with the most weight.
+        strength: Strength Σ|A| [K] of all channels, float64.
+        constant: True [K] for the constant channels that one channel represents.
     """
 
-    run: Tensor
-    strength: Tensor  # [K]
-    alike: Tensor  # [K], true for constant channels
+    indices: Tensor
+    strength: Tensor
+    constant: Tensor
 
     def __len__(self) -> int:
-        return len(self.run)
+        """Return the number n of selected channels."""
+        return len(self.indices)
 
-    def spread(self, values: Tensor, missing: float = 0.0) -> Tensor:
-        """Values [m, T] of the first m that were run → [K, T]; `missing` for channels that none of them stands for."""
-        spread = values.new_full((len(self.strength), values.shape[1]), missing)
-        run = self.run[: len(values)]
-        if len(run) and self.alike[run[0]]:
-            spread[self.alike] = values[0]
-        spread[run] = values
-        return spread
+    def to_all_channels(self, values: Tensor, missing: float = 0.0) -> Tensor:
+        """Copy the values of selected channels to all channels that they represent.
 
-    def together(self, A: Tensor) -> Tensor:
-        """A [K, h, w] → [n, h, w], those that are run, each with all that it stands for added up."""
-        found = A[self.run]
-        if len(self.run) and self.alike[self.run[0]]:
-            found[0] = A[self.alike].sum(dim=0)
-        return found
+        Args:
+            values: Values [m, T] of the first m selected channels, m ≤ n.
+            missing: Value of the channels that none of them represents.
+
+        Returns:
+            Values [K, T].
+        """
+        result = values.new_full((len(self.strength), values.shape[1]), missing)
+        indices = self.indices[: len(values)]
+        if len(indices) and self.constant[indices[0]]:
+            result[self.constant] = values[0]
+        result[indices] = values
+        return result
+
+    def merge(self, A: Tensor) -> Tensor:
+        """Add up the activations that each selected channel represents.
+
+        Args:
+            A: Activations [K, h, w].
+
+        Returns:
+            Activations [n, h, w].
+        """
+        merged = A[self.indices]
+        if len(self.indices) and self.constant[self.indices[0]]:
+            merged[0] = A[self.constant].sum(dim=0)
+        return merged
 
     def share(self, done: int) -> float:
-        """How much of Σ|A| the first `done` that were run stand for, in [0, 1]."""
-        known = self.spread(torch.ones(done, 1, dtype=self.strength.dtype, device=self.strength.device))[:, 0]
+        """Return the share of Σ|A| that the first selected channels represent.
+
+        Args:
+            done: Number of selected channels that were run.
+
+        Returns:
+            The share, in [0, 1]. It is 1 if all activations are zero.
+        """
+        ones = torch.ones(done, 1, dtype=self.strength.dtype, device=self.strength.device)
         total = self.strength.sum()
-        return float((known * self.strength).sum() / total) if total > 0 else 1.0
+        return float((self.to_all_channels(ones)[:, 0] * self.strength).sum() / total) if total > 0 else 1.0
 
 
-def channels(A: Tensor, *, dead: bool) -> Channels:
-    """Those of A [K, h, w] that must be run; with `dead`, channels that are zero everywhere as well."""
+def select_channels(A: Tensor, *, dead: bool) -> SelectedChannels:
+    """Select the channels of a layer that need rows.
+
+    Args:
+        A: Activations [K, h, w].
+        dead: If True, channels that are zero everywhere are represented, too. If False, they need no row.
+
+    Returns:
+        The selected channels.
+    """
     flat = A.flatten(1)
     strength = flat.abs().sum(dim=1, dtype=torch.float64)
-    alike = flat.amin(dim=1) == flat.amax(dim=1)
+    constant = flat.amin(dim=1) == flat.amax(dim=1)
     order = strength.argsort(descending=True, stable=True)
-    different = order[~alike[order]]  # those that are not finite too, which the map is to show
+    varying = order[~constant[order]]  # Includes channels that are not finite: the map must show them.
     if not dead:
-        alike &= strength > 0
-    return Channels(torch.cat([alike.nonzero()[:1, 0], different]), strength, alike)
+        constant &= strength > 0
+    return SelectedChannels(torch.cat([constant.nonzero()[:1, 0], varying]), strength, constant)

@@ -1,4 +1,4 @@
-"""How a map's mass is spread over its pixels: evenly, or over a few of them."""
+"""Concentration of a map: the distribution of its mass over the pixels, and warnings about extreme cases."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ import math
 import torch
 from torch import Tensor
 
-# Of photographs and a trained network, no method's maps have less than 0.16; random pixels have 0.19, an even map 0.1.
-EVEN = 0.12
-# N ** 0.5 pixels: of 224 × 224, a line one pixel wide. A single position of a 7 × 7 layer, resized, has 0.73.
-FEW = 0.5
+# Lowest top-decile mass without a warning. Maps of all methods for photographs and a trained network have at least
+# 0.16, random pixels have 0.19, and an even map has 0.1.
+MIN_TOP_DECILE_MASS = 0.12
+# Lowest entropy without a warning: the entropy of N ** 0.5 pixels, for 224 × 224 a line one pixel wide. A single
+# position of a 7 × 7 layer, resized, has 0.73.
+MIN_ENTROPY = 0.5
 
 
 def entropy(S: Tensor) -> float:
-    """−Σ q log q / log N of q = S / ΣS over the N pixels, in [0, 1]: 1 for an even map, 0 for one of a single pixel.
+    """Return the normalised entropy −Σ q log q / log N of q = S / ΣS over the N pixels.
 
-    S [H, W], ≥ 0. N to its power is the number of pixels that, evenly filled, have the same entropy. A map of zeros
-    counts as even.
+    N to the power of the entropy is the number of pixels that have the same entropy if their values are equal.
+
+    Args:
+        S: Map [H, W], ≥ 0.
+
+    Returns:
+        The entropy, in [0, 1]: 1 for an even map, 0 for a map with a single pixel above zero. A map of zeros counts as
+        even.
     """
     values = S.double().flatten()
     mass = values.sum()
@@ -28,10 +36,15 @@ def entropy(S: Tensor) -> float:
 
 
 def top_decile_mass(S: Tensor) -> float:
-    """Share of ΣS that the highest tenth of the pixels has, in [0.1, 1]: 0.1 for an even map.
+    """Return the share of ΣS in the highest tenth of the pixels.
 
-    S [H, W], ≥ 0. Where a tenth is no whole number of pixels, the last one counts in part. A map of zeros counts as
-    even.
+    If a tenth is not a whole number of pixels, the last pixel counts in part.
+
+    Args:
+        S: Map [H, W], ≥ 0.
+
+    Returns:
+        The share, in [0.1, 1]: 0.1 for an even map. A map of zeros counts as even.
     """
     values = S.double().flatten()
     mass = values.sum()
@@ -42,19 +55,26 @@ def top_decile_mass(S: Tensor) -> float:
     return min(1.0, float((highest.sum() - (math.ceil(tenth) - tenth) * highest[-1]) / mass))
 
 
-def warnings(S: Tensor) -> tuple[str, ...]:
-    """What a reader of the map [H, W] must know of it if it is nearly even, or nearly all in a few pixels."""
+def degenerate_warnings(S: Tensor) -> tuple[str, ...]:
+    """Return warnings about a map that is nearly even or concentrated in a few pixels.
+
+    Args:
+        S: Map [H, W], ≥ 0.
+
+    Returns:
+        At most one warning, which starts with "degenerate:".
+    """
     top = top_decile_mass(S)
-    if top < EVEN:
+    if top < MIN_TOP_DECILE_MASS:
         return (
-            f"degenerate: the map is nearly even and tells no part of the image from another: "
+            f"degenerate: the map is nearly even and does not distinguish parts of the image: "
             f"the highest tenth of its pixels has {top:.1%} of its mass",
         )
-    spread = entropy(S)
-    if spread < FEW:
-        few = max(1, round(S.numel() ** spread))
+    normalised_entropy = entropy(S)
+    if normalised_entropy < MIN_ENTROPY:
+        few = max(1, round(S.numel() ** normalised_entropy))
         return (
-            f"degenerate: the map is nearly all in a few pixels, as noise is in gradients: "
-            f"it is as concentrated as {few:,} of {S.numel():,} pixels",
+            f"degenerate: the map is concentrated in a few pixels, which is typical of noisy gradients: "
+            f"its entropy is that of {few:,} of {S.numel():,} pixels",
         )
     return ()

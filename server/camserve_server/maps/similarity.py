@@ -1,6 +1,6 @@
-"""How alike two maps are, as Adebayo et al. 2018, arXiv:1810.03292, compare them; by scikit-image's definitions.
+"""Similarity of two maps, as in Sanity Checks for Saliency Maps, with the definitions of scikit-image.
 
-Maps are [H, W] in [0, 1]. All three are 1 for equal maps, and about 0 for maps that have nothing in common.
+Adebayo et al. 2018, arXiv:1810.03292. All three measures are 1 for equal maps and about 0 for unrelated maps.
 """
 
 from __future__ import annotations
@@ -9,25 +9,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WINDOW = 7  # side of the window of SSIM
-K1, K2 = 0.01, 0.03
-CELL, BLOCK, ORIENTATIONS = 16, 3, 9  # pixels a side; cells a side; bins of 20°
-CLIP = 0.2  # of L2-Hys
-EPSILON = 1e-5
+WINDOW = 7  # Side of the window of SSIM in pixels.
+K1, K2 = 0.01, 0.03  # Constants of SSIM, for values in [0, 1].
+CELL, BLOCK, ORIENTATIONS = 16, 3, 9  # HOG: pixels per side of a cell, cells per side of a block, bins of 20°.
+CLIP = 0.2  # Upper limit of L2-Hys.
+EPSILON = 1e-5  # Keeps the norm of an empty block above zero.
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of the pixels, in [−1, 1]; equal values share the mean of their ranks."""
+    """Return Spearman's rank correlation of the pixels. Equal values get the mean of their ranks.
+
+    Args:
+        a: Map [H, W] in [0, 1].
+        b: Map [H, W] in [0, 1].
+
+    Returns:
+        The correlation, in [−1, 1]. If only one map is constant, it is 0. If both are constant, it is 1.
+    """
     return _correlation(_ranks(a), _ranks(b))
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
-    """Structural similarity, in [−1, 1]: Wang et al. 2004, eq. 13, mean over windows of 7×7 that lie in the maps."""
+    """Return the structural similarity: Wang et al. 2004, eq. 13, mean over all windows of 7×7 inside the maps.
+
+    Args:
+        a: Map [H, W] in [0, 1].
+        b: Map [H, W] in [0, 1].
+
+    Returns:
+        The structural similarity, in [−1, 1]. Smaller maps use the largest odd window that fits.
+    """
     a, b = a.double(), b.double()
-    sides = [min(WINDOW, side - 1 + side % 2) for side in a.shape]  # odd
+    sides = [min(WINDOW, side - 1 + side % 2) for side in a.shape]
     pixels = sides[0] * sides[1]
-    together = torch.stack([a, b, a * a, b * b, a * b])[:, None]
-    mean_a, mean_b, aa, bb, ab = F.avg_pool2d(together, sides, stride=1)[:, 0]
+    stacked = torch.stack([a, b, a * a, b * b, a * b])[:, None]
+    mean_a, mean_b, aa, bb, ab = F.avg_pool2d(stacked, sides, stride=1)[:, 0]
     sample = pixels / max(1, pixels - 1)
     var_a, var_b, cov = (sample * (m - n) for m, n in [(aa, mean_a**2), (bb, mean_b**2), (ab, mean_a * mean_b)])
     luminance = (2 * mean_a * mean_b + K1**2) / (mean_a**2 + mean_b**2 + K1**2)
@@ -36,15 +52,29 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def hog(a: Tensor, b: Tensor) -> float:
-    """Correlation of the histograms of oriented gradients, in [−1, 1]: Dalal, Triggs 2005.
+    """Return the correlation of the histograms of oriented gradients: Dalal, Triggs 2005.
 
-    Cells have 16×16 pixels; fewer where the map would have less than 3×3 of them, which is a block.
+    Args:
+        a: Map [H, W] in [0, 1].
+        b: Map [H, W] in [0, 1].
+
+    Returns:
+        The correlation, in [−1, 1]. If only one histogram is constant, it is 0. If both are constant, it is 1.
     """
     return _correlation(oriented_gradients(a), oriented_gradients(b))
 
 
 def oriented_gradients(S: Tensor) -> Tensor:
-    """[H, W] → [values]: of each block of cells the histograms, normalised by L2-Hys; S is scaled to a maximum of 1."""
+    """Return the histograms of oriented gradients of a map, normalised by L2-Hys for each block of 3×3 cells.
+
+    Cells have 16×16 pixels, or fewer if the map would otherwise have fewer than 3×3 cells.
+
+    Args:
+        S: Map [H, W], ≥ 0. It is scaled to a maximum of 1.
+
+    Returns:
+        The histograms of all blocks as one vector.
+    """
     S = S.double()
     S = S / S.max() if S.max() > 0 else S
     dy, dx = torch.zeros_like(S), torch.zeros_like(S)
@@ -55,15 +85,16 @@ def oriented_gradients(S: Tensor) -> Tensor:
     cells = F.avg_pool2d((magnitude[..., None] * bins).permute(2, 0, 1), (h, w))  # [bins, rows, columns]
     rows, columns = (min(BLOCK, side) for side in cells.shape[1:])
     blocks = cells.unfold(1, rows, 1).unfold(2, columns, 1).permute(1, 2, 3, 4, 0).flatten(2)  # [·, ·, values]
-    clipped = (blocks / _length(blocks)).clamp(max=CLIP)
-    return (clipped / _length(clipped)).flatten()
+    clipped = (blocks / _norm(blocks)).clamp(max=CLIP)
+    return (clipped / _norm(clipped)).flatten()
 
 
-def _length(blocks: Tensor) -> Tensor:
+def _norm(blocks: Tensor) -> Tensor:
     return (blocks.square().sum(dim=-1, keepdim=True) + EPSILON**2).sqrt()
 
 
 def _ranks(values: Tensor) -> Tensor:
+    """Return the rank of each value. Equal values get the mean of their ranks."""
     place: Tensor
     counts: Tensor
     _, place, counts = values.flatten().unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
@@ -71,7 +102,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's. Where one of them is constant, 1 if both are and 0 if not."""
+    """Return Pearson's correlation: 0 if only one vector is constant, 1 if both are."""
     a, b = a - a.mean(), b - b.mean()
     norms = float(a.norm()), float(b.norm())
     if not all(norms):

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from camserve_server.maps.channels import channels
+from camserve_server.maps.channels import select_channels
 from camserve_server.plan import Capture, Image, Plan, ReleaseRows, SaliencyMaps, Score, Targets
 from camserve_server.registry import Range, Sizes, method
 from camserve_server.rows import Masked, minmax, resize
@@ -67,17 +67,17 @@ def is_cam(
         Take it to repeat a comparison that has it in. It is close to Score-CAM at N times the cost.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
-    run = channels(A, dead=True)
+    run = select_channels(A, dead=True)
     yield from ReleaseRows(steps * (len(A) - len(run)))
     scales = [i / steps for i in range(1, steps + 1)]
-    masked = Masked(x, A[run.run])
+    masked = Masked(x, A[run.indices])
     if variant == "torchcam":
         scales = [*accumulate(scales)]
-        masked = Masked(x, A[run.run], _scaled_first)
+        masked = Masked(x, A[run.indices], _scaled_first)
     scores = yield from Score(Scaled(masked, scales), c, min_rows=steps)
     done = len(scores.logits) // steps
     y = scores.logits[: done * steps].reshape(done, steps, -1).mean(dim=1)  # [channels, T]
-    w = run.spread(y, missing=-torch.inf).softmax(dim=0)
+    w = run.to_all_channels(y, missing=-torch.inf).softmax(dim=0)
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()
     return SaliencyMaps(S, share=run.share(done))
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camserve_server.maps.channels import Channels, channels
+from camserve_server.maps.channels import SelectedChannels, select_channels
 from camserve_server.plan import (
     Capture,
     Image,
@@ -182,7 +182,7 @@ def _poly_cam(
         for l in reversed(range(len(layers)))
         if variant == "official" or l + 1 == len(layers) or A[l].shape[-2:] != A[l + 1].shape[-2:]
     ]
-    run = {l: channels(A[l], dead=False) for l in levels}
+    run = {l: select_channels(A[l], dead=False) for l in levels}
     yield from ReleaseRows(len(parts) * (sum(map(len, A)) - sum(map(len, run.values()))))
 
     official = variant == "official"
@@ -191,10 +191,10 @@ def _poly_cam(
     share, left_out = 0.0, []
     begun = False  # a level of nothing but dead channels has no rows
     for index, l in enumerate(levels):
-        masked = Masked(x, A[l][run[l].run], _percentile if official else resize_minmax, parts)
+        masked = Masked(x, A[l][run[l].indices], _percentile if official else resize_minmax, parts)
         negligible = None
         if tolerance and A[l].min() >= 0:
-            negligible = _Negligible(run[l].together(A[l]), partial(weights, c), len(parts), bound, tolerance)
+            negligible = _Negligible(run[l].merge(A[l]), partial(weights, c), len(parts), bound, tolerance)
         w, done = yield from _channel_weights(c, masked, run[l], weights, 0 if begun else len(parts), negligible)
         if begun and done < len(run[l]) and not done:  # cut short: the levels so far are the map
             break
@@ -246,7 +246,7 @@ class _Negligible:
 
 
 def _channel_weights(
-    c: Targets, masked: Masked, run: Channels, weights: Weights, least: int, negligible: _Negligible | None
+    c: Targets, masked: Masked, run: SelectedChannels, weights: Weights, least: int, negligible: _Negligible | None
 ) -> Plan[tuple[Tensor, int]]:
     """w [K, T] of the channels of one level, by eq. 4, 5 or 6, and how many of those to be run were."""
     if not len(masked):
@@ -256,7 +256,7 @@ def _channel_weights(
     done = len(scores.probabilities) // P
     if negligible is not None and negligible.error is not None:
         done = negligible.done  # the last batch may have had more
-    return run.spread(weights(c, [scores.probabilities[i : P * done : P] for i in range(P)])), done
+    return run.to_all_channels(weights(c, [scores.probabilities[i : P * done : P] for i in range(P)])), done
 
 
 def _lnorm(S: Tensor, coarse: Sequence[int], official: bool) -> Tensor:

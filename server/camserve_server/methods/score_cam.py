@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from camserve_server.maps.channels import channels
+from camserve_server.maps.channels import select_channels
 from camserve_server.plan import Capture, Image, Plan, ReleaseRows, SaliencyMaps, Score, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Masked
@@ -51,11 +51,11 @@ def score_cam(
         finer map.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
-    run = channels(A, dead=True)
+    run = select_channels(A, dead=True)
     yield from ReleaseRows(len(A) - len(run))
-    scores = yield from Score(Masked(x, A[run.run]), c, min_rows=1)  # algorithm 1, lines 6 to 11
+    scores = yield from Score(Masked(x, A[run.indices]), c, min_rows=1)  # algorithm 1, lines 6 to 11
     y = scores.logits if score == "logit" else scores.probabilities
     # algorithm 1, line 13
-    w = run.spread(y, missing=-torch.inf).softmax(dim=0) if channel_softmax else run.spread(y)
+    w = run.to_all_channels(y, missing=-torch.inf).softmax(dim=0) if channel_softmax else run.to_all_channels(y)
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()  # eq. 6
     return SaliencyMaps(S, share=run.share(len(y)))

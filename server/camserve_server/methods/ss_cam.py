@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from camserve_server.maps.channels import channels
+from camserve_server.maps.channels import select_channels
 from camserve_server.plan import Capture, Image, Plan, ReleaseRows, SaliencyMaps, Score, Targets
 from camserve_server.registry import Range, Sizes, method
 from camserve_server.rows import normal, resize_minmax
@@ -65,11 +65,11 @@ def ss_cam(
         times as much as Score-CAM.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
-    run = channels(A, dead=True)
+    run = select_channels(A, dead=True)
     yield from ReleaseRows(samples * (len(A) - len(run)))
-    scores = yield from Score(Noisy(x, A[run.run], samples, sigma, seed), c, min_rows=1)
+    scores = yield from Score(Noisy(x, A[run.indices], samples, sigma, seed), c, min_rows=1)
     y = scores.logits  # [rows, T]
     mean = torch.stack([y[k :: len(run)].mean(dim=0) for k in range(min(len(y), len(run)))])
-    w = run.spread(mean, missing=-torch.inf).softmax(dim=0)
+    w = run.to_all_channels(mean, missing=-torch.inf).softmax(dim=0)
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()
     return SaliencyMaps(S, share=len(y) / (samples * len(run)))

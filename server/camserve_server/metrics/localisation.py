@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from camserve_server.maps.boxes import area, largest, overlap
+from camserve_server.maps.boxes import area, largest_component_box, max_iou
 from camserve_server.plan import Box, Image, MetricResult, Plan, Score, Targets, Truth
 from camserve_server.registry import Range, Sizes, metric
 from camserve_server.rows import Repeated
@@ -66,7 +66,7 @@ def official_metric(
 
 
 def _right(S: Tensor, truth: Truth, iou: float) -> float:
-    most = overlap(_box(_map(S)), truth.boxes)
+    most = max_iou(_box(_map(S)), truth.boxes)
     return float(most >= iou) if iou else most
 
 
@@ -149,7 +149,7 @@ def box_accuracy(
     arXiv:2007.04178.
     """
     values = _map(S)
-    curve = tuple(overlap(largest(values >= threshold), truth.boxes) for threshold in THRESHOLDS)
+    curve = tuple(max_iou(largest_component_box(values >= threshold), truth.boxes) for threshold in THRESHOLDS)
     deltas = DELTAS if iou == "all" else (iou,)
     return _done(sum(max(curve) >= float(delta) for delta in deltas) / len(deltas), curve)
 
@@ -178,4 +178,6 @@ def _map(S: Tensor) -> Map:
 def _box(values: Map) -> Box:
     """B_p."""
     # The mean of equal values may be off by its rounding.
-    return largest(values > values.mean() if values.min() < values.max() else np.ones_like(values, np.bool_))
+    return largest_component_box(
+        values > values.mean() if values.min() < values.max() else np.ones_like(values, np.bool_)
+    )

@@ -301,7 +301,7 @@ def _truth(request: pb.ExplainRequest | pb.EvaluateRequest, model: Model) -> Tru
     _at_most(MAX_BOXES, request.truth.boxes, "truth.boxes")
     found = [_box(box, model, f"truth.boxes[{i}]") for i, box in enumerate(request.truth.boxes)]
     mask = _mask(request.truth.mask, model) if request.truth.HasField("mask") else None
-    return boxes.truth(found, mask, model.preprocessing.size)
+    return boxes.make_truth(found, mask, model.preprocessing.size)
 
 
 def _box(box: pb.Box, model: Model, field: str) -> Box:

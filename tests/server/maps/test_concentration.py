@@ -64,9 +64,9 @@ def test_who_is_warned_of(model: Model) -> None:
     assert 4 < int((few == 1).sum()) < 20
     for S, said in [
         (torch.full(SIZE, 0.5), "degenerate: the map is constant"),
-        (nearly_even, "degenerate: the map is nearly even and tells no part of the image from another"),
-        (few, "degenerate: the map is nearly all in a few pixels, as noise is in gradients"),
-        (single(), "degenerate: the map is nearly all in a few pixels, as noise is in gradients"),
+        (nearly_even, "degenerate: the map is nearly even and does not distinguish parts of the image"),
+        (few, "degenerate: the map is concentrated in a few pixels, which is typical of noisy gradients"),
+        (single(), "degenerate: the map is concentrated in a few pixels, which is typical of noisy gradients"),
     ]:
         (warning,) = explained(model, noise(3, *SIZE), S).warnings[0]
         assert warning.startswith(said)
@@ -75,7 +75,7 @@ def test_who_is_warned_of(model: Model) -> None:
 
 @pytest.mark.parametrize(("grid", "side"), [(7, 224), (14, 224), (12, 384), (4, 32)])
 def test_a_sharp_peak_is_no_fault(grid: int, side: int) -> None:
-    assert concentration.warnings(peak(grid, side)) == ()
+    assert concentration.degenerate_warnings(peak(grid, side)) == ()
 
 
 @pytest.mark.parametrize(("method", "warned"), [("fake-cam", True), ("random", False), ("center-gaussian", False)])

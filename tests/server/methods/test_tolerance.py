@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camserve_server.maps.channels import channels
+from camserve_server.maps.channels import select_channels
 from camserve_server.models.model import Model
 from camserve_server.request_plan import Explained
 from tests import nets
@@ -92,8 +92,8 @@ def test_negative_activations_are_not_left_out(x):
 
 def test_constant_channels_count_together():
     A = torch.stack([torch.full((4, 4), 2.0), torch.rand(4, 4), torch.full((4, 4), 3.0), torch.zeros(4, 4)])
-    run = channels(A, dead=False)
-    assert torch.equal(run.together(A), torch.stack([torch.full((4, 4), 5.0), A[1]]))
+    run = select_channels(A, dead=False)
+    assert torch.equal(run.merge(A), torch.stack([torch.full((4, 4), 5.0), A[1]]))
 
 
 def test_a_budget_that_cuts_leaves_nothing_out(model, x):

@@ -22,7 +22,7 @@ NAMES = [f"{region}-{measure}" for region in REGIONS for measure in MEASURES]
 AVERAGES = [f"average-{measure}" for measure in MEASURES]
 X = noise(3, *SIZE, seed=1).double()
 S = noise(*SIZE, seed=2).sigmoid()
-EVERYWHERE = boxes.truth([(0, 0, W, H)], None, SIZE)
+EVERYWHERE = boxes.make_truth([(0, 0, W, H)], None, SIZE)
 
 
 @cache
@@ -46,7 +46,7 @@ def test_by_their_definition(c: int) -> None:
     for y in range(H):
         for x in range(W):
             B[y, x] = (4 < x + 0.5 < 12.4 and 3 < y + 0.5 < 20) or (10 < x + 0.5 < 22 and 15 < y + 0.5 < 30)
-    ours = scores(NAMES, boxes.truth([(4, 3, 12.4, 20), (10, 15, 22, 30)], None, SIZE), c)
+    ours = scores(NAMES, boxes.make_truth([(4, 3, 12.4, 20), (10, 15, 22, 30)], None, SIZE), c)
     for region, mask in zip(REGIONS, (B, S * B, S * (1 - B)), strict=True):
         theirs = average_of_one(logits(X), logits(X * mask), c)
         assert max(theirs.drop, theirs.gain) > 0.1
