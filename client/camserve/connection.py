@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
-import re
 import ssl
 import sys
 import tempfile
@@ -15,6 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 import grpc
 
 from camserve import errors, images, request_messages
+from camserve.addresses import is_loopback
 from camserve.errors import InvalidArgument
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
@@ -103,7 +102,7 @@ class Connection:
                 bearer = grpc.access_token_call_credentials(token)
                 self._credentials = grpc.composite_channel_credentials(self._credentials, bearer)
         elif token:
-            if not is_this_machine(address):
+            if not is_loopback(address):
                 raise InvalidArgument(
                     f"a token goes to {address} only by TLS, or anybody on the way could read it: give tls or ca",
                     field="token",
@@ -141,7 +140,7 @@ def credentials(
 
 def proxy(address: str) -> list[tuple[str, Any]]:
     """Options of a channel: what goes to this machine, in plaintext perhaps, takes no detour."""
-    return [("grpc.enable_http_proxy", 0)] if is_this_machine(address) else []
+    return [("grpc.enable_http_proxy", 0)] if is_loopback(address) else []
 
 
 def _read(pem: Pem | None) -> bytes | None:
@@ -169,21 +168,6 @@ def _tls(ca: bytes | None, key: bytes | None, certificate: bytes | None) -> grpc
     except OSError:  # nowhere to write: what is wrong with them will show in the handshake
         pass
     return grpc.ssl_channel_credentials(ca, key, certificate)
-
-
-def is_this_machine(address: str) -> bool:
-    """Whether nothing that is sent to the address, in any of gRPC's forms, leaves this machine."""
-    if address.startswith(("unix:", "unix-abstract:")):
-        return True
-    hosts = re.sub(r"^(dns:(//[^/]*/)?|ipv4:|ipv6:)", "", address).split(",")
-    return all(_is_loopback(re.sub(r"^\[?(.*?)\]?(:\d+)?$", r"\1", each)) for each in hosts)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _trace() -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,10 +10,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from camserve.addresses import is_loopback, require_host_port
 from camserve_server.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
-Address = Annotated[str, Field(pattern=r"^.+:\d+$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -24,6 +23,7 @@ def _one_or_three(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
+Address = Annotated[str, AfterValidator(require_host_port)]
 Numbers = Annotated[tuple[float, ...], AfterValidator(_one_or_three)]
 NumbersAbove0 = Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_one_or_three)]
 
@@ -251,13 +251,13 @@ class Config(BaseSettings):
     @model_validator(mode="after")
     def _keep_plaintext_at_home(self) -> Self:
         """But for Health, which probes ask for that know nothing of certificates."""
-        if self.metrics_listen is not None and not self.insecure and not _is_loopback(self.metrics_listen):
+        if self.metrics_listen is not None and not self.insecure and not is_loopback(self.metrics_listen):
             raise ValueError(
                 f"metrics_listen: {self.metrics_listen} can be reached from other machines, and metrics are plaintext; "
                 "listen on 127.0.0.1, or set insecure = true if you trust the network"
             )
         for key, address in (("listen", self.listen), ("admin_listen", self.admin_listen)):
-            if address and self.tls is None and not self.insecure and not _is_loopback(address):
+            if address and self.tls is None and not self.insecure and not is_loopback(address):
                 raise ValueError(
                     f"{key}: {address} can be reached from other machines, and there is no TLS; give [tls] with a "
                     "certificate and a key, listen on 127.0.0.1, or set insecure = true (CAMSERVE_INSECURE=true, "
@@ -268,7 +268,7 @@ class Config(BaseSettings):
     @model_validator(mode="after")
     def _keep_strangers_from_models(self) -> Self:
         known = any(token.admin for token in self.tokens) or (not self.tokens and self.tls and self.tls.client_ca)
-        if self.admin_listen and not known and not self.insecure and not _is_loopback(self.admin_listen):
+        if self.admin_listen and not known and not self.insecure and not is_loopback(self.admin_listen):
             raise ValueError(
                 f"admin_listen: anybody who reaches {self.admin_listen} could unload models; give [[tokens]] with "
                 "admin = true, or client_ca in [tls], or listen on 127.0.0.1"
@@ -320,16 +320,6 @@ def _line(detail: Any, data: dict[str, Any]) -> str:
             pass
     # Errors of the whole configuration name the key themselves.
     return ": ".join(filter(None, (".".join(map(str, place)), detail["msg"].removeprefix("Value error, "))))
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0]
-    if ":" in host:  # of IPv6: without brackets, its last group would be taken for the port here, and not by gRPC
-        host = host[1:-1] if host[0] + host[-1] == "[]" else ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # another name may be anything
-        return False
 
 
 def _name(data: dict[str, Any], tables: str, i: int) -> str | int:

@@ -25,6 +25,11 @@ address = "127.0.0.1:104"
 PAGE = (ROOT / "docs" / "pacs.md").read_text(encoding="utf-8")
 
 
+def stow(url: str) -> tuple[str, str]:
+    """The change of LEAST that sends results to this DICOMweb URL."""
+    return 'address = "127.0.0.1:104"', f'stow_url = "{url}"'
+
+
 def command(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "camserve_cli", "dicom", "gateway", "--config", str(path), *more]
     return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
@@ -49,6 +54,14 @@ def test_check_shows_what_is_understood_and_does_nothing(tmp_path: Path) -> None
         (('address = "127.0.0.1:104"', ""), "pacs: give either address or stow_url"),
         (("127.0.0.1:104", "pacs.example.org:104"), "pacs.address: pacs.example.org:104 is beyond this machine"),
         (("[pacs]", 'listen = "0.0.0.0:104"\n[pacs]'), "listen: 0.0.0.0:104 is beyond this machine"),
+        (("[pacs]", 'listen = "::1:104"\n[pacs]'), "listen: '::1:104' is not HOST:PORT"),
+        (("[pacs]", 'monitor_listen = "::1:80"\n[pacs]'), "monitor_listen: '::1:80' is not HOST:PORT"),
+        (("127.0.0.1:104", "::1:104"), "pacs.address: '::1:104' is not HOST:PORT"),
+        (("[pacs]", '[server]\naddress = "::1:5005"\n[pacs]'), "server.address: ::1:5005 is beyond this machine"),
+        (stow("http://pacs.example.org/dicom-web"), "pacs.stow_url: pacs.example.org is beyond this machine"),
+        (stow("HTTP://pacs.example.org/dicom-web"), "pacs.stow_url: "),
+        (stow("http://localhost@pacs.example.org/"), "pacs.stow_url: pacs.example.org is beyond this machine"),
+        (stow("http://localhost:80@pacs.example.org/"), "pacs.stow_url: pacs.example.org is beyond this machine"),
         (
             ("[pacs]", 'insecure = true\nmonitor_listen = "0.0.0.0:80"\n[pacs]'),
             "monitor_listen: 0.0.0.0:80 can be reached from other machines",

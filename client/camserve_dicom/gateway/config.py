@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from camserve.connection import is_this_machine
+from camserve.addresses import is_loopback, require_host_port
 from camserve_dicom.derivation import DEFAULT_CHECK, check_metrics
 
 __all__ = ["Config", "ConfigError", "PacsConfig", "Rule", "ServerConfig", "TLSConfig", "read"]
 
-Address = Annotated[str, Field(pattern=r"^.+:\d+$")]
+Address = Annotated[str, AfterValidator(require_host_port)]
 Positive = Annotated[int, Field(ge=1)]
 # What the standard lets an application entity call itself: no backslash, no space at either end.
 AETitle = Annotated[str, Field(pattern=r"^[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?$")]
@@ -215,13 +215,14 @@ class Config(_Table):
         secured = {"listen": self.tls is not None, "pacs.address": self.pacs.tls}
         addresses = {"listen": self.listen, "pacs.address": self.pacs.address}
         server = self.server
-        if not (server.tls or server.ca or server.certificate or is_this_machine(server.address)):
+        if not (server.tls or server.ca or server.certificate or is_loopback(server.address)):
             secured["server.address"], addresses["server.address"] = False, server.address
-        if self.pacs.stow_url is not None and self.pacs.stow_url.startswith("http:"):
-            host = self.pacs.stow_url.removeprefix("http://").partition("/")[0]
-            secured["pacs.stow_url"], addresses["pacs.stow_url"] = False, host if ":" in host else f"{host}:80"
+        if self.pacs.stow_url is not None and urlsplit(self.pacs.stow_url).scheme == "http":
+            # The host alone: a URL may hold a user name before it, as in http://localhost@pacs.example.
+            host = urlsplit(self.pacs.stow_url).hostname or ""
+            secured["pacs.stow_url"], addresses["pacs.stow_url"] = False, host
         for key, address in addresses.items():
-            if address is not None and not secured[key] and not self.insecure and not _is_loopback(address):
+            if address is not None and not secured[key] and not self.insecure and not is_loopback(address):
                 raise ValueError(
                     f"{key}: {address} is beyond this machine, and there is no TLS; give [tls], use 127.0.0.1, or set "
                     "insecure = true if you trust the network"
@@ -230,7 +231,7 @@ class Config(_Table):
 
     @model_validator(mode="after")
     def _keep_the_monitor_at_home(self) -> Self:
-        if self.monitor_listen is not None and not self.monitor_insecure and not _is_loopback(self.monitor_listen):
+        if self.monitor_listen is not None and not self.monitor_insecure and not is_loopback(self.monitor_listen):
             raise ValueError(
                 f"monitor_listen: {self.monitor_listen} can be reached from other machines, and what it answers is "
                 "plaintext; listen on 127.0.0.1, or set monitor_insecure = true if you trust the network"
@@ -278,11 +279,3 @@ def _readable(path: Path, key: str) -> None:
         path.open("rb").close()
     except OSError as error:
         raise ConfigError(f"{key}: {error}") from error
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # another name may be anything
-        return False

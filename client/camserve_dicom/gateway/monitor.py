@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from camserve.addresses import split_host_port
 from camserve_dicom.gateway.config import ConfigError
 from camserve_dicom.gateway.spool import Spool, Stage
 
@@ -55,12 +56,12 @@ class Monitor:
     def __init__(self, address: str, registry: CollectorRegistry, wrong: Callable[[], list[str]]) -> None:
         self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
         self._wrong = wrong
-        host, _, port = address.rpartition(":")
+        host, port = split_host_port(address)
         try:
-            self._http = make_server(host.strip("[]"), int(port), self._answer, _Server, _Quiet)
+            self._http = make_server(host, int(port), self._answer, _Server, _Quiet)
         except (OSError, OverflowError) as error:
             raise ConfigError(f"monitor_listen: cannot bind {address}; is another gateway there?") from error
-        self.address = f"{host}:{self._http.server_port}"
+        self.address = f"{address.rpartition(':')[0]}:{self._http.server_port}"
         self._thread = threading.Thread(target=self._http.serve_forever, name="monitor", daemon=True)
         self._thread.start()
 

@@ -21,6 +21,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     StorageCommitmentPushModelInstance,
 )
 
+from camserve.addresses import split_host_port
 from camserve_dicom.gateway.config import Config, PacsConfig
 from camserve_dicom.gateway.workers import Dead, Later
 
@@ -45,8 +46,8 @@ class Dimse:
 
     def __init__(self, config: Config, answered: Callable[[evt.Event], int]) -> None:
         assert config.pacs.address is not None and config.pacs.ae_title is not None
-        host, _, port = config.pacs.address.rpartition(":")
-        self._host, self._port, self._ae_title = host.strip("[]"), int(port), config.pacs.ae_title
+        host, port = split_host_port(config.pacs.address)
+        self._host, self._port, self._ae_title = host, int(port), config.pacs.ae_title
         self._tls = (config.tls.calling(), self._host) if config.tls and config.pacs.tls else None
         self._answered = answered
         self._ae, self._timeout_s = AE(config.ae_title), config.pacs.timeout_s

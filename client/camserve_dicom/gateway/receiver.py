@@ -36,6 +36,7 @@ from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # type: ignore[attr-defined]
 
+from camserve.addresses import split_host_port
 from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config, ConfigError
 from camserve_dicom.gateway.spool import Spool, Stage
@@ -120,7 +121,7 @@ class Receiver:
 
     def open(self) -> str:
         """Begins to listen; returns where. Raises ConfigError."""
-        host, _, port = self._config.listen.rpartition(":")
+        host, port = split_host_port(self._config.listen)
         handlers: list[Any] = [
             (evt.EVT_CONN_OPEN, self._connected),
             (evt.EVT_PDU_RECV, self._bounded),
@@ -130,7 +131,7 @@ class Receiver:
         ]
         try:
             listener = self._ae.start_server(
-                (host.strip("[]"), int(port)),
+                (host, int(port)),
                 block=False,
                 ssl_context=self._config.tls.listening() if self._config.tls else None,
                 evt_handlers=handlers,
@@ -138,7 +139,7 @@ class Receiver:
         except (OSError, OverflowError) as error:
             raise ConfigError(f"listen: cannot bind {self._config.listen}; is another gateway there?") from error
         assert listener is not None and listener.socket is not None
-        return f"{host}:{listener.socket.getsockname()[1]}"
+        return f"{self._config.listen.rpartition(':')[0]}:{listener.socket.getsockname()[1]}"
 
     def close(self) -> None:
         """Listens no more, and aborts what is under way: who sent it has no answer, and sends it again."""

@@ -16,6 +16,7 @@ from prometheus_client import (
     start_http_server,
 )
 
+from camserve.addresses import split_host_port
 from camserve_server.engine.job import Job
 from camserve_server.errors import ConfigError
 from camserve_server.service.call import Call
@@ -70,14 +71,14 @@ class Listener:
     """Answers Prometheus on `address`, HOST:PORT, on a thread of its own. Raises ConfigError where it cannot bind."""
 
     def __init__(self, metrics: CollectorRegistry, address: str) -> None:
-        host, _, port = address.rpartition(":")
+        host, port = split_host_port(address)
         try:
             self._http: WSGIServer
             self._thread: threading.Thread
-            self._http, self._thread = start_http_server(int(port), host.strip("[]"), metrics)
+            self._http, self._thread = start_http_server(int(port), host, metrics)
         except (OSError, OverflowError) as error:
             raise ConfigError(f"metrics_listen: cannot bind {address}; is another server there?") from error
-        self.address = f"{host}:{self._http.server_port}"
+        self.address = f"{address.rpartition(':')[0]}:{self._http.server_port}"
 
     def close(self) -> None:
         """Answers no more."""
