@@ -1,4 +1,4 @@
-"""What operators do to a running server: load, unload and reload models."""
+"""Client for operators: load, unload and reload models of a running server."""
 
 from __future__ import annotations
 
@@ -17,33 +17,69 @@ __all__ = ["Admin"]
 
 
 class Admin(Connection):
-    """A connection to the listener for operators, `admin_listen` in the server's configuration.
+    """Blocking client of the server's admin listener (`admin_listen` in the server's configuration).
 
-    To be closed, best by `with`. Options are those of `Client`; with tokens, it takes one of an admin. Models are named
-    as in the server's configuration file, which is read anew for each call. Loading a large one takes longer than the
-    default `timeout`.
-
-    Every method raises a CamserveError: NotFound for a model that the file does not have, FailedPrecondition, which
-    says why, for one that cannot be loaded, PermissionDenied and Unauthenticated.
+    The arguments are those of `Client`. If the server requires tokens, `token` must belong to an admin. The server
+    reads its configuration file again for each call, so `model` may name a model that was added to the file after the
+    server started. Loading a large model can take longer than the default `timeout`. Close the client when it is no
+    longer needed, preferably with a `with` statement.
     """
 
     def load(self, model: str) -> Model:
-        """Load and warm a model; it is served once this returns."""
-        return self._loaded("LoadModel", pb.LoadModelRequest(model=model))
+        """Load a model and warm it up.
+
+        Args:
+            model: Name of the model in the server's configuration file.
+
+        Returns:
+            The model, which now serves requests.
+
+        Raises:
+            NotFound: The configuration file does not contain the model.
+            FailedPrecondition: The model cannot be loaded; the message gives the reason.
+            Unauthenticated: The server requires a token.
+            PermissionDenied: The token does not belong to an admin.
+            CamserveError: The call failed for another reason; see `camserve.errors` for all subclasses.
+        """
+        return self._load("LoadModel", pb.LoadModelRequest(model=model))
 
     def unload(self, model: str) -> None:
-        """Serve the model no more; returns when what runs on it is finished. Requests for it fail from now on."""
-        self._asked("UnloadModel", pb.UnloadModelRequest(model=model))
+        """Unload a model. Requests for it fail from now on; the method returns when all running requests are finished.
+
+        Args:
+            model: Name of the model in the server's configuration file.
+
+        Raises:
+            NotFound: The server has no such model.
+            Unauthenticated: The server requires a token.
+            PermissionDenied: The token does not belong to an admin.
+            CamserveError: The call failed for another reason; see `camserve.errors` for all subclasses.
+        """
+        self._call("UnloadModel", pb.UnloadModelRequest(model=model))
 
     def reload(self, model: str) -> Model:
-        """Load the model anew beside the one that is served, then serve the new one.
+        """Load a model again and replace the running one without interruption.
 
-        Returns when what runs on the old one is finished. Where it fails, the old one is served on.
+        The running model serves requests until the new one is ready. If the new model cannot be loaded, the running
+        model stays. The method returns when all requests on the old model are finished.
+
+        Args:
+            model: Name of the model in the server's configuration file.
+
+        Returns:
+            The new model, which now serves requests.
+
+        Raises:
+            NotFound: The configuration file does not contain the model.
+            FailedPrecondition: The model cannot be loaded; the message gives the reason.
+            Unauthenticated: The server requires a token.
+            PermissionDenied: The token does not belong to an admin.
+            CamserveError: The call failed for another reason; see `camserve.errors` for all subclasses.
         """
-        return self._loaded("ReloadModel", pb.ReloadModelRequest(model=model))
+        return self._load("ReloadModel", pb.ReloadModelRequest(model=model))
 
     def close(self) -> None:
-        """Close the connection. Calls still under way are cancelled."""
+        """Close the connection and cancel all calls in flight. The client cannot be used afterwards."""
         for channel in self._channels:
             channel.close()
 
@@ -53,19 +89,19 @@ class Admin(Connection):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _loaded(self, rpc: str, request: Any) -> Model:
-        (model,) = catalogue.models(explain_pb2.ListModelsResponse(models=[self._asked(rpc, request).model]))
+    def _load(self, rpc: str, request: Any) -> Model:
+        (model,) = catalogue.models(explain_pb2.ListModelsResponse(models=[self._call(rpc, request).model]))
         return model
 
-    def _asked(self, rpc: str, request: Any) -> Any:
-        call = request_messages.Call[Any](rpc, request, lambda answer: answer)
+    def _call(self, rpc: str, request: Any) -> Any:
+        call = request_messages.PreparedCall[Any](rpc, request, lambda response: response)
         try:
-            return getattr(AdminServiceStub(self._channels[1]), rpc)(request, **self._given(call))
+            return getattr(AdminServiceStub(self._channels[1]), rpc)(request, **self._call_options(call))
         except grpc.RpcError as error:
-            found = self._error(error, call)
-            if found.code is grpc.StatusCode.UNIMPLEMENTED:
+            translated = self._translate(error, call)
+            if translated.code is grpc.StatusCode.UNIMPLEMENTED:
                 raise errors.CamserveError(
-                    f"{self.address} is not for operators: give the address that admin_listen has in the server's "
-                    "configuration"
+                    f"{self.address} is not the server's admin listener; use the address of admin_listen in the "
+                    "server's configuration"
                 ) from error
-            raise found from error
+            raise translated from error

@@ -1,4 +1,4 @@
-"""The client, awaited: `camserve.aio.Client`."""
+"""Client for asyncio: `camserve.aio.Client`."""
 
 from __future__ import annotations
 
@@ -10,54 +10,76 @@ import grpc
 
 from camserve import batches, errors, request_messages
 from camserve.connection import Connection
+from camserve.method_docs import document_method
 
 __all__ = ["Client"]
 
 P = ParamSpec("P")
-Answer = TypeVar("Answer")
-Event = TypeVar("Event")
+ResultT = TypeVar("ResultT")
+EventT = TypeVar("EventT")
 
-# Making a call reads files and copies pixels, so it happens on a thread beside the event loop.
+# Building a request reads files and copies pixels, so it runs on a thread in order not to block the event loop.
 
 
 def _unary(
-    call: Callable[P, request_messages.Call[Answer]],
-) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, Answer]]:
-    async def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
-        return await self._answer(await asyncio.to_thread(call, *args, **kwargs))
+    build_call: Callable[P, request_messages.PreparedCall[ResultT]],
+) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, ResultT]]:
+    """Return a coroutine method that sends one request and returns the result."""
 
-    request_messages.described(method, call, Awaitable)
+    async def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> ResultT:
+        return await self._run(await asyncio.to_thread(build_call, *args, **kwargs))
+
+    document_method(method, build_call, Awaitable)
     return method
 
 
 def _stream(
-    call: Callable[P, request_messages.Streamable[Answer, Event]],
-) -> Callable[Concatenate[Client, P], AsyncGenerator[Event, None]]:
-    async def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Event, None]:
-        made = await asyncio.to_thread(call, *args, **kwargs)
-        async for event in self._events(made.streamed()):
+    build_call: Callable[P, request_messages.StreamableCall[ResultT, EventT]],
+) -> Callable[Concatenate[Client, P], AsyncGenerator[EventT, None]]:
+    """Return an asynchronous generator method that sends one request and yields its events."""
+
+    async def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[EventT, None]:
+        call = await asyncio.to_thread(build_call, *args, **kwargs)
+        async for event in self._run_stream(call.as_stream()):
             yield event
 
-    request_messages.described(method, call, AsyncIterator, streams=True)
+    document_method(method, build_call, AsyncIterator, streams=True)
     return method
 
 
 def _many(
-    call: Callable[P, batches.Many[Answer]],
-) -> Callable[Concatenate[Client, P], AsyncGenerator[Answer, None]]:
-    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Answer, None]:
-        return self._answers(call(*args, **kwargs))
+    build_requests: Callable[P, batches.ConcurrentRequests[ResultT]],
+) -> Callable[Concatenate[Client, P], AsyncGenerator[ResultT, None]]:
+    """Return an asynchronous generator method that sends many requests and yields their results."""
 
-    request_messages.described(method, call, AsyncIterator)
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[ResultT, None]:
+        return self._run_many(build_requests(*args, **kwargs))
+
+    document_method(method, build_requests, AsyncIterator)
     return method
 
 
 class Client(Connection):
-    """A connection to a camserve server at `address`, "host:port". To be made where the event loop runs.
+    """Client of a camserve server for asyncio.
 
-    Connects when first used; to be closed, best by `async with`. Cancelling the task that awaits a call cancels it at
-    the server, too. Wrap a stream that may be left early in `contextlib.aclosing`, or else it ends only when it is
-    collected. What it takes is what `camserve.Client` takes.
+    Create the client in a coroutine, because it belongs to the running event loop. It connects when it is first used.
+    Close it when it is no longer needed, preferably with an `async with` statement. Cancelling a task that awaits a
+    call also cancels the call on the server. Wrap a stream that you may leave early in `contextlib.aclosing`; otherwise
+    its call ends only when Python deletes the iterator.
+
+    Args:
+        address: Address of the server, "host:port", or another gRPC name such as "dns:///host:port". If the name
+            resolves to several servers, calls are distributed over those that are ready (round robin).
+        timeout: Default timeout of a call in seconds, retries included. None means no timeout.
+        tls: True to use TLS with the certificate authorities that gRPC trusts by default.
+        ca: Certificate authorities to trust instead: a PEM file, or its content as bytes. Enables TLS.
+        certificate: Certificate chain of the client: a PEM file, or its content as bytes. Requires `key`, enables TLS.
+        key: Private key of `certificate`, unencrypted: a PEM file, or its content as bytes.
+        token: Bearer token that is sent with each call. It requires TLS, except for loopback addresses.
+
+    Raises:
+        InvalidArgument: The token is malformed or would be sent without TLS, or a certificate or key is invalid.
+        OSError: A PEM file cannot be read.
     """
 
     _grpc: ClassVar[Any] = grpc.aio
@@ -75,7 +97,7 @@ class Client(Connection):
     metrics = _unary(request_messages.list_metrics)
 
     async def close(self) -> None:
-        """Close the connection. Calls still under way are cancelled; the client is of no further use."""
+        """Close the connection and cancel all calls in flight. The client cannot be used afterwards."""
         for channel in self._channels:
             await channel.close()
 
@@ -88,26 +110,27 @@ class Client(Connection):
     def __repr__(self) -> str:
         return f"aio.Client({self.address!r})"
 
-    async def _answer(self, call: request_messages.Call[Answer], stub: Any = None) -> Answer:
+    async def _run(self, call: request_messages.PreparedCall[ResultT], stub: Any = None) -> ResultT:
         try:
-            return call.read(await getattr(stub or self._stub, call.rpc)(call.request, **self._given(call)))
+            rpc = getattr(stub or self._stub, call.rpc)(call.request, **self._call_options(call))
+            return call.parse_response(await rpc)
         except grpc.RpcError as error:
-            raise self._error(error, call) from error
+            raise self._translate(error, call) from error
 
-    async def _answers(self, asked: batches.Many[Answer]) -> AsyncGenerator[Answer, None]:
-        running: set[asyncio.Task[Answer]] = set()
+    async def _run_many(self, many: batches.ConcurrentRequests[ResultT]) -> AsyncGenerator[ResultT, None]:
+        running: set[asyncio.Task[ResultT]] = set()
 
-        async def top_up() -> None:
-            # Images that are made as they are asked for may take their time, too.
-            while len(running) < asked.in_flight and (ask := await asyncio.to_thread(next, asked.asks, None)):
-                running.add(asyncio.create_task(self._outcome(ask)))
+        async def start_requests() -> None:
+            # The iterator runs on a thread, because it may load images.
+            while len(running) < many.in_flight and (request := await asyncio.to_thread(next, many.requests, None)):
+                running.add(asyncio.create_task(self._run_with_retries(request)))
 
         try:
-            await top_up()
+            await start_requests()
             while running:
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 running -= done
-                await top_up()
+                await start_requests()
                 for task in done:
                     yield task.result()
         finally:
@@ -115,26 +138,26 @@ class Client(Connection):
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    async def _outcome(self, ask: batches.Ask[Answer]) -> Answer:
+    async def _run_with_retries(self, request: batches.PendingRequest[ResultT]) -> ResultT:
         try:
-            call = await asyncio.to_thread(ask.call)
-            explanation = await self._answer(call, self._stub_of_many)
-            return ask.answer(explanation)
+            call = await asyncio.to_thread(request.prepare)
+            explanation = await self._run(call, self._stub_for_many)
+            return request.to_result(explanation)
         except (errors.CamserveError, OSError) as error:
-            if not (later := ask.again(error)):
-                return ask.answer(error)
-        wait_s, again = later
+            if not (retry := request.retry(error)):
+                return request.to_result(error)
+        wait_s, next_request = retry
         await asyncio.sleep(wait_s)
-        return await self._outcome(again)
+        return await self._run_with_retries(next_request)
 
-    async def _events(self, call: request_messages.Call[Event | None]) -> AsyncGenerator[Event, None]:
-        rpc: Any = getattr(self._stub, call.rpc)(call.request, **self._given(call))
+    async def _run_stream(self, call: request_messages.PreparedCall[EventT | None]) -> AsyncGenerator[EventT, None]:
+        rpc: Any = getattr(self._stub, call.rpc)(call.request, **self._call_options(call))
         try:
             async for message in rpc:
-                event = call.read(message)
+                event = call.parse_response(message)
                 if event is not None:
                     yield event
         except grpc.RpcError as error:
-            raise self._error(error, call) from error
+            raise self._translate(error, call) from error
         finally:
-            rpc.cancel()  # does nothing to a call that has ended
+            rpc.cancel()  # This has no effect on a call that has finished.

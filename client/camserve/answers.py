@@ -1,4 +1,4 @@
-"""The answers to requests, as Python sees them. Arrays are float32 copies that belong to the caller."""
+"""Responses of the server as Python objects. All arrays are float32 copies that the caller may modify."""
 
 from __future__ import annotations
 
@@ -33,12 +33,19 @@ __all__ = [
 T = TypeVar("T")
 
 
-# ---- maps and their scores ------------------------------------------------------------------------------------------
+# ---- maps and scores ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A class and what the model thinks of it: `probability` in [0, 1], `label` empty where the model has no labels."""
+    """Class with the output of the model for it.
+
+    Attributes:
+        index: Class index, from 0.
+        label: Class label. Empty if the model has no labels.
+        probability: Softmax or sigmoid of the logit, in [0, 1].
+        logit: Output of the model.
+    """
 
     index: int
     label: str
@@ -50,16 +57,19 @@ class Prediction:
 
 
 class Score(float):
-    """A metric's value: a float that knows its `unit` ("1" or "%") and, where it is taken from several, the `curve`.
+    """Value of a metric: a float with a unit and, for some metrics, a curve.
 
-    That is what an area lies under, the overlap at each threshold, or the similarity at each step, as the metric says.
+    Attributes:
+        unit: "1" for a value without a unit, "%" for a percentage in [0, 100].
+        curve: Values from which the score is computed, in order: the points of the curve whose area is the score, the
+            overlap at each threshold, or the similarity at each step. Empty for other metrics.
     """
 
     unit: str
     curve: tuple[float, ...]
 
     def __new__(cls, value: float, unit: str = "1", curve: Sequence[float] = ()) -> Score:
-        """`curve` holds its points, from the first to the last."""
+        """Create a score with a unit and a curve."""
         score = super().__new__(cls, value)
         score.unit, score.curve = unit, tuple(curve)
         return score
@@ -67,9 +77,13 @@ class Score(float):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a request took: `rows` images seen by the model in `batches` device batches.
+    """Work and time that a request took.
 
-    `queue_ms` from arrival to the first batch, `compute_ms` from there to the answer, shared with others.
+    Attributes:
+        rows: Number of model inputs that were processed for the request.
+        batches: Number of device batches that contained these rows.
+        queue_ms: Milliseconds from the arrival of the request to its first batch.
+        compute_ms: Milliseconds from the first batch to the response. Other requests may have shared the batches.
     """
 
     rows: int
@@ -80,9 +94,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """`channels` of a `layer` that a `tolerance` left out, which saved `rows`.
+    """Channels of a layer that a method skipped because of its `tolerance`.
 
-    `error` is how far the layer's sum S is off at most, at any position, in shares of the maximum of S.
+    Attributes:
+        layer: Name of the layer.
+        channels: Number of skipped channels.
+        rows: Number of rows that were saved.
+        error: Upper bound of the error of the layer's sum S at any position, as a fraction of the maximum of S.
     """
 
     layer: str
@@ -93,11 +111,17 @@ class LeftOut:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SaliencyMap:
-    """What speaks for one class: `saliency` float32 [H, W] in [0, 1], over the whole image.
+    """Saliency map of one class.
 
-    `raw` is the map at its own resolution, float32 [h, w], where it was asked for; `scores` are those asked for, by
-    metric; `warnings` is what a reader of this map must know; `share` in [0, 1] is how much of the method's full sum
-    was done, 1 unless a budget or a deadline cut it short; `left_out` is what a `tolerance` left out.
+    Attributes:
+        target: The explained class.
+        saliency: The map, float32 [H, W] in [0, 1], at the model's input size. It covers the whole image.
+        raw: The map at its original resolution, float32 [h, w]. None unless the request asked for it.
+        scores: Scores of the requested metrics by name.
+        warnings: Warnings about the map, such as "degenerate: the map is constant".
+        share: Completed part of the method's full sum, in [0, 1]. It is less than 1 if a budget or a deadline stopped
+            the method early.
+        left_out: Channels that a `tolerance` skipped, for each layer.
     """
 
     target: Prediction
@@ -111,28 +135,50 @@ class SaliencyMap:
 
     @property
     def curves(self) -> dict[str, NDArray[np.float64]]:
-        """The curves of those scores that have one, float64 [points], by metric."""
+        """The curves of all scores that have one, float64 [points], by metric."""
         return {metric: np.array(score.curve) for metric, score in self.scores.items() if score.curve}
 
     def image(self) -> PIL.Image.Image:
-        """The image that was explained: RGB, upright, at its full resolution; a tensor scaled to [0, 255]."""
-        return images.picture(self._image)
+        """Return the explained image.
+
+        Returns:
+            Upright RGB image at its full resolution. The values of a tensor are scaled to [0, 255].
+        """
+        return images.to_pillow(self._image)
 
     def heatmap(self) -> PIL.Image.Image:
-        """The map in colours, RGB, of the image's size."""
+        """Return the map in colours as an RGB image of the size of the explained image."""
         return heatmaps.heatmap(self.saliency, self.image().size)
 
     def overlay(self, alpha: float = heatmaps.ALPHA) -> PIL.Image.Image:
-        """The map over the image, RGB, of the image's size. Where the map is 0 the image shows as it is.
+        """Return the explained image with the coloured map on top.
 
-        `alpha` in [0, 1] is how much the colour covers where the map is 1. Raises ValueError outside that range.
+        Args:
+            alpha: Opacity of the colour where the map is 1, in [0, 1]. Where the map is 0, the image is unchanged.
+
+        Returns:
+            RGB image of the size of the explained image.
+
+        Raises:
+            ValueError: `alpha` is out of range.
         """
         if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
+            raise ValueError(f"alpha is {alpha}; expected 0 to 1")
         return heatmaps.overlay(self.image(), self.saliency, alpha)
 
     def save(self, directory: str | Path, stem: str) -> tuple[Path, Path]:
-        """Writes `stem`.npy (the map) and `stem`.png (the overlay), making the directory if need be; returns both."""
+        """Write the map to `stem`.npy and the overlay to `stem`.png.
+
+        Args:
+            directory: Directory of the files. It is created if it does not exist.
+            stem: Name of the files without extension.
+
+        Returns:
+            Paths of the map and of the overlay.
+
+        Raises:
+            OSError: A file or directory cannot be written.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         array, png = directory / f"{stem}.npy", directory / f"{stem}.png"
@@ -147,7 +193,15 @@ class SaliencyMap:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explanation(SaliencyMap):
-    """The answer to `explain`. It is itself the map of the first target; `maps` holds those of all, in their order."""
+    """Result of `explain`. The attributes inherited from `SaliencyMap` are those of the first target.
+
+    Attributes:
+        maps: Map of each target, in the order of the targets.
+        predictions: Most probable classes, the most probable first.
+        cost: Rows, batches and times of the request, metrics included.
+        receipt: Receipt that reproduces the maps.
+        request_id: Name of the request.
+    """
 
     maps: tuple[SaliencyMap, ...]
     predictions: tuple[Prediction, ...]
@@ -161,7 +215,13 @@ class Explanation(SaliencyMap):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation(SaliencyMap):
-    """The answer to `evaluate`: the map that was scored, with its `scores` by metric."""
+    """Result of `evaluate`: the map that was scored, with its scores.
+
+    Attributes:
+        cost: Rows, batches and times of the request.
+        receipt: Receipt of the request. Its `method` is empty if the caller supplied the map.
+        request_id: Name of the request.
+    """
 
     cost: Cost
     receipt: Receipt
@@ -173,12 +233,14 @@ class Evaluation(SaliencyMap):
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """The answer to `replay`: whether all maps are the `same`, bit for bit, as those that the receipt is of.
+    """Result of `replay`: comparison of new maps with the maps of a receipt.
 
-    `explanation` holds the maps as they are now. `differences` holds what differs, as (then, now), from the entries of
-    the receipt to those of the new one, such as "model_digest", "versions.torch" or "map_digests.281". Where
-    "input_digest" is among them, the model saw another input: the image is another, or it was preprocessed in another
-    way.
+    Attributes:
+        same: True if all maps are bitwise identical.
+        explanation: Explanation with the new maps.
+        differences: Entries that differ between the receipt and the new receipt, as (then, now) by name, such as
+            "model_digest", "versions.torch" or "map_digests.281". The entry "input_digest" means that the model
+            received another input: the image is different, or it was preprocessed differently.
     """
 
     same: bool
@@ -186,9 +248,18 @@ class Replay:
     differences: dict[str, tuple[Any, Any]]
 
 
+# ---- events of a stream ---------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Progress:
-    """How far a request is. `rows_total` may shrink as rows turn out not to be needed; `stage` is the work in hand."""
+    """Progress of a request.
+
+    Attributes:
+        rows_done: Number of rows that are done.
+        rows_total: Expected number of rows. It decreases if the method does not need all of them.
+        stage: Current stage: "predict", "explain", or the name of a metric.
+    """
 
     rows_done: int
     rows_total: int
@@ -197,7 +268,14 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """A map on the way, from 0, the coarsest, to `count` − 1. `maps` are float32 [H, W] in [0, 1], one a target."""
+    """Intermediate maps of a coarse-to-fine method.
+
+    Attributes:
+        index: Number of the level, from 0 (the coarsest) to `count` − 1.
+        count: Number of levels.
+        layer: Name of the layer of this level.
+        maps: Map of each target, float32 [H, W] in [0, 1].
+    """
 
     index: int
     count: int
@@ -206,17 +284,24 @@ class Level:
 
     @property
     def saliency(self) -> NDArray[np.float32]:
-        """The first target's map, float32 [H, W] in [0, 1]."""
+        """The map of the first target, float32 [H, W] in [0, 1]."""
         return self.maps[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Randomised:
-    """A map on the way of a metric of randomisation: by a network that has become a step more random.
+    """Map of one step of a randomisation metric, which replaces weights of the model by random values.
 
-    Step `index` of `count`, of the `layers` from the last one towards the input. With `order` "cascading", all those of
-    earlier steps are random, too; with "independent" they are not. `saliency` float32 [H, W] in [0, 1] explains the
-    class `target`; `spearman`, `ssim` and `hog` in [−1, 1] say how like the map of the network itself it is.
+    Attributes:
+        order: "cascading" if the layers of all earlier steps are also random; "independent" if they are not.
+        index: Number of the step, from 0 to `count` − 1.
+        count: Number of steps.
+        layers: Layers that this step randomises. The steps proceed from the last layer to the first.
+        target: Index of the explained class.
+        spearman: Rank correlation with the map of the original model, in [−1, 1].
+        ssim: Structural similarity to the map of the original model, in [−1, 1].
+        hog: Correlation of the histograms of oriented gradients, in [−1, 1].
+        saliency: The map of the randomised model, float32 [H, W] in [0, 1].
     """
 
     order: str
@@ -230,38 +315,68 @@ class Randomised:
     saliency: NDArray[np.float32] = field(repr=False)
 
 
-# ---- from the wire --------------------------------------------------------------------------------------------------
+# ---- conversion of responses ----------------------------------------------------------------------------------------
 
 
-def explanation(answer: pb.ExplainResponse, image: pb.Image) -> Explanation:
-    """Raises InternalError for an answer without a map."""
-    if not answer.maps:
-        raise InternalError("the server answered without a saliency map", request_id=answer.request_id)
-    maps = tuple(_map(each, image) for each in answer.maps)
+def explanation(response: pb.ExplainResponse, image: pb.Image) -> Explanation:
+    """Convert the response of `Explain`.
+
+    Args:
+        response: The response message.
+        image: The image of the request.
+
+    Returns:
+        The explanation.
+
+    Raises:
+        InternalError: The response contains no map.
+    """
+    if not response.maps:
+        raise InternalError("the response contains no saliency map", request_id=response.request_id)
+    maps = tuple(_saliency_map(each, image) for each in response.maps)
     return Explanation(
         **vars(maps[0]),
         maps=maps,
-        predictions=tuple(wire.read(Prediction, each) for each in answer.predictions),
-        cost=wire.read(Cost, answer.cost),
-        receipt=wire.read(Receipt, answer.receipt),
-        request_id=answer.request_id,
+        predictions=tuple(wire.to_dataclass(Prediction, each) for each in response.predictions),
+        cost=wire.to_dataclass(Cost, response.cost),
+        receipt=wire.to_dataclass(Receipt, response.receipt),
+        request_id=response.request_id,
     )
 
 
-def evaluation(answer: pb.EvaluateResponse, image: pb.Image) -> Evaluation:
-    """Raises InternalError for an answer without a map."""
-    if not answer.HasField("map"):
-        raise InternalError("the server answered without a saliency map", request_id=answer.request_id)
+def evaluation(response: pb.EvaluateResponse, image: pb.Image) -> Evaluation:
+    """Convert the response of `Evaluate`.
+
+    Args:
+        response: The response message.
+        image: The image of the request.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        InternalError: The response contains no map.
+    """
+    if not response.HasField("map"):
+        raise InternalError("the response contains no saliency map", request_id=response.request_id)
     return Evaluation(
-        **vars(_map(answer.map, image)),
-        cost=wire.read(Cost, answer.cost),
-        receipt=wire.read(Receipt, answer.receipt),
-        request_id=answer.request_id,
+        **vars(_saliency_map(response.map, image)),
+        cost=wire.to_dataclass(Cost, response.cost),
+        receipt=wire.to_dataclass(Receipt, response.receipt),
+        request_id=response.request_id,
     )
 
 
 def replay(receipt: Receipt, now: Explanation) -> Replay:
-    """What became of the receipt's maps."""
+    """Compare an explanation with an earlier receipt.
+
+    Args:
+        receipt: The earlier receipt.
+        now: The new explanation.
+
+    Returns:
+        The comparison.
+    """
     return Replay(
         same=now.receipt.map_digests == receipt.map_digests,
         explanation=now,
@@ -270,32 +385,40 @@ def replay(receipt: Receipt, now: Explanation) -> Replay:
 
 
 def event(
-    answer: pb.ExplainStreamResponse | pb.EvaluateStreamResponse, result: Callable[[Any], T]
+    response: pb.ExplainStreamResponse | pb.EvaluateStreamResponse, parse_result: Callable[[Any], T]
 ) -> Progress | Level | Randomised | T | None:
-    """One event of a stream, the last one read by `result`; None for a kind that this client does not know yet."""
-    match answer.WhichOneof("event"):
+    """Convert one event of a stream.
+
+    Args:
+        response: The response message.
+        parse_result: Function that converts the last event.
+
+    Returns:
+        The event, or None for a kind of event that this version of the client does not know.
+    """
+    match response.WhichOneof("event"):
         case "progress":
-            return wire.read(Progress, answer.progress)
+            return wire.to_dataclass(Progress, response.progress)
         case "level":
-            level: pb.Level = answer.level  # type: ignore[union-attr] # only streams of `explain` have it
-            return wire.read(Level, level, maps=tuple(images.from_wire(each) for each in level.saliency))
+            level: pb.Level = response.level  # type: ignore[union-attr] # Only ExplainStreamResponse has levels.
+            return wire.to_dataclass(Level, level, maps=tuple(images.from_wire(each) for each in level.saliency))
         case "randomised":
-            randomised = answer.randomised
-            return wire.read(Randomised, randomised, saliency=images.from_wire(randomised.saliency))
+            randomised = response.randomised
+            return wire.to_dataclass(Randomised, randomised, saliency=images.from_wire(randomised.saliency))
         case "result":
-            return result(answer.result)
+            return parse_result(response.result)
         case _:
             return None
 
 
-def _map(answer: pb.SaliencyMap, image: pb.Image) -> SaliencyMap:
+def _saliency_map(message: pb.SaliencyMap, image: pb.Image) -> SaliencyMap:
     return SaliencyMap(
-        target=wire.read(Prediction, answer.target),
-        saliency=images.from_wire(answer.saliency),
-        raw=images.from_wire(answer.raw) if answer.HasField("raw") else None,
-        scores={each.metric: Score(each.value, each.unit, each.curve) for each in answer.scores},
-        warnings=tuple(answer.warnings),
-        share=answer.share,
-        left_out=tuple(wire.read(LeftOut, each) for each in answer.left_out),
+        target=wire.to_dataclass(Prediction, message.target),
+        saliency=images.from_wire(message.saliency),
+        raw=images.from_wire(message.raw) if message.HasField("raw") else None,
+        scores={each.metric: Score(each.value, each.unit, each.curve) for each in message.scores},
+        warnings=tuple(message.warnings),
+        share=message.share,
+        left_out=tuple(wire.to_dataclass(LeftOut, each) for each in message.left_out),
         _image=image,
     )

@@ -1,6 +1,10 @@
-"""Many images by many methods, pure: what is to be asked, one by one. The clients keep so many requests in the air."""
+"""Requests for many images: which requests to send, and how to convert each outcome to a `Result`.
 
-# No postponed annotations here: the signatures are read at run time, see `calls.described`.
+This module does not send anything. `camserve.Client` and `camserve.aio.Client` send the requests, several at a time.
+The methods of both clients take their signatures and docstrings from these functions (see `camserve.method_docs`).
+"""
+
+# The annotations must not be postponed: `camserve.method_docs` reads them at run time.
 import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,26 +19,46 @@ from camserve.answers import Cost, Explanation, Prediction, Score
 from camserve.errors import CamserveError, InvalidArgument, ResourceExhausted
 from camserve.images import ImageLike
 from camserve.receipt import Receipt
+from camserve.request_messages import DEFAULT_METRICS, BoxesLike, Parameters, TargetLike
 
-__all__ = ["DEFAULT_METRICS", "Ask", "Failure", "Many", "Result", "Variant", "evaluate_many", "explain_many"]
+__all__ = [
+    "MAX_ATTEMPTS",
+    "MIN_RETRY_WAIT_S",
+    "ConcurrentRequests",
+    "Failure",
+    "PendingRequest",
+    "Result",
+    "ResultKey",
+    "Variant",
+    "evaluate_many",
+    "explain_many",
+]
 
-Answer = TypeVar("Answer")
+ResultT = TypeVar("ResultT")
+
+# The errors that a single image can cause without stopping the others.
 Failure: TypeAlias = CamserveError | OSError
 
-# As `evaluate` has them.
-DEFAULT_METRICS = ("insertion", "deletion", "average-gain")
+# Index of the image, name of the model, and name of the method or label of the variant.
+ResultKey: TypeAlias = tuple[int, str, str]
 
-# What a server says that has too much to do is a guess at when there is room for one more; others may be first.
-_MOST_TRIES = 20
-_LEAST_WAIT_S = 0.1
-
-# Where an image stands among the images, a model, and the label of a method.
-Place: TypeAlias = tuple[int, str, str]
+# How often a request is sent while the server is busy. The retry delay of the server is only an estimate, and requests
+# of other callers may use the free capacity first, so a few attempts are not enough.
+MAX_ATTEMPTS = 20
+MIN_RETRY_WAIT_S = 0.1
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method as it shall be run, under a `label` of your own: so can one method be there with several parameters."""
+    """Method with fixed parameters and a label, so that one run can contain the same method several times.
+
+    Attributes:
+        label: Unique name of the variant in the results.
+        method: Name of the method.
+        parameters: Parameters that differ from their defaults, by name.
+        layers: Names of layers, from fine to coarse. Empty means the model's default layers.
+        seed: Seed of all random numbers, 0 to 2⁶⁴ − 1.
+    """
 
     label: str
     method: str
@@ -45,11 +69,16 @@ class Variant:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """One image by one method on one model: its `explanation`, or the `error` that came instead.
+    """Outcome for one image, one model and one method: an explanation or an error.
 
-    `image` is what was given and `index` its place among the images; `model` is empty only where a request failed that
-    asked for none by name; `method` is a name, or the label of a `Variant`. What is read of a result that failed, such
-    as its `scores`, raises its error.
+    If the request failed, `explanation` and the properties derived from it raise `error`.
+
+    Attributes:
+        index: Position of the image among the images, from 0.
+        image: The image as the caller passed it.
+        model: Name of the model. Empty if the request failed and named no model.
+        method: Name of the method, or label of the `Variant`.
+        outcome: The explanation or the error.
     """
 
     index: int
@@ -60,19 +89,19 @@ class Result:
 
     @property
     def error(self) -> Failure | None:
-        """Why there is no explanation; None where there is one."""
+        """The error of a failed request; None if the request succeeded."""
         return None if isinstance(self.outcome, Explanation) else self.outcome
 
     @property
     def explanation(self) -> Explanation:
-        """The answer in full."""
+        """The complete explanation. Raises `error` if the request failed."""
         if isinstance(self.outcome, Explanation):
             return self.outcome
         raise self.outcome
 
     @property
     def target(self) -> Prediction:
-        """The class that was explained."""
+        """The explained class."""
         return self.explanation.target
 
     @property
@@ -82,108 +111,140 @@ class Result:
 
     @property
     def scores(self) -> dict[str, Score]:
-        """By metric."""
+        """The scores by name of the metric."""
         return self.explanation.scores
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a reader of this map must know."""
+        """Warnings about the map."""
         return self.explanation.warnings
 
     @property
     def cost(self) -> Cost:
-        """What it took, metrics included."""
+        """Rows, batches and times of the request, metrics included."""
         return self.explanation.cost
 
     @property
     def receipt(self) -> Receipt:
-        """With which the map can be made again."""
+        """The receipt that reproduces the map."""
         return self.explanation.receipt
 
 
 @dataclass(frozen=True, eq=False)
-class Ask(Generic[Answer]):
-    """A request that is not made yet, for it would hold its image, and what to make of its outcome."""
+class PendingRequest(Generic[ResultT]):
+    """Request that is built shortly before it is sent, so that waiting requests do not hold their images in memory.
 
-    make: Callable[[], request_messages.Call[Explanation]]
-    answer: Callable[[Explanation | Failure], Answer]
-    tries: int = 0
+    Attributes:
+        build_call: Function that reads the image and builds the request.
+        to_result: Function that converts the explanation or the error to the result.
+        failed_attempts: Number of times that a busy server has refused the request.
+    """
 
-    def again(self, error: Failure) -> tuple[float, "Ask[Answer]"] | None:
-        """After how many seconds to make the request once more, and that; None where the error is to stay."""
+    build_call: Callable[[], request_messages.PreparedCall[Explanation]]
+    to_result: Callable[[Explanation | Failure], ResultT]
+    failed_attempts: int = 0
+
+    def retry(self, error: Failure) -> tuple[float, "PendingRequest[ResultT]"] | None:
+        """Return the seconds to wait and the request to send then, or None if the error is final."""
         wait_s = error.retry_after_s if isinstance(error, ResourceExhausted) else None
-        if wait_s is None or self.tries == _MOST_TRIES - 1:
+        if wait_s is None or self.failed_attempts == MAX_ATTEMPTS - 1:
             return None
-        return max(wait_s, _LEAST_WAIT_S), replace(self, tries=self.tries + 1)
+        return max(wait_s, MIN_RETRY_WAIT_S), replace(self, failed_attempts=self.failed_attempts + 1)
 
-    def call(self) -> request_messages.Call[Explanation]:
-        """Reads the image. Raises OSError or CamserveError."""
+    def prepare(self) -> request_messages.PreparedCall[Explanation]:
+        """Read the image and build the request.
+
+        Returns:
+            The prepared call.
+
+        Raises:
+            OSError: The image file cannot be read.
+            CamserveError: An argument is invalid.
+        """
         try:
-            return self.make()
-        except TypeError as error:  # one image of a wrong type shall not stop the others
+            return self.build_call()
+        except TypeError as error:  # An image of a wrong type must not stop the other images.
             raise InvalidArgument(str(error), field="image") from error
 
 
 @dataclass(frozen=True, eq=False)
-class Many(Generic[Answer]):
-    """Requests of which `in_flight` are to be kept in the air."""
+class ConcurrentRequests(Generic[ResultT]):
+    """Sequence of requests, `in_flight` of which are sent at a time.
 
-    asks: Iterator[Ask[Answer]]
+    Attributes:
+        requests: The requests, created one by one when there is room for them.
+        in_flight: Maximum number of requests that run at the same time, at least 1.
+    """
+
+    requests: Iterator[PendingRequest[ResultT]]
     in_flight: int
 
 
 def evaluate_many(
     images: Iterable[ImageLike],
     *,
-    methods: str | Sequence[str | Variant] | Mapping[str, request_messages.Parameters],
-    metrics: str | Sequence[str] | Mapping[str, request_messages.Parameters] = DEFAULT_METRICS,
+    methods: str | Sequence[str | Variant] | Mapping[str, Parameters],
+    metrics: str | Sequence[str] | Mapping[str, Parameters] = DEFAULT_METRICS,
     models: str | Sequence[str] | None = None,
-    labels: Iterable[request_messages.TargetLike | None] | None = None,
-    boxes: Iterable[request_messages.BoxesLike | None] | None = None,
+    labels: Iterable[TargetLike | None] | None = None,
+    boxes: Iterable[BoxesLike | None] | None = None,
     masks: Iterable[object] | None = None,
     budget: int | None = None,
     priority: str | None = None,
-    skip: Container[Place] = (),
+    skip: Container[ResultKey] = (),
     in_flight: int = 8,
     timeout: float | None = None,
-) -> Many[Result]:
-    """Explain many images by many methods and score each map; yields a `Result` for each as soon as it is done.
+) -> ConcurrentRequests[Result]:
+    """Explain many images by many methods and score each map.
 
-    images: any number, each as for `explain`. An iterator is read as far as requests are in flight, no further.
-    methods: names, `Variant`s, or a mapping from names to parameters.
-    metrics: names of metrics that score each map, or a mapping from names to their parameters.
-    models: names; None is the server's first.
-    labels: the target of each image, an index or label, in the order of the images; None is the predicted class.
-    boxes, masks: where the target of each image is, in the same order and as for `explain`; None is nowhere.
-    budget, priority: of each request, as for `explain`.
-    skip: what is not wanted, as (place of the image from 0, model, method or label of the variant).
-    in_flight: how many requests are kept in the air.
-    timeout: seconds to wait for each answer; None is the client's.
+    The results come in the order in which the requests finish. A failed request does not stop the others. If the server
+    is busy, a request waits for the time that the server names and is sent again, up to 20 times in total. Closing the
+    iterator cancels the requests in flight.
 
-    Results come in the order in which they are done. One that failed carries its `error`, and stops no other. Where the
-    server has too much to do, a request waits for as long as it says and is made again, a few times. Closing the
-    iterator early cancels what is in flight.
+    Args:
+        images: Images in any form that `explain` accepts. An iterator is read only as far as requests are in flight.
+        methods: Method names, `Variant`s, or a mapping from method names to parameters.
+        metrics: Names of metrics that score each map, or a mapping from names to parameters.
+        models: Names of models. None selects the server's first model.
+        labels: Target of each image, a class index or label, in the order of the images. None selects the predicted
+            class.
+        boxes: Boxes of each image for localisation metrics, as for `explain`, in the order of the images.
+        masks: Mask of each image for localisation metrics, as for `explain`, in the order of the images.
+        budget: Maximum number of rows of each request, at least 1, as for `explain`. None means no limit.
+        priority: Priority of each request: "low", "normal" or "high".
+        skip: Results to leave out, each as (index of the image, name of the model, method name or label of a
+            `Variant`). The name of the model is empty if `models` is None.
+        in_flight: Maximum number of requests that run at the same time, at least 1.
+        timeout: Timeout of each attempt in seconds. None means the timeout of the client.
 
-    Raises InvalidArgument where two methods have the same label, and ValueError where there are more or fewer labels,
-    boxes or masks than images.
+    Yields:
+        One `Result` for each image, model and method, as soon as it is available.
+
+    Raises:
+        InvalidArgument: Two methods have the same label, `in_flight` is less than 1, or `images` is a single image.
+        ValueError: The number of labels, boxes or masks differs from the number of images.
     """
     variants = _variants(methods)
-    if len({each.label for each in variants}) < len(variants):
-        raise InvalidArgument("two methods have the same label: name them apart by camserve.Variant", field="methods")
+    labels_seen = [variant.label for variant in variants]
+    if repeated := sorted({label for label in labels_seen if labels_seen.count(label) > 1}):
+        raise InvalidArgument(
+            f"several methods have the label {', '.join(repeated)}; give each a label of its own with camserve.Variant",
+            field="methods",
+        )
     _check(images, in_flight)
 
-    def asks() -> Iterator[Ask[Result]]:
-        for index, image, own in _numbered(images, target=labels, boxes=boxes, mask=masks):
+    def requests() -> Iterator[PendingRequest[Result]]:
+        for index, image, image_options in _with_options(images, target=labels, boxes=boxes, mask=masks):
             for model in [models] if models is None or isinstance(models, str) else models:
                 for variant in variants:
                     if (index, model or "", variant.label) in skip:
                         continue
-                    make = functools.partial(
+                    build_call = functools.partial(
                         request_messages.explain,
                         image,
                         model=model,
                         method=variant.method,
-                        **own,
+                        **image_options,
                         layers=variant.layers,
                         parameters=variant.parameters,
                         metrics=metrics,
@@ -193,9 +254,9 @@ def evaluate_many(
                         predictions=1,
                         timeout=timeout,
                     )
-                    yield Ask(make, functools.partial(_result, index, image, model, variant.label))
+                    yield PendingRequest(build_call, functools.partial(_result, index, image, model, variant.label))
 
-    return Many(asks(), in_flight)
+    return ConcurrentRequests(requests(), in_flight)
 
 
 def explain_many(
@@ -203,12 +264,12 @@ def explain_many(
     *,
     model: str | None = None,
     method: str = "poly-cam",
-    target: request_messages.TargetLike | Sequence[request_messages.TargetLike] | None = None,
-    labels: Iterable[request_messages.TargetLike | None] | None = None,
+    target: TargetLike | Sequence[TargetLike] | None = None,
+    labels: Iterable[TargetLike | None] | None = None,
     top_k: int | None = None,
     layers: str | Sequence[str] | None = None,
-    parameters: request_messages.Parameters | None = None,
-    metrics: str | Sequence[str] | Mapping[str, request_messages.Parameters] = (),
+    parameters: Parameters | None = None,
+    metrics: str | Sequence[str] | Mapping[str, Parameters] = (),
     seed: int = 0,
     budget: int | None = None,
     precision: str | None = None,
@@ -217,34 +278,52 @@ def explain_many(
     raw: bool = False,
     in_flight: int = 8,
     timeout: float | None = None,
-) -> Many[Result]:
-    """Explain many images; yields a `Result` for each as soon as it is done.
+) -> ConcurrentRequests[Result]:
+    """Explain many images by one method.
 
-    images: any number, each as for `explain`. An iterator is read as far as requests are in flight, no further.
-    target: of all images, as for `explain`.
-    labels: or the target of each image, an index or label, in the order of the images; None is the predicted class.
-    in_flight: how many requests are kept in the air.
-    timeout: seconds to wait for each answer; None is the client's.
+    The results come in the order in which the requests finish. A failed request does not stop the others. If the server
+    is busy, a request waits for the time that the server names and is sent again, up to 20 times in total. Closing the
+    iterator cancels the requests in flight.
 
-    The other options are those of `explain`. A result has the `index` of its image, and an `explanation` or an `error`.
-    Results come in the order in which they are done. One that failed stops no other. Where the server has too much to
-    do, a request waits for as long as it says and is made again, a few times. Closing the iterator early cancels what
-    is in flight.
+    Args:
+        images: Images in any form that `explain` accepts. An iterator is read only as far as requests are in flight.
+        model: Name of the model. None selects the server's first model.
+        method: Name of the method.
+        target: Target of all images, as for `explain`. Excludes `labels`.
+        labels: Target of each image, a class index or label, in the order of the images. None selects the predicted
+            class.
+        top_k: Number of most probable classes to explain in each image, 1 to 64. Excludes `target` and `labels`.
+        layers: Names of layers, from fine to coarse. None selects the model's default layers.
+        parameters: Parameters of the method that differ from their defaults, by name.
+        metrics: Names of metrics that score each map, or a mapping from names to parameters.
+        seed: Seed of all random numbers of each request, 0 to 2⁶⁴ − 1.
+        budget: Maximum number of rows of each request, at least 1, as for `explain`. None means no limit.
+        precision: Arithmetic of the model, one of its `precisions`. None selects the model's default.
+        priority: Priority of each request: "low", "normal" or "high".
+        predictions: Number of most probable classes to return for each image, 1 to 1000.
+        raw: True to also return each map at its original resolution.
+        in_flight: Maximum number of requests that run at the same time, at least 1.
+        timeout: Timeout of each attempt in seconds. None means the timeout of the client.
 
-    Raises InvalidArgument for both target and labels, and ValueError where there are more or fewer labels than images.
+    Yields:
+        One `Result` for each image, as soon as it is available. Its `index` names the image.
+
+    Raises:
+        InvalidArgument: Both `target` and `labels` are set, `in_flight` is less than 1, or `images` is a single image.
+        ValueError: The number of labels differs from the number of images.
     """
     if target is not None and labels is not None:
-        raise InvalidArgument("give either a target for all images or labels for each", field="labels")
+        raise InvalidArgument("both target and labels are set; expected at most one of them", field="labels")
     _check(images, in_flight)
 
-    def asks() -> Iterator[Ask[Result]]:
-        for index, image, own in _numbered(images, target=labels):
-            make = functools.partial(
+    def requests() -> Iterator[PendingRequest[Result]]:
+        for index, image, image_options in _with_options(images, target=labels):
+            build_call = functools.partial(
                 request_messages.explain,
                 image,
                 model=model,
                 method=method,
-                **{"target": target, **own},
+                **{"target": target, **image_options},
                 top_k=top_k,
                 layers=layers,
                 parameters=parameters,
@@ -257,34 +336,34 @@ def explain_many(
                 raw=raw,
                 timeout=timeout,
             )
-            yield Ask(make, functools.partial(_result, index, image, model, method))
+            yield PendingRequest(build_call, functools.partial(_result, index, image, model, method))
 
-    return Many(asks(), in_flight)
+    return ConcurrentRequests(requests(), in_flight)
 
 
 def _check(images: object, in_flight: int) -> None:
     if in_flight < 1:
-        raise InvalidArgument(f"in_flight must be at least 1, not {in_flight}", field="in_flight")
+        raise InvalidArgument(f"in_flight is {in_flight}; expected at least 1", field="in_flight")
     if isinstance(images, str | bytes | PathLike):
-        raise InvalidArgument("images must be several: put one into a list", field="images")
+        raise InvalidArgument("images is a single image; pass a list of images", field="images")
 
 
-def _numbered(
-    images: Iterable[ImageLike], **each: Iterable[Any] | None
+def _with_options(
+    images: Iterable[ImageLike], **values_by_option: Iterable[Any] | None
 ) -> Iterator[tuple[int, ImageLike, dict[str, Any]]]:
-    """Each image with its number and, by name, what is given for it."""
-    given = {name: values for name, values in each.items() if values is not None}
-    for index, (image, *own) in enumerate(zip(images, *given.values(), strict=True)):
-        yield index, image, dict(zip(given, own, strict=True))
+    """Yield each image with its index and its own value of each option that is not None."""
+    options = {name: values for name, values in values_by_option.items() if values is not None}
+    for index, (image, *image_values) in enumerate(zip(images, *options.values(), strict=True)):
+        yield index, image, dict(zip(options, image_values, strict=True))
 
 
-def _variants(methods: str | Sequence[str | Variant] | Mapping[str, request_messages.Parameters]) -> list[Variant]:
+def _variants(methods: str | Sequence[str | Variant] | Mapping[str, Parameters]) -> list[Variant]:
     if isinstance(methods, Mapping):
         return [Variant(name, name, parameters) for name, parameters in methods.items()]
-    given = [methods] if isinstance(methods, str) else methods
-    return [each if isinstance(each, Variant) else Variant(each, each) for each in given]
+    names_or_variants = [methods] if isinstance(methods, str) else methods
+    return [each if isinstance(each, Variant) else Variant(each, each) for each in names_or_variants]
 
 
 def _result(index: int, image: ImageLike, model: str | None, label: str, outcome: Explanation | Failure) -> Result:
-    answered = outcome.receipt.model if isinstance(outcome, Explanation) else ""
-    return Result(index, image, model or answered, label, outcome)
+    default_model = outcome.receipt.model if isinstance(outcome, Explanation) else ""
+    return Result(index, image, model or default_model, label, outcome)

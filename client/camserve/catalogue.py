@@ -1,4 +1,4 @@
-"""What the server has: models and their layers, methods, metrics and their parameters."""
+"""Models, layers, methods and metrics of the server, and their parameters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ __all__ = ["Layer", "Method", "Metric", "Model", "Parameter", "methods", "metric
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's module name, and what it puts out: its shape in channels and pixels.
+    """Layer of a model that methods can use.
 
-    `signed` is True where that has been seen to be negative; `prefix_tokens` counts the tokens before those of the
-    grid, such as a transformer's class token, which are left out of maps.
+    Attributes:
+        name: Name of the module.
+        channels: Number of channels of its output.
+        height: Height of its output in pixels or tokens.
+        width: Width of its output in pixels or tokens.
+        signed: True if negative outputs have been observed.
+        prefix_tokens: Number of tokens before the tokens of the grid, such as the class token of a transformer. Maps do
+            not contain them.
     """
 
     name: str
@@ -30,11 +36,28 @@ class Layer:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is served: `input_size` [height, width] in pixels; `head` is "softmax" or "sigmoid".
+    """Model of the server.
 
-    `layers`, from fine to coarse, and `layer` are where methods of several layers and of one look by themselves;
-    `named_layers` are all that can be named, in the order in which they run. `precisions` are what requests can choose
-    as its arithmetic, its own `precision` first.
+    Attributes:
+        name: Name of the model in requests.
+        source: Origin of the model, such as "embedded:efficientnet-lite0".
+        digest: "sha256:…" of the weights.
+        state: "ready", "waiting" (loaded at the next request) or "unloaded" (by an operator). If the model is not
+            ready, all attributes except `name`, `source` and `state` are empty.
+        input_size: (height, width) of the input in pixels.
+        classes: Number of classes.
+        labels: Label of each class. May be empty.
+        layers: Default layers of methods that use several layers, from fine to coarse.
+        layer: Name of the default layer of methods that use one layer.
+        precision: Default arithmetic, such as "fp32".
+        device: Device of the model.
+        batch_sizes: Batch size of each lane.
+        methods: Names of the methods that the model supports.
+        random_weights: True if the configuration requests random weights.
+        input_channels: Number of channels of the input: 3, or 1 for a grey-scale model.
+        head: Function that converts logits to probabilities: "softmax" or "sigmoid".
+        named_layers: All layers that requests can name, in the order of execution.
+        precisions: All values of `precision` that requests can select, the default first.
     """
 
     name: str
@@ -59,7 +82,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a method or metric: `type` is "number", "integer", "boolean" or "string"; None is no limit."""
+    """Parameter of a method or a metric.
+
+    Attributes:
+        name: Name of the parameter.
+        type: "number", "integer", "boolean" or "string".
+        default: Default value.
+        minimum: Smallest allowed value, or None.
+        maximum: Largest allowed value, or None.
+        choices: Allowed values of a string. Empty if there is no such restriction.
+        description: Meaning of the parameter.
+    """
 
     name: str
     type: str
@@ -72,14 +105,24 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Method:
-    """A method, with its `equations` as text and `advice` when to take it.
+    """Explanation method.
 
-    For a named model, `rows` is the most that it can take there for one target, `rows_per_target` what each further one
-    adds (0 where one pass serves all), and `unavailable` why it cannot be served.
-
-    `layers` is "none", "one" or "many"; `needs` is what else it needs of a model. It can stop early for a budget or a
-    deadline if it is `anytime`; its map depends on the seed if it is `seeded`, and not on the class if it is
-    `class_agnostic`.
+    Attributes:
+        name: Name of the method in requests.
+        title: Name of the method in its paper.
+        paper: Reference such as "arXiv:…".
+        summary: Short description.
+        layers: Number of layers that the method uses: "none", "one" or "many".
+        parameters: Parameters of the method.
+        rows: Maximum number of rows for one target on the requested model, with default layers and parameters.
+        unavailable: Reason if the requested model does not support the method, otherwise empty.
+        rows_per_target: Number of rows that each further target adds. 0 if all targets share the same rows.
+        needs: Further requirements on the model. Empty if there are none.
+        anytime: True if the method can stop early because of a budget or a deadline.
+        seeded: True if the map depends on the seed.
+        class_agnostic: True if the map is the same for every class.
+        equations: Equations as text.
+        advice: Recommendation when to use the method.
     """
 
     name: str
@@ -101,10 +144,20 @@ class Method:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric. `unit` is "1" or "%"; `rows` is the most that it can take with default parameters.
+    """Metric that scores a saliency map.
 
-    It makes so many `maps` of other images, each at the cost of the method; its value depends on the seed if it is
-    `seeded`; one that `needs_truth` needs to know where the target is, by boxes or a mask.
+    Attributes:
+        name: Name of the metric in requests.
+        title: Name of the metric in its paper.
+        paper: Reference such as "arXiv:…".
+        summary: Short description.
+        unit: "1" for a value without a unit, "%" for a percentage.
+        higher_is_better: True if a higher score indicates a better map.
+        parameters: Parameters of the metric.
+        rows: Maximum number of rows with default parameters, without the rows of `maps`.
+        maps: Number of maps of other images that the metric computes. Each costs as many rows as the method needs.
+        seeded: True if the score depends on the seed.
+        needs_truth: True if the metric requires the position of the target as boxes or a mask.
     """
 
     name: str
@@ -120,34 +173,34 @@ class Metric:
     needs_truth: bool
 
 
-# ---- from the wire --------------------------------------------------------------------------------------------------
+# ---- conversion of responses ----------------------------------------------------------------------------------------
 
 
-def models(answer: pb.ListModelsResponse) -> list[Model]:
-    """The models that are served, the server's first one first."""
+def models(response: pb.ListModelsResponse) -> list[Model]:
+    """Convert the response of `ListModels`. The first model is the server's default."""
     return [
-        wire.read(Model, each, layers=_layers(each.layers), named_layers=_layers(each.named_layers))
-        for each in answer.models
+        wire.to_dataclass(Model, each, layers=_layers(each.layers), named_layers=_layers(each.named_layers))
+        for each in response.models
     ]
 
 
-def methods(answer: pb.ListMethodsResponse) -> list[Method]:
-    """The methods with their parameters."""
-    return [wire.read(Method, each, parameters=_parameters(each)) for each in answer.methods]
+def methods(response: pb.ListMethodsResponse) -> list[Method]:
+    """Convert the response of `ListMethods`."""
+    return [wire.to_dataclass(Method, each, parameters=_parameters(each)) for each in response.methods]
 
 
-def metrics(answer: pb.ListMetricsResponse) -> list[Metric]:
-    """The metrics with their parameters."""
-    return [wire.read(Metric, each, parameters=_parameters(each)) for each in answer.metrics]
+def metrics(response: pb.ListMetricsResponse) -> list[Metric]:
+    """Convert the response of `ListMetrics`."""
+    return [wire.to_dataclass(Metric, each, parameters=_parameters(each)) for each in response.metrics]
 
 
 def _layers(layers: Iterable[pb.Layer]) -> tuple[Layer, ...]:
-    return tuple(wire.read(Layer, each) for each in layers)
+    return tuple(wire.to_dataclass(Layer, each) for each in layers)
 
 
 def _parameters(owner: pb.Method | pb.Metric) -> tuple[Parameter, ...]:
     return tuple(
-        wire.read(
+        wire.to_dataclass(
             Parameter,
             each,
             minimum=each.minimum if each.HasField("minimum") else None,

@@ -1,4 +1,4 @@
-"""The client, blocking."""
+"""Blocking client."""
 
 from __future__ import annotations
 
@@ -12,54 +12,70 @@ import grpc
 
 from camserve import batches, errors, request_messages
 from camserve.connection import Connection
+from camserve.method_docs import document_method
 
 __all__ = ["Client"]
 
 P = ParamSpec("P")
-Answer = TypeVar("Answer")
-Event = TypeVar("Event")
+ResultT = TypeVar("ResultT")
+EventT = TypeVar("EventT")
 
 
-def _unary(call: Callable[P, request_messages.Call[Answer]]) -> Callable[Concatenate[Client, P], Answer]:
-    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
-        return self._answer(call(*args, **kwargs))
+def _unary(
+    build_call: Callable[P, request_messages.PreparedCall[ResultT]],
+) -> Callable[Concatenate[Client, P], ResultT]:
+    """Return a method that sends one request and returns the result."""
 
-    request_messages.described(method, call)
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> ResultT:
+        return self._run(build_call(*args, **kwargs))
+
+    document_method(method, build_call)
     return method
 
 
 def _stream(
-    call: Callable[P, request_messages.Streamable[Answer, Event]],
-) -> Callable[Concatenate[Client, P], Generator[Event, None, None]]:
-    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Generator[Event, None, None]:
-        return self._events(call(*args, **kwargs).streamed())
+    build_call: Callable[P, request_messages.StreamableCall[ResultT, EventT]],
+) -> Callable[Concatenate[Client, P], Generator[EventT, None, None]]:
+    """Return a method that sends one request and yields its events."""
 
-    request_messages.described(method, call, Iterator, streams=True)
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Generator[EventT, None, None]:
+        return self._run_stream(build_call(*args, **kwargs).as_stream())
+
+    document_method(method, build_call, Iterator, streams=True)
     return method
 
 
 def _many(
-    call: Callable[P, batches.Many[Answer]],
-) -> Callable[Concatenate[Client, P], Generator[Answer, None, None]]:
-    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Generator[Answer, None, None]:
-        return self._answers(call(*args, **kwargs))
+    build_requests: Callable[P, batches.ConcurrentRequests[ResultT]],
+) -> Callable[Concatenate[Client, P], Generator[ResultT, None, None]]:
+    """Return a method that sends many requests and yields their results."""
 
-    request_messages.described(method, call, Iterator)
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Generator[ResultT, None, None]:
+        return self._run_many(build_requests(*args, **kwargs))
+
+    document_method(method, build_requests, Iterator)
     return method
 
 
 class Client(Connection):
-    """A connection to a camserve server at `address`, "host:port".
+    """Blocking client of a camserve server.
 
-    Connects when first used; may be shared between threads; to be closed, best by `with`. A call that is interrupted,
-    by Ctrl-C for instance, is cancelled at the server, too.
+    The client connects when it is first used. Threads may share it. Close it when it is no longer needed, preferably
+    with a `with` statement. If a call is interrupted, for instance by Ctrl-C, the client also cancels it on the server.
 
-    `address` may also be any other name that gRPC knows, such as dns:///host:port; where it stands for several servers,
-    calls take turns among those that are ready. `timeout` is how many seconds a call may take, tries again included,
-    unless it says otherwise; None waits as long as it takes.
+    Args:
+        address: Address of the server, "host:port", or another gRPC name such as "dns:///host:port". If the name
+            resolves to several servers, calls are distributed over those that are ready (round robin).
+        timeout: Default timeout of a call in seconds, retries included. None means no timeout.
+        tls: True to use TLS with the certificate authorities that gRPC trusts by default.
+        ca: Certificate authorities to trust instead: a PEM file, or its content as bytes. Enables TLS.
+        certificate: Certificate chain of the client: a PEM file, or its content as bytes. Requires `key`, enables TLS.
+        key: Private key of `certificate`, unencrypted: a PEM file, or its content as bytes.
+        token: Bearer token that is sent with each call. It requires TLS, except for loopback addresses.
 
-    `tls` asks for TLS; `ca`, `certificate` and `key`, PEM files or what is in them, do, too: whom to trust instead of
-    the authorities that gRPC knows, and who this is. `token` is sent with each call; without TLS, only to this machine.
+    Raises:
+        InvalidArgument: The token is malformed or would be sent without TLS, or a certificate or key is invalid.
+        OSError: A PEM file cannot be read.
     """
 
     explain = _unary(request_messages.explain)
@@ -75,7 +91,7 @@ class Client(Connection):
     metrics = _unary(request_messages.list_metrics)
 
     def close(self) -> None:
-        """Close the connection. Calls still under way are cancelled; the client is of no further use."""
+        """Close the connection and cancel all calls in flight. The client cannot be used afterwards."""
         for channel in self._channels:
             channel.close()
 
@@ -88,78 +104,81 @@ class Client(Connection):
     def __repr__(self) -> str:
         return f"Client({self.address!r})"
 
-    def _sent(self, stub: Any, call: request_messages.Call[Any]) -> Any:
-        # As a future, because the blocking form would leave the call running at the server when interrupted.
-        return getattr(stub, call.rpc).future(call.request, **self._given(call))
+    def _start(self, stub: Any, call: request_messages.PreparedCall[Any]) -> Any:
+        # A future, because the blocking form does not cancel the call on the server when it is interrupted.
+        return getattr(stub, call.rpc).future(call.request, **self._call_options(call))
 
-    def _read(self, call: request_messages.Call[Answer], rpc: Any) -> Answer:
+    def _result(self, call: request_messages.PreparedCall[ResultT], rpc: Any) -> ResultT:
         try:
-            return call.read(rpc.result())
+            return call.parse_response(rpc.result())
         except grpc.RpcError as error:
-            raise self._error(error, call) from error
+            raise self._translate(error, call) from error
         except grpc.FutureCancelledError as error:
-            raise errors.Cancelled("the client was closed while the call was under way") from error
+            raise errors.Cancelled("the client was closed while the call was in flight") from error
 
-    def _answer(self, call: request_messages.Call[Answer]) -> Answer:
-        rpc = self._sent(self._stub, call)
+    def _run(self, call: request_messages.PreparedCall[ResultT]) -> ResultT:
+        rpc = self._start(self._stub, call)
         try:
-            return self._read(call, rpc)
+            return self._result(call, rpc)
         finally:
-            rpc.cancel()  # does nothing to a call that has ended
+            rpc.cancel()  # This has no effect on a call that has finished.
 
-    def _answers(self, asked: batches.Many[Answer]) -> Generator[Answer, None, None]:
-        flying: set[Any] = set()
-        # How to get at the answer of each ask that has ended: in a list, which is empty where it is asked for again.
-        ended: SimpleQueue[Callable[[], list[Answer]]] = SimpleQueue()
+    def _run_many(self, many: batches.ConcurrentRequests[ResultT]) -> Generator[ResultT, None, None]:
+        in_flight: set[Any] = set()
+        # One function for each finished request. It returns the result in a list, or an empty list if the request is
+        # sent again.
+        finished: SimpleQueue[Callable[[], list[ResultT]]] = SimpleQueue()
 
-        def start(ask: batches.Ask[Answer]) -> None:
+        def start(request: batches.PendingRequest[ResultT]) -> None:
             try:
-                call = ask.call()
+                call = request.prepare()
             except (errors.CamserveError, OSError) as error:
-                failure = error  # the name of an except clause is gone after it
-                ended.put(lambda: [ask.answer(failure)])
+                failure = error  # Python deletes the variable of an except clause at the end of the clause.
+                finished.put(lambda: [request.to_result(failure)])
                 return
-            rpc = self._sent(self._stub_of_many, call)
-            flying.add(rpc)
-            rpc.add_done_callback(lambda rpc: ended.put(lambda: finish(ask, call, rpc)))
+            rpc = self._start(self._stub_for_many, call)
+            in_flight.add(rpc)
+            rpc.add_done_callback(lambda rpc: finished.put(lambda: finish(request, call, rpc)))
 
-        def finish(ask: batches.Ask[Answer], call: request_messages.Call[Any], rpc: Any) -> list[Answer]:
-            flying.discard(rpc)
+        def finish(
+            request: batches.PendingRequest[ResultT], call: request_messages.PreparedCall[Any], rpc: Any
+        ) -> list[ResultT]:
+            in_flight.discard(rpc)
             try:
-                return [ask.answer(self._read(call, rpc))]
+                return [request.to_result(self._result(call, rpc))]
             except errors.CamserveError as error:
-                if not (later := ask.again(error)):
-                    return [ask.answer(error)]
-            wait_s, again = later
-            time.sleep(wait_s)  # nothing new is asked for meanwhile: the server is busy
-            start(again)
+                if not (retry := request.retry(error)):
+                    return [request.to_result(error)]
+            wait_s, next_request = retry
+            time.sleep(wait_s)  # The server is busy, so no other request starts during the wait.
+            start(next_request)
             return []
 
         try:
-            owed = 0
-            for ask in itertools.islice(asked.asks, asked.in_flight):
-                start(ask)
-                owed += 1
-            while owed:
-                for answer in ended.get()():
-                    owed -= 1
-                    # Before the caller looks at the answer, and takes its time.
-                    for ask in itertools.islice(asked.asks, 1):
-                        start(ask)
-                        owed += 1
-                    yield answer
+            outstanding = 0
+            for request in itertools.islice(many.requests, many.in_flight):
+                start(request)
+                outstanding += 1
+            while outstanding:
+                for result in finished.get()():
+                    outstanding -= 1
+                    # Start the next request before the caller processes the result, which may take long.
+                    for request in itertools.islice(many.requests, 1):
+                        start(request)
+                        outstanding += 1
+                    yield result
         finally:
-            for rpc in flying:
+            for rpc in in_flight:
                 rpc.cancel()
 
-    def _events(self, call: request_messages.Call[Event | None]) -> Generator[Event, None, None]:
-        rpc: Any = getattr(self._stub, call.rpc)(call.request, **self._given(call))
+    def _run_stream(self, call: request_messages.PreparedCall[EventT | None]) -> Generator[EventT, None, None]:
+        rpc: Any = getattr(self._stub, call.rpc)(call.request, **self._call_options(call))
         try:
             for message in rpc:
-                event = call.read(message)
+                event = call.parse_response(message)
                 if event is not None:
                     yield event
         except grpc.RpcError as error:
-            raise self._error(error, call) from error
+            raise self._translate(error, call) from error
         finally:
-            rpc.cancel()  # does nothing to a call that has ended
+            rpc.cancel()  # This has no effect on a call that has finished.

@@ -77,7 +77,7 @@ class Connection:
 
     _grpc: ClassVar[Any] = grpc
     # Options of its channels beside those of all.
-    _more: ClassVar[list[tuple[str, Any]]] = []
+    _extra_options: ClassVar[list[tuple[str, Any]]] = []
 
     def __init__(
         self,
@@ -110,21 +110,21 @@ class Connection:
             self._headers = [("authorization", f"Bearer {token}")]
         # Those of many that are refused by a full server wait here, not there: each shall have its whole timeout.
         self._channels = [self._channel("UNAVAILABLE", "RESOURCE_EXHAUSTED"), self._channel("UNAVAILABLE")]
-        self._stub, self._stub_of_many = map(ExplainServiceStub, self._channels)
+        self._stub, self._stub_for_many = map(ExplainServiceStub, self._channels)
 
     def _channel(self, *retried: str) -> Any:
-        options = [*_options([*retried]), *proxy(self.address), *self._more]
+        options = [*_options([*retried]), *proxy(self.address), *self._extra_options]
         if self._credentials is None:
             return self._grpc.insecure_channel(self.address, options=options)
         return self._grpc.secure_channel(self.address, self._credentials, options=options)
 
-    def _given(self, call: request_messages.Call[Any]) -> dict[str, Any]:
+    def _call_options(self, call: request_messages.PreparedCall[Any]) -> dict[str, Any]:
         """What goes with the call's request."""
         timeout = self.timeout if call.timeout is None else call.timeout
         return {"timeout": timeout, "metadata": (*self._headers, *_trace())}
 
-    def _error(self, error: grpc.RpcError, call: request_messages.Call[Any]) -> errors.CamserveError:
-        return errors.from_rpc(error, address=self.address, timeout_s=self._given(call)["timeout"])
+    def _translate(self, error: grpc.RpcError, call: request_messages.PreparedCall[Any]) -> errors.CamserveError:
+        return errors.from_rpc(error, address=self.address, timeout_s=self._call_options(call)["timeout"])
 
 
 def credentials(

@@ -1,4 +1,4 @@
-"""Images, and maps: from what a caller has to what the wire carries, and back."""
+"""Conversion of images, masks and saliency maps to messages and back."""
 
 from __future__ import annotations
 
@@ -23,40 +23,57 @@ __all__ = [
     "from_wire",
     "map_to_wire",
     "mask_to_wire",
-    "picture",
     "size",
+    "to_pillow",
     "to_wire",
 ]
 
-# A path, an encoded file's bytes, a Pillow image, uint8 [H, W, 3] or [H, W], or float32 [3, H, W] or [1, H, W].
+# Path, bytes of an encoded file, Pillow image, uint8 [H, W, 3] or [H, W], or float32 [3, H, W] or [1, H, W].
 ImageLike: TypeAlias = "str | PathLike[str] | bytes | PIL.Image.Image | NDArray[np.uint8] | NDArray[np.float32]"
 
-# The server takes no more either; gRPC's own limit, 4 MiB, is less than a photograph.
+# The server has the same limit. The default limit of gRPC, 4 MiB, is too small for many photographs.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
-# Pillow would clip these to [0, 255] without a word.
+# Pillow would clip the values of these modes to [0, 255] without a warning.
 _DEEP_MODES = ("I", "F")
 
-# EXIF's orientations 5 to 8 have width and height change places.
-_FIRST_ON_ITS_SIDE = 5
+# The EXIF orientations from 5 to 8 exchange width and height.
+_FIRST_TRANSPOSED_ORIENTATION = 5
 
 
-def check_size(size_bytes: int, what: str) -> None:
-    """Raises ResourceExhausted where `what` is too large to be sent."""
+def check_size(size_bytes: int, name: str) -> None:
+    """Check that an object is not too large for a request.
+
+    Args:
+        size_bytes: Size of the object in bytes.
+        name: Name of the object in the error message.
+
+    Raises:
+        ResourceExhausted: The object is larger than `MAX_MESSAGE_BYTES`.
+    """
     if size_bytes > MAX_MESSAGE_BYTES:
         raise ResourceExhausted(
-            f"{what} takes {size_bytes / 2**20:.1f} MiB, and a request at most {MAX_MESSAGE_BYTES / 2**20:.0f} MiB: "
-            "send the compressed file instead of its pixels, or a smaller image",
+            f"{name} has {size_bytes / 2**20:.1f} MiB; expected at most {MAX_MESSAGE_BYTES / 2**20:.0f} MiB for a "
+            "request; send the compressed file instead of its pixels, or a smaller image",
             field="image",
             reason="TOO_LARGE",
         )
 
 
 def to_wire(image: ImageLike) -> pb.Image:
-    """The image as it is sent. Files and bytes go as they are; the server decodes them.
+    """Convert an image to a message. Encoded files are not decoded, because the server decodes them.
 
-    Raises OSError for a file that cannot be read, InvalidArgument for an array of another shape or dtype or for a
-    Pillow image of more than 8 bits, ResourceExhausted for one that is too large, TypeError for anything else.
+    Args:
+        image: The image.
+
+    Returns:
+        The message.
+
+    Raises:
+        OSError: The file cannot be read.
+        InvalidArgument: An array has the wrong shape or dtype, or a Pillow image has more than 8 bits per channel.
+        ResourceExhausted: The file is too large for a request.
+        TypeError: The image has another type.
     """
     if isinstance(image, str | PathLike):
         path = Path(image)
@@ -67,14 +84,16 @@ def to_wire(image: ImageLike) -> pb.Image:
     if isinstance(image, PIL.Image.Image):
         if image.mode.startswith(_DEEP_MODES):
             raise InvalidArgument(
-                f"a Pillow image of mode {image.mode} has more than 8 bits: scale it to [0, 255] first", field="image"
+                f"the Pillow image has mode {image.mode} with more than 8 bits; scale it to [0, 255] and convert it "
+                "to RGB",
+                field="image",
             )
         return _pixels(np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB")))
     if isinstance(image, np.ndarray):
         return _array(image)
     raise TypeError(
-        "image must be a path, bytes of an encoded file, a Pillow image or a numpy array, "
-        f"not {type(image).__module__}.{type(image).__qualname__}"
+        f"image is a {type(image).__module__}.{type(image).__qualname__}; expected a path, bytes of an encoded file, a "
+        "Pillow image or a numpy array"
     )
 
 
@@ -87,12 +106,12 @@ def _array(image: NDArray[np.generic]) -> pb.Image:
         case (np.float32, (1 | 3, _, _)):
             return pb.Image(tensor=_tensor(image))
         case (np.uint8, (_, _, 4)):
-            hint = ": drop the alpha, image[..., :3]"
+            hint = "; remove the alpha channel with image[..., :3]"
         case _:
             hint = ""
     raise InvalidArgument(
-        "an image array must be uint8 [H, W, 3] or [H, W], or float32 [3, H, W] (for a grey-scale model [1, H, W]) "
-        f"that is already preprocessed, not {image.dtype} {list(image.shape)}{hint}",
+        f"the image array is {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3] or [H, W], or preprocessed "
+        f"float32 [3, H, W] ([1, H, W] for a grey-scale model){hint}",
         field="image",
     )
 
@@ -106,28 +125,58 @@ def _tensor(array: NDArray[np.generic]) -> pb.Tensor:
 
 
 def map_to_wire(saliency: object) -> pb.Tensor:
-    """A saliency map, any real [H, W], as it is sent: float32. Raises InvalidArgument for another shape or dtype."""
+    """Convert a saliency map to a message.
+
+    Args:
+        saliency: Real numbers [H, W].
+
+    Returns:
+        The map as float32.
+
+    Raises:
+        InvalidArgument: The map has another shape or dtype.
+    """
     array = np.asarray(saliency)
     if array.ndim != 2 or array.dtype.kind not in "fiu":
         raise InvalidArgument(
-            f"a saliency map must be real numbers [H, W], not {array.dtype} {list(array.shape)}", field="saliency"
+            f"the saliency map is {array.dtype} {list(array.shape)}; expected real numbers [H, W]", field="saliency"
         )
     return _tensor(array)
 
 
 def mask_to_wire(mask: object) -> pb.Tensor:
-    """A mask, booleans or real numbers [H, W], as it is sent: float32. Raises InvalidArgument for anything else."""
+    """Convert a mask to a message.
+
+    Args:
+        mask: Booleans or real numbers [H, W].
+
+    Returns:
+        The mask as float32.
+
+    Raises:
+        InvalidArgument: The mask has another shape or dtype.
+    """
     array = np.asarray(mask)
     if array.ndim != 2 or array.dtype.kind not in "bfiu":
         raise InvalidArgument(
-            f"a mask must be booleans or numbers in [0, 1], [H, W], not {array.dtype} {list(array.shape)}",
+            f"the mask is {array.dtype} {list(array.shape)}; expected booleans or numbers in [0, 1], [H, W]",
             field="truth.mask",
         )
     return _tensor(array)
 
 
 def size(image: pb.Image) -> tuple[int, int]:
-    """(width, height) in pixels of the image that is sent, upright. Raises InvalidArgument for a file of no image."""
+    """Return the size of an image after its EXIF orientation is applied.
+
+    Args:
+        image: The image as a message.
+
+    Returns:
+        (width, height) in pixels.
+
+    Raises:
+        InvalidArgument: The encoded file is not an image that Pillow can read.
+    """
     match image.WhichOneof("content"):
         case "pixels":
             return (image.pixels.width, image.pixels.height)
@@ -136,8 +185,9 @@ def size(image: pb.Image) -> tuple[int, int]:
         case _:
             try:
                 with PIL.Image.open(io.BytesIO(image.encoded)) as file:
-                    turned = file.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= _FIRST_ON_ITS_SIDE
-                    return (file.height, file.width) if turned else file.size
+                    orientation = file.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+                    transposed = orientation >= _FIRST_TRANSPOSED_ORIENTATION
+                    return (file.height, file.width) if transposed else file.size
             except OSError as error:
                 raise InvalidArgument(
                     f"the image cannot be read: {error}", field="image", reason="UNREADABLE_IMAGE"
@@ -145,21 +195,33 @@ def size(image: pb.Image) -> tuple[int, int]:
 
 
 def from_wire(tensor: pb.Tensor) -> NDArray[np.float32]:
-    """The float32 array of the tensor's shape, a copy of its own."""
+    """Convert a tensor message to an array.
+
+    Args:
+        tensor: The message.
+
+    Returns:
+        A new float32 array of the shape of the tensor.
+    """
     return np.frombuffer(tensor.data, "<f4").astype(np.float32).reshape(tuple(tensor.shape))
 
 
-def picture(image: pb.Image) -> PIL.Image.Image:
-    """The image that was sent, as people see it: RGB at its full resolution, upright.
+def to_pillow(image: pb.Image) -> PIL.Image.Image:
+    """Convert an image message to an RGB image for display.
 
-    A tensor is scaled from its smallest and largest finite value to [0, 255], all channels alike.
+    Args:
+        image: The image as a message.
+
+    Returns:
+        The upright image at its full resolution. For a tensor, the range from the smallest to the largest finite value
+        of all channels is scaled to [0, 255].
     """
     match image.WhichOneof("content"):
         case "pixels":
             return PIL.Image.frombytes("RGB", (image.pixels.width, image.pixels.height), image.pixels.data)
         case "tensor":
             x = from_wire(image.tensor)
-            x = np.broadcast_to(x, (3, *x.shape[1:])).transpose(1, 2, 0)  # grey as three channels alike
+            x = np.broadcast_to(x, (3, *x.shape[1:])).transpose(1, 2, 0)  # A grey-scale tensor has a single channel.
             finite = x[np.isfinite(x)]
             low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
             scaled = (np.nan_to_num(x, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-12)

@@ -1,4 +1,4 @@
-"""The receipt of a map: how it goes into a file and comes back, and what differs between two of them."""
+"""Receipts of maps: conversion from and to JSON, and differences between two receipts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,26 @@ __all__ = ["Receipt", "differences"]
 
 @dataclass(frozen=True)
 class Receipt:
-    """All that is needed to make the same map again; see the contract for each entry."""
+    """All data that is needed to compute the same maps again.
+
+    Attributes:
+        request_id: Name of the request.
+        model: Name of the model.
+        model_digest: "sha256:…" of the weights.
+        method: Name of the method. Empty if the caller supplied the map.
+        parameters: All parameters of the method, defaults included.
+        layers: Names of the layers, from fine to coarse.
+        targets: Class index of each map.
+        seed: Seed of all random numbers of the method.
+        precision: Arithmetic of the model: "fp32", "tf32", "bf16" or "fp64".
+        device: Kind of device, such as "cpu" or "cuda".
+        batch_sizes: Batch size of each lane. The same sizes on the same machine give bitwise identical maps.
+        preprocessing: Conversion of the image to the model's input, or "as given" for a tensor.
+        versions: Versions of Python and of the packages that affect the maps, by name.
+        budget: Number of rows after which a budget or a deadline stopped the method early; 0 if it was not stopped.
+        input_digest: "sha256:…" of the model's input, float32 [C, H, W] in little-endian order.
+        map_digests: "sha256:…" of each map, float32 [H, W] in little-endian order.
+    """
 
     request_id: str
     model: str
@@ -37,37 +56,55 @@ class Receipt:
     map_digests: tuple[str, ...]
 
     def to_json(self) -> str:
-        """The receipt as a JSON object."""
+        """Return the receipt as a JSON object."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Receipt:
-        """A receipt from a JSON object: one of `to_json`, or one with a "receipt" in it, as the command line writes.
+        """Read a receipt from JSON.
 
-        Raises InvalidArgument where there is none.
+        Args:
+            text: JSON object that `to_json` wrote, or an object with such an object as its "receipt", as the command
+                line writes it. Unknown fields are ignored.
+
+        Returns:
+            The receipt.
+
+        Raises:
+            InvalidArgument: The text is not JSON or contains no valid receipt.
         """
         try:
-            found = json.loads(text)
-            if isinstance(found, dict):
-                found = found.get("receipt", found)
-            message = json_format.ParseDict(found, pb.Receipt(), ignore_unknown_fields=True)
+            data = json.loads(text)
+            if isinstance(data, dict):
+                data = data.get("receipt", data)
+            message = json_format.ParseDict(data, pb.Receipt(), ignore_unknown_fields=True)
         except (ValueError, TypeError, AttributeError, json_format.ParseError) as error:
-            raise InvalidArgument(f"this is no receipt: {error}", field="receipt") from error
+            raise InvalidArgument(
+                f"the text is not a receipt: {error}; expected the JSON of Receipt.to_json", field="receipt"
+            ) from error
         if not message.model:
-            raise InvalidArgument("this is no receipt: it names no model", field="receipt")
-        return wire.read(cls, message)
+            raise InvalidArgument(
+                "the text is not a receipt: it names no model; expected the JSON of Receipt.to_json", field="receipt"
+            )
+        return wire.to_dataclass(cls, message)
 
 
 def differences(then: Receipt, now: Receipt) -> dict[str, tuple[Any, Any]]:
-    """What differs between two receipts, as (then, now), None for what one of them lacks; request ids do not count.
+    """Return the differences between two receipts, request ids excluded.
 
-    Entries of mappings are named like "versions.torch", digests of maps by their class like "map_digests.281".
+    Args:
+        then: The earlier receipt.
+        now: The later receipt.
+
+    Returns:
+        (then, now) by name of the entry, with None for a value that a receipt does not contain. Entries of mappings
+        have names such as "versions.torch". Digests of maps have the class index in their name: "map_digests.281".
     """
-    old, new = _entries(then), _entries(now)
+    old, new = _flat_entries(then), _flat_entries(now)
     return {name: (old.get(name), new.get(name)) for name in old | new if old.get(name) != new.get(name)}
 
 
-def _entries(receipt: Receipt) -> dict[str, Any]:
+def _flat_entries(receipt: Receipt) -> dict[str, Any]:
     fields = vars(receipt) | {"map_digests": dict(zip(receipt.targets, receipt.map_digests, strict=False))}
     del fields["request_id"]
     entries: dict[str, Any] = {}

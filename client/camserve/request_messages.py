@@ -1,32 +1,35 @@
-"""The calls, pure: arguments in, a message to send and a way to read the answer out. No channel, no waiting.
+"""Functions that build the request of each RPC without sending it.
 
-Both clients are made of these: each function lends its signature and docstring to their methods.
+Each function converts its arguments to a request message and returns a `PreparedCall`, which also contains the function
+that converts the response. `camserve.Client` and `camserve.aio.Client` send the prepared calls. The methods of both
+clients take their signatures and docstrings from these functions (see `camserve.method_docs`), so each "Returns"
+section describes the result of the client's method.
 """
 
-# No postponed annotations here: the signatures are read at run time, see `described`.
+# The annotations must not be postponed: `camserve.method_docs` reads them at run time.
 import functools
-import inspect
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar, get_args
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 from google.protobuf.message import Message
-from google.protobuf.struct_pb2 import Struct
 
-from camserve import answers, catalogue, images
+from camserve import answers, catalogue, images, request_fields
 from camserve.answers import Evaluation, Explanation, Level, Progress, Randomised, Replay
 from camserve.catalogue import Method, Metric, Model
 from camserve.errors import InvalidArgument
 from camserve.images import ImageLike
 from camserve.receipt import Receipt
+from camserve.request_fields import BoxesLike, Parameters, TargetLike
 from camserve.v1 import explain_pb2 as pb
 
 __all__ = [
-    "Call",
-    "Streamable",
-    "described",
+    "DEFAULT_METRICS",
+    "BoxesLike",
+    "Parameters",
+    "PreparedCall",
+    "StreamableCall",
+    "TargetLike",
     "evaluate",
     "explain",
     "list_methods",
@@ -35,37 +38,39 @@ __all__ = [
     "replay",
 ]
 
-Answer = TypeVar("Answer")
-Event = TypeVar("Event")
+ResultT = TypeVar("ResultT")
+EventT = TypeVar("EventT")
 
-TargetLike: TypeAlias = int | str
-Parameters: TypeAlias = Mapping[str, Any]
-BoxesLike: TypeAlias = Sequence[float] | Sequence[Sequence[float]]
+# The metrics that `evaluate` and `evaluate_many` compute if the caller names none.
+DEFAULT_METRICS = ("insertion", "deletion", "average-gain")
 
 
 @dataclass(frozen=True)
-class Call(Generic[Answer]):
-    """What to send to which RPC, how to read what comes back, and how long to wait (None: as the client does)."""
+class PreparedCall(Generic[ResultT]):
+    """One call of an RPC that has not been sent yet.
+
+    Attributes:
+        rpc: Name of the RPC, such as "Explain".
+        request: The request message.
+        parse_response: Function that converts the response message to the result.
+        timeout: Timeout in seconds; None means the timeout of the client.
+    """
 
     rpc: str
     request: Message
-    read: Callable[[Any], Answer]
+    parse_response: Callable[[Any], ResultT]
     timeout: float | None = None
 
 
 @dataclass(frozen=True)
-class Streamable(Call[Answer], Generic[Answer, Event]):
-    """A call that can also be answered by a stream of events, the last of which is the answer."""
+class StreamableCall(PreparedCall[ResultT], Generic[ResultT, EventT]):
+    """A prepared call of a unary RPC that also has a streaming variant. The last event of the stream is the result."""
 
-    def streamed(self) -> Call[Event | None]:
-        """The call of the streaming twin, which by the contract wraps the same request."""
-        wrap = {"Explain": pb.ExplainStreamRequest, "Evaluate": pb.EvaluateStreamRequest}[self.rpc]
-        request = wrap(request=self.request)
-        read: Callable[[Any], Any] = functools.partial(answers.event, result=self.read)
-        return Call(f"{self.rpc}Stream", request, read, self.timeout)
-
-
-# ---- the calls ------------------------------------------------------------------------------------------------------
+    def as_stream(self) -> PreparedCall[EventT | None]:
+        """Return the same call for the streaming RPC. Its parser returns None for unknown kinds of events."""
+        request_type = {"Explain": pb.ExplainStreamRequest, "Evaluate": pb.EvaluateStreamRequest}[self.rpc]
+        parse_event: Callable[[Any], Any] = functools.partial(answers.event, parse_result=self.parse_response)
+        return PreparedCall(f"{self.rpc}Stream", request_type(request=self.request), parse_event, self.timeout)
 
 
 def explain(
@@ -89,61 +94,78 @@ def explain(
     raw: bool = False,
     request_id: str | None = None,
     timeout: float | None = None,
-) -> Streamable[Explanation, Progress | Level | Randomised | Explanation]:
-    """Explain why the model sees a class in the image.
+) -> StreamableCall[Explanation, Progress | Level | Randomised | Explanation]:
+    """Explain which parts of an image support a class.
 
-    image: a path, the bytes of an encoded file, a Pillow image, uint8 pixels [H, W, 3] or grey [H, W], or a float32
-        tensor [3, H, W] (for a grey-scale model [1, H, W]) that is already preprocessed and used as it is. Alpha is
-        dropped.
-    model: its name; None is the server's first.
-    method: its name, and `parameters` those that differ from their defaults; `methods()` lists them.
-    target: a class index or label, several of them for a map each, or None for the predicted class.
-    top_k: instead of `target`, how many of the likeliest classes to explain, a map each.
-    layers: module names, fine to coarse; None is the model's own choice.
-    metrics: names of metrics that score each map, or a mapping from names to their parameters.
-    seed: all randomness of the request comes from it.
-    budget: the most rows that the request may take, those of its metrics included. A method that can stop early does,
-        and the map's `share` says how far it got; one that cannot is refused. None is no limit.
-    batch_sizes: of the server's lanes, from a receipt: with them the same machine gives the same bits.
-    precision: arithmetic of the model, one of its `precisions`, such as "bf16"; None is the model's own.
-    priority: "low", "normal" or "high", as far as the caller may; None is normal. It changes when, never what.
-    boxes: where the target is, for metrics of localisation: a (left, top, right, bottom), or several, in pixels of the
-        image as it is given (of a photograph: upright), right and bottom behind the last pixel.
-    mask: or booleans [H, W], true where the target is, over the whole image at any resolution; if both are given,
-        boxes are compared with the boxes, and masses summed over the mask. Of several targets, it is that of them all.
-    predictions: how many of the highest predictions to return, at least 1.
-    raw: also return each map at its own resolution, before it is scaled.
-    request_id: a name of your own for the request, at most 128 printable characters.
-    timeout: seconds to wait for the answer; None is the client's.
+    Args:
+        image: Path of an image file, bytes of an encoded file, Pillow image, uint8 pixels [H, W, 3] or grey [H, W], or
+            a float32 tensor [3, H, W] ([1, H, W] for a grey-scale model). The server uses a tensor without
+            preprocessing, so it must have the model's input size. An alpha channel is dropped.
+        model: Name of the model. None selects the server's first model.
+        method: Name of the method; `methods()` lists the names.
+        target: Class index, class label, or a sequence of them for one map each. None selects the predicted class.
+        top_k: Number of most probable classes to explain, 1 to 64, one map each. Excludes `target`.
+        layers: Names of layers (modules of the model), from fine to coarse. None selects the model's default layers.
+        parameters: Parameters of the method that differ from their defaults, by name.
+        metrics: Names of metrics that score each map, or a mapping from names to parameters.
+        seed: Seed of all random numbers of the request, 0 to 2⁶⁴ − 1.
+        budget: Maximum number of rows (inputs of the model), metrics included, at least 1. Methods that can stop early
+            do so, and `share` of the map says which part of the work is complete. The server refuses other methods if
+            they need more rows. None means no limit.
+        batch_sizes: Batch size of each lane of the server, each at least 1, as in a receipt. The same batch sizes give
+            bitwise identical maps on the same machine.
+        precision: Arithmetic of the model, one of its `precisions`, such as "bf16". None selects the model's default.
+        priority: "low", "normal" or "high". It affects when the server processes the request, not the result. None
+            means "normal", or the highest priority that the caller is allowed to use.
+        boxes: Position of the target for localisation metrics: (left, top, right, bottom), or a sequence of such boxes,
+            in pixels of the upright image. The right and bottom edges are exclusive.
+        mask: Position of the target as booleans or values in [0, 1], [H, W], where 1 marks the target. The mask covers
+            the whole image at any resolution. With both `boxes` and `mask`, metrics on boxes use the boxes and metrics
+            on pixels use the mask. Boxes and mask apply to all targets of the request.
+        predictions: Number of most probable classes to return, 1 to 1000.
+        raw: True to also return each map at its original resolution.
+        request_id: Name of the request in logs and errors, at most 128 printable characters. None lets the server
+            choose a name.
+        timeout: Timeout in seconds, retries included. None means the timeout of the client.
 
-    The map is float32 [H, W] in [0, 1] at the model's input size, over the whole image.
+    Returns:
+        The explanation of the first target, with a float32 map [H, W] in [0, 1] at the model's input size that covers
+        the whole image. `maps` contains the maps of all targets, in the order of the targets.
 
-    Raises OSError for a file that cannot be read, TypeError for an unsupported kind of image, and otherwise a
-    CamserveError: InvalidArgument (its `field` says where), NotFound, FailedPrecondition, ResourceExhausted,
-    Unavailable, DeadlineExceeded.
+    Raises:
+        OSError: The image file cannot be read.
+        TypeError: An argument has an unsupported type.
+        InvalidArgument: An argument has an invalid value; `field` names it.
+        NotFound: The server has no such model, method or metric.
+        FailedPrecondition: The model does not support the method.
+        ResourceExhausted: The server is busy (`retry_after_s` is set), or the request is too large.
+        DeadlineExceeded: The call did not finish within the timeout.
+        Unavailable: The server cannot be reached, is loading its models, or is shutting down.
+        CamserveError: The call failed for another reason; see `camserve.errors` for all subclasses.
     """
-    targets = _targets(target)
+    targets = request_fields.target_messages(target)
     if targets and top_k is not None:
-        raise InvalidArgument("give either the target or top_k, how many of the likeliest classes", field="top_k")
-    given = images.to_wire(image)
+        raise InvalidArgument("both target and top_k are set; expected at most one of them", field="top_k")
+    image_message = images.to_wire(image)
     request = pb.ExplainRequest(
         request_id=request_id or "",
         model=model or "",
-        image=given,
-        method=_method(method, parameters, layers, seed),
+        image=image_message,
+        method=request_fields.method_spec(method, parameters, layers, seed),
         targets=targets,
-        target_top_k=_at_least_1(top_k, "top_k"),
-        metrics=_metrics(metrics),
-        top_k=_at_least_1(predictions, "predictions"),
+        target_top_k=request_fields.positive_or_unset(top_k, "top_k"),
+        metrics=request_fields.metric_specs(metrics),
+        top_k=request_fields.positive_or_unset(predictions, "predictions"),
         raw=raw,
-        budget=_at_least_1(budget, "budget", 2**63 - 1),
-        batch_sizes=_batch_sizes(batch_sizes),
+        budget=request_fields.positive_or_unset(budget, "budget", 2**63 - 1),
+        batch_sizes=request_fields.batch_sizes(batch_sizes),
         precision=precision or "",
         priority=priority or "",
-        truth=_truth(boxes, mask, given),
+        truth=request_fields.truth_message(boxes, mask, image_message),
     )
     images.check_size(request.ByteSize(), "the request")
-    return Streamable("Explain", request, functools.partial(answers.explanation, image=given), timeout)
+    parse = functools.partial(answers.explanation, image=image_message)
+    return StreamableCall("Explain", request, parse, timeout)
 
 
 def evaluate(
@@ -151,7 +173,7 @@ def evaluate(
     *,
     saliency: object = None,
     method: str | None = None,
-    metrics: str | Sequence[str] | Mapping[str, Parameters] = ("insertion", "deletion", "average-gain"),
+    metrics: str | Sequence[str] | Mapping[str, Parameters] = DEFAULT_METRICS,
     model: str | None = None,
     target: TargetLike | None = None,
     layers: str | Sequence[str] | None = None,
@@ -165,40 +187,69 @@ def evaluate(
     mask: object = None,
     request_id: str | None = None,
     timeout: float | None = None,
-) -> Streamable[Evaluation, Progress | Randomised | Evaluation]:
-    """Score a saliency map of the image: one that is given, or one that a method makes.
+) -> StreamableCall[Evaluation, Progress | Randomised | Evaluation]:
+    """Score a saliency map of an image. Pass either the map or the method that computes it.
 
-    saliency: real numbers [H, W], in [0, 1] by custom; resized to the model's input size if it differs.
-    method: or the method that makes it, with its `parameters` and `layers`. One of the two is needed.
-    metrics: names of metrics, or a mapping from names to their parameters; `metrics()` lists them.
-    target: the class that the map explains, an index or label; None is the predicted class.
-    seed: all randomness comes from it, of the metrics and of the method.
+    Args:
+        image: The image, in any form that `explain` accepts.
+        saliency: Saliency map [H, W] with real values in [0, 1]. The server resizes it to the model's input size.
+        method: Name of the method that computes the map. Excludes `saliency`.
+        metrics: Names of metrics, at least one, or a mapping from names to parameters; `metrics()` lists the names.
+        model: Name of the model. None selects the server's first model.
+        target: Index or label of the class that the map explains. None selects the predicted class.
+        layers: Names of the layers of `method`, from fine to coarse. None selects the model's default layers.
+        parameters: Parameters of `method` that differ from their defaults, by name.
+        seed: Seed of all random numbers of the metrics and the method, 0 to 2⁶⁴ − 1.
+        budget: Maximum number of rows (inputs of the model), metrics included, at least 1, as for `explain`. None means
+            no limit.
+        batch_sizes: Batch size of each lane of the server, each at least 1, as in a receipt.
+        precision: Arithmetic of the model, one of its `precisions`. None selects the model's default.
+        priority: "low", "normal" or "high". None means "normal", or the highest priority that the caller may use.
+        boxes: Position of the target for localisation metrics, as boxes in pixels, as for `explain`.
+        mask: Position of the target for localisation metrics, as a mask [H, W], as for `explain`.
+        request_id: Name of the request in logs and errors, at most 128 printable characters. None lets the server
+            choose a name.
+        timeout: Timeout in seconds, retries included. None means the timeout of the client.
 
-    `image`, `model`, `budget`, `batch_sizes`, `precision`, `priority`, `boxes`, `mask`, `request_id`, `timeout` and
-    what is raised are as for `explain`.
+    Returns:
+        The float32 map [H, W] in [0, 1] that was scored, with its `scores` by metric.
+
+    Raises:
+        OSError: The image file cannot be read.
+        TypeError: An argument has an unsupported type.
+        InvalidArgument: An argument has an invalid value; `field` names it.
+        NotFound: The server has no such model, method or metric.
+        FailedPrecondition: The model does not support the method.
+        ResourceExhausted: The server is busy (`retry_after_s` is set), or the request is too large.
+        DeadlineExceeded: The call did not finish within the timeout.
+        Unavailable: The server cannot be reached, is loading its models, or is shutting down.
+        CamserveError: The call failed for another reason; see `camserve.errors` for all subclasses.
     """
     if (saliency is None) == (method is None):
-        raise InvalidArgument("give either a saliency map or the method that makes one", field="saliency")
+        problem = "neither is set" if method is None else "both are set"
+        raise InvalidArgument(f"expected either saliency or method, but {problem}", field="saliency")
     if method is None and (parameters or layers):
-        raise InvalidArgument("a given saliency map takes no parameters and no layers", field="method")
-    given = images.to_wire(image)
+        raise InvalidArgument(
+            "parameters and layers apply to a method, but saliency is set; remove them", field="method"
+        )
+    image_message = images.to_wire(image)
     request = pb.EvaluateRequest(
         request_id=request_id or "",
         model=model or "",
-        image=given,
+        image=image_message,
         saliency=None if saliency is None else images.map_to_wire(saliency),
-        method=None if method is None else _method(method, parameters, layers, seed),
-        target=None if target is None else _target(target),
-        metrics=_metrics(metrics),
-        seed=_seed(seed),
-        budget=_at_least_1(budget, "budget", 2**63 - 1),
-        batch_sizes=_batch_sizes(batch_sizes),
+        method=None if method is None else request_fields.method_spec(method, parameters, layers, seed),
+        target=None if target is None else request_fields.target_message(target),
+        metrics=request_fields.metric_specs(metrics),
+        seed=request_fields.seed_value(seed),
+        budget=request_fields.positive_or_unset(budget, "budget", 2**63 - 1),
+        batch_sizes=request_fields.batch_sizes(batch_sizes),
         precision=precision or "",
         priority=priority or "",
-        truth=_truth(boxes, mask, given),
+        truth=request_fields.truth_message(boxes, mask, image_message),
     )
     images.check_size(request.ByteSize(), "the request")
-    return Streamable("Evaluate", request, functools.partial(answers.evaluation, image=given), timeout)
+    return StreamableCall("Evaluate", request, functools.partial(answers.evaluation, image=image_message), timeout)
 
 
 def replay(
@@ -207,22 +258,44 @@ def replay(
     *,
     request_id: str | None = None,
     timeout: float | None = None,
-) -> Streamable[Replay, Progress | Level | Replay]:
-    """Make the maps of a receipt again, and compare.
+) -> StreamableCall[Replay, Progress | Level | Replay]:
+    """Compute the maps of a receipt again and compare them with the receipt.
 
-    receipt: of an explanation, or of an evaluation whose map a method made; `Receipt.from_json` reads one from a file.
-    image: the one that was explained.
+    The request repeats the model, method, parameters, layers, targets, seed, precision, budget and batch sizes of the
+    receipt.
 
-    The maps are asked for as the receipt says: model, method, parameters, layers, targets, seed, precision, budget,
-    batch sizes.
+    Args:
+        receipt: Receipt of an explanation, or of an evaluation of a method. `Receipt.from_json` reads one from a file.
+        image: The image that was explained, in any form that `explain` accepts.
+        request_id: Name of the request in logs and errors, at most 128 printable characters. None lets the server
+            choose a name.
+        timeout: Timeout in seconds, retries included. None means the timeout of the client.
 
-    Raises InvalidArgument for a receipt that cannot be replayed. `request_id`, `timeout` and what else is raised are as
-    for `explain`.
+    Returns:
+        The new explanation, whether its maps are bitwise identical to those of the receipt, and all differences.
+
+    Raises:
+        OSError: The image file cannot be read.
+        TypeError: The image has an unsupported type.
+        InvalidArgument: The receipt has no method or no map digests, or the image is invalid.
+        NotFound: The server does not have the model or the method of the receipt.
+        FailedPrecondition: The model does not support the method.
+        ResourceExhausted: The server is busy (`retry_after_s` is set), or the request is too large.
+        DeadlineExceeded: The call did not finish within the timeout.
+        Unavailable: The server cannot be reached, is loading its models, or is shutting down.
+        CamserveError: The call failed for another reason; see `camserve.errors` for all subclasses.
     """
     if not receipt.method:
-        raise InvalidArgument("the receipt is of a map that was given: no method made it", field="receipt.method")
+        raise InvalidArgument(
+            "the receipt names no method because the caller supplied the map; only maps that a method computed can "
+            "be replayed",
+            field="receipt.method",
+        )
     if not receipt.map_digests:
-        raise InvalidArgument("the receipt has no digests of its maps to compare with", field="receipt.map_digests")
+        raise InvalidArgument(
+            "the receipt contains no map digests to compare with; explain the image again to get a new receipt",
+            field="receipt.map_digests",
+        )
     call = explain(
         image,
         model=receipt.model,
@@ -237,138 +310,56 @@ def replay(
         request_id=request_id,
         timeout=timeout,
     )
-    return Streamable(
-        call.rpc, call.request, lambda answer: answers.replay(receipt, now=call.read(answer)), call.timeout
-    )
+
+    def parse(response: pb.ExplainResponse) -> Replay:
+        return answers.replay(receipt, now=call.parse_response(response))
+
+    return StreamableCall(call.rpc, call.request, parse, call.timeout)
 
 
-def list_models(*, timeout: float | None = None) -> Call[list[Model]]:
-    """List the models that are served, the default first."""
-    return Call("ListModels", pb.ListModelsRequest(), catalogue.models, timeout)
+def list_models(*, timeout: float | None = None) -> PreparedCall[list[Model]]:
+    """List the models of the server.
 
+    Args:
+        timeout: Timeout in seconds, retries included. None means the timeout of the client.
 
-def list_methods(model: str | None = None, *, timeout: float | None = None) -> Call[list[Method]]:
-    """List the methods and their parameters; for a named model, also what each costs there or why it cannot be served.
+    Returns:
+        All models, the server's default first.
 
-    Raises NotFound for an unknown model.
+    Raises:
+        CamserveError: The call failed; see `camserve.errors` for all subclasses.
     """
-    return Call("ListMethods", pb.ListMethodsRequest(model=model or ""), catalogue.methods, timeout)
+    return PreparedCall("ListModels", pb.ListModelsRequest(), catalogue.models, timeout)
 
 
-def list_metrics(*, timeout: float | None = None) -> Call[list[Metric]]:
-    """List the metrics, their parameters and units."""
-    return Call("ListMetrics", pb.ListMetricsRequest(), catalogue.metrics, timeout)
+def list_methods(model: str | None = None, *, timeout: float | None = None) -> PreparedCall[list[Method]]:
+    """List the explanation methods and their parameters.
 
+    Args:
+        model: Name of a model. The result then also contains the number of rows that each method needs on this model,
+            and the reason if the model does not support it.
+        timeout: Timeout in seconds, retries included. None means the timeout of the client.
 
-# ---- from Python to the wire ----------------------------------------------------------------------------------------
+    Returns:
+        All methods of the server.
 
-
-def _method(name: str, parameters: Parameters | None, layers: str | Sequence[str] | None, seed: int) -> pb.MethodSpec:
-    return pb.MethodSpec(
-        name=name,
-        parameters=_struct(parameters or {}, "method.parameters"),
-        layers=[layers] if isinstance(layers, str) else layers or (),
-        seed=_seed(seed),
-    )
-
-
-def _metrics(metrics: str | Sequence[str] | Mapping[str, Parameters]) -> list[pb.MetricSpec]:
-    named = [metrics] if isinstance(metrics, str) else metrics
-    asked = named if isinstance(named, Mapping) else {name: {} for name in named}
-    return [pb.MetricSpec(name=name, parameters=_struct(given, "metrics.parameters")) for name, given in asked.items()]
-
-
-def _targets(target: TargetLike | Sequence[TargetLike] | None) -> list[pb.Target]:
-    if target is None:
-        return []
-    if isinstance(target, Sequence) and not isinstance(target, str):
-        return [_target(each) for each in target]
-    return [_target(target)]
-
-
-def _target(target: TargetLike) -> pb.Target:
-    if isinstance(target, str):
-        return pb.Target(label=target)
-    return pb.Target(index=_whole(target, "target", 0, 2**31 - 1))
-
-
-def _batch_sizes(sizes: Mapping[str, int] | None) -> dict[str, int]:
-    return {lane: _at_least_1(size, "batch_sizes") for lane, size in (sizes or {}).items()}
-
-
-def _truth(boxes: BoxesLike | None, mask: object, image: pb.Image) -> pb.Truth | None:
-    """Boxes in pixels of the image become shares of its width and height."""
-    if boxes is None and mask is None:
-        return None
-    return pb.Truth(
-        boxes=[] if boxes is None else _boxes(boxes, *images.size(image)),
-        mask=None if mask is None else images.mask_to_wire(mask),
-    )
-
-
-def _boxes(boxes: BoxesLike, width: int, height: int) -> list[pb.Box]:
-    sides = np.atleast_2d(np.asarray(boxes, np.float64))
-    if sides.ndim != 2 or sides.shape[1] != 4 or not len(sides):
-        raise InvalidArgument("boxes are one or several (left, top, right, bottom)", field="truth.boxes")
-    for i, (left, top, right, bottom) in enumerate(sides):
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise InvalidArgument(
-                f"a box (left, top, right, bottom) lies within the image's {width}x{height} pixels, "
-                f"not ({left:g}, {top:g}, {right:g}, {bottom:g})",
-                field=f"truth.boxes[{i}]",
-            )
-    return [pb.Box(left=a / width, top=b / height, right=c / width, bottom=d / height) for a, b, c, d in sides]
-
-
-def _at_least_1(value: int | None, field: str, high: int = 2**31 - 1) -> int:
-    """0 for None, which is how the wire says that nothing was given."""
-    return 0 if value is None else _whole(value, field, 1, high)
-
-
-def _seed(seed: int) -> int:
-    return _whole(seed, "seed", 0, 2**64 - 1)
-
-
-def _whole(value: int, field: str, low: int, high: int) -> int:
-    """`value` as an int, numpy's integers included. Raises TypeError for others, InvalidArgument out of range."""
-    number = operator.index(value)
-    if not low <= number <= high:
-        raise InvalidArgument(f"{field} must lie in [{low}, {high}], not {number}", field=field)
-    return number
-
-
-def _struct(values: Parameters, field: str) -> Struct:
-    struct = Struct()
-    try:
-        struct.update({name: v.item() if isinstance(v, np.generic) else v for name, v in values.items()})
-    except ValueError:
-        raise InvalidArgument(f"parameters must be numbers, booleans or strings, not {values!r}", field=field) from None
-    return struct
-
-
-# ---- from a call to a method ----------------------------------------------------------------------------------------
-
-_STREAM = """As `{name}`, but yields events on the way.
-
-They are `Progress`; also, except for `evaluate`, each `Level` of a method that works from coarse to fine, as it is
-done; except for `replay`, each map that a metric of randomisation compares, as `Randomised`; and, as the last event,
-what `{name}` returns. Closing the iterator early cancels the call.
-"""
-
-
-def described(method: Any, call: Callable[..., Any], returns: Any = None, *, streams: bool = False) -> None:
-    """Give a client's method the name, signature and docstring of its call, for `help()` and editors.
-
-    `returns` is what the answer (or, for one that streams, the event) comes in, such as `Awaitable`.
+    Raises:
+        NotFound: The server has no such model.
+        CamserveError: The call failed for another reason; see `camserve.errors` for all subclasses.
     """
-    signature = inspect.signature(call)
-    answer, event = (*get_args(signature.return_annotation), None)[:2]
-    inner = event if streams else answer
-    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    method.__signature__ = signature.replace(
-        parameters=[this, *signature.parameters.values()], return_annotation=returns[inner] if returns else inner
-    )
-    name = call.__name__.removeprefix("list_")
-    method.__name__ = name + "_stream" * streams
-    method.__qualname__ = f"Client.{method.__name__}"
-    method.__doc__ = (_STREAM.format(name=name) + "\n" if streams else "") + inspect.cleandoc(call.__doc__ or "")
+    return PreparedCall("ListMethods", pb.ListMethodsRequest(model=model or ""), catalogue.methods, timeout)
+
+
+def list_metrics(*, timeout: float | None = None) -> PreparedCall[list[Metric]]:
+    """List the metrics, their parameters and their units.
+
+    Args:
+        timeout: Timeout in seconds, retries included. None means the timeout of the client.
+
+    Returns:
+        All metrics of the server.
+
+    Raises:
+        CamserveError: The call failed; see `camserve.errors` for all subclasses.
+    """
+    return PreparedCall("ListMetrics", pb.ListMetricsRequest(), catalogue.metrics, timeout)

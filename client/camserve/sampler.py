@@ -1,4 +1,4 @@
-"""A sample of what an inference service is asked, explained in the background."""
+"""Background explanations of a sample of the images that an inference service processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ log = logging.getLogger("camserve")
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the images: of those `offered`, some are drawn, and `dropped` where too many wait already."""
+    """Numbers of images that a sampler has processed.
+
+    Attributes:
+        offered: Images passed to `offer`.
+        explained: Images that were explained.
+        failed: Images whose request or callback failed.
+        dropped: Selected images that were not explained because the queue was full or the sampler was closed.
+    """
 
     offered: int = 0
     explained: int = 0
@@ -33,17 +40,25 @@ class Counts:
 
 
 class Sampler:
-    """Explains, in the background, a `share` of the images that it is offered, and all whose confidence is `below`.
+    """Background thread pool that explains a random share of images, and all images with low confidence.
 
-    `in_flight` threads of its own do that. At most `waiting` images wait for them, and what is more is dropped:
-    whatever the server does, `offer` returns at once and does not raise.
+    `offer` never blocks and never fails because of the server: images that do not fit into the queue are dropped.
+    Threads may share a sampler. Close it before its client, preferably with a `with` statement.
 
-    on_result: is called with the `Result` of each image, explanation or error, on one of these threads; what it raises
-        is logged, and the image counts as failed.
-    draw: seeds the draw of the share.
-    options: of `Client.explain`, for all images. The priority is "low" if none is given.
+    Args:
+        client: The client that sends the requests.
+        on_result: Callback that receives the `Result` of each image, explanation or error. It runs on a thread of the
+            sampler. If it raises an exception, the sampler logs the exception and counts the image as failed.
+        share: Fraction of the images to select at random, in [0, 1].
+        below: Confidence in [0, 1] below which every image is selected. None disables this rule.
+        waiting: Maximum number of images that wait for a thread, at least 0.
+        in_flight: Number of threads, and of requests at the same time, at least 1.
+        sampling_seed: Seed of the random selection.
+        **options: Options of `Client.explain` for all images. The default priority is "low".
 
-    May be shared between threads; to be closed, best by `with`, and before its client.
+    Raises:
+        InvalidArgument: A number is out of range.
+        TypeError: `explain` has no such option.
     """
 
     def __init__(
@@ -55,24 +70,25 @@ class Sampler:
         below: float | None = None,
         waiting: int = 16,
         in_flight: int = 1,
-        draw: int = 0,
+        sampling_seed: int = 0,
         **options: Any,
     ) -> None:
         if not 0 <= share <= 1:
-            raise InvalidArgument(f"share must lie in [0, 1], not {share}", field="share")
+            raise InvalidArgument(f"share is {share}; expected 0 to 1", field="share")
         if waiting < 0:
-            raise InvalidArgument(f"waiting must be at least 0, not {waiting}", field="waiting")
+            raise InvalidArgument(f"waiting is {waiting}; expected at least 0", field="waiting")
         if in_flight < 1:
-            raise InvalidArgument(f"in_flight must be at least 1, not {in_flight}", field="in_flight")
-        inspect.signature(request_messages.explain).bind(b"", **options)  # a TypeError now rather than for each image
+            raise InvalidArgument(f"in_flight is {in_flight}; expected at least 1", field="in_flight")
+        # Raise the TypeError for an unknown option here instead of once for each image.
+        inspect.signature(request_messages.explain).bind(b"", **options)
         self._client, self._on_result = client, on_result
-        self._share, self._below, self._most = share, below, waiting + in_flight
+        self._share, self._below, self._capacity = share, below, waiting + in_flight
         self._options = {"method": "poly-cam", "priority": "low", **options}
-        self._draw = random.Random(draw)
+        self._random = random.Random(sampling_seed)
         self._threads = ThreadPoolExecutor(in_flight, "camserve-sampler")
         self._lock = threading.Lock()
         self._counts = Counts()
-        self._taken = 0  # waiting or under way
+        self._unfinished = 0  # images that wait or are being explained
         self._closed = False
 
     def offer(
@@ -83,42 +99,52 @@ class Sampler:
         target: request_messages.TargetLike | None = None,
         request_id: str | None = None,
     ) -> bool:
-        """Whether the image is going to be explained. It is read later: an array must not change after this.
+        """Offer an image for explanation. The sampler reads it later, so do not modify an array afterwards.
 
-        confidence: the probability of the class that was answered, to be compared with `below`.
-        target: that class, an index or label; None is the one that the server's model predicts.
-        request_id: by which to know it again: in the result's explanation or error.
+        Args:
+            image: The image, in any form that `Client.explain` accepts.
+            confidence: Probability of the class that the service predicted, in [0, 1], compared with `below`.
+            target: Index or label of the predicted class. None selects the class that the server's model predicts.
+            request_id: Name of the request. The explanation or the error in the result contains it.
+
+        Returns:
+            True if the image will be explained.
         """
         with self._lock:
             index = self._counts.offered
-            # Drawn for each image, so that confidences do not change which others are in the share.
-            drawn = self._draw.random() < self._share
-            unsure = self._below is not None and confidence is not None and confidence < self._below
-            wanted = (drawn or unsure) and not self._closed
-            fits = self._taken < self._most
+            # Draw a number for every image, so that confidences do not affect the selection of later images.
+            in_share = self._random.random() < self._share
+            uncertain = self._below is not None and confidence is not None and confidence < self._below
+            selected = (in_share or uncertain) and not self._closed
+            fits = self._unfinished < self._capacity
             self._counts = replace(
-                self._counts, offered=index + 1, dropped=self._counts.dropped + (wanted and not fits)
+                self._counts, offered=index + 1, dropped=self._counts.dropped + (selected and not fits)
             )
-            if not (wanted and fits):
+            if not (selected and fits):
                 return False
-            own = {"target": target, "request_id": request_id}
-            given = {name: value for name, value in own.items() if value is not None}
+            image_options = {"target": target, "request_id": request_id}
+            options = self._options | {name: value for name, value in image_options.items() if value is not None}
             try:
-                future = self._threads.submit(self._explain, index, image, {**self._options, **given})
-            except RuntimeError:  # the interpreter is ending
+                future = self._threads.submit(self._explain, index, image, options)
+            except RuntimeError:  # The interpreter is shutting down.
                 return False
-            self._taken += 1
-        future.add_done_callback(self._ended)
+            self._unfinished += 1
+        future.add_done_callback(self._count)
         return True
 
     @property
     def counts(self) -> Counts:
-        """So far."""
+        """Current counts of images."""
         with self._lock:
             return self._counts
 
     def close(self, *, wait: bool = True) -> None:
-        """Take no more. Explain what waits, or drop it; what is under way then ends by itself, or with its client."""
+        """Accept no further images.
+
+        Args:
+            wait: True to wait until all accepted images are explained. False to drop the images that wait for a thread.
+                Requests in flight then finish in the background, or fail when the client is closed.
+        """
         with self._lock:
             self._closed = True
         self._threads.shutdown(wait=wait, cancel_futures=not wait)
@@ -130,14 +156,14 @@ class Sampler:
         self.close()
 
     def _explain(self, index: int, image: ImageLike, options: dict[str, Any]) -> bool:
-        """Whether it was explained."""
+        """Explain an image and pass the result to the callback. Return True if both succeed."""
         result = Result(index, image, options.get("model") or "", options["method"], self._outcome(image, options))
         if result.error is None:
             result = replace(result, model=result.receipt.model)
         try:
             self._on_result(result)
         except Exception:
-            log.exception("what a sampler calls with its results failed")
+            log.exception("the on_result callback of a sampler raised an exception")
             return False
         return result.error is None
 
@@ -150,12 +176,12 @@ class Sampler:
             failure.request_id = failure.request_id or options.get("request_id") or ""
         except OSError as error:
             failure = error
-        except Exception as error:  # an image of a wrong type, a client that is closed
+        except Exception as error:  # For instance an image of a wrong type, or a closed client.
             failure = CamserveError(f"{type(error).__name__}: {error}", request_id=options.get("request_id") or "")
         return failure
 
-    def _ended(self, future: Future[bool]) -> None:
+    def _count(self, future: Future[bool]) -> None:
         name = "dropped" if future.cancelled() else "explained" if future.result() else "failed"
         with self._lock:
-            self._taken -= 1
+            self._unfinished -= 1
             self._counts = replace(self._counts, **{name: getattr(self._counts, name) + 1})

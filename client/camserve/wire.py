@@ -1,4 +1,4 @@
-"""From protobuf's messages to plain Python."""
+"""Conversion of protobuf messages to Python dataclasses."""
 
 from __future__ import annotations
 
@@ -8,31 +8,42 @@ from typing import Any, TypeVar
 
 from google.protobuf.struct_pb2 import ListValue, Struct, Value
 
-__all__ = ["read"]
+__all__ = ["to_dataclass"]
 
 T = TypeVar("T")
 
 
-def read(kind: Callable[..., T], message: Any, **given: Any) -> T:
-    """A dataclass from the message's fields of the same names, but for those that are given."""
-    names = (entry.name for entry in fields(kind))  # type: ignore[arg-type] # every kind here is a dataclass
-    return kind(**given, **{name: _plain(getattr(message, name)) for name in names if name not in given})
+def to_dataclass(kind: Callable[..., T], message: Any, **overrides: Any) -> T:
+    """Create a dataclass instance from the fields of a message that have the same names.
+
+    Args:
+        kind: The dataclass.
+        message: The protobuf message.
+        **overrides: Values of fields that are not converted from the message.
+
+    Returns:
+        The instance. It contains no protobuf types.
+    """
+    names = (entry.name for entry in fields(kind))  # type: ignore[arg-type] # Every `kind` is a dataclass.
+    values = {name: _to_python(getattr(message, name)) for name in names if name not in overrides}
+    return kind(**overrides, **values)
 
 
-def _plain(value: Any) -> Any:  # noqa: PLR0911 - a case each
-    """A field's value without protobuf in it.
+def _to_python(value: Any) -> Any:  # noqa: PLR0911 - one return statement for each kind of value
+    """Convert the value of a field to plain Python types.
 
-    Whole numbers of a Struct become int: on the wire all are floats. Maps are sorted: on the wire they have no order.
+    Integral numbers of a Struct become int, because a Struct stores all numbers as floats. Mappings are sorted by key,
+    because protobuf maps have no order.
     """
     match value:
         case Value():
             kind = value.WhichOneof("kind") or "null_value"
             inner = None if kind == "null_value" else getattr(value, kind)
-            return int(inner) if isinstance(inner, float) and inner.is_integer() else _plain(inner)
+            return int(inner) if isinstance(inner, float) and inner.is_integer() else _to_python(inner)
         case Struct():
-            return {key: _plain(each) for key, each in sorted(value.fields.items())}
+            return {key: _to_python(each) for key, each in sorted(value.fields.items())}
         case ListValue():
-            return [_plain(each) for each in value.values]
+            return [_to_python(each) for each in value.values]
         case str() | bytes():
             return value
         case Mapping():

@@ -211,7 +211,7 @@ def test_evaluate_says_what_is_wrong(address, photo, tmp_path, ramp):
     np.savez(tmp_path / "maps.npz", a=ramp)
     given = ("evaluate", photo, "--address", address)
     for wrong, said in [
-        ((), "give either"),
+        ((), "expected either saliency or method"),
         (("--saliency", tmp_path / "map.npy"), "is not a NumPy array file"),
         (("--saliency", tmp_path / "maps.npz"), "one array of real numbers"),
         (("--saliency", tmp_path / "none.npy"), "No such file"),

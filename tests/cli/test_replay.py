@@ -83,8 +83,8 @@ def test_replay_says_what_is_wrong(address, record, photo, tmp_path, ramp):
     for arguments, stdin, said in [
         ((tmp_path / "none.json", photo), None, "No such file or directory"),
         ((record, tmp_path / "none.jpg"), None, "No such file or directory"),
-        ((photo, photo), None, "this is no receipt"),
-        (("-", photo), given, "no method made it"),
+        ((photo, photo), None, "the text is not a receipt"),
+        (("-", photo), given, "names no method"),
         ((record, photo, "--saliency", tmp_path / "none.npy"), None, "No such file or directory"),
         ((record, photo, "--saliency", tmp_path / "words.npy"), None, "real numbers"),
     ]:

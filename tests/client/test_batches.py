@@ -106,7 +106,7 @@ class Full:
 
 
 def test_where_the_server_is_full_a_request_waits_and_is_made_again(servicer, address, client, pixels, monkeypatch):
-    monkeypatch.setattr(batches, "_LEAST_WAIT_S", 0.001)
+    monkeypatch.setattr(batches, "MIN_RETRY_WAIT_S", 0.001)
     servicer.before = Full(5)
     results = list(client.evaluate_many([pixels] * 4, methods="a", in_flight=3))
     assert [result.error for result in results] == [None] * 4
@@ -119,7 +119,7 @@ def test_where_the_server_is_full_a_request_waits_and_is_made_again(servicer, ad
     servicer.before = Full(3)
     assert [result.error for result in asyncio.run(ask())] == [None] * 2
     servicer.before = Full(1000)
-    monkeypatch.setattr(batches, "_MOST_TRIES", 3)
+    monkeypatch.setattr(batches, "MAX_ATTEMPTS", 3)
     servicer.requests.clear()
     [result] = client.evaluate_many([pixels], methods="a")
     assert isinstance(result.error, camserve.ResourceExhausted)

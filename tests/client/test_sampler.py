@@ -19,7 +19,7 @@ def test_the_share_is_drawn_and_the_same_every_time(client, servicer, pixels):
     results: list[camserve.Result] = []
 
     def drawn(draw: int, share: float, confidence: float | None = None) -> list[int]:
-        sampler = Sampler(client, results.append, share=share, below=0.5, draw=draw, waiting=200)
+        sampler = Sampler(client, results.append, share=share, below=0.5, sampling_seed=draw, waiting=200)
         taken = [index for index in range(100) if sampler.offer(pixels, confidence=confidence)]
         sampler.close(wait=False)
         return taken
@@ -46,7 +46,7 @@ def test_results_come_with_what_was_offered(client, servicer, pixels):
     a = found["a"]
     assert (a.index, a.image is pixels, a.model, a.method, a.target.index) == (1, True, "first", "opti-cam", 8)
     assert isinstance(found["no error of ours"].error, FileNotFoundError)
-    assert "TypeError: image must be" in str(found["c"].error)
+    assert "TypeError: image is a" in str(found["c"].error)
     assert sampler.counts == Counts(offered=4, explained=1, failed=2)
     [asked] = servicer.requests
     assert (asked.priority, asked.method.parameters["steps"]) == ("low", 2)

@@ -229,7 +229,7 @@ def test_the_command_line_of_operators(tmp_path: Path) -> None:
         assert "there is no model 'c'; there are: a, b" in done.stderr
         done = ask("load", "a", server.address)
         assert done.exit_code == 1
-        assert "is not for operators: give the address that admin_listen has" in done.stderr
+        assert "is not the server's admin listener; use the address of admin_listen" in done.stderr
 
 
 def test_a_load_that_fails_changes_nothing(tmp_path: Path) -> None:

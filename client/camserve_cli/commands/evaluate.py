@@ -15,9 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 
 from camserve.answers import Evaluation
-from camserve.batches import DEFAULT_METRICS, Variant
+from camserve.batches import Variant
 from camserve.client import Client
 from camserve.errors import InvalidArgument
+from camserve.request_messages import DEFAULT_METRICS
 from camserve_cli import rich_tables, saved_maps
 from camserve_cli.extras import needs_extra
 from camserve_cli.options import (

@@ -46,7 +46,7 @@ class Sender(Connection):
     """A connection that carries a share of a load. To be made where the event loop runs, and closed."""
 
     _grpc: ClassVar[Any] = grpc.aio
-    _more: ClassVar[list[tuple[str, Any]]] = [
+    _extra_options: ClassVar[list[tuple[str, Any]]] = [
         # Several would share one connection.
         ("grpc.use_local_subchannel_pool", 1),
         # A request that is refused and asked again is to be seen as refused.
