@@ -1,7 +1,8 @@
-"""Reads `grpc-status-details-bin`: a google.rpc.Status, whose details say where a request was wrong and when to retry.
+"""Parser of `grpc-status-details-bin`: a google.rpc.Status with details such as the invalid field or the retry delay.
 
-The few messages are declared here, under a package name and in a descriptor pool of our own: same wire format as
-google/rpc/error_details.proto, but without googleapis-common-protos, and without a clash where that is installed too.
+This module declares the few messages that it needs in a descriptor pool of its own, under a different package name.
+Their wire format is that of google/rpc/error_details.proto. The client therefore does not depend on
+googleapis-common-protos, and the messages do not conflict with that package if it is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 _KEY = "grpc-status-details-bin"
 _PACKAGE = "camserve.internal"
 
-# message → its fields, each as (number, name, type); `*` means repeated. A map is on the wire a list of pairs.
+# Message name → fields as (number, name, type). `*` marks a repeated field. A map has the format of repeated pairs.
 _MESSAGES: dict[str, list[tuple[int, str, str]]] = {
     "Status": [(1, "code", "int32"), (2, "message", "string"), (3, "details", "Any*")],
     "Any": [(1, "type_url", "string"), (2, "value", "bytes")],
@@ -33,7 +34,7 @@ _MESSAGES: dict[str, list[tuple[int, str, str]]] = {
 
 
 class Details(TypedDict, total=False):
-    """What the details of a status say; only what is there."""
+    """Error details of a call. Keys without a value are absent."""
 
     field: str
     reason: str
@@ -42,13 +43,13 @@ class Details(TypedDict, total=False):
     request_id: str
 
 
-def _declared() -> DescriptorPool:
+def _build_pool() -> DescriptorPool:
     file = FileDescriptorProto(name="camserve/internal/status.proto", package=_PACKAGE, syntax="proto3")
     for message, fields in _MESSAGES.items():
-        declared = file.message_type.add(name=message)
+        descriptor = file.message_type.add(name=message)
         for number, name, kind in fields:
             single = kind.rstrip("*")
-            entry = declared.field.add(name=name, number=number)
+            entry = descriptor.field.add(name=name, number=number)
             entry.label = Field.LABEL_OPTIONAL if single == kind else Field.LABEL_REPEATED
             if single in _MESSAGES:
                 entry.type_name = f".{_PACKAGE}.{single}"
@@ -59,7 +60,7 @@ def _declared() -> DescriptorPool:
     return pool
 
 
-_POOL = _declared()
+_POOL = _build_pool()
 
 
 def _parse(message: str, data: bytes) -> Any:
@@ -67,19 +68,26 @@ def _parse(message: str, data: bytes) -> Any:
 
 
 def read(trailing_metadata: Iterable[Any] | None) -> Details | None:
-    """The details in a call's trailing metadata; None where there are none, or none that can be read."""
-    packed = next((value for key, value in trailing_metadata or () if key == _KEY), None)
-    if packed is None:
+    """Parse the error details of a call.
+
+    Args:
+        trailing_metadata: Trailing metadata of the call, (key, value) pairs.
+
+    Returns:
+        The details, or None if there are none or if they are malformed.
+    """
+    serialized = next((value for key, value in trailing_metadata or () if key == _KEY), None)
+    if serialized is None:
         return None
     details = Details()
     try:
-        for detail in _parse("Status", packed).details:
+        for detail in _parse("Status", serialized).details:
             match detail.type_url.rpartition(".")[2]:
                 case "ErrorInfo":
                     info = _parse("ErrorInfo", detail.value)
                     details["reason"] = info.reason
                     details["metadata"] = {pair.key: pair.value for pair in info.metadata}
-                    details["field"] = details["metadata"].get("field", "")  # where there is no BadRequest
+                    details["field"] = details["metadata"].get("field", "")  # A BadRequest overrides it.
                 case "BadRequest":
                     violations = _parse("BadRequest", detail.value).field_violations
                     details["field"] = violations[0].field if violations else ""
@@ -88,6 +96,6 @@ def read(trailing_metadata: Iterable[Any] | None) -> Details | None:
                     details["retry_after_s"] = delay.seconds + delay.nanos / 1e9
                 case "RequestInfo":
                     details["request_id"] = _parse("RequestInfo", detail.value).request_id
-    except DecodeError:  # the error itself matters more than its unreadable details
+    except DecodeError:  # Report the error without its details rather than the malformed details.
         return None
     return details

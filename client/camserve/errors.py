@@ -1,20 +1,20 @@
-"""What can go wrong, in one small tree; each knows its gRPC code.
+"""Exceptions of the client. Each class corresponds to one gRPC status code.
 
 CamserveError
-├── InvalidArgument      INVALID_ARGUMENT     the request is wrong: `field` says where (a ValueError, too)
-├── NotFound             NOT_FOUND            no such model, method or metric: `metadata` lists the known ones
-├── FailedPrecondition   FAILED_PRECONDITION  this model cannot serve this method
-├── ResourceExhausted    RESOURCE_EXHAUSTED   too busy (try again after `retry_after_s`) or too large (do not)
-├── Unavailable          UNAVAILABLE          nobody answers, or the server is loading or draining
-├── DeadlineExceeded     DEADLINE_EXCEEDED    no answer within the timeout
-├── Cancelled            CANCELLED            the call was given up
-├── Unauthenticated      UNAUTHENTICATED      no credentials, or unknown ones
-├── PermissionDenied     PERMISSION_DENIED    credentials that do not allow this
-└── InternalError        INTERNAL             a bug of the server: tell its operator the `request_id`
+├── InvalidArgument      INVALID_ARGUMENT     an argument is invalid; `field` names it (also a ValueError)
+├── NotFound             NOT_FOUND            no such model, method or metric; `metadata` lists the known names
+├── FailedPrecondition   FAILED_PRECONDITION  the model does not support the method
+├── ResourceExhausted    RESOURCE_EXHAUSTED   server busy (retry after `retry_after_s`) or request too large
+├── Unavailable          UNAVAILABLE          server unreachable, loading its models, or shutting down
+├── DeadlineExceeded     DEADLINE_EXCEEDED    no response within the timeout
+├── Cancelled            CANCELLED            the call was cancelled
+├── Unauthenticated      UNAUTHENTICATED      missing or unknown credentials
+├── PermissionDenied     PERMISSION_DENIED    the credentials do not permit the call
+└── InternalError        INTERNAL             bug of the server; report the `request_id` to its operator
 
-Most come from the server. InvalidArgument and ResourceExhausted are also raised before anything is sent, where the
-client sees by itself what is wrong. A file that cannot be read stays the OSError that it is, and an argument of an
-unsupported type is a TypeError.
+Most errors come from the server. The client itself raises InvalidArgument and ResourceExhausted if it detects the
+problem before it sends the request. It raises OSError if a file cannot be read, and TypeError if an argument has an
+unsupported type.
 """
 
 from __future__ import annotations
@@ -41,11 +41,16 @@ __all__ = [
 
 
 class CamserveError(Exception):
-    """A call that failed. Raised as it is only for codes that have no class of their own.
+    """Base class of all errors of a call. Status codes without a subclass raise it directly.
 
-    `message` says what was wrong and what to do; `field` names the request's field at fault and `reason` is a constant
-    for programs (both may be empty); `metadata` holds further facts; `retry_after_s` is None where the server names no
-    time or a retry is of no use; `request_id` is the server's name for the request, empty where it never got there.
+    Attributes:
+        code: The gRPC status code.
+        message: Description of the problem.
+        field: Name of the invalid field of the request. May be empty.
+        reason: Constant that identifies the problem for programs, such as "QUEUE_FULL". May be empty.
+        metadata: Further details by name.
+        retry_after_s: Seconds after which a retry may succeed. None if a retry is useless or no time is known.
+        request_id: Name of the request in the server's log. Empty if the request did not reach the server.
     """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
@@ -69,67 +74,67 @@ class CamserveError(Exception):
         self.request_id = request_id
 
     def __str__(self) -> str:
-        named = {"field": self.field, "request": self.request_id}
-        where = ", ".join(f"{name} {value}" for name, value in named.items() if value)
-        return f"{self.message} [{where}]" if where else self.message
+        values = {"field": self.field, "request": self.request_id}
+        context = ", ".join(f"{name} {value}" for name, value in values.items() if value)
+        return f"{self.message} [{context}]" if context else self.message
 
 
 class InvalidArgument(CamserveError, ValueError):
-    """The request is wrong; `field` says where."""
+    """An argument is invalid; `field` names it."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
 
 
 class NotFound(CamserveError):
-    """There is no model, method or metric of that name."""
+    """The server has no model, method or metric of this name; `metadata` lists the known names."""
 
     code = grpc.StatusCode.NOT_FOUND
 
 
 class FailedPrecondition(CamserveError):
-    """The model cannot serve the method."""
+    """The model does not support the method."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class ResourceExhausted(CamserveError):
-    """The server is too busy (`retry_after_s` says when to try again) or the request too large (it is None)."""
+    """The server is busy (`retry_after_s` is set), or the request is too large (`retry_after_s` is None)."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class Unavailable(CamserveError):
-    """Nobody answers at the address, or the server is loading or draining."""
+    """The server cannot be reached, is loading its models, or is shutting down."""
 
     code = grpc.StatusCode.UNAVAILABLE
 
 
 class DeadlineExceeded(CamserveError):
-    """There was no answer within the timeout."""
+    """The server did not respond within the timeout."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 class Cancelled(CamserveError):
-    """The call was given up."""
+    """The call was cancelled."""
 
     code = grpc.StatusCode.CANCELLED
 
 
 class Unauthenticated(CamserveError):
-    """There were no credentials, or unknown ones."""
+    """The credentials are missing or unknown."""
 
     code = grpc.StatusCode.UNAUTHENTICATED
 
 
 class PermissionDenied(CamserveError):
-    """The credentials do not allow this."""
+    """The credentials do not permit the call."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class InternalError(CamserveError):
-    """A bug of the server, or an answer that breaks the contract."""
+    """The server has a bug, or its response violates the contract."""
 
     code = grpc.StatusCode.INTERNAL
 
@@ -137,26 +142,35 @@ class InternalError(CamserveError):
 _BY_CODE = {kind.code: kind for kind in CamserveError.__subclasses__()}
 
 
-# What gRPC says of a connection that cannot be made, and what to do about it.
+# Part of the message of gRPC if a connection fails → explanation and remedy.
 _HINTS = {
-    "backend unhealthy": "it is loading its models, or draining",
-    "WRONG_VERSION_NUMBER": "it speaks no TLS: leave out tls, ca and certificate",
-    "CERTIFICATE_VERIFY_FAILED": "its certificate is of no authority that is trusted here: give its authority as ca",
-    "not in peer certificate": "its certificate is of another name than this address",
-    "Socket closed": "it may ask for TLS (give tls or ca), or for a client's certificate (give certificate and key)",
+    "backend unhealthy": "the server is loading its models or shutting down",
+    "WRONG_VERSION_NUMBER": "the server does not use TLS; remove tls, ca and certificate",
+    "CERTIFICATE_VERIFY_FAILED": "the client does not trust the authority of the server's certificate; pass it as ca",
+    "not in peer certificate": "the server's certificate is not valid for this address",
+    "Socket closed": "the server may require TLS (pass tls or ca) or a client certificate (pass certificate and key)",
 }
 
 
 def from_rpc(error: grpc.RpcError, *, address: str, timeout_s: float | None) -> CamserveError:
-    """The CamserveError that says what a failed call says, sync or async."""
+    """Convert an error of gRPC to a CamserveError.
+
+    Args:
+        error: Error of a blocking or an asyncio call.
+        address: Address of the server, for the message.
+        timeout_s: Timeout of the call in seconds, for the message.
+
+    Returns:
+        The error of the class that corresponds to the status code.
+    """
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     code, message = error.code(), error.details() or ""
     details = error_details.read(error.trailing_metadata())
     if details is None and code is grpc.StatusCode.UNAVAILABLE:
-        hint = next((f"; {hint}" for said, hint in _HINTS.items() if said in message), "")
-        message = f"no answer from a camserve server at {address}: {message}{hint}"
+        hint = next((f"; {hint}" for part, hint in _HINTS.items() if part in message), "")
+        message = f"no response from a camserve server at {address}: {message}{hint}"
     elif details is None and code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
-        message = f"no answer from {address} within {timeout_s:g} s"
+        message = f"no response from {address} within {timeout_s:g} s; increase the timeout"
     translated = _BY_CODE.get(code, CamserveError)(message or code.name, **(details or {}))
     translated.code = code
     return translated

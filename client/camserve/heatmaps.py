@@ -1,7 +1,7 @@
-"""Saliency as colour: heat maps, and overlays on the image.
+"""Colouring of saliency maps: heat maps, and overlays on the image.
 
-The colours go from night blue over violet, pink and orange to pale yellow. Their lightness rises steadily, so the order
-can be read by people who see colours differently, and on a grey print.
+The colour scale runs from dark blue over violet, pink and orange to pale yellow. Its lightness increases monotonically,
+so readers with colour vision deficiency and readers of a grey-scale print can also compare values.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 __all__ = ["ALPHA", "COLOURS", "heatmap", "overlay"]
 
-# How much the colour covers where the map is 1: enough to be seen on a bright photograph, and to see it underneath.
+# Opacity of the colour where the map is 1. At this value the colour is visible on a bright photograph, and the
+# photograph is visible under the colour.
 ALPHA = 0.7
 
-# Evenly spaced from 0 to 1; between them the colours are interpolated.
+# RGB colours at equal distances from 0 to 1. Colours between them are interpolated.
 _ANCHORS = [
     (6, 6, 40),
     (20, 30, 110),
@@ -31,40 +32,56 @@ _ANCHORS = [
 ]
 
 
-def _interpolated(anchors: list[tuple[int, int, int]]) -> NDArray[np.uint8]:
+def _interpolate(anchors: list[tuple[int, int, int]]) -> NDArray[np.uint8]:
     at, steps = np.linspace(0, 1, len(anchors)), np.linspace(0, 1, 256)
     return np.stack(
         [np.rint(np.interp(steps, at, channel)).astype(np.uint8) for channel in zip(*anchors, strict=True)], 1
     )
 
 
-# uint8 [256, 3]
-COLOURS = _interpolated(_ANCHORS)
+# The colour scale, uint8 [256, 3], from the colour of 0 to the colour of 1.
+COLOURS = _interpolate(_ANCHORS)
 
 
-def _resized(saliency: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """[h, w] in [0, 1] → [H, W] of `size` (width, height). The map covers the whole image, as the model saw it."""
-    smooth = PIL.Image.fromarray(saliency).resize(size, PIL.Image.Resampling.BILINEAR)
-    return np.asarray(smooth, dtype=np.float32).clip(0, 1)
+def _resize(saliency: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Return the map resized from [h, w] to [H, W], where `size` is (W, H) in pixels. Values stay in [0, 1]."""
+    resized = PIL.Image.fromarray(saliency).resize(size, PIL.Image.Resampling.BILINEAR)
+    return np.asarray(resized, dtype=np.float32).clip(0, 1)
 
 
-def _coloured(levels: NDArray[np.float32]) -> PIL.Image.Image:
-    indexed = PIL.Image.fromarray(np.rint(255 * levels).astype(np.uint8))
+def _colour(values: NDArray[np.float32]) -> PIL.Image.Image:
+    indexed = PIL.Image.fromarray(np.rint(255 * values).astype(np.uint8))
     indexed.putpalette(list(chain.from_iterable(COLOURS.tolist())))
     return indexed.convert("RGB")
 
 
 def heatmap(saliency: NDArray[np.float32], size: tuple[int, int]) -> PIL.Image.Image:
-    """Saliency [h, w] in [0, 1] → RGB image of `size` (width, height)."""
-    return _coloured(_resized(saliency, size))
+    """Return a saliency map as an RGB image.
+
+    Args:
+        saliency: Saliency map, float32 [h, w] in [0, 1].
+        size: (width, height) of the result in pixels. The map is resized to it.
+
+    Returns:
+        The coloured map.
+    """
+    return _colour(_resize(saliency, size))
 
 
 def overlay(image: PIL.Image.Image, saliency: NDArray[np.float32], alpha: float) -> PIL.Image.Image:
-    """RGB image under saliency [h, w] in [0, 1] → RGB image of the same size.
+    """Return an image with a coloured saliency map on top.
 
-    A pixel is covered with the root of its saliency times `alpha`: where the map is 0 the image is left as it is, where
-    it is 1 the colour covers `alpha` of it, and weak regions can still be seen.
+    The opacity of a pixel is `alpha` times the square root of its saliency. Pixels with saliency 0 do not change, and
+    regions of low saliency are still visible.
+
+    Args:
+        image: RGB image.
+        saliency: Saliency map, float32 [h, w] in [0, 1]. It covers the whole image.
+        alpha: Opacity where the map is 1, in [0, 1].
+
+    Returns:
+        RGB image of the same size as `image`.
     """
-    smooth = _resized(saliency, image.size)
-    opacity = PIL.Image.fromarray(np.rint(255 * alpha * np.sqrt(smooth)).astype(np.uint8))
-    return PIL.Image.composite(_coloured(smooth), image, opacity)
+    resized = _resize(saliency, image.size)
+    opacity = PIL.Image.fromarray(np.rint(255 * alpha * np.sqrt(resized)).astype(np.uint8))
+    return PIL.Image.composite(_colour(resized), image, opacity)

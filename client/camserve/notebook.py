@@ -1,4 +1,4 @@
-"""How an explanation shows itself in a notebook: the image, the heat map and the overlay, with a legend."""
+"""HTML representation of explanations in notebooks: image, heat map and overlay with a legend."""
 
 from __future__ import annotations
 
@@ -17,38 +17,50 @@ if TYPE_CHECKING:
 
 __all__ = ["html"]
 
-# Three side by side fit the output cell of a usual notebook.
+# Three images of this width fit side by side into the output cell of a typical notebook.
 _SIDE_PX = 300
 
-_SCALE = ", ".join(f"rgb({r}, {g}, {b})" for r, g, b in heatmaps.COLOURS[::15].tolist())
+_COLOUR_SCALE = ", ".join(f"rgb({r}, {g}, {b})" for r, g, b in heatmaps.COLOURS[::15].tolist())
 
 
 def html(maps: Iterable[SaliencyMap], model: str, method: str) -> str:
-    """One figure for each map. Everything is inside: it needs no other file and no script."""
+    """Return saliency maps as HTML.
+
+    Args:
+        maps: The maps.
+        model: Name of the model.
+        method: Name of the method. Empty if the caller supplied the map.
+
+    Returns:
+        One figure for each map. The images are embedded, and the HTML contains no script.
+    """
     return "\n".join(_figure(each, model, method or "given map") for each in maps)
 
 
-def _figure(shown: SaliencyMap, model: str, method: str) -> str:
-    image = shown.image()
+def _figure(saliency_map: SaliencyMap, model: str, method: str) -> str:
+    image = saliency_map.image()
     image.thumbnail((_SIDE_PX, _SIDE_PX), PIL.Image.Resampling.LANCZOS)
-    pictures = {
+    images = {
         "image": image,
-        "saliency": heatmaps.heatmap(shown.saliency, image.size),
-        "overlay": heatmaps.overlay(image, shown.saliency, heatmaps.ALPHA),
+        "saliency": heatmaps.heatmap(saliency_map.saliency, image.size),
+        "overlay": heatmaps.overlay(image, saliency_map.saliency, heatmaps.ALPHA),
     }
     cells = "".join(
         f'<div><img alt="{name}" src="{_data_uri(each)}" style="display:block;margin:0"/>{name}</div>'
-        for name, each in pictures.items()
+        for name, each in images.items()
     )
     facts = [
-        f"<b>{escape(str(shown.target))}</b> {shown.target.probability:.1%}",
+        f"<b>{escape(str(saliency_map.target))}</b> {saliency_map.target.probability:.1%}",
         escape(method),
         escape(model),
-        *([f"share {shown.share:.4g}"] if shown.share < 1 else []),
-        *(f"{escape(metric)} {_number(score, score.unit)}" for metric, score in shown.scores.items()),
+        *([f"share {saliency_map.share:.4g}"] if saliency_map.share < 1 else []),
+        *(f"{escape(metric)} {_number(score, score.unit)}" for metric, score in saliency_map.scores.items()),
     ]
-    scale = f'<span style="background:linear-gradient(to right, {_SCALE});display:inline-block;width:8em;height:.8em">'
-    warnings = "".join(f"<div>⚠ {escape(each)}</div>" for each in shown.warnings)
+    scale = (
+        f'<span style="background:linear-gradient(to right, {_COLOUR_SCALE});display:inline-block;'
+        'width:8em;height:.8em">'
+    )
+    warnings = "".join(f"<div>⚠ {escape(each)}</div>" for each in saliency_map.warnings)
     return (
         '<figure style="margin:.5em 0;font:13px/1.5 sans-serif">'
         f'<div style="display:flex;flex-wrap:wrap;gap:8px">{cells}</div>'

@@ -1,3 +1,3 @@
-"""The version, written once."""
+"""Version of the camserve distribution."""
 
 __version__ = "0.1.0"

@@ -101,7 +101,7 @@ def test_an_error_without_a_message_says_its_code(servicer, client):
 
 def test_nobody_there_names_the_address(pixels):
     with camserve.Client("127.0.0.1:1") as client:
-        with pytest.raises(camserve.Unavailable, match=r"no answer from a camserve server at 127\.0\.0\.1:1: "):
+        with pytest.raises(camserve.Unavailable, match=r"no response from a camserve server at 127\.0\.0\.1:1: "):
             client.explain(pixels)
         with pytest.raises(camserve.Unavailable, match=r"127\.0\.0\.1:1"):
             next(client.explain_stream(pixels))
@@ -118,7 +118,7 @@ def test_an_answer_without_a_map_is_the_servers_bug():
         (answers.explanation, pb.ExplainResponse(request_id="r")),
         (answers.evaluation, pb.EvaluateResponse(request_id="r")),
     ):
-        with pytest.raises(camserve.InternalError, match="without a saliency map") as caught:
+        with pytest.raises(camserve.InternalError, match="no saliency map") as caught:
             read(answer, pb.Image())
         assert caught.value.request_id == "r"
 
