@@ -22,7 +22,7 @@ from camserve_server.models.layers import Layer
 from camserve_server.models.load import load
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.pixels import Preprocessing, from_pixels
-from camserve_server.models.sources import network
+from camserve_server.models.sources import build_network
 from camserve_server.plan import Image
 from camserve_server.registry import METHODS, Value
 from camserve_server.request_plan import MethodCall
@@ -131,7 +131,7 @@ def _loaded(config: ModelConfig, device: torch.device) -> tuple[Model, nn.Module
 
 def made(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Image]:
     """The network as it is made, contiguous, and the photograph as its input."""
-    net = network(config, "models").eval().requires_grad_(False).to(device, dtype)
+    net = build_network(config, "models").eval().requires_grad_(False).to(device, dtype)
     preprocessing = Preprocessing(config.input_size, config.mean, config.std, config.interpolation)
     columns = (Preprocessing.column(values) for values in (config.mean, config.std))
     return net, Image(*(values.to(device, dtype) for values in (preprocessing(photograph()), *columns)))

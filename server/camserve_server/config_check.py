@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from camserve_server.config import Config, ModelConfig, TokenConfig, read
 from camserve_server.errors import ConfigError
-from camserve_server.models.load import label_file
-from camserve_server.models.sources import check as check_source
+from camserve_server.models.load import read_labels
+from camserve_server.models.sources import check_source
 from camserve_server.service.tls import certificates
 
 
@@ -44,7 +44,7 @@ def _wrong(config: Config) -> Iterator[str]:
 
 def _check_labels(model: ModelConfig, where: str) -> None:
     if model.labels not in (None, "imagenet"):
-        label_file(model.resolve(model.labels), where)
+        read_labels(model.resolve(model.labels), where)
 
 
 def _understood(config: Config) -> Iterator[tuple[str, str]]:

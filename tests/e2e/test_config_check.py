@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from camserve_cli.app import app
 from camserve_server.config import TokenConfig, read
 from camserve_server.errors import ConfigError
-from camserve_server.models.sources import network
+from camserve_server.models.sources import build_network
 from camserve_server.service.server import Server
 from tests import nets
 from tests.credentials import certify, hashed
@@ -157,7 +157,7 @@ def test_a_server_does_not_start_with_wrong_files(config: Path, key: str) -> Non
 
 def test_other_weights_than_the_pinned_ones_are_not_loaded(config: Path) -> None:
     [model] = read(config).models
-    assert network(model, "models.tiny")
+    assert build_network(model, "models.tiny")
     save_file(nets.tiny_cnn(seed=6).state_dict(), config.parent / "tiny.safetensors")
     with pytest.raises(ConfigError, match=r"^models\.tiny\.weights_sha256: .* its sha256 is [0-9a-f]{64}"):
-        network(model, "models.tiny")
+        build_network(model, "models.tiny")

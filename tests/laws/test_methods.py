@@ -18,7 +18,7 @@ from camserve_server.engine.job import Job, Limits
 from camserve_server.errors import OutOfRange
 from camserve_server.metrics.road import imputed
 from camserve_server.models.model import Model
-from camserve_server.models.servable import why_not
+from camserve_server.models.servable import unsupported_reason
 from camserve_server.plan import MetricResult
 from camserve_server.request_plan import Explained, MethodCall, explain, rows_needed
 from tests import nets
@@ -50,7 +50,7 @@ def model_of(network: str, seed: int = 0, batch_size: int = 4) -> Model:
 
 
 def served(method: str, network: str) -> bool:
-    return not why_not(registry.METHODS[method], model_of(network))
+    return not unsupported_reason(registry.METHODS[method], model_of(network))
 
 
 # Every method on the network that is its home, and on the transformer too if it can be served there.
@@ -246,7 +246,7 @@ class OnePixel(nn.Module):
 
 
 on_one_pixel = pytest.mark.parametrize(
-    "method", [m for m in METHODS if not why_not(registry.METHODS[m], as_model(OnePixel(), (16, 16)))]
+    "method", [m for m in METHODS if not unsupported_reason(registry.METHODS[m], as_model(OnePixel(), (16, 16)))]
 )
 
 
@@ -274,7 +274,7 @@ def test_a_network_that_gives_no_numbers(network: str, method: str, x: Tensor) -
     broken = net(0)
     [m for m in broken.modules() if isinstance(m, nn.Linear)][-1].weight.data[:] = torch.nan
     model = as_model(broken, size)
-    if served(method, network) and not why_not(registry.METHODS[method], model):
+    if served(method, network) and not unsupported_reason(registry.METHODS[method], model):
         check(explained(model, x, quick(model, method), [0]), size)
 
 

@@ -1,7 +1,9 @@
-"""What a self-attention module attends to: its softmaxed weights, which fused kernels never show.
+"""Attention weights of self-attention modules.
 
-Only modules whose arithmetic is known to the last term are *understood*: torch.nn.MultiheadAttention, and the attention
-of timm's vision transformers. Windows, relative position biases, rotary embeddings, pooled or linear attention are not.
+Fused attention kernels do not return the softmaxed weights, so they are computed here from the module's input. Only
+modules whose arithmetic is reproduced completely are supported: torch.nn.MultiheadAttention and the attention of timm's
+vision transformers. Windows, relative position biases, rotary embeddings, pooled attention and linear attention are not
+supported.
 """
 
 from __future__ import annotations
@@ -10,32 +12,55 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# timm moved the class from one module to the other. A subclass may do anything, so the type must be this one.
+# timm moved the class from one module to the other. A subclass may compute something else, so the type must match.
 _TIMM = {("timm.layers.attention", "Attention"), ("timm.models.vision_transformer", "Attention")}
 
 
 def attention_weights(module: nn.Module, x: Tensor) -> Tensor:
-    """Input x [N, L, D] of an understood module → its weights [N, heads, L, L], each row a distribution over keys.
+    """Compute the attention weights of a supported module.
 
-    No hook is triggered and the module stays as it is. Differentiable where grad mode is on. Raises TypeError for a
-    module that is not understood.
+    No hook is triggered and the module is not changed. The result is differentiable if grad mode is on.
+
+    Args:
+        module: Attention module for which `is_supported` returns True.
+        x: Input of the module, [N, L, D].
+
+    Returns:
+        Weights [N, heads, L, L]; each row is a distribution over the keys.
+
+    Raises:
+        TypeError: The module is not supported.
     """
-    return attend(module, x)[0]
+    return attention_with_output(module, x)[0]
 
 
-def attend(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `attention_weights`, and the module's output [N, L, D]."""
-    if not understood(module):
-        raise TypeError(f"the attention of a {type(module).__name__} is not understood")
+def attention_with_output(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the attention weights of a supported module and its output.
+
+    Args:
+        module: Attention module for which `is_supported` returns True.
+        x: Input of the module, [N, L, D].
+
+    Returns:
+        Weights [N, heads, L, L] and output [N, L, D].
+
+    Raises:
+        TypeError: The module is not supported.
+    """
+    if not is_supported(module):
+        raise TypeError(
+            f"the attention of a {type(module).__name__} is not supported; expected torch.nn.MultiheadAttention or "
+            "timm's Attention"
+        )
     if isinstance(module, nn.MultiheadAttention):
         output, weights = module.forward(x, x, x, need_weights=True, average_attn_weights=False)
-        assert weights is not None  # they were asked for
+        assert weights is not None, "need_weights=True returns weights"
         return weights, output
     return _timm(module, x)
 
 
-def understood(module: nn.Module) -> bool:
-    """Whether `attention_weights` knows all that the module does."""
+def is_supported(module: nn.Module) -> bool:
+    """Return True if `attention_weights` reproduces the arithmetic of the module."""
     if type(module) is nn.MultiheadAttention:
         own = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
         return bool(module.batch_first) and own
@@ -43,7 +68,7 @@ def understood(module: nn.Module) -> bool:
 
 
 def _timm(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    # `forward` throughout: calling the parts themselves would trigger the hooks that somebody may have on them.
+    # The parts are run by `forward`, because calling a module would trigger its hooks.
     N, L, _ = x.shape
     qkv = module.qkv.forward(x).reshape(N, L, 3, module.num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)

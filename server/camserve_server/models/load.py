@@ -18,7 +18,7 @@ from camserve_server.models.layers import Layer, find_layer
 from camserve_server.models.model import Head, Model, Precision, no_layer
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.probe import Probed, probe
-from camserve_server.models.sources import channels, completed, network
+from camserve_server.models.sources import build_network, input_channels, with_network_defaults
 
 # Of what plans compute with.
 _DTYPES: dict[Precision, torch.dtype] = {
@@ -32,8 +32,8 @@ _DTYPES: dict[Precision, torch.dtype] = {
 def load(config: ModelConfig, device: torch.device) -> Model:
     """The model that `config` describes, on `device`, frozen. Raises ConfigError, naming the model and the key."""
     where = f"models.{config.name}"
-    module = network(config, where).eval().requires_grad_(False)
-    config = completed(config, module)
+    module = build_network(config, where).eval().requires_grad_(False)
+    config = with_network_defaults(config, module)
     if len(config.mean) != len(config.std):
         raise ConfigError(f"{where}.std: {len(config.std)} numbers where mean has {len(config.mean)}; set both")
     digest = state_digest(module)
@@ -84,9 +84,9 @@ def _at(model: Model, precision: Precision) -> Model:
     """The model at that precision, as a copy of the network unless it is as it should be."""
     changes: dict[str, Any] = {"precision": precision, "dtype": _DTYPES[precision], "batch_sizes": {}, "rows_per_s": {}}
     at = replace(model, **changes)
-    if at.arithmetic == model.dtype:
+    if at.compute_dtype == model.dtype:
         return at
-    return model.of(copy.deepcopy(model.module).to(at.arithmetic), **changes)
+    return model.with_module(copy.deepcopy(model.module).to(at.compute_dtype), **changes)
 
 
 def state_digest(module: nn.Module) -> str:
@@ -108,7 +108,7 @@ def _probed(module: nn.Module, example: Tensor, config: ModelConfig, where: str)
     try:
         found = probe(module, example, config.token_grid)
     except Exception as error:  # a network may fail in any way
-        taken = channels(module)
+        taken = input_channels(module)
         if taken in (1, 3) and taken != len(config.mean):
             raise ConfigError(
                 f"{where}.mean: the network's input has {'one channel' if taken == 1 else '3 channels'}; "
@@ -161,13 +161,13 @@ def _labels(config: ModelConfig, classes: int, where: str) -> tuple[str, ...]:
 
         labels = list(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
     else:
-        labels = label_file(config.resolve(config.labels), where)
+        labels = read_labels(config.resolve(config.labels), where)
     if len(labels) != classes:
         raise ConfigError(f"{where}.labels: {len(labels)} labels for {classes} classes")
     return tuple(labels)
 
 
-def label_file(path: Path, where: str) -> list[str]:
+def read_labels(path: Path, where: str) -> list[str]:
     """One label a line. Raises ConfigError."""
     try:
         return path.read_text(encoding="utf-8").splitlines()

@@ -60,16 +60,16 @@ class Model:
     batch_sizes: dict[LaneKind, int] = field(default_factory=dict)
     rows_per_s: dict[LaneKind, float] = field(default_factory=dict)
     compile: bool = False
-    bare: Callable[[Tensor], Tensor] | None = None
-    bare_size: int = 0
+    fast_forward: Callable[[Tensor], Tensor] | None = None
+    fast_forward_size: int = 0
 
     @property
-    def arithmetic(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
         """What the network computes with; plans compute with `dtype`."""
         return torch.bfloat16 if self.precision == "bf16" else self.dtype
 
     @property
-    def lane(self) -> str:
+    def lane_key(self) -> str:
         """What sets its lanes apart from those of others."""
         return f"{self.name} in {self.precision}, load {self.serial}"
 
@@ -98,14 +98,14 @@ class Model:
             )
         return self.precisions[precision]
 
-    def of(self, module: nn.Module, **changes: Any) -> Model:
+    def with_module(self, module: nn.Module, **changes: Any) -> Model:
         """The same for a copy of its network, `changes` apart; the linear head's weights are those of the copy."""
         gap = self.gap
         if gap is not None:
             at = gap.weight.data_ptr()
             name = next(name for name, weight in self.module.named_parameters() if weight.data_ptr() == at)
             gap = replace(gap, weight=module.get_parameter(name).flatten(1))
-        return replace(self, module=module, gap=gap, bare=None, bare_size=0, **changes)
+        return replace(self, module=module, gap=gap, fast_forward=None, fast_forward_size=0, **changes)
 
     def image(self, tensor: Tensor) -> Image:
         """A preprocessed [C, H, W] on the model's device, in its precision, with its normalisation."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from camserve_server.models.attention import attend, understood
+from camserve_server.models.attention import attention_with_output, is_supported
 from camserve_server.models.layers import GapHead, Grid, Layer
 
 MAX_PREFIX = 16  # class and distillation tokens, and registers; with more, wrong grids would fit too
@@ -28,7 +28,7 @@ class Probed:
 
     `spatial` are all layers that can be named, in run order. `layers` are the default of methods that look at several,
     fine to coarse; `layer` of those that look at one. `attention` names the global self-attention modules in run order,
-    none of them if one is not understood or no class token comes first; their input has `attention_prefix` tokens, then
+    none of them if one is not supported or no class token comes first; their input has `attention_prefix` tokens, then
     `attention_grid`.
     """
 
@@ -88,7 +88,7 @@ class _Run:
 
 @dataclass(eq=False)
 class _Attended:
-    """One call of an attention module: how many runs had ended when it began, and its input if it is understood."""
+    """One call of an attention module: how many runs had ended when it began, and its input if it is supported."""
 
     name: str
     began: int
@@ -145,9 +145,9 @@ class _Pass:
     def _attend(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         x = args[0] if args else None
         out = output[0] if isinstance(output, tuple) else output
-        if isinstance(x, Tensor) and x.ndim == 3 and len(x) == 1 and isinstance(out, Tensor) and understood(module):
+        if isinstance(x, Tensor) and x.ndim == 3 and len(x) == 1 and isinstance(out, Tensor) and is_supported(module):
             # Whatever else it was given, such as a mask or other keys, would show in its output.
-            again = attend(module, x)[1]
+            again = attention_with_output(module, x)[1]
             if again.shape == out.shape and _close(again, out):
                 self.attended[-1].x = x
 
@@ -236,7 +236,7 @@ class _Pass:
         )
 
     def attention(self) -> tuple[tuple[str, ...], int, Grid | None]:
-        """The modules, prefix and grid; nothing unless all are understood, run once and see the same tokens.
+        """The modules, prefix and grid; nothing unless all are supported, run once and see the same tokens.
 
         Nor without a class token at their head: the logits hang on it alone, once the last module has run.
         """

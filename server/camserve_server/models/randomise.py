@@ -23,7 +23,7 @@ class RandomCopy:
 
     def __init__(self, served: Model) -> None:
         module = copy.deepcopy(served.module)
-        self.model = served.of(module)
+        self.model = served.with_module(module)
         self._served = served
         self._seeds: dict[str, int] = {}  # of the layers that are random
 
@@ -64,7 +64,7 @@ def weighted_layers(model: Model) -> tuple[str, ...]:
         handles.append(module.register_forward_pre_hook(enter))
     channels, size = model.preprocessing.channels, model.preprocessing.size
     try:
-        model.module(torch.zeros(1, channels, *size, dtype=model.arithmetic, device=model.device))
+        model.module(torch.zeros(1, channels, *size, dtype=model.compute_dtype, device=model.device))
     finally:
         for handle in handles:
             handle.remove()

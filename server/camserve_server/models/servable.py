@@ -1,4 +1,4 @@
-"""The requirements that methods have of a model."""
+"""Requirements of methods on models."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from camserve_server import registry
 from camserve_server.models.model import Model
 
 
-def why_not(method: registry.Method, model: Model) -> str:
-    """Why the model cannot serve the method with its own layers; empty if it can."""
+def unsupported_reason(method: registry.Method, model: Model) -> str:
+    """Return the reason why the model cannot serve the method with its default layers.
+
+    Args:
+        method: Registered method.
+        model: Loaded model.
+
+    Returns:
+        The end of a sentence such as "m cannot serve cam: it …"; an empty string if the model can serve the method.
+    """
     if method.layers == "many" and not model.layers:
         return "it has no layer [N, K, h, w] that is non-negative or made by an activation; name the layers"
     if method.layers == "one" and model.layer is None:

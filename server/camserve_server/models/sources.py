@@ -15,26 +15,26 @@ from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError
 
 
-def network(config: ModelConfig, where: str) -> nn.Module:
+def build_network(config: ModelConfig, where: str) -> nn.Module:
     """What `config.source` names. Raises ConfigError, naming the key after `where`."""
     kind, _, rest = config.source.partition(":")
     build = {"embedded": _embedded, "torchvision": _torchvision, "timm": _timm, "python": _python}[kind]
     try:
-        return build(rest, config, check(config, where), where)
+        return build(rest, config, check_source(config, where), where)
     except ConfigError:
         raise
     except Exception as error:  # a factory, or a download, may fail in any way
         raise ConfigError(f"{where}.source: {config.source} failed: {type(error).__name__}: {error}") from error
 
 
-def check(config: ModelConfig, where: str) -> str | None:
+def check_source(config: ModelConfig, where: str) -> str | None:
     """What can be known before a network is made. Returns the weights to download, if any. Raises ConfigError."""
     download = _known(config, where)
     config.check_pin()
     return download
 
 
-def completed(config: ModelConfig, module: nn.Module) -> ModelConfig:
+def with_network_defaults(config: ModelConfig, module: nn.Module) -> ModelConfig:
     """The configuration with what the network says of its input, where that has not been configured."""
     said: dict[str, Any] = {}
     if config.source.startswith("timm:"):
@@ -42,12 +42,12 @@ def completed(config: ModelConfig, module: nn.Module) -> ModelConfig:
         said = {"input_size": tuple(timms["input_size"][1:]), "mean": tuple(timms["mean"]), "std": tuple(timms["std"])}
         if timms["interpolation"] in ("bilinear", "bicubic"):
             said["interpolation"] = timms["interpolation"]
-    if channels(module) == 1 and not {"mean", "std"} & config.model_fields_set:
+    if input_channels(module) == 1 and not {"mean", "std"} & config.model_fields_set:
         said |= {"mean": (0.5,), "std": (0.5,)}
     return config.model_copy(update={k: v for k, v in said.items() if k not in config.model_fields_set})
 
 
-def channels(module: nn.Module) -> int | None:
+def input_channels(module: nn.Module) -> int | None:
     """Of the input, as far as the first convolution tells."""
     return next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), None)
 

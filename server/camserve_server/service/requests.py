@@ -23,7 +23,7 @@ from camserve_server.errors import InvalidArgument, OutOfRange, Unservable
 from camserve_server.maps import boxes
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.pixels import check_size, decode, from_pixels
-from camserve_server.models.servable import why_not
+from camserve_server.models.servable import unsupported_reason
 from camserve_server.plan import Box, Image, Truth
 from camserve_server.request_plan import MethodCall, MetricCall, rows_needed
 
@@ -268,7 +268,7 @@ def _method(spec: pb.MethodSpec, model: Model) -> MethodCall:
 
 
 def _servable(method: registry.Method, model: Model) -> None:
-    reason = why_not(method, model)
+    reason = unsupported_reason(method, model)
     if reason:
         raise Unservable(f"{model.name} cannot serve {method.name}: {reason}", field="method.name")
 

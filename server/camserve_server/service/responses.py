@@ -19,7 +19,7 @@ from camserve_server.config import ModelConfig
 from camserve_server.engine.job import Job, Progress
 from camserve_server.models.layers import Layer
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.models.servable import why_not
+from camserve_server.models.servable import unsupported_reason
 from camserve_server.plan import Level, Randomised
 from camserve_server.request_plan import Explained, MethodCall, finished, rows_needed
 from camserve_server.service.requests import Asked
@@ -113,7 +113,7 @@ def loaded_message(model: Model) -> pb.Model:
         precisions=[*model.precisions],
         device=model.device.type,
         batch_sizes=_batch_sizes(model.batch_sizes),
-        methods=[name for name, method in sorted(registry.METHODS.items()) if not why_not(method, model)],
+        methods=[name for name, method in sorted(registry.METHODS.items()) if not unsupported_reason(method, model)],
         random_weights=model.random_weights,
         input_channels=model.preprocessing.channels,
         head=model.head,
@@ -138,7 +138,7 @@ def method_message(method: registry.Method, model: Model | None) -> pb.Method:
         advice=method.advice,
     )
     if model is not None:
-        message.unavailable = why_not(method, model)
+        message.unavailable = unsupported_reason(method, model)
         if not message.unavailable:
             layers = () if method.layers == "none" else model.default_layers(method.layers == "many")
             call = MethodCall(method, method.check({}, ""), layers)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camserve_server.models.attention import attend, attention_weights, understood
+from camserve_server.models.attention import attention_weights, attention_with_output, is_supported
 from camserve_server.models.probe import probe
 from camserve_server.torch_setup import torchvision_ops  # noqa: F401
 from tests import nets
@@ -52,7 +52,7 @@ def test_timm(name: str, options: dict[str, Any]) -> None:
     assert len(seen) == (12 if name else 3)
     for module, x, weights in seen:
         with torch.no_grad():
-            A, output = attend(module, x)
+            A, output = attention_with_output(module, x)
             torch.testing.assert_close(A, weights, rtol=0, atol=1e-6)
             torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(A.sum(dim=-1), torch.ones(A.shape[:-1]))
@@ -62,7 +62,9 @@ def test_timm(name: str, options: dict[str, Any]) -> None:
 def test_timms_options(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     module = Attention(24, num_heads=3, qkv_bias=True, norm_layer=nn.LayerNorm, **options).eval()
-    torch.testing.assert_close(attend(module, noise(2, 7, 24))[1], module(noise(2, 7, 24)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        attention_with_output(module, noise(2, 7, 24))[1], module(noise(2, 7, 24)), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -123,8 +125,8 @@ class Doubled(Attention):
     ids=lambda module: type(module).__name__,
 )
 def test_not_understood(module: nn.Module) -> None:
-    assert not understood(module)
-    with pytest.raises(TypeError, match="not understood"):
+    assert not is_supported(module)
+    with pytest.raises(TypeError, match="not supported"):
         attention_weights(module, noise(1, 7, 24))
 
 

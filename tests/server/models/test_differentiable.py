@@ -55,7 +55,7 @@ def test_the_last_layer_before_the_head_is_served(frozen: Model) -> None:
 
 def test_a_layer_that_is_not_used() -> None:
     model = as_model(Backbone(frozen=False))
-    with pytest.raises(Unservable, match="no use of it"):
+    with pytest.raises(Unservable, match="does not use it"):
         explained(model, X, call(model, "grad-cam", ["unused"]))
 
 
@@ -74,7 +74,7 @@ def test_sizes_that_do_not_fit_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -
         return 1.0
 
     def best(*sizes: int) -> Generator[None, None, None]:
-        found.append((yield from warmup._best(seconds, sizes, 0.95)))
+        found.append((yield from warmup.best_batch_size(seconds, sizes, 0.95)))
 
     found: list[tuple[int, float]] = []
     assert len(list(best(1, 2, 4, 8))) == 4, "others have their turn before each batch"
