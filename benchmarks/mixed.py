@@ -16,7 +16,7 @@ from benchmarks.subjects import Subject
 from benchmarks.timing import percentile
 from benchmarks.work import Bench
 from camserve_server.engine.engine import Engine
-from camserve_server.engine.scheduler import Batch, Take
+from camserve_server.engine.scheduler import Batch, RowRange
 
 AIM = 20.0
 MODEL = "efficientnet-lite0"
@@ -30,7 +30,7 @@ Lane = TypeVar("Lane", bound=Hashable)
 class _Question(Generic[Lane]):
     lane: Lane
     rows: int
-    width: int
+    max_per_batch: int
     cursor: int = 0
 
 
@@ -44,13 +44,20 @@ class FirstCome(Generic[Lane]):
     def __len__(self) -> int:
         return len(self._questions)
 
-    def ask(
-        self, job: int, lane: Lane, rows: int, *, width: int | None = None, later: int = 0, weight: float = 1.0
+    def add(
+        self,
+        job: int,
+        lane: Lane,
+        rows: int,
+        *,
+        max_per_batch: int | None = None,
+        later_rows: int = 0,
+        weight: float = 1.0,
     ) -> None:
         """As the scheduler's."""
-        self._questions[job] = _Question(lane, rows, width or rows)
+        self._questions[job] = _Question(lane, rows, max_per_batch or rows)
 
-    def drop(self, job: int) -> None:
+    def remove(self, job: int) -> None:
         """As the scheduler's."""
         self._questions.pop(job, None)
 
@@ -61,16 +68,16 @@ class FirstCome(Generic[Lane]):
         job = min(self._questions)
         question = self._questions[job]
         start = question.cursor
-        rows = min(self._size(question.lane), question.width, question.rows - start)
+        rows = min(self._size(question.lane), question.max_per_batch, question.rows - start)
         question.cursor += rows
         if question.cursor == question.rows:
             del self._questions[job]
-        return Batch(question.lane, (Take(job, start, start + rows),))
+        return Batch(question.lane, (RowRange(job, start, start + rows),))
 
 
 def first_come(engine: Engine) -> None:
     """Before it starts."""
-    engine._scheduler = FirstCome(engine._runner.size)  # type: ignore[assignment]
+    engine._scheduler = FirstCome(engine._runner.batch_size)  # type: ignore[assignment]
 
 
 def continuous(engine: Engine) -> None:

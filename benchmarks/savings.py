@@ -16,8 +16,8 @@ from benchmarks.results import Chart, Findings, Result, Table
 from benchmarks.subjects import Subject
 from benchmarks.timing import Rates, Side, Timed, alone, clock
 from benchmarks.work import Bench
-from camserve_server.engine.lanes.ascend import step_up
-from camserve_server.engine.lanes.fast_forward import bare
+from camserve_server.engine.lanes.ascend import adam_ascent_step
+from camserve_server.engine.lanes.fast_forward import build_fast_forward
 from camserve_server.maps.channels import select_channels
 from camserve_server.models.fold import fold_batch_norm, fold_padding
 from camserve_server.rows import Masked
@@ -92,7 +92,7 @@ def _nets(subject: Subject, size: int) -> dict[str, Network]:
     folded = copy.deepcopy(net)
     if fold_batch_norm(folded, x, keep=kept):
         nets["batch norm in the convolutions"] = folded
-    compiled = bare(model.of(model.module, compile=True), size)
+    compiled = build_fast_forward(model.with_module(model.module, compile=True), size)
     if compiled is not None:
         nets["compiled"] = compiled
     return nets
@@ -192,5 +192,5 @@ def _adam(size: int, images: int, together: bool) -> Timed:
     start, steps = clock(torch.device("cpu")), 200
     for _ in range(steps):
         for group in groups:
-            step_up(0.1, group)
+            adam_ascent_step(0.1, group)
     return Timed(steps, clock(torch.device("cpu")) - start)

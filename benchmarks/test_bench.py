@@ -191,15 +191,15 @@ def test_percentiles() -> None:
 
 def test_first_come_first_served() -> None:
     line = mixed.FirstCome[str](lambda lane: 4)
-    line.ask(1, "a", 6)
-    line.ask(2, "a", 1)
-    line.ask(3, "b", 5, width=2)
+    line.add(1, "a", 6)
+    line.add(2, "a", 1)
+    line.add(3, "b", 5, max_per_batch=2)
     taken = []
     while (batch := line.next_batch()) is not None:
-        (take,) = batch.takes
+        (take,) = batch.ranges
         taken.append((batch.lane, take.job, take.start, take.stop))
         if take.job == 3:
-            line.drop(3)
+            line.remove(3)
     assert taken == [("a", 1, 0, 4), ("a", 1, 4, 6), ("a", 2, 0, 1), ("b", 3, 0, 2)]
 
 

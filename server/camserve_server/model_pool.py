@@ -19,7 +19,7 @@ import torch
 
 from camserve_server.config import Config, ModelConfig
 from camserve_server.engine.engine import Engine
-from camserve_server.engine.warmup import warming_up
+from camserve_server.engine.warmup import warm_up_steps
 from camserve_server.errors import CamserveError, ConfigError, InvalidArgument, NotFound, OutOfMemory, Unservable
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
@@ -258,7 +258,7 @@ class Shelf:
     async def _warm(self, settings: ModelConfig, model: Model, users: _Users) -> _Resident:
         async def warm() -> None:
             for each in model.precisions.values():
-                await asyncio.wrap_future(self._engine.between(warming_up(each, settings.batch_size)))
+                await asyncio.wrap_future(self._engine.between(warm_up_steps(each, settings.batch_size)))
 
         await self._tried(settings, warm())
         self.loads[settings.name].done += 1

@@ -1,4 +1,8 @@
-"""Runs batches whatever happens: what fails together is run part by part, what does not fit into memory in halves."""
+"""Batches of one device, with recovery from failures and from lack of memory.
+
+A batch that fails is run again slice by slice, so that a failure affects one request only. A batch that does not fit
+into memory is run in halves.
+"""
 
 from __future__ import annotations
 
@@ -7,90 +11,112 @@ from collections.abc import Callable
 
 import torch
 
-from camserve_server.engine.lanes.dispatch import Lane, Part, run
+from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, run_batch
 from camserve_server.errors import OutOfMemory
 from camserve_server.models.model import LaneKind, Model
 
-IN_FLIGHT = 2  # batches that a GPU has been given and not done: enough to be never idle, and a cancel waits for no more
+# Batches that a GPU has received and not finished. Two keep it busy, and a cancellation waits for no more than them.
+IN_FLIGHT = 2
 
 
-class Runner:
-    """Runs batches of one device, each padded to its lane's size unless `padded` is false.
+class BatchRunner:
+    """Runs the batches of one device. All methods belong to the engine's thread.
 
-    `halved(model, kind, size)` is called when batches of that kind have become smaller, for good.
+    Args:
+        padded: Fill each batch up to its lane's size with padding rows.
+        on_halved: Callback `(model, kind, size)`, called when the batches of a model and lane kind have permanently
+            become smaller because memory has run out.
     """
 
-    def __init__(self, *, padded: bool, halved: Callable[[Model, LaneKind, int], None]) -> None:
+    def __init__(self, *, padded: bool, on_halved: Callable[[Model, LaneKind, int], None]) -> None:
         self._padded = padded
-        self._halved = halved
-        self._fits: dict[tuple[str, LaneKind], int] = {}  # largest batch, once memory has run out
-        self._given: deque[torch.cuda.Event] = deque()
+        self._on_halved = on_halved
+        self._largest: dict[tuple[str, LaneKind], int] = {}  # largest batch that fits, once memory has run out
+        self._in_flight: deque[torch.cuda.Event] = deque()
 
-    def fitting(self, lane: str, kind: LaneKind, size: int) -> int:
-        """`size` rows, or as many as have been found to fit."""
-        return min(size, self._fits.get((lane, kind), size))
+    def fitting_size(self, lane_key: str, kind: LaneKind, size: int) -> int:
+        """Return `size`, or the largest number of rows that fits into memory if that is smaller.
 
-    def size(self, lane: Lane) -> int:
-        """How many rows a batch of the lane has."""
-        return self.fitting(lane.model, lane.kind, lane.size)
+        Args:
+            lane_key: Lane key of the model (`Model.lane_key`).
+            kind: Kind of lane.
+            size: Requested batch size in rows.
+        """
+        return min(size, self._largest.get((lane_key, kind), size))
 
-    def padding(self, lane: Lane, rows: int) -> int:
-        """How many rows of nothing a batch has beside so many."""
-        return max(0, self.size(lane) - rows) if self._padded else 0
+    def batch_size(self, lane: Lane) -> int:
+        """Return the number of rows of a full batch of the lane."""
+        return self.fitting_size(lane.model, lane.kind, lane.size)
 
-    def run(self, model: Model, lane: Lane, parts: list[Part]) -> dict[int, Exception]:
-        """Runs the parts together; if that fails, each alone. Returns the failures by the part's id."""
+    def padding_rows(self, lane: Lane, rows: int) -> int:
+        """Return the number of padding rows in a batch with `rows` real rows."""
+        return max(0, self.batch_size(lane) - rows) if self._padded else 0
+
+    def run(self, model: Model, lane: Lane, slices: list[BatchSlice]) -> dict[int, Exception]:
+        """Run the slices as one batch; if that fails, run each slice alone.
+
+        Args:
+            model: Network to run.
+            lane: Lane of all the slices.
+            slices: Rows of one or more queries.
+
+        Returns:
+            The failures by `id` of the slice; empty if all rows have run.
+        """
         try:
-            self._run(model, lane, parts)
+            self._run(model, lane, slices)
             self._wait(model.device)
             return {}
         except Exception as error:
-            if len(parts) == 1:
-                return {id(parts[0]): error}
+            if len(slices) == 1:
+                return {id(slices[0]): error}
         failures: dict[int, Exception] = {}
-        for part in parts:
-            failures |= self.run(model, lane, [part])
+        for each in slices:
+            failures |= self.run(model, lane, [each])
         return failures
 
     def _wait(self, device: torch.device) -> None:
-        """Until a GPU has done all batches but the last few."""
+        """Wait until a GPU has finished all batches but the last `IN_FLIGHT`."""
         if device.type == "cuda":
-            self._given.append(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
-            self._given[-1].record(torch.cuda.current_stream(device))
-            if len(self._given) > IN_FLIGHT:
-                self._given.popleft().synchronize()
+            self._in_flight.append(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+            self._in_flight[-1].record(torch.cuda.current_stream(device))
+            if len(self._in_flight) > IN_FLIGHT:
+                self._in_flight.popleft().synchronize()
 
-    def _run(self, model: Model, lane: Lane, parts: list[Part]) -> None:
-        """Runs the parts as one batch or, where that does not fit into memory, as halves of it."""
-        size = self.size(lane) if self._padded else sum(part.stop - part.start for part in parts)
+    def _run(self, model: Model, lane: Lane, slices: list[BatchSlice]) -> None:
+        """Run the slices as one batch or, if it does not fit into memory, as halves of it."""
+        size = self.batch_size(lane) if self._padded else sum(each.stop - each.start for each in slices)
         try:
-            run(model, lane, parts, size)
+            run_batch(model, lane, slices, size)
         except torch.OutOfMemoryError:
-            pass  # what comes next waits for its traceback to go, which holds the batch that did not fit
+            pass  # the code below runs after this block, because the traceback keeps the tensors of the batch alive
         else:
             return
         if size == 1:
-            raise OutOfMemory(f"one row of {model.name} does not fit into the device's memory")
-        model.bare = None  # a graph has memory of its own
+            raise OutOfMemory(
+                f"one row of {model.name} does not fit into the device's memory; "
+                "use a smaller model or a device with more memory"
+            )
+        model.fast_forward = None  # a CUDA graph keeps memory of its own
         torch.cuda.empty_cache()
-        self._fits[lane.model, lane.kind] = size // 2
-        self._halved(model, lane.kind, size // 2)
-        for chunk in _chunks(parts, size // 2):
+        self._largest[lane.model, lane.kind] = size // 2
+        self._on_halved(model, lane.kind, size // 2)
+        for chunk in _chunks(slices, size // 2):
             self._run(model, lane, chunk)
 
 
-def _chunks(parts: list[Part], size: int) -> list[list[Part]]:
-    """The same rows, cut into batches of at most `size`."""
-    chunks: list[list[Part]] = [[]]
+def _chunks(slices: list[BatchSlice], size: int) -> list[list[BatchSlice]]:
+    """Cut the rows of the slices, in order, into batches of at most `size` rows."""
+    chunks: list[list[BatchSlice]] = [[]]
     room = size
-    for part in parts:
-        start = part.start
-        while start < part.stop:
+    for each in slices:
+        start = each.start
+        while start < each.stop:
             if not room:
                 chunks.append([])
                 room = size
-            stop = min(part.stop, start + room)
-            chunks[-1].append(Part(part.work, start, stop))
+            stop = min(each.stop, start + room)
+            chunks[-1].append(BatchSlice(each.query, start, stop))
             room -= stop - start
             start = stop
     return chunks

@@ -19,11 +19,11 @@ import structlog
 import torch
 
 from camserve_server.engine.admission import WEIGHTS, Admission, Caller, Claim, Priority
-from camserve_server.engine.batch_runner import Runner
+from camserve_server.engine.batch_runner import BatchRunner
 from camserve_server.engine.counters import Counters, Ran
 from camserve_server.engine.job import Event, Job, Limits, Progress
-from camserve_server.engine.lanes.dispatch import Lane, Part, Work, start_work
-from camserve_server.engine.random_copies import Copies
+from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, LaneQuery, start_query
+from camserve_server.engine.random_copies import RandomCopyPool
 from camserve_server.engine.scheduler import Batch, Scheduler
 from camserve_server.errors import (
     CamserveError,
@@ -70,10 +70,10 @@ class Engine:
     ) -> None:
         self.counters = Counters()
         self._admission = Admission(max_rows_owed)
-        self._runner = Runner(padded=batch_invariant, halved=self._halve)
-        self._copies = Copies(max_copies)
+        self._runner = BatchRunner(padded=batch_invariant, on_halved=self._halve)
+        self._copies = RandomCopyPool(max_copies)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._scheduler: Scheduler[Lane] = Scheduler(self._runner.size)
+        self._scheduler: Scheduler[Lane] = Scheduler(self._runner.batch_size)
         self._jobs: dict[int, Job[Any]] = {}
         self._between: set[Future[None]] = set()
         self._ids = itertools.count(1)
@@ -211,11 +211,11 @@ class Engine:
         """Answers what can be answered early with what is there, for those whose time is up."""
         if all(job.limits.until is None for job in self._jobs.values()):
             return
-        soon = self._next_end({job.lane for job in self._jobs.values() if job.lane and job.work})
+        soon = self._next_end({job.lane for job in self._jobs.values() if job.lane and job.query})
         for job in [job for job in self._jobs.values() if job.limits.until is not None and soon >= job.limits.until]:
-            work = job.work
-            if work is not None and work.least is not None and job.done >= work.least:
-                self._answer(job, work)
+            query = job.query
+            if query is not None and query.min_rows is not None and job.done >= query.min_rows:
+                self._answer(job, query)
 
     def _next_end(self, lanes: Collection[Lane]) -> float:
         """When the next batch will have been run at the latest, if it is of one of these lanes."""
@@ -224,7 +224,7 @@ class Engine:
     def _begin(self, job: Job[Any]) -> None:
         self._jobs[job.id] = job
         for kind, size in job.batch_sizes.items():
-            job.batch_sizes[kind] = self._runner.fitting(job.model.lane, kind, size)
+            job.batch_sizes[kind] = self._runner.fitting_size(job.model.lane_key, kind, size)
         self._step(job, None)
 
     def _step(self, job: Job[Any], answer: Answer[Any] | None) -> None:
@@ -236,7 +236,7 @@ class Engine:
                 if torch.is_grad_enabled():
                     torch.set_grad_enabled(False)
                     raise RuntimeError("the plan left the grad mode on across a yield")
-                if isinstance(query, Randomise) and self._copies.must_wait(job, query):
+                if isinstance(query, Randomise) and self._copies.enqueue_if_full(job, query):
                     return
                 answer = self._remark(job, query) or self._ask(job, query)
                 if answer is None:
@@ -274,28 +274,35 @@ class Engine:
 
     def _lend(self) -> None:
         """Lets those go on that wait for a copy, as far as there may be more."""
-        while (first := self._copies.next()) is not None:
+        while (first := self._copies.pop_next()) is not None:
             job, query = first
             self._step(job, partial(self._randomise, job, query))
 
     def _ask(self, job: Job[Any], query: Query[Any]) -> Answer[Any] | None:
         """Puts the query to the scheduler; if no row is left for it, answers it."""
         copy = job.id if job.copy else 0
-        lane, work = start_work(query, job.network, job.batch_sizes, copy)
-        job.most, job.done = work.rows, 0
-        if work.least is not None:
+        lane, started = start_query(query, job.network, job.batch_sizes, copy)
+        job.most, job.done = started.rows, 0
+        if started.min_rows is not None:
             if job.limits.budget is not None:
-                job.most = min(work.rows, job.limits.budget - job.limits.reserved - job.rows)
+                job.most = min(started.rows, job.limits.budget - job.limits.reserved - job.rows)
             if job.limits.until is not None and self._next_end([lane]) >= job.limits.until:
                 job.most = 0
-            job.most = min(work.rows, max(work.least, job.most))
+            job.most = min(started.rows, max(started.min_rows, job.most))
         if not job.most:
-            self._owe(job, job.owed - work.rows)
-            job.cut_at = job.rows if work.rows else job.cut_at
-            return work.answer
-        job.lane, job.work = lane, work
+            self._owe(job, job.owed - started.rows)
+            job.cut_at = job.rows if started.rows else job.cut_at
+            return started.answer
+        job.lane, job.query = lane, started
         later = max(0, job.left - job.most)
-        self._scheduler.ask(job.id, lane, job.most, width=min(work.width, job.most), later=later, weight=job.weight)
+        self._scheduler.add(
+            job.id,
+            lane,
+            job.most,
+            max_per_batch=min(started.max_per_batch, job.most),
+            later_rows=later,
+            weight=job.weight,
+        )
         return None
 
     def _owe(self, job: Job[Any], rows: int) -> None:
@@ -303,58 +310,60 @@ class Engine:
         self._admission.owe(job.id, job.left)
 
     def _run_batch(self, batch: Batch[Lane]) -> None:
-        jobs = [self._jobs[take.job] for take in batch.takes]
+        jobs = [self._jobs[rows.job] for rows in batch.ranges]
         model = jobs[0].network
         started = time.monotonic()
         for job in jobs:
             job.first_batch = job.first_batch or started
-        parts = [Part(self._work(job), t.start, t.stop) for job, t in zip(jobs, batch.takes, strict=True)]
-        failures = self._runner.run(model, batch.lane, parts)
-        ran = self._count(model, batch.lane, sum(part.stop - part.start for part in parts), started)
-        for job, part in zip(jobs, parts, strict=True):
+        slices = [
+            BatchSlice(self._query(job), rows.start, rows.stop) for job, rows in zip(jobs, batch.ranges, strict=True)
+        ]
+        failures = self._runner.run(model, batch.lane, slices)
+        ran = self._count(model, batch.lane, sum(each.stop - each.start for each in slices), started)
+        for job, each in zip(jobs, slices, strict=True):
             if len(job.ran) < MOST_RAN:
-                job.ran.append((ran, part.stop - part.start))
-            self._advance(job, part, failures.get(id(part)))
+                job.ran.append((ran, each.stop - each.start))
+            self._advance(job, each, failures.get(id(each)))
 
     def _halve(self, model: Model, kind: LaneKind, size: int) -> None:
         """No batch of that kind is larger from here on, and receipts say so."""
         model.batch_sizes[kind] = min(model.batch_sizes[kind], size)
-        for job in [job for job in self._jobs.values() if job.model.lane == model.lane]:
+        for job in [job for job in self._jobs.values() if job.model.lane_key == model.lane_key]:
             job.batch_sizes[kind] = min(job.batch_sizes[kind], size)
             job.context.run(log.warning, "out of memory, batch halved", model=model.name, lane=kind, size=size)
             if job.rows:
                 _tell(job, MapWarning(f"memory ran out: batches are of {size} rows since; a replay may differ"))
 
-    def _advance(self, job: Job[Any], part: Part, failure: Exception | None) -> None:
+    def _advance(self, job: Job[Any], rows_run: BatchSlice, failure: Exception | None) -> None:
         if failure is not None:
             self._end(job, error=failure)
             return
-        rows = part.stop - part.start
+        rows = rows_run.stop - rows_run.start
         job.rows += rows
-        job.done = part.stop
+        job.done = rows_run.stop
         job.batches += 1
-        work = self._work(job)
+        query = self._query(job)
         self._owe(job, job.owed - rows)
         _tell(job, Progress(job.rows, job.rows + job.left))
-        if work.answered() or part.stop >= job.most:
-            self._answer(job, work)
+        if query.is_complete() or rows_run.stop >= job.most:
+            self._answer(job, query)
 
-    def _answer(self, job: Job[Any], work: Work) -> None:
+    def _answer(self, job: Job[Any], query: LaneQuery) -> None:
         """Sends the plan its answer; the rows that are not done are owed no more."""
-        left = work.rows - job.done
-        if not work.answered():
+        left = query.rows - job.done
+        if not query.is_complete():
             job.cut_at = job.rows
         self._owe(job, job.owed - left)
-        self._scheduler.drop(job.id)
-        job.work = None
-        self._step(job, work.answer)
+        self._scheduler.remove(job.id)
+        job.query = None
+        self._step(job, query.answer)
 
     def _end(self, job: Job[Any], *, result: Any = None, error: Exception | None = None) -> None:
         """Closes the plan, on this thread and nowhere else, and settles the future."""
         if job.id not in self._jobs:
             return
-        self._scheduler.drop(job.id)
-        job.work = None
+        self._scheduler.remove(job.id)
+        job.query = None
         try:
             job.plan.close()
         except Exception as broken:  # the plan yielded while being closed
@@ -362,7 +371,7 @@ class Engine:
         self._finish(job, result=result, error=error)
 
     def _finish(self, job: Job[Any], *, result: Any = None, error: Exception | None = None) -> None:
-        if self._copies.free(job):
+        if self._copies.release(job):
             self._inbox.put(self._lend)  # not at once: a plan may be running
         del self._jobs[job.id]
         self._admission.leave(job.id)
@@ -379,13 +388,13 @@ class Engine:
             if job.model.device.type == "cuda":  # raises, and ends the engine, where nothing runs there any more
                 torch.cuda.synchronize(job.model.device)
 
-    def _work(self, job: Job[Any]) -> Work:
-        assert job.work is not None, "a job with rows in a batch has a work"
-        return job.work
+    def _query(self, job: Job[Any]) -> LaneQuery:
+        assert job.query is not None, "a job with rows in a batch has a query"
+        return job.query
 
     def _count(self, model: Model, lane: Lane, rows: int, started: float) -> Ran:
         key, now = (lane.model, lane.kind), time.monotonic()
-        ran = Ran(self.counters.batches + 1, lane.kind, rows, self._runner.padding(lane, rows), started, now)
+        ran = Ran(self.counters.batches + 1, lane.kind, rows, self._runner.padding_rows(lane, rows), started, now)
         self.counters.count(model, ran)
         self._batch_s[key] = max(now - started, 0.9 * self._batch_s.get(key, 0.0))
         rate = rows / max(now - (self._busy_since or started), 1e-9)

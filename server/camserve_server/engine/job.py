@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from camserve_server.engine.counters import Ran
-from camserve_server.engine.lanes.dispatch import Lane, Work
+from camserve_server.engine.lanes.dispatch import Lane, LaneQuery
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.randomise import RandomCopy
 from camserve_server.plan import Level, MapWarning, Plan, Randomised, Stage
@@ -66,10 +66,10 @@ class Job(Generic[T]):
     batches: int = 0
     first_batch: float | None = None
     finished: float | None = None
-    work: Work | None = None
+    query: LaneQuery | None = None
     lane: Lane | None = None
     copy: RandomCopy | None = None  # its own, which answers its questions as long as there is one
-    most: int = 0  # rows that the work may take
+    most: int = 0  # rows that the query may take
     done: int = 0  # rows that it has had
     cut_at: int = 0  # rows of the job when a question of its was answered early; 0 if none was
     ran: list[tuple[Ran, int]] = field(default_factory=list)  # the first batches that it was part of, its rows in each

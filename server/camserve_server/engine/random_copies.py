@@ -1,4 +1,4 @@
-"""Who may have a random copy of a network: as many as fit, one a request, the first come first."""
+"""Random copies of networks: a limited number at a time, one for each request, in order of arrival."""
 
 from __future__ import annotations
 
@@ -12,46 +12,76 @@ from camserve_server.models.randomise import RandomCopy
 from camserve_server.plan import Randomise
 
 
-class Copies:
-    """At most `most` at a time. Belongs to the engine's thread."""
+class RandomCopyPool:
+    """Limits the number of random copies and queues the requests that wait for one.
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._held: set[int] = set()  # by these jobs
+    All methods belong to the engine's thread.
+
+    Args:
+        max_copies: Largest number of copies at a time.
+    """
+
+    def __init__(self, max_copies: int) -> None:
+        self._max_copies = max_copies
+        self._holders: set[int] = set()  # ids of the jobs that have a copy
         self._waiting: dict[int, tuple[Job[Any], Randomise]] = {}
 
-    def must_wait(self, job: Job[Any], query: Randomise) -> bool:
-        """Whether it would be one copy too many, or others came first; then the job is in the line."""
-        new = bool(query.layers) and job.id not in self._held
-        waits = new and (bool(self._waiting) or len(self._held) >= self._most)
+    def enqueue_if_full(self, job: Job[Any], query: Randomise) -> bool:
+        """Queue the job if it needs a new copy and none is available or other jobs wait already.
+
+        Args:
+            job: Job whose plan yielded the query.
+            query: Layers to randomise and the seed.
+
+        Returns:
+            True if the job has been queued.
+        """
+        new = bool(query.layers) and job.id not in self._holders
+        waits = new and (bool(self._waiting) or len(self._holders) >= self._max_copies)
         if waits:
             self._waiting[job.id] = job, query
         return waits
 
-    def next(self) -> tuple[Job[Any], Randomise] | None:
-        """Who has waited longest, if there may be another copy; it is in the line no longer."""
-        if not self._waiting or len(self._held) >= self._most:
+    def pop_next(self) -> tuple[Job[Any], Randomise] | None:
+        """Remove the first waiting job from the queue if a copy is available.
+
+        Returns:
+            The job and its query; None if no job waits or no copy is available.
+        """
+        if not self._waiting or len(self._holders) >= self._max_copies:
             return None
         return self._waiting.pop(next(iter(self._waiting)))
 
     def randomise(self, job: Job[Any], query: Randomise) -> None:
-        """What the query asks for, in the job's own copy; for no layers the copy goes.
+        """Randomise the layers of the query in the job's copy; for no layers, release the copy.
 
-        Raises OutOfMemory if there is no room for one.
+        Args:
+            job: Job whose plan yielded the query; it receives a copy if it has none.
+            query: Layers to randomise and the seed.
+
+        Raises:
+            OutOfMemory: A copy does not fit into the device's memory.
         """
         if not query.layers:
-            self.free(job)
+            self.release(job)
             return
         try:
             job.copy = job.copy or RandomCopy(job.model)
-            self._held.add(job.id)
+            self._holders.add(job.id)
             job.copy.randomise(query.layers, query.seed)
         except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"a copy of {job.model.name} does not fit into the device's memory") from error
+            raise OutOfMemory(
+                f"a copy of {job.model.name} does not fit into the device's memory; "
+                "leave out the randomisation metrics or use a device with more memory"
+            ) from error
 
-    def free(self, job: Job[Any]) -> bool:
-        """The job has no copy from here on, and waits for none. Says whether it had one."""
+    def release(self, job: Job[Any]) -> bool:
+        """Remove the job's copy and its place in the queue.
+
+        Returns:
+            True if the job had a copy.
+        """
         self._waiting.pop(job.id, None)
         had, job.copy = job.copy is not None, None
-        self._held.discard(job.id)
+        self._holders.discard(job.id)
         return had

@@ -1,14 +1,15 @@
-"""Plans in, batches out. Pure: no device, no thread, no clock; time is counted in batches.
+"""Scheduler that forms batches from the queries of all jobs. It uses no device, thread or clock.
 
-There are no phases, only rows still owed. Each job has one question at a time, with a cursor; a batch takes some rows
-of each until it is full. Who goes first:
+Each job has one query at a time, with a cursor. A batch takes rows of several queries of one lane until it is full. The
+scheduler measures time in batches. Its rules:
 
-- Shortest first: the job that owes the fewest rows in all, so that a Grad-CAM that needs one row passes a Poly-CAM that
-  owes three thousand.
-- Weights: a job of weight 16 is taken to owe sixteen times its rows, one of weight 1/16 a sixteenth of them.
-- Nobody starves: what a job is taken to owe halves with every `PATIENCE` batches that pass it by.
-- Nobody takes all: while others that weigh no more wait for the same lane, a job gets at most half of a batch in the
-  first round; what they leave is then shared out in the same order.
+- Shortest first: the job that owes the fewest rows in all goes first. A Grad-CAM request of one row passes a Poly-CAM
+  request of three thousand rows.
+- Weights: a job's rows are multiplied by its weight. A job of weight 16 counts as owing sixteen times its rows, and a
+  job of weight 1/16 as owing a sixteenth of them.
+- No starvation: the count of a job halves with every `PATIENCE` batches that contain no row of it.
+- Shared batches: while other jobs of no larger weight wait for the same lane, a job receives at most half of a batch in
+  the first round. A second round distributes the remaining rows in the same order.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Lane = TypeVar("Lane", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Take:
-    """Rows [start, stop) of the job's question."""
+class RowRange:
+    """Rows [start, stop) of the query of a job."""
 
     job: int
     start: int
@@ -34,85 +35,109 @@ class Take:
 
 @dataclass(frozen=True)
 class Batch(Generic[Lane]):
-    """Rows of one lane, to be run together."""
+    """Rows of one lane that run together."""
 
     lane: Lane
-    takes: tuple[Take, ...]
+    ranges: tuple[RowRange, ...]
 
 
 @dataclass
-class _Question(Generic[Lane]):
+class _ScheduledQuery(Generic[Lane]):
     lane: Lane
     rows: int
-    width: int
-    later: int  # rows that the job will ask for after this question
+    max_per_batch: int
+    later_rows: int  # rows of the job's later queries
     weight: float
-    asked_at: int  # the batch number at which it last had a row, or was asked
+    last_batch: int  # number of the batch that last contained a row of it, or before which it was added
     cursor: int = 0
 
     @property
-    def left(self) -> int:
+    def rows_left(self) -> int:
         return self.rows - self.cursor
 
 
 class Scheduler(Generic[Lane]):
-    """Holds every job's question and forms batches out of them. `size(lane)` is the number of rows of a full batch."""
+    """Holds the query of each job and forms batches.
+
+    Args:
+        size: Function from a lane to the number of rows of a full batch.
+    """
 
     def __init__(self, size: Callable[[Lane], int]) -> None:
         self._size = size
-        self._questions: dict[int, _Question[Lane]] = {}
+        self._queries: dict[int, _ScheduledQuery[Lane]] = {}
         self._batches = 0
 
     def __len__(self) -> int:
-        """Jobs that wait for rows."""
-        return len(self._questions)
+        """Return the number of jobs that wait for rows."""
+        return len(self._queries)
 
-    def ask(
-        self, job: int, lane: Lane, rows: int, *, width: int | None = None, later: int = 0, weight: float = 1.0
+    def add(
+        self,
+        job: int,
+        lane: Lane,
+        rows: int,
+        *,
+        max_per_batch: int | None = None,
+        later_rows: int = 0,
+        weight: float = 1.0,
     ) -> None:
-        """The job owes `rows` (at least 1) in `lane`, at most `width` of them in one batch, and `later` ones after."""
-        self._questions[job] = _Question(lane, rows, width or rows, later, weight, self._batches)
+        """Add the query of a job. It replaces the job's earlier query.
 
-    def drop(self, job: int) -> None:
-        """Forgets the job's question, if it has one."""
-        self._questions.pop(job, None)
+        Args:
+            job: Id of the job.
+            lane: Lane of the query.
+            rows: Number of rows, at least 1.
+            max_per_batch: Largest number of rows that one batch may contain; all of them if None.
+            later_rows: Number of rows of the job's later queries, for the order of the jobs.
+            weight: Factor on the rows that the job owes, for the order of the jobs.
+        """
+        self._queries[job] = _ScheduledQuery(lane, rows, max_per_batch or rows, later_rows, weight, self._batches)
+
+    def remove(self, job: int) -> None:
+        """Remove the query of a job, if it has one."""
+        self._queries.pop(job, None)
 
     def rows_owed(self) -> int:
-        """Rows of all questions, those to come included."""
-        return sum(q.left + q.later for q in self._questions.values())
+        """Return the number of rows that all jobs owe, including those of their later queries."""
+        return sum(query.rows_left + query.later_rows for query in self._queries.values())
 
     def next_batch(self) -> Batch[Lane] | None:
-        """The rows to run next, or None if nobody waits. Their cursors have moved on; full questions are forgotten."""
-        if not self._questions:
+        """Form the next batch and advance the cursors of its queries.
+
+        Returns:
+            The batch, or None if no job waits. A query whose last row is in the batch is removed.
+        """
+        if not self._queries:
             return None
-        order = sorted(self._questions, key=self._rank)
-        lane = self._questions[order[0]].lane
-        waiting = [job for job in order if self._questions[job].lane == lane]
+        order = sorted(self._queries, key=self._rank)
+        lane = self._queries[order[0]].lane
+        waiting = [job for job in order if self._queries[job].lane == lane]
         size = room = self._size(lane)
         taken = dict.fromkeys(waiting, 0)
-        # From the second lightest on, there is another that weighs no more.
-        shared = [*sorted(self._questions[job].weight for job in waiting), math.inf][1]
+        # A job shares the batch if another job weighs no more, which holds from the second smallest weight on.
+        shared = [*sorted(self._queries[job].weight for job in waiting), math.inf][1]
         for cap in ((size + 1) // 2, size):
             for job in waiting:
-                question = self._questions[job]
-                most = cap if question.weight >= shared else size
-                more = min(room, most - taken[job], min(question.left, question.width) - taken[job])
+                query = self._queries[job]
+                limit = cap if query.weight >= shared else size
+                more = min(room, limit - taken[job], min(query.rows_left, query.max_per_batch) - taken[job])
                 if more > 0:
                     taken[job] += more
                     room -= more
         self._batches += 1
-        return Batch(lane, tuple(self._take(job, rows) for job, rows in taken.items() if rows))
+        return Batch(lane, tuple(self._advance(job, rows) for job, rows in taken.items() if rows))
 
     def _rank(self, job: int) -> tuple[float, int]:
-        question = self._questions[job]
-        waited = self._batches - question.asked_at
-        return ((question.left + question.later) * question.weight * 0.5 ** (waited / PATIENCE), job)
+        query = self._queries[job]
+        waited = self._batches - query.last_batch
+        return ((query.rows_left + query.later_rows) * query.weight * 0.5 ** (waited / PATIENCE), job)
 
-    def _take(self, job: int, rows: int) -> Take:
-        question = self._questions[job]
-        take = Take(job, question.cursor, question.cursor + rows)
-        question.cursor += rows
-        question.asked_at = self._batches
-        if not question.left:
-            del self._questions[job]
-        return take
+    def _advance(self, job: int, rows: int) -> RowRange:
+        query = self._queries[job]
+        taken = RowRange(job, query.cursor, query.cursor + rows)
+        query.cursor += rows
+        query.last_batch = self._batches
+        if not query.rows_left:
+            del self._queries[job]
+        return taken

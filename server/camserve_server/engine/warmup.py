@@ -1,4 +1,4 @@
-"""Finds each lane's batch size, and on the way makes everything warm that is slow the first time."""
+"""Warm-up of a model: it measures the batch size of each lane and runs everything that is slow the first time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, get_args
 import structlog
 import torch
 
-from camserve_server.engine.lanes.dispatch import Part, run, start_work
-from camserve_server.engine.lanes.fast_forward import bare
+from camserve_server.engine.lanes.dispatch import BatchSlice, run_batch, start_query
+from camserve_server.engine.lanes.fast_forward import build_fast_forward
 from camserve_server.errors import Unservable
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import INPUT, Ascend, Gradient, Query, Score, Targets
@@ -20,40 +20,95 @@ from camserve_server.rows import Repeated
 log = structlog.get_logger()
 
 SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256)}
-# The share of the best throughput that is enough. An ascent brings one row a batch: a lone one pays for the padding.
-NEAR_BEST: dict[LaneKind, float] = {"forward": 0.97, "gradient": 0.95, "ascend": 0.7}
-MEASURE_S = 0.4  # where sizes are compared
-GLANCE_S = 0.05
-SLOW_S = 2.0  # a batch that takes longer would make cancelling slow, whatever its throughput
+# Share of the best throughput that a batch size must reach. It is smaller for ascents, because a single ascent has one
+# row in each batch and pays for the padding rows of a large one.
+MIN_THROUGHPUT_SHARE: dict[LaneKind, float] = {"forward": 0.97, "gradient": 0.95, "ascend": 0.7}
+MEASURE_S = 0.4  # measuring time of each batch size where sizes are compared
+SHORT_MEASURE_S = 0.05  # measuring time where the batch size is configured
+MAX_BATCH_S = 2.0  # a batch that takes longer would make cancellation slow, whatever its throughput
 
 
 def warm_up(model: Model, batch_size: int | None = None) -> None:
-    """Sets `model.batch_sizes`: the smallest near enough to the best throughput, or `batch_size` for all lanes."""
-    for _ in warming_up(model, batch_size):
+    """Set `batch_sizes`, `rows_per_s`, `fast_forward` and `fast_forward_size` of the model.
+
+    Args:
+        model: Model to warm up.
+        batch_size: Number of rows of a batch in all lanes. If None, each lane gets the smallest size whose throughput
+            is close enough to the best (`MIN_THROUGHPUT_SHARE`).
+    """
+    for _ in warm_up_steps(model, batch_size):
         pass
 
 
-def warming_up(model: Model, batch_size: int | None = None) -> Iterator[None]:
-    """The same batch by batch, for a thread that has others to run between them."""
-    for kind, query in _queries(model).items():
+def warm_up_steps(model: Model, batch_size: int | None = None) -> Iterator[None]:
+    """Warm up the model as `warm_up` does, and yield before each batch.
+
+    The engine's thread runs batches of other requests between the steps.
+
+    Args:
+        model: Model to warm up.
+        batch_size: As in `warm_up`.
+
+    Yields:
+        None, before each batch.
+    """
+    for kind, query in _example_queries(model).items():
         sizes = (batch_size,) if batch_size else SIZES[model.device.type]
         try:
-            seconds = partial(_seconds, model, query, GLANCE_S if batch_size else MEASURE_S)
-            size, model.rows_per_s[kind] = yield from _best(seconds, sizes, NEAR_BEST[kind])
-        except Unservable as error:  # methods of other lanes can be served all the same
+            seconds = partial(_batch_seconds, model, query, SHORT_MEASURE_S if batch_size else MEASURE_S)
+            size, model.rows_per_s[kind] = yield from best_batch_size(seconds, sizes, MIN_THROUGHPUT_SHARE[kind])
+        except Unservable as error:  # methods of the other lanes can still be served
             log.warning("a lane cannot be served", model=model.name, lane=kind, reason=error.message)
             size = model.batch_sizes["forward"]
         model.batch_sizes[kind] = size
     yield
     size = model.batch_sizes["forward"]
-    model.bare = bare(model, size)
-    if model.bare is not None:
-        model.bare_size = size
-        took = yield from _seconds(model, _queries(model)["forward"], MEASURE_S, size)
+    model.fast_forward = build_fast_forward(model, size)
+    if model.fast_forward is not None:
+        model.fast_forward_size = size
+        took = yield from _batch_seconds(model, _example_queries(model)["forward"], MEASURE_S, size)
         model.rows_per_s["forward"] = size / took
 
 
-def _queries(model: Model) -> dict[LaneKind, Callable[[int], Query[Any]]]:
+def best_batch_size(
+    seconds: Callable[[int], Generator[None, None, float]], sizes: tuple[int, ...], min_share: float
+) -> Generator[None, None, tuple[int, float]]:
+    """Measure batch sizes and return the smallest whose throughput is close enough to the best.
+
+    The measurement ends early at a size that does not fit into memory, at a batch that takes longer than `MAX_BATCH_S`,
+    and once two sizes in a row are below `min_share` of the best throughput.
+
+    Args:
+        seconds: Generator function from a batch size to the time of one batch in seconds.
+        sizes: Batch sizes in ascending order.
+        min_share: Share of the best throughput that is close enough, in [0, 1].
+
+    Yields:
+        None, whenever `seconds` does.
+
+    Returns:
+        The batch size and its throughput in rows per second.
+
+    Raises:
+        torch.OutOfMemoryError: Not even the first size fits into memory.
+    """
+    rates: dict[int, float] = {}
+    for size in sizes:
+        try:
+            took = yield from seconds(size)
+        except torch.OutOfMemoryError:
+            if not rates:
+                raise
+            break
+        rates[size] = size / took
+        best = max(rates.values())
+        if took > MAX_BATCH_S or (len(rates) > 2 and max([*rates.values()][-2:]) < min_share * best):
+            break
+    return next((size, rate) for size, rate in rates.items() if rate >= min_share * max(rates.values()))
+
+
+def _example_queries(model: Model) -> dict[LaneKind, Callable[[int], Query[Any]]]:
+    """Return for each kind of lane a function from a batch size to a query that fills one batch."""
     x = model.image(torch.zeros(model.preprocessing.channels, *model.preprocessing.size))
     none = torch.zeros(1, dtype=torch.float64, device=model.device)
     c = Targets((0,), none, none)
@@ -71,39 +126,21 @@ def _queries(model: Model) -> dict[LaneKind, Callable[[int], Query[Any]]]:
     }
 
 
-def _best(
-    seconds: Callable[[int], Generator[None, None, float]], sizes: tuple[int, ...], near: float
-) -> Generator[None, None, tuple[int, float]]:
-    """The size, and its rows a second."""
-    rates: dict[int, float] = {}
-    for size in sizes:
-        try:
-            took = yield from seconds(size)
-        except torch.OutOfMemoryError:
-            if not rates:
-                raise
-            break
-        rates[size] = size / took
-        best = max(rates.values())
-        if took > SLOW_S or (len(rates) > 2 and max([*rates.values()][-2:]) < near * best):
-            break
-    return next((size, rate) for size, rate in rates.items() if rate >= near * max(rates.values()))
-
-
-def _seconds(
+def _batch_seconds(
     model: Model, query: Callable[[int], Query[Any]], at_least_s: float, size: int
 ) -> Generator[None, None, float]:
+    """Run batches for `at_least_s` seconds, at least three, and return the shortest time; yield before each batch."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < at_least_s:
         yield
-        lane, work = start_work(query(size), model, dict.fromkeys(get_args(LaneKind), size))
+        lane, started = start_query(query(size), model, dict.fromkeys(get_args(LaneKind), size))
         _synchronize(model)
         start = time.perf_counter()
         with torch.no_grad():
-            run(model, lane, [Part(work, 0, size)], size)
+            run_batch(model, lane, [BatchSlice(started, 0, size)], size)
         _synchronize(model)
         times.append(time.perf_counter() - start)
-    return min(times)  # whatever else the machine does only adds to it
+    return min(times)  # other processes on the machine can only make a batch slower
 
 
 def _synchronize(model: Model) -> None:

@@ -15,9 +15,9 @@ from camserve_server.engine import batch_runner as runner_module
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Event, Progress
 from camserve_server.engine.lanes import ascend, gradient
-from camserve_server.engine.lanes.dispatch import Lane, Part
-from camserve_server.engine.lanes.forward import Scoring
-from camserve_server.engine.lanes.work import Total
+from camserve_server.engine.lanes.dispatch import BatchSlice, Lane
+from camserve_server.engine.lanes.forward import ScoreQuery
+from camserve_server.engine.lanes.lane_query import RowSum
 from camserve_server.errors import Cancelled, Expired, InternalError, OutOfMemory, QueueFull, Unavailable
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import MapWarning, Plan, Predict, Score, Scores, Sum, Targets
@@ -36,14 +36,14 @@ def model() -> Model:
 
 def limited(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
     """A device without room for more than `largest` rows."""
-    run = runner_module.run
+    run = runner_module.run_batch
 
-    def small(model: Model, lane: Lane, parts: Sequence[Part], size: int) -> None:
+    def small(model: Model, lane: Lane, slices: Sequence[BatchSlice], size: int) -> None:
         if size > largest:
             raise torch.OutOfMemoryError("no room")
-        run(model, lane, parts, size)
+        run(model, lane, slices, size)
 
-    monkeypatch.setattr(runner_module, "run", small)
+    monkeypatch.setattr(runner_module, "run_batch", small)
 
 
 @pytest.mark.parametrize("method", ["poly-cam", "opti-cam", "grad-cam"])
@@ -114,10 +114,10 @@ def test_a_batch_that_did_not_fit_is_gone_before_its_halves_are_run(method: str)
 @pytest.mark.parametrize(
     ("owner", "name", "method"),
     [
-        (Total, "add", "rise"),
-        (Total, "add", "smooth-grad"),
-        (Scoring, "keep", "score-cam"),
-        (gradient, "_own", "grad-cam"),
+        (RowSum, "add", "rise"),
+        (RowSum, "add", "smooth-grad"),
+        (ScoreQuery, "store_logits", "score-cam"),
+        (gradient, "detached_copies", "grad-cam"),
         (ascend, "adam", "opti-cam"),
     ],
     ids=["forward sum", "gradient sum", "scores", "gradients", "ascent"],

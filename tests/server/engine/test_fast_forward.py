@@ -51,8 +51,8 @@ def compiled() -> Model:
 @compiler
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_network_gives_the_same_maps(compiled: Model, method: str) -> None:
-    assert compiled.bare is not None
-    assert {id(weight) for weight in weights_of(compiled.bare)} == {
+    assert compiled.fast_forward is not None
+    assert {id(weight) for weight in weights_of(compiled.fast_forward)} == {
         id(weight) for weight in weights_of(compiled.module)
     }
     torch.testing.assert_close(maps(compiled, method), maps(small(), method), rtol=0, atol=1e-5)
@@ -89,20 +89,20 @@ def test_a_random_copy_runs_its_own_weights(compiled: Model) -> None:
 
 
 def test_nothing_is_compiled_unless_asked_for() -> None:
-    assert small().bare is None
+    assert small().fast_forward is None
 
 
 @pytest.mark.parametrize("breaks", [True, False], ids=["it fails", "it has other logits"])
 def test_a_way_that_does_not_work_is_not_taken(monkeypatch: pytest.MonkeyPatch, breaks: bool) -> None:
-    def way(forward: fast_forward.Forward) -> fast_forward.Forward:
+    def way(forward: fast_forward.ForwardPass) -> fast_forward.ForwardPass:
         if breaks:
             raise RuntimeError("a network that cannot be followed\nand why")
         return lambda X: forward(X) + 0.1
 
-    monkeypatch.setattr(fast_forward, "_ways", lambda model: [("torch.compile", way)])
+    monkeypatch.setattr(fast_forward, "_techniques", lambda model: [("torch.compile", way)])
     with capture_logs() as logs:
         model = small(compile=True)
-    assert model.bare is None
+    assert model.fast_forward is None
     why = "RuntimeError: a network that cannot be followed" if breaks else "other logits than the network's own"
     assert [(log["event"], log["way"], log["reason"]) for log in logs] == [
         ("the network runs without", "torch.compile", why)
@@ -114,14 +114,14 @@ def test_a_way_that_does_not_work_is_not_taken(monkeypatch: pytest.MonkeyPatch, 
 def test_only_batches_of_its_size_take_it(compiled: Model) -> None:
     """Callers may ask for others, and each would be compiled or recorded anew."""
     seen: list[int] = []
-    forward = compiled.bare
+    forward = compiled.fast_forward
     assert forward is not None
 
     def watched(X: Tensor) -> Tensor:
         seen.append(len(X))
         return forward(X)
 
-    model = replace(compiled, bare=watched)
+    model = replace(compiled, fast_forward=watched)
     for size in (4, 3):
         sizes: dict[LaneKind, int] = {"forward": size, "gradient": size, "ascend": size}
         explained(model, noise(3, 32, 32), call(model, "score-cam"), [1], batch_sizes=sizes)
@@ -134,7 +134,7 @@ def test_only_batches_of_its_size_take_it(compiled: Model) -> None:
 def test_a_gpu_gives_the_same_maps(config: dict[str, bool], method: str) -> None:
     with capture_logs() as logs:
         model = small(torch.device("cuda"), **config)
-    assert (model.bare is not None, logs) == (True, [])
+    assert (model.fast_forward is not None, logs) == (True, [])
     torch.testing.assert_close(maps(model, method).cpu(), maps(small(), method), rtol=0, atol=1e-4)
     assert torch.equal(maps(model, method), maps(model, method))
 
@@ -143,7 +143,7 @@ def test_a_gpu_gives_the_same_maps(config: dict[str, bool], method: str) -> None
 def test_a_graph_keeps_what_it_gave() -> None:
     device = torch.device("cuda")
     model = small(device)
-    forward = fast_forward.Graphed(model.module)
+    forward = fast_forward.GraphedForward(model.module)
     with torch.no_grad():
         first, second = (noise(4, 3, 32, 32, seed=seed).to(device) for seed in (1, 2))
         found = forward(first)
@@ -167,7 +167,7 @@ class Asks(nn.Module):
 def test_a_network_that_cannot_be_recorded_is_served_as_it_is() -> None:
     with capture_logs() as logs:
         model = small(torch.device("cuda"), source="python:tests.server.engine.test_fast_forward:Asks")
-    assert model.bare is None
+    assert model.fast_forward is None
     assert [log["way"] for log in logs] == ["CUDA graphs"]
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.testing.assert_close(maps(model, "poly-cam").cpu(), maps(small(), "poly-cam"), rtol=0, atol=1e-4)

@@ -189,13 +189,13 @@ def test_the_served_network_is_never_touched_and_company_changes_nothing(
 @pytest.fixture
 def most(monkeypatch: pytest.MonkeyPatch, copies: list[weakref.ref[Any]]) -> Iterator[list[int]]:
     """How many copies there were whenever a batch ran."""
-    run, seen = runner_module.run, list[int]()
+    run, seen = runner_module.run_batch, list[int]()
 
     def counted(*args: Any) -> None:
         run(*args)
         seen.append(sum(copy() is not None for copy in copies))
 
-    monkeypatch.setattr(runner_module, "run", counted)
+    monkeypatch.setattr(runner_module, "run_batch", counted)
     yield seen
 
 

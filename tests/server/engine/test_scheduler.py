@@ -35,14 +35,14 @@ def ask(scheduler: Scheduler[str], job: int, plan: Plan) -> None:
     rows = plan.questions[plan.asked]
     plan.asked += 1
     plan.got.clear()
-    scheduler.ask(job, plan.lane, rows, width=plan.width, later=plan.later())
+    scheduler.add(job, plan.lane, rows, max_per_batch=plan.width, later_rows=plan.later())
 
 
 def check(batch: Batch[str], size: int, plans: dict[int, Plan]) -> None:
     """What every batch must keep to."""
-    assert 0 < sum(take.stop - take.start for take in batch.takes) <= size
-    assert len({take.job for take in batch.takes}) == len(batch.takes)
-    for take in batch.takes:
+    assert 0 < sum(take.stop - take.start for take in batch.ranges) <= size
+    assert len({take.job for take in batch.ranges}) == len(batch.ranges)
+    for take in batch.ranges:
         plan = plans[take.job]
         assert not plan.ended, "a row was spent on the dead"
         assert plan.lane == batch.lane
@@ -74,7 +74,7 @@ def test_a_thousand_plans_with_cancels_and_failures(seed: int) -> None:
             ask(scheduler, job, plans[job])
         for job, plan in plans.items():
             if plan.cancelled_at == batches and plan.asked and not plan.ended:
-                scheduler.drop(job)
+                scheduler.remove(job)
                 plan.ended = "cancelled"
         batch = scheduler.next_batch()
         batches += 1
@@ -82,12 +82,12 @@ def test_a_thousand_plans_with_cancels_and_failures(seed: int) -> None:
             continue
         check(batch, size[batch.lane], plans)
         served = set()
-        for take in batch.takes:
+        for take in batch.ranges:
             plan = plans[take.job]
             served.add(take.job)
             plan.got.append((take.start, take.stop))
             if plan.fails_at is not None and sum(e - s for s, e in plan.got) >= plan.fails_at:
-                scheduler.drop(take.job)  # of this job alone
+                scheduler.remove(take.job)  # of this job alone
                 plan.ended = "failed"
             elif take.stop == plan.questions[plan.asked - 1]:
                 if plan.asked == len(plan.questions):
@@ -108,27 +108,27 @@ def test_a_thousand_plans_with_cancels_and_failures(seed: int) -> None:
 
 def test_a_short_plan_passes_a_long_one() -> None:
     scheduler: Scheduler[str] = Scheduler(lambda lane: 8)
-    scheduler.ask(1, "forward", 3000)
+    scheduler.add(1, "forward", 3000)
     scheduler.next_batch()
-    scheduler.ask(2, "forward", 1)
+    scheduler.add(2, "forward", 1)
     batch = scheduler.next_batch()
     assert batch is not None
-    assert batch.takes[0].job == 2
-    assert sum(take.stop - take.start for take in batch.takes) == 8, "the long plan fills what is left"
+    assert batch.ranges[0].job == 2
+    assert sum(take.stop - take.start for take in batch.ranges) == 8, "the long plan fills what is left"
 
 
 @pytest.mark.parametrize(("arrivals_in_ten", "least_share"), [(9, 0.099), (10, 0.02)])
 def test_a_long_plan_is_not_starved_by_short_ones(arrivals_in_ten: int, least_share: float) -> None:
     """One-row plans arrive that take nearly all batches, or would take all of them; the long one goes on."""
     scheduler: Scheduler[str] = Scheduler(lambda lane: 1)
-    scheduler.ask(0, "forward", 1024)
+    scheduler.add(0, "forward", 1024)
     gaps, last = [], 0
     for number in range(1, 1001):
         if number % 10 < arrivals_in_ten:
-            scheduler.ask(number, "forward", 1)
+            scheduler.add(number, "forward", 1)
         batch = scheduler.next_batch()
         assert batch is not None
-        if batch.takes[0].job == 0:
+        if batch.ranges[0].job == 0:
             gaps.append(number - last)
             last = number
     assert len(gaps) / 1000 >= least_share
@@ -138,32 +138,32 @@ def test_a_long_plan_is_not_starved_by_short_ones(arrivals_in_ten: int, least_sh
 
 def test_two_long_plans_share_a_batch() -> None:
     scheduler: Scheduler[str] = Scheduler(lambda lane: 8)
-    scheduler.ask(1, "forward", 100)
-    scheduler.ask(2, "forward", 3000)
+    scheduler.add(1, "forward", 100)
+    scheduler.add(2, "forward", 3000)
     batch = scheduler.next_batch()
     assert batch is not None
-    assert [(take.job, take.stop - take.start) for take in batch.takes] == [(1, 4), (2, 4)]
+    assert [(take.job, take.stop - take.start) for take in batch.ranges] == [(1, 4), (2, 4)]
 
 
 def test_alone_a_plan_has_the_whole_batch() -> None:
     scheduler: Scheduler[str] = Scheduler(lambda lane: 8)
-    scheduler.ask(1, "forward", 20)
+    scheduler.add(1, "forward", 20)
     sizes = []
     while (batch := scheduler.next_batch()) is not None:
-        sizes.append([take.stop - take.start for take in batch.takes])
+        sizes.append([take.stop - take.start for take in batch.ranges])
     assert sizes == [[8], [8], [4]]
 
 
 def test_a_heavier_plan_waits_but_does_not_starve() -> None:
     """Of two that owe as much: the light one has the batches, and now and then the other one half of one."""
     scheduler: Scheduler[str] = Scheduler(lambda lane: 8)
-    scheduler.ask(1, "forward", 3000, weight=16.0)
-    scheduler.ask(2, "forward", 3000, weight=1 / 16)
+    scheduler.add(1, "forward", 3000, weight=16.0)
+    scheduler.add(2, "forward", 3000, weight=1 / 16)
     taken = {1: 0, 2: 0}
     for _ in range(200):
         batch = scheduler.next_batch()
         assert batch is not None
-        for take in batch.takes:
+        for take in batch.ranges:
             taken[take.job] += take.stop - take.start
     assert sum(taken.values()) == 1600
     assert 20 <= taken[1] <= 80
@@ -171,31 +171,31 @@ def test_a_heavier_plan_waits_but_does_not_starve() -> None:
 
 def test_a_light_plan_passes_a_shorter_one() -> None:
     scheduler: Scheduler[str] = Scheduler(lambda lane: 8)
-    scheduler.ask(1, "forward", 200)
-    scheduler.ask(2, "forward", 3000, weight=1 / 16)
+    scheduler.add(1, "forward", 200)
+    scheduler.add(2, "forward", 3000, weight=1 / 16)
     batch = scheduler.next_batch()
     assert batch is not None
-    assert [(take.job, take.stop - take.start) for take in batch.takes] == [(2, 8)]
+    assert [(take.job, take.stop - take.start) for take in batch.ranges] == [(2, 8)]
 
 
 def test_an_iterative_plan_has_one_row_a_batch() -> None:
     scheduler: Scheduler[str] = Scheduler(lambda lane: 4)
-    scheduler.ask(1, "ascend", 3, width=1)
-    scheduler.ask(2, "ascend", 3, width=1)
+    scheduler.add(1, "ascend", 3, max_per_batch=1)
+    scheduler.add(2, "ascend", 3, max_per_batch=1)
     for step in range(3):
         batch = scheduler.next_batch()
         assert batch is not None
-        assert sorted((t.job, t.start, t.stop) for t in batch.takes) == [(1, step, step + 1), (2, step, step + 1)]
+        assert sorted((t.job, t.start, t.stop) for t in batch.ranges) == [(1, step, step + 1), (2, step, step + 1)]
     assert scheduler.next_batch() is None
 
 
 def test_what_comes_later_counts_for_the_rank() -> None:
     scheduler: Scheduler[str] = Scheduler(lambda lane: 1)
-    scheduler.ask(1, "forward", 1, later=5000)
-    scheduler.ask(2, "forward", 10)
+    scheduler.add(1, "forward", 1, later_rows=5000)
+    scheduler.add(2, "forward", 10)
     batch = scheduler.next_batch()
     assert batch is not None
-    assert batch.takes[0].job == 2
+    assert batch.ranges[0].job == 2
     assert scheduler.rows_owed() == 5010
 
 
@@ -203,10 +203,10 @@ def test_what_comes_later_counts_for_the_rank() -> None:
 def test_every_row_is_given_out_once(questions: list[tuple[int, int]], size: int) -> None:
     scheduler: Scheduler[int] = Scheduler(lambda lane: size)
     for job, (rows, width) in enumerate(questions):
-        scheduler.ask(job, 0, rows, width=width)
+        scheduler.add(job, 0, rows, max_per_batch=width)
     given_out: dict[int, list[int]] = {job: [] for job in range(len(questions))}
     while (batch := scheduler.next_batch()) is not None:
-        for take in batch.takes:
+        for take in batch.ranges:
             assert take.stop - take.start <= questions[take.job][1]
             given_out[take.job] += range(take.start, take.stop)
     assert given_out == {job: list(range(rows)) for job, (rows, _) in enumerate(questions)}

@@ -1,4 +1,4 @@
-"""The ascend lane: iterations of Adam through the network, for many variables side by side."""
+"""The ascend lane: iterations of Adam through the network, for several variables at once."""
 
 from __future__ import annotations
 
@@ -8,33 +8,42 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from camserve_server.engine.lanes.work import Part, batch, check_differentiable, spans_of
+from camserve_server.engine.lanes.batch import batch_spans, check_differentiable, padded_batch
+from camserve_server.engine.lanes.lane_query import BatchSlice
 from camserve_server.models.model import Model
 from camserve_server.plan import Ascend, Ascent
 
 
-class Ascending:
-    """T variables, moved side by side. Row i·T + t is step i of variable t."""
+class AscendQuery:
+    """Ascent of T variables, which take their steps together. Row i·T + t is step i of variable t.
+
+    Attributes:
+        layers: Names of the layers to hook: none.
+        min_rows: Number of rows after which the query may be answered early; None if it needs all of them.
+        rate: Learning rate of Adam.
+        rows: Number of rows in all: steps × T.
+        max_per_batch: Largest number of rows that one batch may contain: T, because a step needs the one before it.
+    """
 
     layers: tuple[str, ...] = ()
 
     def __init__(self, query: Ascend, model: Model) -> None:
         self._query = query
-        self.least = query.min_rows
+        self.min_rows = query.min_rows
         self.rate = query.rate
         self._count = len(query.u0)
         self.rows = query.steps * self._count
-        self.width = self._count
+        self.max_per_batch = self._count
         self._u = [u.detach().clone() for u in query.u0]
         self._m = [torch.zeros_like(u) for u in self._u]
         self._v = [torch.zeros_like(u) for u in self._u]
         self._steps = [torch.zeros((), dtype=torch.float32, device=u.device) for u in self._u]
         self._history: list[list[Tensor]] = [[] for _ in self._u]
-        self._halted = [False] * self._count
+        self._ended = [False] * self._count
         self._leaves: dict[int, Tensor] = {}
 
     def make(self, start: int, stop: int) -> Tensor:
-        """Differentiable rows: each depends on a leaf of its own."""
+        """Return rows [start, stop), [stop − start, C, H, W]; each depends on its own copy of a variable."""
         rows = []
         for i in range(start, stop):
             leaf = self._leaves[i] = self._u[i % self._count].detach().clone().requires_grad_()
@@ -42,73 +51,106 @@ class Ascending:
         return torch.stack(rows)
 
     def objectives(self, start: int, logits: Tensor) -> list[Tensor]:
-        """Of each row, the scalar to be maximised."""
+        """Return the scalar to maximise for each row.
+
+        Args:
+            start: Index of the first row.
+            logits: Logits [n, classes] of the n rows from `start` on.
+        """
         return [self._query.objective((start + i) % self._count, y) for i, y in enumerate(logits)]
 
-    def leaves(self, start: int, stop: int) -> list[Tensor]:
-        """Of each row, the variable to be moved."""
+    def take_leaves(self, start: int, stop: int) -> list[Tensor]:
+        """Return the copies of the variables that rows [start, stop) depend on, and forget them."""
         return [self._leaves.pop(i) for i in range(start, stop)]
 
-    def seen(self, row: int) -> bool:
-        """Whether step `row` // T of variable `row` % T is over: it has halted, or the batch is tried again."""
+    def is_step_done(self, row: int) -> bool:
+        """Return True if the row needs no update.
+
+        Either its variable has ended, or the update has been made and the batch is run again.
+        """
         t = row % self._count
-        return self._halted[t] or len(self._history[t]) > row // self._count
+        return self._ended[t] or len(self._history[t]) > row // self._count
 
-    def halts(self, row: int, objective: Tensor) -> bool:
-        """Whether the variable is to stay where it is, now that it has had this objective."""
-        halt = self._query.stop
-        return halt is not None and halt([float(value) for value in (*self._history[row % self._count], objective)])
+    def is_stopped(self, row: int, objective: Tensor) -> bool:
+        """Return True if the query's `stop` callback ends the ascent of the row's variable at this objective."""
+        stop = self._query.stop
+        return stop is not None and stop([float(value) for value in (*self._history[row % self._count], objective)])
 
-    def state(self, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The variable [K], its two moments [K], and how many steps these have had []."""
+    def adam_state(self, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the row's variable [K], its first and second moment [K], and its number of updates [], a float32."""
         t = row % self._count
         return self._u[t], self._m[t], self._v[t], self._steps[t]
 
-    def note(self, row: int, objective: Tensor, halted: bool) -> None:
-        """That the step is over."""
+    def record_step(self, row: int, objective: Tensor, stopped: bool) -> None:
+        """Record that the step of the row is over; `stopped` ends the ascent of its variable."""
         t = row % self._count
         self._history[t].append(objective.detach())
-        self._halted[t] = halted or len(self._history[t]) == self._query.steps
+        self._ended[t] = stopped or len(self._history[t]) == self._query.steps
 
-    def answered(self) -> bool:
-        return all(self._halted)
+    def is_complete(self) -> bool:
+        """Return True if the ascent of every variable has ended."""
+        return all(self._ended)
 
     def answer(self) -> Ascent:
+        """Return the variables [T, K], their objectives before each update, and which ascents have ended."""
         history = tuple(tuple(float(v) for v in values) for values in self._history)
-        return Ascent(torch.stack(self._u), history, tuple(self._halted))
+        return Ascent(torch.stack(self._u), history, tuple(self._ended))
 
 
-def run_ascend(model: Model, parts: Sequence[Part], size: int) -> None:
-    works: list[Ascending] = []
-    for part in parts:
-        assert isinstance(part.work, Ascending)
-        works.append(part.work)
+def run_ascend(model: Model, slices: Sequence[BatchSlice], size: int) -> None:
+    """Run one batch of the ascend lane: a forward pass, a backward pass and an update of Adam for each row.
+
+    Args:
+        model: Network to run.
+        slices: Rows of one or more queries.
+        size: Number of rows of the batch; padding rows fill it up.
+
+    Raises:
+        Unservable: No gradient of the logits reaches the input.
+    """
+    queries: list[AscendQuery] = []
+    for each in slices:
+        assert isinstance(each.query, AscendQuery)
+        queries.append(each.query)
     with torch.enable_grad():
-        X = batch(model, [part.work.make(part.start, part.stop) for part in parts], size)
+        X = padded_batch(model, [each.query.make(each.start, each.stop) for each in slices], size)
         logits = model.module(X).to(model.dtype)
         check_differentiable(model, logits)
-        each = zip(works, parts, spans_of(parts), strict=True)
-        objectives = [o for work, part, (start, stop) in each for o in work.objectives(part.start, logits[start:stop])]
-        leaves = [u for work, part in zip(works, parts, strict=True) for u in work.leaves(part.start, part.stop)]
+        placed = zip(queries, slices, batch_spans(slices), strict=True)
+        objectives = [
+            o for query, each, (start, stop) in placed for o in query.objectives(each.start, logits[start:stop])
+        ]
+        leaves = [
+            u for query, each in zip(queries, slices, strict=True) for u in query.take_leaves(each.start, each.stop)
+        ]
         gradients = torch.autograd.grad(torch.stack(objectives).sum(), leaves)
-    rows = [(work, row) for work, part in zip(works, parts, strict=True) for row in range(part.start, part.stop)]
-    due = [(*at, y, g) for at, y, g in zip(rows, objectives, gradients, strict=True) if not at[0].seen(at[1])]
-    halted = [work.halts(row, objective) for work, row, objective, _ in due]
-    # Nothing before here has changed a work: a batch that fails is tried again from where it was.
+    rows = [(query, row) for query, each in zip(queries, slices, strict=True) for row in range(each.start, each.stop)]
+    due = [
+        (query, row, y, g)
+        for (query, row), y, g in zip(rows, objectives, gradients, strict=True)
+        if not query.is_step_done(row)
+    ]
+    stopped = [query.is_stopped(row, objective) for query, row, objective, _ in due]
+    # No query has changed up to here: a batch that fails before this line is run again from the same state.
     moving: dict[float, list[tuple[Tensor, ...]]] = {}
-    for (work, row, _, gradient), halts in zip(due, halted, strict=True):
-        if not halts:
-            moving.setdefault(work.rate, []).append((gradient, *work.state(row)))
+    for (query, row, _, gradient), stops in zip(due, stopped, strict=True):
+        if not stops:
+            moving.setdefault(query.rate, []).append((gradient, *query.adam_state(row)))
     for rate, variables in moving.items():
-        step_up(rate, variables)
-    for (work, row, objective, _), halts in zip(due, halted, strict=True):
-        work.note(row, objective, halts)
+        adam_ascent_step(rate, variables)
+    for (query, row, objective, _), stops in zip(due, stopped, strict=True):
+        query.record_step(row, objective, stops)
 
 
-def step_up(rate: float, variables: Sequence[Sequence[Tensor]]) -> None:
-    """A step of Adam (Kingma and Ba 2015, algorithm 1) upwards, in place, in one kernel for all variables.
+def adam_ascent_step(rate: float, variables: Sequence[Sequence[Tensor]]) -> None:
+    """Make one step of Adam upwards, in place, in one kernel for all variables.
 
-    Each is (gradient, variable, first moment, second moment), all [K], and steps so far, a float32 scalar.
+    The update is algorithm 1 of Kingma and Ba, 2015 (arXiv:1412.6980), with β₁ = 0.9, β₂ = 0.999 and ε = 1e-8.
+
+    Args:
+        rate: Learning rate.
+        variables: For each variable its gradient, value, first moment and second moment, all [K], and its number of
+            updates so far, a float32 scalar.
     """
     gradients, us, ms, vs, steps = ([*values] for values in zip(*variables, strict=True))
     adam(

@@ -1,10 +1,11 @@
-"""Runs one batch: makes its rows, pads it, hooks the layers, goes forward and, where asked, backward.
+"""Choice of the lane of a query, and the run of one batch.
 
-On a CPU, only the engine's thread may do arithmetic on tensors of any size. A second thread would get an OpenMP team of
-its own, and with more threads than cores libgomp's waits go to sleep: a third of the speed is lost, for good.
+A *lane* is a stream of batches: queries of one lane can share a batch. Each lane runs one fixed batch size and fills
+incomplete batches with padding rows, so that the arithmetic of a row does not depend on the other rows.
 
-A *work* is a question under way. It belongs to a lane: works of one lane can share a batch. Each lane runs one fixed
-batch size, the last rows being padding, so that the arithmetic of a row does not depend on its neighbours.
+On a CPU, only the engine's thread may compute on large tensors. A second thread would start an OpenMP team of its own.
+With more threads than cores, the waits of libgomp block in the kernel, and the process permanently loses a third of its
+speed (`docs/decisions/0009-one-thread-does-arithmetic.md`).
 """
 
 from __future__ import annotations
@@ -12,56 +13,84 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from camserve_server.engine.lanes.ascend import Ascending, run_ascend
-from camserve_server.engine.lanes.forward import Attending, Capturing, Predicting, Scoring, run_forward
-from camserve_server.engine.lanes.gradient import Differentiating, run_gradient
-from camserve_server.engine.lanes.work import Lane, Part, Work, arithmetic
+from camserve_server.engine.lanes.ascend import AscendQuery, run_ascend
+from camserve_server.engine.lanes.batch import tf32_if_configured
+from camserve_server.engine.lanes.forward import (
+    CaptureAttentionQuery,
+    CaptureQuery,
+    PredictQuery,
+    ScoreQuery,
+    run_forward,
+)
+from camserve_server.engine.lanes.gradient import GradientQuery, run_gradient
+from camserve_server.engine.lanes.lane_query import BatchSlice, Lane, LaneQuery
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Ablate, Ascend, Capture, CaptureAttention, Gradient, Predict, Query, Score, Sum
 
-__all__ = ["Lane", "Part", "Work", "run", "start_work"]
+__all__ = ["BatchSlice", "Lane", "LaneQuery", "run_batch", "start_query"]
 
 
-def start_work(query: Query[Any], model: Model, sizes: Mapping[LaneKind, int], copy: int = 0) -> tuple[Lane, Work]:
-    """The lane that answers the query, and the work that it means.
+def start_query(
+    query: Query[Any], model: Model, sizes: Mapping[LaneKind, int], copy: int = 0
+) -> tuple[Lane, LaneQuery]:
+    """Choose the lane of a query and prepare its run.
 
-    `sizes` are the lanes' batch sizes; `copy` is the request that the model is a copy for, if it is one.
+    Args:
+        query: Query of a plan that costs rows.
+        model: Network that answers it: the served model or a random copy.
+        sizes: Batch size of each kind of lane, in rows.
+        copy: Job id of the request that owns the random copy; 0 for the served model.
+
+    Returns:
+        The lane and the query in progress.
+
+    Raises:
+        TypeError: The query is of no type that costs rows.
     """
-    work: Work
+    started: LaneQuery
     kind: LaneKind = "forward"
     match query:
         case Predict():
-            work = Predicting(query, model)
+            started = PredictQuery(query, model)
         case Capture():
-            work = Capturing(query, model)
+            started = CaptureQuery(query, model)
         case CaptureAttention():
-            work = Attending(query, model)
+            started = CaptureAttentionQuery(query, model)
         case Score() | Ablate():
-            work = Scoring(query, model)
+            started = ScoreQuery(query, model)
         case Sum(query=Score() | Ablate() as scores):
-            work = Scoring(scores, model, query)
+            started = ScoreQuery(scores, model, query)
         case Gradient():
-            kind, work = "gradient", Differentiating(query, model)
+            kind, started = "gradient", GradientQuery(query, model)
         case Sum(query=Gradient() as gradients):
-            kind, work = "gradient", Differentiating(gradients, model, query)
+            kind, started = "gradient", GradientQuery(gradients, model, query)
         case Ascend():
-            kind, work = "ascend", Ascending(query, model)
+            kind, started = "ascend", AscendQuery(query, model)
         case _:
-            raise TypeError(f"the engine does not know the query {type(query).__name__}")
-    # Works that differentiate share a batch only if they look at the same layers.
-    layers = work.layers if kind == "gradient" else ()
-    bare = kind == "forward" and sizes[kind] == model.bare_size and not work.layers
-    return Lane(model.lane, kind, sizes[kind], layers, copy, bare), work
+            raise TypeError(
+                f"the engine does not know the query {type(query).__name__}; expected one of camserve_server.plan"
+            )
+    # Gradient queries share a batch only if they differentiate the same layers.
+    layers = started.layers if kind == "gradient" else ()
+    fast_forward = kind == "forward" and sizes[kind] == model.fast_forward_size and not started.layers
+    return Lane(model.lane_key, kind, sizes[kind], layers, copy, fast_forward), started
 
 
-_RUN: dict[LaneKind, Callable[[Model, Sequence[Part], int], None]] = {
+_RUN: dict[LaneKind, Callable[[Model, Sequence[BatchSlice], int], None]] = {
     "forward": run_forward,
     "gradient": run_gradient,
     "ascend": run_ascend,
 }
 
 
-def run(model: Model, lane: Lane, parts: Sequence[Part], size: int) -> None:
-    """Runs the parts as one batch of `size` rows, the last of them padding. Each work has its rows' share after."""
-    with arithmetic(model):
-        _RUN[lane.kind](model, parts, size)
+def run_batch(model: Model, lane: Lane, slices: Sequence[BatchSlice], size: int) -> None:
+    """Run the slices as one batch and hand each query the results of its rows.
+
+    Args:
+        model: Network to run.
+        lane: Lane of all the slices.
+        slices: Rows of one or more queries.
+        size: Number of rows of the batch; padding rows fill it up.
+    """
+    with tf32_if_configured(model):
+        _RUN[lane.kind](model, slices, size)

@@ -1,4 +1,4 @@
-"""The network's forward pass where nobody looks at a layer: compiled, as configured, and as a CUDA graph on a GPU."""
+"""Compiled forward pass for batches without hooks, replayed as a CUDA graph on a GPU."""
 
 from __future__ import annotations
 
@@ -10,92 +10,109 @@ import structlog
 import torch
 from torch import Tensor, nn
 
-from camserve_server.engine.lanes.work import arithmetic
+from camserve_server.engine.lanes.batch import tf32_if_configured
 from camserve_server.models.model import Model, Precision
 
 log = structlog.get_logger()
-Forward = Callable[[Tensor], Tensor]  # [N, C, H, W] → logits [N, classes]
+ForwardPass = Callable[[Tensor], Tensor]  # [N, C, H, W] → logits [N, classes]
 
-# How far logits may differ, as a share of the largest: so much another order of sums may bring.
-AGREES: dict[Precision, float] = {"fp64": 1e-9, "fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
+# Largest difference of the logits, as a share of the largest logit, that another order of additions can cause.
+LOGIT_TOLERANCE: dict[Precision, float] = {"fp64": 1e-9, "fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
 
 
-class Graphed:
-    """Records the kernels of a forward pass at its first input; others of that shape launch them all at once."""
+class GraphedForward:
+    """Forward pass recorded as a CUDA graph.
 
-    def __init__(self, forward: Forward) -> None:
+    The first call records the kernels. Later calls launch all of them at once; their inputs must have the shape of the
+    first.
+
+    Args:
+        forward: Forward pass to record.
+    """
+
+    def __init__(self, forward: ForwardPass) -> None:
         self._forward = forward
         self._recorded: tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None = None
 
     def __call__(self, X: Tensor) -> Tensor:
-        """Logits of X [N, C, H, W]."""
+        """Return the logits [N, classes] of X [N, C, H, W]."""
         if self._recorded is None:
             with torch.cuda.device(X.device):
                 self._recorded = self._record(X)
         graph, x, y = self._recorded
         x.copy_(X)
         graph.replay()
-        return y.clone()  # the next replay writes over it
+        return y.clone()  # the next replay overwrites y
 
     def _record(self, X: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         x, graph = X.clone(), torch.cuda.CUDAGraph()
         before, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(before)
-        with torch.cuda.stream(aside):  # as recording asks for: whatever is made the first time is made by then
+        with torch.cuda.stream(aside):  # a recording must not contain the allocations that only the first passes make
             for _ in range(3):
                 self._forward(x)
         before.wait_stream(aside)
         try:
-            # Other threads may copy pictures to the device meanwhile.
+            # "thread_local", because other threads may copy images to the device during the recording.
             with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
                 y = self._forward(x)
         finally:
-            torch.cuda.set_stream(before)  # a recording that fails at its end does not do so by itself
+            torch.cuda.set_stream(before)  # a recording that fails at its end does not restore the stream
         return graph, x, y
 
 
 @torch.no_grad()
-def bare(model: Model, size: int) -> Forward | None:
-    """The forward pass of batches of `size` rows, if there is a faster one than the module's own that agrees with it.
+def build_fast_forward(model: Model, size: int) -> ForwardPass | None:
+    """Build a faster forward pass for batches without hooks.
 
-    To be called on the thread that runs it.
+    Each technique (torch.compile if the model's configuration requests it, CUDA graphs on a GPU) is used only if it
+    runs and its logits agree with those of the network.
+
+    Args:
+        model: Model to accelerate.
+        size: Number of rows of each batch.
+
+    Returns:
+        A function from [size, C, H, W] to logits [size, classes], or None if no technique applies. Only the thread that
+        calls `build_fast_forward` may call it.
     """
     if not model.compile and model.device.type != "cuda":
         return None
     shape = (size, model.preprocessing.channels, *model.preprocessing.size)
     X = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    X = X.to(model.device, model.arithmetic, memory_format=torch.channels_last)
-    with arithmetic(model):
-        return _found(model, X)
+    X = X.to(model.device, model.compute_dtype, memory_format=torch.channels_last)
+    with tf32_if_configured(model):
+        return _accelerated(model, X)
 
 
-def _found(model: Model, X: Tensor) -> Forward | None:
+def _accelerated(model: Model, X: Tensor) -> ForwardPass | None:
     logits = model.module(X)
-    # A copy of its own: hooks on the module itself must neither be compiled nor have it compiled anew.
-    plain = _sharing_weights(model.module) if model.compile else model.module
-    found: Forward = plain
-    for name, way in _ways(model):
+    # The copy has no hooks: hooks on the module itself must not be compiled and must not cause a recompilation.
+    plain = _copy_with_shared_weights(model.module) if model.compile else model.module
+    forward: ForwardPass = plain
+    for name, technique in _techniques(model):
         try:
-            faster = way(found)
-            faster(torch.zeros_like(X))  # what is recorded must not be the answer to this one input
-            agree = torch.allclose(faster(X), logits, rtol=0, atol=AGREES[model.precision] * float(logits.abs().max()))
+            faster = technique(forward)
+            faster(torch.zeros_like(X))  # records with another input, so that a constant answer shows below
+            tolerance = LOGIT_TOLERANCE[model.precision] * float(logits.abs().max())
+            agree = torch.allclose(faster(X), logits, rtol=0, atol=tolerance)
             reason = "" if agree else "other logits than the network's own"
-        except Exception as error:  # a network may do what neither can follow
+        except Exception as error:  # a network may contain code that cannot be compiled or recorded
             reason = f"{type(error).__name__}: {error}"
         if reason:
             log.warning("the network runs without", model=model.name, way=name, reason=reason.partition("\n")[0])
         else:
-            found = faster
-    return None if found is plain else found
+            forward = faster
+    return None if forward is plain else forward
 
 
-def _sharing_weights(module: nn.Module) -> nn.Module:
+def _copy_with_shared_weights(module: nn.Module) -> nn.Module:
     weights = (*module.parameters(), *module.buffers())
     return copy.deepcopy(module, {id(weight): weight for weight in weights})
 
 
-def _ways(model: Model) -> Iterator[tuple[str, Callable[[Forward], Forward]]]:
+def _techniques(model: Model) -> Iterator[tuple[str, Callable[[ForwardPass], ForwardPass]]]:
     if model.compile:
         yield "torch.compile", partial(torch.compile, dynamic=False, options={"compile_threads": 1})
     if model.device.type == "cuda":
-        yield "CUDA graphs", Graphed
+        yield "CUDA graphs", GraphedForward

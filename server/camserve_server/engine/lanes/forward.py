@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camserve_server.engine.lanes.work import Part, Total, batch, hooks, spans_of
+from camserve_server.engine.lanes.batch import batch_spans, padded_batch
+from camserve_server.engine.lanes.hooks import hooks
+from camserve_server.engine.lanes.lane_query import BatchSlice, RowSum
 from camserve_server.models.attention import attention_weights
 from camserve_server.models.model import Model
 from camserve_server.plan import (
@@ -28,121 +30,157 @@ from camserve_server.rows import to_device
 
 
 @dataclass(eq=False)
-class Forward:
-    """What forward works share: they are handed their rows' logits, and may look at layers or change their outputs."""
+class ForwardQuery:
+    """Base class of the queries of the forward lane.
+
+    A query receives the logits of its rows. It can also read and replace the outputs of `layers`.
+
+    Attributes:
+        model: Network that answers the query.
+        rows: Number of rows in all.
+        layers: Names of the layers to hook.
+        min_rows: Number of rows after which the query may be answered early; None if it needs all of them.
+        done: Number of rows whose logits have been stored.
+    """
 
     model: Model
     rows: int = 1
     layers: tuple[str, ...] = ()
-    least: int | None = None
+    min_rows: int | None = None
     done: int = 0
 
     @property
-    def width(self) -> int:
+    def max_per_batch(self) -> int:
+        """Largest number of rows that one batch may contain: all of them."""
         return self.rows
 
     def make(self, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) of the model's input, [stop − start, C, H, W]."""
         raise NotImplementedError
 
     def answer(self) -> Any:
+        """Return the answer for the plan, made from the rows that have run."""
         raise NotImplementedError
 
-    def answered(self) -> bool:
+    def is_complete(self) -> bool:
+        """Return True if no further row is needed."""
         return self.done == self.rows
 
-    def see(self, layer: str, start: int, stop: int, output: Tensor) -> Tensor | None:
-        """The module's output for rows [start, stop); what is returned takes its place."""
+    def on_layer_output(self, layer: str, start: int, stop: int, output: Tensor) -> Tensor | None:
+        """Read the output of a layer for rows [start, stop); a tensor that is returned replaces it."""
         raise NotImplementedError
 
-    def take(self, start: int, stop: int, logits: Tensor) -> None:
-        if stop > self.done:  # a batch that is tried again brings what is known
-            self.keep(start, stop, logits)
+    def take_logits(self, start: int, stop: int, logits: Tensor) -> None:
+        """Store the logits [stop − start, classes] of rows [start, stop) unless they are stored already."""
+        if stop > self.done:  # a batch that is run again repeats rows
+            self.store_logits(start, stop, logits)
             self.done = stop
 
-    def keep(self, start: int, stop: int, logits: Tensor) -> None:
+    def store_logits(self, start: int, stop: int, logits: Tensor) -> None:
+        """Store what the answer needs of the logits [stop − start, classes] of rows [start, stop)."""
         raise NotImplementedError
 
 
-class Predicting(Forward):
+class PredictQuery(ForwardQuery):
+    """One row; the answer is its logits [classes], float64."""
+
     def __init__(self, query: Predict, model: Model) -> None:
         super().__init__(model)
         self._x = query.x
 
     def make(self, start: int, stop: int) -> Tensor:
+        """Return the image as [1, C, H, W]."""
         return self._x.tensor[None]
 
-    def keep(self, start: int, stop: int, logits: Tensor) -> None:
+    def store_logits(self, start: int, stop: int, logits: Tensor) -> None:
+        """Keep the logits in float64."""
         self._logits = logits[0].double()
 
     def answer(self) -> Tensor:
+        """Return the logits [classes], float64."""
         return self._logits
 
 
-class Capturing(Forward):
+class CaptureQuery(ForwardQuery):
+    """One row; the answer is the activations [K, h, w] of each layer."""
+
     def __init__(self, query: Capture, model: Model) -> None:
         super().__init__(model, layers=tuple(query.layers))
         self._x = query.x
-        self._seen: dict[str, Tensor] = {}
+        self._activations: dict[str, Tensor] = {}
 
     def make(self, start: int, stop: int) -> Tensor:
+        """Return the image as [1, C, H, W]."""
         return self._x.tensor[None]
 
-    def see(self, layer: str, start: int, stop: int, output: Tensor) -> None:
-        # Copied at once: a later module may work in place on it.
-        seen = self.model.spatial[layer].grid(output)[0]
-        self._seen[layer] = seen.to(self.model.dtype, copy=True, memory_format=torch.contiguous_format)
+    def on_layer_output(self, layer: str, start: int, stop: int, output: Tensor) -> None:
+        """Copy the activations of the layer."""
+        # The copy is made at once, because a later module may work in place on the output.
+        activations = self.model.spatial[layer].grid(output)[0]
+        self._activations[layer] = activations.to(self.model.dtype, copy=True, memory_format=torch.contiguous_format)
 
-    def keep(self, start: int, stop: int, logits: Tensor) -> None:
-        pass
+    def store_logits(self, start: int, stop: int, logits: Tensor) -> None:
+        """Ignore the logits."""
 
     def answer(self) -> tuple[Tensor, ...]:
-        return tuple(self._seen[layer] for layer in self.layers)
+        """Return the activations [K, h, w] of each layer, in the order of the query."""
+        return tuple(self._activations[layer] for layer in self.layers)
 
 
-class Attending(Forward):
+class CaptureAttentionQuery(ForwardQuery):
+    """One row; the answer is the attention weights of each block of a transformer."""
+
     def __init__(self, query: CaptureAttention, model: Model) -> None:
         super().__init__(model, layers=tuple(name + INPUT for name in model.attention))
         self._x = query.x
-        self._seen: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
 
     def make(self, start: int, stop: int) -> Tensor:
+        """Return the image as [1, C, H, W]."""
         return self._x.tensor[None]
 
-    def see(self, layer: str, start: int, stop: int, output: Tensor) -> None:
+    def on_layer_output(self, layer: str, start: int, stop: int, output: Tensor) -> None:
+        """Compute the attention weights [heads, L, L] from the input of the attention module."""
         module = self.model.module.get_submodule(layer.removesuffix(INPUT))
-        self._seen[layer] = attention_weights(module, output)[0].to(self.model.dtype)
+        self._weights[layer] = attention_weights(module, output)[0].to(self.model.dtype)
 
-    def keep(self, start: int, stop: int, logits: Tensor) -> None:
-        pass
+    def store_logits(self, start: int, stop: int, logits: Tensor) -> None:
+        """Ignore the logits."""
 
     def answer(self) -> Attentions:
-        assert self.model.attention_grid is not None, "a model that is asked for its attention has some"
-        blocks = tuple(self._seen[layer] for layer in self.layers)
+        """Return the attention weights of each block with the layout of the tokens."""
+        assert self.model.attention_grid is not None, "only models with attention receive a CaptureAttention query"
+        blocks = tuple(self._weights[layer] for layer in self.layers)
         return Attentions(blocks, self.model.attention_prefix, self.model.attention_grid)
 
 
-class Scoring(Forward):
-    """Rows of a recipe, or the image with a channel taken out; all scores, or the sum of a term of them."""
+class ScoreQuery(ForwardQuery):
+    """Scores of rows, or of the image with one channel set to zero in each row.
+
+    The answer is the scores of all rows or, for a `Sum` query, the sum of a term over them.
+    """
 
     def __init__(self, query: Score | Ablate, model: Model, sum_: Sum[Any] | None = None) -> None:
         if isinstance(query, Score):
-            super().__init__(model, len(query.rows), least=query.min_rows)
+            super().__init__(model, len(query.rows), min_rows=query.min_rows)
         else:
             super().__init__(model, len(query.channels), (query.layer,), query.min_rows)
         self._query = query
         self._index = to_device(model.device, query.c.index)
-        self._total = Total(sum_) if sum_ else None
-        self._enough = False
+        self._sum = RowSum(sum_) if sum_ else None
+        self._stopped = False
         size = (0 if sum_ else self.rows, len(query.c))
         self._logits = torch.empty(size, dtype=torch.float64, device=model.device)
         self._probabilities = torch.empty_like(self._logits)
 
     def make(self, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop), [stop − start, C, H, W]."""
         if isinstance(self._query, Score):
             return self._query.rows.make(start, stop)
         return self._query.x.tensor.expand(stop - start, -1, -1, -1)
 
-    def see(self, layer: str, start: int, stop: int, output: Tensor) -> Tensor:
+    def on_layer_output(self, layer: str, start: int, stop: int, output: Tensor) -> Tensor:
+        """Return a copy of the layer's output in which the channel of each row is zero (`Ablate`)."""
         assert isinstance(self._query, Ablate)
         changed = output.clone()
         rows = torch.arange(stop - start, device=output.device)
@@ -153,45 +191,57 @@ class Scoring(Forward):
             changed[rows, ..., channels] = 0
         return changed
 
-    def keep(self, start: int, stop: int, logits: Tensor) -> None:
+    def store_logits(self, start: int, stop: int, logits: Tensor) -> None:
+        """Store logits and probabilities of the targets, or add them to the sum."""
         y, p = logits[:, self._index].double(), self.model.probabilities(logits)[:, self._index]
-        if self._total:
-            self._total.add(start, [Scores(y[i : i + 1], p[i : i + 1]) for i in range(len(y))])
+        if self._sum:
+            self._sum.add(start, [Scores(y[i : i + 1], p[i : i + 1]) for i in range(len(y))])
         else:
             self._logits[start:stop], self._probabilities[start:stop] = y, p
             if isinstance(self._query, Score) and self._query.stop is not None:
-                self._enough = self._query.stop(start, Scores(y, p))
+                self._stopped = self._query.stop(start, Scores(y, p))
 
-    def answered(self) -> bool:
-        return self._enough or super().answered()
+    def is_complete(self) -> bool:
+        """Return True if all rows have run or the query's `stop` callback has returned True."""
+        return self._stopped or super().is_complete()
 
     def answer(self) -> Scores | Sums:
-        if self._total:
-            return self._total.answer()
+        """Return the scores [n, T] of the n rows that have run, or their sum."""
+        if self._sum:
+            return self._sum.answer()
         return Scores(self._logits[: self.done], self._probabilities[: self.done])
 
 
-def run_forward(model: Model, parts: Sequence[Part], size: int) -> None:
-    X = batch(model, [part.work.make(part.start, part.stop) for part in parts], size)
-    spans = spans_of(parts)
-    works: list[Forward] = []
-    for part in parts:
-        assert isinstance(part.work, Forward)
-        works.append(part.work)
+def run_forward(model: Model, slices: Sequence[BatchSlice], size: int) -> None:
+    """Run one batch of the forward lane.
 
-    def see(layer: str, output: Tensor) -> Tensor | None:
+    Args:
+        model: Network to run.
+        slices: Rows of one or more queries.
+        size: Number of rows of the batch; padding rows fill it up.
+    """
+    X = padded_batch(model, [each.query.make(each.start, each.stop) for each in slices], size)
+    spans = batch_spans(slices)
+    queries: list[ForwardQuery] = []
+    for each in slices:
+        assert isinstance(each.query, ForwardQuery)
+        queries.append(each.query)
+
+    def on_output(layer: str, output: Tensor) -> Tensor | None:
         changed = None
-        for work, part, (start, stop) in zip(works, parts, spans, strict=True):
-            if layer in work.layers:
-                new = work.see(layer, part.start, part.stop, output[start:stop])
+        for query, each, (start, stop) in zip(queries, slices, spans, strict=True):
+            if layer in query.layers:
+                new = query.on_layer_output(layer, each.start, each.stop, output[start:stop])
                 if new is not None:
                     changed = output.clone() if changed is None else changed
                     changed[start:stop] = new
         return changed
 
-    layers = dict.fromkeys(layer for work in works for layer in work.layers)
-    with hooks(model, layers, see):
-        forward = model.module if layers or model.bare is None or size != model.bare_size else model.bare
+    layers = dict.fromkeys(layer for query in queries for layer in query.layers)
+    with hooks(model, layers, on_output):
+        forward = model.fast_forward
+        if layers or forward is None or size != model.fast_forward_size:
+            forward = model.module
         logits = forward(X).to(model.dtype)
-    for work, part, (start, stop) in zip(works, parts, spans, strict=True):
-        work.take(part.start, part.stop, logits[start:stop])
+    for query, each, (start, stop) in zip(queries, slices, spans, strict=True):
+        query.take_logits(each.start, each.stop, logits[start:stop])

@@ -1,4 +1,4 @@
-"""The gradient lane: one forward and backward pass a row, for the layers asked for."""
+"""The gradient lane: one forward and one backward pass for each row, for the requested layers."""
 
 from __future__ import annotations
 
@@ -8,72 +8,105 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camserve_server.engine.lanes.work import Part, Total, batch, check_differentiable, hooks, spans_of
+from camserve_server.engine.lanes.batch import batch_spans, check_differentiable, padded_batch
+from camserve_server.engine.lanes.hooks import hooks
+from camserve_server.engine.lanes.lane_query import BatchSlice, RowSum
 from camserve_server.models.model import Model
 from camserve_server.plan import INPUT, Gradient, Gradients, Sum, Sums
 from camserve_server.rows import to_device
 
 
-class Differentiating:
-    """Gathers activations and gradients of the layers, row by row, or the sum of a term of them."""
+class GradientQuery:
+    """Activations and gradients of layers, row by row, or the sum of a term over the rows.
+
+    Attributes:
+        rows: Number of rows in all.
+        max_per_batch: Largest number of rows that one batch may contain: all of them.
+        layers: Names of the layers to differentiate; `INPUT` stands for the rows themselves.
+        index: Class whose logit is differentiated, for each row.
+        min_rows: Number of rows after which the query may be answered early; None if it needs all of them.
+    """
 
     def __init__(self, query: Gradient, model: Model, sum_: Sum[Any] | None = None) -> None:
-        self.rows = self.width = len(query.rows)
+        self.rows = self.max_per_batch = len(query.rows)
         self.layers = tuple(query.layers)
         self.index = tuple(query.index)
-        self.least = query.min_rows
+        self.min_rows = query.min_rows
         self._rows = query.rows
         self._dtype = model.dtype
-        self._total = Total(sum_) if sum_ else None
-        self._found: list[Gradients] = []
+        self._sum = RowSum(sum_) if sum_ else None
+        self._batches: list[Gradients] = []
         self._done = 0
 
     def make(self, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop), [stop − start, C, H, W]."""
         return self._rows.make(start, stop)
 
-    def take(self, start: int, stop: int, activations: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        if stop <= self._done:  # a batch that is tried again, part by part
+    def take_gradients(self, start: int, stop: int, activations: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Store copies of the activations and gradients of rows [start, stop), or add them to the sum.
+
+        Args:
+            start: Index of the first row.
+            stop: Index after the last row.
+            activations: Activations [stop − start, K, h, w] of each layer.
+            gradients: Gradients ∂y_c/∂A of the same shapes.
+        """
+        if stop <= self._done:  # a batch that is run again repeats rows
             return
-        found = Gradients(_own(activations, self._dtype), _own(gradients, self._dtype))
-        if self._total:
-            self._total.add(start, [_row(found, i) for i in range(stop - start)])
+        batch = Gradients(detached_copies(activations, self._dtype), detached_copies(gradients, self._dtype))
+        if self._sum:
+            self._sum.add(start, [_row(batch, i) for i in range(stop - start)])
         else:
-            self._found.append(found)
+            self._batches.append(batch)
         self._done = stop
 
-    def answered(self) -> bool:
+    def is_complete(self) -> bool:
+        """Return True if all rows have run."""
         return self._done == self.rows
 
     def answer(self) -> Gradients | Sums:
-        if self._total:
-            return self._total.answer()
+        """Return activations and gradients [n, K, h, w] of each layer for the n rows that have run, or their sum."""
+        if self._sum:
+            return self._sum.answer()
         each = range(len(self.layers))
         return Gradients(
-            tuple(torch.cat([found.activations[i] for found in self._found]) for i in each),
-            tuple(torch.cat([found.gradients[i] for found in self._found]) for i in each),
+            tuple(torch.cat([batch.activations[i] for batch in self._batches]) for i in each),
+            tuple(torch.cat([batch.gradients[i] for batch in self._batches]) for i in each),
         )
 
 
-def _own(values: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def detached_copies(values: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return contiguous copies of the tensors in `dtype`, without their autograd graph."""
     return tuple(value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format) for value in values)
 
 
-def _row(found: Gradients, i: int) -> Gradients:
-    rows = [tuple(value[i : i + 1] for value in values) for values in (found.activations, found.gradients)]
+def _row(batch: Gradients, i: int) -> Gradients:
+    """Return row i of a batch, with a leading dimension of 1."""
+    rows = [tuple(value[i : i + 1] for value in values) for values in (batch.activations, batch.gradients)]
     return Gradients(*rows)
 
 
-def run_gradient(model: Model, parts: Sequence[Part], size: int) -> None:
-    layers = parts[0].work.layers
-    X = batch(model, [part.work.make(part.start, part.stop) for part in parts], size)
+def run_gradient(model: Model, slices: Sequence[BatchSlice], size: int) -> None:
+    """Run one batch of the gradient lane.
+
+    Args:
+        model: Network to run.
+        slices: Rows of one or more queries that differentiate the same layers.
+        size: Number of rows of the batch; padding rows fill it up.
+
+    Raises:
+        Unservable: No gradient of the logits reaches the layers.
+    """
+    layers = slices[0].query.layers
+    X = padded_batch(model, [each.query.make(each.start, each.stop) for each in slices], size)
     outputs: dict[str, Tensor] = {}
 
     def capture(layer: str, output: Tensor) -> Tensor:
-        # The graph begins at the first layer that is asked for: nothing before it is kept for a backward pass. What
-        # goes on is a copy, so that a later module that works in place leaves the activation alone.
+        # The graph begins at the first requested layer: nothing before it is kept for a backward pass. The network goes
+        # on with a copy, so that a later module that works in place does not change the activation.
         kept = output if output.requires_grad else output.detach().requires_grad_()
         outputs[layer] = kept
-        with torch.enable_grad():  # the network may have it off up to here, as for a frozen backbone
+        with torch.enable_grad():  # the network may have switched it off before this layer, as in a frozen backbone
             return kept.clone()
 
     with torch.enable_grad(), hooks(model, [layer for layer in layers if layer != INPUT], capture):
@@ -81,23 +114,25 @@ def run_gradient(model: Model, parts: Sequence[Part], size: int) -> None:
             X = capture(INPUT, X)
         logits = model.module(X).to(model.dtype)
         check_differentiable(model, logits)
-        spans = spans_of(parts)
+        spans = batch_spans(slices)
         chosen = logits.new_zeros(())
-        for part, (start, stop) in zip(parts, spans, strict=True):
-            assert isinstance(part.work, Differentiating)
-            index = to_device(logits.device, part.work.index[part.start : part.stop])
+        for each, (start, stop) in zip(slices, spans, strict=True):
+            assert isinstance(each.query, GradientQuery)
+            index = to_device(logits.device, each.query.index[each.start : each.stop])
             chosen = chosen + logits[start:stop].gather(1, index[:, None]).sum()
-        # A layer that the logits do not depend on has the gradient zero.
-        found = torch.autograd.grad(
+        # The gradient of a layer that the logits do not depend on is zero.
+        raw = torch.autograd.grad(
             chosen, [outputs[layer] for layer in layers], allow_unused=True, materialize_grads=True
         )
-    grids = [model.spatial[layer].grid if layer != INPUT else _as_it_is for layer in layers]
+    grids = [model.spatial[layer].grid if layer != INPUT else _identity for layer in layers]
     activations = [grid(outputs[layer]) for grid, layer in zip(grids, layers, strict=True)]
-    gradients = [grid(gradient) for grid, gradient in zip(grids, found, strict=True)]
-    for part, (start, stop) in zip(parts, spans, strict=True):
-        assert isinstance(part.work, Differentiating)
-        part.work.take(part.start, part.stop, [A[start:stop] for A in activations], [g[start:stop] for g in gradients])
+    gradients = [grid(gradient) for grid, gradient in zip(grids, raw, strict=True)]
+    for each, (start, stop) in zip(slices, spans, strict=True):
+        assert isinstance(each.query, GradientQuery)
+        each.query.take_gradients(
+            each.start, each.stop, [A[start:stop] for A in activations], [g[start:stop] for g in gradients]
+        )
 
 
-def _as_it_is(values: Tensor) -> Tensor:
+def _identity(values: Tensor) -> Tensor:
     return values

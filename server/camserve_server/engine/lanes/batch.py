@@ -1,0 +1,67 @@
+"""The input of a batch, the place of each query's rows in it, and the arithmetic that it runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from camserve_server.engine.lanes.lane_query import BatchSlice
+from camserve_server.errors import Unservable
+from camserve_server.models.model import Model
+
+
+def padded_batch(model: Model, rows: list[Tensor], size: int) -> Tensor:
+    """Concatenate rows and padding rows into the input of one batch.
+
+    Args:
+        model: Model that the batch is for; it sets the device and the data type.
+        rows: Rows of each query, [n, C, H, W].
+        size: Number of rows of the batch, at least the number of `rows`.
+
+    Returns:
+        The batch [size, C, H, W] in channels-last memory format. The padding rows are zeros and come last.
+    """
+    missing = size - sum(map(len, rows))
+    if missing:
+        rows = [*rows, rows[0].new_zeros(missing, *rows[0].shape[1:])]
+    together = torch.cat(rows) if len(rows) > 1 else rows[0]
+    # A single tensor is copied too, because the network may work in place on its input.
+    alone = len(rows) == 1
+    return together.to(model.device, model.compute_dtype, copy=alone, memory_format=torch.channels_last)
+
+
+def batch_spans(slices: Sequence[BatchSlice]) -> list[tuple[int, int]]:
+    """Return the place (start, stop) of each slice's rows in the batch."""
+    spans, at = [], 0
+    for each in slices:
+        spans.append((at, at + each.stop - each.start))
+        at = spans[-1][1]
+    return spans
+
+
+@contextmanager
+def tf32_if_configured(model: Model) -> Iterator[None]:
+    """Allow TF32 on GPUs inside the context if the model's precision is "tf32".
+
+    Outside of this context TF32 is off (`torch_setup.device.pick_device`).
+    """
+    wanted = model.precision == "tf32"
+    if wanted:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def check_differentiable(model: Model, logits: Tensor) -> None:
+    """Raise Unservable if the logits do not depend differentiably on the layer or input of the query."""
+    if not logits.requires_grad:
+        raise Unservable(
+            f"no gradient of the logits of {model.name} reaches the requested layer: the network computes it under "
+            "no_grad or does not use it; name another layer or choose a method without gradients"
+        )
