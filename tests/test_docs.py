@@ -24,6 +24,8 @@ from camserve_server.service.server import Server
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 DOCUMENTED_ADDRESS = "127.0.0.1:50051"
+# Pages of the documentation site refer to other files of the repository by their address.
+REPOSITORY = "https://github.com/camserve/camserve/(?:blob|tree)/main/"
 
 registry.discover()
 
@@ -210,9 +212,9 @@ def test_every_metric_is_documented_with_its_parameters(name: str) -> None:
 def test_what_is_quoted_stands_in_the_file() -> None:
     """On docs/add-a-method.md each block of code is of the file that is linked last before it."""
     quoted = re.findall(
-        r"\]\(\.\./([\w./]+\.(?:py|toml))\)[^\]`]*?```(?:py|toml)\n(.*?)```", page("add-a-method.md"), re.DOTALL
+        rf"\]\({REPOSITORY}([\w./]+\.(?:py|toml))\)[^\]`]*?```(?:py|toml)\n(.*?)```", page("add-a-method.md"), re.DOTALL
     )
-    assert len(quoted) == len(re.findall(r"^```(?:py|toml)$", page("add-a-method.md"), re.MULTILINE)) == 4
+    assert len(quoted) == len(re.findall(r"^```(?:py|toml)$", page("add-a-method.md"), re.MULTILINE)) == 3
     for file, code in quoted:
         assert code in (ROOT / file).read_text(encoding="utf-8"), (
             f"docs/add-a-method.md quotes {file}: bring it up to date"
@@ -240,6 +242,8 @@ def test_every_decision_is_listed() -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if in_repository := re.match(REPOSITORY, link):
+            assert (ROOT / link[in_repository.end() :]).exists(), link
         if link.startswith("https://"):
             continue
         file, _, anchor = link.partition("#")
