@@ -1,12 +1,8 @@
-"""What happens to a server, as a process of its own, when a network does what no network should."""
+"""Networks that fail: the request gets an error, and the server survives or ends with an error status."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -16,23 +12,27 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch import Tensor, nn
 
 import camserve
+from camserve_server.config import Config, ModelConfig
 from tests import nets
+from tests.conftest import serving
+from tests.processes import LIMIT_S, patient_client, served
 
-CONFIG = """
+SOURCE = "python:tests.e2e.test_faults:tricky"
+CONFIG = f"""
 listen = "127.0.0.1:0"
 device = "cpu"
 
 [[models]]
 name = "tricky"
-source = "python:tests.e2e.test_faults:tricky"
+source = "{SOURCE}"
 input_size = [32, 32]
 batch_size = 4
 """
-CALM, LETHAL, BROKEN = (np.full((3, 32, 32), value, np.float32) for value in (0.5, 1e6, -1e6))
+VALID, LETHAL, BROKEN = (np.full((3, 32, 32), value, np.float32) for value in (0.5, 1e6, -1e6))
 
 
 class Tricky(nn.Module):
-    """Ends its thread for one kind of input, fails for another."""
+    """A network that ends its thread for LETHAL inputs and raises an exception for BROKEN ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,68 +40,52 @@ class Tricky(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.amax() >= 1e6:
-            raise SystemExit("as a bug of ours would: nobody catches it")
+            raise SystemExit("stands for a bug of the server: nothing catches SystemExit")
         if x.amin() <= -1e6:
-            raise ZeroDivisionError("as a bug of the network would")
+            raise ZeroDivisionError("stands for a bug of the network")
         return self.net(x)  # type: ignore[no-any-return]
 
 
 def tricky() -> nn.Module:
-    """The factory that the configuration names."""
+    """Return the network; the configuration names this factory."""
     return Tricky()
 
 
-@contextmanager
-def process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    (tmp_path / "camserve.toml").write_text(CONFIG)
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(tmp_path / "camserve.toml")]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-    ) as running:
-        try:
-            assert running.stdout is not None
-            yield running, running.stdout.readline().split()[4].rstrip(",")
-        finally:
-            running.kill()
-
-
-def test_a_dead_device_thread_ends_the_process(tmp_path: Path) -> None:
-    """Who waits is told, nobody hangs, and a supervisor sees the status."""
-    with process(tmp_path) as (running, address), camserve.Client(address, timeout=60) as client:
-        waiting = client.explain_stream(CALM, method="rise", parameters={"masks": 1_000_000})
+def test_process_ends_when_the_device_thread_dies(tmp_path: Path) -> None:
+    """Waiting requests get an error, and the exit status is 1."""
+    config = tmp_path / "camserve.toml"
+    config.write_text(CONFIG)
+    with served(config) as server, patient_client(server.address) as client:
+        waiting = client.explain_stream(VALID, method="rise", parameters={"masks": 1_000_000})
         next(waiting)
         with pytest.raises(camserve.InternalError):
             client.explain(LETHAL, method="grad-cam")
         with pytest.raises((camserve.InternalError, camserve.Unavailable)):
             list(waiting)
-        assert running.wait(30) == 1
-        assert running.stderr is not None
-        assert "the engine died; the server ends" in running.stderr.read()
+        assert server.process.wait(LIMIT_S) == 1
+        assert "the engine died; the server ends" in server.stderr()
 
 
-def test_a_request_that_breaks_the_network_fails_alone(tmp_path: Path) -> None:
-    with process(tmp_path) as (running, address), camserve.Client(address, timeout=60) as client:
-        alone = client.explain(CALM, method="rise", parameters={"masks": 3000})
-        *_, together = _with_broken_ones(client)
+def test_exception_in_the_network_fails_one_request(tmp_path: Path) -> None:
+    model = ModelConfig(name="tricky", source=SOURCE, input_size=(32, 32), batch_size=4)
+    config = Config(listen="127.0.0.1:0", device="cpu", models=[model])
+    with serving(config) as server, patient_client(server.address) as client:
+        alone = client.explain(VALID, method="rise", parameters={"masks": 800})
+        *_, together = _explain_with_broken_requests(client)
         assert np.array_equal(together.saliency, alone.saliency)
-        with grpc.insecure_channel(address) as channel:
-            asked = health_pb2.HealthCheckRequest(service="camserve.v1.ExplainService")
-            assert health_pb2_grpc.HealthStub(channel).Check(asked).status == health_pb2.HealthCheckResponse.SERVING
-        assert running.poll() is None
+        with grpc.insecure_channel(server.address) as channel:
+            request = health_pb2.HealthCheckRequest(service="camserve.v1.ExplainService")
+            assert health_pb2_grpc.HealthStub(channel).Check(request).status == health_pb2.HealthCheckResponse.SERVING
+        assert server.engine is not None
+        assert not server.engine.died.done()
 
 
-def _with_broken_ones(client: camserve.Client) -> Iterator[camserve.Explanation]:
-    """The same request, and others in its batches that break them."""
+def _explain_with_broken_requests(client: camserve.Client) -> Iterator[camserve.Explanation]:
+    """Send the same request, and meanwhile requests that fail in its batches."""
     refused = 0
-    for event in client.explain_stream(CALM, method="rise", parameters={"masks": 3000}):
+    for event in client.explain_stream(VALID, method="rise", parameters={"masks": 800}):
         if isinstance(event, camserve.Explanation):
-            assert refused, "there was something to break"
+            assert refused, "no other request ran meanwhile"
             yield event
         elif isinstance(event, camserve.Progress) and refused < 5:
             with pytest.raises(camserve.InternalError):

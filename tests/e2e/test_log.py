@@ -1,4 +1,4 @@
-"""The log of a server process: JSON alone, the request's id on every line about one, and no secrets."""
+"""The log of a server process: JSON lines with the id of their request, and without labels, paths or images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import skimage.data
 import camserve
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1 import explain_pb2_grpc
-from tests.e2e.test_serve import process
+from tests.processes import LIMIT_S, ROOT, patient_client, served
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 NETWORK = '''
-"""A network that breaks, or runs out of memory, as the input says."""
+"""A network that fails, or runs out of memory, depending on its input."""
 
 import warnings
 
@@ -47,6 +47,7 @@ class Shaky(nn.Module):
 '''
 CONFIG = """
 listen = "127.0.0.1:0"
+device = "cpu"
 
 [[models]]
 name = "tiny"
@@ -66,24 +67,22 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "shaky.py").write_text(NETWORK)
     (tmp_path / "camserve.toml").write_text(CONFIG)
     (tmp_path / "secret-labels.txt").write_text("\n".join(f"secret-{letter}" for letter in "abcdefg"))
-    PIL.Image.fromarray(skimage.data.chelsea()).save(tmp_path / "secret-picture.png")
+    PIL.Image.fromarray(skimage.data.chelsea()).save(tmp_path / "secret-image.png")
     return tmp_path
 
 
 def test_every_line_about_a_request_has_its_id(folder: Path) -> None:
-    root = str(Path(__file__).parents[2])
-    config = str(folder / "camserve.toml")
     with (
-        process("--config", config, PYTHONPATH=f"{root}:{folder}") as (running, address),
-        camserve.Client(address) as client,
-        grpc.insecure_channel(address) as channel,
+        served(folder / "camserve.toml", PYTHONPATH=f"{ROOT}:{folder}") as server,
+        patient_client(server.address) as client,
+        grpc.insecure_channel(server.address) as channel,
     ):
-        picture = folder / "secret-picture.png"
-        client.explain(picture, method="score-cam", target="secret-a", request_id="good")
+        image = folder / "secret-image.png"
+        client.explain(image, method="score-cam", target="secret-a", request_id="good")
         with pytest.raises(camserve.InvalidArgument):
-            client.explain(picture, method="grad-cam", target="secret-of-nobody", request_id="bad")
+            client.explain(image, method="grad-cam", target="secret-of-nobody", request_id="bad")
         client.explain(tensor(2e3), method="grad-cam", request_id="warned")
-        stream = client.explain_stream(picture, method="opti-cam", parameters={"steps": 10_000}, request_id="left")
+        stream = client.explain_stream(image, method="opti-cam", parameters={"steps": 10_000}, request_id="left")
         next(event for event in stream if isinstance(event, camserve.Progress) and event.rows_done > 1)
         stream.close()
         with pytest.raises(camserve.InternalError):
@@ -98,21 +97,22 @@ def test_every_line_about_a_request_has_its_id(folder: Path) -> None:
                     method=pb.MethodSpec(name="grad-cam"),
                 ),
                 metadata=(("traceparent", f"00-{TRACE}-00f067aa0ba902b7-01"),),
-                timeout=60,
+                timeout=LIMIT_S,
             )
         client.models()
-        running.send_signal(signal.SIGTERM)
-        _, errors = running.communicate(timeout=120)
-    lines = [json.loads(line) for line in errors.splitlines()]
-    of_nobody = {line["event"] for line in lines if "request_id" not in line}
-    [warning] = of_nobody - {"loaded", "ready", "draining"}
-    assert "a library complains" in warning, "about a batch, which may be of many"
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(LIMIT_S) == 0
+        log = server.stderr()
+    lines = [json.loads(line) for line in log.splitlines()]
+    without_request = {line["event"] for line in lines if "request_id" not in line}
+    [warning] = without_request - {"loaded", "ready", "draining"}
+    assert "a library complains" in warning, "a batch can hold rows of several requests"
     about: dict[str, list[str]] = {}
     for line in lines:
         if "request_id" in line:
             about.setdefault(line["request_id"], []).append(line["event"])
     [listing] = set(about) - {"good", "bad", "warned", "left", "broken", "tight", "traced"}
-    assert re.fullmatch("[0-9a-f]{32}", listing), "the server's own"
+    assert re.fullmatch("[0-9a-f]{32}", listing), "the server made this id"
     assert about.pop(listing) == ["call"]
     assert {name: sorted(events) for name, events in about.items()} == {
         "good": ["call"],
@@ -130,5 +130,5 @@ def test_every_line_about_a_request_has_its_id(folder: Path) -> None:
     assert not [line for line in lines if "trace_id" in line and line["request_id"] != "traced"]
     failed = next(line for line in lines if line["event"] == "plan failed")
     assert "RuntimeError: broken" in failed["exception"]
-    assert "secret" not in errors
-    assert max(map(len, errors.splitlines())) < 10_000, "no image"
+    assert "secret" not in log
+    assert max(map(len, log.splitlines())) < 10_000, "a line contains an image"

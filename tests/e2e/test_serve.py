@@ -1,16 +1,15 @@
-"""`camserve serve` as a process of its own."""
+"""`camserve serve`: its start, its configuration, and its end."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -20,11 +19,16 @@ import torch
 from safetensors.torch import save_file
 
 import camserve
+from camserve_server import __main__ as server_main
+from camserve_server.config import read
+from camserve_server.service.server import Server
 from tests import nets
+from tests.processes import CAMSERVE, LIMIT_S, completed, patient_client, served
 
 CONFIG = """
 listen = "127.0.0.1:0"
 device = "cpu"
+grace_s = 600
 
 [[models]]
 name = "tiny"
@@ -36,143 +40,169 @@ batch_size = 2
 """
 
 
-@contextmanager
-def process(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its address, once it says that it is ready."""
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment}
-    command = [sys.executable, "-m", "camserve_cli", "serve", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as running:
-        try:
-            assert running.stdout is not None
-            ready = running.stdout.readline()
-            found = re.fullmatch(r"camserve is ready on (127\.0\.0\.1:\d+), serving tiny\n", ready)
-            assert found, ready + (running.stderr.read() if running.stderr and running.poll() is not None else "")
-            yield running, found[1]
-        finally:
-            running.kill()
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    net = nets.tiny_cnn(seed=5)
-    save_file(net.state_dict(), tmp_path / "tiny.safetensors")
-    (tmp_path / "labels.txt").write_text("\n".join("abcdefg"))
-    path = tmp_path / "camserve.toml"
+def write_config(folder: Path) -> Path:
+    """Write a configuration, weights and labels, and return the path of the configuration."""
+    save_file(nets.tiny_cnn(seed=5).state_dict(), folder / "tiny.safetensors")
+    (folder / "labels.txt").write_text("\n".join("abcdefg"))
+    path = folder / "camserve.toml"
     path.write_text(CONFIG)
     return path
 
 
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path)
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_serves_and_drains(config: Path, number: signal.Signals) -> None:
-    """A signal lets the running request finish, then the process ends with 0."""
-    with process("--config", str(config)) as (running, address), camserve.Client(address) as client:
+def test_signal_lets_running_requests_finish(config: Path, number: signal.Signals) -> None:
+    with served(config) as server, patient_client(server.address) as client:
         stream = client.explain_stream(skimage.data.chelsea(), method="opti-cam", parameters={"steps": 600})
         next(event for event in stream if isinstance(event, camserve.Progress))
-        running.send_signal(number)
+        server.process.send_signal(number)
         events = list(stream)
-        assert isinstance(events[-1], camserve.Explanation), "what runs is finished"
-        assert running.wait(30) == 0
+        assert isinstance(events[-1], camserve.Explanation), "the running request is answered"
+        assert server.process.wait(LIMIT_S) == 0
         with pytest.raises(camserve.Unavailable):
             client.models()
 
 
-def test_a_second_signal_ends_at_once(config: Path) -> None:
-    with process("--config", str(config)) as (running, address), camserve.Client(address, timeout=300) as client:
+@contextmanager
+def ignored(*numbers: signal.Signals) -> Iterator[None]:
+    """Ignore these signals in processes that are started in this context."""
+    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def test_second_signal_ends_a_server_at_once(config: Path) -> None:
+    """The server starts as under `nohup camserve serve &` in a script, with SIGHUP and SIGINT ignored."""
+    with ExitStack() as stack:
+        with ignored(signal.SIGHUP, signal.SIGINT):
+            server = stack.enter_context(served(config))
+        client = stack.enter_context(patient_client(server.address))
         stream = client.explain_stream(skimage.data.chelsea(), method="opti-cam", parameters={"steps": 10_000})
         next(event for event in stream if isinstance(event, camserve.Progress))
-        running.send_signal(signal.SIGTERM)
-        assert running.stderr is not None
-        while "draining" not in running.stderr.readline():
-            pass
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(10) == -signal.SIGTERM
+        server.process.send_signal(signal.SIGHUP)
+        server.process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + LIMIT_S
+        while "draining" not in server.stderr():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(LIMIT_S) == -signal.SIGTERM
         with pytest.raises(camserve.CamserveError):
             list(stream)
 
 
-def test_weights_and_labels_come_from_files(config: Path) -> None:
-    picture = skimage.data.chelsea()
-    with process("--config", str(config)) as (_, address), camserve.Client(address) as client:
-        e = client.explain(picture, method="grad-cam", target="e")
+# ---- files and the log -----------------------------------------------------------------------------------------------
+
+
+def test_weights_labels_and_log(config: Path, tmp_path: Path) -> None:
+    """Weights and labels come from files, and the log contains neither labels nor paths of images."""
+    pixels = skimage.data.chelsea()
+    path = tmp_path / "secret-name.png"
+    PIL.Image.fromarray(pixels).save(path)
+    with served(config) as server, patient_client(server.address) as client:
+        e = client.explain(path, method="grad-cam", target="e", request_id="req-1")
+        with pytest.raises(camserve.InvalidArgument):
+            client.explain(path, method="grad-cam", target="secret-label", request_id="req-2")
         (model,) = client.models()
+        server.process.terminate()
+        assert server.process.wait(LIMIT_S) == 0
+        log = server.stderr()
+
     net = nets.tiny_cnn(seed=5)
-    small = np.asarray(PIL.Image.fromarray(picture).resize((32, 32), PIL.Image.Resampling.BILINEAR), np.float32) / 255
+    small = np.asarray(PIL.Image.fromarray(pixels).resize((32, 32), PIL.Image.Resampling.BILINEAR), np.float32) / 255
     x = (small - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     logits = net(torch.tensor(x, dtype=torch.float32).permute(2, 0, 1)[None])[0]
     assert e.target.index == 4
     assert e.target.logit == pytest.approx(float(logits[4]), abs=1e-4)
     assert model.digest == e.receipt.model_digest
 
-
-def test_the_log_holds_no_label_and_no_path(config: Path, tmp_path: Path) -> None:
-    path = tmp_path / "secret-name.png"
-    PIL.Image.fromarray(skimage.data.chelsea()).save(path)
-    with process("--config", str(config)) as (running, address), camserve.Client(address) as client:
-        client.explain(path, method="grad-cam", target="e", request_id="req-1")
-        with pytest.raises(camserve.InvalidArgument):
-            client.explain(path, method="grad-cam", target="secret-label", request_id="req-2")
-        running.terminate()
-        _, errors = running.communicate(timeout=30)
-    lines = [json.loads(line) for line in errors.splitlines()]
+    lines = [json.loads(line) for line in log.splitlines()]
     calls = {line["request_id"]: line for line in lines if line["event"] == "call"}
     assert (calls["req-1"]["code"], calls["req-1"]["rows"]) == ("OK", 2)
     assert calls["req-2"]["code"] == "INVALID_ARGUMENT"
-    assert "secret" not in errors
+    assert "secret" not in log
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (("tiny.safetensors", "none.safetensors"), "models.tiny.weights: there is no file none.safetensors"),
-        (('source = "python:tests.nets:tiny_cnn"', 'source = "python:tests.nets:none"'), "models.tiny.source"),
-        (("tests.nets:tiny_cnn", "os:getcwdb"), "models.tiny.source: python:os:getcwdb gave a bytes"),
-        (("tests.nets:tiny_cnn", "os:abort_not"), "models.tiny.source"),
-        (("tests.nets:tiny_cnn", "tests.nets:calibrated"), "failed: TypeError"),
-        (("labels.txt", "tiny.safetensors"), "models.tiny.labels"),
-        (("batch_size", "batchsize"), "models.tiny.batchsize"),
-        (('device = "cpu"', 'device = "tpu"'), "device"),
-        (('device = "cpu"', 'device = "cuda:0"'), "device: cuda:0 was asked for"),
-        (('listen = "127.0.0.1:0"', 'listen = "here"'), "listen"),
-        (("[32, 32]", '[32, "x"]'), "models.tiny.input_size"),
-        (("[[models]]", "[[models"), "camserve.toml"),
-        (("python:tests.nets:tiny_cnn", "embedded:efficientnet-lite0"), "weights of its own"),
-    ],
-)
-def test_a_wrong_configuration_names_the_key(config: Path, change: tuple[str, str], says: str) -> None:
-    if "cuda" in says and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+# ---- wrong configurations --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Return a function that runs `camserve serve` in this process and returns the exit status and standard error."""
+    monkeypatch.setattr(server_main, "log_to_stderr", lambda config: None)  # it changes the logging of this process
+
+    def run(**options: Any) -> tuple[int, str]:
+        status = server_main.serve(**options)
+        return status, capsys.readouterr().err
+
+    return run
+
+
+WRONG = [
+    (("tiny.safetensors", "none.safetensors"), "models.tiny.weights: there is no file none.safetensors"),
+    (('source = "python:tests.nets:tiny_cnn"', 'source = "python:tests.nets:none"'), "models.tiny.source"),
+    (("tests.nets:tiny_cnn", "os:getcwdb"), "models.tiny.source: python:os:getcwdb gave a bytes"),
+    (("tests.nets:tiny_cnn", "os:abort_not"), "models.tiny.source"),
+    (("tests.nets:tiny_cnn", "tests.nets:calibrated"), "failed: TypeError"),
+    (("labels.txt", "tiny.safetensors"), "models.tiny.labels"),
+    (("batch_size", "batchsize"), "models.tiny.batchsize"),
+    (('device = "cpu"', 'device = "tpu"'), "device"),
+    (('device = "cpu"', 'device = "cuda:0"'), "device: cuda:0 was asked for"),
+    (('listen = "127.0.0.1:0"', 'listen = "here"'), "listen"),
+    (("[32, 32]", '[32, "x"]'), "models.tiny.input_size"),
+    (("[[models]]", "[[models"), "camserve.toml"),
+    (("python:tests.nets:tiny_cnn", "embedded:efficientnet-lite0"), "weights of its own"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_wrong_configuration_names_the_key(config: Path, serve: Any, change: tuple[str, str], message: str) -> None:
+    if "cuda" in message and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
     config.write_text(config.read_text().replace(*change))
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
+    status, errors = serve(config=config)
+    assert status == 2
+    assert message in errors
+    assert "Traceback" not in errors
 
 
-def test_pickled_weights_with_code_are_refused(config: Path, tmp_path: Path) -> None:
+def test_pickled_weights_with_code_are_refused(config: Path, serve: Any, tmp_path: Path) -> None:
     torch.save({"c1.weight": os.system}, tmp_path / "evil.pt")
     config.write_text(config.read_text().replace("tiny.safetensors", "evil.pt"))
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
-    assert done.returncode == 2
-    assert "without unpickling code" in done.stderr
+    status, errors = serve(config=config)
+    assert status == 2
+    assert "without unpickling code" in errors
 
 
-def test_flags_go_before_the_environment_and_that_before_the_file(config: Path) -> None:
-    taken = "127.0.0.1:1"  # nobody but root could bind it, and it must not be tried
-    with process("--config", str(config), "--listen", "127.0.0.1:0", CAMSERVE_LISTEN=taken) as (_, address):
-        assert not address.endswith(":1")
+def test_port_in_use_is_an_error(config: Path, serve: Any, server: Server) -> None:
+    status, errors = serve(config=config, listen=server.address)
+    assert status == 2
+    assert f"cannot bind {server.address}" in errors
+
+
+def test_process_exits_with_status_2_for_a_wrong_configuration(config: Path) -> None:
+    change, message = WRONG[0]
+    config.write_text(config.read_text().replace(*change))
+    ended = completed([*CAMSERVE, "serve", "--config", str(config)])
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_options_override_the_environment_and_that_the_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text(config.read_text().replace("127.0.0.1:0", "no-address"))
-    with process("--config", str(config), CAMSERVE_LISTEN="127.0.0.1:0"):
-        pass
-
-
-def test_a_port_that_is_taken(config: Path) -> None:
-    with process("--config", str(config)) as (_, address):
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(config), "--listen", address]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
-    assert done.returncode == 2
-    assert f"cannot bind {address}" in done.stderr
+    # Only root could bind port 1. The server must not try.
+    with served(config, "--listen", "127.0.0.1:0", CAMSERVE_LISTEN="127.0.0.1:1") as server:
+        assert not server.address.endswith(":1")
+    monkeypatch.setenv("CAMSERVE_LISTEN", "127.0.0.1:2")
+    assert read(config).listen == "127.0.0.1:2"
