@@ -26,8 +26,13 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """Loads and unloads models while others are served. A model is named as in the server's configuration file, which is
-    read anew, so that tables added to it since the start can be loaded too; nothing but names comes over the wire.
+    """Loads and unloads models while the server runs.
+
+    A request contains only the name of a model. The server reads its configuration file again for each call, so it can
+    also load models that were added to the file after it started.
+
+    Errors: NOT_FOUND for a name that the server does not know, FAILED_PRECONDITION if the model cannot be loaded (the
+    message gives the reason), UNAUTHENTICATED and PERMISSION_DENIED if the server requires tokens.
     """
 
     def __init__(self, channel):
@@ -54,27 +59,33 @@ class AdminServiceStub(object):
 
 
 class AdminServiceServicer(object):
-    """Loads and unloads models while others are served. A model is named as in the server's configuration file, which is
-    read anew, so that tables added to it since the start can be loaded too; nothing but names comes over the wire.
+    """Loads and unloads models while the server runs.
+
+    A request contains only the name of a model. The server reads its configuration file again for each call, so it can
+    also load models that were added to the file after it started.
+
+    Errors: NOT_FOUND for a name that the server does not know, FAILED_PRECONDITION if the model cannot be loaded (the
+    message gives the reason), UNAUTHENTICATED and PERMISSION_DENIED if the server requires tokens.
     """
 
     def LoadModel(self, request, context):
-        """Loads and warms a model. It is served once the answer is there.
+        """Loads a model and warms it up. The model serves requests when the response arrives.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Serves it no more; what runs on it is finished first. Requests for it fail until it is loaded again.
+        """Unloads a model. New requests for it fail until it is loaded again. The response arrives when all running requests
+        are finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReloadModel(self, request, context):
-        """Loads it anew beside the one that is served, then serves the new one; what runs on the old one is finished first.
-        Where that fails, the old one is served on.
+        """Loads a model again and replaces the running one when the new one is ready. The response arrives when all requests
+        on the old model are finished. If the new model cannot be loaded, the old one stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,8 +118,13 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """Loads and unloads models while others are served. A model is named as in the server's configuration file, which is
-    read anew, so that tables added to it since the start can be loaded too; nothing but names comes over the wire.
+    """Loads and unloads models while the server runs.
+
+    A request contains only the name of a model. The server reads its configuration file again for each call, so it can
+    also load models that were added to the file after it started.
+
+    Errors: NOT_FOUND for a name that the server does not know, FAILED_PRECONDITION if the model cannot be loaded (the
+    message gives the reason), UNAUTHENTICATED and PERMISSION_DENIED if the server requires tokens.
     """
 
     @staticmethod

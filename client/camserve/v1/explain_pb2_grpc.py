@@ -26,11 +26,24 @@ if _version_not_supported:
 
 
 class ExplainServiceStub(object):
-    """Explains image classifiers and measures explanations.
+    """Explains the decisions of image classifiers and measures the quality of explanations.
 
-    Errors follow AIP-193: a canonical gRPC code, and in `grpc-status-details-bin` a google.rpc.Status with
-    ErrorInfo (reason, domain "camserve"), BadRequest (the field at fault), RetryInfo (when to try again) and
-    RequestInfo (the request id).
+    Errors follow AIP-193. An error has a canonical gRPC status code and, in `grpc-status-details-bin`, a
+    google.rpc.Status with these details:
+    - ErrorInfo: a constant reason, and the domain "camserve".
+    - BadRequest: the name of the invalid field.
+    - RetryInfo: the time after which a retry may succeed.
+    - RequestInfo: the id of the request.
+
+    Status codes:
+    - INVALID_ARGUMENT: unreadable image, unknown target, layer or parameter, or a value out of range.
+    - NOT_FOUND: unknown model, method or metric. ErrorInfo lists the known names.
+    - FAILED_PRECONDITION: the model does not support the method.
+    - RESOURCE_EXHAUSTED: the queue is full (with RetryInfo), or the request is too large or does not fit into memory.
+    - UNAVAILABLE: the server is loading its models or shutting down.
+    - DEADLINE_EXCEEDED: the deadline expired before the method could produce a map.
+    - UNAUTHENTICATED, PERMISSION_DENIED: missing or insufficient credentials.
+    - INTERNAL: a bug of the server.
     """
 
     def __init__(self, channel):
@@ -77,58 +90,71 @@ class ExplainServiceStub(object):
 
 
 class ExplainServiceServicer(object):
-    """Explains image classifiers and measures explanations.
+    """Explains the decisions of image classifiers and measures the quality of explanations.
 
-    Errors follow AIP-193: a canonical gRPC code, and in `grpc-status-details-bin` a google.rpc.Status with
-    ErrorInfo (reason, domain "camserve"), BadRequest (the field at fault), RetryInfo (when to try again) and
-    RequestInfo (the request id).
+    Errors follow AIP-193. An error has a canonical gRPC status code and, in `grpc-status-details-bin`, a
+    google.rpc.Status with these details:
+    - ErrorInfo: a constant reason, and the domain "camserve".
+    - BadRequest: the name of the invalid field.
+    - RetryInfo: the time after which a retry may succeed.
+    - RequestInfo: the id of the request.
+
+    Status codes:
+    - INVALID_ARGUMENT: unreadable image, unknown target, layer or parameter, or a value out of range.
+    - NOT_FOUND: unknown model, method or metric. ErrorInfo lists the known names.
+    - FAILED_PRECONDITION: the model does not support the method.
+    - RESOURCE_EXHAUSTED: the queue is full (with RetryInfo), or the request is too large or does not fit into memory.
+    - UNAVAILABLE: the server is loading its models or shutting down.
+    - DEADLINE_EXCEEDED: the deadline expired before the method could produce a map.
+    - UNAUTHENTICATED, PERMISSION_DENIED: missing or insufficient credentials.
+    - INTERNAL: a bug of the server.
     """
 
     def Explain(self, request, context):
-        """One image, one model, one method: a saliency map for each target, with its cost and a receipt.
+        """Computes a saliency map of each target for one image, one model and one method.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExplainStream(self, request, context):
-        """The same, with progress on the way and, where the method works from coarse to fine, each level as it is done. The
-        metrics of randomisation send each of their maps.
+        """Like Explain, but also sends progress, the levels of coarse-to-fine methods, and the maps of randomisation metrics.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Evaluate(self, request, context):
-        """Scores a saliency map, given or made by a method, with any number of metrics.
+        """Scores a saliency map by metrics. The request contains either the map or the method that computes it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EvaluateStream(self, request, context):
-        """The same, with progress on the way and the maps of the metrics of randomisation.
+        """Like Evaluate, but also sends progress and the maps of randomisation metrics.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """The models that are served.
+        """Lists the models of the server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListMethods(self, request, context):
-        """The methods, their parameters and, for a named model, what they cost there or why they cannot be served.
+        """Lists the methods and their parameters. For a given model, also lists the number of rows of each method, or the
+        reason if the model does not support it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListMetrics(self, request, context):
-        """The metrics, their parameters and units.
+        """Lists the metrics, their parameters and their units.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,11 +207,24 @@ def add_ExplainServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ExplainService(object):
-    """Explains image classifiers and measures explanations.
+    """Explains the decisions of image classifiers and measures the quality of explanations.
 
-    Errors follow AIP-193: a canonical gRPC code, and in `grpc-status-details-bin` a google.rpc.Status with
-    ErrorInfo (reason, domain "camserve"), BadRequest (the field at fault), RetryInfo (when to try again) and
-    RequestInfo (the request id).
+    Errors follow AIP-193. An error has a canonical gRPC status code and, in `grpc-status-details-bin`, a
+    google.rpc.Status with these details:
+    - ErrorInfo: a constant reason, and the domain "camserve".
+    - BadRequest: the name of the invalid field.
+    - RetryInfo: the time after which a retry may succeed.
+    - RequestInfo: the id of the request.
+
+    Status codes:
+    - INVALID_ARGUMENT: unreadable image, unknown target, layer or parameter, or a value out of range.
+    - NOT_FOUND: unknown model, method or metric. ErrorInfo lists the known names.
+    - FAILED_PRECONDITION: the model does not support the method.
+    - RESOURCE_EXHAUSTED: the queue is full (with RetryInfo), or the request is too large or does not fit into memory.
+    - UNAVAILABLE: the server is loading its models or shutting down.
+    - DEADLINE_EXCEEDED: the deadline expired before the method could produce a map.
+    - UNAUTHENTICATED, PERMISSION_DENIED: missing or insufficient credentials.
+    - INTERNAL: a bug of the server.
     """
 
     @staticmethod
