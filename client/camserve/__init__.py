@@ -1,11 +1,12 @@
-"""camserve: ask a server why an image classifier sees what it sees.
+"""Client of the camserve server, which explains the decisions of image classifiers.
 
+Example:
     with camserve.Client("127.0.0.1:50051") as client:
-        e = client.explain("dog.jpg", method="poly-cam")
-        e.saliency                       # float32 [H, W], in [0, 1]
-        e.overlay().save("overlay.png")
+        explanation = client.explain("dog.jpg", method="poly-cam")
+    explanation.saliency                       # float32 [H, W] in [0, 1]
+    explanation.overlay().save("overlay.png")
 
-`camserve.aio.Client` is the same, awaited.
+`camserve.aio.Client` is the corresponding client for asyncio.
 """
 
 from camserve import aio

@@ -1,4 +1,4 @@
-"""The connection that both clients make: where to, how it is secured, what is tried again, what goes with each call."""
+"""Connection of the clients to a server: channels, retries, TLS, tokens and trace context."""
 
 from __future__ import annotations
 
@@ -19,36 +19,47 @@ from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from camserve.version import __version__
 
-__all__ = ["DEFAULT_ADDRESS", "DEFAULT_TIMEOUT_S", "Connection", "Pem"]
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "DEFAULT_TIMEOUT_S",
+    "KEEPALIVE_MS",
+    "KEEPALIVE_TIMEOUT_MS",
+    "SERVICE",
+    "Connection",
+    "Pem",
+    "channel_credentials",
+    "proxy_options",
+]
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 30.0
 
-# A PEM file, or what is in it.
+# Path of a PEM file, or its content as bytes.
 Pem: TypeAlias = "str | PathLike[str] | bytes"
 
+# Full name of the gRPC service.
 SERVICE = pb.DESCRIPTOR.services_by_name["ExplainService"].full_name
 
-# Often enough for firewalls to remember an idle connection, and to learn that a machine is gone before its turn comes.
-# Servers that allow fewer pings than that close the connection: ours allows one every 10 s.
+# Pings keep an idle connection open in firewalls and detect a lost connection before the next call. Servers close
+# connections that send pings too often; the camserve server allows one ping every 10 s.
 KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 10_000
 
-_OPTIONS: list[tuple[str, Any]] = [
+_COMMON_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", images.MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", images.MAX_MESSAGE_BYTES),
-    # What is larger than this is not sent again: by default 256 KiB, less than a photograph.
+    # gRPC does not retry larger requests. The default of 256 KiB is smaller than a photograph.
     ("grpc.per_rpc_retry_buffer_size", images.MAX_MESSAGE_BYTES),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    # By default two minutes, for which a server that is back would not be found.
+    # The default of two minutes would delay the reconnection to a restarted server.
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.primary_user_agent", f"camserve/{__version__}"),
 ]
 
 
-def _options(retried: list[str]) -> list[tuple[str, Any]]:
-    config = {
+def _channel_options(retryable_codes: list[str]) -> list[tuple[str, Any]]:
+    service_config = {
         "loadBalancingConfig": [{"round_robin": {}}],
         "healthCheckConfig": {"serviceName": SERVICE},
         "methodConfig": [
@@ -59,24 +70,28 @@ def _options(retried: list[str]) -> list[tuple[str, Any]]:
                     "initialBackoff": "0.1s",
                     "maxBackoff": "2s",
                     "backoffMultiplier": 4,
-                    "retryableStatusCodes": retried,
+                    "retryableStatusCodes": retryable_codes,
                 },
             }
         ],
     }
     keepalive = [
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),  # of what was sent and not acknowledged
-        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),  # of the ping itself; by default a minute
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),  # for the acknowledgement of sent data
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),  # for the response to a ping; the default is a minute
     ]
-    return [*_OPTIONS, *keepalive, ("grpc.service_config", json.dumps(config))]
+    return [*_COMMON_OPTIONS, *keepalive, ("grpc.service_config", json.dumps(service_config))]
 
 
 class Connection:
-    """What the blocking and the awaited client have in common."""
+    """Base class of all clients: creates the channels and the options of each call.
 
+    The arguments and errors are those of `camserve.Client`.
+    """
+
+    # The module that creates channels: `grpc` for blocking clients, `grpc.aio` for asyncio.
     _grpc: ClassVar[Any] = grpc
-    # Options of its channels beside those of all.
+    # Channel options of a subclass, in addition to the common ones.
     _extra_options: ClassVar[list[tuple[str, Any]]] = []
 
     def __init__(
@@ -92,10 +107,13 @@ class Connection:
     ) -> None:
         self.address = address
         self.timeout = timeout
-        # Visible ASCII is what a header can hold; the token itself is not to be in a message.
+        # An HTTP header can contain only visible ASCII characters. The message must not reveal the token.
         if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
-            raise InvalidArgument("a token is visible ASCII characters, without spaces", field="token")
-        self._credentials = credentials(tls=tls, ca=ca, certificate=certificate, key=key)
+            raise InvalidArgument(
+                "the token is empty or contains other characters than visible ASCII; check for spaces and line breaks",
+                field="token",
+            )
+        self._credentials = channel_credentials(tls=tls, ca=ca, certificate=certificate, key=key)
         self._headers: list[tuple[str, str]] = []
         if self._credentials is not None:
             if token:
@@ -104,75 +122,106 @@ class Connection:
         elif token:
             if not is_loopback(address):
                 raise InvalidArgument(
-                    f"a token goes to {address} only by TLS, or anybody on the way could read it: give tls or ca",
+                    f"a token for {address} requires TLS, because plaintext would reveal it on the network; pass tls "
+                    "or ca",
                     field="token",
                 )
             self._headers = [("authorization", f"Bearer {token}")]
-        # Those of many that are refused by a full server wait here, not there: each shall have its whole timeout.
+        # `explain_many` and `evaluate_many` wait and retry by themselves if the server is busy, so that each attempt
+        # has the whole timeout. gRPC must therefore not retry RESOURCE_EXHAUSTED on their channel.
         self._channels = [self._channel("UNAVAILABLE", "RESOURCE_EXHAUSTED"), self._channel("UNAVAILABLE")]
         self._stub, self._stub_for_many = map(ExplainServiceStub, self._channels)
 
-    def _channel(self, *retried: str) -> Any:
-        options = [*_options([*retried]), *proxy(self.address), *self._extra_options]
+    def _channel(self, *retryable_codes: str) -> Any:
+        options = [*_channel_options([*retryable_codes]), *proxy_options(self.address), *self._extra_options]
         if self._credentials is None:
             return self._grpc.insecure_channel(self.address, options=options)
         return self._grpc.secure_channel(self.address, self._credentials, options=options)
 
     def _call_options(self, call: request_messages.PreparedCall[Any]) -> dict[str, Any]:
-        """What goes with the call's request."""
+        """Return the timeout and the metadata of a call."""
         timeout = self.timeout if call.timeout is None else call.timeout
-        return {"timeout": timeout, "metadata": (*self._headers, *_trace())}
+        return {"timeout": timeout, "metadata": (*self._headers, *_trace_headers())}
 
     def _translate(self, error: grpc.RpcError, call: request_messages.PreparedCall[Any]) -> errors.CamserveError:
         return errors.from_rpc(error, address=self.address, timeout_s=self._call_options(call)["timeout"])
 
 
-def credentials(
+def channel_credentials(
     *, tls: bool = False, ca: Pem | None = None, certificate: Pem | None = None, key: Pem | None = None
 ) -> grpc.ChannelCredentials | None:
-    """Those of TLS, if anything asks for it. Raises OSError and InvalidArgument."""
+    """Return the TLS credentials of a channel.
+
+    Args:
+        tls: True to use TLS with the certificate authorities that gRPC trusts by default.
+        ca: Certificate authorities to trust instead.
+        certificate: Certificate chain of the client. Requires `key`.
+        key: Private key of `certificate`, unencrypted.
+
+    Returns:
+        The credentials, or None if no argument asks for TLS.
+
+    Raises:
+        InvalidArgument: A certificate or key is missing or invalid.
+        OSError: A PEM file cannot be read.
+    """
     if (certificate is None) != (key is None):
-        raise InvalidArgument("a certificate needs its key, and a key its certificate", field="certificate")
+        missing = "key" if key is None else "certificate"
+        raise InvalidArgument(f"expected both certificate and key, but {missing} is missing", field="certificate")
     if not tls and ca is None and certificate is None:
         return None
-    return _tls(*map(_read, (ca, key, certificate)))
+    return _ssl_credentials(*map(_read_pem, (ca, key, certificate)))
 
 
-def proxy(address: str) -> list[tuple[str, Any]]:
-    """Options of a channel: what goes to this machine, in plaintext perhaps, takes no detour."""
+def proxy_options(address: str) -> list[tuple[str, Any]]:
+    """Return channel options that bypass HTTP proxies for loopback addresses.
+
+    A proxy would forward the data of a plaintext connection, which may contain a token, to another machine.
+
+    Args:
+        address: Address of the server.
+
+    Returns:
+        Options for the constructor of a channel.
+    """
     return [("grpc.enable_http_proxy", 0)] if is_loopback(address) else []
 
 
-def _read(pem: Pem | None) -> bytes | None:
+def _read_pem(pem: Pem | None) -> bytes | None:
     return pem if pem is None or isinstance(pem, bytes) else Path(pem).read_bytes()
 
 
-def _tls(ca: bytes | None, key: bytes | None, certificate: bytes | None) -> grpc.ChannelCredentials:
-    """Raises InvalidArgument for what gRPC would only log, waiting for the timeout."""
-    known = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+def _ssl_credentials(ca: bytes | None, key: bytes | None, certificate: bytes | None) -> grpc.ChannelCredentials:
+    """Return TLS credentials after checking them.
+
+    gRPC itself only logs an invalid certificate, and calls then fail after their timeout.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         if ca is not None:
-            known.load_verify_locations(cadata=ca.decode())
+            context.load_verify_locations(cadata=ca.decode())
     except (ssl.SSLError, ValueError) as error:
-        raise InvalidArgument("ca holds no certificate in PEM", field="ca") from error
+        raise InvalidArgument("ca contains no certificate; expected certificates in PEM format", field="ca") from error
     try:
         if certificate is not None and key is not None:
-            with tempfile.NamedTemporaryFile() as both:  # which ssl reads from a file only
-                both.write(key + b"\n" + certificate)
-                both.flush()
-                known.load_cert_chain(both.name, password="")
+            with tempfile.NamedTemporaryFile() as file:  # The ssl module can read certificates only from a file.
+                file.write(key + b"\n" + certificate)
+                file.flush()
+                context.load_cert_chain(file.name, password="")
     except (ssl.SSLError, ValueError) as error:
         raise InvalidArgument(
-            "no PEM, or the key is encrypted or of another certificate", field="certificate"
+            "certificate and key do not match or are invalid; expected a certificate chain and its unencrypted key in "
+            "PEM format",
+            field="certificate",
         ) from error
-    except OSError:  # nowhere to write: what is wrong with them will show in the handshake
+    except OSError:  # No temporary file could be written. The TLS handshake reports invalid certificates in this case.
         pass
     return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
-def _trace() -> list[tuple[str, str]]:
-    """The W3C trace context of the caller's current span, if there is one."""
-    if "opentelemetry.trace" not in sys.modules:  # nobody can have started a span
+def _trace_headers() -> list[tuple[str, str]]:
+    """Return the W3C trace context of the current OpenTelemetry span, or an empty list if there is no span."""
+    if "opentelemetry.trace" not in sys.modules:  # The caller does not use OpenTelemetry.
         return []
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 

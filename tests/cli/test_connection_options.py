@@ -34,4 +34,4 @@ def test_the_command_line_takes_all_that_from_options_or_the_environment(service
         assert servicer.metadata["authorization"] == "Bearer from-file"
     ran = listed("--address", "explain.example:1", CAMSERVE_TOKEN="secret")
     assert (ran.exit_code, ran.stdout) == (1, "")
-    assert ran.stderr.startswith("error: a token goes to explain.example:1 only by TLS")
+    assert ran.stderr.startswith("error: a token for explain.example:1 requires TLS")

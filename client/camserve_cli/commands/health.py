@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import typer
 
-from camserve.connection import SERVICE, credentials, proxy
+from camserve.connection import SERVICE, channel_credentials, proxy_options
 from camserve_cli.options import Server, asks
 from camserve_cli.output import errors_as_lines
 
@@ -24,8 +24,8 @@ def health(*, server: Server) -> None:
     No token is needed, and no certificate where `--address` is the server's `health_listen`.
     """
     with errors_as_lines():
-        given = credentials(tls=server.tls, ca=server.ca, certificate=server.cert, key=server.key)
-    options = proxy(server.address)
+        given = channel_credentials(tls=server.tls, ca=server.ca, certificate=server.cert, key=server.key)
+    options = proxy_options(server.address)
     with (
         grpc.secure_channel(server.address, given, options) if given else grpc.insecure_channel(server.address, options)
     ) as channel:
