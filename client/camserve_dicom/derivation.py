@@ -1,4 +1,4 @@
-"""What every result has in common: where it comes from, what it is called, and the moment that it is of."""
+"""Properties that all results of an explanation share: UIDs, date, label and faithfulness check."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ DEFAULT_CHECK = "insertion>deletion"
 _NAMESPACE = uuid.UUID("6f1b3c1e-5b7a-5c0e-9d3f-3f0c5a7d2e41")
 _COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 _DATES = ("ContentDate", "AcquisitionDate", "SeriesDate", "StudyDate")
-# Of 1024 characters, which descriptions have, it leaves room for the rest.
-_LONGEST_LABEL = 200
-# What must have a date, of an image without any, has one that nobody takes for true.
+# Derivation Description holds 1024 characters. This limit leaves room for the rest of the text.
+_MAX_LABEL_LENGTH = 200
+# The date of attributes that must not be empty, if the image has no date. It is recognisable as a placeholder.
 NO_DATE = datetime(1900, 1, 1)
 
 
@@ -37,15 +37,22 @@ def _uid(name: str) -> UID:
     return UID(f"2.25.{uuid.uuid5(_NAMESPACE, name).int}")
 
 
-# Of all files that camserve writes.
 IMPLEMENTATION_UID = _uid("implementation")
+"""Implementation Class UID of all files that camserve writes (PS3.10 7.1)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Derivation:
-    """An explanation of a picture, from which results are made. `metrics` is as it was asked for.
+    """An explanation of a rendered image, from which results are made.
 
-    All that is in a result follows from what is asked of which image, never from the clock, chance or the request's id.
+    The content of results depends only on the image and the request. It does not depend on the time, on random numbers
+    or on the request id, so the same request gives the same bytes.
+
+    Attributes:
+        explanation: The server's response.
+        image: The image that was explained.
+        check: The faithfulness check, such as "insertion>deletion", or None.
+        metrics: The requested metrics with their parameters, if any metric has parameters.
     """
 
     explanation: Explanation
@@ -55,7 +62,7 @@ class Derivation:
 
     @cached_property
     def key(self) -> str:
-        """What makes this derivation another one than others."""
+        """A JSON text that identifies the image and the request. All UIDs are derived from it."""
         receipt, source = self.explanation.receipt, self.image.source
         return json.dumps(
             {
@@ -73,12 +80,12 @@ class Derivation:
         )
 
     def uid(self, name: str) -> UID:
-        """The UID of that name, always the same one."""
+        """Return a UID that depends only on `key` and the name."""
         return _uid(f"{self.key}\n{name}")
 
     @cached_property
-    def moment(self) -> datetime | None:
-        """That of the image: results that had their own would differ each time that they are made."""
+    def image_datetime(self) -> datetime | None:
+        """Date and time of the image, or None. Results use it, because the current time would change their bytes."""
         for name in _DATES:
             date = re.sub(r"\D", "", str(self.image.source.get(name) or ""))
             time = re.sub(r"[^\d].*", "", str(self.image.source.get(name.replace("Date", "Time")) or ""))
@@ -90,15 +97,15 @@ class Derivation:
 
     @cached_property
     def withheld(self) -> str:
-        """Why there is to be no overlay: the check that failed. Empty where it holds, or where there is none."""
+        """The reason why only a report is made: the check that failed. Empty if it passed, or without a check."""
         if self.check is None:
             return ""
-        left, comparison, right = _parsed(self.check)
+        left, comparison, right = _parse_check(self.check)
         try:
             values = [_value(side, self.explanation.scores) for side in (left, right)]
         except KeyError as error:
             raise InvalidArgument(
-                f"the check needs the score {error}, which was not asked for", field="check"
+                f"the check needs the score {error}, which was not requested; add the metric", field="check"
             ) from None
         if _COMPARISONS[comparison](*values):
             return ""
@@ -109,32 +116,32 @@ class Derivation:
 
     @property
     def frame_number(self) -> int | None:
-        """Of the frame, from 1, as references have it; None where there is but one."""
+        """Referenced Frame Number, counted from 1, or None for a single-frame image."""
         return self.image.frame + 1 if int(self.image.source.get("NumberOfFrames") or 1) > 1 else None
 
     @property
     def label(self) -> str:
-        """The class, as it is shown: in a line, with nothing that means something else in DICOM, and not too long."""
+        """The class label for display: one line of at most 200 printable characters without backslashes."""
         target = self.explanation.target
-        given = "".join(each if each.isprintable() and each != "\\" else " " for each in target.label)
-        label = " ".join(given.split())
-        short = label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 3]}..."
+        printable = "".join(each if each.isprintable() and each != "\\" else " " for each in target.label)
+        label = " ".join(printable.split())
+        short = label if len(label) <= _MAX_LABEL_LENGTH else f"{label[: _MAX_LABEL_LENGTH - 3]}..."
         return short or f"class {target.index}"
 
     @property
-    def tracked(self) -> str:
-        """The finding's identifier, for people: the report's and the segment's are of the same one."""
+    def tracking_id(self) -> str:
+        """Tracking ID of the finding, which the report and the segmentation share."""
         return f"{self.explanation.receipt.method} class {self.explanation.target.index}"[:64]
 
     @property
-    def software(self) -> list[str]:
-        """Versions of what made this, for people."""
+    def software_versions(self) -> list[str]:
+        """Values of Software Versions: the packages of the server and the client with their versions."""
         versions = {**self.explanation.receipt.versions, **_versions()}
         return [f"{name} {value}"[:64] for name, value in sorted(versions.items())]
 
     @property
-    def receipt(self) -> str:
-        """The receipt as JSON, but for what is by chance, and what another start of the server may change."""
+    def receipt_json(self) -> str:
+        """The receipt as JSON, without the request id, and without batch sizes and device, which servers choose."""
         receipt = json.loads(self.explanation.receipt.to_json())
         for name in ("request_id", "batch_sizes", "device"):
             del receipt[name]
@@ -142,31 +149,41 @@ class Derivation:
 
 
 def check_metrics(check: str | None) -> list[str]:
-    """The names of the metrics that a check compares. Raises InvalidArgument for what is no check."""
+    """Return the names of the metrics that a check compares.
+
+    Args:
+        check: A comparison of two metrics, or of a metric and a number, such as "insertion>deletion"; None for none.
+
+    Raises:
+        InvalidArgument: If the check is not a comparison.
+    """
     if check is None:
         return []
-    left, _, right = _parsed(check)
-    return [side for side in (left, right) if not _number(side)]
+    left, _, right = _parse_check(check)
+    return [side for side in (left, right) if not _is_number(side)]
 
 
-def _parsed(check: str) -> tuple[str, str, str]:
+def _parse_check(check: str) -> tuple[str, str, str]:
+    """Return the left side, the comparison operator and the right side of a check."""
     match = re.fullmatch(r"\s*([^<>=\s]+)\s*(>=|<=|>|<)\s*([^<>=\s]+)\s*", check)
     if not match:
         raise InvalidArgument(
-            "a check compares two metrics, or one with a number, as in insertion>deletion", field="check"
+            f"check is {check!r}; expected a comparison of two metrics, or of a metric and a number, such as "
+            "insertion>deletion",
+            field="check",
         )
     return match[1], match[2], match[3]
 
 
-def _number(text: str) -> bool:
+def _is_number(text: str) -> bool:
     return re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", text) is not None
 
 
 def _value(side: str, scores: Mapping[str, float]) -> float:
-    return float(side) if _number(side) else float(scores[side])
+    return float(side) if _is_number(side) else float(scores[side])
 
 
 def _versions() -> dict[str, str]:
-    """Of what makes the bytes of results."""
+    """Return the versions of the packages that determine the bytes of results."""
     libraries = ("contourpy", "highdicom", "numpy", "pillow", "pydicom")
     return {"camserve client": __version__} | {name: version(name) for name in libraries}

@@ -1,4 +1,4 @@
-"""What can be wrong with a DICOM object."""
+"""Errors in DICOM objects."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ __all__ = ["DicomError"]
 
 
 class DicomError(InvalidArgument):
-    """A source that cannot be explained as it is; `reason` is a constant for programs. Messages hold nothing of it.
+    """A DICOM object that cannot be explained, or a result that cannot be written.
 
-    NOT_DICOM, TRUNCATED, NO_PIXELS, FRAME_OUT_OF_RANGE, BURNED_IN_ANNOTATION, ULTRASOUND_REGIONS,
-    UNSUPPORTED_TRANSFER_SYNTAX, UNREADABLE_PIXELS, UNSUPPORTED_PIXELS, BROKEN_HEADER,
-    INCOMPLETE (an attribute is missing that results need), OWN_RESULT (camserve has made it), UNWRITABLE_RESULT.
+    The message quotes no value of the header, so it can be logged. `reason` is a constant for programs:
+
+    - `NOT_DICOM`: the file has no DICM prefix.
+    - `TRUNCATED`: the file ends too early, or cannot be parsed.
+    - `NO_PIXELS`: the object has no pixel data.
+    - `FRAME_OUT_OF_RANGE`: the image has no frame of this number.
+    - `BURNED_IN_ANNOTATION`: Burned In Annotation is YES.
+    - `ULTRASOUND_REGIONS`: the image has ultrasound regions, or one lies outside of the image.
+    - `UNSUPPORTED_TRANSFER_SYNTAX`: no installed package decodes the pixels.
+    - `UNREADABLE_PIXELS`: the pixels are corrupt or truncated.
+    - `UNSUPPORTED_PIXELS`: the pixels, a window or the overlay have a form that is not supported.
+    - `BROKEN_HEADER`: an attribute or a lookup table has an invalid value.
+    - `INCOMPLETE`: an attribute is missing that the results need.
+    - `OWN_RESULT`: camserve has made the object.
+    - `UNWRITABLE_RESULT`: the header or the explanation does not fit into a result.
     """
 
     def __init__(self, message: str, reason: str, *, field: str = "source") -> None:

@@ -1,4 +1,4 @@
-"""From a DICOM image to the objects that explain it."""
+"""Explanation of a DICOM image by a server, with DICOM objects as the result."""
 
 from __future__ import annotations
 
@@ -21,24 +21,28 @@ from camserve.errors import InvalidArgument
 from camserve.request_messages import Parameters, TargetLike
 from camserve_dicom.derivation import DEFAULT_CHECK, Derivation, check_metrics
 from camserve_dicom.reading import RenderedImage, Source, Window, read
-from camserve_dicom.results import DEFAULT_OUTPUTS, objects, outputs_of
+from camserve_dicom.results import DEFAULT_OUTPUTS, objects, parse_outputs
 
 if TYPE_CHECKING:
     from camserve import aio
     from camserve.client import Client
 
-__all__ = ["DEFAULT_METRICS", "DicomExplanation", "explain", "explain_async", "request_pixels"]
+__all__ = ["DEFAULT_METRICS", "DicomExplanation", "PreparedRequest", "explain", "explain_async", "request_pixels"]
 
 DEFAULT_METRICS = ("insertion", "deletion", "average-gain")
-# A request holds 64 MiB; no model looks at a fraction of it.
-_MOST_PIXELS = 20_000_000
+# A request holds 64 MiB, and models resize their input to far fewer pixels.
+_MAX_PIXELS = 20_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class DicomExplanation:
-    """An explanation of `image`, and its `objects` by kind: "sc", "sr", "pm", "seg", "gsps".
+    """An explanation of a DICOM image and its result objects.
 
-    `withheld` says which check failed, so that there is only a report; it is empty otherwise.
+    Attributes:
+        explanation: The server's response: map, scores, target and receipt.
+        image: The rendered image that was explained.
+        objects: Result objects by kind, see `camserve_dicom.KINDS`.
+        withheld: The check that failed, in which case `objects` has only a report. Empty if the check passed.
     """
 
     explanation: Explanation
@@ -47,9 +51,14 @@ class DicomExplanation:
     withheld: str
 
     def save(self, folder: str | PathLike[str], stem: str | None = None) -> list[Path]:
-        """Writes STEM.KIND.dcm for each object, making the folder if need be; returns them.
+        """Write each object to the file STEM.KIND.dcm. Existing files are replaced.
 
-        The stem is the SOP Instance UID of each unless it is given. Files of the same names are replaced.
+        Args:
+            folder: The folder of the files, which is created if necessary.
+            stem: First part of the file names. The default is the SOP Instance UID of each object.
+
+        Returns:
+            The paths of the files.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,16 +71,23 @@ class DicomExplanation:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """A image, what to ask the server for about it, and what to make of the answer."""
+class PreparedRequest:
+    """A rendered image with the arguments of `Client.explain` and of `objects`.
+
+    Attributes:
+        image: The rendered image.
+        request: Keyword arguments of `Client.explain`.
+        outputs: Kinds of objects to make.
+        check: The faithfulness check, or None.
+    """
 
     image: RenderedImage
     request: dict[str, Any]
     outputs: tuple[str, ...]
     check: str | None
 
-    def answered(self, explanation: Explanation) -> DicomExplanation:
-        """The objects of the answer."""
+    def with_objects(self, explanation: Explanation) -> DicomExplanation:
+        """Return the explanation with its result objects."""
         metrics = self.request["metrics"]
         made = objects(
             explanation,
@@ -83,7 +99,7 @@ class Asked:
         return DicomExplanation(explanation, self.image, made, Derivation(explanation, self.image, self.check).withheld)
 
 
-def asked(
+def prepare(
     source: Source,
     *,
     frame: int = 0,
@@ -94,15 +110,15 @@ def asked(
     regions: Literal["refuse", "crop", "ignore"] = "refuse",
     burned_in: Literal["refuse", "ignore"] = "refuse",
     **request: Any,
-) -> Asked:
-    """Reads the source; what is given is as for `explain`. Nothing is sent."""
+) -> PreparedRequest:
+    """Render the source and check the arguments of `explain`. Nothing is sent to a server."""
     names = [metrics] if isinstance(metrics, str) else metrics
     scored: Mapping[str, Parameters] = metrics if isinstance(metrics, Mapping) else {name: {} for name in names}
-    kinds = outputs_of(outputs)
-    if lacking := [name for name in check_metrics(check) if name not in scored]:
-        raise InvalidArgument(f"the check needs the metric {lacking[0]}: ask for it, too", field="check")
+    kinds = parse_outputs(outputs)
+    if missing := [name for name in check_metrics(check) if name not in scored]:
+        raise InvalidArgument(f"the check needs the metric {missing[0]}; add it to metrics", field="check")
     image = read(source, frame=frame, window=window, regions=regions, burned_in=burned_in)
-    return Asked(
+    return PreparedRequest(
         image,
         {"image": request_pixels(image), "metrics": scored, "request_id": uuid.uuid4().hex, **request},
         kinds,
@@ -125,28 +141,40 @@ def explain(
     window: Window | None = None,
     regions: Literal["refuse", "crop", "ignore"] = "refuse",
     burned_in: Literal["refuse", "ignore"] = "refuse",
-    **more: Any,
+    **options: Any,
 ) -> DicomExplanation:
-    """Explain a DICOM image, and make DICOM objects of the answer.
+    """Explain a DICOM image, and make DICOM objects of the explanation.
 
-    Only the pixels and a request id made by chance are sent; the header stays here.
+    The function sends the pixels, a random request id and the arguments of the explanation. The header is not sent.
 
-    source: a path, a binary file, or a pydicom dataset, which is not changed.
-    frame: of several, from 0.
-    outputs: kinds of objects: "sc", the overlay as Secondary Capture; "sr", a report with the scores; "pm", the map
-        itself as Parametric Map; "seg", where it is above half of its maximum; "gsps", the outline of that as
-        presentation state.
-    metrics: that score the map; all are in the report.
-    check: two metrics, or one and a number, such as "insertion>deletion": where it does not hold, there is but a report
-        that says so. None checks nothing.
-    window, regions, burned_in: as for `read`.
+    Args:
+        client: A client of the camserve server.
+        source: A path, a binary file, or a pydicom dataset, which is not changed.
+        frame: Number of the frame, counted from 0.
+        outputs: Kinds of objects: "sc", the overlay as Secondary Capture; "sr", a report with the scores; "pm", the map
+            as Parametric Map; "seg", pixels with at least half of its maximum as Segmentation; "gsps", the outline of
+            these pixels as presentation state.
+        model: Name of the model, as for `Client.explain`.
+        method: Name of the method, as for `Client.explain`.
+        target: The class to explain, as for `Client.explain`. The default is the predicted class.
+        metrics: Metrics that score the map, with parameters if it is a mapping. All scores are in the report.
+        parameters: Parameters of the method, as for `Client.explain`.
+        check: A comparison of two metrics, or of a metric and a number, such as "insertion>deletion". If it fails, only
+            a report is made, which gives the reason. None disables the check.
+        window: (centre, width) of the grey levels, as for `read`.
+        regions: What to do with an image that has ultrasound regions, as for `read`.
+        burned_in: What to do with an image that has burned-in text, as for `read`.
+        **options: Further arguments of `Client.explain`.
 
-    `model`, `method`, `target`, `parameters` and what else may be given are as for `Client.explain`.
+    Returns:
+        The explanation with its objects.
 
-    Raises OSError for a file that cannot be read, DicomError for what is no such image or is refused, and what
-    `Client.explain` raises.
+    Raises:
+        DicomError: If the source is not a supported image or is refused, or if an object cannot be made.
+        OSError: If the file cannot be read.
+        CamserveError: If an argument is invalid or the server fails, as for `Client.explain`.
     """
-    ready = asked(
+    prepared = prepare(
         source,
         frame=frame,
         outputs=outputs,
@@ -159,20 +187,42 @@ def explain(
         method=method,
         target=target,
         parameters=parameters,
-        **more,
+        **options,
     )
-    return ready.answered(client.explain(**ready.request))
+    return prepared.with_objects(client.explain(**prepared.request))
 
 
-async def explain_async(client: aio.Client, source: Source, **given: Any) -> DicomExplanation:
-    """As `explain`, by the awaited client; pixels and objects are made on a thread beside the event loop."""
-    ready = await asyncio.to_thread(functools.partial(asked, source, **given))
-    explanation = await client.explain(**ready.request)
-    return await asyncio.to_thread(ready.answered, explanation)
+async def explain_async(client: aio.Client, source: Source, **options: Any) -> DicomExplanation:
+    """Explain a DICOM image with the asyncio client. A thread renders the image and makes the objects.
+
+    Args:
+        client: An asyncio client of the camserve server.
+        source: A path, a binary file, or a pydicom dataset, which is not changed.
+        **options: Keyword arguments of `explain`.
+
+    Returns:
+        The explanation with its objects.
+
+    Raises:
+        DicomError: As for `explain`.
+        OSError: As for `explain`.
+        CamserveError: As for `explain`.
+    """
+    prepared = await asyncio.to_thread(functools.partial(prepare, source, **options))
+    explanation = await client.explain(**prepared.request)
+    return await asyncio.to_thread(prepared.with_objects, explanation)
 
 
 def request_pixels(image: RenderedImage) -> NDArray[np.uint8]:
-    """What is sent of a image: its pixels, of very large ones the means of squares of them."""
+    """Return the pixels that `explain` sends to the server.
+
+    Args:
+        image: A rendered image.
+
+    Returns:
+        The pixels of the image, uint8 [H, W] or [H, W, 3]. An image of more than 20 million pixels is reduced to the
+        means of square blocks.
+    """
     pixels = image.pixels
-    factor = int(np.ceil((pixels.shape[0] * pixels.shape[1] / _MOST_PIXELS) ** 0.5))
+    factor = int(np.ceil((pixels.shape[0] * pixels.shape[1] / _MAX_PIXELS) ** 0.5))
     return pixels if factor <= 1 else np.asarray(PIL.Image.fromarray(pixels).reduce(factor), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The map itself as Parametric Map, and where it is high as Segmentation: both on the grid of the source's pixels."""
+"""The map as Parametric Map, and its highest values as Segmentation, on the pixel grid of the source."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pydicom import Dataset
 from pydicom.sr.coding import Code
 
 from camserve_dicom.derivation import Derivation
-from camserve_dicom.header import source_image
+from camserve_dicom.result_header import source_image
 from camserve_dicom.secondary_capture import description
-from camserve_dicom.standin import geometry, restored, stand_in, thickness
+from camserve_dicom.surrogate import plane_geometry, restore_references, slice_thickness, surrogate_source
 
-__all__ = ["THRESHOLD", "native", "parametric_map", "segmentation"]
+__all__ = ["THRESHOLD", "map_on_source_grid", "parametric_map", "segmentation"]
 
-# Of the map's maximum.
 THRESHOLD = 0.5
+"""Threshold of the segmentation and of the outlines, relative to the maximum of the map."""
 
-SYNTHETIC = "SYNTHETIC GEOMETRY: the source has none. "
+_SYNTHETIC = "SYNTHETIC GEOMETRY: the source has none. "
 _QUANTITIES = {
     "cam": Code("130402", "DCM", "Class activation"),
     "grad-cam": Code("130403", "DCM", "Gradient-weighted class activation"),
@@ -30,8 +30,15 @@ _QUANTITIES = {
 _SALIENCY = Code("130404", "DCM", "Saliency")
 
 
-def native(derivation: Derivation) -> NDArray[np.float32]:
-    """float32 [rows, columns] over the whole frame as it is stored, 0 outside of what the model was shown."""
+def map_on_source_grid(derivation: Derivation) -> NDArray[np.float32]:
+    """Interpolate the map to the stored frame.
+
+    Args:
+        derivation: The explanation and its image.
+
+    Returns:
+        The map, float32 [Rows, Columns] in [0, 1]. It is 0 outside of the part that the model was shown.
+    """
     image = derivation.image
     left, top, right, bottom = image.box
     saliency = PIL.Image.fromarray(derivation.explanation.saliency)
@@ -42,7 +49,7 @@ def native(derivation: Derivation) -> NDArray[np.float32]:
 
 
 def parametric_map(derivation: Derivation) -> Dataset:
-    """The map in [0, 1] as float32."""
+    """Return the map, float32 in [0, 1], as Parametric Map (PS3.3 A.75)."""
     quantity = _quantity(derivation)
     mapping = pm.RealWorldValueMapping(
         lut_label="SALIENCY",
@@ -54,22 +61,22 @@ def parametric_map(derivation: Derivation) -> Dataset:
         quantity_definition=quantity,
     )
     result = pm.ParametricMap(
-        [stand_in(derivation)],
-        native(derivation),
+        [surrogate_source(derivation)],
+        map_on_source_grid(derivation),
         real_world_value_mappings=[mapping],
-        # LINEAR, the default, would make a width of 1 a threshold.
+        # A window of width 1 is a threshold with the default function, LINEAR.
         voi_lut_transformations=[hd.VOILUTTransformation(0.5, 1, voi_lut_function="LINEAR_EXACT")],
         contains_recognizable_visual_features=False,
         content_label="SALIENCY",
-        content_description=_described(derivation)[:64],
+        content_description=_content_description(derivation)[:64],
         **_equipment(derivation, "pm"),
     )
-    return _about(result, derivation)
+    return _complete(result, derivation)
 
 
 def segmentation(derivation: Derivation) -> Dataset:
-    """Where the map is at least THRESHOLD of its maximum."""
-    saliency = native(derivation)
+    """Return the pixels with at least `THRESHOLD` of the map's maximum as Segmentation (PS3.3 A.51)."""
+    saliency = map_on_source_grid(derivation)
     mask = (saliency >= THRESHOLD * saliency.max()) & (saliency > 0)
     receipt = derivation.explanation.receipt
     segment = seg.SegmentDescription(
@@ -84,23 +91,23 @@ def segmentation(derivation: Derivation) -> Dataset:
             version=receipt.versions.get("camserve", "unknown")[:64],
         ),
         tracking_uid=derivation.uid("tracking"),
-        tracking_id=derivation.tracked,
+        tracking_id=derivation.tracking_id,
     )
     result = seg.Segmentation(
-        [stand_in(derivation)],
+        [surrogate_source(derivation)],
         mask.astype(np.uint8),
         segmentation_type=seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[segment],
         omit_empty_frames=False,
         content_label="SALIENCY",
-        content_description=_described(derivation)[:64],
+        content_description=_content_description(derivation)[:64],
         **_equipment(derivation, "seg"),
     )
-    return _about(result, derivation)
+    return _complete(result, derivation)
 
 
 def _equipment(derivation: Derivation, kind: str) -> dict[str, Any]:
-    """What highdicom asks for; most of it is said by `finished`."""
+    """Return the arguments that highdicom requires. `result_header.complete` replaces most of the values."""
     return {
         "series_instance_uid": derivation.uid(f"{kind}/series"),
         "series_number": 1,
@@ -117,20 +124,20 @@ def _quantity(derivation: Derivation) -> Code:
     return _QUANTITIES.get(derivation.explanation.receipt.method, _SALIENCY)
 
 
-def _described(derivation: Derivation) -> str:
-    where = "" if geometry(derivation) else SYNTHETIC
+def _content_description(derivation: Derivation) -> str:
+    where = "" if plane_geometry(derivation) else _SYNTHETIC
     return f"{where}{derivation.explanation.receipt.method} of class {derivation.explanation.target.index}"
 
 
-def _about(result: Dataset, derivation: Derivation) -> Dataset:
-    """What it is, in words, and whether its place is made up."""
-    where = "" if geometry(derivation) else SYNTHETIC
+def _complete(result: Dataset, derivation: Derivation) -> Dataset:
+    """Add descriptions and references, and mark a synthetic plane."""
+    where = "" if plane_geometry(derivation) else _SYNTHETIC
     result.DerivationDescription = (where + description(derivation))[:1024]
     if where:
         result.ImageComments = where.strip()
     [measures] = result.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
-    measures.pop("SpacingBetweenSlices", None)  # of one
-    if thickness(derivation) is None and "SegmentSequence" not in result:  # a segmentation must have one
+    measures.pop("SpacingBetweenSlices", None)  # there is only one slice
+    if slice_thickness(derivation) is None and "SegmentSequence" not in result:  # required in a segmentation
         del measures.SliceThickness
     result.SourceImageSequence = [source_image(derivation)]
-    return restored(result, derivation)
+    return restore_references(result, derivation)

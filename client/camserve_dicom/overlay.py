@@ -1,4 +1,4 @@
-"""The picture that people see: the map over the image, and below it a legend that says what it is."""
+"""Drawing of the overlay: the image with the map in colour, and a legend below it."""
 
 from __future__ import annotations
 
@@ -11,32 +11,37 @@ from numpy.typing import NDArray
 from camserve import heatmaps
 from camserve_dicom.derivation import Derivation
 
-__all__ = ["WARNING", "drawn"]
+__all__ = ["WARNING", "draw"]
 
 WARNING = "RESEARCH USE ONLY - not for diagnosis"
-# The picture has at least as many pixels along its longer side, so that the legend can be read beside it: a smaller
-# image is enlarged by whole pixels.
-_LEAST_SIDE = 400
-# The font's share of the longer side of the picture, which is what is fitted to a screen; and its size in pixels.
-_FONT, _LEAST_FONT, _LARGEST_FONT = 1 / 50, 14, 100
-# How wide the legend is at least, in sizes of the font. A tall picture gets black on its right.
-_LEGEND = 28
+# Minimum length of the longer side in pixels. A smaller image is enlarged by a whole factor, so that the legend is
+# readable next to it.
+_MIN_SIDE_PX = 400
+# Font size relative to the longer side, because a viewer fits that side to the screen; and its limits in pixels.
+_FONT_SHARE, _MIN_FONT_PX, _MAX_FONT_PX = 1 / 50, 14, 100
+# Minimum width of the legend in multiples of the font size. The area to the right of a narrow image is black.
+_LEGEND_WIDTH = 28
 _WHITE, _GREY, _YELLOW = (255, 255, 255), (190, 190, 190), (255, 214, 10)
 
 
-def drawn(derivation: Derivation) -> tuple[NDArray[np.uint8], int]:
-    """uint8 [H, W, 3], and how many times each pixel of the picture is wide in it.
+def draw(derivation: Derivation) -> tuple[NDArray[np.uint8], int]:
+    """Draw the overlay.
 
-    The picture is at the upper left, and untouched where the map is 0.
+    Args:
+        derivation: The explanation and its image.
+
+    Returns:
+        The overlay as RGB uint8 [H, W, 3], and the factor by which the image is enlarged. The image is at the upper
+        left, and its pixels are unchanged where the map is 0.
     """
     pixels = derivation.image.pixels
-    scale = -(-_LEAST_SIDE // max(pixels.shape[:2]))
+    scale = -(-_MIN_SIDE_PX // max(pixels.shape[:2]))
     image = PIL.Image.fromarray(pixels).convert("RGB")
     size = (image.width * scale, image.height * scale)
     image = image.resize(size, PIL.Image.Resampling.NEAREST)
     image = heatmaps.overlay(image, derivation.explanation.saliency, heatmaps.ALPHA)
-    font = min(max(_LEAST_FONT, round(_FONT * max(image.size))), _LARGEST_FONT)
-    legend = _legend(derivation, max(image.width, _LEGEND * font), font)
+    font = min(max(_MIN_FONT_PX, round(_FONT_SHARE * max(image.size))), _MAX_FONT_PX)
+    legend = _legend(derivation, max(image.width, _LEGEND_WIDTH * font), font)
     canvas = PIL.Image.new("RGB", (legend.width, image.height + legend.height))
     canvas.paste(image)
     canvas.paste(legend, (0, image.height))
@@ -44,14 +49,15 @@ def drawn(derivation: Derivation) -> tuple[NDArray[np.uint8], int]:
 
 
 def _legend(derivation: Derivation, width: int, size: int) -> PIL.Image.Image:
+    """Draw the legend with this width and font size in pixels."""
     explanation = derivation.explanation
     font = PIL.ImageFont.load_default(size)
     margin, line = round(size * 0.7), round(size * 1.4)
-    percent = f"probability {explanation.target.probability:.3f}"
+    probability = f"probability {explanation.target.probability:.3f}"
     index = f" (class {explanation.target.index})" if explanation.target.label else ""
     lines = [
         (WARNING, _YELLOW),
-        (f"{_drawable(derivation.label)}{index}, {percent}", _WHITE),
+        (f"{_drawable(derivation.label)}{index}, {probability}", _WHITE),
         (f"{explanation.receipt.method} of {explanation.receipt.model}", _GREY),
         ("Colour shows what influenced the model, not where disease is.", _GREY),
     ]
@@ -70,11 +76,12 @@ def _legend(derivation: Derivation, width: int, size: int) -> PIL.Image.Image:
 
 
 def _drawable(text: str) -> str:
-    """What the font has no glyphs of would be boxes; the class's number stands beside it."""
+    """Replace characters that the font lacks by question marks. The legend also shows the class index."""
     return "".join(each if each.isprintable() and ord(each) < 0x180 else "?" for each in text)
 
 
 def _wrapped(text: str, font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont, width: int) -> list[str]:
+    """Break text into lines of at most this width in pixels."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()
@@ -83,8 +90,8 @@ def _wrapped(text: str, font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFo
             continue
         if lines[-1]:
             lines.append("")
-        for each in word:  # one of labels without spaces may be longer than a line
-            if lines[-1] and font.getlength(lines[-1] + each) > width:
+        for character in word:  # a word may be longer than a line
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
                 lines.append("")
-            lines[-1] += each
+            lines[-1] += character
     return lines

@@ -1,4 +1,4 @@
-"""The objects that an explanation becomes."""
+"""Conversion of an explanation to DICOM objects."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from camserve.answers import Explanation
 from camserve.errors import CamserveError, InvalidArgument
 from camserve_dicom.derivation import DEFAULT_CHECK, Derivation
 from camserve_dicom.errors import DicomError
-from camserve_dicom.header import finished
 from camserve_dicom.maps import parametric_map, segmentation
 from camserve_dicom.presentation_state import presentation_state
 from camserve_dicom.reading import RenderedImage
+from camserve_dicom.result_header import complete
 from camserve_dicom.secondary_capture import secondary_capture
 from camserve_dicom.structured_report import structured_report
 
-__all__ = ["DEFAULT_OUTPUTS", "KINDS", "objects", "outputs_of"]
+__all__ = ["DEFAULT_OUTPUTS", "KINDS", "objects", "parse_outputs"]
 
 DEFAULT_OUTPUTS = ("sc", "sr")
 _MAKERS: dict[str, Callable[[Derivation], Dataset]] = {
@@ -29,14 +29,28 @@ _MAKERS: dict[str, Callable[[Derivation], Dataset]] = {
     "gsps": presentation_state,
 }
 KINDS = tuple(_MAKERS)
+"""Kinds of result objects:
+
+- "sc": the overlay as Secondary Capture Image
+- "sr": the scores as Comprehensive SR, TID 1500
+- "pm": the map as Parametric Map
+- "seg": pixels with at least half of the map's maximum as Segmentation
+- "gsps": the outline of these pixels as Grayscale or Color Softcopy Presentation State
+"""
 
 
-def outputs_of(given: Sequence[str]) -> tuple[str, ...]:
-    """Each once, in the order of KINDS. Raises InvalidArgument for one that is not known."""
-    if isinstance(given, str) or not given or (unknown := sorted(set(given) - set(KINDS))):
-        named = "" if isinstance(given, str) or not given else f", not {', '.join(unknown)}"
-        raise InvalidArgument(f"outputs are one or several of {', '.join(KINDS)}{named}", field="outputs")
-    return tuple(kind for kind in KINDS if kind in given)
+def parse_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
+    """Return the requested kinds without duplicates, in the order of KINDS.
+
+    Raises:
+        InvalidArgument: If there is no kind or an unknown one.
+    """
+    if isinstance(outputs, str) or not outputs or (unknown := sorted(set(outputs) - set(KINDS))):
+        found = repr(outputs) if isinstance(outputs, str) or not outputs else ", ".join(unknown)
+        raise InvalidArgument(
+            f"outputs has {found}; expected a list of one or several of {', '.join(KINDS)}", field="outputs"
+        )
+    return tuple(kind for kind in KINDS if kind in outputs)
 
 
 def objects(
@@ -47,24 +61,39 @@ def objects(
     check: str | None = DEFAULT_CHECK,
     metrics: Mapping[str, Any] | None = None,
 ) -> dict[str, Dataset]:
-    """The DICOM objects of an explanation of that image, by kind, as they would be written to a file.
+    """Make the DICOM objects of an explanation. Nothing is sent to a server.
 
-    The same arguments give the same bytes, on any day and whatever the request was called. Where the `check` fails
-    there is only the report, which says so. `metrics` are those with parameters of their own, as they were asked for.
+    The same arguments give the same bytes at any time and for any request id.
 
-    Raises DicomError for what cannot be an object, such as an overlay of more than 65535 rows.
+    Args:
+        explanation: The server's response for the pixels of `image`.
+        image: The image that was explained.
+        outputs: Kinds of objects, see `KINDS`.
+        check: A comparison of two metrics, or of a metric and a number. If it fails, only a report is made, which
+            gives the reason. None disables the check.
+        metrics: The requested metrics with their parameters, which the UIDs depend on. The default is the names of the
+            explanation's scores.
+
+    Returns:
+        The objects by kind, in the order of KINDS, with `file_meta`.
+
+    Raises:
+        DicomError: If an object cannot be made, such as an overlay of more than 65535 rows.
+        InvalidArgument: If `outputs` or `check` is invalid.
     """
     derivation = Derivation(explanation, image, check, metrics)
-    kinds = ("sr",) if derivation.withheld else outputs_of(outputs)
-    return {kind: _made(kind, derivation) for kind in kinds}
+    kinds = ("sr",) if derivation.withheld else parse_outputs(outputs)
+    return {kind: _make_object(kind, derivation) for kind in kinds}
 
 
-def _made(kind: str, derivation: Derivation) -> Dataset:
+def _make_object(kind: str, derivation: Derivation) -> Dataset:
+    """Make one object, and convert exceptions of highdicom and pydicom to DicomError."""
     try:
-        return finished(_MAKERS[kind](derivation), kind, derivation)
+        return complete(_MAKERS[kind](derivation), kind, derivation)
     except (CamserveError, MemoryError):
         raise
-    except Exception as error:  # whatever an odd header makes of highdicom and pydicom
+    except Exception as error:  # an unusual header can raise any exception in highdicom and pydicom
         raise DicomError(
-            f"no {kind} can be made: something in the header or the answer does not fit into it", "UNWRITABLE_RESULT"
+            f"no {kind} can be made: a value of the header or of the explanation does not fit into the object",
+            "UNWRITABLE_RESULT",
         ) from error

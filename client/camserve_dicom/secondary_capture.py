@@ -1,26 +1,34 @@
-"""The overlay as a Secondary Capture image."""
+"""The overlay as Secondary Capture Image (PS3.3 A.8.1)."""
 
 from __future__ import annotations
 
 from pydicom import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from camserve_dicom import grey, overlay
+from camserve_dicom import overlay
 from camserve_dicom.derivation import Derivation
 from camserve_dicom.errors import DicomError
-from camserve_dicom.header import reference, source_image
+from camserve_dicom.result_header import reference, source_image
+from camserve_dicom.source_header import frame_header, spacing
 
-__all__ = ["secondary_capture"]
+__all__ = ["description", "secondary_capture"]
 
-# Rows and Columns are of 16 bits.
-_MOST_ROWS = 65535
+# Rows and Columns have 16 bits.
+_MAX_ROWS = 65535
 
 
 def secondary_capture(derivation: Derivation) -> Dataset:
-    """The map over the picture, with a legend below it."""
-    pixels, scale = overlay.drawn(derivation)
-    if max(pixels.shape) > _MOST_ROWS:
-        raise DicomError(f"an overlay of more than {_MOST_ROWS} rows or columns is no image", "UNSUPPORTED_PIXELS")
+    """Return the overlay of the map on the image, with a legend below it.
+
+    Raises:
+        DicomError: If the overlay has more than 65535 rows or columns.
+    """
+    pixels, scale = overlay.draw(derivation)
+    if max(pixels.shape) > _MAX_ROWS:
+        raise DicomError(
+            f"the overlay has {max(pixels.shape)} rows or columns; expected at most {_MAX_ROWS}, so leave out sc",
+            "UNSUPPORTED_PIXELS",
+        )
     source = derivation.image.source
     result = Dataset()
     result.SOPClassUID = SecondaryCaptureImageStorage
@@ -45,9 +53,9 @@ def secondary_capture(derivation: Derivation) -> Dataset:
     if frame_of_reference := source.get("FrameOfReferenceUID"):
         result.FrameOfReferenceUID = frame_of_reference
         result.PositionReferenceIndicator = source.get("PositionReferenceIndicator")
-    header = grey.of_frame(source, derivation.image.frame)
-    if spacing := grey.spacing(header, "PixelSpacing"):
-        result.PixelSpacing = [f"{min(spacing) / scale:.10g}"] * 2  # the picture's pixels are square
+    header = frame_header(source, derivation.image.frame)
+    if pixel_spacing := spacing(header, "PixelSpacing"):
+        result.PixelSpacing = [f"{min(pixel_spacing) / scale:.10g}"] * 2  # the rendered image has square pixels
         for name in ("PixelSpacingCalibrationType", "PixelSpacingCalibrationDescription"):
             if header.get(name):
                 setattr(result, name, header.get(name))
@@ -55,7 +63,7 @@ def secondary_capture(derivation: Derivation) -> Dataset:
 
 
 def description(derivation: Derivation) -> str:
-    """What this is, for people: at most 1024 characters."""
+    """Return a description of the map for display, of at most 1024 characters."""
     explanation = derivation.explanation
     return (
         f"Saliency map of class {explanation.target.index} ({derivation.label}, probability "

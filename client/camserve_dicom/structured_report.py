@@ -1,4 +1,4 @@
-"""The scores as a Structured Report after TID 1500."""
+"""The scores as Comprehensive SR with template TID 1500, Measurement Report (PS3.16)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydicom.sr.coding import Code
 
 from camserve_dicom.derivation import Derivation
 from camserve_dicom.overlay import WARNING
-from camserve_dicom.standin import restored, stand_in
+from camserve_dicom.surrogate import restore_references, surrogate_source
 
 __all__ = ["SCHEME", "content_share", "structured_report"]
 
-# Of what no standard has a code for.
 SCHEME = "99CAMSERVE"
+"""Coding scheme of concepts that have no standard code."""
 
 _COMMENT = Code("121106", "DCM", "Comment")
 _QUALITATIVE = Code("C0034375", "UMLS", "Qualitative Evaluations")
@@ -25,13 +25,13 @@ _UNITS = {"1": Code("1", "UCUM", "no units"), "%": Code("%", "UCUM", "Percent")}
 
 
 def structured_report(derivation: Derivation) -> Dataset:
-    """Class, probability and scores as measurements; warnings, and why there is no overlay, as text."""
-    source, explanation = stand_in(derivation), derivation.explanation
+    """Return a report with probability and scores as measurements, and warnings and a failed check as text."""
+    source, explanation = surrogate_source(derivation), derivation.explanation
     receipt = explanation.receipt
     frames = [derivation.frame_number] if derivation.frame_number else None
     group = sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(derivation.uid("tracking"), derivation.tracked),
-        # A class is what a model means by its index.
+        tracking_identifier=sr.TrackingIdentifier(derivation.uid("tracking"), derivation.tracking_id),
+        # The meaning of a class index depends on the model, so the code's version is the model's digest.
         finding_type=Code(
             f"class-{explanation.target.index}",
             SCHEME,
@@ -60,7 +60,7 @@ def structured_report(derivation: Derivation) -> Dataset:
         procedure_reported=_IMAGING,
         imaging_measurements=[group],
     )
-    content[0].ContentSequence.append(_remarks(derivation))
+    content[0].ContentSequence.append(_comments(derivation))
     result = sr.ComprehensiveSR(
         evidence=[source],
         content=content,
@@ -75,20 +75,28 @@ def structured_report(derivation: Derivation) -> Dataset:
     scheme.CodingSchemeDesignator = SCHEME
     scheme.CodingSchemeName, scheme.CodingSchemeResponsibleOrganization = "camserve", "camserve"
     result.CodingSchemeIdentificationSequence = [scheme]
-    return restored(result, derivation, frames=False)  # its measurements have them
+    return restore_references(result, derivation, frames=False)  # the measurements reference the frame
 
 
 def content_share(derivation: Derivation) -> float:
-    """How much of the map's sum lies in what is not background of the image."""
-    saliency, shown = derivation.explanation.saliency, derivation.image
-    x, y = (saliency.shape[axis] / shown.pixels.shape[axis] for axis in (1, 0))
-    left, top, right, bottom = shown.content
+    """Return the share of the map's sum that lies inside the content box of the image.
+
+    Args:
+        derivation: The explanation and its image.
+
+    Returns:
+        A share in [0, 1]; 0 if the map is 0 everywhere.
+    """
+    saliency, image = derivation.explanation.saliency, derivation.image
+    x, y = (saliency.shape[axis] / image.pixels.shape[axis] for axis in (1, 0))
+    left, top, right, bottom = image.content
     inside = saliency[int(top * y) : int(np.ceil(bottom * y)), int(left * x) : int(np.ceil(right * x))]
     total = float(saliency.sum(dtype=np.float64))
     return float(inside.sum(dtype=np.float64)) / total if total else 0.0
 
 
 def _measurements(derivation: Derivation) -> list[sr.Measurement]:
+    """Return probability, scores and shares as NUM content items."""
     explanation = derivation.explanation
     values = [
         ("probability", explanation.target.probability, "1"),
@@ -99,7 +107,7 @@ def _measurements(derivation: Derivation) -> list[sr.Measurement]:
     return [
         sr.Measurement(_code(name, _MEANINGS.get(name, name)), value, _UNITS.get(unit, _UNITS["1"]))
         for name, value, unit in values
-        if math.isfinite(value)  # a decimal string holds nothing else
+        if math.isfinite(value)  # VR DS holds only finite numbers
     ]
 
 
@@ -116,6 +124,7 @@ _MEANINGS = {
 
 
 def _parameters(derivation: Derivation) -> list[str]:
+    """Return the parameters of the explanation as texts "name = value"."""
     receipt = derivation.explanation.receipt
     named = {
         "model": receipt.model,
@@ -130,7 +139,7 @@ def _parameters(derivation: Derivation) -> list[str]:
     return [f"{name} = {value}" for name, value in named.items() if value != ""]
 
 
-def _remarks(derivation: Derivation) -> sr.ContainerContentItem:
+def _comments(derivation: Derivation) -> sr.ContainerContentItem:
     texts = [
         WARNING,
         *([f"The overlay is withheld. {derivation.withheld}"] if derivation.withheld else []),
@@ -145,5 +154,5 @@ def _remarks(derivation: Derivation) -> sr.ContainerContentItem:
 
 
 def _code(value: str, meaning: str) -> Code:
-    """In our own scheme; values hold 16 characters, or as a long code value more."""
+    """Return a code of camserve's own scheme. highdicom writes values of more than 16 characters as Long Code Value."""
     return Code(value, SCHEME, meaning[:64])

@@ -157,7 +157,7 @@ def test_what_is_wrong_is_said_before_anything_is_sent(client, servicer, file):
     with pytest.raises(InvalidArgument, match="needs the metric deletion") as wrong:
         dicom.explain(client, file, metrics=["insertion"])
     assert wrong.value.field == "check"
-    with pytest.raises(dicom.DicomError, match="frame 1"):
+    with pytest.raises(dicom.DicomError, match="frame is 1; expected 0 to 0"):
         dicom.explain(client, file, frame=1)
     with pytest.raises(InvalidArgument, match="outputs"):
         dicom.explain(client, file, outputs=["pdf"])

@@ -78,7 +78,7 @@ def test_check_shows_what_is_understood_and_does_nothing(tmp_path: Path) -> None
         (("[pacs]", '[tls]\ncertificate = "a"\nkey = "b"\nca = "c"\n[pacs]'), "tls.certificate: "),
         (("[pacs]", '[server]\ntoken_file = "none"\n[pacs]'), "server.token_file: "),
         (("[pacs]", '[[rules]]\noutputs = ["jpeg"]\n[pacs]'), "rules.0.outputs.0: "),
-        (("[pacs]", '[[rules]]\ncheck = "nonsense"\n[pacs]'), "rules.0: a check compares two metrics"),
+        (("[pacs]", '[[rules]]\ncheck = "nonsense"\n[pacs]'), "rules.0: check is 'nonsense'; expected a comparison"),
         (("[pacs]", '[[rules]]\ncheck = "road>0"\n[pacs]'), "rules.0: check: it needs the metric road"),
         (("[pacs]", "[pacs"), "gateway.toml: "),
     ],

@@ -259,6 +259,6 @@ def test_what_does_not_fit_into_an_object_is_an_error_of_that_image():
         dicom.objects(answer, rendered, ["pm"], check=None)
     assert wrong.value.reason == "UNWRITABLE_RESULT"
     tall = dicom.read(image(np.tile(np.arange(65500, dtype=np.uint16)[:, None], (1, 2))))
-    with pytest.raises(DicomError, match="65535 rows") as wrong:
+    with pytest.raises(DicomError, match="expected at most 65535") as wrong:
         dicom.objects(explanation(tall.pixels), tall, ["sc"], check=None)
     assert wrong.value.reason == "UNSUPPORTED_PIXELS"

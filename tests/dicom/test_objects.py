@@ -192,7 +192,7 @@ def test_the_overlay_leaves_the_image_as_it_is_where_the_map_is_nothing(height, 
     overlay = capture.pixel_array
     shown = overlay[: height * scale, : width * scale]
     rendered = dicom.read(image(pixels))
-    saliency = maps.native(Derivation(explanation(pixels), rendered))
+    saliency = maps.map_on_source_grid(Derivation(explanation(pixels), rendered))
     for row in range(scale):  # each pixel of an enlarged image is the same block
         for column in range(scale):
             block = shown[row::scale, column::scale]
@@ -294,7 +294,11 @@ def test_a_check_that_fails_withholds_all_but_a_report_that_says_so():
 
 @pytest.mark.parametrize(
     ("check", "said"),
-    [("insertion", "a check compares"), ("insertion>iou", "needs the score 'iou'"), (">1", "compares")],
+    [
+        ("insertion", "expected a comparison of two metrics"),
+        ("insertion>iou", "needs the score 'iou'"),
+        (">1", "expected a comparison"),
+    ],
 )
 def test_a_check_that_cannot_be_made(check, said):
     with pytest.raises(InvalidArgument, match=said) as wrong:
@@ -304,7 +308,7 @@ def test_a_check_that_cannot_be_made(check, said):
 
 def test_outputs_that_are_unknown():
     for wrong in (["sc", "pdf"], "sc", []):
-        with pytest.raises(InvalidArgument, match="outputs are one or several of sc, sr, pm, seg, gsps"):
+        with pytest.raises(InvalidArgument, match="expected a list of one or several of sc, sr, pm, seg, gsps"):
             made(image(ramp()), kinds=wrong)
 
 
@@ -324,7 +328,7 @@ def test_the_map_lies_where_the_image_lies():
         assert "SYNTHETIC" not in texts(each)
     values = objects["pm"].pixel_array
     rendered = dicom.read(source)
-    expected = maps.native(Derivation(explanation(rendered.pixels), rendered))
+    expected = maps.map_on_source_grid(Derivation(explanation(rendered.pixels), rendered))
     np.testing.assert_array_equal(values, expected)
     assert values.max() == pytest.approx(1, abs=0.05)
     np.testing.assert_array_equal(objects["seg"].pixel_array.astype(bool), expected >= expected.max() / 2)

@@ -328,7 +328,7 @@ def without(name: str) -> Dataset:
             "UNSUPPORTED_TRANSFER_SYNTAX",
             "pip install|pylibjpeg-libjpeg, which is GPL",
         ),
-        (lambda: of_syntax("1.2.840.10008.1.2.4.90"), "UNREADABLE_PIXELS", "broken, or truncated"),
+        (lambda: of_syntax("1.2.840.10008.1.2.4.90"), "UNREADABLE_PIXELS", "corrupt or truncated"),
     ],
 )
 def test_what_cannot_be_shown_says_why_and_nothing_of_the_patient(make, reason, said):
@@ -344,14 +344,14 @@ def test_a_broken_value_is_a_broken_header():
     sound = data_of(image(ramp()[None]))
     broken = sound.replace(b"\x28\x00\x08\x00IS\x02\x001 ", b"\x28\x00\x08\x00IS\x02\x001A")
     assert broken != sound
-    with pytest.raises(DicomError, match="broken") as wrong:
+    with pytest.raises(DicomError, match="invalid value") as wrong:
         dicom.read(io.BytesIO(broken))
     assert wrong.value.reason == "BROKEN_HEADER"
 
 
 @pytest.mark.parametrize("frame", [-1, 3])
 def test_a_frame_that_is_not_there(frame):
-    with pytest.raises(DicomError, match=r"no frame -?\d: the image has 3") as wrong:
+    with pytest.raises(DicomError, match=r"frame is -?\d; expected 0 to 2") as wrong:
         dicom.read(image(np.zeros((3, 4, 5), np.uint8)), frame=frame)
     assert (wrong.value.reason, wrong.value.field) == ("FRAME_OUT_OF_RANGE", "frame")
 

@@ -1,4 +1,4 @@
-"""What results take over from the header of their source, and what all of them say of themselves."""
+"""Attributes that all results share: copies from the source, UIDs, dates and equipment."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from pydicom.valuerep import PersonName
 
 from camserve.version import __version__
-from camserve_dicom import grey
 from camserve_dicom.derivation import IMPLEMENTATION_UID, NO_DATE, Derivation
+from camserve_dicom.source_header import frame_header, readable_element
 
-__all__ = ["code", "finished", "reference", "source_image"]
+__all__ = ["code", "complete", "reference", "source_image"]
 
-# Attributes that must be there, if only empty.
+# Type 2 attributes, which must be present and may be empty (PS3.5 7.4).
 _TYPE_2 = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "ReferringPhysicianName",
     "StudyID", "AccessionNumber",
 )  # fmt: skip
-_CARRIED = (
+_COPIED = (
     *_TYPE_2,
     # Patient
     "IssuerOfPatientID", "IssuerOfPatientIDQualifiersSequence", "TypeOfPatientID", "PatientBirthTime",
@@ -64,24 +64,30 @@ _CARRIED = (
     "ServiceEpisodeDescription", "PatientSexNeutered",
     "TimezoneOffsetFromUTC",
 )  # fmt: skip
-# Of these pydicom takes codecs that hold more characters than they do.
+# pydicom decodes these character sets with codecs that allow more characters than the sets contain.
 _ASCII = ("", "ISO_IR 6", "ISO 2022 IR 6", "ISO_IR 13", "ISO 2022 IR 13")
-_OF_SERIES = ("BodyPartExamined", "Laterality")
-_OF_IMAGE = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
-# In the order of their series' numbers.
-_NUMBERS = {"sc": 9001, "sr": 9002, "pm": 9003, "seg": 9004, "gsps": 9005}
-_NAMES = {"sc": "overlay", "sr": "report", "pm": "map", "seg": "segmentation", "gsps": "annotation"}
+_SERIES_ATTRIBUTES = ("BodyPartExamined", "Laterality")
+_IMAGE_ATTRIBUTES = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
+# Series numbers. Viewers list series in this order.
+_SERIES_NUMBERS = {"sc": 9001, "sr": 9002, "pm": 9003, "seg": 9004, "gsps": 9005}
+_SERIES_NAMES = {"sc": "overlay", "sr": "report", "pm": "map", "seg": "segmentation", "gsps": "annotation"}
 
 
 def code(value: str, scheme: str, meaning: str) -> Dataset:
-    """An item of a code sequence."""
+    """Return an item of a code sequence (PS3.3 8).
+
+    Args:
+        value: Code Value.
+        scheme: Coding Scheme Designator.
+        meaning: Code Meaning.
+    """
     item = Dataset()
     item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
     return item
 
 
 def reference(derivation: Derivation) -> Dataset:
-    """The source as an item of a sequence of references."""
+    """Return a reference to the source, with the frame number of a multi-frame image."""
     source = derivation.image.source
     item = Dataset()
     item.ReferencedSOPClassUID = source.SOPClassUID
@@ -92,50 +98,60 @@ def reference(derivation: Derivation) -> Dataset:
 
 
 def source_image(derivation: Derivation) -> Dataset:
-    """The same, with what for."""
+    """Return an item of Source Image Sequence: a reference to the source with its purpose."""
     item = reference(derivation)
     item.PurposeOfReferenceCodeSequence = [code("121322", "DCM", "Source image for image processing operation")]
     return item
 
 
-def finished(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
-    """The result with all that it has in common with others, ready to be written, and read back as it is written."""
+def complete(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
+    """Add the attributes that all results share.
+
+    Args:
+        result: A result without patient and study attributes. It is changed.
+        kind: The kind of the result, see `camserve_dicom.KINDS`.
+        derivation: The explanation and its image.
+
+    Returns:
+        The complete object as it is read back from a file in Explicit VR Little Endian.
+    """
     source = derivation.image.source
-    _carry(source, result, _CARRIED)
+    _copy_elements(source, result, _COPIED)
     for name in _TYPE_2:
         if name not in result:
             setattr(result, name, None)
-    _carry(source, result, _OF_SERIES)
+    _copy_elements(source, result, _SERIES_ATTRIBUTES)
     if "PixelData" in result or "FloatPixelData" in result:
-        _carry(source, result, _OF_IMAGE)
-    _laterality(result, kind, _side(derivation))
+        _copy_elements(source, result, _IMAGE_ATTRIBUTES)
+    _set_laterality(result, kind, _image_laterality(derivation))
     result.SeriesInstanceUID = derivation.uid(f"{kind}/series")
     result.SOPInstanceUID = derivation.uid(kind)
-    result.SeriesNumber, result.InstanceNumber = _NUMBERS[kind], 1
+    result.SeriesNumber, result.InstanceNumber = _SERIES_NUMBERS[kind], 1
     receipt = derivation.explanation.receipt
-    result.SeriesDescription = f"camserve {_NAMES[kind]} {receipt.method}"[:53] + " (research)"
-    _time(result, kind, derivation)
+    result.SeriesDescription = f"camserve {_SERIES_NAMES[kind]} {receipt.method}"[:53] + " (research)"
+    _set_dates(result, kind, derivation)
     for element in result.iterall():
         if element.keyword == "DimensionOrganizationUID":
             element.value = derivation.uid(f"{kind}/dimensions")
     result.Manufacturer, result.ManufacturerModelName = "camserve", receipt.model[:64]
     result.DeviceSerialNumber = receipt.model_digest.removeprefix("sha256:")[:64]
-    result.SoftwareVersions = derivation.software
-    result.ContributingEquipmentSequence = [_equipment(derivation)]
-    _charset(result, str(source.get("SpecificCharacterSet") or ""))
-    return _written(result)
+    result.SoftwareVersions = derivation.software_versions
+    result.ContributingEquipmentSequence = [_contributing_equipment(derivation)]
+    _set_character_set(result, str(source.get("SpecificCharacterSet") or ""))
+    return _write_and_read(result)
 
 
-def _side(derivation: Derivation) -> str:
-    """Of the image, or of the frame, of which enhanced objects say it: R, L, B (both) or U (of no pair)."""
-    header = grey.of_frame(derivation.image.source, derivation.image.frame)
+def _image_laterality(derivation: Derivation) -> str:
+    """Return Image Laterality or, of enhanced objects, Frame Laterality: R, L, B (both), U (unpaired), or empty."""
+    header = frame_header(derivation.image.source, derivation.image.frame)
     return str(header.get("ImageLaterality") or header.get("FrameLaterality") or "")
 
 
-def _laterality(result: Dataset, kind: str, side: str) -> None:
-    """Of the image, where there is one; or else of the series, which has no word for both sides (B) or for no pair (U).
+def _set_laterality(result: Dataset, kind: str, side: str) -> None:
+    """Set Image Laterality of images, or Laterality of other objects.
 
-    That is type 2C: of paired body parts, empty where it is not known whether it is one; these two kinds have none.
+    Laterality has no value for both sides (B) or unpaired parts (U). It is type 2C: required for paired body parts, and
+    empty if it is unknown whether the part is paired. Reports and segmentations have no Laterality.
     """
     if side and kind not in ("sr", "gsps"):
         result.ImageLaterality = side
@@ -147,48 +163,50 @@ def _laterality(result: Dataset, kind: str, side: str) -> None:
         result.pop("Laterality", None)
 
 
-def _time(result: Dataset, kind: str, derivation: Derivation) -> None:
+def _set_dates(result: Dataset, kind: str, derivation: Derivation) -> None:
+    """Set dates and times to those of the image, and remove optional ones if the image has no date."""
     for name in ("Series", "InstanceCreation", "Content", "PresentationCreation"):
-        needed = name == "PresentationCreation" or (name == "Content" and kind != "sc")
-        moment = derivation.moment or (NO_DATE if needed else None)
+        required = name == "PresentationCreation" or (name == "Content" and kind != "sc")
+        moment = derivation.image_datetime or (NO_DATE if required else None)
         if moment is None:
             result.pop(f"{name}Date", None)
             result.pop(f"{name}Time", None)
-        elif f"{name}Date" in result or not needed:
+        elif f"{name}Date" in result or not required:
             setattr(result, f"{name}Date", moment.strftime("%Y%m%d"))
             setattr(result, f"{name}Time", moment.strftime("%H%M%S"))
 
 
-def _equipment(derivation: Derivation) -> Dataset:
-    """Who did this, by what: with the receipt in full, as private elements for programs."""
+def _contributing_equipment(derivation: Derivation) -> Dataset:
+    """Return the model and the software as Contributing Equipment, with the receipt as a private element."""
     receipt = derivation.explanation.receipt
     item = Dataset()
     item.PurposeOfReferenceCodeSequence = [code("109102", "DCM", "Processing Equipment")]
     item.Manufacturer, item.ManufacturerModelName = "camserve", receipt.model[:64]
     item.DeviceSerialNumber = receipt.model_digest.removeprefix("sha256:")[:64]
-    item.SoftwareVersions = derivation.software
+    item.SoftwareVersions = derivation.software_versions
     maps = " ".join(receipt.map_digests)
     item.ContributionDescription = (
         f"Saliency map by {receipt.method} of model {receipt.model} ({receipt.model_digest}), "
         f"input {receipt.input_digest}, map {maps}, preprocessing {receipt.preprocessing}"
     )[:1024]
-    item.private_block(0x0099, "camserve", create=True).add_new(0x01, "UT", derivation.receipt)
+    item.private_block(0x0099, "camserve", create=True).add_new(0x01, "UT", derivation.receipt_json)
     return item
 
 
-def _carry(source: Dataset, result: Dataset, names: Iterable[str]) -> None:
-    """Copies the elements as they are, even where the standard would have them otherwise.
+def _copy_elements(source: Dataset, result: Dataset, names: Iterable[str]) -> None:
+    """Copy elements with their values, even if these violate the standard.
 
-    They are decoded, so that any character set can hold them. What cannot be read, a number "63,2", is left out.
+    Texts are decoded, so that any character set can encode them. Elements that cannot be parsed, such as the number
+    "63,2", are left out.
     """
     for name in names:
-        element = grey.readable(source, name)
+        element = readable_element(source, name)
         if element is None:
             continue
         if element.VR == "SQ":
             items = [Dataset() for _ in element.value]
             for item, original in zip(items, element.value, strict=True):
-                _carry(original, item, filter(None, map(keyword_for_tag, original.keys())))
+                _copy_elements(original, item, filter(None, map(keyword_for_tag, original.keys())))
             setattr(result, name, items)
         else:
             with suppress(TypeError, ValueError, OverflowError):
@@ -196,13 +214,14 @@ def _carry(source: Dataset, result: Dataset, names: Iterable[str]) -> None:
 
 
 def _decoded(value: object) -> object:
+    """Return person names without their original encoding."""
     if isinstance(value, MultiValue):
         return [_decoded(each) for each in value]
     return PersonName(str(value), validation_mode=IGNORE) if isinstance(value, PersonName) else value
 
 
-def _charset(result: Dataset, declared: str) -> None:
-    """The source's character set where that holds all of the result, or else UTF-8."""
+def _set_character_set(result: Dataset, declared: str) -> None:
+    """Keep the character set of the source if it can encode all texts of the result, and use UTF-8 otherwise."""
     texts = [str(each) for each in _texts(result)]
     if all(text.isascii() for text in texts) and not declared:
         result.pop("SpecificCharacterSet", None)
@@ -217,12 +236,14 @@ def _charset(result: Dataset, declared: str) -> None:
 
 
 def _texts(dataset: Dataset) -> Iterator[object]:
+    """Yield all values whose encoding depends on the character set."""
     for element in dataset.iterall():
         if element.VR in ("LO", "LT", "PN", "SH", "ST", "UC", "UT") and element.value:
             yield from element.value if isinstance(element.value, MultiValue) else [element.value]
 
 
-def _written(result: Dataset) -> Dataset:
+def _write_and_read(result: Dataset) -> Dataset:
+    """Write the result to memory and read it again."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = UID(result.SOPClassUID)
