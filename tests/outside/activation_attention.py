@@ -23,17 +23,24 @@ def activation_attention(
     c: Targets,
     layer: str,
     *,
-    power: Annotated[float, Range(1, 8), "the paper's p: the larger, the more the strongest channel decides"] = 2.0,
+    power: Annotated[float, Range(1, 8)] = 2.0,
 ) -> Plan[SaliencyMaps]:
-    """How strong all channels are, place by place: one forward pass, the same map for every class.
+    """Strength of all channels at each position: one forward pass, the same map for every class.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layer: Layer with the activations A [K, h, w].
+        power: The p of the paper. The larger it is, the more the strongest channel dominates.
+
+    Returns:
+        Maps [T, h, w], unitless, ≥ 0.
 
     Equations:
         S = Σ_k |A_k|^p
 
     Advice:
-        Take it to see where a layer is active at all. It cannot explain one class against another.
+        Use it to see the positions where a layer is active. It cannot distinguish classes.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     return SaliencyMaps(A.abs().pow(power).sum(dim=0).expand(len(c), -1, -1))

@@ -101,7 +101,7 @@ def test_it_is_listed_and_served(installed: Path) -> None:
     assert (listed.title, listed.paper, listed.layers) == ("Activation attention", "arXiv:1612.03928", "one")
     assert (listed.rows, listed.rows_per_target, listed.class_agnostic) == (2, 0, True)
     assert listed.equations == "S = Σ_k |A_k|^p"
-    assert listed.advice.startswith("Take it to see where")
+    assert listed.advice.startswith("Use it to see the positions")
     [power] = listed.parameters
     assert (power.name, power.default, power.minimum, power.maximum) == ("power", 2.0, 1.0, 8.0)
     assert "activation-attention" in model.methods

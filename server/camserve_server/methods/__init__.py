@@ -1,1 +1,1 @@
-"""One paper a file. A file holds equations; it asks, and the engine answers."""
+"""Methods, one paper per file. A file contains equations: it yields queries, and the engine answers them."""

@@ -19,21 +19,27 @@ from camserve_server.registry import method
     min_rows=lambda sizes: 2,
 )
 def ablation_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
-    """Activations weighted by how far the logit falls without each of them: a forward pass a channel.
+    """Activations weighted by the fall of the logit without each of them: one forward pass per channel.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layer: Layer with the activations A [K, h, w].
+
+    Returns:
+        Maps [T, h, w], unitless, ≥ 0.
 
     Equations:
         w_k = (y_c − y_c without channel k) / y_c                   (eq. 3)
         S   = relu(Σ_k w_k A_k)                                     (eq. 4)
 
     Advice:
-        Take it where gradients are not to be trusted. It needs a positive logit to mean what it says: a negative one
-        turns the weights' signs. A channel that is zero everywhere owes no row.
+        Use it if you do not trust gradients. It expects a positive logit: a negative logit reverses the signs of the
+        weights, and the map gets a warning. Channels that are zero everywhere take no row.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     strength = A.abs().sum(dim=(-2, -1), dtype=torch.float64)
-    order = strength.argsort(descending=True, stable=True)  # those that weigh most first, should it be cut short
+    order = strength.argsort(descending=True, stable=True)  # The strongest first, in case it is cut short.
     order = order[strength[order] > 0]
     yield from ReleaseRows(len(A) - len(order))
     if not len(order):
@@ -41,7 +47,7 @@ def ablation_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
     for t, y in enumerate(c.y.tolist()):
         if y <= 0:
             yield from Report(
-                MapWarning(f"class {c.index[t]} has the logit {y:.3g}: dividing by it turns the weights' signs")
+                MapWarning(f"class {c.index[t]} has the logit {y:.3g}; the weights expect a positive logit")
             )
     scores = yield from Ablate(x, c, layer, order.tolist(), min_rows=1)
     done = order[: len(scores.logits)]

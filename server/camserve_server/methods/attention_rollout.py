@@ -20,17 +20,22 @@ from camserve_server.registry import method
     class_agnostic=True,
 )
 def attention_rollout(x: Image, c: Targets) -> Plan[SaliencyMaps]:
-    """What the class token attends to through all blocks: one forward pass, the same map for every class.
+    """Attention of the class token to each patch through all blocks: one forward pass, the same map for every class.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w] of the grid of tokens, in [0, 1].
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+
+    Returns:
+        Maps [T, h, w] with one value per patch, in [0, 1].
 
     Equations:
         Ã_l = ½ mean over the heads of A_l + ½ I, each row divided by its sum
         S   = Ã_L … Ã_1, the row of the class token, without the tokens that are not of the image (eq. 1)
 
     Advice:
-        Take it rather than raw attention, which sees the last block alone. It cannot explain one class against another,
-        and it takes attention for all that a block does.
+        Use it instead of raw attention, which uses only the last block. It cannot distinguish classes, and it treats
+        attention as the only effect of a block.
     """
     attentions = yield from CaptureAttention(x)
     rollout = torch.eye(attentions.blocks[0].shape[-1], dtype=x.tensor.dtype, device=x.tensor.device)

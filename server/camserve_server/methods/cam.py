@@ -13,18 +13,23 @@ from camserve_server.registry import method
 
 @method("cam", title="CAM", paper="arXiv:1512.04150", rows=lambda sizes: 1, needs="gap")
 def cam(x: Image, c: Targets) -> Plan[SaliencyMaps]:
-    """Activations weighted by the class's own weights in the last linear layer: one forward pass.
+    """Activations weighted by the class's weights in the last linear layer: one forward pass.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, signed.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+
+    Returns:
+        Maps [T, h, w], unitless, signed.
 
     Equations:
         S = Σ_k W_ck A_k                                            (eq. 2)
 
-    W are the weights of the linear layer and A the activations whose means it takes.
+        W are the weights of the linear layer, and A the activations that are pooled in front of it.
 
     Advice:
-        Take it where the network allows it: nothing is cheaper, and it says exactly how the logit came to be, place by
-        place. It is as coarse as the last layer, and negative evidence is kept.
+        Use it if the network supports it. No other method is cheaper, and it shows exactly how much each position
+        contributes to the logit. It is as coarse as the last layer and keeps negative evidence.
     """
     layer, W = yield from ClassWeights(c.index)  # [T, K]
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]

@@ -20,21 +20,27 @@ def center_gaussian(
     x: Image,
     c: Targets,
     *,
-    sigma: Annotated[float, Range(0.01, 10), "standard deviation, as a share of the shorter side"] = 0.25,
+    sigma: Annotated[float, Range(0.01, 10)] = 0.25,
 ) -> Plan[SaliencyMaps]:
-    """A round hill in the middle of the image: photographers put there what they mean, and many metrics reward it.
+    """A Gaussian in the centre of the image: photographs often show their subject there, and many metrics reward it.
 
-    x [3, H, W], c [T] class indices → maps [T, H, W], unitless, in (0, 1].
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        sigma: Standard deviation, as a fraction of the shorter side.
+
+    Returns:
+        Maps [T, H, W], unitless, in (0, 1].
 
     Equations:
         S_ij = exp(−((i − (H − 1)/2)² + (j − (W − 1)/2)²) / 2σ²)
 
-    σ is in pixels here: the parameter times the shorter side. It changes neither the order of the pixels nor the boxes
-    that thresholds can give, so the paper leaves it at 1.
+        σ is in pixels here: the parameter times the shorter side. It changes neither the order of the pixels nor the
+        boxes that thresholds can give. The paper leaves it at 1.
 
     Advice:
-        A control for metrics, above all for those of localisation. A method that does not beat it has found no more
-        than the middle of the picture.
+        A control for metrics, especially for those of localisation. A method that is not better than this map has found
+        no more than the centre of the image.
     """
     dy, dx = (torch.arange(side, dtype=x.tensor.dtype, device=x.tensor.device) - (side - 1) / 2 for side in x.size)
     across = 2 * (sigma * min(x.size)) ** 2

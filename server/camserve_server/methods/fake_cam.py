@@ -11,15 +11,21 @@ from camserve_server.registry import method
 
 @method("fake-cam", title="Fake-CAM", paper="arXiv:2104.10252", rows=lambda sizes: 0, class_agnostic=True)
 def fake_cam(x: Image, c: Targets) -> Plan[SaliencyMaps]:
-    """One everywhere but for a zero at the top left: it explains nothing, and average drop does not notice.
+    """One everywhere except for a zero in the top left corner: it explains nothing, but has a good average drop.
 
-    x [3, H, W], c [T] class indices → maps [T, H, W], 0 or 1.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+
+    Returns:
+        Maps [T, H, W], 0 or 1.
 
     Equations:
         S = 1, but S_00 = 0
 
     Advice:
-        A control for metrics. One that it does well at (average drop, average increase) cannot be trusted alone.
+        A control for metrics. Do not rely on a metric alone if this map scores well, as it does for average drop and
+        average increase.
     """
     S = x.tensor.new_ones(len(c), *x.size)
     S[:, 0, 0] = 0

@@ -16,15 +16,21 @@ from camserve_server.rows import Repeated
 def grad_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
     """Activations weighted by the mean gradient of the class's logit: one forward and backward pass.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layer: Layer with the activations A [K, h, w].
+
+    Returns:
+        Maps [T, h, w], unitless, ≥ 0.
 
     Equations:
         w_k = mean_xy ∂y_c/∂A_k                                     (eq. 1)
         S   = relu(Σ_k w_k A_k)                                     (eq. 2)
 
     Advice:
-        Take it for a quick answer of the right place. It is as coarse as the layer, 7 × 7 for most networks, and the
-        mean gradient of early layers says little, so the last layer is its place.
+        Use it for a quick map of the right location. It is as coarse as the layer, 7 × 7 for most networks. Use the
+        last layer: the mean gradient of early layers carries little information.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, (layer,))
     A, dA = answer.activations[0], answer.gradients[0]  # [T, K, h, w]

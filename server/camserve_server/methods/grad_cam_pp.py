@@ -5,7 +5,7 @@ Chattopadhay, Sarkar, Howlader, Balasubramanian 2018, arXiv:1710.11063.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 
@@ -20,14 +20,18 @@ def grad_cam_pp(
     c: Targets,
     layer: str,
     *,
-    variant: Annotated[
-        Literal["paper", "torchcam"],
-        "torchcam 0.5 divides by nothing: its weights are Σ relu(g)³, as in Poly-CAM's tables",
-    ] = "paper",
+    variant: Literal["paper", "torchcam"] = "paper",
 ) -> Plan[SaliencyMaps]:
-    """Activations weighted by positive gradients, each place by its share: one forward and backward pass.
+    """Activations weighted by positive gradients, each position by its share: one forward and backward pass.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layer: Layer with the activations A [K, h, w].
+        variant: torchcam 0.5 omits the denominator: its weights are Σ relu(g)³, as in the tables of the Poly-CAM paper.
+
+    Returns:
+        Maps [T, h, w], unitless, ≥ 0.
 
     Equations:
         g   = ∂y_c/∂A_k
@@ -36,8 +40,8 @@ def grad_cam_pp(
         S   = relu(Σ_k w_k A_k)
 
     Advice:
-        Take it where the class is in the picture more than once. Otherwise it rarely differs much from Grad-CAM. The
-        score is exp(y), as in the paper, whose derivatives are powers of g up to a factor that the scaling removes.
+        Use it if the image contains several instances of the class. Otherwise it rarely differs much from Grad-CAM. The
+        score is exp(y), as in the paper. Its derivatives are powers of g, up to a factor that the scaling removes.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, (layer,))
     A, g = answer.activations[0], answer.gradients[0]  # [T, K, h, w]

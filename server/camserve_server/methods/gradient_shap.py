@@ -1,6 +1,6 @@
 """GradientSHAP: A Unified Approach to Interpreting Model Predictions.
 
-Lundberg, Lee 2017, arXiv:1705.07874; as expected gradients of a path to the mean colour.
+Lundberg, Lee 2017, arXiv:1705.07874; computed as expected gradients on paths from the mean colour.
 """
 
 from __future__ import annotations
@@ -30,21 +30,30 @@ def gradient_shap(
     x: Image,
     c: Targets,
     *,
-    samples: Annotated[int, Range(1, 10_000), "random points between the mean colour and the noisy image"] = 50,
-    sigma: Annotated[float, Range(0, 100), "standard deviation of the noise, of the normalised image"] = 0.0,
-    signed: Annotated[bool, "keep the sign: evidence against the class becomes the lowest values"] = False,
+    samples: Annotated[int, Range(1, 10_000)] = 50,
+    sigma: Annotated[float, Range(0, 100)] = 0.0,
+    signed: bool = False,
     seed: int,
 ) -> Plan[SaliencyMaps]:
-    """Image times gradient, averaged over random points on the way there: tens of forward and backward passes.
+    """Image times gradient, averaged over random points of the path to the image: tens of forward and backward passes.
 
-    x [3, H, W], c [T] class indices → maps [T, H, W], unitless, ≥ 0 unless `signed`.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        samples: Number of random points between the mean colour and the noisy image.
+        sigma: Standard deviation of the noise, in units of the normalised image.
+        signed: Keep the sign, so that evidence against the class gets the lowest values.
+        seed: Seed of the points and of the noise.
+
+    Returns:
+        Maps [T, H, W], unitless, ≥ 0 unless `signed`.
 
     Equations:
         S = |Σ_rgb mean_i (x + σ ε_i) ⊙ ∂y_c/∂x at a_i (x + σ ε_i)|,  a_i uniform in [0, 1]
 
     Advice:
-        Take it where Integrated Gradients is meant and a budget or a deadline may end it early: any number of samples
-        gives an unbiased map. Noise spreads the paths about.
+        Use it instead of Integrated Gradients if a budget or a deadline may end it early: any number of samples gives
+        an unbiased map. Noise spreads the paths.
     """
     T = len(c)
     a = torch.rand(samples, generator=generator(seed, samples), dtype=torch.float64)

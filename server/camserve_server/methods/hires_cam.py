@@ -12,16 +12,22 @@ from camserve_server.rows import Repeated
 
 @method("hires-cam", title="HiRes-CAM", paper="arXiv:2011.08891", rows=lambda sizes: sizes.targets)
 def hires_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
-    """Gradient times activation, place by place: one forward and backward pass.
+    """Gradient times activation at each position: one forward and backward pass.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layer: Layer with the activations A [K, h, w].
+
+    Returns:
+        Maps [T, h, w], unitless, ≥ 0.
 
     Equations:
         S = relu(Σ_k ∂y_c/∂A_k ⊙ A_k)                               (eq. 6)
 
     Advice:
-        Take it where the map must not show places that the class did not use: Grad-CAM's mean gradient can. In earlier
-        layers it is finer and noisier.
+        Use it if the map must not show positions that the class did not use. Grad-CAM can show them, because it
+        averages the gradient. In earlier layers it is finer and noisier.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, (layer,))
     return SaliencyMaps((answer.activations[0] * answer.gradients[0]).sum(dim=1).relu())  # eq. 6

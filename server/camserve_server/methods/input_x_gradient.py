@@ -5,27 +5,29 @@ Shrikumar, Greenside, Shcherbina, Kundaje 2016, arXiv:1605.01713.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from camserve_server.plan import INPUT, Gradient, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Repeated
 
-Signed = Annotated[bool, "keep the sign: evidence against the class becomes the lowest values"]
-
 
 @method("input-x-gradient", title="Input × Gradient", paper="arXiv:1605.01713", rows=lambda sizes, **_: sizes.targets)
-def input_x_gradient(x: Image, c: Targets, *, signed: Signed = False) -> Plan[SaliencyMaps]:
+def input_x_gradient(x: Image, c: Targets, *, signed: bool = False) -> Plan[SaliencyMaps]:
     """The normalised image times the gradient of the class's logit: one forward and backward pass.
 
-    x [3, H, W], c [T] class indices → maps [T, H, W], unitless, ≥ 0 unless `signed`.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        signed: Keep the sign, so that evidence against the class gets the lowest values.
+
+    Returns:
+        Maps [T, H, W], unitless, ≥ 0 unless `signed`.
 
     Equations:
         S = |Σ_rgb x ⊙ ∂y_c/∂x|
 
     Advice:
-        Take it as a baseline for gradients. It is as fine as the image and as noisy as gradients are; places of the
-        mean colour, where the normalised image is zero, cannot show.
+        Use it as a baseline for gradients. It is as fine as the image and as noisy as gradients are. Positions with the
+        mean colour are always zero, because the normalised image is zero there.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, (INPUT,))
     S = (x.tensor * answer.gradients[0]).sum(dim=1)

@@ -24,19 +24,26 @@ def integrated_gradients(
     x: Image,
     c: Targets,
     *,
-    steps: Annotated[int, Range(1, 1000), "nodes of the Gauss–Legendre quadrature"] = 50,
-    signed: Annotated[bool, "keep the sign: evidence against the class becomes the lowest values"] = False,
+    steps: Annotated[int, Range(1, 1000)] = 50,
+    signed: bool = False,
 ) -> Plan[SaliencyMaps]:
-    """The gradient's integral on the way from the mean colour to the image: tens of forward and backward passes.
+    """Integral of the gradient from the mean colour to the image: tens of forward and backward passes.
 
-    x [3, H, W], c [T] class indices → maps [T, H, W], unitless, ≥ 0 unless `signed`.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        steps: Number of nodes of the Gauss–Legendre quadrature.
+        signed: Keep the sign, so that evidence against the class gets the lowest values.
+
+    Returns:
+        Maps [T, H, W], unitless, ≥ 0 unless `signed`.
 
     Equations:
         S = |Σ_rgb x ⊙ ∫₀¹ ∂y_c/∂x at a x  da|                      (eq. 1, the baseline being zero)
 
     Advice:
-        Take it where the parts must add up: without the absolute value the sum is y_c(x) − y_c(mean colour). It is as
-        fine as the image, and noisy. It cannot stop early, for every node of the quadrature is needed.
+        Use it if the contributions must add up: without the absolute value, their sum is y_c(x) − y_c(mean colour). It
+        is as fine as the image, and noisy. It cannot stop early, because the quadrature needs every node.
     """
     T = len(c)
     nodes, weights = np.polynomial.legendre.leggauss(steps)

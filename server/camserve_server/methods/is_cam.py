@@ -21,15 +21,17 @@ from camserve_server.rows import Masked, minmax, resize
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """Row k·N + i is that of the k-th mask, times `scales[i]`."""
+    """Masked images times scales: row k·N + i is the row of the k-th mask times `scales[i]`, N = len(scales)."""
 
     masked: Masked
     scales: Sequence[float]
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return len(self.masked) * len(self.scales)
 
     def make(self, start: int, stop: int) -> Tensor:
+        """Make rows [start, stop) [n, 3, H, W]."""
         N = len(self.scales)
         first = start // N
         rows = self.masked.make(first, (stop - 1) // N + 1)
@@ -50,21 +52,27 @@ def is_cam(
     c: Targets,
     layer: str,
     *,
-    steps: Annotated[int, Range(1, 1000), "scales of each mask"] = 10,
-    variant: Annotated[
-        Literal["paper", "torchcam"], "torchcam 0.5 adds the scales up, to 5.5 times the mask in ten steps"
-    ] = "paper",
+    steps: Annotated[int, Range(1, 1000)] = 10,
+    variant: Literal["paper", "torchcam"] = "paper",
 ) -> Plan[SaliencyMaps]:
-    """Score-CAM with each score averaged as the mask grows from nothing: some forward passes a channel.
+    """Score-CAM with each score averaged over scaled masks: several forward passes per channel.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layer: Layer with the activations A [K, h, w].
+        steps: Number of scales N of each mask.
+        variant: torchcam 0.5 accumulates the scales, up to 5.5 times the mask for ten steps.
+
+    Returns:
+        Maps [T, h, w], unitless, ≥ 0.
 
     Equations:
         w_k = softmax_k mean_i y_c(x ⊙ (i/N) n(up(A_k))),  i = 1 … N
         S   = relu(Σ_k w_k A_k)
 
     Advice:
-        Take it to repeat a comparison that has it in. It is close to Score-CAM at N times the cost.
+        Use it to repeat a comparison that includes it. It is similar to Score-CAM and costs N times as much.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     run = select_channels(A, dead=True)
@@ -83,5 +91,5 @@ def is_cam(
 
 
 def _scaled_first(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """torchcam's masks: in [0, 1] before they are resized, so that few reach both ends."""
+    """Return the masks of torchcam: scaled to [0, 1] before they are resized, so that few of them reach both ends."""
     return resize(minmax(maps), size)

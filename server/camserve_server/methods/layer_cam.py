@@ -22,24 +22,29 @@ def layer_cam(
     c: Targets,
     layers: Sequence[str],
     *,
-    scaled: Annotated[
-        int, Range(0, 64), "how many of the finest layers are tanh-scaled; Poly-CAM's script scales 3"
-    ] = 2,
+    scaled: Annotated[int, Range(0, 64)] = 2,
 ) -> Plan[SaliencyMaps]:
-    """Activations weighted place by place by their positive gradients, several layers joined: one backward pass.
+    """Activations weighted at each position by their positive gradients, for several layers: one backward pass.
 
-    x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layers: Layers, fine to coarse, with the activations A_l [K_l, h_l, w_l].
+        scaled: Number of the finest layers that are tanh-scaled. The script of Poly-CAM scales 3.
+
+    Returns:
+        Maps [T, h, w] at the resolution of the finest layer, unitless, ≥ 0.
 
     Equations:
         S_l = relu(Σ_k relu(∂y_c/∂A_lk) ⊙ A_lk)                     (eq. 5, 6)
         S_l = tanh(2 S_l / max S_l)     for the finest layers, S_l / max S_l for the others
         S   = max_l up(S_l)
 
-    One layer alone is left as it is.
+        The map of a single layer is not scaled.
 
     Advice:
-        Take it for a fine map at the price of one backward pass. It is noisier than Poly-CAM, for the gradients of fine
-        layers are.
+        Use it for a fine map at the price of one backward pass. It is noisier than Poly-CAM, because the gradients of
+        fine layers are noisy.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, layers)
     S = [
@@ -53,7 +58,7 @@ def layer_cam(
 
 
 def _scaled(S: Tensor, *, tanh: bool) -> Tensor:
-    """[T, h, w], ≥ 0 → the same in [0, 1]."""
+    """Divide maps [T, h, w] ≥ 0 by their maxima. Maps of zeros stay zeros."""
     most = S.amax(dim=(-2, -1), keepdim=True)
     S = torch.where(most > 0, S / most, 0.0)
     return (2 * S).tanh() if tanh else S

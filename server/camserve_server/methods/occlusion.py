@@ -16,21 +16,20 @@ from torch import Tensor
 from camserve_server.plan import Image, Plan, SaliencyMaps, Score, Scores, Sum, Targets
 from camserve_server.registry import Range, Sizes, method
 
-Window = Annotated[int, Range(0, 10_000), "side of the window in pixels; 0 is 2/7 of each side, 64 of 224"]
-Stride = Annotated[int, Range(0, 10_000), "pixels from one window to the next; 0 is 1/28 of each side, 8 of 224"]
-
 
 @dataclass(frozen=True, eq=False)
 class Occluded:
-    """Row i is the image with window i set to zero, the mean colour; windows go row by row, the last ones cropped."""
+    """Image with one window hidden: in row i, window i is zero, the mean colour."""
 
     x: Image
     windows: Sequence[tuple[slice, slice]]
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return len(self.windows)
 
     def make(self, start: int, stop: int) -> Tensor:
+        """Make rows [start, stop) [n, 3, H, W]."""
         rows = self.x.tensor.repeat(stop - start, 1, 1, 1)
         for row, (ys, xs) in zip(rows, self.windows[start:stop], strict=True):
             row[:, ys, xs] = 0
@@ -46,21 +45,29 @@ def occlusion(
     x: Image,
     c: Targets,
     *,
-    window: Window = 0,
-    stride: Stride = 0,
-    signed: Annotated[bool, "keep the sign: windows that speak against the class become the lowest values"] = False,
+    window: Annotated[int, Range(0, 10_000)] = 0,
+    stride: Annotated[int, Range(0, 10_000)] = 0,
+    signed: bool = False,
 ) -> Plan[SaliencyMaps]:
-    """How far the logit falls when a window of the image is hidden: some hundred forward passes.
+    """Fall of the logit when a window hides a part of the image: some hundred forward passes.
 
-    x [3, H, W], c [T] class indices → maps [T, H, W], unitless, ≥ 0 unless `signed`.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        window: Side of the window in pixels. 0 stands for 2/7 of each side, 64 of 224 pixels.
+        stride: Distance between windows in pixels. 0 stands for 1/28 of each side, 8 of 224 pixels.
+        signed: Keep the sign, so that windows with evidence against the class get the lowest values.
+
+    Returns:
+        Maps [T, H, W], unitless, ≥ 0 unless `signed`.
 
     Equations:
         S_xy = |mean over the windows that cover xy of y_c(x) − y_c(x, the window hidden)|
 
     Advice:
-        Take it for an answer that needs no theory: what is hidden and what happens. It is as coarse as the window, and
-        where hiding something raises the logit it is as bright as where it lowers it, unless signed. It cannot stop
-        early, for the last windows are as good as the first.
+        Use it if you need a map that is easy to understand: it shows how much hiding each part changes the logit. It is
+        as coarse as the window. Unless it is signed, a part that raises the logit when hidden is as bright as one that
+        lowers it. It cannot stop early, because all windows have the same importance.
     """
     windows = _windows(x.size, window, stride)
     size = x.size
@@ -79,7 +86,7 @@ def occlusion(
 
 
 def _windows(size: tuple[int, int], window: int, stride: int) -> list[tuple[slice, slice]]:
-    """Every place of the window, until the side is covered."""
+    """Return all windows (rows, columns) in row-major order. The last ones are cropped at the border of the image."""
     sides = []
     for length in size:
         w = min(length, window or max(1, round(length * 2 / 7)))

@@ -33,28 +33,32 @@ def opti_cam(
     c: Targets,
     layer: str,
     *,
-    steps: Annotated[int, Range(1, 10_000), "iterations of Adam; the official command line takes 50"] = 100,
-    rate: Annotated[float, Range(1e-6, 100.0), "learning rate"] = 0.1,
-    relu: Annotated[bool, "negative activations count as zero; the paper's text does not for transformers"] = True,
-    norm: Annotated[
-        Literal["range", "max", "sigmoid"],
-        "how the map becomes a mask: range is n(·), max divides by the maximum, sigmoid is the sigmoid",
-    ] = "range",
-    mask_space: Annotated[
-        Literal["raw", "normalised"],
-        "what the mask multiplies: raw, pixels in [0, 1], so that the background is black, as in the official code; or "
-        "the normalised image",
-    ] = "raw",
-    objective: Annotated[
-        Literal["mask", "diff"], "the masked image's logit (eq. 10), or its nearness to the image's own (eq. 19)"
-    ] = "mask",
-    stop: Annotated[
-        Literal["none", "official"], "official: end where, after a tenth of the steps, the objective has fallen"
-    ] = "none",
+    steps: Annotated[int, Range(1, 10_000)] = 100,
+    rate: Annotated[float, Range(1e-6, 100.0)] = 0.1,
+    relu: bool = True,
+    norm: Literal["range", "max", "sigmoid"] = "range",
+    mask_space: Literal["raw", "normalised"] = "raw",
+    objective: Literal["mask", "diff"] = "mask",
+    stop: Literal["none", "official"] = "none",
 ) -> Plan[SaliencyMaps]:
-    """A combination of activations, optimised so that the image masked by it has the highest logit.
+    """Combination of activations, optimised so that the image under its mask has the highest logit.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layer: Layer with the activations A [K, h, w].
+        steps: Number of iterations of Adam. The official command line uses 50.
+        rate: Learning rate.
+        relu: Set negative activations to zero. The text of the paper keeps them for transformers.
+        norm: Function that makes a mask of the map: range is n(·), max divides by the maximum, sigmoid is the sigmoid.
+        mask_space: Image that the mask multiplies. raw: the pixels in [0, 1], so that the background is black, as in
+            the official code. normalised: the normalised image.
+        objective: Objective of the ascent. mask: the logit of the masked image (eq. 10). diff: the negative distance
+            between this logit and that of the image (eq. 19).
+        stop: Stopping rule. official: compare the objective after every tenth of the steps, and end if it has fallen.
+
+    Returns:
+        Maps [T, h, w], unitless.
 
     Equations:
         S(u) = Σ_k softmax(u)_k A_k                                 (eq. 8)
@@ -62,13 +66,14 @@ def opti_cam(
         maximise y_c(image masked by it) over u, by Adam            (eq. 9, 10)
         map  = the mask of the last u
 
-    All u start equal. The paper's own stopping rule practically never fires, so it is left out.
+        All u start equal. The paper's own stopping rule practically never applies, so it is left out.
 
     Advice:
-        Take it where the map shall show what the network needs to be sure. It is made for a high average gain, so that
-        metric flatters it; it need not win at insertion and deletion. In float32 its iterates diverge: the official
-        code differs from itself by up to 0.25 a pixel between one thread and two, while the objective hardly moves. So
-        do not compare maps of two machines pixel by pixel; on one server they are the same, bit for bit.
+        Use it to see which parts the network needs for a high score. It optimises what average gain measures, so that
+        metric favours it, but it need not be the best at insertion and deletion. Its iterates diverge in float32: the
+        official code differs from itself by up to 0.25 per pixel between one thread and two, although the objective
+        hardly changes. Therefore do not compare maps of two machines pixel by pixel. On one server, maps are bitwise
+        reproducible.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     if relu:
@@ -86,10 +91,9 @@ def opti_cam(
         return y[c.index[t]] if objective == "mask" else -(y[c.index[t]] - c.y[t].to(y.dtype)).abs()
 
     u, share = A.new_full((len(c), len(A)), 0.5), 1.0
-    if (
-        A.amin(dim=(1, 2)) < A.amax(dim=(1, 2))
-    ).any():  # otherwise every combination is constant, and there is nothing to optimise
-        stop_rule = partial(_fell, max(1, steps // 10)) if stop == "official" else None
+    # If all channels are constant, every combination is constant, and there is nothing to optimise.
+    if (A.amin(dim=(1, 2)) < A.amax(dim=(1, 2))).any():
+        stop_rule = partial(_has_fallen, max(1, steps // 10)) if stop == "official" else None
         ascent = yield from Ascend(u, masked, gain, steps, rate, stop_rule, min_rows=len(c))  # eq. 9
         u = ascent.u
         done = sum(len(history) for history in ascent.history)
@@ -99,8 +103,8 @@ def opti_cam(
     return SaliencyMaps(torch.stack([S(u_t) for u_t in u]), _NORMS[norm], share)
 
 
-def _fell(period: int, history: Sequence[float]) -> bool:
-    """Whether this step is a `period`-th one and its objective lies below that of the one before."""
+def _has_fallen(period: int, history: Sequence[float]) -> bool:
+    """Return True every `period` steps if the objective is lower than `period` steps before."""
     step = len(history) - 1
     return step > 0 and step % period == 0 and history[step] < history[step - period]
 
@@ -111,7 +115,7 @@ def _by_max(S: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _by_sigmoid(S: Tensor, size: tuple[int, int]) -> Tensor:
-    return resize(S, size).sigmoid()  # the official code writes it as ½(tanh(S/2) + 1)
+    return resize(S, size).sigmoid()  # The official code writes it as ½(tanh(S/2) + 1).
 
 
 _NORMS = {"range": resize_minmax, "max": _by_max, "sigmoid": _by_sigmoid}

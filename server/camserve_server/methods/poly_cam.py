@@ -2,8 +2,8 @@
 
 Englebert, Cornu, De Vleeschouwer 2022, arXiv:2204.13359.
 
-Masks depend neither on the class nor on the variant, so more targets cost no further rows. A channel whose activation
-is zero everywhere owes none: its weight multiplies a zero map. Channels that are constant share one.
+Masks depend neither on the class nor on the variant, so further targets take no rows. A channel that is zero everywhere
+takes no row, because its weight multiplies a zero map. All constant channels share one mask.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ from camserve_server.rows import Masked, Part, resize, resize_minmax
 
 Variant = Annotated[
     Literal["paper", "official"],
-    "official: as the authors' code. Masks and maps are scaled before they are resized, from the 0.1th percentile and "
-    "divided by the 99.9th; LNorm pools by bilinear resizing, far from the mean where the ratio of resolutions is 4 or "
-    "odd; a second layer of the same resolution is a level of its own",
+    "official follows the code of the authors. Masks and maps are scaled before they are resized, from the 0.1th "
+    "percentile and divided by the 99.9th. LNorm pools by bilinear resizing, which is far from the mean if the ratio "
+    "of resolutions is 4 or odd. A second layer of the same resolution is a separate level.",
 ]
 Tolerance = Annotated[
     float,
     Range(0, 1),
-    "leave out channels, the weakest first, that together move S_l by no more than this share of its maximum, whatever "
-    "their weights are; 0: none",
+    "Leave out the weakest channels if together they change S_l by at most this fraction of its maximum, for any "
+    "weights. 0 leaves out none.",
 ]
 Weights = Callable[[Targets, Sequence[Tensor]], Tensor]
+"""Function of the targets and the probabilities [K, T] of each part of the image that returns weights w [K, T]."""
 
 
 def _rows(masks: int, sizes: Sizes, **_: object) -> int:
@@ -58,17 +59,17 @@ def _min_rows(masks: int, sizes: Sizes, **_: object) -> int:
 
 
 def _increase(c: Targets, p: Sequence[Tensor]) -> Tensor:
-    """CIC, eq. 4 with f_c(X_b) = 0."""
+    """Channel-wise Increase of Confidence, eq. 4 with f_c(X_b) = 0."""
     return p[0]
 
 
 def _decrease(c: Targets, p: Sequence[Tensor]) -> Tensor:
-    """CDC, eq. 5."""
+    """Channel-wise Decrease of Confidence, eq. 5."""
     return (c.p - p[0]).relu()
 
 
 def _variation(c: Targets, p: Sequence[Tensor]) -> Tensor:
-    """CVC, eq. 6."""
+    """Channel-wise Variation of Confidence, eq. 6."""
     return (c.p + p[0] - p[1]).relu()
 
 
@@ -82,9 +83,17 @@ def _variation(c: Targets, p: Sequence[Tensor]) -> Tensor:
 def poly_cam(
     x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
 ) -> Plan[SaliencyMaps]:
-    """High resolution from several layers; a channel counts by what revealing it adds and hiding it takes away.
+    """High-resolution map from several layers; channels are weighted by the effect of revealing and of hiding them.
 
-    x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layers: Layers, fine to coarse, with the activations A_l [K_l, h_l, w_l].
+        variant: Equations of the paper or code of the authors.
+        tolerance: Largest change of S_l by channels that are left out, as a fraction of its maximum.
+
+    Returns:
+        Maps [T, h, w] at the resolution of the finest layer, unitless, ≥ 0.
 
     Equations:
         M_k = n(up(A_lk))
@@ -92,13 +101,13 @@ def poly_cam(
         S_l = relu(Σ_k w_k A_lk)                                    (eq. 2)
         P_L = S_L,  P_l = LNorm(S_l) ⊙ up(P_{l+1})                  (eq. 3)
 
-    LNorm(S_l) = S_l / up(mean of S_l in each block as large as a place of the next coarser layer) (eq. 1).
+        LNorm(S_l) = S_l / up(S_l averaged over blocks as large as a position of the next coarser layer) (eq. 1).
 
     Advice:
-        Take it for maps that are both fine and about the class, where seconds to minutes are no matter. Every level is
-        streamed as it is done, the coarsest first, so a caller can stop early. Masks do not depend on the class, so
-        further classes cost no rows; most rows are those of the coarse layers, which have the most channels. It expects
-        activations that are nowhere negative, as after a ReLU; a layer that has negative ones gets a warning.
+        Use it for maps that are fine and class-specific if seconds to minutes are acceptable. A stream returns each
+        level when it is done, the coarsest first, so a caller can stop early. Masks do not depend on the class, so
+        further classes take no rows. Most rows belong to the coarse layers, which have the most channels. It expects
+        activations ≥ 0, as after a ReLU. If a layer has negative activations, the map gets a warning.
     """
     return (yield from _poly_cam(x, c, layers, ("revealed", "hidden"), _variation, 1 + c.p, variant, tolerance))
 
@@ -113,9 +122,17 @@ def poly_cam(
 def poly_cam_plus(
     x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
 ) -> Plan[SaliencyMaps]:
-    """High resolution from several layers; a channel counts by the class's probability when it alone is revealed.
+    """High-resolution map from several layers; channels are weighted by the probability when only they are revealed.
 
-    x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layers: Layers, fine to coarse, with the activations A_l [K_l, h_l, w_l].
+        variant: Equations of the paper or code of the authors.
+        tolerance: Largest change of S_l by channels that are left out, as a fraction of its maximum.
+
+    Returns:
+        Maps [T, h, w] at the resolution of the finest layer, unitless, ≥ 0.
 
     Equations:
         M_k = n(up(A_lk))
@@ -123,11 +140,11 @@ def poly_cam_plus(
         S_l = relu(Σ_k w_k A_lk)                                    (eq. 2)
         P_L = S_L,  P_l = LNorm(S_l) ⊙ up(P_{l+1})                  (eq. 3)
 
-    LNorm(S_l) = S_l / up(mean of S_l in each block as large as a place of the next coarser layer) (eq. 1).
+        LNorm(S_l) = S_l / up(S_l averaged over blocks as large as a position of the next coarser layer) (eq. 1).
 
     Advice:
-        Take it where half of the passes of PCAM± must do. It shows what is enough for the class. The score of the
-        baseline image is taken as zero.
+        Use it if you can afford only half of the passes of PCAM±. It shows parts that are sufficient for the class. The
+        score of the baseline image counts as zero.
     """
     return (yield from _poly_cam(x, c, layers, ("revealed",), _increase, torch.ones_like(c.p), variant, tolerance))
 
@@ -142,9 +159,17 @@ def poly_cam_plus(
 def poly_cam_minus(
     x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
 ) -> Plan[SaliencyMaps]:
-    """High resolution from several layers; a channel counts by how far the probability falls when it is hidden.
+    """High-resolution map from several layers; channels are weighted by the fall of the probability when hidden.
 
-    x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, h, w] of the finest layer, unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layers: Layers, fine to coarse, with the activations A_l [K_l, h_l, w_l].
+        variant: Equations of the paper or code of the authors.
+        tolerance: Largest change of S_l by channels that are left out, as a fraction of its maximum.
+
+    Returns:
+        Maps [T, h, w] at the resolution of the finest layer, unitless, ≥ 0.
 
     Equations:
         M_k = n(up(A_lk))
@@ -152,11 +177,11 @@ def poly_cam_minus(
         S_l = relu(Σ_k w_k A_lk)                                    (eq. 2)
         P_L = S_L,  P_l = LNorm(S_l) ⊙ up(P_{l+1})                  (eq. 3)
 
-    LNorm(S_l) = S_l / up(mean of S_l in each block as large as a place of the next coarser layer) (eq. 1).
+        LNorm(S_l) = S_l / up(S_l averaged over blocks as large as a position of the next coarser layer) (eq. 1).
 
     Advice:
-        Take it to see what the class cannot do without. Where hiding any one channel changes nothing, as with a class
-        that is not in the picture, the map is empty; PCAM± is not.
+        Use it to see parts that are necessary for the class. If hiding any single channel changes nothing, for example
+        because the class is not in the image, the map is empty. The map of PCAM± is not.
     """
     return (yield from _poly_cam(x, c, layers, ("hidden",), _decrease, c.p, variant, tolerance))
 
@@ -171,12 +196,12 @@ def _poly_cam(
     variant: str,
     tolerance: float,
 ) -> Plan[SaliencyMaps]:
-    """`bound` [T] is the most that a weight can be."""
+    """Plan of all three methods. `bound` [T] is an upper bound of the weights."""
     A = yield from Capture(x, layers)  # fine to coarse, [K_l, h_l, w_l] each
     for name, A_l in zip(layers, A, strict=True):
         if A_l.min() < 0:
-            yield from Report(MapWarning(f"layer {name} has negative activations, which Poly-CAM does not expect"))
-    # A level of the coarser one's size adds nothing in the paper's equations.
+            yield from Report(MapWarning(f"layer {name} has negative activations; Poly-CAM expects none"))
+    # In the paper's equations, a level of the same size as the coarser one adds nothing.
     levels = [
         l
         for l in reversed(range(len(layers)))
@@ -189,14 +214,14 @@ def _poly_cam(
     finish = _percentile if official else None
     P: Tensor | None = None
     share, left_out = 0.0, []
-    begun = False  # a level of nothing but dead channels has no rows
+    begun = False  # True after the first level with rows. A level with only dead channels has none.
     for index, l in enumerate(levels):
         masked = Masked(x, A[l][run[l].indices], _percentile if official else resize_minmax, parts)
         negligible = None
         if tolerance and A[l].min() >= 0:
             negligible = _Negligible(run[l].merge(A[l]), partial(weights, c), len(parts), bound, tolerance)
         w, done = yield from _channel_weights(c, masked, run[l], weights, 0 if begun else len(parts), negligible)
-        if begun and done < len(run[l]) and not done:  # cut short: the levels so far are the map
+        if begun and done < len(run[l]) and not done:  # Cut short: the result is the map of the levels so far.
             break
         begun |= done > 0
         if negligible is not None and negligible.error is not None and done < len(run[l]):
@@ -212,27 +237,45 @@ def _poly_cam(
 
 
 class _Negligible:
-    """Sums S_l up as its weights come in, and tells when the channels to come can no longer matter.
+    """Stopping rule: sums S_l and stops when the remaining channels cannot change it by more than the tolerance.
 
-    Activations and weights are nowhere negative, so S_l only grows, and by no more than the bound of the weights times
-    what is left of the activations.
+    Activations and weights are not negative, so each channel can only raise S_l, and by no more than the bound of the
+    weights times the channel's activations.
     """
 
     def __init__(
         self, A: Tensor, weights: Callable[[Sequence[Tensor]], Tensor], parts: int, bound: Tensor, tolerance: float
     ) -> None:
-        """A [n, h, w], the channels in the order in which they come; bound [T]."""
+        """Prepare the sum.
+
+        Args:
+            A: Activations [n, h, w] in the order of the rows, ≥ 0.
+            weights: Function of the probabilities of one channel that returns its weight.
+            parts: Number of rows of each channel.
+            bound: Upper bound of the weights [T].
+            tolerance: Tolerance, as a fraction of the maximum of S_l.
+        """
         self._A, self._weights, self._parts, self._tolerance = A, weights, parts, tolerance
         self._rows = bound.new_empty(0, len(bound))
         self._S = bound.new_zeros(len(bound), *A.shape[1:])
-        # After n channels: the most that all further ones can add to any position, [T, n + 1].
+        # Upper bound of the sum of the remaining channels at any position after each channel, [T, n + 1].
         left = A.double().flip(0).cumsum(dim=0).amax(dim=(1, 2)).flip(0)
         self._left = bound[:, None] * torch.cat([left, left.new_zeros(1)])
         self.done = 0
         self.error: tuple[float, ...] | None = None
 
     def __call__(self, start: int, scores: Scores) -> bool:
-        """Whether it is enough. Channel by channel, so that it does not matter how rows come in batches."""
+        """Add finished rows and return True if no further rows are needed.
+
+        The sum advances channel by channel, so the result does not depend on the batches.
+
+        Args:
+            start: Index of the first finished row.
+            scores: Scores of the finished rows.
+
+        Returns:
+            True if the remaining channels cannot change S_l by more than the tolerance.
+        """
         self._rows = torch.cat([self._rows, scores.probabilities])
         while self.error is None and self._parts * (self.done + 1) <= len(self._rows):
             at = self._parts * self.done
@@ -248,26 +291,26 @@ class _Negligible:
 def _channel_weights(
     c: Targets, masked: Masked, run: SelectedChannels, weights: Weights, least: int, negligible: _Negligible | None
 ) -> Plan[tuple[Tensor, int]]:
-    """w [K, T] of the channels of one level, by eq. 4, 5 or 6, and how many of those to be run were."""
+    """Return the weights w [K, T] of one level, by eq. 4, 5 or 6, and the number of channels that were run."""
     if not len(masked):
         return c.p.new_zeros(len(run.strength), len(c)), 0
     scores = yield from Score(masked, c, least, negligible)
     P = len(masked.parts)
     done = len(scores.probabilities) // P
     if negligible is not None and negligible.error is not None:
-        done = negligible.done  # the last batch may have had more
+        done = negligible.done  # The last batch may contain further rows.
     return run.to_all_channels(weights(c, [scores.probabilities[i : P * done : P] for i in range(P)])), done
 
 
 def _lnorm(S: Tensor, coarse: Sequence[int], official: bool) -> Tensor:
-    """Local normalisation to the mean of each block, eq. 1; S [T, h, w], blocks of h/coarse[0] × w/coarse[1]."""
+    """Divide S [T, h, w] by the mean of each block of h/coarse[0] × w/coarse[1] positions, eq. 1."""
     size = (coarse[0], coarse[1])
     means = resize(S, size) if official else F.adaptive_avg_pool2d(S, size)
     return S / resize(means, (S.shape[-2], S.shape[-1])).clamp(min=1e-12)
 
 
 def _percentile(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """The official code's scaling of [..., h, w] to [0, 1], then resized: from the 0.1th percentile, by the 99.9th."""
+    """Scale maps [..., h, w] to [0, 1] as the official code, by the 0.1th and 99.9th percentiles, then resize them."""
     flat = maps.flatten(-2)
     low = torch.quantile(flat, 0.001, dim=-1)[..., None, None]
     high = torch.quantile(flat, 0.999, dim=-1)[..., None, None]

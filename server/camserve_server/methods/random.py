@@ -14,18 +14,24 @@ from camserve_server.rows import generator
 
 @method("random", title="Random", paper="arXiv:1806.10758", rows=lambda sizes: 0, class_agnostic=True)
 def random(x: Image, c: Targets, *, seed: int) -> Plan[SaliencyMaps]:
-    """Every pixel by chance: it explains nothing, and puts the pixels in an order that means nothing.
+    """Independent random pixels: it explains nothing, and its order of the pixels is arbitrary.
 
-    x [3, H, W], c [T] class indices → maps [T, H, W], unitless, in [0, 1).
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        seed: Seed of the pixels.
+
+    Returns:
+        Maps [T, H, W], unitless, in [0, 1).
 
     Equations:
         S_ij = U(0, 1)
 
     Advice:
-        A control for metrics. Take several seeds: what a metric gives them is the chance level that a method has to
-        beat, and how far they lie apart is what a difference has to exceed.
+        A control for metrics. Use several seeds: the scores of these maps are the chance level that a method has to
+        exceed, and their spread is the smallest difference that means anything.
     """
-    # Keyed by the size: the metrics of the same request draw from the same seed.
+    # The key separates these numbers from those that metrics of the same request draw with the same seed.
     S = torch.rand(x.size, generator=generator(seed, *x.size)).to(x.tensor)
     yield from ()
     return SaliencyMaps(S.expand(len(c), -1, -1))

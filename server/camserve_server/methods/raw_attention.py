@@ -1,6 +1,6 @@
 """Raw attention: An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale.
 
-Dosovitskiy et al. 2021, arXiv:2010.11929; the last block's attention as it is, a common baseline.
+Dosovitskiy et al. 2021, arXiv:2010.11929. The attention of the last block is a common baseline.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ from camserve_server.registry import method
     class_agnostic=True,
 )
 def raw_attention(x: Image, c: Targets) -> Plan[SaliencyMaps]:
-    """What the class token attends to in the last block: one forward pass, the same map for every class.
+    """Attention of the class token to each patch in the last block: one forward pass, the same map for every class.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w] of the grid of tokens, in [0, 1].
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+
+    Returns:
+        Maps [T, h, w] with one value per patch, in [0, 1].
 
     Equations:
         S = mean over the heads of A_L, the row of the class token, without the tokens that are not of the image
 
     Advice:
-        Take it as a baseline for transformers. It cannot explain one class against another, and attention to a token
-        is not evidence from it.
+        Use it as a baseline for transformers. It cannot distinguish classes, and attention to a token does not mean
+        that the token is evidence for a class.
     """
     attentions = yield from CaptureAttention(x)
     S = attentions.blocks[-1].mean(dim=0)[0, attentions.prefix :]

@@ -19,9 +19,18 @@ from camserve_server.rows import generator, resize
 
 @dataclass(frozen=True, eq=False)
 class Revealed:
-    """Row i is x ⊙ M_i: a grid of cells shown or hidden, grown a little larger than the image, cut out at a shift.
+    """Randomly masked images: row i is x ⊙ M_i.
 
-    Each mask is drawn from the seed and its number, whenever it is asked for; those of the last rows made are kept.
+    M_i is a random grid of cells, 0 or 1, that is resized to slightly more than the size of the image and cropped at a
+    random shift. A mask depends only on the seed and its index, so it can be drawn again at any time.
+
+    Attributes:
+        x: The image.
+        count: Number of masks.
+        cells: Number of cells on each side of a mask.
+        keep: Probability that a cell is 1.
+        seed: Seed of the masks.
+        last: Masks [n, H, W] of the last rows made, by the index of the first one.
     """
 
     x: Image
@@ -29,13 +38,21 @@ class Revealed:
     cells: int
     keep: float
     seed: int
-    last: dict[int, Tensor] = field(default_factory=dict)  # masks [n, H, W] by the number of the first
+    last: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return self.count
 
     def draw(self, i: int) -> tuple[Tensor, tuple[int, int]]:
-        """The i-th grid [cells, cells] of zeros and ones, and its shift (y, x) in pixels, less than a cell."""
+        """Draw a grid and its shift.
+
+        Args:
+            i: Index of the mask.
+
+        Returns:
+            The grid [cells, cells], bool, and the shift (y, x) in pixels, smaller than a cell.
+        """
         chance = generator(self.seed, i)
         grid = torch.rand(self.cells, self.cells, generator=chance) < self.keep
         y, x = (int(torch.randint(side, (), generator=chance)) for side in self.cell)
@@ -48,7 +65,7 @@ class Revealed:
         return math.ceil(height / self.cells), math.ceil(width / self.cells)
 
     def masks(self, start: int, stop: int) -> Tensor:
-        """[n, H, W] in [0, 1]."""
+        """Return masks [start, stop) [n, H, W] in [0, 1]."""
         for first, kept in self.last.items():
             if first <= start and stop <= first + len(kept):
                 return kept[start - first : stop - first]
@@ -58,6 +75,7 @@ class Revealed:
         return torch.stack([mask[y : y + H, x : x + W] for mask, (y, x) in zip(large, shifts, strict=True)])
 
     def make(self, start: int, stop: int) -> Tensor:
+        """Make rows [start, stop) [n, 3, H, W]."""
         masks = self.masks(start, stop)
         self.last.clear()
         self.last[start] = masks
@@ -73,21 +91,30 @@ def rise(
     x: Image,
     c: Targets,
     *,
-    masks: Annotated[int, Range(1, 1_000_000), "random masks"] = 6000,
-    cells: Annotated[int, Range(1, 256), "cells on each side of a mask"] = 8,
-    keep: Annotated[float, Range(0.001, 1), "probability that a cell is shown; RISE's own paper takes 0.5"] = 0.1,
+    masks: Annotated[int, Range(1, 1_000_000)] = 6000,
+    cells: Annotated[int, Range(1, 256)] = 8,
+    keep: Annotated[float, Range(0.001, 1)] = 0.1,
     seed: int,
 ) -> Plan[SaliencyMaps]:
-    """The mean of random masks, weighted by the class's probability under each: thousands of forward passes.
+    """Mean of random masks, weighted by the probability of the class under each mask: thousands of forward passes.
 
-    x [3, H, W], c [T] class indices → maps [T, H, W], unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        masks: Number of random masks N.
+        cells: Number of cells on each side of a mask.
+        keep: Probability that a cell is shown. The RISE paper uses 0.5.
+        seed: Seed of the masks.
+
+    Returns:
+        Maps [T, H, W], unitless, ≥ 0.
 
     Equations:
         S = Σ_i p_c(x ⊙ M_i) M_i / (N keep)                         (eq. 6)
 
     Advice:
-        Take it where the network is a black box and time is no matter. Fewer masks leave clouds that mean nothing. The
-        scale of what it can show is that of a cell.
+        Use it if the network is a black box and time does not matter. With fewer masks, the map shows random patches
+        without meaning. It cannot show details that are smaller than a cell.
     """
     revealed = Revealed(x, masks, cells, keep, seed)
 

@@ -5,7 +5,7 @@ Wang, Wang, Du, Yang, Zhang, Ding, Mardziel, Hu 2020, arXiv:1910.01279.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 
@@ -27,28 +27,34 @@ def score_cam(
     c: Targets,
     layer: str,
     *,
-    score: Annotated[
-        Literal["logit", "probability"], "what is read off a masked image; the Poly-CAM tables used the probability"
-    ] = "logit",
-    channel_softmax: Annotated[bool, "softmax of the scores over the channels; the Poly-CAM tables used none"] = True,
+    score: Literal["logit", "probability"] = "logit",
+    channel_softmax: bool = True,
 ) -> Plan[SaliencyMaps]:
-    """Activations weighted by the class's score on the image masked by each of them: a forward pass a channel.
+    """Activations weighted by the score of the class under a mask of each channel: one forward pass per channel.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layer: Layer with the activations A [K, h, w].
+        score: Score of a masked image. The tables of the Poly-CAM paper use the probability.
+        channel_softmax: Apply a softmax over the channels to the scores. The tables of the Poly-CAM paper use none.
+
+    Returns:
+        Maps [T, h, w], unitless, ≥ 0.
 
     Equations:
         M_k = n(up(A_k))                                            (eq. 4)
         w_k = softmax_k y_c(x ⊙ M_k)                                (algorithm 1)
         S   = relu(Σ_k w_k A_k)                                     (eq. 6)
 
-    The score of the baseline image (eq. 5) is the same for all channels: the softmax cancels it, and without the
-    softmax it is taken as zero. Masks are scaled after they are resized; torchcam scales them before, and the library
-    grad-cam resizes with align_corners=True: maps of the three correlate, but differ.
+        The score of the baseline image (eq. 5) is the same for all channels. The softmax cancels it; without the
+        softmax it counts as zero. Masks are scaled after they are resized. torchcam scales them before, and the library
+        grad-cam resizes with align_corners=True, so the maps of the three correlate, but differ.
 
     Advice:
-        Take it for a map of the last layer without gradients. It is as coarse as Grad-CAM at a thousand times the cost;
-        with logits as scores the softmax often lets a handful of channels win. Poly-CAM spends the same passes on a
-        finer map.
+        Use it for a map of the last layer without gradients. It is as coarse as Grad-CAM at a thousand times the cost.
+        With logits as scores, the softmax often gives almost all of the weight to a few channels. Poly-CAM uses the
+        same number of passes for a finer map.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     run = select_channels(A, dead=True)

@@ -25,20 +25,28 @@ def smooth_grad(
     x: Image,
     c: Targets,
     *,
-    samples: Annotated[int, Range(1, 10_000), "noisy images"] = 50,
-    sigma: Annotated[float, Range(0, 100), "standard deviation of the noise, of the normalised image"] = 1.0,
+    samples: Annotated[int, Range(1, 10_000)] = 50,
+    sigma: Annotated[float, Range(0, 100)] = 1.0,
     seed: int,
 ) -> Plan[SaliencyMaps]:
-    """The gradient's absolute value, averaged over noisy images: tens of forward and backward passes.
+    """Absolute value of the gradient, averaged over noisy images: tens of forward and backward passes.
 
-    x [3, H, W], c [T] class indices → maps [T, H, W], unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        samples: Number of noisy images.
+        sigma: Standard deviation of the noise, in units of the normalised image.
+        seed: Seed of the noise.
+
+    Returns:
+        Maps [T, H, W], unitless, ≥ 0.
 
     Equations:
         S = Σ_rgb mean_i |∂y_c/∂x at x + σ ε_i|
 
     Advice:
-        Take it for a picture of the gradient that a person can read. It shows where the logit is sensitive, which is
-        not the same as where the class is. Fewer samples are grainier.
+        Use it to make the gradient readable for people. It shows where the logit is sensitive, which is not always
+        where the class is. Fewer samples give a grainier map.
     """
     T = len(c)
     noisy = RepeatInterleaved(Perturbed(x, [1.0] * samples, sigma, seed), T)

@@ -29,17 +29,24 @@ def smooth_grad_cam_pp(
     c: Targets,
     layer: str,
     *,
-    samples: Annotated[int, Range(1, 10_000), "noisy images"] = 4,
-    sigma: Annotated[float, Range(0, 100), "standard deviation of the noise, of the normalised image"] = 0.3,
-    variant: Annotated[
-        Literal["paper", "torchcam"],
-        "torchcam 0.5 takes relu(g) and A of the last noisy image alone, and Σ A D_3 place by place",
-    ] = "paper",
+    samples: Annotated[int, Range(1, 10_000)] = 4,
+    sigma: Annotated[float, Range(0, 100)] = 0.3,
+    variant: Literal["paper", "torchcam"] = "paper",
     seed: int,
 ) -> Plan[SaliencyMaps]:
-    """Grad-CAM++ with the powers of the gradient averaged over noisy images.
+    """Grad-CAM++ with the powers of the gradient averaged over noisy images: some forward and backward passes.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layer: Layer with the activations A [K, h, w].
+        samples: Number of noisy images.
+        sigma: Standard deviation of the noise, in units of the normalised image.
+        variant: torchcam 0.5 uses relu(g) and A of the last noisy image only, and Σ A D_3 at each position.
+        seed: Seed of the noise.
+
+    Returns:
+        Maps [T, h, w], unitless, ≥ 0.
 
     Equations:
         D_p = mean_i (∂y_c/∂A_k at x + σ ε_i)^p
@@ -47,18 +54,18 @@ def smooth_grad_cam_pp(
         w_k = Σ_xy α_k relu(D_1)
         S   = relu(Σ_k w_k A_k)
 
-    A are the activations of the image itself, without noise.
+        A are the activations of the image without noise.
 
     Advice:
-        Take it where Grad-CAM++ is nervous. A few samples already change little from one seed to the next; it stays as
-        coarse as the layer.
+        Use it if the map of Grad-CAM++ changes much with small changes of the image. A few samples suffice: their map
+        hardly depends on the seed. It is as coarse as the layer.
     """
     T = len(c)
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
 
     def powers(i: int, answer: Gradients) -> Tensor:
         g = answer.gradients[0][0]
-        last = i // T == samples - 1  # all that torchcam keeps
+        last = i // T == samples - 1  # torchcam keeps only the last noisy image.
         kept = [last * g, last * answer.activations[0][0]] if variant == "torchcam" else [g]
         return torch.stack([g.pow(2), g.pow(3), *kept])
 
@@ -67,7 +74,7 @@ def smooth_grad_cam_pp(
     summed = yield from Sum(Gradient(noisy, c.index * samples, (layer,), min_rows=least), powers, groups=T)
     D2, D3, *kept = (summed.total / summed.counts.view(-1, 1, 1, 1, 1)).unbind(1)  # [T, K, h, w]
     if variant == "torchcam":
-        weighted = (A * D3).sum(dim=(-2, -1), keepdim=True) + 1e-8  # which counts, where gradients are small
+        weighted = (A * D3).sum(dim=(-2, -1), keepdim=True) + 1e-8  # The constant matters for small gradients.
         g, last = samples * kept[0], samples * kept[1]
     else:
         weighted = A.sum(dim=(-2, -1), keepdim=True) * D3

@@ -19,7 +19,17 @@ from camserve_server.rows import normal, resize_minmax
 
 @dataclass(frozen=True, eq=False)
 class Noisy:
-    """Row i·K + k is x ⊙ (n(up(A_k)) + σ δ_i), δ_i [H, W] of normal noise: one field a sample, for all channels."""
+    """Images under noisy masks: row i·K + k is x ⊙ (n(up(A_k)) + σ δ_i).
+
+    The noise δ_i [H, W] is normal. All channels share the noise of a sample.
+
+    Attributes:
+        x: The image.
+        activations: Activations [K, h, w].
+        samples: Number of samples of the noise.
+        sigma: Standard deviation σ of the noise.
+        seed: Seed of the noise.
+    """
 
     x: Image
     activations: Tensor
@@ -28,9 +38,11 @@ class Noisy:
     seed: int
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return self.samples * len(self.activations)
 
     def make(self, start: int, stop: int) -> Tensor:
+        """Make rows [start, stop) [n, 3, H, W]."""
         K = len(self.activations)
         M = resize_minmax(self.activations[[row % K for row in range(start, stop)]], self.x.size)
         fields = {i: normal(self.x.size, self.seed, i).to(M) for i in range(start // K, (stop - 1) // K + 1)}
@@ -48,21 +60,30 @@ def ss_cam(
     c: Targets,
     layer: str,
     *,
-    samples: Annotated[int, Range(1, 1000), "noisy masks a channel"] = 35,
-    sigma: Annotated[float, Range(0, 100), "standard deviation of the noise, of masks in [0, 1]"] = 2.0,
+    samples: Annotated[int, Range(1, 1000)] = 35,
+    sigma: Annotated[float, Range(0, 100)] = 2.0,
     seed: int,
 ) -> Plan[SaliencyMaps]:
-    """Score-CAM with each score averaged over noisy masks: tens of forward passes a channel.
+    """Score-CAM with each score averaged over noisy masks: tens of forward passes per channel.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layer: Layer with the activations A [K, h, w].
+        samples: Number of noisy masks of each channel.
+        sigma: Standard deviation of the noise. The masks lie in [0, 1].
+        seed: Seed of the noise.
+
+    Returns:
+        Maps [T, h, w], unitless, ≥ 0.
 
     Equations:
         w_k = softmax_k mean_i y_c(x ⊙ (n(up(A_k)) + σ δ_i))
         S   = relu(Σ_k w_k A_k)
 
     Advice:
-        Take it to repeat a comparison that has it in. With the paper's σ the noise drowns the mask, and it costs 35
-        times as much as Score-CAM.
+        Use it to repeat a comparison that includes it. With the σ of the paper, the noise is stronger than the mask,
+        and it costs 35 times as much as Score-CAM.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     run = select_channels(A, dead=True)

@@ -14,17 +14,23 @@ from camserve_server.rows import Repeated
 
 @method("xgrad-cam", title="XGrad-CAM", paper="arXiv:2008.02312", rows=lambda sizes: sizes.targets)
 def xgrad_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
-    """Activations weighted by the gradient's mean over where they are active: one forward and backward pass.
+    """Activations weighted by the mean gradient where they are active: one forward and backward pass.
 
-    x [3, H, W], c [T] class indices → maps [T, h, w], unitless, ≥ 0.
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layer: Layer with the activations A [K, h, w].
+
+    Returns:
+        Maps [T, h, w], unitless, ≥ 0.
 
     Equations:
         w_k = Σ_xy (A_k / Σ_xy A_k) ∂y_c/∂A_k, 0 where Σ_xy A_k = 0 (eq. 8)
         S   = relu(Σ_k w_k A_k)
 
     Advice:
-        Take it instead of Grad-CAM where the gradient differs from place to place, as in VGG: the map's sum is then
-        nearer to the logit. Where the head is global average pooling the two are the same.
+        Use it instead of Grad-CAM if the gradient varies over the positions, as in VGG: the sum of the map is then
+        nearer to the logit. For a head of global average pooling, both maps are equal.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, (layer,))
     A, dA = answer.activations[0], answer.gradients[0]  # [T, K, h, w]

@@ -17,20 +17,26 @@ from camserve_server.rows import Repeated, resize
 
 @method("zoom-cam", title="Zoom-CAM", paper="arXiv:2010.08644", rows=lambda sizes: sizes.targets)
 def zoom_cam(x: Image, c: Targets, layers: Sequence[str]) -> Plan[SaliencyMaps]:
-    """Gradient times activation of every layer, scaled, and the largest taken: one forward and backward pass.
+    """Maximum over several layers of gradient times activation, scaled: one forward and backward pass.
 
-    x [3, H, W], c [T] class indices, layers fine to coarse → maps [T, H, W] of the input's size, in [0, 1].
+    Args:
+        x: Image [3, H, W].
+        c: T target classes.
+        layers: Layers, fine to coarse, with the activations A_l [K_l, h_l, w_l].
+
+    Returns:
+        Maps [T, H, W] at the size of the input, in [0, 1].
 
     Equations:
         S_l = relu(Σ_k ∂y_c/∂A_lk ⊙ A_lk)                           (eq. 4)
         S   = max_l up((S_l − min S_l) / max S_l)                   (eq. 5)
 
-    The paper joins all layers: its 13 ReLUs in VGG16; ResNet50's first ReLU and its four blocks. Those of a change of
-    resolution are taken unless layers are named.
+        The paper uses all layers: the 13 ReLUs of VGG16, and the first ReLU and the four blocks of ResNet50. By
+        default, camserve uses the last layer of each resolution.
 
     Advice:
-        Take it for the finest detail of gradients at the price of one backward pass. Every layer counts as much as the
-        last one, so the noise of the first ones shows.
+        Use it for the finest detail of gradients at the price of one backward pass. All layers have the same weight, so
+        the noise of the first ones is visible.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, layers)
     S = [(A * g).sum(dim=1).relu() for A, g in zip(answer.activations, answer.gradients, strict=True)]  # eq. 4
@@ -38,6 +44,6 @@ def zoom_cam(x: Image, c: Targets, layers: Sequence[str]) -> Plan[SaliencyMaps]:
 
 
 def _scaled(S: Tensor) -> Tensor:
-    """[T, h, w], ≥ 0 → the same in [0, 1]."""
+    """Scale maps [T, h, w] ≥ 0 to [0, 1]. Maps of zeros stay zeros."""
     low, high = S.amin(dim=(-2, -1), keepdim=True), S.amax(dim=(-2, -1), keepdim=True)
     return torch.where(high > 0, (S - low) / high, 0.0)
