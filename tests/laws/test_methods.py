@@ -292,26 +292,35 @@ def test_the_rows_are_those_announced(model: Model, method: str, x: Tensor) -> N
         assert 1 <= entry.min_rows(sizes, **asked.parameters) <= entry.rows(sizes, **asked.parameters)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_it_says_what_it_is(method: str) -> None:
-    entry = registry.METHODS[method]
+SECTIONS = ("Args:", "Returns:", "Raises:", "Equations:", "Advice:")
+
+
+def check_published(entry: registry.Entry) -> None:
+    """Check the texts that ListMethods and ListMetrics return, and the docstring that contains them."""
     assert entry.title
     assert entry.summary.endswith(".")
     assert "\n" not in entry.summary
+    for text in (entry.summary, entry.equations, entry.advice, *(p.description for p in entry.parameters)):
+        assert not any(section in text for section in SECTIONS), "sections do not leak into published texts"
+    for parameter in entry.parameters:
+        assert parameter.description.endswith("."), f"{parameter.name}: {parameter.description!r}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_publishes_its_texts(method: str) -> None:
+    entry = registry.METHODS[method]
+    check_published(entry)
     assert entry.paper.startswith(("arXiv:", "doi:"))
     assert "=" in entry.equations
-    assert entry.advice.startswith(("Take it", "A control"))
-    assert all(parameter.description for parameter in entry.parameters)
-    assert "→" in (entry.plan.__doc__ or ""), "shapes"
+    assert entry.advice.startswith(("Use it", "A control"))
+    assert "[T, " in (entry.plan.__doc__ or ""), "the docstring states the shapes of the maps"
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_metrics_say_what_they_are(name: str) -> None:
+def test_metric_publishes_its_texts(name: str) -> None:
     entry = registry.METRICS[name]
-    assert entry.title
-    assert entry.summary.endswith(".")
+    check_published(entry)
     assert entry.unit in {"1", "%"}
-    assert all(parameter.description for parameter in entry.parameters)
 
 
 QUICK_METRICS = {f"randomisation-{name}": {"steps": 2} for name in ("hog", "spearman", "ssim")}

@@ -1,1 +1,1 @@
-"""One paper a file, as for methods."""
+"""Metrics, one paper per file. A file contains equations: it yields queries, and the engine answers them."""

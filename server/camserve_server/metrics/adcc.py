@@ -21,21 +21,30 @@ def _rows(sizes: Sizes) -> int:
 
 @metric("adcc", title="ADCC", paper="arXiv:2104.10252", rows=_rows, higher_is_better=True)
 def adcc(x: Image, c: Targets, S: Tensor, *, explain: Explainer) -> Plan[MetricResult]:
-    """Harmonic mean of coherency, simplicity and what is left of the probability, in [0, 1].
+    """Harmonic mean of coherency, simplicity and the remaining probability, in [0, 1].
 
-    x [3, H, W], one class, S [H, W] in [0, 1]. Coherency is (1 + r) / 2, r the correlation of S and the map of
-    x ⊙ S; simplicity is 1 − mean S; the last is 1 − average drop (eq. 8). A map that explains nothing fails at one.
+    Coherency is (1 + r) / 2, where r is the correlation of S and the map of x ⊙ S. Simplicity is 1 − mean S. The third
+    term is 1 − average drop. A map that explains nothing has a low value of at least one of them.
+
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+        explain: Method that made the map.
+
+    Returns:
+        The harmonic mean (eq. 8), in [0, 1].
     """
     scores = yield from Cached("masked", 1, lambda: iter(Score(Masked(x, S[None], mask=resize), c)))
     p, o = float(c.p[0]), float(scores.probabilities[0, 0])
     kept = 1 - max(p - o, 0.0) / p if p > 0 else 0.0
-    again = yield from explain(replace(x, tensor=x.tensor * S))
-    parts = [(1 + _correlation(S, again)) / 2, 1 - float(S.mean()), kept]
+    other = yield from explain(replace(x, tensor=x.tensor * S))
+    parts = [(1 + _correlation(S, other)) / 2, 1 - float(S.mean()), kept]
     return MetricResult(3 / sum(1 / part for part in parts) if min(parts) > 0 else 0.0)
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, in [−1, 1]; −1 for a constant map, which goes along with nothing."""
+    """Return Pearson's correlation, in [−1, 1]. It is −1 if one map is constant."""
     a, b = a.flatten().double(), b.flatten().double()
     a, b = a - a.mean(), b - b.mean()
     norm = a.norm() * b.norm()

@@ -27,17 +27,25 @@ def aopc(
     c: Targets,
     S: Tensor,
     *,
-    steps: Annotated[int, Range(1, 100_000), "regions that are disturbed one after the other, L"] = 100,
-    region: Annotated[int, Range(1, 1000), "side of a region in pixels"] = 9,
-    disturb: Annotated[
-        Literal["uniform", "mean"], "what a region becomes: uniform noise over the range of pixels, or the mean colour"
-    ] = "uniform",
+    steps: Annotated[int, Range(1, 100_000)] = 100,
+    region: Annotated[int, Range(1, 1000)] = 9,
+    disturb: Literal["uniform", "mean"] = "uniform",
     seed: int,
 ) -> Plan[MetricResult]:
-    """Mean fall of the probability as the most salient regions are disturbed one after the other, in [−1, 1].
+    """Mean fall of the probability while the most salient regions are perturbed one after the other, in [−1, 1].
 
-    x [3, H, W], one class, S [H, W] in [0, 1]. 1/(L + 1) Σ_k (p_c(x) − p_c(x without its first k regions)) over
-    k = 0 … L, the most relevant first (eq. 12); regions of equal saliency go by their place.
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+        steps: Number L of perturbed regions, at most the number of regions of the image.
+        region: Side of a region in pixels.
+        disturb: Content of a perturbed region: uniform noise over the range of pixels, or the mean colour.
+        seed: Seed of the noise.
+
+    Returns:
+        1/(L + 1) Σ_k (p_c(x) − p_c(x with its first k regions perturbed)) over k = 0 … L (eq. 12), in [−1, 1]. The
+        curve contains the probabilities. Regions with equal saliency keep their order in the image.
     """
     height, width = x.size
     relevance = F.avg_pool2d(S[None], region, ceil_mode=True, count_include_pad=False)[0]
@@ -46,12 +54,13 @@ def aopc(
     place[order] = torch.arange(len(order), device=order.device)
     tiles = place.view(relevance.shape).repeat_interleave(region, 0).repeat_interleave(region, 1)
     counts = range(1, min(steps, len(order)) + 1)
-    scores = yield from Score(Blended(_disturbed(x, disturb, seed), x.tensor, tiles[:height, :width], counts), c)
+    scores = yield from Score(Blended(_perturbed(x, disturb, seed), x.tensor, tiles[:height, :width], counts), c)
     curve = torch.cat([c.p[:1], scores.probabilities[:, 0]])
     return MetricResult(float((c.p[0] - curve).mean()), tuple(curve.tolist()))
 
 
-def _disturbed(x: Image, kind: str, seed: int) -> Tensor:
+def _perturbed(x: Image, kind: str, seed: int) -> Tensor:
+    """Return the input [3, H, W] that replaces the image in perturbed regions."""
     if kind == "mean":
         return torch.zeros_like(x.tensor)
     pixels = torch.rand(x.tensor.shape, generator=generator(seed)).to(x.tensor)

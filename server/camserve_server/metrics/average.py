@@ -1,13 +1,13 @@
-"""Average drop, average increase and average gain, per image; their averages are taken over images.
+"""Average drop, average increase and average gain of one image. Averages over images are up to the caller.
 
-Drop and increase: Grad-CAM++, Chattopadhay et al. 2018, arXiv:1710.11063. Gain, the equations' form, and the study of
-where the target is: Opti-CAM, Zhang et al. 2024, arXiv:2301.07002.
+Drop and increase: Grad-CAM++, Chattopadhay et al. 2018, arXiv:1710.11063. Gain, the form of the equations, and the
+study of the target's location: Opti-CAM, Zhang et al. 2024, arXiv:2301.07002.
 
-p is the class's probability on the image, o on the image masked by the map: the normalised image, so that what is
-masked out has the mean colour. Both are float64: in float32 p can be exactly 1.
+p is the probability of the class for the image, and o its probability for the image masked by the map. The mask
+multiplies the normalised image, so masked parts have the mean colour. Both are float64: in float32, p can be exactly 1.
 
-The study masks the image by the target B, by the map where the target is and by the map where it is not, and measures
-the same three. If it is the target that the model looks at, S ∩ B does as well as S, and S ∖ B badly.
+The study masks the image by the target B, by the map inside the target and by the map outside the target, and computes
+the same three metrics. If the model uses the target, S ∩ B scores as well as S, and S ∖ B scores badly.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def _rows(sizes: Sizes) -> int:
 
 
 def _drop(p: float, o: float) -> float:
-    """Opti-CAM, eq. 13, in [0, 100]."""
+    """Average drop, Opti-CAM eq. 13, in [0, 100]."""
     return 100 * max(p - o, 0.0) / p if p > 0 else 0.0
 
 
 def _increase(p: float, o: float) -> float:
-    """Opti-CAM, eq. 14, 0 or 100."""
+    """Average increase, Opti-CAM eq. 14, 0 or 100."""
     return 100.0 * (p < o)
 
 
 def _gain(p: float, o: float) -> float:
-    """Opti-CAM, eq. 15, in [0, 100]."""
+    """Average gain, Opti-CAM eq. 15, in [0, 100]."""
     return 100 * max(o - p, 0.0) / (1 - p) if p < 1 else 0.0
 
 
@@ -45,7 +45,13 @@ def _gain(p: float, o: float) -> float:
 def average_drop(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
     """Share of the probability lost when the map masks the image, in [0, 100] %: [p − o]₊ / p.
 
-    x [3, H, W], one class, S [H, W] in [0, 1]. Opti-CAM, eq. 13.
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+
+    Returns:
+        The value in %, in [0, 100] (Opti-CAM, eq. 13).
     """
     p, o = yield from _probabilities("masked", x, c, S)
     return MetricResult(_drop(p, o))
@@ -55,9 +61,15 @@ def average_drop(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
     "average-increase", title="Average increase", paper="arXiv:1710.11063", rows=_rows, unit="%", higher_is_better=True
 )
 def average_increase(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
-    """100 % where the probability rises when the map masks the image, 0 % elsewhere: 1[p < o].
+    """100 % if the probability rises when the map masks the image, 0 % if not: 1[p < o].
 
-    x [3, H, W], one class, S [H, W] in [0, 1]. Opti-CAM, eq. 14.
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+
+    Returns:
+        The value in %, 0 or 100 (Opti-CAM, eq. 14).
     """
     p, o = yield from _probabilities("masked", x, c, S)
     return MetricResult(_increase(p, o))
@@ -65,61 +77,69 @@ def average_increase(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
 
 @metric("average-gain", title="Average gain", paper="arXiv:2301.07002", rows=_rows, unit="%", higher_is_better=True)
 def average_gain(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
-    """Share of the probability that was missing and is gained when the map masks the image, in [0, 100] %.
+    """Share of the missing probability gained when the map masks the image, in [0, 100] %: [o − p]₊ / (1 − p).
 
-    [o − p]₊ / (1 − p), and 0 where p = 1. x [3, H, W], one class, S [H, W] in [0, 1]. Opti-CAM, eq. 15.
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+
+    Returns:
+        The value in %, in [0, 100] (Opti-CAM, eq. 15). It is 0 if p = 1.
     """
     p, o = yield from _probabilities("masked", x, c, S)
     return MetricResult(_gain(p, o))
 
 
 def _probabilities(key: str, x: Image, c: Targets, mask: Tensor) -> Plan[tuple[float, float]]:
-    """p, and o under the mask [H, W]; metrics that name the same `key` share its row."""
+    """Plan of p, and of o under a mask [H, W]. Metrics with the same key share the row."""
     scores = yield from Cached(key, 1, lambda: iter(Score(Masked(x, mask[None], mask=resize), c)))
     return float(c.p[0]), float(scores.probabilities[0, 0])
 
 
-# ---- where the target is ---------------------------------------------------------------------------------------------
+# ---- study of the target ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is made of p and o."""
+    """Metric of p and o."""
 
     name: str
     of: Callable[[float, float], float]
-    what: str
+    summary: str
     higher_is_better: bool
 
 
 @dataclass(frozen=True)
 class Region:
-    """A mask [H, W], made of the map S [H, W] and the target B [H, W], which is 1 inside and 0 outside."""
+    """Mask [H, W] made of the map S [H, W] and the target B [H, W], which is 1 inside and 0 outside."""
 
     name: str
     title: str
     mask: Callable[[Tensor, Tensor], Tensor]
-    what: str
+    summary: str
 
 
 MEASURES = (
     Measure("drop", _drop, "Share of the probability lost", higher_is_better=False),
-    Measure("increase", _increase, "100 % where the probability rises", higher_is_better=True),
+    Measure("increase", _increase, "100 % if the probability rises", higher_is_better=True),
     Measure("gain", _gain, "Share of the missing probability gained", higher_is_better=True),
 )
 REGIONS = (
-    Region("box", "Box", lambda S, B: B, "the target itself masks the image, whatever the map"),
-    Region("inside", "Inside", lambda S, B: S * B, "the map masks the image, but is 0 outside the target"),
-    Region("outside", "Outside", lambda S, B: S * (1 - B), "the map masks the image, but is 0 inside the target"),
+    Region("box", "Box", lambda S, B: B, "the target masks the image, independent of the map"),
+    Region("inside", "Inside", lambda S, B: S * B, "the map masks the image, set to 0 outside the target"),
+    Region("outside", "Outside", lambda S, B: S * (1 - B), "the map masks the image, set to 0 inside the target"),
 )
 
 
 def _study(region: Region, measure: Measure) -> Callable[..., Plan[MetricResult]]:
+    """Return the plan function of one measure in one region."""
+
     def plan(x: Image, c: Targets, S: Tensor, *, truth: Truth) -> Plan[MetricResult]:
         p, o = yield from _probabilities(region.name, x, c, region.mask(S, truth.mask.to(S)))
         return MetricResult(measure.of(p, o))
 
-    plan.__doc__ = f"{measure.what} when {region.what}, in [0, 100] %."
+    plan.__doc__ = f"{measure.summary} when {region.summary}, in [0, 100] %."
     return plan
 
 

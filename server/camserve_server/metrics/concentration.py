@@ -1,4 +1,4 @@
-"""How a map's mass is spread over its pixels. These say what a map is like, not whether it is right.
+"""Concentration of a map: the distribution of its mass over the pixels. It does not measure correctness.
 
 Entropy: Evaluating and Aggregating Feature-based Model Explanations, Bhatt, Weller, Moura 2020, arXiv:2005.00631, where
 it is called complexity. The mass of the top decile is a point of the Lorenz curve, whose Gini index is the sparseness
@@ -20,9 +20,15 @@ def _none(sizes: Sizes) -> int:
 
 @metric("entropy", title="Normalised entropy", paper="arXiv:2005.00631", rows=_none, higher_is_better=False)
 def entropy(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
-    """How evenly the map's mass is spread over the pixels, in [0, 1]: 1 for an even map, 0 for a single pixel.
+    """Normalised entropy of the map, in [0, 1]: 1 for an even map, 0 for a single pixel.
 
-    x [3, H, W], one class, S [H, W] in [0, 1]. −Σ q log q / log(H·W) of q = S / Σ S.
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+
+    Returns:
+        −Σ q log q / log(H·W) of q = S / Σ S, in [0, 1].
     """
     yield from ()
     return MetricResult(concentration.entropy(S))
@@ -30,9 +36,15 @@ def entropy(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
 
 @metric("top-decile-mass", title="Mass of the top decile", paper="arXiv:1810.06583", rows=_none, higher_is_better=True)
 def top_decile_mass(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
-    """Share of the map's mass that the highest tenth of the pixels has, in [0.1, 1]: 0.1 for an even map.
+    """Share of the map's mass in the highest tenth of the pixels, in [0.1, 1]: 0.1 for an even map.
 
-    x [3, H, W], one class, S [H, W] in [0, 1].
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+
+    Returns:
+        The share, in [0.1, 1].
     """
     yield from ()
     return MetricResult(concentration.top_decile_mass(S))

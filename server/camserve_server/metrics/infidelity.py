@@ -1,6 +1,6 @@
 """Infidelity: On the (In)fidelity and Sensitivity of Explanations.
 
-Yeh, Hsieh, Suggala, Inouye, Ravikumar 2019, arXiv:1901.09392; as captum computes it.
+Yeh, Hsieh, Suggala, Inouye, Ravikumar 2019, arXiv:1901.09392; computed as by captum.
 """
 
 from __future__ import annotations
@@ -17,8 +17,15 @@ from camserve_server.rows import normal
 
 
 @dataclass(frozen=True, eq=False)
-class Disturbed:
-    """Row i is x − σ ε_i, ε_i of normal noise."""
+class Noisy:
+    """Noisy images: row i is x − σ ε_i, where ε_i is standard normal noise.
+
+    Attributes:
+        x: The image.
+        samples: Number of rows.
+        sigma: Standard deviation σ of the noise, in units of the normalised image.
+        seed: Seed of the noise.
+    """
 
     x: Image
     samples: int
@@ -26,13 +33,22 @@ class Disturbed:
     seed: int
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return self.samples
 
     def noise(self, i: int) -> Tensor:
-        """σ ε_i, [3, H, W]."""
+        """Return the noise σ ε_i of a row.
+
+        Args:
+            i: Index of the row.
+
+        Returns:
+            The noise [3, H, W].
+        """
         return self.sigma * normal(self.x.tensor.shape, self.seed, i).to(self.x.tensor)
 
     def make(self, start: int, stop: int) -> Tensor:
+        """Make rows [start, stop) [n, 3, H, W]."""
         return torch.stack([self.x.tensor - self.noise(i) for i in range(start, stop)])
 
 
@@ -46,23 +62,32 @@ def infidelity(
     c: Targets,
     S: Tensor,
     *,
-    samples: Annotated[int, Range(1, 100_000), "disturbed images"] = 50,
-    sigma: Annotated[float, Range(0, 100), "standard deviation of the disturbance, of the normalised image"] = 0.2,
+    samples: Annotated[int, Range(1, 100_000)] = 50,
+    sigma: Annotated[float, Range(0, 100)] = 0.2,
     seed: int,
 ) -> Plan[MetricResult]:
-    """How far the map is from foretelling what a disturbance does to the logit, from 0 up.
+    """Squared error of the map as a prediction of the effect of noise on the logit, ≥ 0.
 
-    E[(β I·S − (y_c(x) − y_c(x − I)))²] over disturbances I, S being the same for each colour. β is the best factor, so
-    that the scale of S does not matter. x [3, H, W], one class, S [H, W] in [0, 1]. Definition 1.
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+        samples: Number of noisy images.
+        sigma: Standard deviation of the noise, in units of the normalised image.
+        seed: Seed of the noise.
+
+    Returns:
+        E[(β I·S − (y_c(x) − y_c(x − I)))²] over the noise I (definition 1), ≥ 0. S is the same for each colour. β is
+        the factor with the lowest error, so the scale of S does not matter.
     """
-    rows = Disturbed(x, samples, sigma, seed)
+    rows = Noisy(x, samples, sigma, seed)
 
     def term(i: int, answer: Scores) -> Tensor:
-        told = (rows.noise(i).double() * S).sum()
-        done = c.y[0] - answer.logits[0, 0]
-        return torch.stack([told * told, told * done, done * done])
+        predicted = (rows.noise(i).double() * S).sum()
+        actual = c.y[0] - answer.logits[0, 0]
+        return torch.stack([predicted * predicted, predicted * actual, actual * actual])
 
     summed = yield from Sum(Score(rows, c), term)
-    tt, td, dd = summed.total[0].tolist()
-    beta = td / tt if tt > 0 else 0.0
-    return MetricResult((beta * beta * tt - 2 * beta * td + dd) / samples)
+    pp, pa, aa = summed.total[0].tolist()
+    beta = pa / pp if pp > 0 else 0.0
+    return MetricResult((beta * beta * pp - 2 * beta * pa + aa) / samples)

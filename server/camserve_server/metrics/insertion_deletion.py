@@ -1,6 +1,6 @@
 """RISE: Randomized Input Sampling for Explanation of Black-box Models, the insertion and deletion metrics.
 
-Petsiuk, Das, Saenko 2018, arXiv:1806.07421; as the Poly-CAM paper runs them (section 4.2.1, arXiv:2204.13359).
+Petsiuk, Das, Saenko 2018, arXiv:1806.07421; with the settings of the Poly-CAM paper (section 4.2.1, arXiv:2204.13359).
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from camserve_server.plan import Cached, Image, MetricResult, Plan, Score, Targe
 from camserve_server.registry import Range, Sizes, metric
 from camserve_server.rows import Blended
 
-Steps = Annotated[int, Range(2, 10_000), "points of the curve, each ceil(H·W / steps) pixels further"]
+Steps = Annotated[int, Range(2, 10_000), "Number of points of the curve. Each point adds ceil(H·W / steps) pixels."]
 Baseline = Annotated[
-    Literal["blur", "black", "mean"], "what stands where a pixel is missing: the blurred image, black, the mean colour"
+    Literal["blur", "black", "mean"], "Content of missing pixels: the blurred image, black, or the mean colour."
 ]
-Area = Annotated[Literal["mean", "trapezoid"], "mean of the steps, or RISE's own trapezoids from 0 to 1, both included"]
+Area = Annotated[
+    Literal["mean", "trapezoid"],
+    "Rule for the area: the mean of the points, or the trapezoidal rule of RISE from 0 to 1, both included.",
+]
 
 
 def _rows(sizes: Sizes, *, steps: int = 224, auc: str = "mean", **_: object) -> int:
@@ -31,9 +34,21 @@ def _rows(sizes: Sizes, *, steps: int = 224, auc: str = "mean", **_: object) -> 
 def insertion(
     x: Image, c: Targets, S: Tensor, *, steps: Steps = 224, baseline: Baseline = "blur", auc: Area = "mean"
 ) -> Plan[MetricResult]:
-    """Area under the probability while the most salient pixels are put into a baseline image first, in [0, 1].
+    """Area under the probability while the most salient pixels are inserted into a baseline image, in [0, 1].
 
-    x [3, H, W], one class, S [H, W] in [0, 1].
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+        steps: Number of points of the curve.
+        baseline: Baseline image.
+        auc: Rule for the area under the curve.
+
+    Returns:
+        The area, in [0, 1]. The curve contains the probabilities.
+
+    Raises:
+        InvalidArgument: The image is too small for the blurred baseline.
     """
     return (yield from _curve("insertion", x, c, S, steps, baseline, auc))
 
@@ -42,9 +57,21 @@ def insertion(
 def deletion(
     x: Image, c: Targets, S: Tensor, *, steps: Steps = 224, baseline: Baseline = "blur", auc: Area = "mean"
 ) -> Plan[MetricResult]:
-    """Area under the probability while the most salient pixels are taken out of the image first, in [0, 1].
+    """Area under the probability while the most salient pixels are deleted from the image, in [0, 1].
 
-    x [3, H, W], one class, S [H, W] in [0, 1].
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+        steps: Number of points of the curve.
+        baseline: Baseline image.
+        auc: Rule for the area under the curve.
+
+    Returns:
+        The area, in [0, 1]. The curve contains the probabilities.
+
+    Raises:
+        InvalidArgument: The image is too small for the blurred baseline.
     """
     return (yield from _curve("deletion", x, c, S, steps, baseline, auc))
 
@@ -59,9 +86,23 @@ def deletion(
 def insertion_deletion(
     x: Image, c: Targets, S: Tensor, *, steps: Steps = 224, baseline: Baseline = "blur", auc: Area = "mean"
 ) -> Plan[MetricResult]:
-    """Insertion less deletion, in [−1, 1]: both at once, as the Poly-CAM paper sums a map up.
+    """Insertion minus deletion, in [−1, 1]: one value for both, as in the Poly-CAM paper.
 
-    x [3, H, W], one class, S [H, W] in [0, 1]. Where the two are asked for as well, their rows are shared.
+    If a request contains insertion or deletion, too, they share their rows.
+
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+        steps: Number of points of the curve.
+        baseline: Baseline image.
+        auc: Rule for the area under the curve.
+
+    Returns:
+        The difference, in [−1, 1].
+
+    Raises:
+        InvalidArgument: The image is too small for the blurred baseline.
     """
     higher = yield from _curve("insertion", x, c, S, steps, baseline, auc)
     lower = yield from _curve("deletion", x, c, S, steps, baseline, auc)
@@ -69,15 +110,18 @@ def insertion_deletion(
 
 
 def _curve(kind: str, x: Image, c: Targets, S: Tensor, steps: int, baseline: str, auc: str) -> Plan[MetricResult]:
+    """Plan of insertion or deletion. Metrics of the same map share the result."""
+
     def area() -> Plan[MetricResult]:
-        there, here = x.tensor, _baseline(x, baseline)
-        over, under = (there, here) if kind == "insertion" else (here, there)
+        image, background = x.tensor, _baseline(x, baseline)
+        over, under = (image, background) if kind == "insertion" else (background, image)
         return (yield from _area(over, under, c, S, steps, auc))
 
     return (yield from Cached((kind, steps, baseline, auc), steps + (auc == "trapezoid"), area))
 
 
 def _area(over: Tensor, under: Tensor, c: Targets, S: Tensor, steps: int, auc: str) -> Plan[MetricResult]:
+    """Plan of the area under the probability while `over` replaces `under`, the most salient pixels first."""
     pixels = S.numel()
     chunk = -(-pixels // steps)
     counts = [min(i * chunk, pixels) for i in range(0 if auc == "trapezoid" else 1, steps + 1)]
@@ -88,7 +132,7 @@ def _area(over: Tensor, under: Tensor, c: Targets, S: Tensor, steps: int, auc: s
 
 
 def _rank(S: Tensor) -> Tensor:
-    """[H, W] → the place of each pixel in falling order of saliency, ties by falling index."""
+    """Return the rank [H, W] of each pixel in descending order of saliency. Equal values rank by descending index."""
     order = S.flatten().argsort(stable=True).flip(0)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
@@ -96,19 +140,23 @@ def _rank(S: Tensor) -> Tensor:
 
 
 def _baseline(x: Image, kind: str) -> Tensor:
+    """Return the baseline image [3, H, W]."""
     if kind == "blur":
         return _blur(x.tensor)
     return ((0 * x.mean - x.mean) / x.std if kind == "black" else torch.zeros_like(x.mean)).expand_as(x.tensor)
 
 
 def _blur(x: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
-    """[C, H, W] through a Gaussian of 11×11 pixels, σ 5, the borders reflected: the Poly-CAM paper's baseline."""
+    """Blur x [C, H, W] by a Gaussian of 11×11 pixels, σ = 5, with reflected borders, as in the Poly-CAM paper."""
     half = size // 2
     if min(x.shape[-2:]) <= half:
-        raise InvalidArgument(f"the blurred baseline needs an input of more than {half} pixels", field="metrics")
+        raise InvalidArgument(
+            f"the input has {x.shape[-2]}×{x.shape[-1]} pixels; the baseline blur needs more than {half} on each side",
+            field="metrics",
+        )
     at = torch.arange(size, dtype=x.dtype, device=x.device) - half
     g = torch.exp(-0.5 * (at / sigma) ** 2)
     g = g / g.sum()
-    padded = F.pad(x[:, None], (half, half, half, half), mode="reflect")  # each channel by itself
+    padded = F.pad(x[:, None], (half, half, half, half), mode="reflect")  # Blur each channel separately.
     across: Tensor = F.conv2d(padded, g.view(1, 1, 1, -1))
     return F.conv2d(across, g.view(1, 1, -1, 1))[:, 0]

@@ -30,10 +30,13 @@ from camserve_server.registry import Range, Sizes, metric
 
 Order = Annotated[
     Literal["cascading", "independent"],
-    "cascading: all layers from the last one to that of the step; independent: those of the step alone",
+    "Random layers of a step. cascading: all layers from the last one to those of the step. independent: only those of "
+    "the step.",
 ]
 Steps = Annotated[
-    int, Range(1, 1000), "steps, to which the layers with weights are dealt out evenly; no more than layers"
+    int,
+    Range(1, 1000),
+    "Number of steps, at most the number of layers with weights. The layers are divided evenly among the steps.",
 ]
 
 
@@ -51,11 +54,22 @@ def _rows(sizes: Sizes, *, steps: int = 10, **_: object) -> int:
 def randomisation_spearman(
     x: Image, c: Targets, S: Tensor, *, order: Order = "cascading", steps: Steps = 10, seed: int, explain: Explainer
 ) -> Plan[MetricResult]:
-    """How much of the order of the map's pixels is left as the network's layers become random, in [−1, 1].
+    """Rank correlation with the maps of a network whose layers become random step by step, in [−1, 1].
 
-    x [3, H, W], one class, S [H, W] in [0, 1]. Spearman's rank correlation with the map of each step; their mean.
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+        order: Order in which layers become random.
+        steps: Number of steps.
+        seed: Seed of the random weights.
+        explain: Method that made the map.
+
+    Returns:
+        The mean of Spearman's rank correlations with the map of each step, in [−1, 1]. The curve contains the
+        correlations.
     """
-    return _measured([step.spearman for step in (yield from _steps(x, c, S, order, steps, seed, explain))])
+    return _mean([step.spearman for step in (yield from _steps(x, c, S, order, steps, seed, explain))])
 
 
 @metric(
@@ -68,11 +82,22 @@ def randomisation_spearman(
 def randomisation_ssim(
     x: Image, c: Targets, S: Tensor, *, order: Order = "cascading", steps: Steps = 10, seed: int, explain: Explainer
 ) -> Plan[MetricResult]:
-    """How much of the map's local structure is left as the network's layers become random, in [−1, 1].
+    """Structural similarity to the maps of a network whose layers become random step by step, in [−1, 1].
 
-    x [3, H, W], one class, S [H, W] in [0, 1]. The structural similarity to the map of each step; their mean.
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+        order: Order in which layers become random.
+        steps: Number of steps.
+        seed: Seed of the random weights.
+        explain: Method that made the map.
+
+    Returns:
+        The mean of the structural similarities to the map of each step, in [−1, 1]. The curve contains the
+        similarities.
     """
-    return _measured([step.ssim for step in (yield from _steps(x, c, S, order, steps, seed, explain))])
+    return _mean([step.ssim for step in (yield from _steps(x, c, S, order, steps, seed, explain))])
 
 
 @metric(
@@ -85,36 +110,46 @@ def randomisation_ssim(
 def randomisation_hog(
     x: Image, c: Targets, S: Tensor, *, order: Order = "cascading", steps: Steps = 10, seed: int, explain: Explainer
 ) -> Plan[MetricResult]:
-    """How much of the map's edges is left as the network's layers become random, in [−1, 1].
+    """Correlation of edges with the maps of a network whose layers become random step by step, in [−1, 1].
 
-    x [3, H, W], one class, S [H, W] in [0, 1]. Correlation of its histograms of oriented gradients with those of each
-    step's map; their mean.
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map [H, W] in [0, 1].
+        order: Order in which layers become random.
+        steps: Number of steps.
+        seed: Seed of the random weights.
+        explain: Method that made the map.
+
+    Returns:
+        The mean correlation of the histograms of oriented gradients with those of the map of each step, in [−1, 1]. The
+        curve contains the correlations.
     """
-    return _measured([step.hog for step in (yield from _steps(x, c, S, order, steps, seed, explain))])
+    return _mean([step.hog for step in (yield from _steps(x, c, S, order, steps, seed, explain))])
 
 
-def _measured(curve: Sequence[float]) -> MetricResult:
+def _mean(curve: Sequence[float]) -> MetricResult:
     return MetricResult(sum(curve) / len(curve), tuple(curve))
 
 
 def _steps(
     x: Image, c: Targets, S: Tensor, order: str, steps: int, seed: int, explain: Explainer
 ) -> Plan[Sequence[Similarity]]:
-    """What the three metrics share."""
+    """Plan of the similarities of all steps. The three metrics share it."""
 
-    def compared() -> Plan[Sequence[Similarity]]:
+    def all_steps() -> Plan[Sequence[Similarity]]:
         layers = (yield from WeightedLayers())[::-1]
         count = min(steps, len(layers))
         bounds = [i * len(layers) // count for i in range(count + 1)]
         yield from ReleaseRows((steps - count) * explain.rows)
-        found = []
+        similarities = []
         for i, (start, stop) in enumerate(pairwise(bounds)):
             yield from Randomise(layers[0 if order == "cascading" else start : stop], seed)
             R = yield from explain(x)
-            alike = Similarity(spearman(S, R), ssim(S, R), hog(S, R))
-            found.append(alike)
-            yield from Report(Randomised(order, i, count, layers[start:stop], c.index[0], alike, R))
+            similarity = Similarity(spearman(S, R), ssim(S, R), hog(S, R))
+            similarities.append(similarity)
+            yield from Report(Randomised(order, i, count, layers[start:stop], c.index[0], similarity, R))
         yield from Randomise(())
-        return found
+        return similarities
 
-    return (yield from Cached(("randomisation", order, steps), steps * explain.rows, compared))
+    return (yield from Cached(("randomisation", order, steps), steps * explain.rows, all_steps))

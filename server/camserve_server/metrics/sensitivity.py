@@ -1,6 +1,6 @@
 """Sensitivity-max: On the (In)fidelity and Sensitivity of Explanations.
 
-Yeh, Hsieh, Suggala, Inouye, Ravikumar 2019, arXiv:1901.09392; with captum's defaults, as the Poly-CAM paper runs it.
+Yeh, Hsieh, Suggala, Inouye, Ravikumar 2019, arXiv:1901.09392; with the defaults of captum, as in the Poly-CAM paper.
 """
 
 from __future__ import annotations
@@ -26,14 +26,24 @@ def sensitivity_max(
     c: Targets,
     S: Tensor,
     *,
-    samples: Annotated[int, Range(1, 1000), "images near the image, a map of each"] = 10,
-    radius: Annotated[float, Range(0, 10), "how far a value of the normalised image is moved at most"] = 0.02,
+    samples: Annotated[int, Range(1, 1000)] = 10,
+    radius: Annotated[float, Range(0, 10)] = 0.02,
     seed: int,
     explain: Explainer,
 ) -> Plan[MetricResult]:
-    """The largest relative change of the map when the image hardly changes, from 0 up: max ‖S(x′) − S(x)‖ / ‖S(x)‖.
+    """Largest relative change of the map for small changes of the image, ≥ 0: max ‖S(x′) − S(x)‖ / ‖S(x)‖.
 
-    x [3, H, W], one class, S [H, W] in [0, 1]; x′ lies uniformly within ±radius of x. Definition 3.
+    Args:
+        x: Image [3, H, W].
+        c: The target class.
+        S: Map S(x) [H, W] in [0, 1].
+        samples: Number of images x′, each of which is explained.
+        radius: Largest change of a value of the normalised image. x′ is uniform within ±radius of x.
+        seed: Seed of the changes.
+        explain: Method that made the map.
+
+    Returns:
+        The largest relative change (definition 3), ≥ 0.
     """
     norm = S.double().norm()
     most = 0.0
