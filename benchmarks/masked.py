@@ -20,7 +20,7 @@ from benchmarks.timing import Rates, Timed, alone
 from benchmarks.work import Bench
 from camserve_server.maps.channels import select_channels
 from camserve_server.models.layers import Layer
-from camserve_server.request_plan import Explained
+from camserve_server.request_plan import RequestResult
 
 LOOP, KEPT = "official loop", "official loop, our allocator"
 SHARE_AIM = 0.95
@@ -279,7 +279,7 @@ def score_agreement(subject: Subject, cam: Library, a: Tensor, n: int) -> float:
     """The correlation of our map with theirs, both made of the n strongest channels."""
     watched = ours.run(subject.model, subject.x, subject.call("score-cam"), budget=2 + n)
     chosen = a[select_channels(a, dead=True).indices[:n]]
-    explained: Explained = watched.result
+    explained: RequestResult = watched.result
     w = cam.weights(chosen, explained.targets.index[0], n)
     S = torch.einsum("k,khw->hw", w, chosen).relu()
     theirs = F.interpolate(S[None, None], explained.maps.shape[-2:], mode="bilinear", align_corners=False).cpu()

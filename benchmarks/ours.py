@@ -17,7 +17,7 @@ from benchmarks.timing import Timed, clock
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Event, Job, Progress
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.request_plan import Explained, MethodCall, MetricCall, explain, limits, rows_needed
+from camserve_server.request_plan import MethodCall, MetricCall, RequestResult, limits, plan_request, rows_needed
 
 # What the engine's time goes to: functions by their names, none of which calls another of the list.
 PHASES = {
@@ -41,9 +41,9 @@ class Watched:
     started: tuple[float, int] | None = None
     ended: float = 0.0
     seen: list[tuple[float, int]] = field(default_factory=list)  # from then on: when there were how many rows
-    job: Job[Explained] | None = field(default=None)
+    job: Job[RequestResult] | None = field(default=None)
 
-    def tell(self, event: Event) -> None:
+    def notify(self, event: Event) -> None:
         """On the engine's thread."""
         if self.started is None and isinstance(event, Progress) and event.rows_done >= self.after:
             self.started = (clock(self.model.device), event.rows_done)
@@ -85,7 +85,7 @@ class Watched:
         return self.seconds - (self.ended - self.started[0])
 
     @property
-    def result(self) -> Explained:
+    def result(self) -> RequestResult:
         """Once it is there."""
         assert self.job is not None
         return self.job.future.result()
@@ -129,14 +129,15 @@ def submit(
 ) -> Watched:
     """One request; x is preprocessed. `after` so many rows the clock starts: the prediction and the activations."""
     call = subject if isinstance(subject, MethodCall) else None
+    needed = rows_needed(model, call, metrics, 1)
     watched = Watched(model, after, profile)
     watched.job = running.submit(
-        explain(model, model.image(x), targets, subject, metrics),
+        plan_request(model, model.image(x), targets, subject, metrics),
         model,
-        rows=rows_needed(model, call, metrics, 1),
-        limits=limits(model, call, metrics, 1, budget=budget, deadline=None),
+        rows=needed.most,
+        limits=limits(model, call, needed, budget=budget),
         batch_sizes=batch_sizes,
-        tell=watched.tell,
+        notify=watched.notify,
     )
     watched.job.future.add_done_callback(watched.end)
     return watched

@@ -19,7 +19,7 @@ from camserve_server.models.model import Head, LaneKind, Model
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.probe import probe
 from camserve_server.plan import Truth
-from camserve_server.request_plan import Explained, MethodCall, MetricCall, explain, limits, rows_needed
+from camserve_server.request_plan import MethodCall, MetricCall, RequestResult, limits, plan_request, rows_needed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -105,23 +105,24 @@ def submit(
     deadline: float | None = None,
     batch_sizes: Mapping[LaneKind, int] | None = None,
     truth: Truth | None = None,
-) -> Job[Explained]:
+) -> Job[RequestResult]:
     """Hands in the plan of one request; x [C, H, W] is preprocessed. The target is in the middle, if not elsewhere."""
     height, width = model.preprocessing.size
     middle = boxes.make_truth([(width / 4, height / 4, width / 2, height / 1.5)], None, (height, width))
     method = subject if isinstance(subject, MethodCall) else None
     maps = targets if isinstance(targets, int) else len(targets)
+    needed = rows_needed(model, method, metrics, maps)
     return engine.submit(
-        explain(model, model.image(x), targets, subject, metrics, truth or middle),
+        plan_request(model, model.image(x), targets, subject, metrics, truth or middle),
         model,
-        rows=rows_needed(model, method, metrics, maps),
-        limits=limits(model, method, metrics, maps, budget=budget, deadline=deadline),
+        rows=needed.most,
+        limits=limits(model, method, needed, budget=budget, deadline=deadline),
         batch_sizes=batch_sizes,
-        tell=(lambda event: None) if events is None else events.append,
+        notify=(lambda event: None) if events is None else events.append,
     )
 
 
-def explained(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **kwargs: Any) -> Explained:
+def explained(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **kwargs: Any) -> RequestResult:
     """The result of one request, alone on an engine of its own."""
     with running() as engine:
         return submit(engine, model, x, subject, *args, **kwargs).future.result(timeout=240)

@@ -1,6 +1,6 @@
-"""The models: those that are configured, those of them that are loaded, and who makes room for whom.
+"""The pool of configured models: it leases them to requests, loads them, and unloads them to make room.
 
-Everything here happens on the event loop; weights are read on a thread beside it, and batches measured on the engine's.
+All methods run on the event loop. A separate thread reads the weights, and the engine's thread measures batch sizes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ T = TypeVar("T")
 
 @dataclass
 class Loads:
-    """How often a model has been loaded or could not be, and how long that took, warm-up included."""
+    """Counters of the loads of one model.
+
+    Attributes:
+        done: the successful loads.
+        failed: the failed loads.
+        seconds: the time that all loads took, with warm-up.
+    """
 
     done: int = 0
     failed: int = 0
@@ -40,74 +46,88 @@ class Loads:
 
 
 class _Users:
-    """Who uses a model, or waits to use it."""
+    """The requests that use a model or wait for it."""
 
     def __init__(self) -> None:
         self._users: set[object] = set()
-        self._left = asyncio.Event()
+        self._one_left = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._users)
 
     def join(self) -> Callable[[], None]:
-        """One more, until what is returned is called; to call it again does nothing."""
-        me = object()
-        self._users.add(me)
+        """Add a user. The returned function removes it; further calls of the function have no effect."""
+        user = object()
+        self._users.add(user)
 
         def leave() -> None:
-            self._users.discard(me)
-            self._left.set()
+            self._users.discard(user)
+            self._one_left.set()
 
         return leave
 
-    async def gone(self) -> None:
-        """Waits until nobody uses it."""
+    async def all_left(self) -> None:
+        """Wait until there are no users."""
         while self._users:
-            self._left.clear()
-            await self._left.wait()
+            self._one_left.clear()
+            await self._one_left.wait()
 
 
 @dataclass(frozen=True, eq=False)
-class Loan:
-    """A model that stays loaded until `end()`."""
+class Lease:
+    """A model that stays loaded until the lease is released.
+
+    Attributes:
+        model: the model.
+        release: ends the lease; further calls have no effect.
+    """
 
     model: Model
-    end: Callable[[], None]
+    release: Callable[[], None]
 
 
 @dataclass(eq=False)
-class _Resident:
-    """A model that is loaded."""
+class _LoadedModel:
+    """A model in memory. `used_at` numbers the latest lease, in the order of all leases."""
 
     model: Model
     weight_bytes: int
     users: _Users
-    used_at: int = 0  # which request of the server was the last for it
+    used_at: int = 0
 
 
 @dataclass(eq=False)
-class _Place:
-    """Of one model. `closed` by an operator, it is loaded for no request."""
+class _Entry:
+    """A configured model. Requests cannot load it while it is `closed` by an operator."""
 
     config: ModelConfig
-    resident: _Resident | None = None
+    loaded: _LoadedModel | None = None
     closed: bool = False
-    task: asyncio.Task[_Resident] | None = None  # that loads it
-    waiting: _Users = field(default_factory=_Users)  # who will use it once it is loaded
-    weight_bytes: int = 0  # when it was loaded last
+    loading: asyncio.Task[_LoadedModel] | None = None
+    waiting: _Users = field(default_factory=_Users)  # they become the users of the model that is being loaded
+    weight_bytes: int = 0  # of the most recent load
 
     @property
     def state(self) -> State:
         if self.closed:
             return "unloaded"
-        return "ready" if self.resident else "waiting"
+        return "ready" if self.loaded else "waiting"
 
 
-class Shelf:
-    """Lends out models. One that has had to make room is loaded again when it is asked for.
+class ModelPool:
+    """Leases the configured models, and loads them again after they have made room for others.
 
-    The weights of all take at most `max_model_bytes`, if set: the least recently used one goes, when it has finished
-    what runs on it. One model is loaded at a time.
+    The weights of all loaded models take at most `max_model_bytes` of the configuration. When a model does not fit, the
+    least recently used ones are unloaded after their running requests. Models are loaded one at a time. All methods
+    belong to the event loop.
+
+    Args:
+        config: the configuration of the server.
+        engine: measures the batch sizes of new models.
+        device: holds the weights.
+
+    Attributes:
+        loads: the counters of each model by its name.
     """
 
     def __init__(self, config: Config, engine: Engine, device: torch.device) -> None:
@@ -115,152 +135,198 @@ class Shelf:
         self._config = config
         self._engine = engine
         self._device = device
-        self._places = {settings.name: _Place(settings) for settings in config.models}
-        self._requests = itertools.count(1)
+        self._entries = {settings.name: _Entry(settings) for settings in config.models}
+        self._leases = itertools.count(1)
         self._one_at_a_time = asyncio.Lock()
 
-    async def fill(self) -> None:
-        """Loads the models in their order, as many as there is room for. Raises CamserveError or ConfigError."""
-        for place in self._places.values():
-            model = await self._read(place.config)
-            place.weight_bytes = model.weight_bytes
-            if self._weight_bytes() + model.weight_bytes > self._most:
-                log.info("no room at the start: loaded when asked for", model=place.config.name)
+    async def load_all(self) -> None:
+        """Load the configured models in their order, as many as fit.
+
+        Raises:
+            ConfigError: a model cannot be loaded.
+            CamserveError: a model does not fit into the device's memory, or the engine closes.
+        """
+        for entry in self._entries.values():
+            model = await self._read(entry.config)
+            entry.weight_bytes = model.weight_bytes
+            if self._weight_bytes() + model.weight_bytes > self._max_bytes:
+                log.info("no room at the start: loaded when asked for", model=entry.config.name)
                 continue
-            place.resident = await self._warm(place.config, model, _Users())
+            entry.loaded = await self._warm(entry.config, model, _Users())
 
     def all(self) -> Iterator[tuple[ModelConfig, State, Model | None]]:
-        """Every model, the first one first; the last is there if it is ready."""
-        for place in self._places.values():
-            ready = place.resident if place.state == "ready" else None
-            yield place.config, place.state, ready.model if ready else None
+        """Yield the configuration, the state and, if it is ready, the model of each entry, in the configured order."""
+        for entry in self._entries.values():
+            ready = entry.loaded if entry.state == "ready" else None
+            yield entry.config, entry.state, ready.model if ready else None
 
     @contextlib.asynccontextmanager
-    async def lend(self, name: str) -> AsyncIterator[Loan]:
-        """The model of that name, the first one for none; the loan ends with the context, if not before.
+    async def lease(self, name: str) -> AsyncIterator[Lease]:
+        """Lease a model for the duration of the context, or until the lease is released.
 
-        Raises NotFound, listing the known ones, and Unservable where it cannot be loaded.
+        Args:
+            name: the name of the model; empty for the first configured model.
+
+        Yields:
+            The lease.
+
+        Raises:
+            NotFound: no model has this name; the error lists the configured ones.
+            Unservable: the model cannot be loaded, or an operator has unloaded it.
         """
-        place = self._place(name) if name else next(iter(self._places.values()))
-        if place.closed:
-            raise Unservable(f"{place.config.name} is not loaded: an operator has unloaded it", reason="UNLOADED")
-        resident = place.resident
-        # Who waits for it is one of its users already: it cannot go before they have had it.
-        leave = (resident.users if resident else place.waiting).join()
+        entry = self._entry(name) if name else next(iter(self._entries.values()))
+        if entry.closed:
+            raise Unservable(
+                f"the model {entry.config.name} is unavailable: an operator has unloaded it; use another model",
+                reason="UNLOADED",
+            )
+        loaded = entry.loaded
+        # A request that waits for the model counts as its user, so that the model is not unloaded before it is used.
+        leave = (loaded.users if loaded else entry.waiting).join()
         try:
-            resident = resident or await self._load_once(place)
-            resident.used_at = next(self._requests)
-            loan = Loan(resident.model, leave)
-            del resident
-            yield loan
+            loaded = loaded or await self._load_once(entry)
+            loaded.used_at = next(self._leases)
+            lease = Lease(loaded.model, leave)
+            del loaded
+            yield lease
         except ConfigError as error:
             raise Unservable(
-                f"{place.config.name} cannot be loaded; the server's log says why", reason="LOAD_FAILED"
+                f"{entry.config.name} cannot be loaded; the server's log says why", reason="LOAD_FAILED"
             ) from error
         finally:
             leave()
 
-    # ---- for operators: whether or not they wait for it, what they began is finished ---------------------------------
+    # ---- for operators: an operation that has begun is finished even if its caller stops waiting ---------------------
 
     async def load(self, name: str) -> Model:
-        """Loads the model as the configuration file has it now. Raises NotFound and ConfigError."""
-        return await _to_its_end(self._anew(name, only_if_gone=True))
+        """Load a model with its current settings in the configuration file, unless it is loaded.
+
+        Args:
+            name: the name of the model.
+
+        Returns:
+            The loaded model.
+
+        Raises:
+            NotFound: the configuration file has no model of this name.
+            ConfigError: the model cannot be loaded.
+        """
+        return await _finish_when_cancelled(self._load_current(name, only_if_unloaded=True))
 
     async def reload(self, name: str) -> Model:
-        """Loads the model anew as the configuration file has it now, then waits for what runs on the old one.
+        """Load a model with its current settings, and wait for the requests that use the previous one.
 
-        Raises NotFound and ConfigError; then everything is as it was.
+        After an error, the previous model stays in use.
+
+        Args:
+            name: the name of the model.
+
+        Returns:
+            The new model.
+
+        Raises:
+            NotFound: the configuration file has no model of this name.
+            ConfigError: the model cannot be loaded.
         """
-        return await _to_its_end(self._anew(name))
+        return await _finish_when_cancelled(self._load_current(name))
 
     async def unload(self, name: str) -> None:
-        """Lends the model no more, and waits for what runs on it. Raises NotFound."""
-        place = self._place(name)
-        place.closed = True
-        await _to_its_end(self._close(place))
+        """Refuse new leases of a model, and wait for the requests that use it.
 
-    async def _anew(self, name: str, *, only_if_gone: bool = False) -> Model:
-        settings = self._settings(name)
+        Args:
+            name: the name of the model.
+
+        Raises:
+            NotFound: no model has this name.
+        """
+        entry = self._entry(name)
+        entry.closed = True
+        await _finish_when_cancelled(self._close(entry))
+
+    async def _load_current(self, name: str, *, only_if_unloaded: bool = False) -> Model:
+        settings = self._current_settings(name)
         async with self._one_at_a_time:
-            place = self._places.get(name) or _Place(settings)
-            old = place.resident
-            if old is None or not only_if_gone:
+            entry = self._entries.get(name) or _Entry(settings)
+            old = entry.loaded
+            if old is None or not only_if_unloaded:
                 if old is None:
-                    await self._make_room(place)
-                place.resident = await self._loaded(settings, place)
-                place.config = self._places.setdefault(name, place).config = settings
-            assert place.resident is not None, "it was there, or has been loaded"
-            fresh, place.closed = place.resident, False
-            await self._make_room(place)
-        going = [old] if old and old is not fresh else []
+                    await self._make_room(entry)
+                entry.loaded = await self._load_entry(settings, entry)
+                entry.config = self._entries.setdefault(name, entry).config = settings
+            assert entry.loaded is not None, "the model was loaded before or has been loaded now"
+            new, entry.closed = entry.loaded, False
+            await self._make_room(entry)
+        replaced = [old] if old and old is not new else []
         del old
-        await self._gone(going)
-        return fresh.model
+        await self._wait_until_unused(replaced)
+        return new.model
 
-    async def _close(self, place: _Place) -> None:
-        async with self._one_at_a_time:  # what is being loaded may be this one
-            going = [place.resident] if place.resident else []
-            place.resident, place.closed = None, True
-        await self._gone(going)
+    async def _close(self, entry: _Entry) -> None:
+        async with self._one_at_a_time:  # this entry may be loading
+            removed = [entry.loaded] if entry.loaded else []
+            entry.loaded, entry.closed = None, True
+        await self._wait_until_unused(removed)
 
-    def _settings(self, name: str) -> ModelConfig:
-        """As the configuration file has them now."""
-        given = {settings.name: settings for settings in self._config.models_now()}
-        if name not in given:
-            raise _unknown(name, given)
-        return given[name]
+    def _current_settings(self, name: str) -> ModelConfig:
+        """Return the settings of a model as the configuration file contains them now."""
+        current = {settings.name: settings for settings in self._config.models_now()}
+        if name not in current:
+            raise _unknown(name, current)
+        return current[name]
 
     # ---- loading and making room -------------------------------------------------------------------------------------
 
     @property
-    def _most(self) -> float:
+    def _max_bytes(self) -> float:
         return self._config.max_model_bytes or float("inf")
 
-    def _place(self, name: str) -> _Place:
-        if name not in self._places:
-            raise _unknown(name, self._places)
-        return self._places[name]
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise _unknown(name, self._entries)
+        return self._entries[name]
 
-    async def _load_once(self, place: _Place) -> _Resident:
-        """Loads it; all who wait for it wait for the same load, which goes on if they do not."""
-        if place.task is None:
-            place.task = asyncio.create_task(self._load(place))
-            place.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # somebody has seen it
-        return await asyncio.shield(place.task)
+    async def _load_once(self, entry: _Entry) -> _LoadedModel:
+        """Load a model in a task that all waiting requests share and that their cancellation does not end."""
+        if entry.loading is None:
+            entry.loading = asyncio.create_task(self._load_for_requests(entry))
+            # Reading the exception prevents asyncio's warning about an exception that was never retrieved.
+            entry.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(entry.loading)
 
-    async def _load(self, place: _Place) -> _Resident:
+    async def _load_for_requests(self, entry: _Entry) -> _LoadedModel:
         try:
             async with self._one_at_a_time:
-                if place.resident is None:  # an operator may have been faster
-                    await self._make_room(place)
-                    place.resident = await self._loaded(place.config, place)
-                    await self._make_room(place)  # by now its size is known
-                return place.resident
+                if entry.loaded is None:  # an operator may have loaded it meanwhile
+                    await self._make_room(entry)
+                    entry.loaded = await self._load_entry(entry.config, entry)
+                    await self._make_room(entry)  # the exact size is known only now
+                return entry.loaded
         finally:
-            place.task = None
+            entry.loading = None
 
-    async def _loaded(self, settings: ModelConfig, place: _Place) -> _Resident:
-        """Raises ConfigError for what cannot be loaded, and OutOfMemory."""
+    async def _load_entry(self, settings: ModelConfig, entry: _Entry) -> _LoadedModel:
+        """Load a model and hand the waiting requests over to it. Raises ConfigError and OutOfMemory."""
         model = await self._read(settings)
-        resident = await self._warm(settings, model, place.waiting)
-        place.weight_bytes, place.waiting = model.weight_bytes, _Users()
-        return resident
+        loaded = await self._warm(settings, model, entry.waiting)
+        entry.weight_bytes, entry.waiting = model.weight_bytes, _Users()
+        return loaded
 
     async def _read(self, settings: ModelConfig) -> Model:
-        model = await self._tried(settings, _on_a_thread(lambda: load(settings, self._device)))
-        if model.weight_bytes > self._most:
+        model = await self._counted(settings, _in_own_thread(lambda: load(settings, self._device)))
+        if model.weight_bytes > self._max_bytes:
             raise ConfigError(
-                f"max_model_bytes: {settings.name} alone has {model.weight_bytes} bytes of weights, "
-                f"{self._config.max_model_bytes} are allowed"
+                f"max_model_bytes: {settings.name} alone has {model.weight_bytes} bytes of weights, but the limit is "
+                f"{self._config.max_model_bytes}; raise max_model_bytes or remove the model"
             )
         return model
 
-    async def _warm(self, settings: ModelConfig, model: Model, users: _Users) -> _Resident:
+    async def _warm(self, settings: ModelConfig, model: Model, users: _Users) -> _LoadedModel:
         async def warm() -> None:
             for each in model.precisions.values():
-                await asyncio.wrap_future(self._engine.between(warm_up_steps(each, settings.batch_size)))
+                steps = warm_up_steps(each, settings.batch_size)
+                await asyncio.wrap_future(self._engine.run_between_batches(steps))
 
-        await self._tried(settings, warm())
+        await self._counted(settings, warm())
         self.loads[settings.name].done += 1
         for each in model.precisions.values():
             log.info(
@@ -271,17 +337,19 @@ class Shelf:
                 device=self._device.type,
                 batch_sizes=each.batch_sizes,
             )
-        return _Resident(model, model.weight_bytes, users)
+        return _LoadedModel(model, model.weight_bytes, users)
 
-    async def _tried(self, settings: ModelConfig, work: Coroutine[Any, Any, T]) -> T:
-        """What comes of the work, which is counted. Raises ConfigError or CamserveError."""
+    async def _counted(self, settings: ModelConfig, work: Coroutine[Any, Any, T]) -> T:
+        """Await a part of a load, count its time and its failure. Raises ConfigError or CamserveError."""
         loads, started = self.loads.setdefault(settings.name, Loads()), time.monotonic()
         try:
             return await work
         except Exception as error:
             loads.failed += 1
             if isinstance(error, torch.OutOfMemoryError):
-                error = OutOfMemory(f"{settings.name} does not fit into the device's memory")
+                error = OutOfMemory(
+                    f"{settings.name} does not fit into the device's memory; unload another model first"
+                )
             elif not isinstance(error, (CamserveError, ConfigError)):
                 log.exception("a model breaks", model=settings.name)
                 error = ConfigError(f"models.{settings.name}: {type(error).__name__}: {error}")
@@ -291,56 +359,59 @@ class Shelf:
             loads.seconds += time.monotonic() - started
 
     def _weight_bytes(self) -> int:
-        return sum(place.resident.weight_bytes for place in self._places.values() if place.resident)
+        return sum(entry.loaded.weight_bytes for entry in self._entries.values() if entry.loaded)
 
-    async def _make_room(self, place: _Place) -> None:
-        """Takes down the least recently used of the others, idle ones first, until it fits."""
-        others = [each for each in self._places.values() if each.resident and each is not place]
-        others.sort(key=lambda each: (len(each.resident.users) > 0, each.resident.used_at) if each.resident else ())
-        needed = 0 if place.resident else place.weight_bytes
-        going = list[_Resident]()
+    async def _make_room(self, entry: _Entry) -> None:
+        """Unload other models, idle and least recently used ones first, until the entry fits."""
+        others = [each for each in self._entries.values() if each.loaded and each is not entry]
+        others.sort(key=lambda each: (len(each.loaded.users) > 0, each.loaded.used_at) if each.loaded else ())
+        needed = 0 if entry.loaded else entry.weight_bytes
+        removed = list[_LoadedModel]()
         for other in others:
-            if self._weight_bytes() + needed <= self._most or other.resident is None:
+            if self._weight_bytes() + needed <= self._max_bytes or other.loaded is None:
                 break
-            going.append(other.resident)
-            other.resident = None
-        await self._gone(going)
+            removed.append(other.loaded)
+            other.loaded = None
+        await self._wait_until_unused(removed)
 
-    async def _gone(self, going: list[_Resident]) -> None:
-        """Waits until nobody uses them, and empties the list: with that, their weights are free."""
-        if not going:
+    async def _wait_until_unused(self, removed: list[_LoadedModel]) -> None:
+        """Wait until no request uses these models, and empty the list so that their weights are freed."""
+        if not removed:
             return
-        while going:
-            await going[-1].users.gone()
-            model = going.pop().model
+        while removed:
+            await removed[-1].users.all_left()
+            model = removed.pop().model
             log.info("unloaded", model=model.name, digest=model.digest)
             del model
         if self._device.type == "cuda":
-            await asyncio.wrap_future(self._engine.between(_empty_cache()))
+            await asyncio.wrap_future(self._engine.run_between_batches(_empty_cache()))
 
 
 def _empty_cache() -> Iterator[None]:
-    """On the engine's thread: it must not come while a graph is recorded."""
+    """Free cached memory on the engine's thread, because it must not happen while a CUDA graph is recorded."""
     torch.cuda.empty_cache()
     yield
 
 
-def _unknown(name: str, known: dict[str, Any]) -> CamserveError:
+def _unknown(name: str, configured: dict[str, Any]) -> CamserveError:
     if not name:
-        return InvalidArgument("name the model", field="model")
-    names = ", ".join(known)
+        return InvalidArgument("the request names no model; set the model's name", field="model")
+    names = ", ".join(configured)
     return NotFound(f"there is no model {name!r}; there are: {names}", field="model", metadata={"known": names})
 
 
-async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """The result; whoever gives up waiting for it does not cancel it."""
+async def _finish_when_cancelled(work: Coroutine[Any, Any, T]) -> T:
+    """Await a coroutine that continues if the waiting task is cancelled."""
     task = asyncio.create_task(work)
     task.add_done_callback(lambda task: task.cancelled() or task.exception())
     return await asyncio.shield(task)
 
 
-async def _on_a_thread(work: Callable[[], T]) -> T:
-    """Runs it on a thread that ends with it, and its OpenMP team too: see device/. The process does not wait for it."""
+async def _in_own_thread(work: Callable[[], T]) -> T:
+    """Call a function in a new thread. The process does not wait for this thread at its end.
+
+    A new thread also gets rid of its OpenMP team when it ends: see engine/lanes/dispatch.py.
+    """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
@@ -358,7 +429,7 @@ async def _on_a_thread(work: Callable[[], T]) -> T:
             result = work()
         except BaseException as raised:
             error = raised
-        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop may be closed by now
             loop.call_soon_threadsafe(settle, result, error)
 
     threading.Thread(target=run, name="load", daemon=True).start()

@@ -1,4 +1,4 @@
-"""The plan of one request: predict, settle the targets, make the maps, score them."""
+"""The plan of one request: predict, settle the targets, make the maps, and score them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MethodCall:
-    """A method with all that it is called with, checked."""
+    """A method with checked arguments.
+
+    Attributes:
+        method: the registered method.
+        parameters: the value of every parameter, defaults included.
+        layers: the layers that the method reads, from fine to coarse.
+        seed: the seed of methods that use random numbers.
+    """
 
     method: Method
     parameters: Mapping[str, Value]
@@ -56,7 +63,13 @@ class MethodCall:
 
 @dataclass(frozen=True)
 class MetricCall:
-    """A metric with its parameters, checked."""
+    """A metric with checked arguments.
+
+    Attributes:
+        metric: the registered metric.
+        parameters: the value of every parameter, defaults included.
+        seed: the seed of metrics that use random numbers.
+    """
 
     metric: Metric
     parameters: Mapping[str, Value]
@@ -64,10 +77,18 @@ class MetricCall:
 
 
 @dataclass(frozen=True, eq=False)
-class Explained:
-    """`maps` [T, H, W] float32 in [0, 1] and `raw` [T, h, w], on the host; `scores` a list for each target.
+class RequestResult:
+    """The result of a request, on the host. T is the number of targets.
 
-    `share` says how much of the method's full sum was done, in [0, 1]; `left_out` what could not matter much.
+    Attributes:
+        logits: [classes], the prediction for the image.
+        targets: the explained classes with their probabilities and logits.
+        maps: [T, H, W] float32 in [0, 1], at the input size of the model.
+        raw: [T, h, w], the maps before they are resized and scaled.
+        scores: the values of the requested metrics, for each target.
+        warnings: texts for the reader of the map, for each target.
+        share: the part of the method's full sum that was computed, in (0, 1].
+        left_out: the channels that were skipped within the tolerance.
     """
 
     logits: Tensor
@@ -80,81 +101,106 @@ class Explained:
     left_out: tuple[LeftOut, ...] = ()
 
 
-def rows_needed(model: Model, call: MethodCall | None, metrics: Sequence[MetricCall], targets: int) -> int:
-    """The most rows that the request can take."""
-    rows = 1 + rows_of_metrics(model, call, metrics, targets)
-    if call is not None:
-        rows += call.method.rows(_sizes(model, call, targets), **call.parameters)
-    return rows
+@dataclass(frozen=True)
+class RowsNeeded:
+    """The rows that a request can take. Each count includes the prediction.
+
+    Attributes:
+        most: the upper bound.
+        least: the fewest rows with which the request can be answered; less than `most` only if it can stop early.
+        metrics: the part of both counts that belongs to metrics.
+        can_stop_early: the method can return a map before it has used all rows.
+    """
+
+    most: int
+    least: int
+    metrics: int
+    can_stop_early: bool
+
+
+def rows_needed(model: Model, call: MethodCall | None, metrics: Sequence[MetricCall], targets: int) -> RowsNeeded:
+    """Return the rows that a request can take.
+
+    Args:
+        model: the model that the request names.
+        call: the method, or None if the request brings a map.
+        metrics: the metrics that score each map.
+        targets: the number of maps.
+    """
+    one_map = Sizes([], 1, model.preprocessing.size, _rows_of_another_map(model, call))
+    metric_rows = targets * sum(m.metric.rows(one_map, **m.parameters) for m in metrics)
+    if call is None:
+        return RowsNeeded(1 + metric_rows, 1 + metric_rows, metric_rows, can_stop_early=False)
+    method, sizes = call.method, _sizes(model, call, targets)
+    most = 1 + metric_rows + method.rows(sizes, **call.parameters)
+    if method.min_rows is None:
+        return RowsNeeded(most, most, metric_rows, can_stop_early=False)
+    least = 1 + metric_rows + method.min_rows(sizes, **call.parameters)
+    return RowsNeeded(most, least, metric_rows, can_stop_early=True)
 
 
 def _sizes(model: Model, call: MethodCall, targets: int) -> Sizes:
     return Sizes([layer.channels for layer in call.layers], targets, model.preprocessing.size)
 
 
-def rows_of_metrics(model: Model, call: MethodCall | None, metrics: Sequence[MetricCall], targets: int) -> int:
-    """The most rows that the scores of so many maps can take."""
-    one = Sizes([], 1, model.preprocessing.size, _again(model, call))
-    return targets * sum(m.metric.rows(one, **m.parameters) for m in metrics)
-
-
-def _again(model: Model, call: MethodCall | None) -> int:
-    """The most rows that the map of another image takes."""
+def _rows_of_another_map(model: Model, call: MethodCall | None) -> int:
+    """Return the upper bound of the rows for the map of another image."""
     return 1 + call.method.rows(_sizes(model, call, 1), **call.parameters) if call else 0
 
 
 def limits(
-    model: Model,
-    call: MethodCall | None,
-    metrics: Sequence[MetricCall],
-    targets: int,
-    *,
-    budget: int,
-    deadline: float | None,
+    model: Model, call: MethodCall | None, rows: RowsNeeded, *, budget: int = 0, deadline: float | None = None
 ) -> Limits:
-    """What the request has to keep to, so that a method that can stop early does so in time.
+    """Return the limits that the engine applies to a request.
 
-    `budget` rows (0: no limit); `deadline` of `time.monotonic()`. Raises OutOfRange for a budget that cannot be kept
-    to.
+    Args:
+        model: the model that the request names.
+        call: the method, or None if the request brings a map.
+        rows: the rows that the request can take.
+        budget: the most rows that the caller allows; 0 for no budget.
+        deadline: the caller's deadline, on the clock of `time.monotonic()`.
+
+    Raises:
+        OutOfRange: the request needs more rows than the budget allows.
     """
-    reserved = rows_of_metrics(model, call, metrics, targets)
-    least = rows_needed(model, call, metrics, targets)
-    anytime = call is not None and call.method.min_rows is not None
-    if call is not None and call.method.min_rows is not None:
-        least = 1 + reserved + call.method.min_rows(_sizes(model, call, targets), **call.parameters)
-    takes = f"{_subject(call)} takes {'at least ' if anytime else ''}{least} rows"
-    if budget and budget < least:
-        metrics_too = f", {reserved} of them for metrics" if reserved else ""
-        why = "" if anytime else ", and cannot stop early"
-        raise OutOfRange(f"{takes} here{metrics_too}{why}; the budget is {budget}", field="budget")
+    if budget and budget < rows.least:
+        subject = call.method.name if call else "the request"
+        at_least = "at least " if rows.can_stop_early else ""
+        metrics_too = f", {rows.metrics} of them for metrics" if rows.metrics else ""
+        why = "" if rows.can_stop_early else ", and cannot stop early"
+        raise OutOfRange(
+            f"{subject} takes {at_least}{rows.least} rows here{metrics_too}{why}; the budget is {budget}",
+            field="budget",
+        )
     until, rate = None, model.rows_per_s.get("forward", 0.0)
-    if deadline is not None and anytime and rate:
-        # Metrics, the answer and the way back need their time.
-        until = deadline - 1.5 * reserved / rate - 0.1 * (deadline - time.monotonic())
-    return Limits(deadline, until, budget or None, reserved, least, rate)
+    if deadline is not None and rows.can_stop_early and rate:
+        # Keep time for the metrics, for the encoding of the response and for its transfer.
+        until = deadline - 1.5 * rows.metrics / rate - 0.1 * (deadline - time.monotonic())
+    return Limits(deadline, until, budget or None, rows.metrics, rows.least, rate)
 
 
-def _subject(call: MethodCall | None) -> str:
-    return call.method.name if call else "the request"
-
-
-def explain(
+def plan_request(
     model: Model,
     x: Image,
     targets: Sequence[int] | int,
     subject: MethodCall | Tensor,
     metrics: Sequence[MetricCall],
     truth: Truth | None = None,
-) -> Plan[Explained]:
-    """A map for each target (or for so many of the likeliest classes, if it is a number), and its scores.
+) -> Plan[RequestResult]:
+    """Predict, settle the targets, make a map for each target, and score the maps.
 
-    `subject` is the method that makes the maps, or the one map [h, w] that is to be scored. `truth` is where all of
-    the targets are, for metrics that need it.
+    Args:
+        model: the model that the request names.
+        x: the preprocessed image.
+        targets: class indices, or the number of the most probable classes to explain.
+        subject: the method that makes the maps, or one map [h, w] in [0, 1] to score.
+        metrics: the metrics that score each map.
+        truth: the location of all targets, for metrics that need it.
     """
     yield from Report(Stage("predict"))
     logits = yield from Predict(x)
-    likeliest = logits.argsort(descending=True, stable=True)
-    index = tuple(likeliest[:targets].tolist() if isinstance(targets, int) else targets)
+    ranking = logits.argsort(descending=True, stable=True)
+    index = tuple(ranking[:targets].tolist() if isinstance(targets, int) else targets)
     at = torch.tensor(index, device=logits.device)
     c = Targets(index, model.probabilities(logits)[at], logits[at])
 
@@ -162,56 +208,64 @@ def explain(
     if isinstance(subject, Tensor):
         raw = subject[None].to(x.tensor)
         maps = resize(raw, x.size).clamp(0, 1)
-        share, warnings = 1.0, [_constant(maps[0])]
+        share, warnings = 1.0, [_constant_warning(maps[0])]
     else:
         yield from Report(Stage("explain"))
-        result = yield from _call(subject, x, c)
+        result = yield from _method_plan(subject, x, c)
         raw, share, left_out = result.raw, result.share, result.left_out
-        maps, warnings = finished(result, x.size)
-    warnings = [known or concentration.degenerate_warnings(S) for S, known in zip(maps, warnings, strict=True)]
+        maps, warnings = finish_maps(result, x.size)
+    warnings = [
+        degenerate or concentration.degenerate_warnings(S) for S, degenerate in zip(maps, warnings, strict=True)
+    ]
 
-    scores, again = [], _again(model, subject if isinstance(subject, MethodCall) else None)
+    scores = []
+    rows_of_another_map = _rows_of_another_map(model, subject if isinstance(subject, MethodCall) else None)
     for t in range(len(c)):
         one = Targets((c.index[t],), c.p[t : t + 1], c.y[t : t + 1])
         measured: list[MetricResult] = []
-        known: dict[Hashable, object] = {}
+        answered: dict[Hashable, object] = {}
         for call in metrics:
             yield from Report(Stage(call.metric.name))
-            has = {
+            from_request = {
                 "seed": call.seed,
-                "explain": Explainer(partial(_remade, model, subject, c.index[t]), again),
+                "explain": Explainer(partial(_another_map, model, subject, c.index[t]), rows_of_another_map),
                 "truth": truth,
-                "predicted": int(likeliest[0]),
+                "predicted": int(ranking[0]),
             }
-            given = {name: has[name] for name in call.metric.request_keywords}
-            plan = call.metric.plan(x, one, maps[t], **call.parameters, **given)
-            measured.append((yield from _once(plan, known)))
+            keywords = {name: from_request[name] for name in call.metric.request_keywords}
+            plan = call.metric.plan(x, one, maps[t], **call.parameters, **keywords)
+            measured.append((yield from _answer_once(plan, answered)))
         scores.append(tuple(measured))
     c = Targets(c.index, c.p.cpu(), c.y.cpu())
-    return Explained(
+    return RequestResult(
         logits.cpu(), c, maps.float().cpu(), raw.float().cpu(), tuple(scores), tuple(warnings), share, left_out
     )
 
 
-def _call(call: MethodCall, x: Image, c: Targets) -> Plan[SaliencyMaps]:
+def _method_plan(call: MethodCall, x: Image, c: Targets) -> Plan[SaliencyMaps]:
     names = [layer.name for layer in call.layers]
-    where = {"none": (), "one": tuple(names), "many": (names,)}[call.method.layers]
+    layers = {"none": (), "one": tuple(names), "many": (names,)}[call.method.layers]
     seed = {"seed": call.seed} if call.method.seeded else {}
-    result: SaliencyMaps = yield from call.method.plan(x, c, *where, **call.parameters, **seed)
+    result: SaliencyMaps = yield from call.method.plan(x, c, *layers, **call.parameters, **seed)
     return result
 
 
-def _remade(model: Model, call: MethodCall | Tensor, c: int, x: Image) -> Plan[Tensor]:
-    """The map [H, W] in [0, 1] of another image for the same class; whatever it remarks upon is left unsaid."""
-    assert isinstance(call, MethodCall), "a map that was given cannot be made again"
+def _another_map(model: Model, call: MethodCall | Tensor, c: int, x: Image) -> Plan[Tensor]:
+    """Make the map [H, W] in [0, 1] of another image for class c, without reports and warnings."""
+    assert isinstance(call, MethodCall), "a metric that makes maps of other images needs a method"
     logits = yield from Predict(x)
     at = torch.tensor([c], device=logits.device)
-    result = yield from _quietly(_call(call, x, Targets((c,), model.probabilities(logits)[at], logits[at])))
-    return finished(result, x.size)[0][0]
+    result = yield from _without_reports(
+        _method_plan(call, x, Targets((c,), model.probabilities(logits)[at], logits[at]))
+    )
+    return finish_maps(result, x.size)[0][0]
 
 
-def _quietly(plan: Plan[T]) -> Plan[T]:
-    """The plan without its reports, and whole: a budget or a deadline that has cut the map cuts no metric."""
+def _without_reports(plan: Plan[T]) -> Plan[T]:
+    """Run a plan without its reports and without early stops.
+
+    A budget or a deadline may have stopped the plan of the map early. It does not change the value of a metric.
+    """
     answer: Answer[Any] | None = None
     while True:
         try:
@@ -219,21 +273,21 @@ def _quietly(plan: Plan[T]) -> Plan[T]:
         except StopIteration as stop:
             result: T = stop.value
             return result
-        answer = _nothing if isinstance(query, Report) else (yield _whole(query))
+        answer = _no_value if isinstance(query, Report) else (yield _without_early_stop(query))
 
 
-def _whole(query: Query[Any]) -> Query[Any]:
+def _without_early_stop(query: Query[Any]) -> Query[Any]:
     if isinstance(query, Sum):
-        return replace(query, query=_whole(query.query))
+        return replace(query, query=_without_early_stop(query.query))
     return replace(query, min_rows=None) if isinstance(query, (Score, Ablate, Gradient, Ascend)) else query
 
 
-def _nothing() -> None:
+def _no_value() -> None:
     return None
 
 
-def _once(plan: Plan[Any], known: dict[Hashable, object]) -> Plan[Any]:
-    """Runs the plan; what it asks for `Cached` is taken from `known`, or run and noted there."""
+def _answer_once(plan: Plan[Any], answered: dict[Hashable, object]) -> Plan[Any]:
+    """Run a plan; take the answers of its `Cached` queries from `answered`, or run and store them."""
     answer: Answer[Any] | None = None
     while True:
         try:
@@ -241,33 +295,39 @@ def _once(plan: Plan[Any], known: dict[Hashable, object]) -> Plan[Any]:
         except StopIteration as stop:
             return stop.value
         if isinstance(query, Cached):
-            if query.key in known:
+            if query.key in answered:
                 yield from ReleaseRows(query.rows)
             else:
-                known[query.key] = yield from _once(query.plan(), known)
-            answer = partial(known.get, query.key)
+                answered[query.key] = yield from _answer_once(query.plan(), answered)
+            answer = partial(answered.get, query.key)
         else:
             answer = yield query
 
 
-def finished(result: SaliencyMaps, size: tuple[int, int]) -> tuple[Tensor, list[tuple[str, ...]]]:
-    """[T, H, W] in [0, 1] at the input's size, and each map's warnings.
+def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> tuple[Tensor, list[tuple[str, ...]]]:
+    """Resize and scale the maps of a method.
 
-    A map that is constant or not finite becomes zeros, with a warning, never NaN.
+    Args:
+        result: the maps [T, h, w] of the method.
+        size: (H, W), the input size of the model.
+
+    Returns:
+        The maps [T, H, W] in [0, 1], and the warnings of each map. A map that is constant or not finite becomes zeros
+        and has a warning.
     """
     maps = (result.finish or resize_minmax)(result.raw, size)
     finite = maps.isfinite().flatten(1).all(dim=1)
     low, high = maps.flatten(1).amin(dim=1), maps.flatten(1).amax(dim=1)
     constant = finite & (low == high)
     maps = torch.where((finite & ~constant)[:, None, None], maps.clamp(0, 1), 0.0)
-    return maps, [_degenerate(*kind) for kind in zip(finite.tolist(), constant.tolist(), strict=True)]
+    return maps, [_degenerate_warning(*kind) for kind in zip(finite.tolist(), constant.tolist(), strict=True)]
 
 
-def _constant(S: Tensor) -> tuple[str, ...]:
+def _constant_warning(S: Tensor) -> tuple[str, ...]:
     return ("degenerate: the map is constant",) if S.min() == S.max() else ()
 
 
-def _degenerate(finite: bool, constant: bool) -> tuple[str, ...]:
+def _degenerate_warning(finite: bool, constant: bool) -> tuple[str, ...]:
     if not finite:
         return ("degenerate: the map is not finite; zeros are returned",)
     return ("degenerate: the map is constant; zeros are returned",) if constant else ()

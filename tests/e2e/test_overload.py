@@ -91,7 +91,7 @@ def test_a_caller_that_owes_too_much_waits_and_others_do_not(server: Server) -> 
 def test_the_quota_of_all_holds_for_who_has_none_of_its_own(server: Server) -> None:
     with camserve.Client(server.address, token="anna", timeout=60) as anna:
         stream = begun(anna, **{**LONG, "parameters": {"masks": 100_000}})
-        with pytest.raises(camserve.ResourceExhausted, match="its limit is 10000"):
+        with pytest.raises(camserve.ResourceExhausted, match="the caller's limit is 10000 rows"):
             next(iter(anna.explain_stream(PICTURE, method="grad-cam", timeout=1)))
         stream.close()
 
@@ -107,6 +107,6 @@ def test_nobody_gets_a_higher_priority_than_the_token_has(server: Server) -> Non
 
 def test_an_unknown_priority_is_refused(server: Server) -> None:
     with camserve.Client(server.address, token="anna", timeout=60) as anna:
-        with pytest.raises(camserve.InvalidArgument, match="low, normal, high or empty, not 'urgent'") as caught:
+        with pytest.raises(camserve.InvalidArgument, match="'urgent'; expected low, normal, high or empty") as caught:
             anna.explain(PICTURE, method="grad-cam", priority="urgent")
         assert caught.value.field == "priority"

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import TracerProvider
 import camserve
 from camserve_server.config import Config, ModelConfig
 from camserve_server.errors import ConfigError
-from camserve_server.service import traces
+from camserve_server.service.trace_context import tracer_from_environment
 from tests.conftest import serving
 
 CAT = skimage.data.chelsea()
@@ -186,14 +186,14 @@ def test_nothing_is_traced_unless_asked_for(monkeypatch: pytest.MonkeyPatch, env
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert traces.from_environment() is None
+    assert tracer_from_environment() is None
 
 
 def test_another_protocol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
     with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_PROTOCOL"):
-        traces.from_environment()
+        tracer_from_environment()
 
 
 def test_a_collector_that_is_away_costs_no_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["PIL", "camserve_server.service", "cams
     from camserve_server.config import Config
     from camserve_server.errors import CamserveError
     from camserve_server.models.pixels import decode
-    from camserve_server.request_plan import limits, rows_needed
+    from camserve_server.request_plan import limits
     from camserve_server.service import bounds, requests
 
 from tests import nets
@@ -41,14 +41,14 @@ def one_input(data: bytes) -> None:
                 return
             case b"x":
                 explain = bounds.parse(pb.ExplainRequest, data)
-                asked = requests.explain_request(explain, MODEL, CONFIG)
+                parsed = requests.parse_explain(explain, MODEL, CONFIG)
             case b"v":
                 evaluate = bounds.parse(pb.EvaluateRequest, data)
-                asked = requests.evaluate_request(evaluate, MODEL, CONFIG)
+                parsed = requests.parse_evaluate(evaluate, MODEL, CONFIG)
             case _:
                 return
-        rows_needed(asked.model, asked.call, asked.metrics, asked.maps)
-        limits(asked.model, asked.call, asked.metrics, asked.maps, budget=asked.budget, deadline=None)
+        limits(parsed.model, parsed.method, parsed.rows, budget=parsed.budget)
+        requests.decode_pixels(parsed, CONFIG)
     except CamserveError as error:
         if not (error.field or "cannot be read" in error.message):
             raise RuntimeError(f"no field: {error.message}") from error

@@ -15,7 +15,7 @@ from camserve.v1 import explain_pb2 as pb
 from camserve_server.config import Config
 from camserve_server.errors import CamserveError, InvalidArgument, TooLarge
 from camserve_server.registry import METHODS, METRICS
-from camserve_server.request_plan import limits, rows_needed
+from camserve_server.request_plan import limits
 from camserve_server.service import bounds, requests
 from tests import nets
 from tests.fuzz.pictures import GOOD
@@ -114,12 +114,13 @@ def check(request: Message) -> None:
     """Reads it as the service does. Any error but our own is not caught."""
     try:
         if isinstance(request, pb.ExplainRequest):
-            asked = requests.explain_request(request, MODEL, CONFIG)
+            parsed = requests.parse_explain(request, MODEL, CONFIG)
         else:
             assert isinstance(request, pb.EvaluateRequest)
-            asked = requests.evaluate_request(request, MODEL, CONFIG)
-        assert rows_needed(asked.model, asked.call, asked.metrics, asked.maps) >= 1
-        limits(asked.model, asked.call, asked.metrics, asked.maps, budget=asked.budget, deadline=None)
+            parsed = requests.parse_evaluate(request, MODEL, CONFIG)
+        assert 1 <= parsed.rows.least <= parsed.rows.most
+        limits(parsed.model, parsed.method, parsed.rows, budget=parsed.budget)
+        requests.decode_pixels(parsed, CONFIG)
     except CamserveError as error:
         assert error.field
         assert len(error.message.encode()) <= 1000
@@ -250,5 +251,5 @@ def test_deep_structs(depth: int) -> None:
         assert isinstance(parsed, pb.ExplainRequest)
         parsed.image.CopyFrom(pb.Image(encoded=GOOD["png"]))
         with pytest.raises(InvalidArgument, match="expected a value of type integer") as caught:
-            requests.explain_request(parsed, MODEL, CONFIG)
+            requests.parse_explain(parsed, MODEL, CONFIG)
         assert caught.value.field == "method.parameters.steps"

@@ -20,7 +20,7 @@ from camserve_server.metrics.road import imputed
 from camserve_server.models.model import Model
 from camserve_server.models.servable import unsupported_reason
 from camserve_server.plan import MetricResult
-from camserve_server.request_plan import Explained, MethodCall, explain, rows_needed
+from camserve_server.request_plan import MethodCall, RequestResult, plan_request, rows_needed
 from tests import nets
 from tests.support import as_model, call, explained, metric, noise, running, submit
 
@@ -77,7 +77,7 @@ def test_every_method_is_tried() -> None:
     assert {method for _, method in CASES} == set(METHODS)
 
 
-def check(result: Explained, size: tuple[int, int]) -> None:
+def check(result: RequestResult, size: tuple[int, int]) -> None:
     """Shape, range, finite."""
     assert result.maps.shape == (len(result.targets), *size)
     assert result.maps.dtype == torch.float32
@@ -123,7 +123,7 @@ def test_alone_and_among_others_the_bits_are_the_same(network: str) -> None:
     requests = [(methods[i % len(methods)], noise(3, *size, seed=i), [i % 7]) for i in range(len(methods) + 7)]
     random.Random(0).shuffle(requests)
 
-    def ask(engine: Engine, method: str, x: Tensor, targets: list[int]) -> Job[Explained]:
+    def ask(engine: Engine, method: str, x: Tensor, targets: list[int]) -> Job[RequestResult]:
         return submit(engine, model, x, quick(model, method), targets, metrics)
 
     with running() as engine:
@@ -285,7 +285,7 @@ def test_the_rows_are_those_announced(model: Model, method: str, x: Tensor) -> N
     with running() as engine:
         job = submit(engine, model, x, asked, [1, 2])
         job.future.result(timeout=120)
-    assert 1 <= job.rows <= rows_needed(model, asked, (), 2)
+    assert 1 <= job.rows <= rows_needed(model, asked, (), 2).most
     entry = registry.METHODS[method]
     sizes = registry.Sizes([layer.channels for layer in asked.layers], 2, model.preprocessing.size)
     if entry.min_rows is not None:
@@ -365,7 +365,7 @@ def test_metrics_take_the_rows_announced_and_no_chance_but_the_seed(model: Model
             scored = [metric(name, seed=seed, **QUICK_METRICS.get(name, {}))]
             job = submit(engine, model, x, asked, [1], scored)
             result = job.future.result(timeout=120)
-            assert job.rows <= rows_needed(model, asked, scored, 1)
+            assert job.rows <= rows_needed(model, asked, scored, 1).most
             return result.scores[0][0]
 
         first, again, other = score(1), score(1), score(2)
@@ -380,7 +380,7 @@ def test_what_the_clock_has_cut_can_be_made_again() -> None:
     nn.init.constant_(net.c3.bias, -1e9)  # type: ignore[arg-type]
     x, asked = noise(3, 32, 32), call(model, "poly-cam")
     with running() as engine:
-        plan = explain(model, model.image(x), [2], asked, ())
+        plan = plan_request(model, model.image(x), [2], asked, ())
         late = engine.submit(plan, model, rows=100, limits=Limits(until=time.monotonic()))
         cut = late.future.result(timeout=60)
         again = submit(engine, model, x, asked, [2], budget=late.cut_at).future.result(timeout=60)

@@ -27,7 +27,7 @@ from camserve_server.models.model import Model
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.plan import Level, SaliencyMaps, Targets
 from camserve_server.registry import METHODS
-from camserve_server.request_plan import Explained, finished
+from camserve_server.request_plan import RequestResult, finish_maps
 from tests import nets
 from tests.oracles.average import average_of_one
 from tests.oracles.grad_cam import grad_cam
@@ -127,7 +127,7 @@ def check_poly_cam(
         live = A_l.flatten(1).any(dim=1)
         assert gap(w[live, 0], w_theirs[live]) < tolerance
         assert float(w.max()) > 1e-3, "weights that are all nothing compare nothing"
-    levels = [finished(event.maps, x.shape[1:])[0][0] for event in events if isinstance(event, Level)]
+    levels = [finish_maps(event.maps, x.shape[1:])[0][0] for event in events if isinstance(event, Level)]
     assert len(levels) == len(layers)
     for level, level_theirs in zip(levels, theirs.levels, strict=True):
         assert gap(level, level_theirs) < 1e-4
@@ -401,7 +401,7 @@ def test_average_drop_increase_and_gain(name: str) -> None:
     for seed in range(6):
         S = noise(*x.shape[1:], seed=seed).mul(0.2 * seed).sigmoid()
         c = likeliest[0] if seed < 3 and name not in QUICK else seed
-        ours: Explained = explained(model, x, S, [c], [metric(n) for n in names])
+        ours: RequestResult = explained(model, x, S, [c], [metric(n) for n in names])
         theirs = average_of_one(masked_logits(model, x, torch.ones_like(S)), masked_logits(model, x, S), c)
         drop, increase, gain = (score.value for score in ours.scores[0])
         assert (drop, gain) == pytest.approx((theirs.drop, theirs.gain), abs=1e-3)

@@ -1,6 +1,6 @@
-"""Who is let in: by the rows that would go before a request, by its caller's share, and by its deadline.
+"""Admission control: accept or refuse a request by its rows, by the quota of its caller and by its deadline.
 
-Any thread may ask. It knows rows and seconds, but no plan and no device.
+The module counts rows and seconds. It does not know plans or devices, and any thread may call it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,21 @@ from camserve_server.errors import Expired, QueueFull, Unavailable
 
 Priority = Literal["low", "normal", "high"]
 
-# The scheduler takes a request to owe so many times its rows: it goes before longer ones of its own priority, and
-# before those of a lower one that are not much shorter. Waiting makes up for it, so that nobody starves.
+# The scheduler multiplies the rows that a request owes by the weight of its priority. A request runs before longer
+# requests of the same priority, and before requests of a lower priority unless they are much shorter. Ageing in the
+# scheduler prevents starvation.
 WEIGHTS: dict[Priority, float] = {"low": 16.0, "normal": 1.0, "high": 1 / 16}
-LONGEST_RETRY_S = 60.0  # rows are not only done: requests are cut short, expire and are cancelled
+LONGEST_RETRY_S = 60.0  # owed rows also disappear when requests stop early, expire or are cancelled
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks, by `name`; all who have none are one. `max_rows_owed` bounds what all its requests owe together."""
+    """The sender of a request. Unnamed callers share one quota.
+
+    Attributes:
+        name: the name of the token or of the client certificate; empty for an unnamed caller.
+        max_rows_owed: the limit of the rows that all requests of this caller owe together; None for no limit.
+    """
 
     name: str = ""
     max_rows_owed: int | None = None
@@ -31,9 +37,15 @@ class Caller:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is asked for: at most `rows`, and at the very least `least`, of which the device does `rows_per_s` at best.
+    """The resources that a request asks for.
 
-    `deadline` is of `time.monotonic()`.
+    Attributes:
+        rows: the most rows that the request can take.
+        least: the fewest rows with which the request can be answered.
+        rows_per_s: the best measured rate of the model; 0 if it is unknown.
+        deadline: the latest time of the answer, on the clock of `time.monotonic()`.
+        caller: the sender of the request.
+        priority: the priority that the scheduler applies.
     """
 
     rows: int
@@ -52,7 +64,11 @@ class _Owed:
 
 
 class Admission:
-    """The rows that all requests under way still owe."""
+    """The rows that all admitted requests still owe.
+
+    Args:
+        max_rows_owed: a request is refused if its rows and the rows that run before them exceed this limit.
+    """
 
     def __init__(self, max_rows_owed: int) -> None:
         self._max_rows_owed = max_rows_owed
@@ -60,78 +76,88 @@ class Admission:
         self._lock = threading.Lock()
         self._closed = False
 
-    def admit(self, job: int, claim: Claim, rows_per_s: float) -> None:
-        """Lets the job in; `rows_per_s` is how fast rows are being done, 0 if not known.
+    def admit(self, request: int, claim: Claim, rows_per_s: float) -> None:
+        """Admit a request and count its rows as owed.
 
-        Raises Unavailable once closed, QueueFull where too many rows would go before the job's or its caller owes too
-        many already, and Expired where its deadline would pass even if everything went as fast as it can.
+        Args:
+            request: the identifier that later calls use.
+            claim: the resources that the request asks for.
+            rows_per_s: the current rate of the device; 0 if it is unknown.
+
+        Raises:
+            Unavailable: the server is shutting down.
+            QueueFull: too many rows run before this request, or its caller already owes too many.
+            Expired: the deadline would pass even if every row ran at the best rate.
         """
         with self._lock:
             self._check(claim, rows_per_s)
-            self._owed[job] = _Owed(claim.rows, claim.caller.name, WEIGHTS[claim.priority])
-
-    def look(self, claim: Claim, rows_per_s: float) -> None:
-        """Raises what `admit` would."""
-        with self._lock:
-            self._check(claim, rows_per_s)
+            self._owed[request] = _Owed(claim.rows, claim.caller.name, WEIGHTS[claim.priority])
 
     def _check(self, claim: Claim, rows_per_s: float) -> None:
         weight = WEIGHTS[claim.priority]
         if self._closed:
             raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)
-        mine = sum(owed.rows for owed in self._owed.values() if owed.caller == claim.caller.name)
-        most = claim.caller.max_rows_owed
-        if most is not None and mine and mine + claim.rows > most:
+        callers_rows = sum(owed.rows for owed in self._owed.values() if owed.caller == claim.caller.name)
+        quota = claim.caller.max_rows_owed
+        if quota is not None and callers_rows and callers_rows + claim.rows > quota:
             raise QueueFull(
-                f"this caller owes {mine} rows, and {claim.rows} for this request; its limit is {most}",
+                f"this caller owes {callers_rows} rows, and this request needs {claim.rows} more; the caller's limit "
+                f"is {quota} rows; wait for its other requests",
                 reason="QUOTA_EXCEEDED",
-                retry_after_s=_wait_s(mine + claim.rows - most, rows_per_s),
+                retry_after_s=_wait_s(callers_rows + claim.rows - quota, rows_per_s),
             )
-        before = _before(self._owed.values(), claim.rows, weight)
-        if before and before + claim.rows > self._max_rows_owed:
+        rows_before = _rows_before(self._owed.values(), claim.rows, weight)
+        if rows_before and rows_before + claim.rows > self._max_rows_owed:
             raise QueueFull(
-                f"{before} rows go before the {claim.rows} of this request; the limit is {self._max_rows_owed}",
-                retry_after_s=_wait_s(before + claim.rows - self._max_rows_owed, rows_per_s),
+                f"{rows_before} rows run before the {claim.rows} rows of this request; the limit is "
+                f"{self._max_rows_owed} rows; try again later",
+                retry_after_s=_wait_s(rows_before + claim.rows - self._max_rows_owed, rows_per_s),
             )
         if claim.deadline is not None and claim.rows_per_s:
-            before = _before(self._owed.values(), claim.least, weight)
-            takes_s = (before + claim.least) / claim.rows_per_s
+            rows_before = _rows_before(self._owed.values(), claim.least, weight)
+            least_s = (rows_before + claim.least) / claim.rows_per_s
             left_s = max(0.0, claim.deadline - time.monotonic())
-            if takes_s > left_s:
+            if least_s > left_s:
+                rows = f"this request needs {claim.least} rows"
+                if rows_before:
+                    rows += f" and {rows_before} rows run before them"
                 raise Expired(
-                    f"the {claim.least} rows that it takes{f' and the {before} before them' if before else ''} "
-                    f"need {takes_s:.2g} s at the very least; the deadline is in {left_s:.2g} s",
+                    f"{rows}; that takes at least {least_s:.2g} s, but the deadline is in {left_s:.2g} s; "
+                    "allow more time or request fewer rows",
                     reason="DEADLINE_UNREACHABLE",
                 )
 
-    def owe(self, job: int, rows: int) -> None:
-        """The job, if it is still there, owes so many rows now."""
+    def set_rows_owed(self, request: int, rows: int) -> None:
+        """Set the rows that an admitted request still owes; do nothing after its release."""
         with self._lock:
-            if job in self._owed:
-                self._owed[job].rows = rows
+            if request in self._owed:
+                self._owed[request].rows = rows
 
-    def leave(self, job: int) -> None:
-        """The job is done, or given up."""
+    def release(self, request: int) -> None:
+        """Forget a request that has ended; do nothing if it has been released before."""
         with self._lock:
-            self._owed.pop(job, None)
+            self._owed.pop(request, None)
 
     def close(self) -> None:
-        """Lets nobody in any more."""
+        """Refuse every request from now on."""
         with self._lock:
             self._closed = True
 
     def __len__(self) -> int:
-        """Jobs under way."""
+        """Return the number of admitted requests that have not been released."""
         return len(self._owed)
 
     def rows_owed(self) -> int:
-        """Rows of all jobs under way."""
+        """Return the rows that all admitted requests owe together."""
         with self._lock:
             return sum(owed.rows for owed in self._owed.values())
 
 
-def _before(owed: Iterable[_Owed], rows: int, weight: float) -> int:
-    """How many rows go before so many of that weight. Of a longer request, about as many as its own pass it by."""
+def _rows_before(owed: Iterable[_Owed], rows: int, weight: float) -> int:
+    """Return how many owed rows the scheduler runs before a request of `rows` rows and this weight.
+
+    A longer request runs about as many rows as the new one before the new one overtakes it.
+    """
     return sum(int(min(each.rows, rows * weight / each.weight)) for each in owed)
 
 

@@ -11,8 +11,17 @@ BATCH_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A batch that was run: the engine's `number` of it, its rows, those of nothing, and its times of `monotonic()`."""
+class BatchRecord:
+    """A batch that has run.
+
+    Attributes:
+        number: the position of the batch among all batches of the engine, from 1.
+        kind: the kind of the lane.
+        rows: the rows of requests.
+        padding: the padding rows.
+        started: the start on the clock of `time.monotonic()`.
+        finished: the end on the same clock.
+    """
 
     number: int
     kind: LaneKind
@@ -24,30 +33,45 @@ class Ran:
 
 @dataclass
 class LaneCounters:
-    """The batches of one lane: rows, rows of nothing, seconds, and how many took up to each of BATCH_BOUNDS_S."""
+    """Totals of the batches of one lane.
+
+    Attributes:
+        rows: the rows of requests.
+        padding: the padding rows.
+        seconds: the summed duration of the batches.
+        within: for each bound of BATCH_BOUNDS_S, the number of batches that took at most as long and longer than the
+            previous bound; the last entry counts the batches that exceeded every bound.
+    """
 
     rows: int = 0
     padding: int = 0
     seconds: float = 0.0
-    within: list[int] = field(default_factory=lambda: [0] * (len(BATCH_BOUNDS_S) + 1))  # the last: longer than all
+    within: list[int] = field(default_factory=lambda: [0] * (len(BATCH_BOUNDS_S) + 1))
 
 
 @dataclass
 class Counters:
-    """What the engine has done since it started; `lanes` by model, precision and kind."""
+    """Totals of an engine since its start.
+
+    Attributes:
+        batches: the batches of all lanes.
+        rows: the rows of requests.
+        padding: the padding rows.
+        lanes: the totals of each lane by the model's name, the precision and the kind of the lane.
+    """
 
     batches: int = 0
     rows: int = 0
     padding: int = 0
     lanes: dict[tuple[str, str, LaneKind], LaneCounters] = field(default_factory=dict)
 
-    def count(self, model: Model, ran: Ran) -> None:
-        """Adds a batch of the model."""
+    def count(self, model: Model, batch: BatchRecord) -> None:
+        """Add a batch of the model to the totals."""
         self.batches += 1
-        self.rows += ran.rows
-        self.padding += ran.padding
-        lane = self.lanes.setdefault((model.name, model.precision, ran.kind), LaneCounters())
-        lane.rows += ran.rows
-        lane.padding += ran.padding
-        lane.seconds += ran.finished - ran.started
-        lane.within[bisect_left(BATCH_BOUNDS_S, ran.finished - ran.started)] += 1
+        self.rows += batch.rows
+        self.padding += batch.padding
+        lane = self.lanes.setdefault((model.name, model.precision, batch.kind), LaneCounters())
+        lane.rows += batch.rows
+        lane.padding += batch.padding
+        lane.seconds += batch.finished - batch.started
+        lane.within[bisect_left(BATCH_BOUNDS_S, batch.finished - batch.started)] += 1

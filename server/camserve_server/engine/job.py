@@ -1,4 +1,4 @@
-"""A plan in flight, with what it must keep to and what it has cost."""
+"""A plan that the engine runs, with its limits and its cost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from camserve_server.engine.counters import Ran
+from camserve_server.engine.counters import BatchRecord
 from camserve_server.engine.lanes.dispatch import Lane, LaneQuery
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.randomise import RandomCopy
@@ -19,7 +19,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Progress:
-    """Rows done and rows in all, as far as is known; the total may shrink."""
+    """The progress of a request.
+
+    Attributes:
+        rows_done: the rows that have run.
+        rows_total: the current estimate of all rows of the request; it may shrink.
+    """
 
     rows_done: int
     rows_total: int
@@ -30,11 +35,16 @@ Event = Progress | Level | Randomised | Stage | MapWarning
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request must keep to: times are of `time.monotonic()`.
+    """Limits of a request. Times are on the clock of `time.monotonic()`.
 
-    After `deadline` it has failed. From `until` on, or when `budget` rows but those `reserved` for what comes later are
-    spent, questions that have a `least` are answered with what is there. It cannot do with less than `least` rows, of
-    which the model does `rows_per_s` at best.
+    Attributes:
+        deadline: the time at which the request fails; None for no deadline.
+        until: the time from which a query that has `min_rows` is answered with the rows that have run; None for never.
+        budget: the most rows that the request may take; None for no budget. A query that has `min_rows` is answered
+            early when all of the budget but `reserved` is used.
+        reserved: the rows of the budget that are kept for metrics.
+        least: the fewest rows with which the request can be answered.
+        rows_per_s: the best measured rate of the model; 0 if it is unknown.
     """
 
     deadline: float | None = None
@@ -44,54 +54,84 @@ class Limits:
     least: int = 0
     rows_per_s: float = 0.0
 
+    def within_budget(self, rows: int, used: int = 0) -> int:
+        """Return `rows`, or as many of them as the budget permits after `used` rows."""
+        return rows if self.budget is None else min(rows, max(0, self.budget - used))
+
+
+NO_LIMITS = Limits()
+
 
 @dataclass(eq=False)
 class Job(Generic[T]):
-    """A plan in flight. `future` gives its result or raises a CamserveError; `cancel` may be called from any thread.
+    """A plan that the engine runs.
 
-    The other fields belong to the engine's thread until the future is done; then they are the job's cost.
+    Until `future` is done, the engine's thread changes the fields; afterwards they are the cost of the request.
+
+    Attributes:
+        id: the identifier of the request in the engine.
+        plan: the generator.
+        model: the model that the request names.
+        future: gives the result of the plan or raises a CamserveError.
+        notify: receives the events of the request on the engine's thread; it must not block.
+        rows_owed: the current upper bound of the rows that the request will still take, without its budget.
+        limits: the limits of the request.
+        submitted: the time of the submission, on the clock of `time.monotonic()`.
+        batch_sizes: the batch size of each lane; a size shrinks when memory runs out.
+        weight: the factor by which the scheduler multiplies the owed rows.
+        rows: the rows that have run.
+        batches: the batches in which these rows ran.
+        first_batch: the start of the first batch.
+        finished: the end of the request.
+        query: the query that the scheduler holds for this job, in the form that its lane runs.
+        lane: the lane of `query`.
+        copy: the job's copy of the network with random weights; while it exists, it answers the job's queries.
+        query_rows: the rows that `query` may take.
+        query_done: the rows of `query` that have run.
+        cut_at: the value of `rows` when a query was last answered early; 0 if none was.
+        batch_records: the first batches of the job, each with the number of the job's rows in it.
+        context: the context variables of the submitter; log lines about the job carry them.
     """
 
     id: int
     plan: Plan[T]
     model: Model
     future: Future[T]
-    tell: Callable[[Event], None]
-    owed: int
+    notify: Callable[[Event], None]
+    rows_owed: int
     limits: Limits
     submitted: float
-    batch_sizes: dict[LaneKind, int]  # those that it runs at, less if memory has run out
-    weight: float = 1.0  # the scheduler takes it to owe so many times its rows
+    batch_sizes: dict[LaneKind, int]
+    weight: float = 1.0
     rows: int = 0
     batches: int = 0
     first_batch: float | None = None
     finished: float | None = None
     query: LaneQuery | None = None
     lane: Lane | None = None
-    copy: RandomCopy | None = None  # its own, which answers its questions as long as there is one
-    most: int = 0  # rows that the query may take
-    done: int = 0  # rows that it has had
-    cut_at: int = 0  # rows of the job when a question of its was answered early; 0 if none was
-    ran: list[tuple[Ran, int]] = field(default_factory=list)  # the first batches that it was part of, its rows in each
-    context: Context = field(default_factory=copy_context)  # of whoever handed it in: log lines about it say the same
+    copy: RandomCopy | None = None
+    query_rows: int = 0
+    query_done: int = 0
+    cut_at: int = 0
+    batch_records: list[tuple[BatchRecord, int]] = field(default_factory=list)
+    context: Context = field(default_factory=copy_context)
 
     @property
     def network(self) -> Model:
-        """What answers its questions: the model, or its own copy of it."""
+        """The model that answers the queries of the job: the model itself or the job's random copy of it."""
         return self.copy.model if self.copy else self.model
 
     @property
-    def left(self) -> int:
-        """Rows that it will still take, as far as is known: those that it owes, within its budget."""
-        budget = self.limits.budget
-        return self.owed if budget is None else min(self.owed, max(0, budget - self.rows))
+    def rows_left(self) -> int:
+        """The current upper bound of the rows that the request will still take, within its budget."""
+        return self.limits.within_budget(self.rows_owed, used=self.rows)
 
     @property
     def queue_ms(self) -> float:
-        """From arrival to the first batch."""
+        """The milliseconds from the submission to the first batch."""
         return 1e3 * ((self.first_batch or self.finished or self.submitted) - self.submitted)
 
     @property
     def compute_ms(self) -> float:
-        """From the first batch to the result."""
+        """The milliseconds from the first batch to the result."""
         return 1e3 * ((self.finished or 0.0) - self.first_batch) if self.first_batch else 0.0

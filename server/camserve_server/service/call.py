@@ -1,4 +1,4 @@
-"""One RPC under way: what its log line, its metrics and its trace will say."""
+"""The record of one call, for its log line, its metrics and its trace."""
 
 from __future__ import annotations
 
@@ -21,9 +21,17 @@ MAX_REQUEST_ID = 128
 
 @dataclass(eq=False)
 class Call:
-    """`method` is that of explanation: "" where there is none, "other" where there is none of that name.
+    """The record of one call.
 
-    Times are of `time.monotonic()`.
+    Attributes:
+        rpc: the name of the RPC.
+        context: the context of the call.
+        request_id: the identifier of the request.
+        method: the explanation method; empty if the request has none, "other" if it is unknown.
+        facts: further values for the log line.
+        started: the arrival, on the clock of `time.monotonic()`.
+        job: the job of the request; None until the request is submitted to the engine.
+        span: the span of the call; None if the call is not traced.
     """
 
     rpc: str
@@ -32,12 +40,19 @@ class Call:
     method: str = ""
     facts: dict[str, object] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
-    job: Job[Any] | None = None  # once the request is read and admitted
+    job: Job[Any] | None = None
     span: Span | None = None
 
 
-def checked_request_id(given: str) -> str:
-    """The caller's own, or a new one. Raises InvalidArgument for one that is too long or not printable."""
-    if len(given) > MAX_REQUEST_ID or not given.isprintable():
-        raise InvalidArgument(f"at most {MAX_REQUEST_ID} printable characters are allowed", field="request_id")
-    return given or uuid.uuid4().hex
+def checked_request_id(request_id: str) -> str:
+    """Return the identifier that the caller sent, or a new one if it is empty.
+
+    Raises:
+        InvalidArgument: the identifier is too long or contains a character that is not printable.
+    """
+    if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
+        raise InvalidArgument(
+            f"request_id has {len(request_id)} characters; expected at most {MAX_REQUEST_ID} printable characters",
+            field="request_id",
+        )
+    return request_id or uuid.uuid4().hex

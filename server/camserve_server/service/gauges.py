@@ -37,7 +37,7 @@ class Gauges(Collector):
 
     def _server(self) -> Iterator[Metric]:
         draining = self._servicer.draining
-        ready = self._servicer.shelf is not None and not draining and not self._engine.died.done()
+        ready = self._servicer.models is not None and not draining and not self._engine.died.done()
         yield GaugeMetricFamily("camserve_ready", "1 if the server takes requests.", ready)
         yield GaugeMetricFamily("camserve_draining", "1 if the server finishes what runs, to end.", draining)
 
@@ -85,9 +85,9 @@ class Gauges(Collector):
         seconds = CounterMetricFamily(
             "camserve_model_load_seconds", "What loads took, warm-up included.", labels=["model"]
         )
-        shelf = self._servicer.shelf
+        pool = self._servicer.models
         states = dict.fromkeys(get_args(State), 0)
-        for config, state, model in shelf.all() if shelf else ():
+        for config, state, model in pool.all() if pool else ():
             states[state] += 1
             if model is None:
                 continue
@@ -98,7 +98,7 @@ class Gauges(Collector):
                     sizes.add_metric([each.name, each.precision, kind], size)
         for each_state, count in states.items():
             models.add_metric([each_state], count)
-        for name, loaded in [*shelf.loads.items()] if shelf else ():
+        for name, loaded in [*pool.loads.items()] if pool else ():
             loads.add_metric([name, "ok"], loaded.done)
             loads.add_metric([name, "failed"], loaded.failed)
             seconds.add_metric([name], loaded.seconds)

@@ -1,17 +1,17 @@
-"""What is asked: protobuf → domain. Everything is checked here, before it costs anything."""
+"""Requests as protobuf messages, checked and converted before the engine sees them.
+
+A request is parsed in two steps. `parse_explain` and `parse_evaluate` read every field but the pixels. This is cheap
+and gives the rows that the request needs, so that the engine can refuse it. `decode_pixels` then decodes the image, and
+the map or the mask if there is one.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast, get_args
 
-import numpy as np
-import PIL.Image
-import torch
 from google.protobuf.struct_pb2 import Struct, Value
-from numpy.typing import NDArray
 from torch import Tensor
 
 from camserve.v1 import explain_pb2 as pb
@@ -22,10 +22,17 @@ from camserve_server.engine.warmup import SIZES
 from camserve_server.errors import InvalidArgument, OutOfRange, Unservable
 from camserve_server.maps import boxes
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.models.pixels import check_size, decode, from_pixels
 from camserve_server.models.servable import unsupported_reason
 from camserve_server.plan import Box, Image, Truth
-from camserve_server.request_plan import MethodCall, MetricCall, rows_needed
+from camserve_server.request_plan import MethodCall, MetricCall, RowsNeeded, rows_needed
+from camserve_server.service.decoding import (
+    check_image,
+    check_mask,
+    check_saliency,
+    decode_image,
+    decode_mask,
+    decode_saliency,
+)
 
 MAX_TARGETS = 64
 MAX_METRICS = 64
@@ -36,176 +43,186 @@ MAX_BATCH_SIZE = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """A request that is worth starting."""
+class ParsedRequest:
+    """All checked fields of a request, and its pixels as they were sent.
+
+    Attributes:
+        model: the model at the requested precision.
+        method: the method that makes the maps; None if the request brings a map.
+        targets: class indices, or the number of the most probable classes to explain.
+        metrics: the metrics that score each map.
+        rows: the rows that the request can take.
+        seed: the seed of methods and metrics that use random numbers.
+        budget: the most rows that the caller allows; 0 for no budget.
+        batch_sizes: the requested batch sizes by lane.
+        priority: the requested priority; None if the request does not name one.
+        image: the image as it was sent.
+        boxes: boxes around the target, in pixels of the model's input.
+        mask: a mask of the target; None if there is none.
+        saliency: the map to score; None if a method makes the maps.
+        top_k: the number of predictions in the response; 0 for the default.
+        raw: return the maps before they are resized and scaled, too.
+    """
 
     model: Model
-    image: Image
-    as_given: bool  # the image was a tensor, used as it is
-    targets: tuple[int, ...] | int  # classes, or how many of the likeliest
-    subject: MethodCall | Tensor
+    method: MethodCall | None
+    targets: tuple[int, ...] | int
     metrics: tuple[MetricCall, ...]
+    rows: RowsNeeded
     seed: int
     budget: int
     batch_sizes: Mapping[LaneKind, int]
-    truth: Truth | None  # where all of the targets are
-    priority: Priority | None  # what the caller may have at most, if there is none
-
-    @property
-    def call(self) -> MethodCall | None:
-        """The method, unless a map was given."""
-        return self.subject if isinstance(self.subject, MethodCall) else None
-
-    @property
-    def maps(self) -> int:
-        """How many maps there will be."""
-        return self.targets if isinstance(self.targets, int) else len(self.targets)
+    priority: Priority | None
+    image: pb.Image
+    boxes: tuple[Box, ...]
+    mask: pb.Tensor | None
+    saliency: pb.Tensor | None = None
+    top_k: int = 0
+    raw: bool = False
 
 
-def explain_request(request: pb.ExplainRequest, model: Model, config: Config) -> Asked:
-    """Raises a CamserveError that names the field at fault."""
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """The decoded pixels of a request.
+
+    Attributes:
+        image: the preprocessed image on the model's device.
+        saliency: the map [h, w] in [0, 1] to score; None if a method makes the maps.
+        truth: the location of the targets; None if the request does not contain it.
+    """
+
+    image: Image
+    saliency: Tensor | None
+    truth: Truth | None
+
+
+def parse_explain(request: pb.ExplainRequest, model: Model, config: Config) -> ParsedRequest:
+    """Check and convert all fields of a request but its pixels.
+
+    Args:
+        request: the message of the caller.
+        model: the model that the request names.
+        config: the configuration of the server.
+
+    Raises:
+        CamserveError: a field is wrong; the error names the field.
+    """
     if not 0 <= request.top_k <= MAX_TOP_K:
-        raise OutOfRange(f"top_k must lie in [0, {MAX_TOP_K}], not {request.top_k}", field="top_k")
+        raise OutOfRange(f"top_k is {request.top_k}; expected 0 to {MAX_TOP_K}", field="top_k")
     model = model.at(request.precision)
-    return Asked(
-        model,
-        model.image(_image(request.image, model, config)),
-        request.image.HasField("tensor"),
-        _targets(request, model),
-        _method(request.method, model),
-        _metrics(request.metrics, request.method.seed, "method"),
-        request.method.seed,
-        _budget(request.budget),
-        _batch_sizes(request.batch_sizes, model),
-        _truth(request, model),
-        priority(request.priority),
-    )
+    targets = _targets(request, model)
+    method = _method(request.method, model)
+    seed = request.method.seed
+    parsed = _parse_shared(request, config, model=model, method=method, targets=targets, seed=seed, metrics_seed=seed)
+    return replace(parsed, top_k=request.top_k, raw=request.raw)
 
 
-def evaluate_request(request: pb.EvaluateRequest, model: Model, config: Config) -> Asked:
-    """Raises a CamserveError that names the field at fault."""
+def parse_evaluate(request: pb.EvaluateRequest, model: Model, config: Config) -> ParsedRequest:
+    """Check and convert all fields of a request but its pixels.
+
+    Args:
+        request: the message of the caller.
+        model: the model that the request names.
+        config: the configuration of the server.
+
+    Raises:
+        CamserveError: a field is wrong; the error names the field.
+    """
     model = model.at(request.precision)
-    subject: MethodCall | Tensor
+    method, saliency = None, None
     match request.WhichOneof("subject"):
         case "saliency":
-            subject = _saliency(request.saliency)
+            saliency = request.saliency
+            check_saliency(saliency)
         case "method":
-            subject = _method(request.method, model)
+            method = _method(request.method, model)
         case _:
-            raise InvalidArgument("give a saliency map, or the method that makes one", field="subject")
+            raise InvalidArgument("the request has no map; send a saliency map or a method", field="subject")
     if not request.metrics:
-        raise InvalidArgument("name at least one metric", field="metrics")
-    return Asked(
-        model,
-        model.image(_image(request.image, model, config)),
-        request.image.HasField("tensor"),
-        (_target(request.target, model, "target"),) if request.HasField("target") else 1,
-        subject,
-        _metrics(request.metrics, request.seed, request.WhichOneof("subject")),
-        request.seed,
-        _budget(request.budget),
-        _batch_sizes(request.batch_sizes, model),
-        _truth(request, model),
-        priority(request.priority),
+        raise InvalidArgument("the request has no metric; name at least one", field="metrics")
+    target = (_target(request.target, model, "target"),) if request.HasField("target") else 1
+    seed = method.seed if method else request.seed
+    parsed = _parse_shared(
+        request, config, model=model, method=method, targets=target, seed=seed, metrics_seed=request.seed
+    )
+    return replace(parsed, saliency=saliency)
+
+
+def decode_pixels(parsed: ParsedRequest, config: Config) -> Pixels:
+    """Decode the image of a request, and its map or mask if there is one.
+
+    Decoding a large image takes about a second, so it belongs on a thread beside the event loop.
+
+    Args:
+        parsed: the other fields of the request.
+        config: the configuration of the server.
+
+    Raises:
+        CamserveError: the pixels cannot be read or have wrong values; the error names the field.
+    """
+    model = parsed.model
+    image = model.image(decode_image(parsed.image, model, config.max_image_pixels))
+    saliency = None if parsed.saliency is None else decode_saliency(parsed.saliency)
+    truth = None
+    if parsed.boxes or parsed.mask is not None:
+        size = model.preprocessing.size
+        mask = None if parsed.mask is None else decode_mask(parsed.mask, size)
+        truth = boxes.make_truth([*parsed.boxes], mask, size)
+    return Pixels(image, saliency, truth)
+
+
+def _parse_shared(
+    request: pb.ExplainRequest | pb.EvaluateRequest,
+    config: Config,
+    *,
+    model: Model,
+    method: MethodCall | None,
+    targets: tuple[int, ...] | int,
+    seed: int,
+    metrics_seed: int,
+) -> ParsedRequest:
+    """Check and convert the fields that both kinds of request have."""
+    metrics = _metrics(request.metrics, metrics_seed, makes_maps=method is not None)
+    check_image(request.image, model, config.max_image_pixels)
+    target_boxes, mask = _truth(request, model)
+    return ParsedRequest(
+        model=model,
+        method=method,
+        targets=targets,
+        metrics=metrics,
+        rows=rows_needed(model, method, metrics, targets if isinstance(targets, int) else len(targets)),
+        seed=seed,
+        budget=_budget(request.budget),
+        batch_sizes=_batch_sizes(request.batch_sizes, model),
+        priority=_priority(request.priority),
+        image=request.image,
+        boxes=target_boxes,
+        mask=mask,
     )
 
 
-def priority(name: str) -> Priority | None:
-    """None where nothing is asked for. Raises InvalidArgument."""
+def _priority(name: str) -> Priority | None:
     if not name:
         return None
     if name not in get_args(Priority):
-        raise InvalidArgument(f"it is {', '.join(get_args(Priority))} or empty, not {name!r}", field="priority")
+        raise InvalidArgument(
+            f"the priority is {name!r}; expected {', '.join(get_args(Priority))} or empty", field="priority"
+        )
     return cast(Priority, name)
 
 
-def rows_of_explain(request: pb.ExplainRequest, model: Model) -> int:
-    """The most rows that the request can take; its image is not looked at. Raises as explain_request does."""
-    model, targets = model.at(request.precision), _targets(request, model)
-    metrics = _metrics(request.metrics, request.method.seed, "method")
-    maps = targets if isinstance(targets, int) else len(targets)
-    return _within(request.budget, rows_needed(model, _method(request.method, model), metrics, maps))
-
-
-def rows_of_evaluate(request: pb.EvaluateRequest, model: Model) -> int:
-    """The same of an evaluation."""
-    model = model.at(request.precision)
-    method = _method(request.method, model) if request.HasField("method") else None
-    metrics = _metrics(request.metrics, request.seed, request.WhichOneof("subject") or "method")
-    return _within(request.budget, rows_needed(model, method, metrics, 1))
-
-
-def _within(budget: int, rows: int) -> int:
-    return min(rows, budget) if budget > 0 else rows
-
-
-def _at_most(limit: int, values: Sequence[object], field: str) -> None:
+def _check_count(limit: int, values: Sequence[object], field: str) -> None:
     if len(values) > limit:
-        raise OutOfRange(f"at most {limit} are allowed, not {len(values)}", field=field)
-
-
-def _image(image: pb.Image, model: Model, config: Config) -> Tensor:
-    expected = [model.preprocessing.channels, *model.preprocessing.size]
-    match image.WhichOneof("content"):
-        case "encoded":
-            picture = decode(image.encoded, max_pixels=config.max_image_pixels, field="image.encoded")
-            return model.preprocessing(picture)
-        case "pixels":
-            pixels = image.pixels
-            check_size(pixels.width, pixels.height, config.max_image_pixels, "image.pixels")
-            if len(pixels.data) != 3 * pixels.height * pixels.width:
-                raise InvalidArgument(
-                    f"{len(pixels.data)} bytes are not {pixels.height}x{pixels.width} pixels of three bytes",
-                    field="image.pixels.data",
-                    reason="WRONG_SHAPE",
-                )
-            values = np.frombuffer(pixels.data, np.uint8).reshape(pixels.height, pixels.width, 3)
-            return model.preprocessing(from_pixels(values))
-        case "tensor":
-            tensor = _tensor(image.tensor, "image.tensor")
-            if list(tensor.shape) != expected:
-                raise InvalidArgument(
-                    f"{model.name} takes a tensor of {expected}, not {list(tensor.shape)}",
-                    field="image.tensor.shape",
-                    reason="WRONG_SHAPE",
-                )
-            return tensor
-        case _:
-            raise InvalidArgument("give the image as encoded bytes, pixels or a tensor", field="image")
-
-
-def _saliency(message: pb.Tensor) -> Tensor:
-    saliency = _tensor(message, "saliency")
-    if saliency.ndim != 2:
-        raise InvalidArgument(
-            f"a saliency map is [H, W], not {list(saliency.shape)}", field="saliency.shape", reason="WRONG_SHAPE"
-        )
-    if saliency.numpy().min() < 0 or saliency.numpy().max() > 1:
-        raise OutOfRange("a saliency map must lie in [0, 1]; scale it first", field="saliency.data")
-    return saliency
-
-
-def _tensor(message: pb.Tensor, field: str) -> Tensor:
-    shape = tuple(message.shape)
-    if not 1 <= len(shape) <= 3 or min(shape) < 1 or len(message.data) != 4 * math.prod(shape):
-        raise InvalidArgument(
-            f"{len(message.data)} bytes are not float32 values of shape {list(shape)}, one to three numbers ≥ 1",
-            field=f"{field}.data",
-            reason="WRONG_SHAPE",
-        )
-    values = np.frombuffer(message.data, "<f4").astype(np.float32).reshape(shape)
-    if not np.isfinite(values).all():
-        raise InvalidArgument("the values must be finite", field=f"{field}.data", reason="NOT_FINITE")
-    return torch.from_numpy(values)
+        raise OutOfRange(f"{field} has {len(values)} entries; expected at most {limit}", field=field)
 
 
 def _targets(request: pb.ExplainRequest, model: Model) -> tuple[int, ...] | int:
-    _at_most(MAX_TARGETS, request.targets, "targets")
+    _check_count(MAX_TARGETS, request.targets, "targets")
     most = min(MAX_TARGETS, model.classes)
     if not 0 <= request.target_top_k <= most:
-        raise OutOfRange(f"target_top_k must lie in [0, {most}], not {request.target_top_k}", field="target_top_k")
+        raise OutOfRange(f"target_top_k is {request.target_top_k}; expected 0 to {most}", field="target_top_k")
     if request.target_top_k and request.targets:
-        raise InvalidArgument("give either targets or target_top_k", field="target_top_k")
+        raise InvalidArgument("the request has targets and target_top_k; send only one of them", field="target_top_k")
     if request.targets:
         return tuple(_target(target, model, f"targets[{i}]") for i, target in enumerate(request.targets))
     return request.target_top_k or 1
@@ -213,21 +230,21 @@ def _targets(request: pb.ExplainRequest, model: Model) -> tuple[int, ...] | int:
 
 def _budget(rows: int) -> int:
     if rows < 0:
-        raise OutOfRange(f"a budget is a number of rows, not {rows}", field="budget")
+        raise OutOfRange(f"the budget is {rows}; expected a number of rows, or 0 for no budget", field="budget")
     return rows
 
 
 def _batch_sizes(sizes: Mapping[str, int], model: Model) -> dict[LaneKind, int]:
-    """Checked as the configuration's `batch_size` is, and no larger than this server would take by itself.
+    """Check batch sizes like the configuration's `batch_size`, and limit them to sizes that the server itself uses.
 
-    All others wait while a batch runs. A receipt of this machine has no larger ones, and that of another machine gives
-    other bits anyway; the answer's receipt says at which sizes it ran.
+    All other requests wait while a batch runs. A receipt of this machine never has a larger size, and a receipt of
+    another machine gives other bits in any case. The receipt of the response contains the sizes that were used.
     """
     for lane, size in sizes.items():
         if lane not in get_args(LaneKind) or not 1 <= size <= MAX_BATCH_SIZE:
-            lanes = ", ".join(get_args(LaneKind))
             raise OutOfRange(
-                f"batch sizes are of the lanes {lanes} and lie in [1, {MAX_BATCH_SIZE}], not {lane}: {size}",
+                f"the batch size of {lane} is {size}; expected 1 to {MAX_BATCH_SIZE} for the lanes "
+                f"{', '.join(get_args(LaneKind))}",
                 field="batch_sizes",
             )
     most = max([SIZES[model.device.type][-1], *model.batch_sizes.values()])
@@ -241,95 +258,90 @@ def _target(target: pb.Target, model: Model, field: str) -> int:
         case "label":
             return model.find_class(target.label, f"{field}.label")
         case _:
-            raise InvalidArgument("give the target's index or its label", field=field)
+            raise InvalidArgument("the target is empty; send its index or its label", field=field)
 
 
 def _method(spec: pb.MethodSpec, model: Model) -> MethodCall:
     if not spec.name:
-        raise InvalidArgument("name a method", field="method.name")
+        raise InvalidArgument("the request has no method; ListMethods lists their names", field="method.name")
     method = registry.get_method(spec.name, "method.name")
     parameters = method.check(_parameters(spec.parameters), "method.parameters")
-    _at_most(MAX_LAYERS, spec.layers, "method.layers")
+    _check_count(MAX_LAYERS, spec.layers, "method.layers")
     if method.layers == "none" and spec.layers:
-        raise InvalidArgument(f"{method.name} looks at no layers", field="method.layers")
+        raise InvalidArgument(
+            f"the request names {len(spec.layers)} layers; {method.name} uses none; omit them", field="method.layers"
+        )
     if method.layers == "one" and len(spec.layers) > 1:
-        raise InvalidArgument(f"{method.name} looks at one layer, not {len(spec.layers)}", field="method.layers")
+        raise InvalidArgument(
+            f"the request names {len(spec.layers)} layers; {method.name} uses one", field="method.layers"
+        )
     if method.layers == "none":
-        _servable(method, model)
+        _check_servable(method, model)
         return MethodCall(method, parameters, (), spec.seed)
     if spec.layers:
         layers = model.find_layers(spec.layers, "method.layers")
         sizes = [layer.height * layer.width for layer in layers]
         if sizes != sorted(sizes, reverse=True):
-            raise InvalidArgument("the layers must go from fine to coarse", field="method.layers")
+            raise InvalidArgument(
+                "the layers are not in the order from fine to coarse; sort them by descending size",
+                field="method.layers",
+            )
         return MethodCall(method, parameters, layers, spec.seed)
-    _servable(method, model)
+    _check_servable(method, model)
     return MethodCall(method, parameters, model.default_layers(method.layers == "many"), spec.seed)
 
 
-def _servable(method: registry.Method, model: Model) -> None:
+def _check_servable(method: registry.Method, model: Model) -> None:
     reason = unsupported_reason(method, model)
     if reason:
         raise Unservable(f"{model.name} cannot serve {method.name}: {reason}", field="method.name")
 
 
-def _metrics(specs: Sequence[pb.MetricSpec], seed: int, subject: str | None) -> tuple[MetricCall, ...]:
-    _at_most(MAX_METRICS, specs, "metrics")
+def _metrics(specs: Sequence[pb.MetricSpec], seed: int, *, makes_maps: bool) -> tuple[MetricCall, ...]:
+    _check_count(MAX_METRICS, specs, "metrics")
     calls = []
     for i, spec in enumerate(specs):
         metric = registry.get_metric(spec.name, f"metrics[{i}].name")
-        if metric.needs_explainer and subject != "method":
+        if metric.needs_explainer and not makes_maps:
             raise InvalidArgument(
-                f"{metric.name} makes maps of other images: give the method that makes them, not a map",
+                f"{metric.name} makes maps of other images, but the request has a map and no method; send the method "
+                "that made the map",
                 field=f"metrics[{i}].name",
             )
-        calls.append(MetricCall(metric, metric.check(_parameters(spec.parameters), f"metrics[{i}].parameters"), seed))
+        parameters = metric.check(_parameters(spec.parameters), f"metrics[{i}].parameters")
+        calls.append(MetricCall(metric, parameters, seed))
     return tuple(calls)
 
 
-def _truth(request: pb.ExplainRequest | pb.EvaluateRequest, model: Model) -> Truth | None:
-    """Where the target is, in the model's input; None where it was not said and no metric asks."""
+def _truth(request: pb.ExplainRequest | pb.EvaluateRequest, model: Model) -> tuple[tuple[Box, ...], pb.Tensor | None]:
+    """Return the boxes in pixels of the model's input and the mask; both are empty if no metric needs them."""
     if not request.HasField("truth"):
         for spec in request.metrics:
             if registry.get_metric(spec.name, "metrics").needs_truth:
                 raise InvalidArgument(
-                    f"{spec.name} needs to know where the target is: give boxes or a mask", field="truth"
+                    f"{spec.name} needs the location of the target; send boxes or a mask", field="truth"
                 )
-        return None
+        return (), None
     if not request.truth.boxes and not request.truth.HasField("mask"):
-        raise InvalidArgument("give boxes or a mask", field="truth")
-    _at_most(MAX_BOXES, request.truth.boxes, "truth.boxes")
-    found = [_box(box, model, f"truth.boxes[{i}]") for i, box in enumerate(request.truth.boxes)]
-    mask = _mask(request.truth.mask, model) if request.truth.HasField("mask") else None
-    return boxes.make_truth(found, mask, model.preprocessing.size)
+        raise InvalidArgument("truth is empty; send boxes or a mask", field="truth")
+    _check_count(MAX_BOXES, request.truth.boxes, "truth.boxes")
+    found = tuple(_box(box, model, f"truth.boxes[{i}]") for i, box in enumerate(request.truth.boxes))
+    if not request.truth.HasField("mask"):
+        return found, None
+    check_mask(request.truth.mask)
+    return found, request.truth.mask
 
 
 def _box(box: pb.Box, model: Model, field: str) -> Box:
     sides = (box.left, box.top, box.right, box.bottom)
     if not all(0 <= side <= 1 for side in sides):
-        raise OutOfRange(f"the sides of a box lie in [0, 1] of the image's width or height, not {sides}", field=field)
+        raise OutOfRange(
+            f"the sides of the box are {sides}; expected [0, 1], as a part of the image's width or height", field=field
+        )
     if box.left >= box.right or box.top >= box.bottom:
-        raise InvalidArgument(f"a box has left < right and top < bottom, not {sides}", field=field)
+        raise InvalidArgument(f"the sides of the box are {sides}; expected left < right and top < bottom", field=field)
     height, width = model.preprocessing.size
     return (box.left * width, box.top * height, box.right * width, box.bottom * height)
-
-
-def _mask(message: pb.Tensor, model: Model) -> NDArray[np.bool_]:
-    """[H, W] of the model's input; true where at least half of a pixel is."""
-    values = _tensor(message, "truth.mask").numpy()
-    if values.ndim != 2:
-        raise InvalidArgument(
-            f"a mask is [H, W], not {list(values.shape)}", field="truth.mask.shape", reason="WRONG_SHAPE"
-        )
-    if values.min() < 0 or values.max() > 1:
-        raise OutOfRange("a mask must lie in [0, 1]: 1 where the target is, 0 elsewhere", field="truth.mask.data")
-    height, width = model.preprocessing.size
-    if values.shape != (height, width):  # by Pillow, because this runs beside the engine's thread: see device/
-        values = np.asarray(PIL.Image.fromarray(values).resize((width, height), PIL.Image.Resampling.BILINEAR))
-    mask: NDArray[np.bool_] = values >= 0.5
-    if not mask.any():
-        raise InvalidArgument("the mask is empty at the model's input size", field="truth.mask.data")
-    return mask
 
 
 def _parameters(struct: Struct) -> dict[str, object]:
@@ -337,6 +349,6 @@ def _parameters(struct: Struct) -> dict[str, object]:
 
 
 def _plain(value: Value) -> object:
-    """A number, string or boolean; None for anything else, which no parameter can be."""
+    """Return a number, a string or a boolean; None for any other value, which no parameter accepts."""
     kind = value.WhichOneof("kind")
     return getattr(value, kind) if kind in ("number_value", "string_value", "bool_value") else None

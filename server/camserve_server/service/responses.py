@@ -1,10 +1,10 @@
-"""What is answered: domain → protobuf."""
+"""Results converted to protobuf messages."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
@@ -16,65 +16,73 @@ from torch import Tensor
 from camserve.v1 import explain_pb2 as pb
 from camserve_server import registry
 from camserve_server.config import ModelConfig
-from camserve_server.engine.job import Job, Progress
+from camserve_server.engine.job import Job
 from camserve_server.models.layers import Layer
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.servable import unsupported_reason
-from camserve_server.plan import Level, Randomised
-from camserve_server.request_plan import Explained, MethodCall, finished, rows_needed
-from camserve_server.service.requests import Asked
+from camserve_server.plan import Image, Level, Randomised
+from camserve_server.request_plan import MethodCall, RequestResult, finish_maps, rows_needed
+from camserve_server.service.requests import ParsedRequest
 
 TOP_K = 5
 
 
 def explain_response(
     request_id: str,
-    request: pb.ExplainRequest,
-    asked: Asked,
-    job: Job[Explained],
-    result: Explained,
-    remarks: list[str],
+    parsed: ParsedRequest,
+    image: Image,
+    job: Job[RequestResult],
+    result: RequestResult,
+    remarks: Sequence[str],
 ) -> pb.ExplainResponse:
-    """The answer to Explain."""
-    model = asked.model
-    maps = [_map(asked, result, t, remarks) for t in range(len(result.targets))]
-    if request.raw:
+    """Return the response to Explain.
+
+    Args:
+        request_id: the identifier of the request.
+        parsed: the fields of the request.
+        image: the preprocessed image, whose digest the receipt contains.
+        job: the finished job, which contains the cost.
+        result: the result of the plan.
+        remarks: warnings of the engine; they are added to those of each map.
+    """
+    maps = [_map(parsed, result, t, remarks) for t in range(len(result.targets))]
+    if parsed.raw:
         for message, raw in zip(maps, result.raw, strict=True):
             message.raw.CopyFrom(tensor(raw))
     return pb.ExplainResponse(
         request_id=request_id,
         maps=maps,
-        predictions=_predictions(model, result.logits, request.top_k or TOP_K),
+        predictions=_predictions(parsed.model, result.logits, parsed.top_k or TOP_K),
         cost=_cost(job),
-        receipt=_receipt(request_id, asked, job, result),
+        receipt=_receipt(request_id, parsed, image, job, result),
     )
 
 
 def evaluate_response(
-    request_id: str, asked: Asked, job: Job[Explained], result: Explained, remarks: list[str]
+    request_id: str,
+    parsed: ParsedRequest,
+    image: Image,
+    job: Job[RequestResult],
+    result: RequestResult,
+    remarks: Sequence[str],
 ) -> pb.EvaluateResponse:
-    """The answer to Evaluate."""
+    """Return the response to Evaluate. The arguments are those of `explain_response`."""
     return pb.EvaluateResponse(
         request_id=request_id,
-        map=_map(asked, result, 0, remarks),
+        map=_map(parsed, result, 0, remarks),
         cost=_cost(job),
-        receipt=_receipt(request_id, asked, job, result),
+        receipt=_receipt(request_id, parsed, image, job, result),
     )
 
 
-def progress(event: Progress, stage: str) -> pb.Progress:
-    """Rows done and in all."""
-    return pb.Progress(rows_done=event.rows_done, rows_total=event.rows_total, stage=stage)
-
-
 def level(event: Level, model: Model) -> pb.Level:
-    """A finer map of Poly-CAM, resized and scaled like the last one."""
-    maps, _ = finished(event.maps, model.preprocessing.size)
+    """Return the message for a level of Poly-CAM, resized and scaled like the final map."""
+    maps, _ = finish_maps(event.maps, model.preprocessing.size)
     return pb.Level(index=event.index, count=event.count, layer=event.layer, saliency=[tensor(m) for m in maps])
 
 
 def randomised(event: Randomised) -> pb.Randomised:
-    """A map of a network at random, and how like it is to that of the network itself."""
+    """Return the message for the map of a network with random weights and its similarity to the original map."""
     return pb.Randomised(
         order=event.order,
         index=event.index,
@@ -87,18 +95,18 @@ def randomised(event: Randomised) -> pb.Randomised:
 
 
 def tensor(values: Tensor) -> pb.Tensor:
-    """float32, little-endian."""
-    array = values.cpu().numpy()  # and NumPy from here on: see device/
+    """Return the message for a tensor of any shape: float32, little-endian."""
+    array = values.cpu().numpy()  # NumPy converts it because only the engine's thread may do arithmetic on tensors
     return pb.Tensor(shape=array.shape, data=array.astype("<f4").tobytes())
 
 
 def model_message(config: ModelConfig, state: str, model: Model | None) -> pb.Model:
-    """A row of ListModels, with the model's facts if it is loaded."""
+    """Return an entry of ListModels; it describes the model only if the model is loaded."""
     return loaded_message(model) if model else pb.Model(name=config.name, source=config.source, state=state)
 
 
 def loaded_message(model: Model) -> pb.Model:
-    """The facts of a model that is ready."""
+    """Return the description of a loaded model."""
     return pb.Model(
         name=model.name,
         source=model.source,
@@ -122,7 +130,7 @@ def loaded_message(model: Model) -> pb.Model:
 
 
 def method_message(method: registry.Method, model: Model | None) -> pb.Method:
-    """A row of ListMethods; with what it costs on `model`, if there is one."""
+    """Return an entry of ListMethods, with the rows that the method takes on `model` if one is given."""
     message = pb.Method(
         name=method.name,
         title=method.title,
@@ -142,13 +150,13 @@ def method_message(method: registry.Method, model: Model | None) -> pb.Method:
         if not message.unavailable:
             layers = () if method.layers == "none" else model.default_layers(method.layers == "many")
             call = MethodCall(method, method.check({}, ""), layers)
-            message.rows = rows_needed(model, call, (), 1)
-            message.rows_per_target = rows_needed(model, call, (), 2) - message.rows
+            message.rows = rows_needed(model, call, (), 1).most
+            message.rows_per_target = rows_needed(model, call, (), 2).most - message.rows
     return message
 
 
 def metric_message(metric: registry.Metric) -> pb.Metric:
-    """A row of ListMetrics."""
+    """Return an entry of ListMetrics."""
     return pb.Metric(
         name=metric.name,
         title=metric.title,
@@ -165,14 +173,14 @@ def metric_message(metric: registry.Metric) -> pb.Metric:
     )
 
 
-def _map(asked: Asked, result: Explained, t: int, remarks: list[str]) -> pb.SaliencyMap:
+def _map(parsed: ParsedRequest, result: RequestResult, t: int, remarks: Sequence[str]) -> pb.SaliencyMap:
     targets = result.targets
     return pb.SaliencyMap(
-        target=_prediction(asked.model, targets.index[t], float(targets.p[t]), float(targets.y[t])),
+        target=_prediction(parsed.model, targets.index[t], float(targets.p[t]), float(targets.y[t])),
         saliency=tensor(result.maps[t]),
         scores=[
             pb.Score(metric=call.metric.name, value=score.value, unit=call.metric.unit, curve=score.curve)
-            for call, score in zip(asked.metrics, result.scores[t], strict=True)
+            for call, score in zip(parsed.metrics, result.scores[t], strict=True)
         ],
         warnings=[*result.warnings[t], *remarks],
         share=result.share,
@@ -197,8 +205,10 @@ def _cost(job: Job[Any]) -> pb.Cost:
     return pb.Cost(rows=job.rows, batches=job.batches, queue_ms=job.queue_ms, compute_ms=job.compute_ms)
 
 
-def _receipt(request_id: str, asked: Asked, job: Job[Explained], result: Explained) -> pb.Receipt:
-    model, call = asked.model, asked.call
+def _receipt(
+    request_id: str, parsed: ParsedRequest, image: Image, job: Job[RequestResult], result: RequestResult
+) -> pb.Receipt:
+    model, call = parsed.model, parsed.method
     return pb.Receipt(
         request_id=request_id,
         model=model.name,
@@ -207,24 +217,24 @@ def _receipt(request_id: str, asked: Asked, job: Job[Explained], result: Explain
         parameters=_struct(call.parameters if call else {}),
         layers=[layer.name for layer in call.layers] if call else [],
         targets=result.targets.index,
-        seed=call.seed if call else asked.seed,
+        seed=parsed.seed,
         precision=model.precision,
         device=model.device.type,
         batch_sizes=_batch_sizes(job.batch_sizes),
-        preprocessing="as given" if asked.as_given else str(model.preprocessing),
+        preprocessing="as given" if parsed.image.HasField("tensor") else str(model.preprocessing),
         versions=versions(),
         budget=job.cut_at,
-        input_digest=_digest(asked.image.tensor),
+        input_digest=_digest(image.tensor),
         map_digests=[_digest(saliency) for saliency in result.maps],
     )
 
 
 @cache
 def versions() -> Mapping[str, str]:
-    """Of everything that a map depends on."""
+    """Return the versions of the packages on which a map depends, and of Python."""
     packages = ("camserve", "torch", "torchvision", "timm", "pillow", "numpy")
-    found = {name: metadata.version(name) for name in packages}
-    return {**found, "python": platform.python_version()}
+    installed = {name: metadata.version(name) for name in packages}
+    return {**installed, "python": platform.python_version()}
 
 
 def _digest(values: Tensor) -> str:

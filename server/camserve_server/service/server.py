@@ -18,7 +18,7 @@ from camserve_server import registry
 from camserve_server.config import Config, TLSConfig
 from camserve_server.engine.engine import Engine
 from camserve_server.errors import CamserveError, ConfigError
-from camserve_server.model_pool import Shelf
+from camserve_server.model_pool import ModelPool
 from camserve_server.models.model import Model
 from camserve_server.service.admin import AdminServicer
 from camserve_server.service.bounds import Bounds
@@ -28,7 +28,7 @@ from camserve_server.service.prometheus import Listener, Metrics
 from camserve_server.service.security import Guard
 from camserve_server.service.servicer import Servicer
 from camserve_server.service.tls import credentials
-from camserve_server.service.traces import from_environment
+from camserve_server.service.trace_context import tracer_from_environment
 from camserve_server.torch_setup.allocator import keep_memory
 from camserve_server.torch_setup.device import pick_device
 
@@ -61,8 +61,8 @@ class Server:
         self.health_address = ""  # of the listener for probes, if there is one
         self.admin_address = ""  # of the listener for operators, if there is one
         self.metrics_address = ""  # of the listener for Prometheus, if there is one
-        self._metrics, self._traces = Metrics(), from_environment()
-        self._servicer = Servicer(config, self.engine, self._metrics, self._traces)
+        self._metrics, self._tracer = Metrics(), tracer_from_environment()
+        self._servicer = Servicer(config, self.engine, self._metrics, self._tracer)
         self._metrics.registry.register(Gauges(self._servicer, self.engine))
         self._metrics_listener: Listener | None = None
         self._health = Health()
@@ -107,9 +107,9 @@ class Server:
             torch.set_num_threads(self.config.threads)
         registry.discover()
         self.engine.start()
-        shelf = Shelf(self.config, self.engine, device)
-        await shelf.fill()
-        self._servicer.shelf = shelf
+        models = ModelPool(self.config, self.engine, device)
+        await models.load_all()
+        self._servicer.models = models
         if self.config.admin_listen is not None:
             await self._admin.start()
         self._health.set(SERVICE, SERVING)
@@ -118,7 +118,7 @@ class Server:
     @property
     def models(self) -> dict[str, Model]:
         """Those that are loaded."""
-        return {config.name: model for config, _, model in self._servicer.loaded_shelf().all() if model}
+        return {config.name: model for config, _, model in self._servicer.loaded_models().all() if model}
 
     async def stop(self, grace_s: float) -> None:
         """Is not ready, refuses new work, finishes what runs within `grace_s` seconds, fails the rest."""
@@ -127,7 +127,7 @@ class Server:
         await self._servicer.drain(grace_s)
         await asyncio.to_thread(self.engine.close)
         await asyncio.gather(*(each.stop(LAST_WORDS_S) for each in (self._grpc, self._probes, self._admin)))
-        for last in (self._metrics_listener, self._traces):
+        for last in (self._metrics_listener, self._tracer):
             if last is not None:
                 await asyncio.to_thread(last.close)
 

@@ -14,7 +14,7 @@ def test_an_idle_server_takes_any_request() -> None:
     admission = Admission(10)
     admission.admit(1, Claim(1_000_000), 0.0)
     assert (len(admission), admission.rows_owed()) == (1, 1_000_000)
-    admission.leave(1)
+    admission.release(1)
     assert (len(admission), admission.rows_owed()) == (0, 0)
 
 
@@ -25,7 +25,7 @@ def test_the_wait_that_is_named_is_the_one_after_which_there_is_room() -> None:
         admission.admit(2, Claim(70), 5.0)
     assert caught.value.reason == "QUEUE_FULL"
     assert caught.value.retry_after_s == pytest.approx((70 + 70 - 100) / 5.0)
-    admission.owe(1, 30)  # so many have been done in that time, and ten more
+    admission.set_rows_owed(1, 30)  # so many have been done in that time, and ten more
     admission.admit(2, Claim(70), 5.0)
 
 
@@ -33,9 +33,9 @@ def test_rows_of_lower_priority_hardly_count_and_those_of_higher_all_do() -> Non
     admission = Admission(100)
     admission.admit(1, Claim(10_000, priority="low"), 0.0)
     admission.admit(2, Claim(32, priority="high"), 0.0)  # 32 / 256 rows of the first go before it
-    with pytest.raises(QueueFull, match="36 rows go before the 65"):
+    with pytest.raises(QueueFull, match="36 rows run before the 65"):
         admission.admit(3, Claim(65), 0.0)  # 65 / 16 rows of the first, and all of the second
-    admission.leave(2)
+    admission.release(2)
     admission.admit(3, Claim(65), 0.0)
 
 
@@ -47,7 +47,7 @@ def test_a_caller_has_a_limit_of_its_own() -> None:
     assert caught.value.reason == "QUOTA_EXCEEDED"
     assert caught.value.retry_after_s == 60.0
     admission.admit(2, Claim(100, caller=other), 0.0)
-    admission.owe(1, 40)
+    admission.set_rows_owed(1, 40)
     admission.admit(3, Claim(60, caller=one), 0.0)
     admission.admit(4, Claim(10), 0.0)  # who has no name has no limit
 
@@ -56,7 +56,7 @@ def test_a_deadline_that_the_rows_before_make_impossible_is_refused() -> None:
     admission = Admission(1_000_000)
     soon = time.monotonic() + 1.0
     admission.admit(1, Claim(900), 0.0)
-    with pytest.raises(Expired, match="the 600 rows that it takes and the 600 before them") as caught:
+    with pytest.raises(Expired, match="needs 600 rows and 600 rows run before them") as caught:
         admission.admit(2, Claim(600, 600, 1000.0, soon), 0.0)
     assert caught.value.reason == "DEADLINE_UNREACHABLE"
     assert len(admission) == 1

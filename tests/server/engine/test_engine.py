@@ -21,7 +21,7 @@ from camserve_server.engine.lanes.lane_query import RowSum
 from camserve_server.errors import Cancelled, Expired, InternalError, OutOfMemory, QueueFull, Unavailable
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import MapWarning, Plan, Predict, Score, Scores, Sum, Targets
-from camserve_server.request_plan import explain
+from camserve_server.request_plan import plan_request
 from camserve_server.rows import Repeated
 from tests import nets
 from tests.support import as_model, call, explained, metric, noise, running, submit
@@ -68,7 +68,7 @@ def test_the_batch_sizes_of_a_job_are_those_that_it_ran_at(
         limited(monkeypatch, 2)
         x, subject = model.image(X), call(model, "grad-cam")
         halved = engine.submit(
-            explain(model, x, [1], subject, ()), model, rows=2, batch_sizes=given, tell=events.append
+            plan_request(model, x, [1], subject, ()), model, rows=2, batch_sizes=given, notify=events.append
         )
         halved.future.result(60)
         after = submit(engine, model, X, call(model, "grad-cam"), [1], batch_sizes=given)
@@ -76,7 +76,7 @@ def test_the_batch_sizes_of_a_job_are_those_that_it_ran_at(
     for job in (halved, after):
         assert (job.batch_sizes["forward"], job.batch_sizes["gradient"]) == (2, 2)
     assert [event.text for event in events if isinstance(event, MapWarning)] == [
-        "memory ran out: batches are of 2 rows since; a replay may differ"
+        "memory ran out; later batches have 2 rows, so that a replay may give other bits"
     ], "its first row had run at 4"
 
 
@@ -272,7 +272,7 @@ def test_steps_let_the_batches_of_others_run_between_them(model: Model) -> None:
         long = submit(engine, model, X, call(model, "rise", masks=1_000_000))
         while not engine.counters.batches:
             time.sleep(0.001)
-        engine.between(steps()).result(60)
+        engine.run_between_batches(steps()).result(60)
         engine.cancel(long)
         assert seen == sorted(set(seen)), "at least a batch between any two"
 
@@ -288,8 +288,8 @@ def test_steps_that_fail_or_are_left_say_so() -> None:
 
     with running() as engine:
         with pytest.raises(OutOfMemory):
-            engine.between(broken()).result(60)
-        left = engine.between(endless())
+            engine.run_between_batches(broken()).result(60)
+        left = engine.run_between_batches(endless())
     with pytest.raises(Unavailable):
         left.result(60)
 

@@ -155,7 +155,7 @@ def test_three_metrics_share_their_rows_and_their_events(model: Model) -> None:
         job = submit(engine, model, X, call(model, "grad-cam"), [1], ALL, events)
         scores = job.future.result(60).scores[0]
     assert job.rows == 2 + 4 * 2
-    assert job.owed == 0
+    assert job.rows_owed == 0
     steps = [event for event in events if isinstance(event, Randomised)]
     assert len(steps) == 4
     for score, name in zip(scores, ("spearman", "ssim", "hog"), strict=True):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from camserve_server.maps.channels import select_channels
 from camserve_server.models.model import Model
-from camserve_server.request_plan import Explained
+from camserve_server.request_plan import RequestResult
 from tests import nets
 from tests.support import as_model, call, explained, noise, running, submit
 
@@ -58,7 +58,7 @@ def left_out(model: Model, x: Tensor, tolerance: float) -> int:
 
 
 def test_the_rows_are_saved(model, x):
-    def rows(tolerance: float) -> tuple[int, Explained]:
+    def rows(tolerance: float) -> tuple[int, RequestResult]:
         with running() as engine:
             job = submit(engine, model, x, call(model, "poly-cam", tolerance=tolerance), TARGETS)
             result = job.future.result(60)

@@ -17,7 +17,7 @@ from camserve_server.config import Config, ModelConfig, read
 from camserve_server.errors import ConfigError, InvalidArgument
 from camserve_server.models.load import load, state_digest
 from camserve_server.models.model import Model
-from camserve_server.service.requests import explain_request
+from camserve_server.service.requests import decode_pixels, parse_explain
 from camserve_server.torch_setup import torchvision_ops  # noqa: F401
 from tests.support import noise
 
@@ -187,7 +187,8 @@ def test_a_value_out_of_range_names_its_key(line: str, message: str, tmp_path: P
 
 def asked(model: Model, **image: Any) -> Tensor:
     request = pb.ExplainRequest(image=pb.Image(**image), method=pb.MethodSpec(name="grad-cam"))
-    return explain_request(request, model, Config()).image.tensor
+    config = Config()
+    return decode_pixels(parse_explain(request, model, config), config).image.tensor
 
 
 def test_a_grey_network_gets_grey_pictures() -> None:

@@ -25,10 +25,10 @@ import camserve
 from camserve.v1 import admin_pb2 as pb
 from camserve.v1.admin_pb2_grpc import AdminServiceStub
 from camserve_cli.app import app
-from camserve_server import model_pool as shelf_module
+from camserve_server import model_pool
 from camserve_server.config import read
 from camserve_server.errors import ConfigError
-from camserve_server.model_pool import Shelf
+from camserve_server.model_pool import ModelPool
 from camserve_server.service.server import Server
 from tests import nets
 from tests.conftest import serving
@@ -280,7 +280,7 @@ def test_nothing_is_unloaded_for_want_of_a_name(tmp_path: Path) -> None:
             (admin.ReloadModel, pb.ReloadModelRequest()),
             (admin.UnloadModel, pb.UnloadModelRequest()),
         ]:
-            with pytest.raises(grpc.RpcError, match="name the model") as caught:
+            with pytest.raises(grpc.RpcError, match="names no model") as caught:
                 call(request)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert states(client) == {"a": "ready"}
@@ -310,13 +310,13 @@ def test_flags_hold_for_models_that_are_loaded_later(tmp_path: Path) -> None:
 
 def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Loads take so much longer from now on."""
-    load = shelf_module.load
+    load = model_pool.load
 
     def slow(*given: Any) -> Any:
         time.sleep(seconds)
         return load(*given)
 
-    monkeypatch.setattr(shelf_module, "load", slow)
+    monkeypatch.setattr(model_pool, "load", slow)
 
 
 @pytest.mark.parametrize("ticks", range(8))
@@ -325,22 +325,22 @@ def test_who_gives_up_at_any_moment_holds_nobody_up(tmp_path: Path, ticks: int) 
     each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
     config = read(write(tmp_path, "a", "b", max_model_bytes=each))
 
-    async def use(shelf: Shelf, name: str) -> None:
-        async with shelf.lend(name) as loan:
-            assert loan.model.name == name
+    async def use(pool: ModelPool, name: str) -> None:
+        async with pool.lease(name) as lease:
+            assert lease.model.name == name
             await asyncio.sleep(0)
 
     async def main() -> None:
         with engine_running() as engine:
-            shelf = Shelf(config, engine, torch.device("cpu"))
-            await shelf.fill()
-            waiting = asyncio.create_task(use(shelf, "b"))
-            while not shelf.loads["b"].done:
+            pool = ModelPool(config, engine, torch.device("cpu"))
+            await pool.load_all()
+            waiting = asyncio.create_task(use(pool, "b"))
+            while not pool.loads["b"].done:
                 await asyncio.sleep(0)
             for _ in range(ticks):
                 await asyncio.sleep(0)
             waiting.cancel()
-            await asyncio.wait_for(use(shelf, "a"), 20)
-            await asyncio.wait_for(use(shelf, "b"), 20)
+            await asyncio.wait_for(use(pool, "a"), 20)
+            await asyncio.wait_for(use(pool, "b"), 20)
 
     asyncio.run(main())

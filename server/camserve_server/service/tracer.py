@@ -1,6 +1,6 @@
-"""OpenTelemetry: a span for each call, below the caller's own, and spans of what it went through.
+"""OpenTelemetry traces: a span for each call, and child spans for the phases of its request.
 
-The standard `OTEL_…` environment variables say where traces go. No image, label, path or token stands in a span.
+The standard `OTEL_…` environment variables set the endpoint. A span contains no image, label, path or token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from camserve.v1 import admin_pb2, explain_pb2
 from camserve_server.engine.job import Job
 from camserve_server.service.call import Call
 
-# Codes that are the server's fault; others are the caller's.
+# Codes of failures on the server's side. Other codes are errors of the caller and do not mark the span as failed.
 FAILURES = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 W3C = TraceContextTextMapPropagator()
 SERVICES = {
@@ -33,21 +33,25 @@ SERVICES = {
     for service in file.services_by_name.values()
     for rpc in service.methods
 }
-LAST_SPANS_S = 5.0  # where nobody takes them, the server ends all the same
+LAST_SPANS_S = 5.0  # the server exits after this time even if the collector does not answer
 
 
-class Traces:
-    """Sends spans to the endpoint that the environment names."""
+class Tracer:
+    """Sends the spans of calls to the endpoint that the environment sets."""
 
     def __init__(self) -> None:
-        named = {"service.name": "camserve", "service.version": version("camserve")}
-        resource = Resource.create(named).merge(OTELResourceDetector().detect())
+        attributes = {"service.name": "camserve", "service.version": version("camserve")}
+        resource = Resource.create(attributes).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("camserve", version("camserve"))
 
     def start(self, call: Call) -> str:
-        """Begins the call's span, below that of its caller if the metadata has one. Returns the trace's id."""
+        """Start the span of a call, as a child of the caller's span if the metadata name one.
+
+        Returns:
+            The identifier of the trace, in hexadecimal.
+        """
         service = SERVICES[call.rpc]
         metadata = {key: str(value) for key, value in call.context.invocation_metadata() or ()}
         call.span = self._tracer.start_span(
@@ -59,7 +63,12 @@ class Traces:
         return f"{call.span.get_span_context().trace_id:032x}"
 
     def end(self, call: Call, code: str) -> None:
-        """Ends the call's span, with those of what it went through."""
+        """End the span of a call and add the spans of its phases.
+
+        Args:
+            call: the call.
+            code: the name of its gRPC status code.
+        """
         span = call.span
         if span is None or not span.is_recording():
             return
@@ -71,54 +80,54 @@ class Traces:
             span.set_status(Status(StatusCode.ERROR))
         end = time.monotonic()
         if call.job is not None:
-            self._went_through(call, call.job, span, end)
+            self._add_phases(call, call.job, span, end)
         span.end(_clock(end))
 
-    def _went_through(self, call: Call, job: Job[object], span: Span, end: float) -> None:
-        """Reading, queueing, computing with the first batches, and writing, as far as the request came."""
+    def _add_phases(self, call: Call, job: Job[object], span: Span, end: float) -> None:
+        """Add the spans read, queue, compute (with the first batches) and write, as far as the request got."""
         first, finished = job.first_batch or job.finished or end, job.finished or end
         self._child(span, "read", call.started, job.submitted)
         self._child(span, "queue", job.submitted, first)
         if job.first_batch is None:
             return
-        facts: dict[str, AttributeValue] = {
+        cost: dict[str, AttributeValue] = {
             "camserve.model": job.model.name,
             "camserve.rows": job.rows,
             "camserve.batches": job.batches,
         }
-        compute = self._child(span, "compute", first, finished, facts)
-        for ran, rows in [*job.ran]:
+        compute = self._child(span, "compute", first, finished, cost)
+        for batch, rows in [*job.batch_records]:
             self._child(
                 compute,
                 "batch",
-                ran.started,
-                ran.finished,
+                batch.started,
+                batch.finished,
                 {
-                    "camserve.batch": ran.number,
-                    "camserve.lane": ran.kind,
+                    "camserve.batch": batch.number,
+                    "camserve.lane": batch.kind,
                     "camserve.rows": rows,
-                    "camserve.batch.rows": ran.rows,
-                    "camserve.batch.padding": ran.padding,
+                    "camserve.batch.rows": batch.rows,
+                    "camserve.batch.padding": batch.padding,
                 },
             )
         if job.finished is not None:
             self._child(span, "write", job.finished, end)
 
     def _child(
-        self, parent: Span, name: str, start: float, end: float, facts: Mapping[str, AttributeValue] | None = None
+        self, parent: Span, name: str, start: float, end: float, attributes: Mapping[str, AttributeValue] | None = None
     ) -> Span:
-        below = set_span_in_context(parent, Context())
-        span = self._tracer.start_span(name, below, attributes=facts, start_time=_clock(start))
+        context = set_span_in_context(parent, Context())
+        span = self._tracer.start_span(name, context, attributes=attributes, start_time=_clock(start))
         span.end(_clock(end))
         return span
 
     def close(self) -> None:
-        """Sends what is not yet sent, as far as that goes quickly."""
+        """Send the remaining spans; give up after a few seconds."""
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(LAST_SPANS_S)
 
 
 def _clock(monotonic: float) -> int:
-    """The time of `time.monotonic()` in nanoseconds since 1970."""
+    """Convert a time of `time.monotonic()` to nanoseconds since 1970."""
     return time.time_ns() - int(1e9 * (time.monotonic() - monotonic))

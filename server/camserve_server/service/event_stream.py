@@ -1,0 +1,89 @@
+"""Events of one request, passed from the engine's thread to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Collection
+from typing import TypeAlias
+
+from camserve.v1 import explain_pb2 as pb
+from camserve_server.engine.job import Event, Progress
+from camserve_server.models.model import Model
+from camserve_server.plan import Level, MapWarning, Randomised, Stage
+from camserve_server.service import responses
+
+PROGRESS_EVERY_S = 0.1
+HEARTBEAT_S = 15.0
+
+StreamMessage: TypeAlias = pb.Progress | pb.Level | pb.Randomised
+
+
+class EventStream:
+    """Converts the events of a request to messages; drops the kinds that the call does not return.
+
+    Create it on the event loop.
+
+    Args:
+        model: the model of the request.
+        kinds: the kinds of messages that the call returns; empty for a unary call. Maps of other kinds are not encoded.
+
+    Attributes:
+        remarks: the warnings of the engine; complete at the end of `messages`.
+    """
+
+    def __init__(self, model: Model, kinds: Collection[type[StreamMessage]]) -> None:
+        self.remarks: list[str] = []
+        self._model = model
+        self._kinds = kinds
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Progress | Stage | pb.Level | pb.Randomised | None] = asyncio.Queue()
+
+    def notify(self, event: Event) -> None:
+        """Add an event. The engine's thread calls it, because only this thread may do arithmetic on tensors."""
+        match event:
+            case MapWarning(text):
+                self.remarks.append(text)
+            case Level() if pb.Level in self._kinds:
+                self._put(responses.level(event, self._model))
+            case Randomised() if pb.Randomised in self._kinds:
+                self._put(responses.randomised(event))
+            case Progress() | Stage() if pb.Progress in self._kinds:
+                self._put(event)
+
+    def end(self) -> None:
+        """Add the end of the stream; any thread may call it."""
+        self._put(None)
+
+    def _put(self, item: Progress | Stage | pb.Level | pb.Randomised | None) -> None:
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    async def messages(self) -> AsyncIterator[StreamMessage]:
+        """Yield the messages until the end of the stream.
+
+        Yields:
+            Every map, and the progress: at most every 0.1 s, at least every 15 s, and when all rows are done. A call
+            that does not return progress gets none.
+        """
+        progress = pb.Progress()
+        sent = 0.0
+        heartbeat_s = HEARTBEAT_S if pb.Progress in self._kinds else None
+        while True:
+            try:
+                item = await asyncio.wait_for(self._queue.get(), heartbeat_s)
+            except TimeoutError:
+                yield progress
+                continue
+            match item:
+                case None:
+                    return
+                case Stage(name):
+                    progress = pb.Progress(rows_done=progress.rows_done, rows_total=progress.rows_total, stage=name)
+                case Progress(done, total):
+                    progress = pb.Progress(rows_done=done, rows_total=total, stage=progress.stage)
+                    now = time.monotonic()
+                    if now - sent >= PROGRESS_EVERY_S or done == total:
+                        sent = now
+                        yield progress
+                case _:
+                    yield item
