@@ -67,5 +67,5 @@ def server() -> Iterator[Server]:
     """Two models: the embedded one at 96×96 pixels, the default, and "tiny", a quick one with random weights."""
     small = embedded().model_copy(update={"input_size": (96, 96), "batch_size": 4})
     tiny = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
-    with serving(Config(listen="127.0.0.1:0", models=[small, tiny])) as running:
+    with serving(Config(listen="127.0.0.1:0", health_listen="127.0.0.1:0", models=[small, tiny])) as running:
         yield running
