@@ -1,10 +1,13 @@
-"""What all tests share: one thread each, so that several processes do not fight for the cores; and a real server."""
+"""Settings and fixtures of all tests: one thread for each process, default signals, and a real server.
+
+Several pytest processes run at the same time. With one thread each they do not compete for the cores.
+"""
 
 from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the servers that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is imported; child processes inherit it
 
 import asyncio
 import threading
@@ -17,26 +20,31 @@ import torch
 
 from camserve_server.config import Config, ModelConfig, embedded
 from camserve_server.service.server import Server
-from tests.processes import restore_default_signals
+from tests.processes import LIMIT_S, restore_default_signals
 
 restore_default_signals()
 torch.set_num_threads(1)
 if torch.cuda.is_available():
-    os.environ["CAMSERVE_DEVICE"] = "cpu"  # tests marked `gpu` name theirs
+    os.environ["CAMSERVE_DEVICE"] = "cpu"  # tests with the mark `gpu` name their device
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip without one; the slow ones go first, so that no worker ends with them."""
+    """Skip tests that need a GPU if there is none, and run files with slow tests first.
+
+    The tests of a file stay together, so that fixtures of a module are set up once. Slow files go first, so that no
+    worker is left with one at the end.
+    """
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
 
 
 @contextmanager
 def serving(config: Config) -> Iterator[Server]:
-    """A real server on a free loopback port, in a thread of its own."""
+    """Run a server in a thread of this process; the configuration should listen on port 0 of the loopback address."""
     started: Future[tuple[Server, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def life() -> None:
@@ -53,18 +61,18 @@ def serving(config: Config) -> Iterator[Server]:
 
     thread = threading.Thread(target=lambda: asyncio.run(life()), name="server")
     thread.start()
-    server, loop, over = started.result(timeout=120)
+    server, loop, over = started.result(timeout=LIMIT_S)
     try:
         yield server
     finally:
         loop.call_soon_threadsafe(over.set)
-        thread.join(60)
+        thread.join(LIMIT_S)
         assert not thread.is_alive(), "the server did not stop"
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """Two models: the embedded one at 96×96 pixels, the default, and "tiny", a quick one with random weights."""
+    """Run a server with two models: the embedded one at 96×96 pixels, which is the default, and the small "tiny"."""
     small = embedded().model_copy(update={"input_size": (96, 96), "batch_size": 4})
     tiny = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
     with serving(Config(listen="127.0.0.1:0", health_listen="127.0.0.1:0", models=[small, tiny])) as running:

@@ -1,4 +1,4 @@
-"""Networks of all kinds on one real server: what each says it serves, it serves, and the rest is refused."""
+"""Networks of several architectures on one server: it serves the methods that it lists and refuses the others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from camserve_server import registry
 from camserve_server.config import Config, ModelConfig
 from camserve_server.service.server import Server
 from tests.conftest import serving
+from tests.processes import patient_client
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
 QUICK: dict[str, dict[str, object]] = {
     "opti-cam": {"steps": 2},
     "rise": {"masks": 4},
@@ -25,20 +26,20 @@ QUICK: dict[str, dict[str, object]] = {
     "gradient-shap": {"samples": 2},
     "occlusion": {"window": 16, "stride": 16},
 }
-# At most so many rows, where a method has one for each channel.
+# The limit of rows for methods that use one for each channel.
 BUDGET = 40
 ATTENTION = {"raw-attention", "attention-rollout"}
 
 
 def grey_labels() -> nn.Module:
-    """A grey-scale network of four labels that may all be right."""
+    """Return a greyscale network with four labels that do not exclude each other."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(360, 4)
     )
 
 
 def one_logit() -> nn.Module:
-    """Yes or no."""
+    """Return a network with a single output."""
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
 
 
@@ -62,32 +63,37 @@ MODELS = [
 
 
 def small_vit() -> nn.Module:
-    """torchvision's transformer, small."""
+    """Return a small vision transformer of torchvision."""
     from camserve_server.torch_setup import torchvision_ops  # noqa: F401
 
     import torchvision  # isort: skip
 
     net: nn.Module = torchvision.models.VisionTransformer(48, 16, 2, 3, 48, 96, num_classes=6)
-    nn.init.normal_(net.heads.head.weight)  # it starts with zeros
+    head = net.get_parameter("heads.head.weight")
+    nn.init.normal_(head)  # torchvision initialises it with zeros
     return net
 
 
 def small_swin() -> nn.Module:
-    """torchvision's Swin, small."""
+    """Return a small Swin transformer of torchvision."""
     from camserve_server.torch_setup import torchvision_ops  # noqa: F401
 
     import torchvision  # isort: skip
 
-    return torchvision.models.SwinTransformer([4, 4], 24, [2, 2], [2, 2], [4, 4], num_classes=6)
+    net: nn.Module = torchvision.models.SwinTransformer([4, 4], 24, [2, 2], [2, 2], [4, 4], num_classes=6)
+    return net
 
 
 def small_timm_swin() -> nn.Module:
-    """timm's Swin, small."""
+    """Return a small Swin transformer of timm."""
     from camserve_server.torch_setup import torchvision_ops  # noqa: F401
 
     import timm  # isort: skip
 
-    return timm.models.SwinTransformer(64, embed_dim=24, depths=(2, 2), num_heads=(2, 2), window_size=4, num_classes=6)
+    net: nn.Module = timm.models.SwinTransformer(
+        64, embed_dim=24, depths=(2, 2), num_heads=(2, 2), window_size=4, num_classes=6
+    )
+    return net
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +104,8 @@ def server() -> Iterator[Server]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [model.name for model in MODELS])
-def test_what_is_listed_is_served(server: Server, name: str) -> None:
-    with camserve.Client(server.address) as client:
+def test_listed_methods_are_served_and_others_refused(server: Server, name: str) -> None:
+    with patient_client(server.address) as client:
         listed = next(model for model in client.models() if model.name == name)
         methods = {method.name: method for method in client.methods(name)}
         assert set(methods) == set(registry.METHODS)
@@ -109,37 +115,37 @@ def test_what_is_listed_is_served(server: Server, name: str) -> None:
             if method.name not in listed.methods:
                 assert method.unavailable
                 with pytest.raises(camserve.FailedPrecondition, match="cannot serve"):
-                    client.explain(PICTURE, model=name, method=method.name, parameters=parameters)
+                    client.explain(IMAGE, model=name, method=method.name, parameters=parameters)
                 continue
             explanation = client.explain(
-                PICTURE, model=name, method=method.name, parameters=parameters, budget=budget, metrics=["average-gain"]
+                IMAGE, model=name, method=method.name, parameters=parameters, budget=budget, metrics=["average-gain"]
             )
             assert explanation.saliency.shape == tuple(listed.input_size)
             assert np.isfinite(explanation.saliency).all()
             assert explanation.cost.rows <= (BUDGET if method.anytime else 2 + method.rows)
 
 
-def test_which_serves_what(server: Server) -> None:
-    with camserve.Client(server.address) as client:
+def test_methods_of_each_architecture(server: Server) -> None:
+    with patient_client(server.address) as client:
         models = {model.name: model for model in client.models()}
     everything = set(registry.METHODS)
     assert everything - set(models["resnet"].methods) == ATTENTION
     assert everything - set(models["one"].methods) == ATTENTION
-    assert everything - set(models["grey"].methods) == {*ATTENTION, "cam"}, "no pooling before its linear layer"
+    assert everything - set(models["grey"].methods) == {*ATTENTION, "cam"}, "it has no pooling before its linear layer"
     several = {"poly-cam", "poly-cam+", "poly-cam-", "layer-cam", "zoom-cam"}
     for name in ("vit", "deit", "torchvision-vit"):
         assert everything - set(models[name].methods) == {*several, "cam"}
     for name in ("swin", "timm-swin"):
-        assert everything - set(models[name].methods) == {*several, *ATTENTION}, "windows have no class token"
+        assert everything - set(models[name].methods) == {*several, *ATTENTION}, "they have no class token"
     assert [layer.prefix_tokens for layer in models["deit"].named_layers if layer.name == "blocks.11.norm1"] == [2]
     assert (models["grey"].input_channels, models["grey"].head) == (1, "sigmoid")
     assert (models["one"].classes, models["one"].head) == (1, "sigmoid")
 
 
-def test_labels_that_may_all_be_right_do_not_add_up(server: Server) -> None:
-    with camserve.Client(server.address) as client:
-        explanation = client.explain(PICTURE, model="grey", method="grad-cam", top_k=4)
-        grey = PICTURE.mean(axis=2).astype(np.uint8)
+def test_sigmoid_probabilities_are_independent(server: Server) -> None:
+    with patient_client(server.address) as client:
+        explanation = client.explain(IMAGE, model="grey", method="grad-cam", top_k=4)
+        grey = IMAGE.mean(axis=2).astype(np.uint8)
         assert client.explain(grey, model="grey", method="grad-cam").saliency.shape == (40, 24)
         for baseline in ("blur", "black", "mean"):
             score = client.evaluate(
@@ -151,13 +157,13 @@ def test_labels_that_may_all_be_right_do_not_add_up(server: Server) -> None:
     assert len(explanation.maps) == 4
 
 
-def test_a_call_of_a_module_that_runs_several_times(server: Server) -> None:
-    with camserve.Client(server.address) as client:
-        by_call = client.explain(PICTURE, model="resnet", method="grad-cam", layers=["layer4.1.relu#2"])
-        by_block = client.explain(PICTURE, model="resnet", method="grad-cam", layers=["layer4"])
-        assert np.array_equal(by_call.saliency, by_block.saliency), "the block's output is that of its last activation"
+def test_layer_can_name_one_call_of_a_repeated_module(server: Server) -> None:
+    with patient_client(server.address) as client:
+        by_call = client.explain(IMAGE, model="resnet", method="grad-cam", layers=["layer4.1.relu#2"])
+        by_block = client.explain(IMAGE, model="resnet", method="grad-cam", layers=["layer4"])
+        assert np.array_equal(by_call.saliency, by_block.saliency), "the block returns its last activation"
         assert by_call.receipt.layers == ("layer4.1.relu#2",)
         with pytest.raises(camserve.InvalidArgument, match="name one call"):
-            client.explain(PICTURE, model="resnet", method="grad-cam", layers=["layer4.1.relu"])
-        several = client.explain(PICTURE, model="vit", method="layer-cam", layers=["blocks.5.norm1", "blocks.11.norm1"])
+            client.explain(IMAGE, model="resnet", method="grad-cam", layers=["layer4.1.relu"])
+        several = client.explain(IMAGE, model="vit", method="layer-cam", layers=["blocks.5.norm1", "blocks.11.norm1"])
         assert several.saliency.shape == (64, 64)

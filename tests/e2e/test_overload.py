@@ -1,12 +1,12 @@
-"""Priorities and quotas, over a real channel."""
+"""Priorities and quotas of callers, over a real channel."""
 
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,16 +14,19 @@ import skimage.data
 
 import camserve
 from camserve_server.config import Config, ModelConfig, TokenConfig
+from camserve_server.engine.engine import Engine
+from camserve_server.engine.job import Job
 from camserve_server.service.server import Server
 from tests.conftest import serving
+from tests.processes import LIMIT_S, patient_client
 
-PICTURE = skimage.data.chelsea()
+IMAGE = skimage.data.chelsea()
 LONG: dict[str, Any] = {"method": "rise", "parameters": {"masks": 6000}}
 ENDLESS: dict[str, Any] = {"method": "rise", "parameters": {"masks": 1_000_000}}
 
 
 def token(name: str, **rights: Any) -> TokenConfig:
-    """Whose secret is its name."""
+    """Return a token whose secret is its name."""
     return TokenConfig(name=name, sha256=hashlib.sha256(name.encode()).hexdigest(), **rights)
 
 
@@ -41,72 +44,110 @@ def server() -> Iterator[Server]:
         yield running
 
 
-def begun(client: camserve.Client, **asked: Any) -> Any:
-    """A stream that is under way."""
-    stream = client.explain_stream(PICTURE, **asked)
+class ClientWithoutRetries(camserve.Client):
+    """A client that reports the first refusal instead of waiting for the retry delay."""
+
+    _extra_options: ClassVar = [("grpc.enable_retries", 0)]
+
+
+def running_stream(client: camserve.Client, **arguments: Any) -> Any:
+    """Start a long request and return its stream after the first progress event."""
+    stream = client.explain_stream(IMAGE, **arguments)
     next(event for event in stream if isinstance(event, camserve.Progress))
     return stream
 
 
-def test_a_high_request_passes_one_that_came_before_it(server: Server) -> None:
-    """Both are as long; the map is the same at any priority."""
-    with camserve.Client(server.address, token="anna", timeout=120) as anna:
-        ended: dict[str, float] = {}
-        maps = {}
-
-        def ask(priority: str) -> None:
-            found = anna.explain(PICTURE, method="rise", parameters={"masks": 3000}, priority=priority)
-            maps[priority] = found.saliency
-            ended[priority] = time.monotonic()
-
-        threads = [threading.Thread(target=ask, args=(priority,)) for priority in ("low", "normal", "high")]
-        for thread in threads:
-            thread.start()
-            time.sleep(0.1)
-        for thread in threads:
-            thread.join()
-        assert sorted(ended, key=ended.__getitem__) == ["high", "normal", "low"]
-        assert all(np.array_equal(each, maps["low"]) for each in maps.values())
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
-def test_a_caller_that_owes_too_much_waits_and_others_do_not(server: Server) -> None:
+def engine_of(server: Server) -> Engine:
+    assert server.engine is not None
+    return server.engine
+
+
+def test_high_priority_request_ends_before_earlier_ones(server: Server) -> None:
+    """All requests have the same length. The map is the same at each priority."""
+    order: list[str] = []
+    maps = {}
+    submitted = []
+    engine = engine_of(server)
+    submit = engine.submit
+
+    def count(*args: Any, **kwargs: Any) -> Job[Any]:
+        job = submit(*args, **kwargs)
+        submitted.append(job)
+        return job
+
     with (
-        camserve.Client(server.address, token="modest", timeout=60) as modest,
-        camserve.Client(server.address, token="anna", timeout=60) as anna,
+        patient_client(server.address, token="anna") as anna,
+        ThreadPoolExecutor(3) as pool,
+        pytest.MonkeyPatch.context() as patch,
     ):
-        stream = begun(modest, **ENDLESS)  # the only one of this caller, however long
-        with pytest.raises(camserve.ResourceExhausted, match="this caller owes") as caught:
-            next(iter(modest.explain_stream(PICTURE, **LONG, timeout=1)))
+        patch.setattr(engine, "submit", count)
+        first = running_stream(anna, method="rise", parameters={"masks": 4000}, priority="high")
+
+        def explain(priority: str) -> None:
+            explanation = anna.explain(IMAGE, method="rise", parameters={"masks": 1900}, priority=priority)
+            order.append(priority)
+            maps[priority] = explanation.saliency
+
+        # The first request keeps the device busy until the others are in the queue.
+        calls = []
+        for priority in ("low", "normal", "high"):
+            calls.append(pool.submit(explain, priority))
+            wait_until(lambda: len(submitted) == 1 + len(calls))
+        first.close()
+        for call in calls:
+            call.result(LIMIT_S)
+    assert order == ["high", "normal", "low"]
+    assert all(np.array_equal(each, maps["low"]) for each in maps.values())
+
+
+def test_quota_delays_one_caller_and_not_others(server: Server) -> None:
+    with (
+        patient_client(server.address, token="modest") as modest,
+        patient_client(server.address, token="anna") as anna,
+    ):
+        stream = running_stream(modest, **ENDLESS)  # the first request of a caller may exceed its quota
+        with (
+            ClientWithoutRetries(server.address, token="modest", timeout=LIMIT_S) as once,
+            pytest.raises(camserve.ResourceExhausted, match="this caller owes") as caught,
+        ):
+            next(iter(once.explain_stream(IMAGE, **LONG)))
         assert caught.value.reason == "QUOTA_EXCEEDED"
         assert caught.value.retry_after_s is not None
-        assert anna.explain(PICTURE, method="grad-cam").maps
+        assert anna.explain(IMAGE, method="grad-cam").maps
         stream.close()
-        until = time.monotonic() + 20
-        while server.engine.rows_owed():
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        assert modest.explain(PICTURE, method="grad-cam").maps
+        wait_until(lambda: not engine_of(server).rows_owed())
+        assert modest.explain(IMAGE, method="grad-cam").maps
 
 
-def test_the_quota_of_all_holds_for_who_has_none_of_its_own(server: Server) -> None:
-    with camserve.Client(server.address, token="anna", timeout=60) as anna:
-        stream = begun(anna, **{**LONG, "parameters": {"masks": 100_000}})
+def test_default_quota_applies_to_callers_without_their_own(server: Server) -> None:
+    with (
+        patient_client(server.address, token="anna") as anna,
+        ClientWithoutRetries(server.address, token="anna", timeout=LIMIT_S) as once,
+    ):
+        stream = running_stream(anna, **{**LONG, "parameters": {"masks": 100_000}})
         with pytest.raises(camserve.ResourceExhausted, match="the caller's limit is 10000 rows"):
-            next(iter(anna.explain_stream(PICTURE, method="grad-cam", timeout=1)))
+            next(iter(once.explain_stream(IMAGE, method="grad-cam")))
         stream.close()
 
 
-def test_nobody_gets_a_higher_priority_than_the_token_has(server: Server) -> None:
-    with camserve.Client(server.address, token="patient", timeout=60) as patient:
-        assert patient.explain(PICTURE, method="grad-cam").maps
-        assert patient.evaluate(PICTURE, method="grad-cam", metrics="average-gain", priority="low").scores
+def test_priority_above_that_of_the_token_is_refused(server: Server) -> None:
+    with patient_client(server.address, token="patient") as patient:
+        assert patient.explain(IMAGE, method="grad-cam").maps
+        assert patient.evaluate(IMAGE, method="grad-cam", metrics="average-gain", priority="low").scores
         with pytest.raises(camserve.PermissionDenied, match="patient may ask for priority low at most") as caught:
-            patient.explain(PICTURE, method="grad-cam", priority="normal")
+            patient.explain(IMAGE, method="grad-cam", priority="normal")
         assert caught.value.field == "priority"
 
 
-def test_an_unknown_priority_is_refused(server: Server) -> None:
-    with camserve.Client(server.address, token="anna", timeout=60) as anna:
-        with pytest.raises(camserve.InvalidArgument, match="'urgent'; expected low, normal, high or empty") as caught:
-            anna.explain(PICTURE, method="grad-cam", priority="urgent")
+def test_unknown_priority_is_refused(server: Server) -> None:
+    with patient_client(server.address, token="anna") as anna:
+        with pytest.raises(camserve.InvalidArgument, match="low, normal, high or empty, not 'urgent'") as caught:
+            anna.explain(IMAGE, method="grad-cam", priority="urgent")
         assert caught.value.field == "priority"
