@@ -81,7 +81,7 @@ class Subject:
 
 def photograph() -> PIL.Image.Image:
     """A cat: scikit-image's, CC0."""
-    return from_pixels(skimage.data.chelsea())  # type: ignore[no-untyped-call]
+    return from_pixels(skimage.data.chelsea())
 
 
 def resnet50() -> nn.Module:

@@ -1,5 +1,5 @@
 """Fixtures of the tests of the command line."""
 
-from tests.client.fake_server import address, authority, certificate, client, other, photo, pixels, ramp, servicer
+from tests.client.fake_server import address, authority, certificate, client, other_photo, photo, pixels, ramp, servicer
 
-__all__ = ["address", "authority", "certificate", "client", "other", "photo", "pixels", "ramp", "servicer"]
+__all__ = ["address", "authority", "certificate", "client", "other_photo", "photo", "pixels", "ramp", "servicer"]

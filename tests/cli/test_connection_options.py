@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import grpc
-from click.testing import Result
-from typer.testing import CliRunner
+import trustme
+from typer.testing import CliRunner, Result
 
 from camserve_cli.app import app
-from tests.client.fake_server import listening
+from tests.client.fake_server import Servicer, listening
 
 
-def test_the_command_line_takes_all_that_from_options_or_the_environment(servicer, authority, certificate, tmp_path):
+def test_connection_options_come_from_arguments_or_the_environment(
+    servicer: Servicer, authority: trustme.CA, certificate: tuple[bytes, bytes], tmp_path: Path
+) -> None:
     key, chain = certificate
     files = {"CAMSERVE_CA": authority.cert_pem.bytes(), "CAMSERVE_CERT": chain, "CAMSERVE_KEY": key}
     for name, content in files.items():

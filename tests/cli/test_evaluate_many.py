@@ -22,8 +22,10 @@ from typer.testing import CliRunner
 import camserve
 from camserve.v1 import explain_pb2 as pb
 from camserve_cli.app import app
-from camserve_cli.study import annotations, score_csv
+from camserve_cli.study import score_csv
+from camserve_cli.study.annotations import read_boxes, read_labels
 from camserve_server.service.server import Server
+from tests.client.fake_server import Servicer
 
 METRICS = ("insertion", "average-drop")
 # One method twice, the second time under another label.
@@ -47,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 # ---- which images, and their labels ---------------------------------------------------------------------------------
 
 
-def test_a_folder_is_its_image_files_in_order(folder):
+def test_folder_is_read_as_sorted_image_files(folder: Path) -> None:
     (folder / "00.JPG").write_bytes(b"")
     one = folder / "07.png"
     found = score_csv.image_files([one, folder, Path("none.png")])
@@ -63,11 +65,11 @@ def test_a_folder_is_its_image_files_in_order(folder):
 
 
 @pytest.mark.parametrize("header", ["", "file,target\n", "\ufeffFile, Target\n\n"])
-def test_labels_are_found_by_path_or_by_name(tmp_path, header):
+def test_labels_match_images_by_path_or_name(tmp_path: Path, header: str) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text(header + 'a/dog.jpg,1\nb/dog.jpg,2\n/data/cat.jpg,"tabby, cat"\nhen.jpg,8\n', encoding="utf-8")
     images = [tmp_path / "b" / "dog.jpg", tmp_path / "cat.jpg", tmp_path / "a" / "dog.jpg"]
-    assert annotations.read_labels(labels, images) == ["2", "tabby, cat", "1"]
+    assert read_labels(labels, images) == ["2", "tabby, cat", "1"]
 
 
 @pytest.mark.parametrize(
@@ -80,21 +82,21 @@ def test_labels_are_found_by_path_or_by_name(tmp_path, header):
         ("dog.jpg,1\ndog.jpg,2\n", "several targets for"),
     ],
 )
-def test_wrong_labels_are_said(tmp_path, text, said):
+def test_invalid_label_files_raise(tmp_path: Path, text: Any, said: str) -> None:
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(camserve.InvalidArgument, match=said):
-        annotations.read_labels(tmp_path / "labels.csv", [tmp_path / "dog.jpg"])
+        read_labels(tmp_path / "labels.csv", [tmp_path / "dog.jpg"])
 
 
-def test_boxes_are_lines_in_pixels_or_voc_files(tmp_path):
+def test_boxes_are_read_from_csv_or_voc_files(tmp_path: Path) -> None:
     images = [tmp_path / "dog.jpg", tmp_path / "cat.jpg"]
     (tmp_path / "boxes.csv").write_text(
         "file,left,top,right,bottom\ncat.jpg,0,1,2,3.5\ndog.jpg,4,5,6,7\ncat.jpg,1,1,2,2\n"
     )
-    assert annotations.read_boxes(tmp_path / "boxes.csv", images) == [[(4, 5, 6, 7)], [(0, 1, 2, 3.5), (1, 1, 2, 2)]]
+    assert read_boxes(tmp_path / "boxes.csv", images) == [[(4, 5, 6, 7)], [(0, 1, 2, 3.5), (1, 1, 2, 2)]]
     box = "<object><bndbox><xmin>{}</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox></object>"
     (tmp_path / "dog.xml").write_text(f"<annotation>{box.format(1)}{box.format(5)}</annotation>")
-    assert annotations.read_boxes(tmp_path, images[:1]) == [[(0, 1, 30, 40), (4, 1, 30, 40)]]
+    assert read_boxes(tmp_path, images[:1]) == [[(0, 1, 30, 40), (4, 1, 30, 40)]]
     for text, said in [
         ("dog.jpg,1,2,3\n", "line 1: expected file,left,top,right,bottom"),
         ("dog.jpg,1,2,3,x\n", "line 1: expected file,left,top,right,bottom"),
@@ -102,11 +104,11 @@ def test_boxes_are_lines_in_pixels_or_voc_files(tmp_path):
     ]:
         (tmp_path / "boxes.csv").write_text(text)
         with pytest.raises(camserve.InvalidArgument, match=said):
-            annotations.read_boxes(tmp_path / "boxes.csv", images)
+            read_boxes(tmp_path / "boxes.csv", images)
     for wrong in ("<annotation/>", "<annotation>", f"<annotation>{box.format('x')}</annotation>"):
         (tmp_path / "dog.xml").write_text(wrong)
         with pytest.raises(camserve.InvalidArgument, match=r"no Pascal VOC file|no box for"):
-            annotations.read_boxes(tmp_path, images[:1])
+            read_boxes(tmp_path, images[:1])
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def lasting(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_a_killed_run_goes_on_to_the_same_files(server: Server, folder: Path, tmp_path: Path):
+def test_killed_run_can_be_resumed_to_identical_files(server: Server, folder: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ran = run(server, folder, "--csv", whole / "scores.csv", "--npz", whole / "maps.npz")
     assert ran.returncode == 1, "one image is broken"
@@ -186,7 +188,7 @@ def test_a_killed_run_goes_on_to_the_same_files(server: Server, folder: Path, tm
         np.testing.assert_array_equal(maps["04.png/tiny/grad-cam"], maps["03.png/tiny/grad-cam"])
 
 
-def test_the_files_hold_what_explain_gives(server: Server, folder: Path, tmp_path: Path):
+def test_files_contain_the_results_of_explain(server: Server, folder: Path, tmp_path: Path) -> None:
     labels, images = tmp_path / "labels.csv", [folder / "02.png", folder / "00.png"]
     labels.write_text("file,target\nphotos/00.png,3\nphotos/02.png,5\n")
     ran = run(server, *images, "--labels", labels, "--csv", tmp_path / "s.csv", "--npz", tmp_path / "m.npz")
@@ -225,14 +227,14 @@ def evaluate(server: Server, *arguments: object) -> subprocess.CompletedProcess[
     )
 
 
-def test_one_method_names_the_maps_by_their_images(server: Server, folder: Path, tmp_path: Path):
+def test_maps_of_a_single_method_are_named_by_image(server: Server, folder: Path, tmp_path: Path) -> None:
     given = (folder / "00.png", folder / "01.png", "--csv", tmp_path / "s.csv", "--npz", tmp_path / "m.npz")
     assert evaluate(server, *given, "--method", "grad-cam").returncode == 0
     with np.load(tmp_path / "m.npz") as maps:
         assert sorted(maps) == ["00.png", "01.png"]
 
 
-def test_a_file_of_another_run_is_refused(server: Server, folder: Path, tmp_path: Path):
+def test_resume_rejects_the_file_of_another_run(server: Server, folder: Path, tmp_path: Path) -> None:
     given = (folder / "00.png", "--csv", tmp_path / "s.csv", "--method", "opti-cam", "--resume")
     first = evaluate(server, *given, "--param", "steps=2")
     assert first.returncode == 0, first.stderr
@@ -248,7 +250,7 @@ def test_a_file_of_another_run_is_refused(server: Server, folder: Path, tmp_path
     assert (tmp_path / "s.csv").read_bytes() == before
 
 
-def test_wrong_names_are_said_before_anything_is_written(server: Server, folder: Path, tmp_path: Path):
+def test_unknown_names_fail_before_files_are_written(server: Server, folder: Path, tmp_path: Path) -> None:
     given = (folder, "--csv", tmp_path / "s.csv")
     for options in (
         ("--method", "no-cam"),
@@ -260,7 +262,7 @@ def test_wrong_names_are_said_before_anything_is_written(server: Server, folder:
     assert not (tmp_path / "s.csv").exists()
 
 
-def test_metrics_of_localisation_take_boxes(server: Server, folder: Path, tmp_path: Path):
+def test_localisation_metrics_require_boxes(server: Server, folder: Path, tmp_path: Path) -> None:
     given = (folder / "00.png", folder / "01.png", "--method", "cam", "--metric", "pointing-game")
     refused = evaluate(server, *given, "--csv", tmp_path / "s.csv")
     assert (refused.returncode, refused.stdout) == (1, "")
@@ -280,7 +282,7 @@ def test_metrics_of_localisation_take_boxes(server: Server, folder: Path, tmp_pa
     assert re.search(r"pointing-game +1\b", one.stdout)
 
 
-def test_wrong_usage_exits_with_2(server: Server, folder: Path, tmp_path: Path):
+def test_invalid_usage_exits_with_2(server: Server, folder: Path, tmp_path: Path) -> None:
     image, labels = folder / "00.png", tmp_path / "labels.csv"
     out = ("--csv", tmp_path / "s.csv")
     for wrong in [
@@ -299,7 +301,7 @@ def test_wrong_usage_exits_with_2(server: Server, folder: Path, tmp_path: Path):
     assert (missing.returncode, missing.stderr) == (1, f"error: No such file or directory: {labels}\n")
 
 
-def test_ctrl_c_keeps_what_is_done(address, servicer, folder, tmp_path):
+def test_ctrl_c_keeps_finished_results(address: str, servicer: Servicer, folder: Path, tmp_path: Path) -> None:
     def answer_the_first(context: Any) -> None:
         if len([each for each in servicer.requests if isinstance(each, pb.ExplainRequest)]) == 2:
             context.add_callback(servicer.cancelled.set)
@@ -325,7 +327,9 @@ def test_ctrl_c_keeps_what_is_done(address, servicer, folder, tmp_path):
     assert [row["image"][-6:] for row in table(tmp_path / "s.csv")] == ["00.png"]
 
 
-def test_progress_goes_to_stderr_and_the_means_to_stdout(address, servicer, folder, tmp_path):
+def test_progress_is_printed_to_stderr_and_means_to_stdout(
+    address: str, servicer: Servicer, folder: Path, tmp_path: Path
+) -> None:
     def refuse_the_third(context: Any) -> None:
         if len([each for each in servicer.requests if isinstance(each, pb.ExplainRequest)]) == 3:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "un-\nreadable")

@@ -42,18 +42,20 @@ def command(*arguments: object, stdin: str | None = None) -> subprocess.Complete
     ],
     ids=lambda options: options[1],
 )
-def test_a_replayed_map_is_the_same_bit_for_bit(server: Server, photo, other, tmp_path, options):
+def test_replayed_map_is_bitwise_identical(
+    server: Server, photo: Path, other_photo: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
     given = ("--address", server.address)
     explained = command("explain", photo, *given, "--model", "tiny", "--out", tmp_path, *options)
     assert explained.returncode == 0, explained.stderr
     result = command("replay", tmp_path / "cat.json", photo, *given)
     assert (result.returncode, result.stdout.partition(",")[2]) == (0, " bit for bit\n"), result
-    result = command("replay", tmp_path / "cat.json", other, *given)
+    result = command("replay", tmp_path / "cat.json", other_photo, *given)
     assert (result.returncode, result.stdout[:13]) == (1, "another image"), result
     assert "largest difference" in result.stdout
 
 
-def test_the_digests_are_those_of_the_maps(server: Server, photo, tmp_path):
+def test_receipt_digests_match_the_saved_maps(server: Server, photo: Path, tmp_path: Path) -> None:
     command("explain", photo, "--address", server.address, "--model", "tiny", "--out", tmp_path, "--top-k", 2)
     receipt = Receipt.from_json((tmp_path / "cat.json").read_bytes())
     maps = [np.load(tmp_path / f"cat.{index}.npy") for index in receipt.targets]
@@ -61,7 +63,7 @@ def test_the_digests_are_those_of_the_maps(server: Server, photo, tmp_path):
     assert list(receipt.map_digests) == digests
 
 
-def test_a_digest_that_was_tampered_with_is_shown(server: Server, photo, tmp_path):
+def test_replay_reports_a_modified_digest(server: Server, photo: Path, tmp_path: Path) -> None:
     command("explain", photo, "--address", server.address, "--model", "tiny", "--out", tmp_path)
     record = json.loads((tmp_path / "cat.json").read_text())
     record["receipt"]["map_digests"] = ["sha256:" + "0" * 64]
@@ -71,7 +73,7 @@ def test_a_digest_that_was_tampered_with_is_shown(server: Server, photo, tmp_pat
     assert len(result.stdout.splitlines()) == 4, "nothing else differs"
 
 
-def test_what_the_server_has_is_listed(server: Server):
+def test_list_prints_models_layers_and_methods(server: Server) -> None:
     with camserve.Client(server.address) as client:
         tiny, methods = client.models()[1], client.methods("tiny")
     given = ("--address", server.address, "--model", "tiny")
@@ -95,7 +97,7 @@ def version(seed: int, folder: Path) -> Iterator[str]:
         yield running.address
 
 
-def test_another_version_of_the_model_is_named(photo, tmp_path):
+def test_replay_reports_other_weights(photo: Path, tmp_path: Path) -> None:
     with version(1, tmp_path) as address:
         command("explain", photo, "--address", address, "--out", tmp_path, "--method", "grad-cam", "--target", 2)
     with version(2, tmp_path) as address:
@@ -106,7 +108,7 @@ def test_another_version_of_the_model_is_named(photo, tmp_path):
     assert differs == ["model_digest", "map_digests.2"]
 
 
-def test_a_check_by_randomisation_is_a_picture_and_a_table(server: Server, photo, tmp_path):
+def test_sanity_writes_an_image_and_prints_a_table(server: Server, photo: Path, tmp_path: Path) -> None:
     picture = tmp_path / "checks" / "cat.png"
     given = ("--address", server.address, "--model", "tiny", "--method", "layer-cam", "--steps", "3", "--out", picture)
     result = command("sanity", photo, *given)

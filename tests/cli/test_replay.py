@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
 from camserve import Receipt
 from camserve_cli.app import app
+from tests.client.fake_server import Servicer
 
 
 def run(*arguments: object, stdin: str | None = None) -> Result:
@@ -19,13 +21,16 @@ def run(*arguments: object, stdin: str | None = None) -> Result:
 
 
 @pytest.fixture
-def record(address, photo, tmp_path) -> Path:
+def record(address: str, photo: Path, tmp_path: Path) -> Path:
+    """Path of the JSON file that an explanation wrote."""
     assert run("explain", photo, "--address", address, "--out", tmp_path).exit_code == 0
     return tmp_path / "cat.json"
 
 
-def test_replay_shows_how_far_a_saved_map_is(address, servicer, record, photo, tmp_path, ramp):
-    servicer.ramp = ramp + np.eye(8, dtype=np.float32) / 2
+def test_replay_prints_differences_from_saved_maps(
+    address: str, servicer: Servicer, record: Path, photo: Path, tmp_path: Path, ramp: NDArray[np.float32]
+) -> None:
+    servicer.saliency = ramp + np.eye(8, dtype=np.float32) / np.float32(2)
     given = ("replay", record, photo, "--address", address)
     result = run(*given)
     assert (result.exit_code, result.stdout.splitlines()[0]) == (1, "not the same map")
@@ -39,9 +44,11 @@ def test_replay_shows_how_far_a_saved_map_is(address, servicer, record, photo, t
     assert "difference" not in run(*given).stdout
 
 
-def test_replay_of_several_maps(address, servicer, photo, tmp_path, ramp):
+def test_replay_compares_several_saved_maps(
+    address: str, servicer: Servicer, photo: Path, tmp_path: Path, ramp: NDArray[np.float32]
+) -> None:
     run("explain", photo, "--address", address, "--out", tmp_path, "--top-k", 2)
-    servicer.ramp = ramp / 2
+    servicer.saliency = ramp / np.float32(2)
     given = ("replay", tmp_path / "cat.json", photo, "--address", address)
     saved = [tmp_path / "cat.281.npy", tmp_path / "cat.8.npy"]
     result = run(*given)
@@ -54,7 +61,7 @@ def test_replay_of_several_maps(address, servicer, photo, tmp_path, ramp):
     assert "tabby" not in run(*given).stdout
 
 
-def test_replay_takes_a_receipt_from_anywhere(address, record, photo, tmp_path):
+def test_replay_reads_receipts_from_files_and_stdin(address: str, record: Path, photo: Path, tmp_path: Path) -> None:
     given = ("--address", address)
     line = run("explain", photo, *given, "--out", tmp_path / "new", "--json").stdout
     alone = json.dumps(json.loads(record.read_text())["receipt"])
@@ -64,20 +71,27 @@ def test_replay_takes_a_receipt_from_anywhere(address, record, photo, tmp_path):
         assert (result.exit_code, result.stdout) == (0, "the same map, bit for bit\n")
 
 
-def test_another_image_is_said_first(address, servicer, record, photo, other):
-    given = ("replay", record, other, "--address", address)
+def test_replay_reports_another_input_first(
+    address: str, servicer: Servicer, record: Path, photo: Path, other_photo: Path
+) -> None:
+    given = ("replay", record, other_photo, "--address", address)
     assert run(*given).stdout.splitlines()[:2] == [
         "another image: the model saw another input than the receipt's",
         "the same map, bit for bit",
     ]
-    servicer.now = {"preprocessing": "as given"}
+    servicer.receipt_overrides = {"preprocessing": "as given"}
     said, *_ = run(*given).stdout.splitlines()
     assert said == "another input: the image was preprocessed in another way"
-    servicer.now = {"preprocessing": "as given", "input_digest": Receipt.from_json(record.read_text()).input_digest}
+    servicer.receipt_overrides = {
+        "preprocessing": "as given",
+        "input_digest": Receipt.from_json(record.read_text()).input_digest,
+    }
     assert "another" not in run(*given).stdout
 
 
-def test_replay_says_what_is_wrong(address, record, photo, tmp_path, ramp):
+def test_replay_reports_invalid_arguments(
+    address: str, record: Path, photo: Path, tmp_path: Path, ramp: NDArray[np.float32]
+) -> None:
     np.save(tmp_path / "words.npy", np.array(["a"]))
     given = run("evaluate", photo, "--address", address, "--saliency", tmp_path / "cat.npy", "--json").stdout
     for arguments, stdin, said in [

@@ -1,4 +1,7 @@
-"""A server on a loopback port that answers with known numbers: a real channel, without models."""
+"""Fake server with known responses on a loopback port, and fixtures for the tests that use it.
+
+The tests use a real channel, but the server has no models.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,21 @@ import trustme
 from google.protobuf import struct_pb2
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthServicer, add_HealthServicer_to_server
+from numpy.typing import NDArray
 
 import camserve
 from camserve.images import MAX_MESSAGE_BYTES
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceServicer, add_ExplainServiceServicer_to_server
 
+# Timeout of every wait for an event, in seconds. Tests reach it only if they fail.
+WAIT_S = 60.0
+
 RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
 LABELS = {7: "cock", 8: "hen", 281: "tabby, cat"}
 
 
-def tensor(array: np.ndarray) -> pb.Tensor:
+def tensor(array: NDArray[np.float32]) -> pb.Tensor:
     return pb.Tensor(shape=array.shape, data=array.astype("<f4").tobytes())
 
 
@@ -43,16 +50,25 @@ def prediction(index: int) -> pb.Prediction:
 
 
 class Servicer(ExplainServiceServicer):
-    """Explains with a ramp. `requests` holds what came in; `before` may abort; the model "slow" never answers.
+    """Implementation of the service whose saliency map is a ramp.
 
-    `now` changes what the receipts say, and `ramp` the map.
+    Requests for the model "slow" do not return before they are cancelled.
+
+    Attributes:
+        requests: All requests so far.
+        metadata: Metadata of the last request.
+        receipt_overrides: Fields of the receipts that differ from their usual values.
+        saliency: The map of all explanations.
+        before: Function that runs before each response. It may abort the call.
+        started: Event that is set when a request for the model "slow" arrives.
+        cancelled: Event that is set when a request for the model "slow" is cancelled.
     """
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
         self.metadata: dict[str, Any] = {}
-        self.now: dict[str, Any] = {}
-        self.ramp = RAMP
+        self.receipt_overrides: dict[str, Any] = {}
+        self.saliency: NDArray[np.float32] = RAMP
         self.before: Callable[[grpc.ServicerContext], None] = lambda context: None
         self.started = threading.Event()
         self.cancelled = threading.Event()
@@ -63,9 +79,9 @@ class Servicer(ExplainServiceServicer):
         self.before(context)
         if getattr(request, "model", "") == "slow":
             if not context.add_callback(self.cancelled.set):
-                self.cancelled.set()  # it had been cancelled before it got here
+                self.cancelled.set()  # The call was cancelled before it arrived here.
             self.started.set()
-            self.cancelled.wait(20)
+            self.cancelled.wait(WAIT_S)
 
     def _map(self, target: pb.Target, metrics: Any, raw: bool = False) -> pb.SaliencyMap:
         index = {label: i for i, label in LABELS.items()}.get(target.label, target.index)
@@ -73,22 +89,22 @@ class Servicer(ExplainServiceServicer):
         for score in scores:
             if score.metric == "insertion":
                 score.curve.extend([0.0, 0.25, 0.5])
-        answer = pb.SaliencyMap(target=prediction(index), saliency=tensor(self.ramp), scores=scores, share=1)
+        answer = pb.SaliencyMap(target=prediction(index), saliency=tensor(self.saliency), scores=scores, share=1)
         if raw:
             answer.raw.CopyFrom(tensor(RAMP[:2, :3] * 10))
         return answer
 
     def Explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:
         self._received(request, context)
-        likeliest = [pb.Target(index=index) for index in (281, 8, 7)]
-        targets = list(request.targets) or likeliest[: request.target_top_k or 1]
+        most_probable = [pb.Target(index=index) for index in (281, 8, 7)]
+        targets = list(request.targets) or most_probable[: request.target_top_k or 1]
         answer = pb.ExplainResponse(
             request_id=request.request_id or "given",
             maps=[self._map(target, request.metrics, request.raw) for target in targets],
             predictions=[prediction(281), prediction(8)][: request.top_k],
             cost=pb.Cost(rows=12, batches=3, queue_ms=1.5, compute_ms=20.25),
         )
-        receipt = {
+        receipt: dict[str, Any] = {
             "request_id": answer.request_id,
             "model": request.model or "first",
             "model_digest": digest(b"weights"),
@@ -106,7 +122,7 @@ class Servicer(ExplainServiceServicer):
             "input_digest": digest(request.image.SerializeToString()),
             "map_digests": [digest(each.saliency.data) for each in answer.maps],
         }
-        answer.receipt.CopyFrom(pb.Receipt(**receipt | self.now))
+        answer.receipt.CopyFrom(pb.Receipt(**receipt | self.receipt_overrides))
         if request.budget:
             answer.maps[0].share = 0.25
         answer.maps[0].warnings.append("degenerate: the map is a ramp")
@@ -116,10 +132,10 @@ class Servicer(ExplainServiceServicer):
         yield pb.ExplainStreamResponse(progress=pb.Progress(rows_done=0, rows_total=20, stage="explain"))
         answer = self.Explain(request.request, context)
         for index, layer in enumerate(["deep", "shallow"]):
-            saliency = [tensor(RAMP * (index + 1) / 2)] * len(answer.maps)
+            saliency = [tensor(RAMP * np.float32((index + 1) / 2))] * len(answer.maps)
             yield pb.ExplainStreamResponse(level=pb.Level(index=index, count=2, layer=layer, saliency=saliency))
         yield pb.ExplainStreamResponse(progress=pb.Progress(rows_done=12, rows_total=12, stage="explain"))
-        yield pb.ExplainStreamResponse()  # an event of a later contract
+        yield pb.ExplainStreamResponse()  # An event that this version of the client does not know.
         yield pb.ExplainStreamResponse(result=answer)
 
     def Evaluate(self, request: pb.EvaluateRequest, context: Any) -> pb.EvaluateResponse:
@@ -136,7 +152,7 @@ class Servicer(ExplainServiceServicer):
         step = pb.Randomised(
             order="independent", index=1, count=3, layers=["fc", "conv"], target=7, spearman=0.5, hog=-1
         )
-        step.saliency.CopyFrom(tensor(self.ramp))
+        step.saliency.CopyFrom(tensor(self.saliency))
         yield pb.EvaluateStreamResponse(randomised=step)
         yield pb.EvaluateStreamResponse(result=self.Evaluate(request.request, context))
 
@@ -199,11 +215,15 @@ class Servicer(ExplainServiceServicer):
 
 @pytest.fixture
 def servicer() -> Servicer:
+    """The service implementation of the server at `address`."""
     return Servicer()
 
 
-class Health(HealthServicer):
-    """The state of all services. grpcio's own may wait for ever for a watcher that has just left."""
+class Health(HealthServicer):  # type: ignore[misc] # The package has no types.
+    """Health service with one state for all services.
+
+    The implementation of grpcio-health-checking can block forever on a watcher that has disconnected.
+    """
 
     def __init__(self) -> None:
         self.state = HealthCheckResponse.SERVING
@@ -212,11 +232,11 @@ class Health(HealthServicer):
         return HealthCheckResponse(status=self.state)
 
     def Watch(self, request: object, context: grpc.ServicerContext) -> Iterator[HealthCheckResponse]:
-        told = None
+        sent = None
         while context.is_active():
-            if self.state != told:
-                told = self.state
-                yield HealthCheckResponse(status=told)
+            if self.state != sent:
+                sent = self.state
+                yield HealthCheckResponse(status=sent)
             time.sleep(0.02)
 
 
@@ -226,13 +246,13 @@ def listening(
     credentials: grpc.ServerCredentials | None = None,
     health: Health | None = None,
 ) -> Iterator[str]:
-    """The address of a server that answers with the servicer."""
-    # A watcher of health takes a thread.
+    """Yield the address of a server with this servicer."""
+    # Each watcher of the health service occupies a thread.
     server = grpc.server(ThreadPoolExecutor(32), options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
     add_ExplainServiceServicer_to_server(servicer, server)
     add_HealthServicer_to_server(health or Health(), server)
-    anywhere = "127.0.0.1:0"
-    port = server.add_secure_port(anywhere, credentials) if credentials else server.add_insecure_port(anywhere)
+    any_port = "127.0.0.1:0"
+    port = server.add_secure_port(any_port, credentials) if credentials else server.add_insecure_port(any_port)
     server.start()
     try:
         yield f"127.0.0.1:{port}"
@@ -243,39 +263,41 @@ def listening(
 
 @pytest.fixture
 def address(servicer: Servicer) -> Iterator[str]:
+    """Address of a running fake server."""
     with listening(servicer) as address:
         yield address
 
 
 @pytest.fixture
 def client(address: str) -> Iterator[camserve.Client]:
-    with camserve.Client(address, timeout=20) as client:
+    """Client of the fake server."""
+    with camserve.Client(address, timeout=WAIT_S) as client:
         yield client
 
 
 @pytest.fixture
-def ramp() -> np.ndarray:
-    """The map that the server explains with, float32 [8, 8]."""
+def ramp() -> NDArray[np.float32]:
+    """The map of all explanations, float32 [8, 8]."""
     return RAMP
 
 
 @pytest.fixture
-def pixels() -> np.ndarray:
-    """uint8 [6, 4, 3], no two pixels alike."""
-    return np.arange(72, dtype=np.uint8).reshape(6, 4, 3) * 3
+def pixels() -> NDArray[np.uint8]:
+    """uint8 [6, 4, 3]. All pixels are different."""
+    return np.arange(72, dtype=np.uint8).reshape(6, 4, 3) * np.uint8(3)
 
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    """A photograph in a file, "cat.jpg"."""
+    """Path of a photograph of a cat."""
     path = tmp_path / "cat.jpg"
     PIL.Image.fromarray(skimage.data.chelsea()).save(path)
     return path
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> Path:
-    """Another one, beside the first."""
+def other_photo(tmp_path: Path) -> Path:
+    """Path of a photograph of a cup, in the same folder."""
     path = tmp_path / "cup.jpg"
     PIL.Image.fromarray(skimage.data.coffee()).save(path)
     return path
@@ -283,11 +305,20 @@ def other(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
+    """Certificate authority."""
     return trustme.CA()
 
 
 @pytest.fixture(scope="module")
 def certificate(authority: trustme.CA) -> tuple[bytes, bytes]:
-    """The key and the certificate, PEM, of the server and of its caller."""
-    made = authority.issue_cert("127.0.0.1", "localhost")
-    return made.private_key_pem.bytes(), b"".join(each.bytes() for each in made.cert_chain_pems)
+    """Private key and certificate chain of localhost in PEM format."""
+    issued = authority.issue_cert("127.0.0.1", "localhost")
+    return issued.private_key_pem.bytes(), b"".join(each.bytes() for each in issued.cert_chain_pems)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds that no event announces. Fail after `WAIT_S` seconds."""
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
+        time.sleep(0.02)

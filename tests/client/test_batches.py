@@ -12,35 +12,49 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import camserve
 from camserve import Variant, batches, request_messages
 from camserve_server.errors import QueueFull
 from camserve_server.service import status
+from tests.client.fake_server import WAIT_S, Servicer
 
 
-class Counter:
-    """Holds each request of a fake for a moment, and knows how many were there at once."""
+class ConcurrencyCounter:
+    """Count the requests that the fake server processes at the same time.
 
-    def __init__(self) -> None:
-        self.here = self.most = 0
+    The first requests do not return before `expected` requests have arrived. They then stay for another moment, in
+    which the counter would see a request in excess.
+    """
+
+    def __init__(self, expected: int) -> None:
+        self.expected = expected
+        self.current = self.maximum = 0
         self.lock = threading.Lock()
+        self.reached = threading.Event()
 
     def __call__(self, _: Any) -> None:
         with self.lock:
-            self.here += 1
-            self.most = max(self.most, self.here)
-        time.sleep(0.02)
+            self.current += 1
+            self.maximum = max(self.maximum, self.current)
+            full = self.current == self.expected and not self.reached.is_set()
+        if full:
+            time.sleep(0.2)
+            self.reached.set()
+        assert self.reached.wait(WAIT_S), "fewer requests than expected run at the same time"
         with self.lock:
-            self.here -= 1
+            self.current -= 1
 
 
-def places(results: Any) -> set[tuple[int, str, str]]:
+def keys(results: Any) -> set[tuple[int, str, str]]:
     return {(result.index, result.model, result.method) for result in results}
 
 
-def test_every_image_by_every_method_on_every_model(servicer, client, pixels, ramp):
-    variants = ["grad-cam", Variant("short", "opti-cam", {"steps": 2}, layers=["deep"], seed=7)]
+def test_evaluate_many_runs_every_method_on_every_image_and_model(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8], ramp: NDArray[np.float32]
+) -> None:
+    variants: list[str | Variant] = ["grad-cam", Variant("short", "opti-cam", {"steps": 2}, layers=["deep"], seed=7)]
     results = list(
         client.evaluate_many(
             [pixels, pixels],
@@ -50,7 +64,7 @@ def test_every_image_by_every_method_on_every_model(servicer, client, pixels, ra
             labels=[8, "cock"],
         )
     )
-    assert places(results) == {(i, model, name) for i in (0, 1) for model in "ab" for name in ("grad-cam", "short")}
+    assert keys(results) == {(i, model, name) for i in (0, 1) for model in "ab" for name in ("grad-cam", "short")}
     for result in results:
         assert result.error is None
         assert result.image is pixels
@@ -59,55 +73,62 @@ def test_every_image_by_every_method_on_every_model(servicer, client, pixels, ra
         assert result.warnings == ("degenerate: the map is a ramp",)
         assert result.receipt.method == {"grad-cam": "grad-cam", "short": "opti-cam"}[result.method]
         np.testing.assert_array_equal(result.saliency, ramp)
-    [asked] = [
+    [request] = [
         each
         for each in servicer.requests
         if (each.method.name, each.model, each.targets[0].index) == ("opti-cam", "a", 8)
     ]
-    assert (dict(asked.method.parameters.items()), asked.method.layers, asked.method.seed) == (
+    assert (dict(request.method.parameters.items()), request.method.layers, request.method.seed) == (
         {"steps": 2},
         ["deep"],
         7,
     )
-    assert dict(asked.metrics[0].parameters.items()) == {"steps": 9}
+    assert dict(request.metrics[0].parameters.items()) == {"steps": 9}
 
 
-def test_the_forms_of_methods(client, pixels):
+def test_methods_can_be_names_mappings_or_variants(client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
     for methods in ("grad-cam", ["grad-cam"], {"grad-cam": {"steps": 2}}, [Variant("grad-cam", "grad-cam")]):
         [result] = client.evaluate_many(iter([pixels]), methods=methods, metrics="insertion")
         assert (result.model, result.method, result.receipt.model) == ("first", "grad-cam", "first")
 
 
-def test_a_failure_stops_nobody_and_says_itself(client, pixels):
-    images = [pixels, "none.png", np.zeros((2, 2)), None, pixels]
+def test_failed_request_returns_its_error_and_does_not_stop_others(
+    client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
+    images: list[Any] = [pixels, "none.png", np.zeros((2, 2)), None, pixels]
     results = {result.index: result for result in client.evaluate_many(images, methods=["a", "b"], in_flight=2)}
     errors = [type(results[index].error) for index in range(5)]
     assert errors == [type(None), FileNotFoundError, camserve.InvalidArgument, camserve.InvalidArgument, type(None)]
     with pytest.raises(FileNotFoundError):
         _ = results[1].scores
-    with camserve.Client("127.0.0.1:1") as nobody:
-        [result] = nobody.evaluate_many([pixels], methods="a")
+    with camserve.Client("127.0.0.1:1") as unreachable:
+        [result] = unreachable.evaluate_many([pixels], methods="a")
     assert isinstance(result.error, camserve.Unavailable)
     assert result.model == ""
 
 
-class Full:
-    """Too busy for the first requests of each image, as the server says it."""
+class Busy:
+    """Refuse the first requests with the error of a server whose queue is full."""
 
     def __init__(self, refusals: int) -> None:
-        self.left = refusals
+        self.refusals = iter(range(refusals))
 
     def __call__(self, context: Any) -> None:
-        self.left -= 1
-        if self.left >= 0:
+        if next(self.refusals, None) is not None:
             error = QueueFull("too many rows are owed", retry_after_s=0.01)
             context.set_trailing_metadata(status.trailing_metadata(error, "given"))
             context.abort(status.code(error), str(error))
 
 
-def test_where_the_server_is_full_a_request_waits_and_is_made_again(servicer, address, client, pixels, monkeypatch):
+def test_request_is_retried_while_the_server_is_busy(
+    servicer: Servicer,
+    address: str,
+    client: camserve.Client,
+    pixels: NDArray[np.uint8],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(batches, "MIN_RETRY_WAIT_S", 0.001)
-    servicer.before = Full(5)
+    servicer.before = Busy(5)
     results = list(client.evaluate_many([pixels] * 4, methods="a", in_flight=3))
     assert [result.error for result in results] == [None] * 4
     assert len(servicer.requests) == 9
@@ -116,9 +137,9 @@ def test_where_the_server_is_full_a_request_waits_and_is_made_again(servicer, ad
         async with camserve.aio.Client(address) as client:
             return [result async for result in client.evaluate_many([pixels] * 2, methods="a")]
 
-    servicer.before = Full(3)
+    servicer.before = Busy(3)
     assert [result.error for result in asyncio.run(ask())] == [None] * 2
-    servicer.before = Full(1000)
+    servicer.before = Busy(1000)
     monkeypatch.setattr(batches, "MAX_ATTEMPTS", 3)
     servicer.requests.clear()
     [result] = client.evaluate_many([pixels], methods="a")
@@ -126,13 +147,15 @@ def test_where_the_server_is_full_a_request_waits_and_is_made_again(servicer, ad
     assert len(servicer.requests) == 3
 
 
-def test_each_image_has_its_own_truth(servicer, address, client, pixels):
-    def asked() -> list[tuple[int, bool]]:
+def test_boxes_and_masks_belong_to_single_images(
+    servicer: Servicer, address: str, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
+    def truths_received() -> list[tuple[int, bool]]:
         return [(len(each.truth.boxes), each.truth.HasField("mask")) for each in servicer.requests]
 
     truths: Any = {"boxes": [[(0, 0, 2, 3), (1, 1, 2, 2)], None], "masks": iter([None, np.eye(3)])}
     assert all(not each.error for each in client.evaluate_many([pixels] * 2, methods="a", in_flight=1, **truths))
-    assert asked() == [(2, False), (0, True)]
+    assert truths_received() == [(2, False), (0, True)]
 
     async def ask() -> None:
         async with camserve.aio.Client(address) as client:
@@ -142,13 +165,15 @@ def test_each_image_has_its_own_truth(servicer, address, client, pixels):
 
     servicer.requests.clear()
     asyncio.run(ask())
-    assert asked() == [(1, False)]
+    assert truths_received() == [(1, False)]
     with pytest.raises(ValueError, match="longer"):
         list(client.evaluate_many([pixels], methods="a", boxes=[None, None]))
 
 
-def test_no_more_than_asked_for_is_in_flight_or_read(servicer, client, pixels):
-    servicer.before = counter = Counter()
+def test_in_flight_limits_requests_and_images_read(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
+    servicer.before = counter = ConcurrencyCounter(4)
     read = 0
 
     def images() -> Iterator[np.ndarray]:
@@ -160,10 +185,10 @@ def test_no_more_than_asked_for_is_in_flight_or_read(servicer, client, pixels):
     for number, _ in enumerate(client.evaluate_many(images(), methods=["a", "b"], in_flight=4), 1):
         assert read <= (number + 4 + 1) / 2 + 1
     assert number == 24
-    assert 2 <= counter.most <= 4
+    assert counter.maximum == 4
 
 
-def test_wrong_arguments_are_raised_at_once(client, pixels):
+def test_invalid_arguments_raise_immediately(client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
     for wrong in ({"in_flight": 0}, {"methods": ["a", "a"]}, {"images": "dog.jpg"}):
         with pytest.raises(camserve.InvalidArgument):
             client.evaluate_many(**{"images": [pixels], "methods": "a"} | wrong)
@@ -171,22 +196,28 @@ def test_wrong_arguments_are_raised_at_once(client, pixels):
         list(client.evaluate_many([pixels, pixels], methods="a", labels=[1]))
 
 
-def test_what_is_skipped_is_not_asked_for(servicer, client, pixels):
+def test_skipped_results_are_not_requested(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     done = client.evaluate_many([pixels] * 2, methods=["a", "b"], models="m", skip={(0, "m", "a"), (1, "m", "b")})
-    assert places(done) == {(0, "m", "b"), (1, "m", "a")}
+    assert keys(done) == {(0, "m", "b"), (1, "m", "a")}
     assert len(servicer.requests) == 2
 
 
-def test_leaving_early_cancels_what_is_in_flight(servicer, client, pixels):
+def test_closing_the_iterator_cancels_requests_in_flight(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     results = client.evaluate_many([pixels, "none.png"], methods="a", models="slow", in_flight=2)
     assert isinstance(next(results).error, FileNotFoundError)
-    assert servicer.started.wait(5)
+    assert servicer.started.wait(WAIT_S)
     results.close()
-    assert servicer.cancelled.wait(5)
+    assert servicer.cancelled.wait(WAIT_S)
 
 
-def test_the_awaited_client_does_the_same(servicer, address, pixels):
-    servicer.before = counter = Counter()
+def test_aio_evaluate_many_limits_and_cancels_requests(
+    servicer: Servicer, address: str, pixels: NDArray[np.uint8]
+) -> None:
+    servicer.before = counter = ConcurrencyCounter(4)
 
     async def ask() -> None:
         async with camserve.aio.Client(address) as client:
@@ -198,16 +229,18 @@ def test_the_awaited_client_does_the_same(servicer, address, pixels):
             async with aclosing(client.evaluate_many(["none.png", pixels], methods="a", models="slow")) as results:
                 async for result in results:
                     assert isinstance(result.error, FileNotFoundError)
-                    assert await asyncio.to_thread(servicer.started.wait, 5)
+                    assert await asyncio.to_thread(servicer.started.wait, WAIT_S)
                     break
-            assert await asyncio.to_thread(servicer.cancelled.wait, 5)
+            assert await asyncio.to_thread(servicer.cancelled.wait, WAIT_S)
 
     asyncio.run(ask())
-    assert 2 <= counter.most <= 4
+    assert counter.maximum == 4
 
 
-def test_many_are_explained_from_an_iterator_without_a_length(servicer, address, client, pixels):
-    images = (each for each in [pixels, "none.png", pixels])
+def test_explain_many_accepts_an_iterator_without_length(
+    servicer: Servicer, address: str, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
+    images: Iterator[Any] = (each for each in [pixels, "none.png", pixels])
     found = {each.index: each for each in client.explain_many(images, method="grad-cam", top_k=2, in_flight=2)}
     assert [type(found[index].error) for index in range(3)] == [type(None), FileNotFoundError, type(None)]
     assert found[0].image is pixels
@@ -227,7 +260,7 @@ def test_many_are_explained_from_an_iterator_without_a_length(servicer, address,
             client.explain_many(**{"images": [pixels]} | wrong)
 
 
-def test_many_take_the_options_of_one():
+def test_explain_many_has_the_options_of_explain() -> None:
     one, several = (
         set(inspect.signature(each).parameters) for each in (request_messages.explain, batches.explain_many)
     )
@@ -235,8 +268,10 @@ def test_many_take_the_options_of_one():
     assert several == one - of_each | {"images", "labels", "in_flight"}
 
 
-def test_the_options_of_many_arrive(servicer, client, pixels):
-    options = {
+def test_explain_many_sends_the_same_request_as_explain(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
+    options: dict[str, Any] = {
         "model": "m",
         "method": "opti-cam",
         "target": 7,
@@ -249,7 +284,7 @@ def test_the_options_of_many_arrive(servicer, client, pixels):
         "priority": "low",
         "predictions": 2,
         "raw": True,
-        "timeout": 20,
+        "timeout": WAIT_S,
     }
     [result] = client.explain_many([pixels], **options)
     client.explain(pixels, **options)
@@ -258,7 +293,7 @@ def test_the_options_of_many_arrive(servicer, client, pixels):
 
 
 @pytest.mark.parametrize("name", ["evaluate_many", "explain_many"])
-def test_both_clients_have_the_same_signature(name):
+def test_both_clients_have_the_same_signature_of_many(name: str) -> None:
     sync, awaited = getattr(camserve.Client, name), getattr(camserve.aio.Client, name)
     assert (sync.__name__, sync.__doc__) == (awaited.__name__, awaited.__doc__)
     ours, theirs = inspect.signature(sync), inspect.signature(awaited)

@@ -1,4 +1,4 @@
-"""What is asked, and what is answered: sync and async, over a real channel."""
+"""Requests and responses of single calls, with the blocking client and the asyncio client."""
 
 from __future__ import annotations
 
@@ -7,39 +7,43 @@ import dataclasses
 import inspect
 import os
 import signal
+import sys
 import threading
-import time
+import traceback
 from contextlib import aclosing
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from google.protobuf.json_format import MessageToDict
+from numpy.typing import NDArray
 
 import camserve
 from camserve import Evaluation, Explanation, Level, Progress, Randomised, Replay, request_messages
 from camserve.v1 import explain_pb2 as pb
+from tests.client.fake_server import WAIT_S, Servicer, wait_until
 
 
-def test_what_is_asked_arrives(servicer, client, pixels):
+def test_request_contains_all_arguments(servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
     client.explain(
         pixels,
         model="m",
         method="opti-cam",
-        target=[np.int64(7), "hen"],
+        target=[np.int64(7), "hen"],  # type: ignore[list-item] # Integers of numpy are also accepted.
         layers=["a", "b"],
         parameters={"steps": np.int32(20), "norm": "max", "soft": True, "rate": 0.1},
         metrics={"insertion": {"steps": 10}, "deletion": {}},
         seed=2**64 - 1,
         budget=2**40,
-        batch_sizes={"forward": np.int64(4)},
+        batch_sizes={"forward": np.int64(4)},  # type: ignore[dict-item]
         predictions=3,
         raw=True,
         request_id="mine",
     )
-    asked = servicer.requests[-1]
-    asked.ClearField("image")
-    assert MessageToDict(asked, preserving_proto_field_name=True) == {
+    request = servicer.requests[-1]
+    request.ClearField("image")
+    assert MessageToDict(request, preserving_proto_field_name=True) == {
         "request_id": "mine",
         "model": "m",
         "method": {
@@ -58,48 +62,60 @@ def test_what_is_asked_arrives(servicer, client, pixels):
     assert servicer.metadata["user-agent"].startswith(f"camserve/{camserve.__version__}")
 
 
-def test_the_defaults_leave_the_choice_to_the_server(servicer, client, pixels):
+def test_default_arguments_leave_fields_unset(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     client.explain(pixels)
-    asked = servicer.requests[-1]
-    assert (asked.model, asked.request_id, list(asked.targets), list(asked.metrics)) == ("", "", [], [])
-    assert (asked.method.name, list(asked.method.layers), asked.method.seed, asked.top_k) == ("poly-cam", [], 0, 5)
-    assert (asked.target_top_k, asked.budget, dict(asked.batch_sizes)) == (0, 0, {})
+    request = servicer.requests[-1]
+    assert (request.model, request.request_id, list(request.targets), list(request.metrics)) == ("", "", [], [])
+    assert (request.method.name, list(request.method.layers), request.method.seed, request.top_k) == (
+        "poly-cam",
+        [],
+        0,
+        5,
+    )
+    assert (request.target_top_k, request.budget, dict(request.batch_sizes)) == (0, 0, {})
 
 
-def test_the_likeliest_classes_are_explained(servicer, client, pixels):
+def test_top_k_explains_the_most_probable_classes(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     e = client.explain(pixels, top_k=3)
     assert servicer.requests[-1].target_top_k == 3
     assert [each.target.index for each in e.maps] == [281, 8, 7]
     assert [each.index for each in client.explain(pixels, top_k=2, target=[], predictions=1).predictions] == [281]
 
 
-def test_a_budget_may_cut_a_map_short(servicer, client, pixels):
+def test_budget_is_sent_and_share_is_returned(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     assert client.explain(pixels).share == 1
     assert client.explain(pixels, budget=7).share == 0.25
     assert client.explain(pixels, budget=7).receipt.budget == 7
     client.evaluate(pixels, method="opti-cam", budget=7, batch_sizes={"forward": 4})
-    asked = servicer.requests[-1]
-    assert (asked.budget, dict(asked.batch_sizes)) == (7, {"forward": 4})
+    request = servicer.requests[-1]
+    assert (request.budget, dict(request.batch_sizes)) == (7, {"forward": 4})
 
 
-def test_boxes_are_sent_in_shares_of_the_image(servicer, client):
+def test_boxes_are_sent_as_fractions_of_the_image(servicer: Servicer, client: camserve.Client) -> None:
     client.explain(np.zeros((20, 40, 3), np.uint8), boxes=[(10, 5, 20, 20), (0, 0.5, 40, 1)], mask=[[True, False]])
     truth = servicer.requests[-1].truth
     assert [(b.left, b.top, b.right, b.bottom) for b in truth.boxes] == [(0.25, 0.25, 0.5, 1), (0, 0.025, 1, 0.05)]
     assert list(truth.mask.shape) == [1, 2]
     assert np.frombuffer(truth.mask.data, "<f4").tolist() == [1, 0]
-    client.evaluate(np.zeros((3, 20, 40), np.float32), method="grad-cam", boxes=np.array([10, 5, 20, 20]))
+    boxes: Any = np.array([10, 5, 20, 20])
+    client.evaluate(np.zeros((3, 20, 40), np.float32), method="grad-cam", boxes=boxes)
     assert servicer.requests[-1].truth.boxes[0] == pb.Box(left=0.25, top=0.25, right=0.5, bottom=1)
     client.explain(np.zeros((20, 40, 3), np.uint8))
     assert not servicer.requests[-1].HasField("truth")
 
 
-def test_a_single_name_is_not_taken_for_its_letters(servicer, client, pixels):
+def test_single_string_is_one_name(servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
     client.explain(pixels, layers="layer4", metrics="insertion", target="hen")
-    asked = servicer.requests[-1]
-    assert list(asked.method.layers) == ["layer4"]
-    assert [metric.name for metric in asked.metrics] == ["insertion"]
-    assert [target.label for target in asked.targets] == ["hen"]
+    request = servicer.requests[-1]
+    assert list(request.method.layers) == ["layer4"]
+    assert [metric.name for metric in request.metrics] == ["insertion"]
+    assert [target.label for target in request.targets] == ["hen"]
 
 
 @pytest.mark.parametrize(
@@ -120,14 +136,18 @@ def test_a_single_name_is_not_taken_for_its_letters(servicer, client, pixels):
         ({"metrics": {"insertion": {"steps": object()}}}, "metrics.parameters"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_sent(servicer, client, pixels, wrong, field):
+def test_invalid_arguments_raise_before_a_request_is_sent(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8], wrong: Any, field: str
+) -> None:
     with pytest.raises(camserve.InvalidArgument) as caught:
         client.explain(pixels, **wrong)
     assert caught.value.field == field
     assert not servicer.requests
 
 
-def test_an_explanation_is_read(client, pixels, ramp):
+def test_explain_returns_all_fields_of_the_response(
+    client: camserve.Client, pixels: NDArray[np.uint8], ramp: NDArray[np.float32]
+) -> None:
     e = client.explain(pixels, target=[8, 7], metrics=("insertion", "average-gain"), parameters={"n": 3}, raw=True)
     np.testing.assert_array_equal(e.saliency, ramp)
     np.testing.assert_array_equal(e.raw, ramp[:2, :3] * 10)
@@ -151,54 +171,63 @@ def test_an_explanation_is_read(client, pixels, ramp):
     assert client.explain(pixels, request_id="mine").request_id == "mine"
 
 
-def test_a_stream_ends_with_the_explanation(client, pixels, ramp):
+def test_explain_stream_ends_with_the_explanation(
+    client: camserve.Client, pixels: NDArray[np.uint8], ramp: NDArray[np.float32]
+) -> None:
     *events, last = client.explain_stream(pixels)
     assert isinstance(last, Explanation)
     assert [type(event) for event in events] == [Progress, Level, Level, Progress]
     assert events[0] == Progress(rows_done=0, rows_total=20, stage="explain")
+    assert isinstance(events[1], Level)
     assert (events[1].index, events[1].count, events[1].layer) == (0, 2, "deep")
     np.testing.assert_array_equal(events[1].saliency, ramp / 2)
     assert len(events[1].maps) == 1
 
 
-def test_evaluate_scores_a_given_map_or_a_method(servicer, client, pixels, ramp):
+def test_evaluate_scores_a_map_or_a_method(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8], ramp: NDArray[np.float32]
+) -> None:
     evaluation = client.evaluate(pixels, saliency=ramp.astype(float), target="hen", seed=3)
-    asked = servicer.requests[-1]
+    request = servicer.requests[-1]
     assert isinstance(evaluation, Evaluation)
     assert evaluation.scores == {"insertion": 0.25, "deletion": 0.25, "average-gain": 0.25}
     assert evaluation.target.index == 8
-    assert (asked.WhichOneof("subject"), list(asked.saliency.shape), asked.seed) == ("saliency", [8, 8], 3)
+    assert (request.WhichOneof("subject"), list(request.saliency.shape), request.seed) == ("saliency", [8, 8], 3)
     *events, last = client.evaluate_stream(pixels, method="poly-cam", layers="a", seed=3, metrics=["insertion"])
-    asked = servicer.requests[-1]
+    request = servicer.requests[-1]
     assert [type(event) for event in events] == [Progress, Randomised]
     step = events[1]
+    assert isinstance(step, Randomised)
+    assert isinstance(last, Evaluation)
     assert (step.order, step.index, step.count, step.layers) == ("independent", 1, 3, ("fc", "conv"))
     assert (step.target, step.spearman, step.ssim, step.hog) == (7, 0.5, 0, -1)
     assert np.array_equal(step.saliency, ramp)
     assert list(last.scores) == ["insertion"]
-    assert (asked.method.name, asked.method.layers, asked.method.seed, asked.seed) == ("poly-cam", ["a"], 3, 3)
-    assert not asked.HasField("target")
+    assert (request.method.name, request.method.layers, request.method.seed, request.seed) == ("poly-cam", ["a"], 3, 3)
+    assert not request.HasField("target")
 
 
-GIVEN = np.zeros((4, 4))
+MAP = np.zeros((4, 4))
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {},
-        {"saliency": GIVEN, "method": "poly-cam"},
-        {"saliency": GIVEN[0]},
-        {"saliency": GIVEN.astype(complex)},
-        {"saliency": GIVEN, "parameters": {"a": 1}},
+        {"saliency": MAP, "method": "poly-cam"},
+        {"saliency": MAP[0]},
+        {"saliency": MAP.astype(complex)},
+        {"saliency": MAP, "parameters": {"a": 1}},
     ],
 )
-def test_evaluate_needs_one_subject(client, pixels, wrong):
+def test_evaluate_requires_either_a_map_or_a_method(
+    client: camserve.Client, pixels: NDArray[np.uint8], wrong: Any
+) -> None:
     with pytest.raises(camserve.InvalidArgument):
         client.evaluate(pixels, **wrong)
 
 
-def test_what_there_is(servicer, client):
+def test_models_methods_and_metrics_are_listed(servicer: Servicer, client: camserve.Client) -> None:
     (model,) = client.models()
     assert (model.name, model.input_size, model.labels) == ("first", (8, 9), ("a", "b", "c"))
     stem, shallow, deep = model.named_layers
@@ -216,43 +245,53 @@ def test_what_there_is(servicer, client):
     assert (metric.name, metric.higher_is_better, metric.rows) == ("insertion", True, 100)
 
 
-# ---- ending early ---------------------------------------------------------------------------------------------------
+# ---- cancellation ---------------------------------------------------------------------------------------------------
 
 
-def test_closing_a_stream_cancels_the_call(servicer, client, pixels):
+def test_closing_a_stream_cancels_the_call(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     events = client.explain_stream(pixels, model="slow")
     assert isinstance(next(events), Progress)
-    assert servicer.started.wait(5)
+    assert servicer.started.wait(WAIT_S)
     events.close()
-    assert servicer.cancelled.wait(5)
+    assert servicer.cancelled.wait(WAIT_S)
 
 
-def test_ctrl_c_cancels_the_call(servicer, client, pixels):
+def test_ctrl_c_cancels_the_call(servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
+    main_thread = threading.get_ident()
+
+    def waits_for_the_response() -> bool:
+        frames = traceback.extract_stack(sys._current_frames()[main_thread])
+        return any("grpc" in Path(frame.filename).parts and frame.name == "result" for frame in frames)
+
     def interrupt() -> None:
-        servicer.started.wait(5)
-        time.sleep(0.3)  # the request may be there before the client has begun to wait
+        servicer.started.wait(WAIT_S)
+        wait_until(waits_for_the_response)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         client.explain(pixels, model="slow")
-    assert servicer.cancelled.wait(5)
+    assert servicer.cancelled.wait(WAIT_S)
 
 
-def test_closing_the_client_cancels_its_calls(servicer, address, pixels):
+def test_closing_the_client_cancels_calls_in_flight(
+    servicer: Servicer, address: str, pixels: NDArray[np.uint8]
+) -> None:
     client = camserve.Client(address)
 
     def close() -> None:
-        servicer.started.wait(5)
+        servicer.started.wait(WAIT_S)
         client.close()
 
     threading.Thread(target=close).start()
     with pytest.raises(camserve.Cancelled):
         client.explain(pixels, model="slow")
-    assert servicer.cancelled.wait(5)
+    assert servicer.cancelled.wait(WAIT_S)
 
 
-def test_the_timeout_is_the_clients(address, pixels):
+def test_client_timeout_applies_to_calls(address: str, pixels: NDArray[np.uint8]) -> None:
     with (
         camserve.Client(address, timeout=0.2) as client,
         pytest.raises(camserve.DeadlineExceeded, match=r"within 0\.2 s"),
@@ -260,12 +299,12 @@ def test_the_timeout_is_the_clients(address, pixels):
         client.explain(pixels, model="slow")
 
 
-def test_or_the_calls_own(client, pixels):
+def test_call_timeout_overrides_client_timeout(client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
     with pytest.raises(camserve.DeadlineExceeded, match=r"within 0\.1 s"):
         list(client.explain_stream(pixels, model="slow", timeout=0.1))
 
 
-def test_threads_share_a_client(servicer, client, pixels):
+def test_threads_can_share_a_client(servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
     answers: dict[int, int] = {}
 
     def ask(index: int) -> None:
@@ -279,19 +318,21 @@ def test_threads_share_a_client(servicer, client, pixels):
     assert answers == {index: index for index in range(16)}
 
 
-# ---- awaited --------------------------------------------------------------------------------------------------------
+# ---- asyncio --------------------------------------------------------------------------------------------------------
 
 
-def test_the_awaited_client_is_the_same(servicer, address, pixels, ramp):
+def test_aio_client_has_the_same_methods(
+    servicer: Servicer, address: str, pixels: NDArray[np.uint8], ramp: NDArray[np.float32]
+) -> None:
     async def ask() -> None:
-        async with camserve.aio.Client(address, timeout=20) as client:
+        async with camserve.aio.Client(address, timeout=WAIT_S) as client:
             several = await asyncio.gather(*(client.explain(pixels, target=i) for i in range(5)))
             assert [e.target.index for e in several] == list(range(5))
             events = [event async for event in client.explain_stream(pixels)]
             assert [type(event) for event in events] == [Progress, Level, Level, Progress, Explanation]
             assert (await client.evaluate(pixels, method="poly-cam")).scores["deletion"] == 0.25
             assert isinstance([e async for e in client.evaluate_stream(pixels, saliency=ramp)][-1], Evaluation)
-            assert [len(await listed()) for listed in (client.models, client.methods, client.metrics)] == [1, 3, 1]
+            assert [len(await list_all()) for list_all in (client.models, client.methods, client.metrics)] == [1, 3, 1]
             receipt = several[0].receipt
             assert (await client.replay(receipt, pixels)).same
             assert isinstance([e async for e in client.replay_stream(receipt, pixels)][-1], Replay)
@@ -301,39 +342,39 @@ def test_the_awaited_client_is_the_same(servicer, address, pixels, ramp):
     asyncio.run(ask())
 
 
-def test_leaving_an_awaited_stream_cancels_the_call(servicer, address, pixels):
+def test_aio_closing_a_stream_cancels_the_call(servicer: Servicer, address: str, pixels: NDArray[np.uint8]) -> None:
     async def leave() -> None:
         async with camserve.aio.Client(address) as client:
             async with aclosing(client.explain_stream(pixels, model="slow")) as events:
                 async for _ in events:
-                    assert await asyncio.to_thread(servicer.started.wait, 5)
+                    assert await asyncio.to_thread(servicer.started.wait, WAIT_S)
                     break
-            assert await asyncio.to_thread(servicer.cancelled.wait, 5)
+            assert await asyncio.to_thread(servicer.cancelled.wait, WAIT_S)
 
     asyncio.run(leave())
 
 
-def test_cancelling_the_task_cancels_the_call(servicer, address, pixels):
+def test_aio_cancelling_a_task_cancels_the_call(servicer: Servicer, address: str, pixels: NDArray[np.uint8]) -> None:
     async def cancel() -> None:
         async with camserve.aio.Client(address) as client:
             task = asyncio.create_task(client.explain(pixels, model="slow"))
-            assert await asyncio.to_thread(servicer.started.wait, 5)
+            assert await asyncio.to_thread(servicer.started.wait, WAIT_S)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert await asyncio.to_thread(servicer.cancelled.wait, 5)
+            assert await asyncio.to_thread(servicer.cancelled.wait, WAIT_S)
 
     asyncio.run(cancel())
 
 
-# ---- one core -------------------------------------------------------------------------------------------------------
+# ---- interface ------------------------------------------------------------------------------------------------------
 
 STREAMED = ["explain", "evaluate", "replay"]
 METHODS = [*STREAMED, *(f"{name}_stream" for name in STREAMED), "models", "methods", "metrics"]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_both_clients_have_the_signature_of_the_call(name):
+def test_both_clients_have_the_same_signatures_and_docstrings(name: str) -> None:
     sync, awaited = getattr(camserve.Client, name), getattr(camserve.aio.Client, name)
     assert sync.__name__ == awaited.__name__ == name
     assert sync.__doc__ == awaited.__doc__
@@ -343,27 +384,40 @@ def test_both_clients_have_the_signature_of_the_call(name):
     assert inspect.iscoroutinefunction(awaited) != name.endswith("_stream")
 
 
-def test_every_field_of_a_request_can_be_asked_for():
-    """A field added to the contract is not forgotten here."""
-    renamed = {"targets": "target", "target_top_k": "top_k", "top_k": "predictions"}
-    inside = {"name", "parameters", "layers", "seed"}  # of MethodSpec
-    fields = {renamed.get(name, name) for name in pb.ExplainRequest.DESCRIPTOR.fields_by_name} | (inside - {"name"})
-    assert set(pb.MethodSpec.DESCRIPTOR.fields_by_name) == inside
+def test_every_request_field_has_an_argument() -> None:
+    """Every field of a request message corresponds to an argument of the client."""
+    argument_names = {"targets": "target", "target_top_k": "top_k", "top_k": "predictions"}
+    method_fields = {"name", "parameters", "layers", "seed"}
+    fields = {argument_names.get(name, name) for name in pb.ExplainRequest.DESCRIPTOR.fields_by_name} | (
+        method_fields - {"name"}
+    )
+    assert set(pb.MethodSpec.DESCRIPTOR.fields_by_name) == method_fields
     truth = set(pb.Truth.DESCRIPTOR.fields_by_name)
     assert set(inspect.signature(request_messages.explain).parameters) == fields - {"truth"} | truth | {"timeout"}
-    fields = set(pb.EvaluateRequest.DESCRIPTOR.fields_by_name) | (inside - {"name"})
+    fields = set(pb.EvaluateRequest.DESCRIPTOR.fields_by_name) | (method_fields - {"name"})
     assert set(inspect.signature(request_messages.evaluate).parameters) == fields - {"truth"} | truth | {"timeout"}
 
 
-READ = ["Prediction", "Cost", "Receipt", "Progress", "Randomised", "Layer", "Model", "Method", "Metric", "Parameter"]
+RESPONSES = [
+    "Prediction",
+    "Cost",
+    "Receipt",
+    "Progress",
+    "Randomised",
+    "Layer",
+    "Model",
+    "Method",
+    "Metric",
+    "Parameter",
+]
 
 
-@pytest.mark.parametrize("name", READ)
-def test_every_field_of_an_answer_is_read(name):
+@pytest.mark.parametrize("name", RESPONSES)
+def test_every_response_field_has_an_attribute(name: str) -> None:
     fields = [field.name for field in dataclasses.fields(getattr(camserve, name))]
     assert fields == list(getattr(pb, name).DESCRIPTOR.fields_by_name)
 
 
-def test_every_field_of_a_map_is_read():
+def test_every_saliency_map_field_has_an_attribute() -> None:
     fields = {field.name for field in dataclasses.fields(camserve.SaliencyMap)}
     assert fields == set(pb.SaliencyMap.DESCRIPTOR.fields_by_name) | {"_image"}

@@ -1,4 +1,4 @@
-"""The connection: what is tried again, which server is asked, how it is secured, and what goes along."""
+"""Connection: retries, load balancing, TLS, tokens and trace context."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -15,24 +17,25 @@ import numpy as np
 import pytest
 import trustme
 from grpc_health.v1.health_pb2 import HealthCheckResponse
+from numpy.typing import NDArray
 
 import camserve
 from camserve import connection
 from camserve_server.errors import QueueFull, TooLarge, Unavailable
 from camserve_server.service import status
-from tests.client.fake_server import Health, Servicer, listening
+from tests.client.fake_server import WAIT_S, Health, Servicer, listening, wait_until
 
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
-# More than gRPC keeps by itself for another try.
+# Larger than the default retry buffer of gRPC.
 LARGE = np.zeros((700, 700, 3), np.uint8)
 
 
-# ---- trying again ----------------------------------------------------------------------------------------------------
+# ---- retries ---------------------------------------------------------------------------------------------------------
 
 
 def refuse(servicer: Servicer, error: Any, times: int) -> None:
-    """The first requests are refused as our server refuses them."""
+    """Make the fake server refuse the first requests with an error of the real server."""
     left = iter(range(times))
 
     def before(context: Any) -> None:
@@ -49,7 +52,9 @@ LOADING = Unavailable("loading", retry_after_s=0.02)
 
 
 @pytest.mark.parametrize("error", [FULL, LOADING], ids=lambda error: error.code)
-def test_a_busy_server_is_asked_four_times_in_all(servicer, address, client, error):
+def test_busy_server_receives_at_most_four_attempts(
+    servicer: Servicer, address: str, client: camserve.Client, error: Any
+) -> None:
     refuse(servicer, error, 3)
     assert client.explain(LARGE).cost.rows == 12
     assert len(servicer.requests) == 4
@@ -69,7 +74,9 @@ def test_a_busy_server_is_asked_four_times_in_all(servicer, address, client, err
     assert len(servicer.requests) == 4
 
 
-def test_it_is_asked_when_it_says(servicer, client, pixels):
+def test_retry_waits_for_the_delay_of_the_server(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     refuse(servicer, QueueFull("too many rows are owed", retry_after_s=0.7), 1)
     start = time.monotonic()
     client.explain(pixels)
@@ -77,7 +84,9 @@ def test_it_is_asked_when_it_says(servicer, client, pixels):
     assert len(servicer.requests) == 2
 
 
-def test_where_it_says_nothing_the_wait_is_our_own(servicer, client, pixels):
+def test_retry_without_a_server_delay_uses_the_client_backoff(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     left = iter(range(1))
     servicer.before = lambda context: (
         context.abort(grpc.StatusCode.UNAVAILABLE, "gone") if next(left, None) is not None else None
@@ -88,7 +97,9 @@ def test_where_it_says_nothing_the_wait_is_our_own(servicer, client, pixels):
     assert len(servicer.requests) == 2
 
 
-def test_what_is_of_no_use_is_not_tried_again(servicer, client, pixels):
+def test_permanent_errors_are_not_retried(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     refuse(servicer, TooLarge("the image has too many pixels"), 9)
     with pytest.raises(camserve.ResourceExhausted) as caught:
         client.explain(pixels)
@@ -100,29 +111,46 @@ def test_what_is_of_no_use_is_not_tried_again(servicer, client, pixels):
     assert len(servicer.requests) == 2
 
 
-def test_no_try_outlives_the_timeout(servicer, client, pixels):
-    refuse(servicer, QueueFull("too many rows are owed", retry_after_s=60), 9)
-    start = time.monotonic()
+def test_retries_end_at_the_timeout(servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
+    client.models()  # Connect first, so that the timeout applies only to the request and its retries.
+    refuse(servicer, QueueFull("too many rows are owed", retry_after_s=10 * WAIT_S), 9)
     with pytest.raises(camserve.DeadlineExceeded):
-        client.explain(pixels, timeout=0.3)
-    assert time.monotonic() - start < 20
+        client.explain(pixels, timeout=1)
     assert len(servicer.requests) == 1
 
 
-def test_each_of_many_waits_outside_of_its_timeout(servicer, address, client, pixels):
-    """And is not tried again in two ways at once: each refusal is one request."""
-    full = QueueFull("too many rows are owed", retry_after_s=0.4)
-    refuse(servicer, full, 3)
-    [result] = client.evaluate_many([pixels], methods="a", timeout=1)
-    assert (result.error, len(servicer.requests)) == (None, 4)
+def test_waits_of_evaluate_many_do_not_count_towards_the_timeout(
+    servicer: Servicer,
+    address: str,
+    client: camserve.Client,
+    pixels: NDArray[np.uint8],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each refusal is one request: gRPC does not retry it in addition to the client."""
+    delay_s = 10 * WAIT_S  # longer than the timeout of the client
+    waits: list[float] = []
+    sleep = asyncio.sleep
+
+    async def aio_sleep(seconds: float) -> None:
+        if seconds < delay_s:
+            await sleep(seconds)
+        else:
+            waits.append(seconds)
+
+    monkeypatch.setattr("camserve.client.time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(asyncio, "sleep", aio_sleep)
+    busy = QueueFull("too many rows are owed", retry_after_s=delay_s)
+    refuse(servicer, busy, 3)
+    [result] = client.evaluate_many([pixels], methods="a")
+    assert (result.error, len(servicer.requests), waits) == (None, 4, [delay_s] * 3)
 
     async def ask() -> list[camserve.Result]:
-        async with camserve.aio.Client(address) as client:
-            return [result async for result in client.evaluate_many([pixels], methods="a", timeout=1)]
+        async with camserve.aio.Client(address, timeout=WAIT_S) as aio_client:
+            return [result async for result in aio_client.evaluate_many([pixels], methods="a")]
 
-    refuse(servicer, full, 3)
+    refuse(servicer, busy, 3)
     assert [result.error for result in asyncio.run(ask())] == [None]
-    assert len(servicer.requests) == 4
+    assert (len(servicer.requests), waits) == (4, [delay_s] * 6)
     refuse(servicer, LOADING, 3)
     [result] = client.evaluate_many([pixels], methods="a")
     assert (result.error, len(servicer.requests)) == (None, 4)
@@ -131,15 +159,7 @@ def test_each_of_many_waits_outside_of_its_timeout(servicer, address, client, pi
 # ---- several servers -------------------------------------------------------------------------------------------------
 
 
-def until(holds: Any) -> None:
-    """Waits, for a health that changes is told by a message."""
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.02)
-
-
-def test_calls_go_in_turn_to_the_servers_that_are_ready():
+def test_calls_are_distributed_over_ready_servers() -> None:
     servicers, healths = [Servicer(), Servicer()], [Health(), Health()]
     with contextlib.ExitStack() as stack:
         addresses = [
@@ -148,34 +168,40 @@ def test_calls_go_in_turn_to_the_servers_that_are_ready():
         ]
         client = stack.enter_context(camserve.Client("ipv4:" + ",".join(addresses)))
 
-        def asked() -> list[int]:
+        def request_counts() -> list[int]:
             for servicer in servicers:
                 servicer.requests.clear()
             for _ in range(10):
                 client.models()
             return [len(servicer.requests) for servicer in servicers]
 
-        until(lambda: asked() == [5, 5])
+        wait_until(lambda: request_counts() == [5, 5])
         healths[0].state = NOT_SERVING
-        until(lambda: asked() == [0, 10])
+        wait_until(lambda: request_counts() == [0, 10])
 
         async def ask() -> None:
-            async with camserve.aio.Client(client.address) as awaited:
+            async with camserve.aio.Client(client.address) as aio_client:
                 for _ in range(10):
-                    await awaited.models()
+                    await aio_client.models()
 
         servicers[1].requests.clear()
         asyncio.run(ask())
         assert len(servicers[1].requests) == 10
         healths[1].state = NOT_SERVING
-        time.sleep(0.3)
-        with pytest.raises(camserve.Unavailable, match="loading its models or shutting down"):
-            client.models(timeout=10)
+
+        def unavailable() -> bool:
+            try:
+                client.models(timeout=WAIT_S)
+            except camserve.Unavailable as error:
+                return "loading its models or shutting down" in str(error)
+            return False
+
+        wait_until(unavailable)
         healths[0].state = SERVING
-        until(lambda: [*map(bool, asked())] == [True, False])
+        wait_until(lambda: [*map(bool, request_counts())] == [True, False])
 
 
-def test_a_name_is_resolved():
+def test_dns_names_are_resolved() -> None:
     with listening(Servicer()) as address:
         port = address.rpartition(":")[2]
         for name in (f"dns:///localhost:{port}", f"localhost:{port}"):
@@ -185,7 +211,7 @@ def test_a_name_is_resolved():
 
 @contextlib.contextmanager
 def forwarding(address: str, silent: threading.Event) -> Iterator[str]:
-    """The address of a wire to the other one; once it is `silent` it carries nothing, and nobody can connect."""
+    """Yield the address of a proxy that stops forwarding data and accepting connections when `silent` is set."""
     with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
 
         def carry(source: socket.socket, sink: socket.socket) -> None:
@@ -198,7 +224,7 @@ def forwarding(address: str, silent: threading.Event) -> Iterator[str]:
             with contextlib.suppress(OSError):
                 while not silent.is_set():
                     near, _ = listener.accept()
-                    far = socket.create_connection(address.split(":"))
+                    far = socket.create_connection(tuple(address.split(":")))  # type: ignore[arg-type]
                     for each in (near, far):
                         stack.callback(each.close)
                         stack.callback(each.shutdown, socket.SHUT_RDWR)
@@ -217,17 +243,17 @@ def forwarding(address: str, silent: threading.Event) -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
         silent.set()
         for thread in (accepting, ending):
-            thread.join(10)
+            thread.join(WAIT_S)
 
 
-def test_a_connection_that_is_gone_is_noticed_long_before_the_timeout(servicer, address, monkeypatch):
+def test_keepalive_detects_a_lost_connection(servicer: Servicer, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "KEEPALIVE_MS", 200)
     monkeypatch.setattr(connection, "KEEPALIVE_TIMEOUT_MS", 300)
     silent = threading.Event()
-    with forwarding(address, silent) as wire, camserve.Client(wire, timeout=None) as client:
+    with forwarding(address, silent) as proxy_address, camserve.Client(proxy_address, timeout=None) as client:
 
         def cut() -> None:
-            servicer.started.wait(10)
+            servicer.started.wait(WAIT_S)
             silent.set()
 
         threading.Thread(target=cut).start()
@@ -235,7 +261,7 @@ def test_a_connection_that_is_gone_is_noticed_long_before_the_timeout(servicer, 
             client.explain(LARGE, model="slow")
 
 
-def test_our_server_allows_as_many_pings():
+def test_server_permits_the_ping_interval_of_the_client() -> None:
     from camserve_server.service import server
 
     options = dict(server.KEEPALIVE)
@@ -246,12 +272,18 @@ def test_our_server_allows_as_many_pings():
 # ---- TLS and tokens --------------------------------------------------------------------------------------------------
 
 
-def test_tls_with_a_token(servicer, authority, certificate, tmp_path, pixels):
+def test_tls_with_a_token(
+    servicer: Servicer,
+    authority: trustme.CA,
+    certificate: tuple[bytes, bytes],
+    tmp_path: Path,
+    pixels: NDArray[np.uint8],
+) -> None:
     ca = tmp_path / "ca.pem"
     authority.cert_pem.write_to_path(ca)
     with listening(servicer, grpc.ssl_server_credentials([certificate])) as address:
-        for given in (ca, str(ca), ca.read_bytes()):
-            with camserve.Client(address, ca=given, token="secret") as client:
+        for form in (ca, str(ca), ca.read_bytes()):
+            with camserve.Client(address, ca=form, token="secret") as client:
                 client.explain(pixels)
                 assert servicer.metadata["authorization"] == "Bearer secret"
                 assert "secret" not in repr(client)
@@ -265,11 +297,13 @@ def test_tls_with_a_token(servicer, authority, certificate, tmp_path, pixels):
         assert servicer.metadata["authorization"] == "Bearer other"
 
 
-def test_mutual_tls(servicer, authority, certificate, pixels):
+def test_mutual_tls(
+    servicer: Servicer, authority: trustme.CA, certificate: tuple[bytes, bytes], pixels: NDArray[np.uint8]
+) -> None:
     key, chain = certificate
     ca = authority.cert_pem.bytes()
-    asked = grpc.ssl_server_credentials([certificate], ca, require_client_auth=True)
-    with listening(servicer, asked) as address:
+    credentials = grpc.ssl_server_credentials([certificate], ca, require_client_auth=True)
+    with listening(servicer, credentials) as address:
         with camserve.Client(address, ca=ca, certificate=chain, key=key) as client:
             assert client.explain(pixels).cost.rows == 12
         with (
@@ -279,27 +313,29 @@ def test_mutual_tls(servicer, authority, certificate, pixels):
             client.explain(pixels)
 
 
-def test_a_handshake_that_fails_says_what_to_do(servicer, authority, certificate, address):
+def test_failed_tls_handshake_suggests_a_remedy(
+    servicer: Servicer, authority: trustme.CA, certificate: tuple[bytes, bytes], address: str
+) -> None:
     ca = authority.cert_pem.bytes()
-    other_name = trustme.CA()
-    named = other_name.issue_cert("elsewhere.example")
-    elsewhere = named.private_key_pem.bytes(), b"".join(each.bytes() for each in named.cert_chain_pems)
+    other_authority = trustme.CA()
+    issued = other_authority.issue_cert("elsewhere.example")
+    elsewhere = issued.private_key_pem.bytes(), b"".join(each.bytes() for each in issued.cert_chain_pems)
 
-    def said(address: str, **given: Any) -> str:
-        with camserve.Client(address, **given) as client, pytest.raises(camserve.Unavailable) as caught:
+    def message(address: str, **options: Any) -> str:
+        with camserve.Client(address, **options) as client, pytest.raises(camserve.Unavailable) as caught:
             client.models()
         return caught.value.message
 
-    assert "the server does not use TLS" in said(address, ca=ca)
+    assert "the server does not use TLS" in message(address, ca=ca)
     with listening(servicer, grpc.ssl_server_credentials([certificate])) as tls:
-        assert "the server may require TLS" in said(tls)
-        assert "does not trust the authority" in said(tls, tls=True)
+        assert "the server may require TLS" in message(tls)
+        assert "does not trust the authority" in message(tls, tls=True)
     with listening(servicer, grpc.ssl_server_credentials([elsewhere])) as tls:
-        assert "not valid for this address" in said(tls, ca=other_name.cert_pem.bytes())
+        assert "not valid for this address" in message(tls, ca=other_authority.cert_pem.bytes())
     assert not servicer.requests
 
 
-def test_a_token_goes_to_this_machine_in_plaintext(servicer, address, pixels):
+def test_token_is_sent_in_plaintext_to_loopback(servicer: Servicer, address: str, pixels: NDArray[np.uint8]) -> None:
     with camserve.Client(address, token="secret") as client:
         client.explain(pixels)
         assert servicer.metadata["authorization"] == "Bearer secret"
@@ -307,14 +343,16 @@ def test_a_token_goes_to_this_machine_in_plaintext(servicer, address, pixels):
         assert servicer.metadata["authorization"] == "Bearer secret"
 
 
-def test_what_goes_to_this_machine_takes_no_detour(servicer, address, pixels, monkeypatch):
+def test_loopback_connection_bypasses_the_proxy(
+    servicer: Servicer, address: str, pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    with camserve.Client(address, token="secret", timeout=20) as client:
+    with camserve.Client(address, token="secret", timeout=WAIT_S) as client:
         assert client.explain(pixels).maps
 
 
 @pytest.mark.parametrize(
-    ("address", "may"),
+    ("address", "is_allowed"),
     [
         ("127.0.0.1:1", True),
         ("localhost:1", True),
@@ -335,8 +373,8 @@ def test_what_goes_to_this_machine_takes_no_detour(servicer, address, pixels, mo
         ("0.0.0.0:1", False),
     ],
 )
-def test_a_token_goes_nowhere_else_in_plaintext(address, may):
-    if may:
+def test_token_without_tls_requires_a_loopback_address(address: str, is_allowed: bool) -> None:
+    if is_allowed:
         camserve.Client(address, token="secret").close()
         return
     with pytest.raises(camserve.InvalidArgument, match="requires TLS") as caught:
@@ -346,20 +384,22 @@ def test_a_token_goes_nowhere_else_in_plaintext(address, may):
     camserve.Client(address, token="secret", tls=True).close()
 
 
-def test_what_does_not_go_together_is_refused(certificate, tmp_path):
-    for wrong in ({"certificate": certificate[1]}, {"key": certificate[0]}):
+def test_invalid_certificates_keys_and_tokens_raise(certificate: tuple[bytes, bytes], tmp_path: Path) -> None:
+    incomplete: list[dict[str, Any]] = [{"certificate": certificate[1]}, {"key": certificate[0]}]
+    for wrong in incomplete:
         with pytest.raises(camserve.InvalidArgument, match="expected both certificate and key"):
             camserve.Client(**wrong)
     key, chain = certificate
     path = tmp_path / "other.pem"
     path.write_bytes(trustme.CA().issue_cert("localhost").private_key_pem.bytes())
-    for wrong, field in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"ca": b"no certificate"}, "ca"),
         ({"ca": key}, "ca"),
         ({"certificate": key, "key": key}, "certificate"),
         ({"certificate": chain, "key": path}, "certificate"),
         ({"certificate": chain, "key": b"\xff"}, "certificate"),
-    ]:
+    ]
+    for wrong, field in cases:
         with pytest.raises(camserve.InvalidArgument) as caught:
             camserve.Client(**wrong)
         assert caught.value.field == field
@@ -374,7 +414,9 @@ def test_what_does_not_go_together_is_refused(certificate, tmp_path):
 # ---- trace context ---------------------------------------------------------------------------------------------------
 
 
-def test_the_callers_span_goes_along(servicer, address, client, pixels):
+def test_trace_context_of_the_caller_is_sent(
+    servicer: Servicer, address: str, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     trace = pytest.importorskip("opentelemetry.trace")
     client.explain(pixels)
     assert "traceparent" not in servicer.metadata
@@ -384,8 +426,8 @@ def test_the_callers_span_goes_along(servicer, address, client, pixels):
     expected = {"traceparent": f"00-{0xAB:032x}-{0xCD:016x}-01", "tracestate": "vendor=x"}
 
     async def ask() -> None:
-        async with camserve.aio.Client(address) as awaited:
-            await awaited.explain(pixels)
+        async with camserve.aio.Client(address) as aio_client:
+            await aio_client.explain(pixels)
 
     with trace.use_span(trace.NonRecordingSpan(context)):
         for call in (

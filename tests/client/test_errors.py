@@ -1,25 +1,31 @@
-"""Errors as the server sends them, read without googleapis-common-protos."""
+"""Errors of the server, parsed without googleapis-common-protos."""
 
 from __future__ import annotations
 
 import asyncio
 import pickle
+from collections.abc import Callable
+from typing import Any as AnyType
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
+from numpy.typing import NDArray
 
 import camserve
 from camserve import answers, errors
 from camserve.v1 import explain_pb2 as pb
+from tests.client.fake_server import Servicer
 
-NAMED = {kind.code: kind for kind in camserve.CamserveError.__subclasses__()}
+CLASSES = {kind.code: kind for kind in camserve.CamserveError.__subclasses__()}
 
 
-def packed(*details: object) -> list[Any]:
+def packed(*details: Message) -> list[Any]:
     messages = []
     for detail in details:
         message = Any()
@@ -28,14 +34,15 @@ def packed(*details: object) -> list[Any]:
     return messages
 
 
-def abort(code: grpc.StatusCode, message: str, *details: object):
+def abort(code: grpc.StatusCode, message: str, *details: Message) -> Callable[[grpc.ServicerContext], None]:
+    """Return a function that aborts a call with a status and its details."""
     status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=message, details=packed(*details))
     return lambda context: context.abort_with_status(rpc_status.to_status(status))
 
 
 ALL = (
     error_details_pb2.ErrorInfo(reason="UNKNOWN_NAME", domain="camserve", metadata={"known": "a, b", "more": "ü"}),
-    error_details_pb2.DebugInfo(detail="of no interest"),
+    error_details_pb2.DebugInfo(detail="ignored"),
     error_details_pb2.BadRequest(
         field_violations=[error_details_pb2.BadRequest.FieldViolation(field="method.name", description="?")]
     ),
@@ -44,14 +51,17 @@ ALL = (
 )
 
 
-@pytest.mark.parametrize("code", NAMED, ids=lambda code: code.name)
-def test_each_code_has_its_class_and_its_details(servicer, client, pixels, code):
+@pytest.mark.parametrize("code", CLASSES, ids=lambda code: code.name)
+def test_status_code_maps_to_its_class_with_details(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8], code: grpc.StatusCode
+) -> None:
     servicer.before = abort(code, "what and why", *ALL)
-    for call in (client.explain, client.evaluate_stream):
-        with pytest.raises(NAMED[code]) as caught:
+    calls: tuple[Callable[..., AnyType], ...] = (client.explain, client.evaluate_stream)
+    for call in calls:
+        with pytest.raises(CLASSES[code]) as caught:
             list(call(pixels, method="x"))
         error = caught.value
-        assert type(error) is NAMED[code]
+        assert type(error) is CLASSES[code]
         assert error.code is code
         assert error.message == "what and why"
         assert (error.field, error.reason, error.request_id) == ("method.name", "UNKNOWN_NAME", "r-1")
@@ -60,7 +70,7 @@ def test_each_code_has_its_class_and_its_details(servicer, client, pixels, code)
         assert str(error) == "what and why [field method.name, request r-1]"
 
 
-def test_awaited_calls_raise_the_same(servicer, address, pixels):
+def test_aio_client_raises_the_same_errors(servicer: Servicer, address: str, pixels: NDArray[np.uint8]) -> None:
     servicer.before = abort(grpc.StatusCode.NOT_FOUND, "no such model", *ALL)
 
     async def ask() -> None:
@@ -74,7 +84,7 @@ def test_awaited_calls_raise_the_same(servicer, address, pixels):
     asyncio.run(ask())
 
 
-def test_a_code_without_a_class_keeps_its_code(servicer, client):
+def test_unmapped_status_code_is_kept(servicer: Servicer, client: camserve.Client) -> None:
     servicer.before = abort(grpc.StatusCode.DATA_LOSS, "gone")
     with pytest.raises(camserve.CamserveError) as caught:
         client.models()
@@ -82,7 +92,7 @@ def test_a_code_without_a_class_keeps_its_code(servicer, client):
     assert (caught.value.code, str(caught.value)) == (grpc.StatusCode.DATA_LOSS, "gone")
 
 
-def test_details_that_are_missing_or_unreadable_do_not_hide_the_error(servicer, client):
+def test_malformed_details_do_not_hide_the_error(servicer: Servicer, client: camserve.Client) -> None:
     def plain(context: grpc.ServicerContext) -> None:
         context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff"),))
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, "wrong")
@@ -93,13 +103,13 @@ def test_details_that_are_missing_or_unreadable_do_not_hide_the_error(servicer, 
     assert (caught.value.field, caught.value.metadata, caught.value.retry_after_s) == ("", {}, None)
 
 
-def test_an_error_without_a_message_says_its_code(servicer, client):
+def test_error_without_message_contains_the_code(servicer: Servicer, client: camserve.Client) -> None:
     servicer.before = lambda context: context.abort(grpc.StatusCode.INTERNAL, "")
     with pytest.raises(camserve.InternalError, match=r"^INTERNAL$"):
         client.models()
 
 
-def test_nobody_there_names_the_address(pixels):
+def test_unreachable_server_error_names_the_address(pixels: NDArray[np.uint8]) -> None:
     with camserve.Client("127.0.0.1:1") as client:
         with pytest.raises(camserve.Unavailable, match=r"no response from a camserve server at 127\.0\.0\.1:1: "):
             client.explain(pixels)
@@ -107,30 +117,31 @@ def test_nobody_there_names_the_address(pixels):
             next(client.explain_stream(pixels))
 
 
-def test_a_server_that_is_loading_says_so_itself(servicer, client):
+def test_message_of_a_loading_server_is_kept(servicer: Servicer, client: camserve.Client) -> None:
     servicer.before = abort(grpc.StatusCode.UNAVAILABLE, "loading", *ALL)
     with pytest.raises(camserve.Unavailable, match=r"^loading"):
         client.models()
 
 
-def test_an_answer_without_a_map_is_the_servers_bug():
-    for read, answer in (
+def test_response_without_a_map_raises_internal_error() -> None:
+    cases: list[tuple[Callable[..., object], object]] = [
         (answers.explanation, pb.ExplainResponse(request_id="r")),
         (answers.evaluation, pb.EvaluateResponse(request_id="r")),
-    ):
+    ]
+    for parse, response in cases:
         with pytest.raises(camserve.InternalError, match="no saliency map") as caught:
-            read(answer, pb.Image())
+            parse(response, pb.Image())
         assert caught.value.request_id == "r"
 
 
-def test_errors_survive_pickling():
+def test_errors_can_be_pickled() -> None:
     error = camserve.NotFound("no", field="model", metadata={"known": "a"}, request_id="r")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), vars(again), str(again)) == (type(error), vars(error), str(error))
 
 
-def test_the_drawn_tree_is_the_real_one():
-    drawn = [line.split()[1] for line in (errors.__doc__ or "").splitlines() if line.startswith(("├──", "└──"))]
-    assert sorted(drawn) == sorted(kind.__name__ for kind in NAMED.values())
-    assert sorted(errors.__all__) == sorted([*drawn, "CamserveError"])
+def test_documented_exception_tree_is_complete() -> None:
+    documented = [line.split()[1] for line in (errors.__doc__ or "").splitlines() if line.startswith(("├──", "└──"))]
+    assert sorted(documented) == sorted(kind.__name__ for kind in CLASSES.values())
+    assert sorted(errors.__all__) == sorted([*documented, "CamserveError"])
     assert set(errors.__all__) <= set(camserve.__all__)

@@ -1,4 +1,4 @@
-"""Heat maps, overlays, files, and what a notebook shows."""
+"""Heat maps, overlays, saved files and the representation in notebooks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from numpy.typing import NDArray
 from skimage.color import rgb2lab
 
+import camserve
 from camserve import heatmaps
 
 
@@ -19,14 +22,14 @@ def photograph(height: int, width: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def test_lightness_rises_steadily():
+def test_lightness_of_the_colour_scale_increases() -> None:
     lightness = rgb2lab(heatmaps.COLOURS[None])[0, :, 0]
     assert heatmaps.COLOURS.shape == (256, 3)
     assert (np.diff(lightness) > 0).all()
     assert lightness[-1] - lightness[0] > 90
 
 
-def test_where_the_map_is_zero_the_image_is_left_as_it_is():
+def test_overlay_does_not_change_pixels_of_zero_saliency() -> None:
     image = photograph(40, 60)
     saliency = np.zeros((40, 60), np.float32)
     saliency[:, 30:] = 1
@@ -36,19 +39,19 @@ def test_where_the_map_is_zero_the_image_is_left_as_it_is():
     np.testing.assert_allclose(shown[:, 30:], expected, atol=1.5)
 
 
-def test_alpha_goes_from_the_image_to_the_colour(ramp):
+def test_alpha_blends_between_image_and_colour(ramp: NDArray[np.float32]) -> None:
     image = photograph(8, 8)
     np.testing.assert_array_equal(np.asarray(heatmaps.overlay(image, ramp, 0)), np.asarray(image))
     ones = np.ones((8, 8), np.float32)
     assert (np.asarray(heatmaps.overlay(image, ones, 1)) == heatmaps.COLOURS[-1]).all()
 
 
-def test_more_saliency_covers_more(ramp):
+def test_opacity_increases_with_saliency(ramp: NDArray[np.float32]) -> None:
     shown = np.asarray(heatmaps.overlay(PIL.Image.new("RGB", (8, 8)), ramp, 1)).sum(axis=2).ravel()
     assert (np.diff(shown.astype(int)) >= 0).all()
 
 
-def test_the_map_covers_the_whole_image():
+def test_heatmap_covers_the_whole_image() -> None:
     corners = np.zeros((4, 4), np.float32)
     corners[0, 0] = corners[-1, -1] = 1
     hot = np.asarray(heatmaps.heatmap(corners, (300, 90)))
@@ -59,7 +62,7 @@ def test_the_map_covers_the_whole_image():
         np.testing.assert_array_equal(corner, heatmaps.COLOURS[0])
 
 
-def test_an_explanation_is_drawn_on_the_image_that_was_given(client):
+def test_overlay_has_the_size_of_the_explained_image(client: camserve.Client) -> None:
     image = photograph(30, 50)
     e = client.explain(image, target=[7, 8])
     assert e.overlay().size == e.heatmap().size == e.image().size == (50, 30)
@@ -69,7 +72,9 @@ def test_an_explanation_is_drawn_on_the_image_that_was_given(client):
         e.overlay(alpha=1.5)
 
 
-def test_saved_files_hold_the_map_and_the_overlay(client, tmp_path, ramp):
+def test_save_writes_the_map_and_the_overlay(
+    client: camserve.Client, tmp_path: Path, ramp: NDArray[np.float32]
+) -> None:
     e = client.explain(photograph(30, 50))
     array, png = e.save(tmp_path / "new" / "folder", "dog")
     assert (array.name, png.name) == ("dog.npy", "dog.png")
@@ -78,8 +83,8 @@ def test_saved_files_hold_the_map_and_the_overlay(client, tmp_path, ramp):
         np.testing.assert_array_equal(np.asarray(shown), np.asarray(e.overlay()))
 
 
-class Balanced(HTMLParser):
-    """Fails on a tag that is closed wrongly."""
+class TagChecker(HTMLParser):
+    """Parser that fails on mismatched tags."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,11 +99,11 @@ class Balanced(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_a_notebook_shows_it(client):
+def test_notebook_html_contains_images_and_legend(client: camserve.Client) -> None:
     html = client.explain(
         photograph(300, 900), target=[7, 8], method="<script>", model="net", metrics=["average-gain"]
     )._repr_html_()
-    checked = Balanced()
+    checked = TagChecker()
     checked.feed(html)
     assert not checked.open
     pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'base64,([^"]+)', html)]
@@ -109,7 +114,7 @@ def test_a_notebook_shows_it(client):
     assert "http" not in html
 
 
-def test_a_notebook_shows_an_evaluation(client, ramp):
+def test_notebook_html_of_an_evaluation(client: camserve.Client, ramp: NDArray[np.float32]) -> None:
     html = client.evaluate(photograph(20, 20), saliency=ramp)._repr_html_()
     assert "given map" in html
     assert "insertion 0.25" in html

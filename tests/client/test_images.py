@@ -1,18 +1,21 @@
-"""Every form of an image, as it arrives at the server and as it is shown again."""
+"""All forms of images: the message that the server receives, and the image that the client returns."""
 
 from __future__ import annotations
 
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+from numpy.typing import NDArray
 
 import camserve
 from camserve import images
 from camserve.v1 import explain_pb2 as pb
+from tests.client.fake_server import Servicer
 
 
 def png(pixels: np.ndarray, **options: object) -> bytes:
@@ -21,23 +24,29 @@ def png(pixels: np.ndarray, **options: object) -> bytes:
     return file.getvalue()
 
 
-def sent(servicer, client: camserve.Client, image: images.ImageLike) -> pb.Image:
+def sent(servicer: Servicer, client: camserve.Client, image: images.ImageLike) -> pb.Image:
+    """Explain an image and return the image message that the server received."""
     client.explain(image)
-    return servicer.requests[-1].image
+    request: pb.ExplainRequest = servicer.requests[-1]
+    return request.image
 
 
 def array(sent: pb.Pixels) -> np.ndarray:
     return np.frombuffer(sent.data, np.uint8).reshape(sent.height, sent.width, 3)
 
 
-def test_files_and_bytes_go_as_they_are(servicer, client, pixels, tmp_path):
+def test_encoded_files_are_sent_unchanged(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8], tmp_path: Path
+) -> None:
     data = png(pixels)
     (tmp_path / "a.png").write_bytes(data)
     for image in (tmp_path / "a.png", str(tmp_path / "a.png"), data):
         assert sent(servicer, client, image).encoded == data
 
 
-def test_pixels_pillow_and_grey_arrive_as_pixels(servicer, client, pixels):
+def test_pixels_and_pillow_images_are_sent_as_pixels(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     for image in (pixels, PIL.Image.fromarray(pixels), pixels[::-1, ::-1].copy()[::-1, ::-1]):
         np.testing.assert_array_equal(array(sent(servicer, client, image).pixels), pixels)
     grey = pixels[..., 0]
@@ -45,17 +54,19 @@ def test_pixels_pillow_and_grey_arrive_as_pixels(servicer, client, pixels):
         np.testing.assert_array_equal(array(sent(servicer, client, image).pixels), np.dstack([grey] * 3))
 
 
-def test_alpha_is_dropped_and_orientation_applied(servicer, client, pixels):
+def test_pillow_alpha_is_dropped_and_orientation_applied(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     rgba = np.dstack([pixels, np.zeros((6, 4), np.uint8)])
     np.testing.assert_array_equal(array(sent(servicer, client, PIL.Image.fromarray(rgba)).pixels), pixels)
     exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90° to the right
+    exif[0x0112] = 6  # rotate by 90° clockwise
     turned = PIL.Image.open(io.BytesIO(png(pixels, exif=exif)))
     np.testing.assert_array_equal(array(sent(servicer, client, turned).pixels), np.rot90(pixels, -1))
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4"])
-def test_a_tensor_is_used_as_it_is(servicer, client, dtype):
+def test_float32_array_is_sent_as_a_tensor(servicer: Servicer, client: camserve.Client, dtype: str) -> None:
     x = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(dtype)
     arrived = sent(servicer, client, x.transpose(0, 2, 1)).tensor
     assert list(arrived.shape) == [3, 7, 5]
@@ -77,7 +88,9 @@ def test_a_tensor_is_used_as_it_is(servicer, client, dtype):
     ],
     ids=lambda wrong: f"{getattr(wrong, 'dtype', wrong)!s:.20}",
 )
-def test_other_arrays_are_refused_before_anything_is_sent(servicer, client, wrong):
+def test_unsupported_arrays_raise_before_a_request_is_sent(
+    servicer: Servicer, client: camserve.Client, wrong: Any
+) -> None:
     with pytest.raises(camserve.InvalidArgument) as caught:
         client.explain(wrong)
     assert caught.value.field == "image"
@@ -85,14 +98,16 @@ def test_other_arrays_are_refused_before_anything_is_sent(servicer, client, wron
     assert not servicer.requests
 
 
-def test_what_is_no_image_is_a_python_error(client, tmp_path):
+def test_missing_file_and_unsupported_type_raise_builtin_errors(client: camserve.Client, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         client.explain(tmp_path / "none.png")
     with pytest.raises(TypeError, match=r"a builtins\.list"):
-        client.explain([1, 2])
+        client.explain([1, 2])  # type: ignore[arg-type]
 
 
-def test_too_large_is_refused_before_anything_is_sent(servicer, client, tmp_path):
+def test_too_large_image_raises_before_a_request_is_sent(
+    servicer: Servicer, client: camserve.Client, tmp_path: Path
+) -> None:
     large = tmp_path / "large.tif"
     with large.open("wb") as file:
         file.truncate(images.MAX_MESSAGE_BYTES + 1)
@@ -103,20 +118,22 @@ def test_too_large_is_refused_before_anything_is_sent(servicer, client, tmp_path
     assert not servicer.requests
 
 
-def test_more_than_grpcs_own_limit_arrives(servicer, client):
+def test_image_above_the_default_limit_of_grpc_is_sent(servicer: Servicer, client: camserve.Client) -> None:
     assert sent(servicer, client, bytes(20 * 2**20)).ByteSize() > 20 * 2**20
 
 
-def test_the_image_is_shown_upright_at_its_full_resolution(client, pixels, tmp_path):
+def test_image_is_returned_upright_at_full_resolution(
+    client: camserve.Client, pixels: NDArray[np.uint8], tmp_path: Path
+) -> None:
     exif = PIL.Image.Exif()
-    exif[0x0112] = 8  # to be turned by 90° to the left
+    exif[0x0112] = 8  # rotate by 90° counterclockwise
     path = Path(tmp_path / "turned.png")
     path.write_bytes(png(pixels, exif=exif))
     shown = client.explain(path).image()
     np.testing.assert_array_equal(np.asarray(shown), np.rot90(pixels))
 
 
-def test_a_tensor_is_shown_scaled(client):
+def test_image_of_a_tensor_is_scaled(client: camserve.Client) -> None:
     x = np.linspace(-2, 3, 3 * 4 * 5, dtype=np.float32).reshape(3, 4, 5)
     shown = np.asarray(client.explain(x).image())
     assert shown.shape == (4, 5, 3)
@@ -129,13 +146,13 @@ def test_a_tensor_is_shown_scaled(client):
 
 
 @pytest.mark.skipif(sys.byteorder == "big", reason="compares with native arrays")
-def test_maps_arrive_as_arrays_that_can_be_written(client, pixels):
+def test_maps_are_writable_arrays(client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
     saliency = client.explain(pixels).saliency
     assert saliency.dtype == np.float32
     saliency[0, 0] = 1
 
 
-def test_the_size_of_what_is_sent():
+def test_size_applies_the_exif_orientation() -> None:
     wide = PIL.Image.new("RGB", (6, 4))
     for orientation, size in ((1, (6, 4)), (3, (6, 4)), (6, (4, 6)), (8, (4, 6))):
         file, exif = io.BytesIO(), PIL.Image.Exif()

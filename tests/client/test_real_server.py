@@ -9,7 +9,7 @@ import camserve
 from camserve_server.service.server import Server
 
 
-def test_a_replay_keeps_to_the_batch_sizes_of_the_receipt(server: Server):
+def test_replay_uses_the_batch_sizes_of_the_receipt(server: Server) -> None:
     with camserve.Client(server.address) as client:
         cat = skimage.data.chelsea()
         receipt = client.explain(cat, model="tiny").receipt
@@ -20,7 +20,7 @@ def test_a_replay_keeps_to_the_batch_sizes_of_the_receipt(server: Server):
     assert (again.same, again.differences) == (True, {})
 
 
-def test_a_map_that_was_cut_short_is_cut_short_again(server: Server):
+def test_replay_of_a_budgeted_map_stops_at_the_same_row(server: Server) -> None:
     with camserve.Client(server.address) as client:
         cat = skimage.data.chelsea()
         whole = client.explain(cat, model="tiny")
@@ -32,7 +32,7 @@ def test_a_map_that_was_cut_short_is_cut_short_again(server: Server):
     assert (again.same, again.explanation.share) == (True, e.share)
 
 
-def test_the_map_of_an_evaluation_is_made_again(server: Server):
+def test_replay_of_an_evaluation_gives_the_same_map(server: Server) -> None:
     with camserve.Client(server.address) as client:
         cat = skimage.data.chelsea()
         made = client.evaluate(cat, model="tiny", method="opti-cam", parameters={"steps": 2}, target=3, seed=4)

@@ -1,16 +1,20 @@
-"""Receipts, and making a map again, against known numbers."""
+"""Receipts and replays, against the fake server."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
 import camserve
 from camserve import Receipt
 from camserve_cli.app import app
+from tests.client.fake_server import Servicer
 
 
 def run(*arguments: object, stdin: str | None = None) -> Result:
@@ -19,20 +23,24 @@ def run(*arguments: object, stdin: str | None = None) -> Result:
 
 # ---- receipts -------------------------------------------------------------------------------------------------------
 
-FULL = {"seed": 2**64 - 1, "layers": ["a", "b"], "parameters": {"n": 3, "rate": 0.1, "norm": "max", "soft": True}}
+FULL: dict[str, Any] = {
+    "seed": 2**64 - 1,
+    "layers": ["a", "b"],
+    "parameters": {"n": 3, "rate": 0.1, "norm": "max", "soft": True},
+}
 
 
-def test_a_receipt_goes_to_json_and_comes_back(client, pixels):
+def test_receipt_json_round_trip(client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
     receipt = client.explain(pixels, target=[8, 7], budget=2**40, **FULL).receipt
     again = Receipt.from_json(receipt.to_json())
     assert again == receipt
-    assert list(again.parameters) == ["n", "norm", "rate", "soft"], "so that files can be compared"
+    assert list(again.parameters) == ["n", "norm", "rate", "soft"], "sorted, so that files can be compared"
     assert [type(value) for value in again.parameters.values()] == [type(v) for v in receipt.parameters.values()]
     inside = json.dumps({"image": "dog.jpg", "receipt": json.loads(receipt.to_json())})
     assert Receipt.from_json(inside.encode()) == receipt
 
 
-def test_entries_of_a_later_contract_are_passed_over(client, pixels):
+def test_unknown_receipt_fields_are_ignored(client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
     receipt = client.explain(pixels).receipt
     assert Receipt.from_json(json.dumps({**json.loads(receipt.to_json()), "later": [1]})) == receipt
 
@@ -43,7 +51,7 @@ WRONG = ['{"model": "m", "seed": -1}', '{"model": "m", "layers": 5}', '{"model":
 
 
 @pytest.mark.parametrize("text", [*NO_JSON, *NO_RECEIPT, *WRONG], ids=lambda text: repr(text)[:20])
-def test_what_is_no_receipt_is_said_to_be_none(text):
+def test_invalid_receipt_json_raises(text: Any) -> None:
     with pytest.raises(camserve.InvalidArgument, match="the text is not a receipt") as caught:
         Receipt.from_json(text)
     assert caught.value.field == "receipt"
@@ -52,7 +60,9 @@ def test_what_is_no_receipt_is_said_to_be_none(text):
 # ---- replays --------------------------------------------------------------------------------------------------------
 
 
-def test_a_replay_asks_for_the_same(servicer, client, pixels):
+def test_replay_sends_the_request_of_the_receipt(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
+) -> None:
     receipt = client.explain(pixels, model="m", method="opti-cam", top_k=2, budget=9, **FULL).receipt
     again = client.replay(receipt, pixels, request_id="second")
     assert (again.same, again.differences) == (True, {})
@@ -62,15 +72,19 @@ def test_a_replay_asks_for_the_same(servicer, client, pixels):
         request.request_id = ""
     first.target_top_k = 0
     first.targets.extend(camserve.v1.explain_pb2.Target(index=index) for index in (281, 8))
-    first.batch_sizes["score"], first.precision = 16, "fp32"  # the server's own
+    first.batch_sizes["score"], first.precision = 16, "fp32"  # the defaults of the server
     assert first == second
 
 
-def test_what_differs_is_named(servicer, client, pixels):
+def test_replay_names_all_differences(servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
     receipt = client.explain(pixels, parameters={"n": 3}).receipt
-    servicer.ramp = servicer.ramp * 0.5
-    servicer.now = {"device": "cuda", "versions": {"torch": "3", "timm": "1"}, "batch_sizes": {"score": 8}}
-    servicer.now |= {"parameters": {"n": 3, "m": 1}}
+    servicer.saliency = servicer.saliency * 0.5
+    servicer.receipt_overrides = {
+        "device": "cuda",
+        "versions": {"torch": "3", "timm": "1"},
+        "batch_sizes": {"score": 8},
+    }
+    servicer.receipt_overrides |= {"parameters": {"n": 3, "m": 1}}
     again = client.replay(receipt, pixels)
     digest = again.differences.pop("map_digests.281")
     assert digest == (receipt.map_digests[0], again.explanation.receipt.map_digests[0])
@@ -85,13 +99,15 @@ def test_what_differs_is_named(servicer, client, pixels):
     assert not again.same
 
 
-def test_another_image_is_noticed(client, pixels):
+def test_replay_of_another_image_reports_the_input_digest(client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
     again = client.replay(client.explain(pixels).receipt, 255 - pixels)
     assert list(again.differences) == ["input_digest"]
-    assert again.same, "the server's map is always the ramp"
+    assert again.same, "the fake server always returns the same map"
 
 
-def test_what_cannot_be_replayed(servicer, client, pixels, ramp):
+def test_receipts_without_method_or_digests_raise(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8], ramp: NDArray[np.float32]
+) -> None:
     given = client.evaluate(pixels, saliency=ramp).receipt
     with pytest.raises(camserve.InvalidArgument, match="names no method") as caught:
         client.replay(given, pixels)
