@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,26 +15,13 @@ import skimage.data
 
 import camserve
 from camserve_server.config import Config, ModelConfig, embedded
-from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Job
 from camserve_server.service.server import Server
 from tests.conftest import serving
-from tests.processes import LIMIT_S, patient_client
+from tests.e2e.engines import after_submit, engine_of, wait_until_idle
+from tests.processes import patient_client
 
 CAT = skimage.data.chelsea()
-
-
-def engine_of(server: Server) -> Engine:
-    assert server.engine is not None
-    return server.engine
-
-
-def wait_until_idle(server: Server) -> None:
-    """Wait until the engine owes no rows."""
-    until = time.monotonic() + LIMIT_S
-    while engine_of(server).rows_owed():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 @contextmanager
@@ -112,16 +98,12 @@ def test_short_request_is_answered_while_a_long_one_runs(server: Server) -> None
         next(event for event in stream if isinstance(event, camserve.Progress) and event.rows_done > 20)
         arrived: list[int] = []
         answered: list[int] = []
-        submit = engine.submit
 
-        def counting(*args: Any, **kwargs: Any) -> Job[Any]:
-            job = submit(*args, **kwargs)
+        def count(job: Job[Any]) -> None:
             arrived.append(engine.counters.batches)
             job.future.add_done_callback(lambda _: answered.append(engine.counters.batches))
-            return job
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine, "submit", counting)
+        with after_submit(count):
             explanation = quick.explain(CAT, method="grad-cam")
         assert explanation.cost.batches == 2, "the prediction and the gradient"
         assert answered[0] - arrived[0] <= 3, "the batch that was running, and its own two"

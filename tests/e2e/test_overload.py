@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
@@ -14,10 +13,10 @@ import skimage.data
 
 import camserve
 from camserve_server.config import Config, ModelConfig, TokenConfig
-from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Job
 from camserve_server.service.server import Server
 from tests.conftest import serving
+from tests.e2e.engines import after_submit, wait_until, wait_until_idle
 from tests.processes import LIMIT_S, patient_client
 
 IMAGE = skimage.data.chelsea()
@@ -57,37 +56,16 @@ def running_stream(client: camserve.Client, **arguments: Any) -> Any:
     return stream
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)
-
-
-def engine_of(server: Server) -> Engine:
-    assert server.engine is not None
-    return server.engine
-
-
 def test_high_priority_request_ends_before_earlier_ones(server: Server) -> None:
     """All requests have the same length. The map is the same at each priority."""
     order: list[str] = []
     maps = {}
-    submitted = []
-    engine = engine_of(server)
-    submit = engine.submit
-
-    def count(*args: Any, **kwargs: Any) -> Job[Any]:
-        job = submit(*args, **kwargs)
-        submitted.append(job)
-        return job
-
+    submitted: list[Job[Any]] = []
     with (
         patient_client(server.address, token="anna") as anna,
         ThreadPoolExecutor(3) as pool,
-        pytest.MonkeyPatch.context() as patch,
+        after_submit(submitted.append),
     ):
-        patch.setattr(engine, "submit", count)
         first = running_stream(anna, method="rise", parameters={"masks": 4000}, priority="high")
 
         def explain(priority: str) -> None:
@@ -122,7 +100,7 @@ def test_quota_delays_one_caller_and_not_others(server: Server) -> None:
         assert caught.value.retry_after_s is not None
         assert anna.explain(IMAGE, method="grad-cam").maps
         stream.close()
-        wait_until(lambda: not engine_of(server).rows_owed())
+        wait_until_idle(server)
         assert modest.explain(IMAGE, method="grad-cam").maps
 
 
@@ -148,6 +126,6 @@ def test_priority_above_that_of_the_token_is_refused(server: Server) -> None:
 
 def test_unknown_priority_is_refused(server: Server) -> None:
     with patient_client(server.address, token="anna") as anna:
-        with pytest.raises(camserve.InvalidArgument, match="low, normal, high or empty, not 'urgent'") as caught:
+        with pytest.raises(camserve.InvalidArgument, match="'urgent'; expected low, normal, high or empty") as caught:
             anna.explain(IMAGE, method="grad-cam", priority="urgent")
         assert caught.value.field == "priority"
