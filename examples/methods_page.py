@@ -100,11 +100,12 @@ def page(model: Model) -> str:
     groups = [*grouped(dict(sorted(registry.METHODS.items())))]
     published = {name: method_message(method, model) for name, method in registry.METHODS.items()}
     names = [method.name for _, methods in groups for method in methods]
-    rows = [overview(published[name], anchor) for name, anchor in zip(names, anchors(names), strict=True)]
+    anchor_of = dict(zip(names, anchors(names), strict=True))
+    rows = [overview(published[name], anchor) for name, anchor in anchor_of.items()]
     text = HEAD + "\n".join(rows) + "\n"
     for group, methods in groups:
         text += f"\n## {group.title}\n{group.text}\n"
-        text += "".join(section(method, published[method.name]) for method in methods)
+        text += "".join(section(method, published[method.name], anchor_of[method.name]) for method in methods)
     return text
 
 
@@ -131,11 +132,13 @@ def overview(method: pb.Method, anchor: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def section(method: Method, published: pb.Method) -> str:
-    """All of one method."""
+def section(method: Method, published: pb.Method, anchor: str) -> str:
+    """Return the section of one method."""
     code, _, remarks = method.equations.partition("\n\n")
+    # MkDocs numbers headings with equal anchors differently from GitHub, so these anchors are written out.
+    written_out = f'\n<a id="{anchor}"></a>\n' if anchor.endswith("-1") else ""
     parts = [
-        f"\n### `{method.name}`\n**{method.title}.** {method.summary}",
+        f"{written_out}\n### `{method.name}`\n**{method.title}.** {method.summary}",
         paper(method),
         picture(method, published.unavailable),
         f"```\n{code}\n```",
