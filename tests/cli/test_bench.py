@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 import camserve
 from camserve_cli.app import app
-from camserve_cli.load import fill, stats
+from camserve_cli.load import batch_fill, stats
 from camserve_server.config import Config, ModelConfig
 from tests.cli.test_report import Outline
 from tests.conftest import serving
@@ -68,7 +68,7 @@ def test_a_mix_becomes_tables_a_csv_and_a_page(address, servicer, photo, tmp_pat
     assert "<script" not in text
     assert "http" not in text.replace("http-equiv", "")
     again = bench("--address", address, "--method", "fake-cam", "--csv", path)
-    assert (again.exit_code, f"{path} is there" in again.stderr) == (1, True)
+    assert (again.exit_code, f"{path} exists" in again.stderr) == (1, True)
 
 
 def test_json_says_all(address):
@@ -110,7 +110,7 @@ def test_the_knee_of_a_server_that_does_one_at_a_time(address, servicer, tmp_pat
         assert step["met"] == answered, "of less than a hundred requests, all must be in time"
     assert said["knee"] is None or said["knee"] < 40
     assert {float(row["rate"]) for row in rows_of(path)} == {float(f"{r:.6g}") for r in met}
-    assert "Rates that were tried" in page.read_text(encoding="utf-8")
+    assert "Measured rates" in page.read_text(encoding="utf-8")
     assert ran.stderr.count("/s: p99 ") == len(met)
 
 
@@ -125,7 +125,7 @@ def test_ctrl_c_ends_it_with_what_was_measured(address, servicer, tmp_path):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "note: interrupted before its time" in err
+    assert "note: interrupted before the end" in err
     assert re.search(r"^all +\d+ ", out, re.MULTILINE)
     assert len(rows_of(path)) >= 30
 
@@ -133,12 +133,12 @@ def test_ctrl_c_ends_it_with_what_was_measured(address, servicer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--knee",), "--knee and --p99 go together"),
-        (("--p99", 1), "--knee and --p99 go together"),
-        (("--in-flight", 2, "--rate", 1), "of a closed loop"),
-        (("--method", "fake-cam=0"), "is no weight"),
-        (("--method", "fake-cam=x:a=1"), "is no weight"),
-        (("--method", "fake-cam=1", "--method", "fake-cam=2"), "names a method twice"),
+        (("--knee",), "--knee and --p99 must be given together"),
+        (("--p99", 1), "--knee and --p99 must be given together"),
+        (("--in-flight", 2, "--rate", 1), "a closed loop cannot be combined"),
+        (("--method", "fake-cam=0"), "expected a number above 0"),
+        (("--method", "fake-cam=x:a=1"), "expected a number above 0"),
+        (("--method", "fake-cam=1", "--method", "fake-cam=2"), "two of the methods are the same"),
     ],
 )
 def test_options_that_make_no_sense(options, said):
@@ -150,7 +150,7 @@ def test_options_that_make_no_sense(options, said):
     ("options", "said"),
     [
         (("--method", "none"), "error: there is no method 'none'; there are: opti-cam, poly-cam, fake-cam"),
-        (("--method", "poly-cam"), "error: poly-cam cannot be served by first: no such layers"),
+        (("--method", "poly-cam"), "error: the model first cannot serve the method poly-cam: no such layers"),
         (("--method", "fake-cam", "--metric", "none"), "error: there is no metric 'none'"),
         (("--method", "fake-cam", "--model", "none"), "error: there is no model 'none'"),
         (("--method", "fake-cam", "--metrics-url", "http://127.0.0.1:1/metrics"), "Connection refused"),
@@ -167,14 +167,14 @@ def test_how_full_batches_were_is_read_from_the_server():
     config = Config(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", models=[tiny])
     with serving(config) as server:
         url = f"http://{server.metrics_address}/metrics"
-        assert fill.read(url) == (0, 0)
+        assert batch_fill.read_counters(url) == (0, 0)
         line = [sys.executable, "-m", "camserve_cli", "bench", "--address", server.address, "--method", "grad-cam"]
         line += ["--in-flight", "2", "--duration", "0.5", "--warmup", "0", "--metrics-url", url, "--json"]
         # Another process than the server's: two event loops of gRPC in one get in each other's way.
         ran = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
-        rows, padding = fill.read(url)
+        rows, padding = batch_fill.read_counters(url)
         with pytest.raises(camserve.InvalidArgument, match="has no metrics of a camserve server"):
-            fill.read(f"http://{server.metrics_address}/metrics?name[]=camserve_ready")
+            batch_fill.read_counters(f"http://{server.metrics_address}/metrics?name[]=camserve_ready")
     assert ran.returncode == 0, ran.stderr
     full = json.loads(ran.stdout)["fill"]
     assert rows / (rows + padding) == pytest.approx(full)
@@ -184,12 +184,12 @@ def test_how_full_batches_were_is_read_from_the_server():
 
 def test_a_page_without_the_counters_is_said():
     with pytest.raises(ValueError, match="camserve_rows_total"):
-        fill.counted("# TYPE python_info gauge\npython_info 1.0\n")
+        batch_fill.parse_counters("# TYPE python_info gauge\npython_info 1.0\n")
     text = '# TYPE camserve_rows_total counter\ncamserve_rows_total{model="a b",lane="forward"} 6.0\n'
     text += 'camserve_rows_total{model="b",lane="forward"} 1e1\n# TYPE camserve_padding_rows_total counter\n'
-    assert fill.counted(text) == (16, 0)
-    assert fill.fill((10, 0), (16, 2)) == 0.75
-    assert fill.fill((10, 1), (10, 1)) is None
+    assert batch_fill.parse_counters(text) == (16, 0)
+    assert batch_fill.fill_share((10, 0), (16, 2)) == 0.75
+    assert batch_fill.fill_share((10, 1), (10, 1)) is None
 
 
 # ---- locust ---------------------------------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ import camserve
 from camserve import request_messages
 from camserve_cli.load import knee, measure, mix, schedule, stats
 from camserve_cli.load.measure import Load
-from camserve_cli.load.mix import Ask, Mix
-from camserve_cli.load.run import Run, Sender
-from camserve_cli.load.stats import Measured, Record
+from camserve_cli.load.mix import Mix, PreparedRequest
+from camserve_cli.load.sender import LoadRun, Sender
+from camserve_cli.load.stats import Measurement, Record
 from camserve_server.errors import QueueFull
 from camserve_server.service import status
 
@@ -61,7 +61,7 @@ def a_mix(weights: tuple[float, ...] = (1,), images: int = 1, model: str = "") -
         return request_messages.explain(mix.photograph(64, 64), model=model, method=method).request.SerializeToString()
 
     methods = "abc"[: len(weights)]
-    return Mix([[Ask(method, i, request(method)) for i in range(images)] for method in methods], weights)
+    return Mix([[PreparedRequest(method, i, request(method)) for i in range(images)] for method in methods], weights)
 
 
 def test_what_is_asked_goes_by_weights_and_a_seed_repeats_it():
@@ -91,7 +91,7 @@ def test_the_image_that_is_made_weighs_as_much_as_a_photograph():
 def test_percentiles_are_values_that_were_measured(values):
     ordered = sorted(values)
     for name, value in stats.percentiles(values).items():
-        share = stats.LEVELS[name]
+        share = stats.PERCENTILES[name]
         assert value in ordered
         assert sum(v <= value for v in values) >= share * len(values) - 1e-9
         assert sum(v < value for v in values) < share * len(values) + 1e-9
@@ -131,10 +131,10 @@ def test_a_summary_counts_what_was_meant_in_its_time():
 def test_what_happened_over_time_is_all_there():
     records = [record(i / 100, 0.05 if i < 500 else 0.5, method="ab"[i % 2]) for i in range(1000)]
     records += [record(3.0, 0.1, "UNAVAILABLE"), record(-1.0, 0.1)]
-    over = stats.over_time(records, 10.0)
+    over = stats.time_series(records, 10.0)
     width = 10 / len(over.middle_s)
     assert len(over.middle_s) == 60
-    assert over.meant_per_s.sum() * width == pytest.approx(1001)
+    assert over.intended_per_s.sum() * width == pytest.approx(1001)
     assert over.failed_per_s.sum() * width == pytest.approx(1)
     assert over.p99_ms[:29] == pytest.approx(np.full(29, 50))
     assert over.p50_ms[31:] == pytest.approx(np.full(29, 500))
@@ -145,7 +145,7 @@ def test_what_happened_over_time_is_all_there():
 
 def tried(first: float, least: float, most: float, holds: Callable[[float], bool]) -> dict[float, bool]:
     found: dict[float, bool] = {}
-    rates = knee.rates(first, least, most)
+    rates = knee.candidate_rates(first, least, most)
     with contextlib.suppress(StopIteration):
         rate = next(rates)
         while True:
@@ -170,12 +170,14 @@ def test_the_search_ends_where_the_bound_is_never_or_always_met():
 
 def test_a_rate_is_missed_as_soon_as_it_cannot_be_met_any_more():
     quick, slow = [record(i / 100, 0.1) for i in range(198)], [record(0.5, 0.6) for _ in range(3)]
-    assert not knee.Watch(0.5, 200, 2.0).missed([*quick, *slow[:2]])
-    assert knee.Watch(0.5, 200, 2.0).missed([*quick, *slow])
-    assert knee.Watch(0.5, 200, 2.0).missed([record(0, 0.1, "UNAVAILABLE")] * 3)
-    assert not knee.Watch(0.5, 200, 2.0).missed([record(-1, 9.0), record(2.0, 9.0)] * 5), "not of the time measured"
+    assert not knee.BoundMonitor(0.5, 200, 2.0).missed([*quick, *slow[:2]])
+    assert knee.BoundMonitor(0.5, 200, 2.0).missed([*quick, *slow])
+    assert knee.BoundMonitor(0.5, 200, 2.0).missed([record(0, 0.1, "UNAVAILABLE")] * 3)
+    assert not knee.BoundMonitor(0.5, 200, 2.0).missed([record(-1, 9.0), record(2.0, 9.0)] * 5), (
+        "not of the time measured"
+    )
     # Step by step, and those on the way count once they have waited for too long.
-    watch, records = knee.Watch(0.5, 200, 2.0), slow[:1]
+    watch, records = knee.BoundMonitor(0.5, 200, 2.0), slow[:1]
     assert not watch.missed(records, pending=[0.1, -0.5, 0.8], now_s=1.0)
     records += slow[1:2]
     assert watch.missed(records, pending=[0.1, -0.5, 0.8], now_s=1.0)
@@ -187,8 +189,8 @@ def test_a_rate_is_missed_as_soon_as_it_cannot_be_met_any_more():
 
 def measured(
     address: str, send: Callable[[Load], Any], mixed: Mix | None = None, seconds: float = 1.0, **more: Any
-) -> Measured:
-    async def run() -> Measured:
+) -> Measurement:
+    async def run() -> Measurement:
         senders = [Sender(address, timeout=20) for _ in range(more.pop("connections", 2))]
         try:
             return await send(Load(mixed or a_mix(), 0.0, seconds, senders=senders, **more))
@@ -215,27 +217,27 @@ class Stall:
 
 def test_a_server_that_stalls_is_seen_by_all_that_come_meanwhile(address, servicer):
     servicer.before = Stall(1.0)
-    found = measured(address, lambda load: measure.at_rate(load, 40, even=True), seconds=1.5)
+    found = measured(address, lambda load: measure.run_open_loop(load, 40, even=True), seconds=1.5)
     assert len(found.records) == 60
     # Those that are meant to be sent in the first half of the stall wait for at least the other half.
     assert sum(each.latency_s > 0.45 for each in found.records) >= 18
     assert found.summary().latency_ms["p90"] > 500
     # In a closed loop, hardly anybody is there to see it: as many as are in flight.
     servicer.before = Stall(1.0)
-    few = measured(address, lambda load: measure.in_flight(load, 1), seconds=1.5)
+    few = measured(address, lambda load: measure.run_closed_loop(load, 1), seconds=1.5)
     assert sum(each.latency_s > 0.45 for each in few.records) < 10
 
 
 def test_a_sender_that_falls_behind_counts_it(address):
     stalled: list[float] = []
 
-    def goes_on(run: Run) -> bool:
+    def should_continue(run: LoadRun) -> bool:
         if run.now_s > 0.2 and not stalled:
             stalled.append(run.now_s)
             time.sleep(0.6)
         return True
 
-    found = measured(address, lambda load: measure.at_rate(load, 50, even=True), goes_on=goes_on)
+    found = measured(address, lambda load: measure.run_open_loop(load, 50, even=True), should_continue=should_continue)
     assert len(found.records) == 50
     assert sum(each.latency_s > 0.25 for each in found.records) >= 14
     assert found.summary().sent_late_ms["p90"] > 250
@@ -256,7 +258,7 @@ def test_a_closed_loop_keeps_so_many_on_their_way_over_its_connections(address, 
             here -= 1
 
     servicer.before = before
-    found = measured(address, lambda load: measure.in_flight(load, 3), a_mix((1, 1)), connections=3, seconds=0.6)
+    found = measured(address, lambda load: measure.run_closed_loop(load, 3), a_mix((1, 1)), connections=3, seconds=0.6)
     assert (most, len(peers)) == (3, 3)
     assert len(found.records) == len(servicer.requests) >= 6
     assert Counter(each.method for each in found.records) == Counter(each.method.name for each in servicer.requests)
@@ -272,7 +274,7 @@ def test_a_refusal_is_counted_and_not_asked_again(address, servicer):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message)
 
     servicer.before = before
-    found = measured(address, lambda load: measure.at_rate(load, 20, even=True)).summary()
+    found = measured(address, lambda load: measure.run_open_loop(load, 20, even=True)).summary()
     assert (found.requests, found.errors) == (20, {"RESOURCE_EXHAUSTED QUEUE_FULL": 10})
     assert len(servicer.requests) == 20
 
@@ -280,17 +282,17 @@ def test_a_refusal_is_counted_and_not_asked_again(address, servicer):
 def test_a_load_that_is_wrong_ends_with_what_the_server_says(address, servicer):
     servicer.before = lambda context: context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no such thing")
     with pytest.raises(camserve.InvalidArgument, match="no such thing"):
-        measured(address, lambda load: measure.at_rate(load, 1, even=True), seconds=600)
+        measured(address, lambda load: measure.run_open_loop(load, 1, even=True), seconds=600)
     assert len(servicer.requests) == 1
 
 
 def test_a_load_that_is_ended_cancels_what_is_on_its_way(address, servicer):
     found = measured(
         address,
-        lambda load: measure.in_flight(load, 2),
+        lambda load: measure.run_closed_loop(load, 2),
         a_mix(model="slow"),
         seconds=600,
-        goes_on=lambda _: not servicer.started.is_set(),
+        should_continue=lambda _: not servicer.started.is_set(),
     )
     assert servicer.cancelled.wait(20)
     assert [each.code for each in found.records] == [stats.UNFINISHED] * 2

@@ -1,4 +1,5 @@
-"""Load for a server, and what becomes of it: `camserve bench`.
+"""Load generator and measurements behind `camserve bench`.
 
-`mix` says what is asked and `schedule` when, `run` asks, `stats` and `knee` make figures of what was recorded.
+`mix` prepares the requests and `schedule` their send times. `sender` sends them and records the outcomes. `stats`
+summarises the records, and `knee` searches for the highest rate that meets a latency bound.
 """

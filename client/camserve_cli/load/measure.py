@@ -1,4 +1,4 @@
-"""Measures a load: in a closed loop, at a rate, or for the knee."""
+"""Measurements of a load: in a closed loop, in an open loop, and for the knee."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from camserve_cli.load import fill, schedule
-from camserve_cli.load.knee import Step, Watch, rates
+from camserve_cli.load import batch_fill, schedule
+from camserve_cli.load.knee import BoundMonitor, Step, candidate_rates
 from camserve_cli.load.mix import Mix
-from camserve_cli.load.run import Run, Sender, Watched, closed_loop, open_loop
-from camserve_cli.load.stats import Measured, Numbers
+from camserve_cli.load.sender import LoadRun, Sender, ShouldContinue, closed_loop, open_loop
+from camserve_cli.load.stats import Measurement, Numbers
 
-__all__ = ["LEAST_REQUESTS", "Load", "at_rate", "in_flight", "steps"]
+__all__ = ["MIN_REQUESTS", "Load", "run_closed_loop", "run_open_loop", "search_knee"]
 
-# At rates of fewer requests in the time that is measured, there is nothing to say of the 99th percentile.
-LEAST_REQUESTS = 10
+# The search for the knee ends at the rate that sends this many requests: fewer do not determine a 99th percentile.
+MIN_REQUESTS = 10
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked for, by whom, and for how long. The same seed draws the same requests, at the same times.
+    """Requests to send, their senders, and the duration. The same seed draws the same requests at the same times.
 
-    `goes_on` is asked often, and ends the load by False. With a `metrics_url` the server is asked how full its batches
-    were.
+    Attributes:
+        mix: The requests and their weights.
+        warmup: Seconds before the measurement. Their requests are recorded and left out of every figure.
+        seconds: Duration of the measurement.
+        seed: Seed of the random choices.
+        metrics_url: Address of the server's Prometheus metrics, from which the fill of the batches is read.
+        should_continue: Function that is called about ten times per second. The load ends when it returns False.
+        senders: Connections to the server. Requests use them in turn.
     """
 
     mix: Mix
@@ -33,43 +39,63 @@ class Load:
     seconds: float
     seed: int = 0
     metrics_url: str | None = None
-    goes_on: Watched = lambda _: True
+    should_continue: ShouldContinue = lambda _: True
     senders: Sequence[Sender] = ()
 
 
-async def in_flight(load: Load, requests: int) -> Measured:
-    """In a closed loop of so many requests."""
-    asks = load.mix.draw(load.seed)
-    return await _measured(load, None, lambda run: closed_loop(run, asks, requests, load.goes_on))
+async def run_closed_loop(load: Load, in_flight: int) -> Measurement:
+    """Measure a closed loop that keeps `in_flight` requests pending."""
+    requests = load.mix.draw(load.seed)
+    return await _measure(load, None, lambda run: closed_loop(run, requests, in_flight, load.should_continue))
 
 
-async def at_rate(load: Load, rate: float, *, even: bool = False, goes_on: Watched | None = None) -> Measured:
-    """In an open loop of so many requests a second, at random times or evenly."""
-    asks, times = load.mix.draw(load.seed), _times(load, rate, even).tolist()
-    return await _measured(load, rate, lambda run: open_loop(run, asks, times, goes_on or load.goes_on))
+async def run_open_loop(
+    load: Load, rate: float, *, even: bool = False, should_continue: ShouldContinue | None = None
+) -> Measurement:
+    """Measure an open loop.
+
+    Args:
+        load: The requests and the duration.
+        rate: Requests per second.
+        even: Send at equal intervals instead of at random times.
+        should_continue: Replaces the function of the load.
+    """
+    requests, times = load.mix.draw(load.seed), _times(load, rate, even).tolist()
+    condition = should_continue or load.should_continue
+    return await _measure(load, rate, lambda run: open_loop(run, requests, times, condition))
 
 
-async def steps(load: Load, bound_s: float, first: float, *, even: bool = False) -> AsyncIterator[Step]:
-    """The rates that are tried for the knee, each as it is done. Ended by `goes_on`, the last one is left out."""
-    tried = rates(first, LEAST_REQUESTS / load.seconds)
-    rate = next(tried)
+async def search_knee(load: Load, bound_s: float, first: float, *, even: bool = False) -> AsyncIterator[Step]:
+    """Measure rates until the knee is found.
+
+    Args:
+        load: The requests, and the duration of each rate.
+        bound_s: Bound of the 99th percentile of latency, in seconds.
+        first: The first rate, in requests per second.
+        even: Send at equal intervals instead of at random times.
+
+    Yields:
+        Each rate as soon as it is measured. A rate that `load.should_continue` ended is left out.
+    """
+    rates = candidate_rates(first, MIN_REQUESTS / load.seconds)
+    rate = next(rates)
     while True:
-        watch = Watch(bound_s, int(np.sum(_times(load, rate, even) >= load.warmup)), load.seconds)
-        ended = dropped = False
+        monitor = BoundMonitor(bound_s, int(np.sum(_times(load, rate, even) >= load.warmup)), load.seconds)
+        interrupted = dropped = False
 
-        def goes_on(run: Run, watch: Watch = watch) -> bool:
-            nonlocal ended, dropped
-            ended = not load.goes_on(run)
-            dropped = watch.missed(run.records, run.pending.values(), run.now_s)
-            return not ended and not dropped
+        def should_continue(run: LoadRun, monitor: BoundMonitor = monitor) -> bool:
+            nonlocal interrupted, dropped
+            interrupted = not load.should_continue(run)
+            dropped = monitor.missed(run.records, run.pending.values(), run.now_s)
+            return not interrupted and not dropped
 
-        measured = await at_rate(load, rate, even=even, goes_on=goes_on)
-        if ended:
+        measured = await run_open_loop(load, rate, even=even, should_continue=should_continue)
+        if interrupted:
             return
-        met = not watch.missed(measured.records)
+        met = not monitor.missed(measured.records)
         yield Step(rate, met, dropped, measured)
         try:
-            rate = tried.send(met)
+            rate = rates.send(met)
         except StopIteration:
             return
 
@@ -79,9 +105,10 @@ def _times(load: Load, rate: float, even: bool) -> Numbers:
     return schedule.constant(rate, seconds) if even else schedule.poisson(rate, seconds, load.seed)
 
 
-async def _measured(load: Load, rate: float | None, send: Callable[[Run], Awaitable[Run]]) -> Measured:
+async def _measure(load: Load, rate: float | None, send: Callable[[LoadRun], Awaitable[LoadRun]]) -> Measurement:
     url = load.metrics_url
-    before = await asyncio.to_thread(fill.read, url) if url else None
-    run = await send(Run(load.senders, load.warmup, load.seconds))
-    full = fill.fill(before, await asyncio.to_thread(fill.read, url)) if url and before else None
-    return Measured(rate, run.measured_s, run.records, full)
+    before = await asyncio.to_thread(batch_fill.read_counters, url) if url else None
+    run = await send(LoadRun(load.senders, load.warmup, load.seconds))
+    after = await asyncio.to_thread(batch_fill.read_counters, url) if url else None
+    fill = batch_fill.fill_share(before, after) if before and after else None
+    return Measurement(rate, run.measured_s, run.records, fill)

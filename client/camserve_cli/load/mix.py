@@ -1,4 +1,7 @@
-"""What is asked: methods by their weights, images in equal shares. A request is encoded once, and sent many times."""
+"""Requests of a load: methods by weight, images in equal shares.
+
+Each request is serialised once and sent many times.
+"""
 
 from __future__ import annotations
 
@@ -11,59 +14,71 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-__all__ = ["Ask", "Mix", "photograph"]
+__all__ = ["Mix", "PreparedRequest", "photograph"]
 
 _DRAWN_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A request that can be made: by the method of that label, of the image of that place, encoded."""
+class PreparedRequest:
+    """A serialised request.
+
+    Attributes:
+        method: Label of the method.
+        image: Index of the image.
+        message: The serialised ExplainRequest.
+    """
 
     method: str
     image: int
-    request: bytes
+    message: bytes
 
 
 @dataclass(frozen=True)
 class Mix:
-    """For each method the requests that it may be, one for each image, and its weight among the methods."""
+    """Requests of several methods, with a weight for each method.
 
-    asks: Sequence[Sequence[Ask]]
+    Attributes:
+        requests: For each method, one request for each image.
+        weights: The weight of each method, above 0.
+    """
+
+    requests: Sequence[Sequence[PreparedRequest]]
     weights: Sequence[float]
 
     @property
     def methods(self) -> list[str]:
-        """Their labels."""
-        return [asks[0].method for asks in self.asks]
+        """Labels of the methods."""
+        return [requests[0].method for requests in self.requests]
 
-    def draw(self, seed: int) -> Iterator[Ask]:
-        """Without end: each drawn by the weights. The same seed draws the same."""
-        chance = np.random.default_rng([seed, 1])
+    def draw(self, seed: int) -> Iterator[PreparedRequest]:
+        """Yield random requests without end. The same seed yields the same requests."""
+        random = np.random.default_rng([seed, 1])
         shares = np.array(self.weights) / sum(self.weights)
         while True:
-            methods = chance.choice(len(shares), _DRAWN_AT_ONCE, p=shares)
-            images = chance.integers(len(self.asks[0]), size=_DRAWN_AT_ONCE)
+            methods = random.choice(len(shares), _DRAWN_AT_ONCE, p=shares)
+            images = random.integers(len(self.requests[0]), size=_DRAWN_AT_ONCE)
             for method, image in zip(methods.tolist(), images.tolist(), strict=True):
-                yield self.asks[method][image]
+                yield self.requests[method][image]
 
 
 @functools.cache
 def photograph(height: int = 384, width: int = 512) -> bytes:
-    """A JPEG file of nothing, always of the same pixels, that takes as much to send and to decode as a photograph.
+    """Return a synthetic JPEG file that costs as much to send and to decode as a photograph.
 
-    Its spectrum falls as that of natural images does, with 1/f, and its colours go mostly together.
+    The pixels are always the same. As in natural images, the amplitude spectrum falls with 1/f and the colour channels
+    are correlated.
     """
-    chance = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width)[None] * width)
-    fall = 1 / np.maximum(frequency, 1)
+    amplitude = 1 / np.maximum(frequency, 1)
 
     def field() -> NDArray[np.float64]:
-        spectrum = np.fft.rfft2(chance.standard_normal((height, width))) * fall
-        made: NDArray[np.float64] = np.fft.irfft2(spectrum, (height, width))
-        made -= made.mean()
-        made /= made.std()
-        return made
+        spectrum = np.fft.rfft2(random.standard_normal((height, width))) * amplitude
+        values: NDArray[np.float64] = np.fft.irfft2(spectrum, (height, width))
+        values -= values.mean()
+        values /= values.std()
+        return values
 
     grey = field()
     pixels = np.stack([128 + 48 * (grey + 0.3 * field()) for _ in range(3)], axis=-1)

@@ -1,4 +1,4 @@
-"""When requests are meant to be sent, in seconds from the start; pure."""
+"""Intended send times of an open loop, in seconds from the start. The module has no clock."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ Seconds = NDArray[np.float64]
 
 
 def poisson(rate: float, seconds: float, seed: int) -> Seconds:
-    """So many a second on average, independent of each other, as many callers are who do not know of one another."""
-    chance = np.random.default_rng([seed, 0])
+    """Return the times of a Poisson process, which models many independent callers.
+
+    Args:
+        rate: Mean number of requests per second.
+        seconds: All times are below this duration.
+        seed: The same seed gives the same times.
+    """
+    random = np.random.default_rng([seed, 0])
     times = np.empty(0)
     while not times.size or times[-1] < seconds:
-        gaps = chance.exponential(1 / rate, math.ceil(rate * seconds) + 16)
+        gaps = random.exponential(1 / rate, math.ceil(rate * seconds) + 16)
         times = np.append(times, (times[-1] if times.size else 0) + np.cumsum(gaps))
     return times[times < seconds]
 
 
 def constant(rate: float, seconds: float) -> Seconds:
-    """So many a second, evenly, the first at once."""
+    """Return times at equal intervals. The first is 0, and all are below `seconds`."""
     return np.arange(math.ceil(rate * seconds - 1e-9)) / rate

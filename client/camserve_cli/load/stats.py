@@ -1,7 +1,8 @@
-"""Figures out of what was recorded; pure.
+"""Statistics of recorded requests. The module has no clock.
 
-Time runs from the end of the warm-up, whose records have negative times. A latency is that of a request which was meant
-to be sent after it, and within the time that is measured. Rates are of answers that came within that time.
+Times are in seconds from the end of the warm-up, so requests of the warm-up have negative times. A latency counts if
+its request was intended to be sent during the measurement. A rate counts the answers that arrived during the
+measurement.
 """
 
 from __future__ import annotations
@@ -15,28 +16,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "LEVELS",
+    "PERCENTILES",
     "UNFINISHED",
-    "Measured",
+    "Measurement",
     "Numbers",
-    "Over",
     "Record",
     "Summary",
-    "over_time",
+    "TimeSeries",
     "percentiles",
     "quantiles",
     "summary",
+    "time_series",
 ]
 
 Numbers = NDArray[np.float64]
 
-# Of a request that was still on its way when the load was ended.
+# Code of a request that was still pending when the load ended.
 UNFINISHED = "UNFINISHED"
-LEVELS = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
+PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 
 
 class Record(NamedTuple):
-    """A request: when it was meant to be sent, when it was, when its answer or error came, and what it took."""
+    """Outcome of one request.
+
+    Attributes:
+        method: Label of the method.
+        image: Index of the image.
+        intended_s: Time at which the request was intended to be sent.
+        sent_s: Time at which the request was sent.
+        done_s: Time at which the answer or the error arrived.
+        code: Name of the gRPC status code, or `UNFINISHED`.
+        reason: Reason of the error, if the server gave one.
+        rows: Rows of the request.
+        batches: Batches that contained rows of the request.
+        queue_ms: Time in the queue of the server.
+        compute_ms: Time from the first batch to the answer.
+    """
 
     method: str
     image: int
@@ -52,28 +67,41 @@ class Record(NamedTuple):
 
     @property
     def latency_s(self) -> float:
-        """From when it was meant to be sent: if sender or server fell behind, the wait is in it."""
+        """Time from the intended send time to the answer, which includes delays of the sender and of the server."""
         return self.done_s - self.intended_s
 
     @property
     def answered(self) -> bool:
-        """Whether it came to an answer."""
+        """True if the server returned an answer."""
         return self.code == "OK"
 
     @property
-    def waited(self) -> bool:
-        """Whether the latency says how long a caller waits: not where a request was refused at once or broke."""
+    def has_latency(self) -> bool:
+        """True if the latency measures a caller's wait.
+
+        A request that was refused at once, or whose connection failed, has no meaningful latency.
+        """
         timed_out = self.code == "DEADLINE_EXCEEDED" and self.reason != "DEADLINE_UNREACHABLE"
         return self.answered or timed_out or self.code == UNFINISHED
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of the requests of one method, or of all.
+    """Statistics of the requests of one method, or of all methods.
 
-    `errors` counts those that were not answered, by code and reason. `latency_ms` is of those that were answered, timed
-    out or are unfinished; `queue_ms` and `compute_ms` are what the server says of those that were answered;
-    `sent_late_ms` is by how much the sender itself was late. All four by the names of `LEVELS`, empty of nothing.
+    The four mappings from percentiles have the keys of `PERCENTILES`. They are empty if there are no values.
+
+    Attributes:
+        method: Label of the method, or "all".
+        requests: Number of requests that were intended to be sent during the measurement.
+        answered: Number of these requests that were answered.
+        requests_per_s: Answers per second.
+        rows_per_s: Rows of the answers per second.
+        errors: Number of requests that were not answered, by code and reason.
+        latency_ms: Latencies of the requests that were answered, timed out, or are unfinished.
+        queue_ms: Time in the queue of the server, of the answered requests.
+        compute_ms: Time from the first batch to the answer, of the answered requests.
+        sent_late_ms: Delay of the sender itself.
     """
 
     method: str
@@ -89,42 +117,61 @@ class Summary:
 
 
 def quantiles(values: Sequence[float] | Numbers, at: Sequence[float] | Numbers) -> list[float]:
-    """For each share the smallest value that so large a share of the values does not exceed: none is made up."""
+    """Return quantiles that are measured values, without interpolation.
+
+    Args:
+        values: The measured values.
+        at: Shares in [0, 1].
+
+    Returns:
+        For each share, the smallest value that at least this share of the values does not exceed. The list is empty
+        if there are no values.
+    """
     found: list[float] = np.quantile(values, at, method="inverted_cdf").tolist() if len(values) else []
     return found
 
 
 def percentiles(values: Sequence[float] | Numbers) -> dict[str, float]:
-    """By the names of `LEVELS`; empty for no values."""
-    return dict(zip(LEVELS, quantiles(values, list(LEVELS.values())), strict=True)) if len(values) else {}
+    """Return the percentiles of the values, by the names of `PERCENTILES`. Without values the result is empty."""
+    return dict(zip(PERCENTILES, quantiles(values, list(PERCENTILES.values())), strict=True)) if len(values) else {}
 
 
 def summary(records: Sequence[Record], seconds: float, method: str | None = None) -> Summary:
-    """Of a method, or of all, where the load was measured for so many seconds."""
-    mine = [each for each in records if method in (None, each.method)]
-    meant = [each for each in mine if 0 <= each.intended_s < seconds]
-    answered = [each for each in meant if each.answered]
-    came = [each for each in mine if each.answered and 0 <= each.done_s < seconds]
-    errors = Counter(" ".join(filter(None, (each.code, each.reason))) for each in meant if not each.answered)
+    """Summarise the requests of a method, or of all methods.
+
+    Args:
+        records: All recorded requests, including those of the warm-up.
+        seconds: Duration of the measurement.
+        method: Label of the method. None selects all methods.
+    """
+    selected = [each for each in records if method in (None, each.method)]
+    intended = [each for each in selected if 0 <= each.intended_s < seconds]
+    answered = [each for each in intended if each.answered]
+    arrived = [each for each in selected if each.answered and 0 <= each.done_s < seconds]
+    errors = Counter(" ".join(filter(None, (each.code, each.reason))) for each in intended if not each.answered)
     return Summary(
         method="all" if method is None else method,
-        requests=len(meant),
+        requests=len(intended),
         answered=len(answered),
-        requests_per_s=len(came) / seconds,
-        rows_per_s=sum(each.rows for each in came) / seconds,
+        requests_per_s=len(arrived) / seconds,
+        rows_per_s=sum(each.rows for each in arrived) / seconds,
         errors=dict(errors.most_common()),
-        latency_ms=percentiles([1e3 * each.latency_s for each in meant if each.waited]),
+        latency_ms=percentiles([1e3 * each.latency_s for each in intended if each.has_latency]),
         queue_ms=percentiles([each.queue_ms for each in answered]),
         compute_ms=percentiles([each.compute_ms for each in answered]),
-        sent_late_ms=percentiles([1e3 * (each.sent_s - each.intended_s) for each in meant]),
+        sent_late_ms=percentiles([1e3 * (each.sent_s - each.intended_s) for each in intended]),
     )
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was recorded of a load at a rate, None for a closed loop, that was measured for so many seconds.
+class Measurement:
+    """Records of one load.
 
-    `fill` is the share of the server's batches that was rows, and no padding; None where it is not known.
+    Attributes:
+        rate: Requests per second of an open loop. None for a closed loop.
+        seconds: Duration of the measurement.
+        records: All recorded requests, including those of the warm-up.
+        fill: Share of real rows in the server's batches, in [0, 1]. None if it is not known.
     """
 
     rate: float | None
@@ -133,20 +180,29 @@ class Measured:
     fill: float | None = None
 
     def summary(self, method: str | None = None) -> Summary:
-        """Of a method, or of all."""
+        """Summarise the requests of a method, or of all methods if `method` is None."""
         return summary(self.records, self.seconds, method)
 
 
 @dataclass(frozen=True)
-class Over:
-    """What happened in each of some equal spans of time, all [B]; `middle_s` is the middle of each.
+class TimeSeries:
+    """Rates and latencies in B intervals of equal length, each an array [B].
 
-    Latencies are of requests by when they were meant to be sent, NaN where there was none; rates by when answers and
-    errors came.
+    A latency belongs to the interval of its intended send time, and is NaN in an interval without requests. A rate
+    counts the answers and errors that arrived in the interval.
+
+    Attributes:
+        middle_s: Middle of each interval.
+        intended_per_s: Requests that were intended to be sent.
+        answered_per_s: Answers.
+        failed_per_s: Errors.
+        p50_ms: Median latency.
+        p99_ms: 99th percentile of latency.
+        max_ms: Longest latency.
     """
 
     middle_s: Numbers
-    meant_per_s: Numbers
+    intended_per_s: Numbers
     answered_per_s: Numbers
     failed_per_s: Numbers
     p50_ms: Numbers
@@ -154,22 +210,22 @@ class Over:
     max_ms: Numbers
 
 
-def over_time(records: Sequence[Record], seconds: float) -> Over:
-    """In spans of some ten requests or more each, on average: at most sixty, and at least five."""
+def time_series(records: Sequence[Record], seconds: float) -> TimeSeries:
+    """Divide the measurement into 5 to 60 intervals of about ten requests or more each."""
     requests = sum(0 <= each.intended_s < seconds for each in records)
     edges = np.linspace(0, seconds, min(60, max(5, requests // 10)) + 1)
 
     def rate(times: Sequence[float]) -> Numbers:
         return np.histogram(times, edges)[0] / np.diff(edges)
 
-    waited = [each for each in records if each.waited and 0 <= each.intended_s < seconds]
-    place = np.searchsorted(edges, [each.intended_s for each in waited], side="right") - 1
-    latency = np.array([1e3 * each.latency_s for each in waited])
+    timed = [each for each in records if each.has_latency and 0 <= each.intended_s < seconds]
+    place = np.searchsorted(edges, [each.intended_s for each in timed], side="right") - 1
+    latency = np.array([1e3 * each.latency_s for each in timed])
     found = [quantiles(latency[place == i], (0.5, 0.99, 1)) or [np.nan] * 3 for i in range(len(edges) - 1)]
     p50, p99, longest = np.array(found).T
-    return Over(
+    return TimeSeries(
         middle_s=(edges[:-1] + edges[1:]) / 2,
-        meant_per_s=rate([each.intended_s for each in records]),
+        intended_per_s=rate([each.intended_s for each in records]),
         answered_per_s=rate([each.done_s for each in records if each.answered]),
         failed_per_s=rate([each.done_s for each in records if not each.answered]),
         p50_ms=p50,
