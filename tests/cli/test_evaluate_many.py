@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import camserve
 from camserve.v1 import explain_pb2 as pb
 from camserve_cli.app import app
-from camserve_cli.study import score_csv
+from camserve_cli.study import image_files, score_csv
 from camserve_cli.study.annotations import read_boxes, read_labels
 from camserve_server.service.server import Server
 from tests.client.fake_server import Servicer
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 def test_folder_is_read_as_sorted_image_files(folder: Path) -> None:
     (folder / "00.JPG").write_bytes(b"")
     one = folder / "07.png"
-    found = score_csv.image_files([one, folder, Path("none.png")])
+    found = image_files.find_images([one, folder, Path("none.png")])
     assert [path.name for path in found] == [
         "07.png",
         "00.JPG",
@@ -61,7 +61,7 @@ def test_folder_is_read_as_sorted_image_files(folder: Path) -> None:
     ]
     (folder.parent / "empty").mkdir()
     with pytest.raises(camserve.InvalidArgument, match="no image files"):
-        score_csv.image_files([folder.parent / "empty"])
+        image_files.find_images([folder.parent / "empty"])
 
 
 @pytest.mark.parametrize("header", ["", "file,target\n", "\ufeffFile, Target\n\n"])
@@ -75,11 +75,11 @@ def test_labels_match_images_by_path_or_name(tmp_path: Path, header: str) -> Non
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("file,target\ndog.jpg\n", "line 2: expected file,target, not 'dog.jpg'"),
-        ("dog.jpg,\n", "line 1: expected file,target"),
+        ("file,target\ndog.jpg\n", "line 2: 'dog.jpg' does not have the form file,target"),
+        ("dog.jpg,\n", "line 1: 'dog.jpg,' does not have the form file,target"),
         ("cat.jpg,1\n", "no target for"),
-        ("a/dog.jpg,1\nb/dog.jpg,2\n", "several targets for"),
-        ("dog.jpg,1\ndog.jpg,2\n", "several targets for"),
+        ("a/dog.jpg,1\nb/dog.jpg,2\n", "2 different targets for"),
+        ("dog.jpg,1\ndog.jpg,2\n", "2 different targets for"),
     ],
 )
 def test_invalid_label_files_raise(tmp_path: Path, text: Any, said: str) -> None:
@@ -98,8 +98,8 @@ def test_boxes_are_read_from_csv_or_voc_files(tmp_path: Path) -> None:
     (tmp_path / "dog.xml").write_text(f"<annotation>{box.format(1)}{box.format(5)}</annotation>")
     assert read_boxes(tmp_path, images[:1]) == [[(0, 1, 30, 40), (4, 1, 30, 40)]]
     for text, said in [
-        ("dog.jpg,1,2,3\n", "line 1: expected file,left,top,right,bottom"),
-        ("dog.jpg,1,2,3,x\n", "line 1: expected file,left,top,right,bottom"),
+        ("dog.jpg,1,2,3\n", "line 1: .* does not have the form file,left,top,right,bottom"),
+        ("dog.jpg,1,2,3,x\n", "line 1: .* does not have the form file,left,top,right,bottom"),
         ("cat.jpg,1,2,3,4\n", "no box for .*dog.jpg"),
     ]:
         (tmp_path / "boxes.csv").write_text(text)
@@ -107,8 +107,13 @@ def test_boxes_are_read_from_csv_or_voc_files(tmp_path: Path) -> None:
             read_boxes(tmp_path / "boxes.csv", images)
     for wrong in ("<annotation/>", "<annotation>", f"<annotation>{box.format('x')}</annotation>"):
         (tmp_path / "dog.xml").write_text(wrong)
+<<<<<<< HEAD
         with pytest.raises(camserve.InvalidArgument, match=r"no Pascal VOC file|no box for"):
             read_boxes(tmp_path, images[:1])
+=======
+        with pytest.raises(camserve.InvalidArgument, match=r"not a Pascal VOC file|no box for"):
+            annotations.read_boxes(tmp_path, images[:1])
+>>>>>>> 01a4229 (Rewrite the studies of many images in plain English)
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -173,9 +178,11 @@ def test_killed_run_can_be_resumed_to_identical_files(server: Server, folder: Pa
     assert lasting(path) == lasting(whole / "scores.csv")
     rows = table(path)
     assert len(rows) == 36
-    assert [score_csv.key_of(row) for row in rows] == sorted(score_csv.key_of(row) for row in rows)
-    known = {score_csv.key_of(row): row for row in rows}
-    assert all(known[score_csv.key_of(row)] == row for row in done if not row["error"]), "what was done is not repeated"
+    assert [score_csv.row_key(row) for row in rows] == sorted(score_csv.row_key(row) for row in rows)
+    known = {score_csv.row_key(row): row for row in rows}
+    assert all(known[score_csv.row_key(row)] == row for row in done if not row["error"]), (
+        "what was done is not repeated"
+    )
     assert [row["image"][-6:] for row in rows if row["error"]] == ["04.png"] * 3
     assert (cut / "maps.npz").read_bytes() == (whole / "maps.npz").read_bytes()
     assert sorted(each.name for each in cut.iterdir()) == ["maps.npz", "scores.csv"]
@@ -193,7 +200,7 @@ def test_files_contain_the_results_of_explain(server: Server, folder: Path, tmp_
     labels.write_text("file,target\nphotos/00.png,3\nphotos/02.png,5\n")
     ran = run(server, *images, "--labels", labels, "--csv", tmp_path / "s.csv", "--npz", tmp_path / "m.npz")
     assert (ran.returncode, ran.stderr) == (0, "")
-    rows = {score_csv.key_of(row): row for row in table(tmp_path / "s.csv")}
+    rows = {score_csv.row_key(row): row for row in table(tmp_path / "s.csv")}
     with camserve.Client(server.address) as client, np.load(tmp_path / "m.npz") as maps:
         assert len(maps) == len(rows) == 6
         for image, target in zip(images, (5, 3), strict=True):
@@ -240,9 +247,9 @@ def test_resume_rejects_the_file_of_another_run(server: Server, folder: Path, tm
     assert first.returncode == 0, first.stderr
     before = (tmp_path / "s.csv").read_bytes()
     for options, said in [
-        (("--param", "steps=2", "--metric", "insertion"), "its metrics are average-drop, asked for are insertion"),
-        (("--param", "steps=3"), "is there with steps 2, not 3"),
-        (("--param", "steps=2", "--seed", 4), "is there with seed 0, not 4"),
+        (("--param", "steps=2", "--metric", "insertion"), "has the metrics average-drop; this run uses insertion"),
+        (("--param", "steps=3"), "the existing row uses steps 2; this run uses 3"),
+        (("--param", "steps=2", "--seed", 4), "the existing row uses seed 0; this run uses 4"),
     ]:
         again = evaluate(server, *given, *options)
         assert again.returncode == 1
@@ -266,7 +273,7 @@ def test_localisation_metrics_require_boxes(server: Server, folder: Path, tmp_pa
     given = (folder / "00.png", folder / "01.png", "--method", "cam", "--metric", "pointing-game")
     refused = evaluate(server, *given, "--csv", tmp_path / "s.csv")
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr.startswith("error: pointing-game needs to know where the target is: give --boxes")
+    assert refused.stderr.startswith("error: the metric pointing-game needs the position of the target; give --boxes")
     assert not (tmp_path / "s.csv").exists()
     (tmp_path / "boxes.csv").write_text("00.png,0,0,36,40\n01.png,35,39,36,40\n")
     ran = evaluate(server, *given, "--csv", tmp_path / "s.csv", "--boxes", tmp_path / "boxes.csv")
@@ -277,7 +284,8 @@ def test_localisation_metrics_require_boxes(server: Server, folder: Path, tmp_pa
     (tmp_path / "others.csv").write_text("00.png,0,0,36,39\n01.png,35,39,36,40\n")
     other = evaluate(server, *given, *again, tmp_path / "others.csv")
     assert other.returncode == 1
-    assert "00.png by cam is there with boxes [[0.0, 0.0, 36.0, 40.0]], not [[0.0, 0.0, 36.0, 39.0]]" in other.stderr
+    existing, current = "boxes [[0.0, 0.0, 36.0, 40.0]]", "[[0.0, 0.0, 36.0, 39.0]]"
+    assert f"00.png by cam: the existing row uses {existing}; this run uses {current}" in other.stderr
     one = evaluate(server, given[0], *given[2:], "--boxes", tmp_path / "boxes.csv")
     assert re.search(r"pointing-game +1\b", one.stdout)
 
@@ -322,7 +330,9 @@ def test_ctrl_c_keeps_finished_results(address: str, servicer: Servicer, folder:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert said == f"{tmp_path / 's.csv'} keeps what is done: the same command with --resume goes on\ncancelled\n"
+    assert said == (
+        f"{tmp_path / 's.csv'} contains the finished rows; continue with the same command and --resume\ncancelled\n"
+    )
     assert servicer.cancelled.wait(5)
     assert [row["image"][-6:] for row in table(tmp_path / "s.csv")] == ["00.png"]
 

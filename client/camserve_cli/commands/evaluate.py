@@ -1,4 +1,4 @@
-"""`camserve evaluate`: one map, or a run over many images."""
+"""`camserve evaluate`, for one map or for many images."""
 
 from __future__ import annotations
 
@@ -29,46 +29,55 @@ from camserve_cli.options import (
     Priority,
     Seed,
     Server,
-    asks,
-    model_of,
-    named,
     read_parameters,
     read_target,
     read_variant,
+    select_model,
+    select_named,
+    with_server_options,
 )
-from camserve_cli.output import errors_as_lines, followed, print_json, said, warn
-from camserve_cli.study import score_csv
+from camserve_cli.output import error_text, errors_as_lines, print_json, show_progress, warn
+from camserve_cli.study import image_files, score_csv
 from camserve_cli.study.annotations import read_boxes, read_labels
-from camserve_cli.study.run import Run, Wanted, by_layer
+from camserve_cli.study.run import StudyRun, StudySpec, by_layer
 
 __all__ = ["evaluate"]
 
 
-@asks
+@with_server_options
 def evaluate(
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Files, or folders of them; several only with --csv.")
+        list[Path],
+        typer.Argument(metavar="IMAGE...", help="Image files, or folders of images. Several images need --csv."),
     ],
     *,
-    saliency: Annotated[Path | None, typer.Option(metavar="FILE.npy", help="A map to be scored, [H, W].")] = None,
+    saliency: Annotated[
+        Path | None, typer.Option(metavar="FILE.npy", help="Map to score (array [H, W]) instead of a method.")
+    ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[:KEY=VALUE,...]", help="Or the method that makes it. With --csv may be repeated."),
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...]",
+            help="Method whose map is scored, with its parameters. May be repeated with --csv.",
+        ),
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help=f"May be repeated. Default: {', '.join(DEFAULT_METRICS)}."),
+        typer.Option(metavar="NAME", help=f"Metric. May be repeated. Default: {', '.join(DEFAULT_METRICS)}."),
     ] = None,
     server: Server,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="With --csv may be repeated. Default: the server's first."),
+        typer.Option(
+            metavar="NAME", help="Model to explain. May be repeated with --csv. Default: the server's first model."
+        ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(metavar="INDEX|LABEL", help="What it explains. Default: the predicted class.")
+        str | None, typer.Option(metavar="INDEX|LABEL", help="Class to explain. Default: the predicted class.")
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(metavar="FILE.csv", help="Lines of file,target: the target of each image.")
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="CSV file with the columns file,target: the class of each image."),
     ] = None,
     layer: Layers = None,
     param: Parameters = None,
@@ -79,59 +88,69 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE.csv|DIR",
-            help="Lines of file,left,top,right,bottom in pixels, a line for each box; or a folder of Pascal VOC files.",
+            help="Boxes around the targets, for metrics that need them: a CSV file with the columns "
+            "file,left,top,right,bottom in pixels and one line for each box, or a folder of Pascal VOC files.",
         ),
     ] = None,
     per_layer: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[:KEY=VALUE,...]",
-            help="With --csv: a method that is also run on the coarsest layer, on the two coarsest, and so on; "
-            "a method of one layer on each. May be repeated.",
+            help="With --csv: study a method by layer. It also runs on the coarsest layer, on the two coarsest layers, "
+            "and so on; a method of one layer runs on each layer. May be repeated.",
         ),
     ] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a row for each map into it.")] = None,
-    npz: Annotated[Path | None, typer.Option(metavar="FILE", help="With --csv: also write the maps into it.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a CSV file with one row for each map.")
+    ] = None,
+    npz: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --csv: also write the maps to an npz file.")
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.html",
-            help="Write a page with tables, curves and all maps. Where --csv and --npz are left out, these files are "
+            help="Write an HTML page with tables, curves and all maps. Without --csv and --npz, their files are "
             "FILE.csv and FILE.npz beside it.",
         ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="With --report: the method to compare the others with. Default: the first."),
+        typer.Option(
+            metavar="NAME",
+            help="With --report: label of the method with which the others are compared. Default: the first method.",
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with FILE, and do what is not done in it.")] = False,
-    in_flight: Annotated[int, typer.Option(metavar="N", min=1, help="With --csv: requests at a time.")] = 8,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue with existing files, and make only what is missing in them.")
+    ] = False,
+    in_flight: Annotated[int, typer.Option(metavar="N", min=1, help="With --csv: number of pending requests.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Score a saliency map of an image: one in a file, or one that a method makes.
+    """Score saliency maps: one from a file, or those that methods make.
 
-    With --csv, score the maps of all images by all methods on all models, and end with their means. A row is in the
-    file as soon as it is done, and what fails is a row with its error. The same command with --resume goes on where
-    the last one was interrupted, and tries again what failed; the finished file is sorted.
+    With --csv, the command scores the maps of all images by all methods on all models, and ends with the mean scores.
+    Each row is written as soon as it is finished, and a failure becomes a row with its error. The same command with
+    --resume continues an interrupted run and tries failures again. The finished file is sorted.
 
-    With --report, also write all that into one page that needs no other file and no network. It is made from the CSV
-    and the maps: the same command with --resume makes it anew without asking for what is done.
+    With --report, the command also writes one HTML page that needs no other file and no network. The page is made from
+    the CSV file and the maps, so the same command with --resume can write it again without repeating finished requests.
     """
     csv = csv or (report and report.with_suffix(".csv"))
     npz = npz or (report and report.with_suffix(".npz"))
     parameters = read_parameters(param)
     variants = [read_variant(each, parameters, layer, seed) for each in dict.fromkeys(method or [])]
     metrics = list(dict.fromkeys(metric or DEFAULT_METRICS))
-    given = None if target is None else read_target(target)
+    chosen = None if target is None else read_target(target)
     if csv is None:
-        only_many = {
+        study_options = {
             "--labels": labels,
             "--npz": npz,
             "--resume": resume,
             "--per-layer": per_layer,
             "--against": against,
         }
-        _one_only(images, variants, model, only_many)
+        _require_single(images, variants, model, study_options)
         with errors_as_lines(), server.client() as client:
             _evaluate_one(
                 client,
@@ -141,7 +160,7 @@ def evaluate(
                 method=variants[0].method if variants else None,
                 metrics=metrics,
                 model=model[0] if model else None,
-                target=given,
+                target=chosen,
                 layers=layer,
                 parameters=variants[0].parameters if variants else parameters,
                 seed=seed,
@@ -151,33 +170,33 @@ def evaluate(
             )
         return
     if saliency or as_json or not variants:
-        raise typer.BadParameter("takes --method, and neither --saliency nor --json", param_hint="--csv")
-    if labels and given is not None:
-        raise typer.BadParameter("give either --target or --labels", param_hint="--labels")
+        raise typer.BadParameter("needs --method, and excludes --saliency and --json", param_hint="--csv")
+    if labels and chosen is not None:
+        raise typer.BadParameter("--target and --labels exclude each other; give one of them", param_hint="--labels")
     if against is not None and (report is None or against not in [each.label for each in variants]):
-        raise typer.BadParameter("takes --report, and one of the --method", param_hint="--against")
+        raise typer.BadParameter("needs --report, and must be one of the values of --method", param_hint="--against")
     if report:
         if report in (csv, npz):
-            raise typer.BadParameter("is to be another file than those of --csv and --npz", param_hint="--report")
+            raise typer.BadParameter("must be another file than those of --csv and --npz", param_hint="--report")
         with needs_extra("report", "camserve evaluate --report"):
             import camserve_cli.report  # noqa: F401
-    studied = [read_variant(each, parameters, layer, seed) for each in dict.fromkeys(per_layer or [])]
+    by_layer_variants = [read_variant(each, parameters, layer, seed) for each in dict.fromkeys(per_layer or [])]
     with errors_as_lines(), server.client() as client:
         if report and report.exists() and not resume:
-            raise InvalidArgument(f"{report} is there: make it anew by --resume, or give another file")
-        found = score_csv.image_files(images)
-        models = list(dict.fromkeys(model or [model_of(client, None).name]))
-        _check(client, models, [*variants, *studied], metrics, truth=boxes is not None)
-        wanted = Wanted(
-            images=found,
-            targets=[read_target(each) for each in read_labels(labels, found)] if labels else [given] * len(found),
-            variants={name: [*variants, *_layered(client, name, studied)] for name in models},
+            raise InvalidArgument(f"{report} exists; write it again with --resume, or choose another file")
+        files = image_files.find_images(images)
+        models = list(dict.fromkeys(model or [select_model(client, None).name]))
+        _check_names(client, models, [*variants, *by_layer_variants], metrics, has_boxes=boxes is not None)
+        spec = StudySpec(
+            images=files,
+            targets=[read_target(each) for each in read_labels(labels, files)] if labels else [chosen] * len(files),
+            variants={name: [*variants, *_by_layer(client, name, by_layer_variants)] for name in models},
             metrics=metrics,
-            boxes=read_boxes(boxes, found) if boxes else None,
+            boxes=read_boxes(boxes, files) if boxes else None,
             budget=budget,
             priority=priority,
         )
-        run = Run(client, wanted, csv, npz, resume)
+        run = StudyRun(client, spec, csv, npz, resume)
         rows = _evaluate_many(run, in_flight)
         Console().print(rich_tables.means(rows, metrics))
         if report:
@@ -186,17 +205,19 @@ def evaluate(
             raise typer.Exit(1)
 
 
-def _one_only(images: list[Path], methods: Sequence[Any], models: list[str] | None, options: dict[str, Any]) -> None:
-    """Refuses what only a run over many images can do."""
-    for name, given in options.items():
-        if given:
-            raise typer.BadParameter("goes with --csv", param_hint=name)
+def _require_single(
+    images: list[Path], methods: Sequence[Any], models: list[str] | None, options: dict[str, Any]
+) -> None:
+    """Raise typer.BadParameter for options and arguments that need --csv."""
+    for name, value in options.items():
+        if value:
+            raise typer.BadParameter("needs --csv", param_hint=name)
     if len(images) > 1 or images[0].is_dir() or len(methods) > 1 or len(models or []) > 1:
         raise typer.BadParameter("several images, methods or models need a file for their scores", param_hint="--csv")
 
 
 def _evaluate_one(client: Client, image: Path, *, as_json: bool, **options: Any) -> None:
-    evaluation: Evaluation = followed(client.evaluate_stream(image, **options), image.name)
+    evaluation: Evaluation = show_progress(client.evaluate_stream(image, **options), image.name)
     if as_json:
         print_json(saved_maps.evaluation_record(image, evaluation))
         return
@@ -208,8 +229,8 @@ def _evaluate_one(client: Client, image: Path, *, as_json: bool, **options: Any)
     Console().print(table)
 
 
-def _evaluate_many(run: Run, in_flight: int) -> list[score_csv.Row]:
-    """Does what is not done; the rows of the CSV."""
+def _evaluate_many(run: StudyRun, in_flight: int) -> list[score_csv.Row]:
+    """Make the maps that are missing, and return the rows of the CSV file."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -224,23 +245,24 @@ def _evaluate_many(run: Run, in_flight: int) -> list[score_csv.Row]:
         with ProgressBar(
             *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
         ) as bar:
-            task = bar.add_task("evaluate", total=run.wanted.count, completed=len(run.done), failed=0)
+            task = bar.add_task("evaluate", total=run.spec.count, completed=len(run.done), failed=0)
             for result in run.results(in_flight):
                 if result.error is not None:
                     failed += 1
                     name = run.names[result.index]
-                    text = f"error: {name}, {result.model}, {result.method}: {said(result.error)}"
+                    text = f"error: {name}, {result.model}, {result.method}: {error_text(result.error)}"
                     console.print(text, markup=False, highlight=False, soft_wrap=True)
                 bar.update(task, advance=1, failed=failed)
         return run.finish()
     except KeyboardInterrupt:
-        typer.echo(f"{run.csv} keeps what is done: the same command with --resume goes on", err=True)
+        typer.echo(f"{run.csv} contains the finished rows; continue with the same command and --resume", err=True)
         raise
 
 
-def _write_report(client: Client, path: Path, run: Run, **options: Any) -> None:
+def _write_report(client: Client, path: Path, run: StudyRun, **options: Any) -> None:
     from camserve_cli import report
 
+    assert run.npz is not None, "--report implies --npz"
     console = Console(stderr=True)
     with console.status(f"writing {escape(str(path))}"):
         report.write(
@@ -255,21 +277,28 @@ def _write_report(client: Client, path: Path, run: Run, **options: Any) -> None:
         )
 
 
-def _layered(client: Client, model: str, studied: list[Variant]) -> list[Variant]:
-    of = model_of(client, model)
-    methods = {method.name: method for method in client.methods()} if studied else {}
-    return [each for variant in studied for each in by_layer(variant, methods[variant.method], of)]
+def _by_layer(client: Client, model: str, variants: list[Variant]) -> list[Variant]:
+    described = select_model(client, model)
+    methods = {method.name: method for method in client.methods()} if variants else {}
+    return [each for variant in variants for each in by_layer(variant, methods[variant.method], described)]
 
 
-def _check(client: Client, models: list[str], variants: list[Variant], metrics: list[str], *, truth: bool) -> None:
-    """What would fail with every image. Raises NotFound for an unknown name, InvalidArgument where truth is needed."""
-    known = client.metrics()
+def _check_names(
+    client: Client, models: list[str], variants: list[Variant], metrics: list[str], *, has_boxes: bool
+) -> None:
+    """Find mistakes that would make every image fail.
+
+    Raises:
+        NotFound: The name of a model, method or metric is unknown.
+        InvalidArgument: A metric needs boxes, and there are none.
+    """
+    known_metrics = client.metrics()
     for model in models:
-        named(client.models(), model, "model")
+        select_named(client.models(), model, "model")
     methods = client.methods()
     for variant in variants:
-        named(methods, variant.method, "method")
+        select_named(methods, variant.method, "method")
     for name in metrics:
-        [metric] = named(known, name, "metric")
-        if metric.needs_truth and not truth:
-            raise InvalidArgument(f"{name} needs to know where the target is: give --boxes", field="truth")
+        [metric] = select_named(known_metrics, name, "metric")
+        if metric.needs_truth and not has_boxes:
+            raise InvalidArgument(f"the metric {name} needs the position of the target; give --boxes", field="truth")

@@ -1,0 +1,1 @@
+"""Studies behind `camserve evaluate`: scores and maps of many images, saved to files."""

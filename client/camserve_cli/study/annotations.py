@@ -1,4 +1,4 @@
-"""What is known of images beforehand: their targets, and where those are."""
+"""Annotations of images: their targets, and the boxes and masks that show where the targets are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from camserve.errors import InvalidArgument
 __all__ = ["Box", "read_boxes", "read_labels", "read_mask"]
 
 T = TypeVar("T")
-# Left, top, right, bottom, in pixels of the upright image; right and bottom behind the last pixel.
+# Left, top, right, bottom, in pixels of the upright image. Right and bottom are exclusive.
 Box: TypeAlias = tuple[float, float, float, float]
 
 _BOX = ("file", "left", "top", "right", "bottom")
@@ -25,46 +25,72 @@ _LABEL = ("file", "target")
 
 
 def read_labels(path: Path, images: Sequence[Path]) -> list[str]:
-    """The target of each image out of a CSV of file and target, with or without these two as its first line.
+    """Read the target of each image from a CSV file.
 
-    A file is named by its path from the CSV's folder, or by its name alone. Raises OSError, and InvalidArgument for a
-    line of another form or an image that has no target or several.
+    Args:
+        path: CSV file with the columns file and target. The header line is optional. A file is named by its path
+            relative to the folder of the CSV file, or by its name alone.
+        images: The images.
+
+    Returns:
+        A class index or a label for each image.
+
+    Raises:
+        OSError: The file cannot be read.
+        InvalidArgument: A line has another form, or an image has no target or several.
     """
     targets: list[str] = []
-    for image, found in zip(images, _of_images(path, images, _LABEL, lambda cells: cells[0]), strict=True):
+    for image, found in zip(images, _values_by_image(path, images, _LABEL, lambda cells: cells[0]), strict=True):
         if len(found) != 1:
-            raise InvalidArgument(f"{path} has {'several targets' if found else 'no target'} for {image}")
+            count = f"{len(found)} different targets" if found else "no target"
+            raise InvalidArgument(f"{path} has {count} for {image}; expected exactly one")
         targets += found
     return targets
 
 
 def read_boxes(path: Path, images: Sequence[Path]) -> list[list[Box]]:
-    """Where the target of each image is: out of a CSV, a line for each box, or out of a folder of Pascal VOC files.
+    """Read the boxes around the target of each image.
 
-    The CSV has file, left, top, right, bottom, with or without these as its first line, and names files as that of
-    `read_labels` does. In the folder IMAGE.jpg is described by IMAGE.xml. Raises OSError, and InvalidArgument for
-    anything else or an image without a box.
+    Args:
+        path: CSV file with the columns file, left, top, right and bottom, in pixels, and one line for each box. The
+            header line is optional, and files are named as in `read_labels`. Alternatively, a folder of Pascal VOC
+            files, in which IMAGE.xml describes IMAGE.jpg.
+        images: The images.
+
+    Returns:
+        One or more boxes for each image.
+
+    Raises:
+        OSError: A file cannot be read.
+        InvalidArgument: A file has another form, or an image has no box.
     """
     if path.is_dir():
         found = [_voc(path / f"{image.stem}.xml") for image in images]
     else:
-        found = _of_images(path, images, _BOX, _box)
+        found = _values_by_image(path, images, _BOX, _box)
     for image, boxes in zip(images, found, strict=True):
         if not boxes:
-            raise InvalidArgument(f"{path} has no box for {image}", field="truth")
+            raise InvalidArgument(f"{path} has no box for {image}; expected at least one", field="truth")
     return found
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:
-    """A picture as booleans [H, W]: true where it is not black. Raises OSError."""
+    """Read a mask from an image file.
+
+    Returns:
+        Booleans [H, W], true for pixels that are not black.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     with PIL.Image.open(path) as file:
         return np.asarray(file.convert("L")) > 0
 
 
-def _of_images(
+def _values_by_image(
     path: Path, images: Sequence[Path], columns: Sequence[str], read: Callable[[list[str]], T]
 ) -> list[list[T]]:
-    """For each image what is read of its lines in the CSV, each once."""
+    """Parse the lines of each image and return its distinct values."""
     by_path: dict[Path, dict[T, None]] = {}
     by_name: dict[str, dict[T, None]] = {}
     for line, (name, *cells) in _lines(path, columns):
@@ -72,7 +98,7 @@ def _of_images(
             value = read(cells)
         except ValueError:
             raise InvalidArgument(
-                f"{path}, line {line}: expected {','.join(columns)}, not {name},{','.join(cells)}"
+                f"{path}, line {line}: {','.join([name, *cells])!r} does not have the form {','.join(columns)}"
             ) from None
         by_path.setdefault((path.parent / name).resolve(), {})[value] = None
         by_name.setdefault(Path(name).name, {})[value] = None
@@ -88,7 +114,7 @@ def _lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]
                 continue
             if len(cells) != len(columns) or not all(cells):
                 raise InvalidArgument(
-                    f"{path}, line {reader.line_num}: expected {','.join(columns)}, not {','.join(row)!r}"
+                    f"{path}, line {reader.line_num}: {','.join(row)!r} does not have the form {','.join(columns)}"
                 )
             yield reader.line_num, cells
 
@@ -99,10 +125,10 @@ def _box(cells: list[str]) -> Box:
 
 
 def _voc(path: Path) -> list[Box]:
-    """The boxes of all objects. There, pixels count from 1 and the last ones are inside."""
+    """Read the boxes of all objects in a Pascal VOC file, in which pixels count from 1 and ends are inclusive."""
     try:
         boxes = ElementTree.parse(path).iterfind("object/bndbox")
         sides = [[float(box.findtext(name, "")) for name in ("xmin", "ymin", "xmax", "ymax")] for box in boxes]
     except (ElementTree.ParseError, ValueError) as error:
-        raise InvalidArgument(f"{path} is no Pascal VOC file: {error}", field="truth") from error
+        raise InvalidArgument(f"{path} is not a Pascal VOC file: {error}", field="truth") from error
     return [(max(left - 1, 0), max(top - 1, 0), right, bottom) for left, top, right, bottom in sides]

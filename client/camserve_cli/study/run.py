@@ -1,4 +1,4 @@
-"""A run over many images: what is wanted of it, what is done of that by now, and its files on the way."""
+"""A study: the maps of many images by several methods on several models, scored and saved to files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,24 @@ from camserve.catalogue import Method, Model
 from camserve.client import Client
 from camserve.errors import InvalidArgument
 from camserve.request_messages import BoxesLike
-from camserve_cli.study import score_csv
+from camserve_cli.study import image_files, map_archive, score_csv
 
-__all__ = ["Run", "Wanted", "by_layer"]
+__all__ = ["StudyRun", "StudySpec", "by_layer"]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a run is of. For each image a target and boxes, None for the predicted class and no boxes."""
+class StudySpec:
+    """Images, methods, models and metrics of a study.
+
+    Attributes:
+        images: The images.
+        targets: The target of each image. None stands for the predicted class.
+        variants: The methods with their parameters, by model.
+        metrics: Names of the metrics.
+        boxes: The boxes of each image, or None.
+        budget: Maximum number of rows for each map.
+        priority: Priority of the requests.
+    """
 
     images: Sequence[Path]
     targets: Sequence[int | str | None]
@@ -30,18 +40,31 @@ class Wanted:
 
     @property
     def count(self) -> int:
-        """How many maps."""
+        """Number of maps."""
         return len(self.images) * sum(map(len, self.variants.values()))
 
 
 def by_layer(variant: Variant, method: Method, model: Model) -> list[Variant]:
-    """The variant on the model's coarsest layer, on the two coarsest, and so on; of methods of one layer, on each.
+    """Return variants of a method that compare layers.
 
-    Raises InvalidArgument for a method that looks at no layer.
+    Args:
+        variant: The method and its parameters. Its layers replace the default layers of the model.
+        method: The method as the server describes it.
+        model: The model as the server describes it.
+
+    Returns:
+        For a method of several layers, variants on the coarsest layer, on the two coarsest layers, and so on. For a
+        method of one layer, a variant on each layer, the coarsest first. The labels have the form METHOD@LAYER, with
+        "+" at the end if the variant also uses coarser layers.
+
+    Raises:
+        InvalidArgument: The method uses no layers.
     """
     layers = list(variant.layers) or [layer.name for layer in model.layers]
     if method.layers == "none":
-        raise InvalidArgument(f"{method.name} looks at no layers: there is nothing to study by layer", field="layers")
+        raise InvalidArgument(
+            f"{method.name} uses no layers, so it cannot be studied by layer; choose another method", field="layers"
+        )
     if method.layers == "one":
         return [replace(variant, label=f"{variant.label}@{layer}", layers=[layer]) for layer in reversed(layers)]
     return [
@@ -51,14 +74,23 @@ def by_layer(variant: Variant, method: Method, model: Model) -> list[Variant]:
 
 
 @dataclass
-class Run:
-    """What is wanted, into a CSV and maybe an npz. `done` is what was there before.
+class StudyRun:
+    """A run of a study that writes a CSV file and, optionally, an npz file.
 
-    Raises InvalidArgument for files that are there where it is not to `resume`, or that are of something else.
+    Attributes:
+        client: Connection to the server.
+        spec: Images, methods, models and metrics.
+        csv: File of the scores.
+        npz: File of the maps, or None.
+        resume: Continue with existing files.
+        done: Image index, model and method label of each map that an earlier run has finished.
+
+    Raises:
+        InvalidArgument: A file exists and `resume` is False, or a file belongs to another study.
     """
 
     client: Client
-    wanted: Wanted
+    spec: StudySpec
     csv: Path
     npz: Path | None
     resume: bool
@@ -67,52 +99,60 @@ class Run:
     def __post_init__(self) -> None:
         for path in (self.csv, self.npz):
             if path and path.exists() and not self.resume:
-                raise InvalidArgument(f"{path} is there: go on with it by --resume, or give another file")
-        images = self.wanted.images
-        self.names = score_csv.image_names(images)
-        self._distinct = len({image.name for image in images}) == len(images)
-        self._sheet = score_csv.Sheet(self.csv, self.wanted.metrics)
-        rows = self._sheet.rows()
-        self._maps = score_csv.Maps(self.npz) if self.npz else None
+                raise InvalidArgument(f"{path} exists; continue it with --resume, or choose another file")
+        images = self.spec.images
+        self.names = image_files.image_names(images)
+        self._names_are_distinct = len({image.name for image in images}) == len(images)
+        self._scores = score_csv.ScoreCsv(self.csv, self.spec.metrics)
+        rows = self._scores.rows()
+        self._maps = map_archive.MapWriter(self.npz) if self.npz else None
         self.done = {
             (index, model, variant.label)
             for index, name in enumerate(self.names)
-            for model, variants in self.wanted.variants.items()
+            for model, variants in self.spec.variants.items()
             for variant in variants
             if self._is_done(rows.get((name, model, variant.label)), variant, index)
         }
-        self._sheet.write(rows.values())
+        self._scores.write(rows.values())
 
     def _is_done(self, row: score_csv.Row | None, variant: Variant, index: int) -> bool:
         if row is None or row["error"]:
             return False
-        score_csv.check_same(row, variant, self.wanted.targets[index], self._boxes(index))
-        return self._maps is None or self._maps.has(self._name_of(score_csv.key_of(row)))
+        score_csv.check_row_matches(row, variant, self.spec.targets[index], self._boxes(index))
+        return self._maps is None or self._maps.has(self._map_name(score_csv.row_key(row)))
 
     def _boxes(self, index: int) -> BoxesLike | None:
-        return self.wanted.boxes[index] if self.wanted.boxes is not None else None
+        return self.spec.boxes[index] if self.spec.boxes is not None else None
 
-    def _name_of(self, key: score_csv.Key) -> str:
-        """What a map is called in the npz: as its image, if there is but one model and one method.
+    def _map_name(self, key: score_csv.Key) -> str:
+        """Return the name of a map in the npz file.
 
-        The image by its name alone where no two are alike.
+        With one model and one method it is the name of the image, else IMAGE/MODEL/METHOD. The image is named by its
+        path if two images have the same file name.
         """
         image, model, method = key
-        short = Path(image).name if self._distinct else image
-        return short if self.wanted.count == len(self.names) else f"{short}/{model}/{method}"
+        short = Path(image).name if self._names_are_distinct else image
+        return short if self.spec.count == len(self.names) else f"{short}/{model}/{method}"
 
     def results(self, in_flight: int) -> Iterator[Result]:
-        """What is not done yet; each is in the files when it comes."""
-        for model, variants in self.wanted.variants.items():
+        """Make and score the maps that are not finished yet.
+
+        Args:
+            in_flight: Number of pending requests.
+
+        Yields:
+            Each result after it has been written to the files.
+        """
+        for model, variants in self.spec.variants.items():
             results = self.client.evaluate_many(
-                self.wanted.images,
+                self.spec.images,
                 methods=variants,
-                metrics=self.wanted.metrics,
+                metrics=self.spec.metrics,
                 models=model,
-                labels=self.wanted.targets,
-                boxes=self.wanted.boxes,
-                budget=self.wanted.budget,
-                priority=self.wanted.priority,
+                labels=self.spec.targets,
+                boxes=self.spec.boxes,
+                budget=self.spec.budget,
+                priority=self.spec.priority,
                 skip=self.done,
                 in_flight=in_flight,
             )
@@ -120,18 +160,18 @@ class Run:
                 for result in results:
                     name = self.names[result.index]
                     if result.error is None and self._maps:
-                        # Before its row: what the CSV says is done has a map.
-                        self._maps.add(self._name_of((name, result.model, result.method)), result.saliency)
-                    self._sheet.add(name, result, self._boxes(result.index))
+                        # The map is written before its row, so that each finished row of the CSV file has a map.
+                        self._maps.add(self._map_name((name, result.model, result.method)), result.saliency)
+                    self._scores.add(name, result, self._boxes(result.index))
                     yield result
             finally:
                 results.close()
 
     def finish(self) -> list[score_csv.Row]:
-        """The finished files; the rows of the CSV, sorted."""
-        self._sheet.write(self._sheet.rows().values())
-        rows = self._sheet.rows()
+        """Sort the CSV file, write the npz file, and return the rows of the CSV file."""
+        self._scores.write(self._scores.rows().values())
+        rows = self._scores.rows()
         if self._maps:
-            names = (self._name_of(key) for key, row in rows.items() if not row["error"])
+            names = (self._map_name(key) for key, row in rows.items() if not row["error"])
             self._maps.finish(name for name in names if self._maps.has(name))
         return list(rows.values())
