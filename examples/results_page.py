@@ -53,7 +53,7 @@ def main() -> None:
             score_levels(client, given.levels)
         if given.csv:
             slim(given.csv)
-        run = records.read(
+        run = records.read_study(
             SCORES, models=client.models(), methods=client.methods(), metrics=client.metrics(), against=AGAINST
         )
     page = PAGE.read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def slim(source: Path) -> None:
         row.update(image=Path(row["image"]).name, receipt=f'{{"method": "{row["method"]}"}}')
         row.update(dict.fromkeys(["curves", "queue_ms", "compute_ms", "left_out", "boxes"], ""))
         row.update({metric: f"{float(row[metric]):.6g}" for metric in METRICS})
-    score_csv.Sheet(SCORES, METRICS).write(rows)
+    score_csv.ScoreCsv(SCORES, METRICS).write(rows)
 
 
 def score_levels(client: camserve.Client, photographs: Sequence[Path]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from camserve import heatmaps
 from camserve.catalogue import Method, Metric, Model
 from camserve_cli.report import gallery, html, provenance, records, score_tables, scores, statistics
-from camserve_cli.study import score_csv
+from camserve_cli.study import map_archive
 
 __all__ = ["write"]
 
@@ -44,26 +44,26 @@ def write(
 
     Raises OSError, and InvalidArgument for files of another kind.
     """
-    run = records.read(Path(csv), models=models, methods=methods, metrics=metrics, order=order, against=against)
+    run = records.read_study(Path(csv), models=models, methods=methods, metrics=metrics, order=order, against=against)
     pages = html.environment()
     pages.filters["number"] = scores.number
     pages.tests["control"] = run.is_control
-    with closing(score_csv.SavedMaps(Path(npz))) as maps:
+    with closing(map_archive.MapReader(Path(npz))) as maps:
         # Maps are read as the page comes to them.
         content = _content(run, maps, command, most_images)
         html.write_page(path, pages, "page.html.j2", content, script="page.js")
 
 
-def _content(run: records.Study, maps: score_csv.SavedMaps, command: str, most_images: int) -> dict[str, Any]:
+def _content(run: records.Study, maps: map_archive.MapReader, command: str, most_images: int) -> dict[str, Any]:
     per_model = [score_tables.model_part(run, model) for model in run.models]
     return {
         "run": run,
         "blocks": score_tables.blocks(run, per_model),
         "parts": per_model,
         "layered": score_tables.layer_parts(run, maps),
-        "gallery": gallery.items(run, maps, most_images),
+        "gallery": gallery.build_items(run, maps, most_images),
         "most_images": most_images,
-        "provenance": provenance.of(run, most_images),
+        "provenance": provenance.collect(run, most_images),
         "command": command,
         "colours": [f"rgb({r} {g} {b})" for r, g, b in heatmaps.COLOURS[::15].tolist()],
         "resamples": statistics.RESAMPLES,

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
-__all__ = ["MOST_LINES", "Curve", "Line", "Point", "curves", "layers", "lines", "scatter"]
+__all__ = ["MAX_LINES", "Curve", "Line", "Point", "curves", "layers", "lines", "scatter"]
 
 Numbers = NDArray[np.float64]
 
@@ -54,7 +54,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.solid_capstyle": "round",
 }
-MOST_LINES = len(_COLOURS)
+MAX_LINES = len(_COLOURS)
 # In inches, of 72 units each; texts have 10.
 _WIDTH = 4.6
 # More points than pixels would only make the page heavy.
@@ -123,7 +123,7 @@ def lines(
     log_y: bool = False,
     x_ticks: Mapping[str, float] | None = None,
 ) -> str:
-    """Lines over x, at most `MOST_LINES`; `x_ticks` are what stands below which x."""
+    """Lines over x, at most `MAX_LINES`; `x_ticks` are what stands below which x."""
 
     def draw(axes: Axes) -> None:
         for line, colour, dashes in zip(drawn, _COLOURS, _DASHES, strict=False):

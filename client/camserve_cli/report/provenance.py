@@ -10,7 +10,7 @@ from typing import Any
 
 from camserve_cli.report.records import Record, Study
 
-__all__ = ["Group", "Provenance", "of"]
+__all__ = ["Group", "Provenance", "collect"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Provenance:
     groups: list[Group]
 
 
-def of(study: Study, most: int) -> Provenance:
+def collect(study: Study, most: int) -> Provenance:
     """What is known of the run; of the first images, at most so many, also their own receipts."""
     done = [record for record in study.records if not record.error]
     groups: dict[tuple[str, str], list[Record]] = {}
@@ -65,7 +65,7 @@ def _of_model(study: Study, model: str, done: Sequence[Record]) -> dict[str, str
         name.replace("_", " "): _all(str(receipt[name]) for receipt in receipts)
         for name in ("model_digest", "precision", "device", "preprocessing")
     }
-    if known := study.known_models.get(model):
+    if known := study.models_by_name.get(model):
         said = {"source": known.source + (", random weights" if known.random_weights else ""), **said}
     return said
 

@@ -13,7 +13,7 @@ from camserve.catalogue import Method, Metric, Model
 from camserve.errors import InvalidArgument
 from camserve_cli.study import score_csv
 
-__all__ = ["CONTROLS", "Record", "Study", "read"]
+__all__ = ["CONTROLS", "Record", "Study", "read_study"]
 
 # Methods that explain nothing: what a metric gives them says what the metric is worth.
 CONTROLS = ("fake-cam", "center-gaussian", "random")
@@ -57,8 +57,8 @@ class Study:
     models: Sequence[str]
     methods: Sequence[str]
     against: str
-    known_models: Mapping[str, Model]
-    known_methods: Mapping[str, Method]
+    models_by_name: Mapping[str, Model]
+    methods_by_name: Mapping[str, Method]
 
     @functools.cached_property
     def _done(self) -> dict[tuple[str, str], dict[str, Record]]:
@@ -97,11 +97,13 @@ class Study:
         """The studies per layer: model, method, and the labels METHOD@LAYER, the coarsest layer first."""
         for model in self.models:
             order = (
-                [layer.name for layer in self.known_models[model].named_layers] if model in self.known_models else []
+                [layer.name for layer in self.models_by_name[model].named_layers]
+                if model in self.models_by_name
+                else []
             )
             found: dict[str, list[tuple[int, str]]] = {}
             for of, label in self._done:
-                method, layer = score_csv.parted(label)
+                method, layer = score_csv.split_label(label)
                 if of == model and layer:
                     name = layer.removesuffix("+")
                     found.setdefault(method, []).append((-order.index(name) if name in order else 0, label))
@@ -109,7 +111,7 @@ class Study:
                 yield model, method, [label for _, label in sorted(labels)]
 
 
-def read(
+def read_study(
     csv: Path,
     *,
     models: Iterable[Model],
@@ -122,15 +124,15 @@ def read(
 
     Raises OSError, and InvalidArgument for a file of another kind, an unknown metric, or no method `against` in it.
     """
-    names = score_csv.metrics_in(csv)
+    names = score_csv.read_metrics(csv)
     known = {metric.name: metric for metric in metrics}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise InvalidArgument(f"{csv} has the metrics {', '.join(unknown)}, which the server does not know")
-    records = [_record(row, names) for row in score_csv.Sheet(csv, names).rows().values()]
+    records = [_record(row, names) for row in score_csv.ScoreCsv(csv, names).rows().values()]
     if not records:
         raise InvalidArgument(f"there is nothing in {csv} to report")
-    labels = dict.fromkeys(record.method for record in records if not score_csv.parted(record.method)[1])
+    labels = dict.fromkeys(record.method for record in records if not score_csv.split_label(record.method)[1])
     ordered = [label for label in dict.fromkeys([*order, *labels]) if label in labels]
     if against is not None and against not in ordered:
         raise InvalidArgument(
@@ -142,8 +144,8 @@ def read(
         models=list(dict.fromkeys(record.model for record in records)),
         methods=ordered,
         against=against or next(iter(ordered), ""),
-        known_models={model.name: model for model in models},
-        known_methods={method.name: method for method in methods},
+        models_by_name={model.name: model for model in models},
+        methods_by_name={method.name: method for method in methods},
     )
 
 

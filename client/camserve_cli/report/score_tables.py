@@ -10,10 +10,10 @@ import numpy as np
 from camserve.catalogue import Metric
 from camserve_cli.report import figures, gallery, scores
 from camserve_cli.report.figures import Figure
-from camserve_cli.report.gallery import Item
+from camserve_cli.report.gallery import GalleryItem
 from camserve_cli.report.records import Study
 from camserve_cli.report.scores import Cell, Comparison, Mean
-from camserve_cli.study import score_csv
+from camserve_cli.study import map_archive, score_csv
 
 __all__ = ["Block", "Cost", "LayerPart", "LayerRow", "ModelPart", "blocks", "layer_parts", "model_part"]
 
@@ -70,7 +70,7 @@ class LayerPart:
     adds: bool
     rows: list[LayerRow]
     figures: list[Figure]
-    strip: list[Item]
+    strip: list[GalleryItem]
 
 
 def model_part(study: Study, model: str) -> ModelPart:
@@ -106,13 +106,13 @@ def blocks(study: Study, parts: Sequence[ModelPart]) -> list[Block]:
     ]
 
 
-def layer_parts(study: Study, maps: score_csv.SavedMaps) -> list[LayerPart]:
+def layer_parts(study: Study, maps: map_archive.MapReader) -> list[LayerPart]:
     """The studies per layer."""
     parts = []
     for model, method, labels in study.by_layer():
-        known = study.known_models.get(model)
+        known = study.models_by_name.get(model)
         sizes = {layer.name: f"{layer.height} × {layer.width}" for layer in (known.named_layers if known else ())}
-        names = [score_csv.parted(label)[1] for label in labels]
+        names = [score_csv.split_label(label)[1] for label in labels]
         adds = any(name.endswith("+") for name in names)
         rows = []
         for label, name in zip(labels, names, strict=True):
@@ -127,6 +127,6 @@ def layer_parts(study: Study, maps: score_csv.SavedMaps) -> list[LayerPart]:
             ticks=ticks,
             rows=[row.means for row in rows],
         )
-        strip = gallery.strip(study, model, labels, maps, _STRIPS)
+        strip = gallery.layer_strips(study, model, labels, maps, _STRIPS)
         parts.append(LayerPart(model, method, adds, rows, drawn, strip))
     return parts
