@@ -1,4 +1,7 @@
-"""The command line. What it computes goes to stdout and to files; progress, warnings and errors go to stderr."""
+"""The typer application with all commands.
+
+Commands write results to stdout and to files, and progress, warnings and errors to stderr.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from camserve_cli.commands.token import token
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Explain image classifiers over gRPC: Poly-CAM, Opti-CAM and the methods they compare with.",
+    help="Explain image classifiers over gRPC with Poly-CAM, Opti-CAM and the methods that their papers compare with.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -31,15 +34,17 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"camserve {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")] = False,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     pass
 

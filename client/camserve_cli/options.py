@@ -1,4 +1,4 @@
-"""What is asked: the options that several commands have, and how what is typed is read."""
+"""Options that several commands share, and parsers of their values."""
 
 from __future__ import annotations
 
@@ -28,65 +28,104 @@ __all__ = [
     "Priority",
     "Seed",
     "Server",
-    "asks",
-    "model_of",
-    "named",
     "read_box",
     "read_parameters",
     "read_target",
     "read_variant",
+    "select_model",
+    "select_named",
+    "with_server_options",
 ]
 
-ModelName = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Default: the server's first.")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="Model to explain. Default: the server's first model.")
+]
 Layers = Annotated[
     list[str] | None,
-    typer.Option("--layer", metavar="NAME", help="May be repeated, fine to coarse. Default: the model's own choice."),
+    typer.Option(
+        "--layer",
+        metavar="NAME",
+        help="Layer to use. Repeat it for several layers, from fine to coarse. Default: the layers of the model.",
+    ),
 ]
 Parameters = Annotated[
     list[str] | None,
-    typer.Option("--param", metavar="KEY=VALUE", help="A parameter of the method; the value as JSON, or else text."),
+    typer.Option(
+        "--param",
+        metavar="KEY=VALUE",
+        help="Parameter of the method. The value is JSON, or text if it is not valid JSON. May be repeated.",
+    ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="All randomness comes from it.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all random numbers. The same seed gives the same result.")]
 Budget = Annotated[
-    int | None, typer.Option(metavar="ROWS", min=1, help="The most rows. A method that can stop early then does.")
+    int | None,
+    typer.Option(
+        metavar="ROWS",
+        min=1,
+        help="Maximum number of rows (images that the network processes) for each map. Methods that can stop early do.",
+    ),
 ]
 Priority = Annotated[
-    str | None, typer.Option(metavar="low|normal|high", help="When its rows are done; the map is the same.")
+    str | None,
+    typer.Option(metavar="low|normal|high", help="Order among waiting requests. It does not change the map."),
 ]
 Named = TypeVar("Named", Model, Layer, Method, Metric)
 Connected = TypeVar("Connected")
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line on stdout instead of a table.")]
 
 
-def _option(*names: str, **given: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="Server", **given)
+def _option(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Server", **settings)
 
 
 @dataclass(frozen=True)
 class Server:
-    """Whom a command asks, and how: options of each command that `asks` a server."""
+    """Options for the connection to a server. `with_server_options` adds them to a command."""
 
-    address: Annotated[str, _option(help="HOST:PORT.", envvar="CAMSERVE_ADDRESS")] = DEFAULT_ADDRESS
-    # A person sees how far it is and can press Ctrl-C, so this is longer than the library's.
-    timeout: Annotated[float, _option(metavar="SECONDS", min=0, help="Of each call.")] = 300.0
-    tls: Annotated[bool, _option("--tls", envvar="CAMSERVE_USE_TLS", help="Use TLS; --ca and --cert do, too.")] = False
-    ca: Annotated[Path | None, _option(metavar="FILE", envvar="CAMSERVE_CA", help="PEM: whom to trust.")] = None
-    cert: Annotated[
-        Path | None, _option(metavar="FILE", envvar="CAMSERVE_CERT", help="PEM: who you are, for mutual TLS.")
+    address: Annotated[str, _option(metavar="HOST:PORT", help="Address of the server.", envvar="CAMSERVE_ADDRESS")] = (
+        DEFAULT_ADDRESS
+    )
+    # Longer than the default of the client library: a user sees the progress and can press Ctrl-C.
+    timeout: Annotated[float, _option(metavar="SECONDS", min=0, help="Time limit of each call.")] = 300.0
+    tls: Annotated[
+        bool, _option("--tls", envvar="CAMSERVE_USE_TLS", help="Use TLS. --ca and --cert imply this option.")
+    ] = False
+    ca: Annotated[
+        Path | None,
+        _option(
+            metavar="FILE",
+            envvar="CAMSERVE_CA",
+            help="PEM file of the certificate authorities to trust. Default: those of gRPC.",
+        ),
     ] = None
-    key: Annotated[Path | None, _option(metavar="FILE", envvar="CAMSERVE_KEY", help="PEM: the key of --cert.")] = None
+    cert: Annotated[
+        Path | None,
+        _option(metavar="FILE", envvar="CAMSERVE_CERT", help="PEM file of the client certificate, for mutual TLS."),
+    ] = None
+    key: Annotated[
+        Path | None, _option(metavar="FILE", envvar="CAMSERVE_KEY", help="PEM file of the private key of --cert.")
+    ] = None
     token_file: Annotated[
         Path | None,
-        _option(metavar="FILE", envvar="CAMSERVE_TOKEN_FILE", help="Holds the token; or CAMSERVE_TOKEN is the token."),
+        _option(
+            metavar="FILE",
+            envvar="CAMSERVE_TOKEN_FILE",
+            help="File that contains the bearer token. Alternatively, set CAMSERVE_TOKEN to the token.",
+        ),
     ] = None
 
     def client(self) -> Client:
-        """To be closed. Raises OSError for a file that cannot be read, InvalidArgument for a wrong combination."""
+        """Return a client for the server. The caller closes it.
+
+        Raises:
+            OSError: A file cannot be read.
+            InvalidArgument: The options contradict each other.
+        """
         return self.connection(Client)
 
     def connection(self, kind: Callable[..., Connected]) -> Connected:
-        """As `client`, of that kind."""
-        # Not an option of its own, for all users of a machine see each other's command lines.
+        """Return a connection of the class `kind`. It takes the arguments of `Client`, which `client` describes."""
+        # There is no option for the token itself, because all users of a machine can read each other's command lines.
         token = self.token_file.read_text().strip() if self.token_file else os.environ.get("CAMSERVE_TOKEN")
         return kind(
             self.address,
@@ -99,8 +138,8 @@ class Server:
         )
 
 
-def asks(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of a Server in place of its `server`."""
+def with_server_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter `server` of a command by the options of `Server`."""
     own, servers = (inspect.signature(each, eval_str=True).parameters for each in (command, Server))
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
@@ -109,34 +148,53 @@ def asks(command: Callable[..., None]) -> Callable[..., None]:
     ]
 
     @functools.wraps(command)
-    def asking(**given: Any) -> None:
-        server = Server(**{name: given.pop(name) for name in servers})
-        command(**given, server=server)
+    def wrapper(**arguments: Any) -> None:
+        server = Server(**{name: arguments.pop(name) for name in servers})
+        command(**arguments, server=server)
 
-    # What typer makes its options of.
-    asking.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    asking.__annotations__ = {each.name: each.annotation for each in parameters}
-    return asking
+    # typer derives the options of a command from its signature.
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
+    return wrapper
 
 
 def read_target(text: str) -> int | str:
-    """Digits are a class index, anything else is a label."""
+    """Parse a target. Digits are a class index, and any other text is a label."""
     return int(text) if text.isascii() and text.isdigit() else text
 
 
 def read_variant(text: str, parameters: dict[str, Any], layers: list[str] | None, seed: int) -> Variant:
-    """NAME, or NAME:KEY=VALUE,… with parameters of its own beside those of all; the whole text is its label."""
+    """Parse a method with parameters of its own.
+
+    Args:
+        text: NAME or NAME:KEY=VALUE,... The whole text becomes the label.
+        parameters: Parameters of all methods. The method's own parameters override them.
+        layers: Layers of all methods.
+        seed: Seed of all methods.
+
+    Raises:
+        typer.BadParameter: A parameter does not have the form KEY=VALUE.
+    """
     name, colon, own = text.partition(":")
     merged = {**parameters, **read_parameters(own.split(",") if colon else None, "--method")}
     return Variant(text, name, merged, layers or (), seed)
 
 
-def read_parameters(given: list[str] | None, option: str = "--param") -> dict[str, Any]:
+def read_parameters(texts: list[str] | None, option: str = "--param") -> dict[str, Any]:
+    """Parse parameters of a method.
+
+    Args:
+        texts: Texts of the form KEY=VALUE. A value is JSON, or text if it is not valid JSON.
+        option: Name of the option, for the error message.
+
+    Raises:
+        typer.BadParameter: A text has another form.
+    """
     parameters = {}
-    for each in given or []:
+    for each in texts or []:
         key, equals, text = each.partition("=")
         if not (key and equals):
-            raise typer.BadParameter(f"{each!r} is not KEY=VALUE", param_hint=option)
+            raise typer.BadParameter(f"{each!r} does not have the form KEY=VALUE", param_hint=option)
         try:
             parameters[key] = json.loads(text)
         except ValueError:
@@ -145,25 +203,43 @@ def read_parameters(given: list[str] | None, option: str = "--param") -> dict[st
 
 
 def read_box(text: str) -> list[float]:
+    """Parse a box LEFT,TOP,RIGHT,BOTTOM in pixels.
+
+    Raises:
+        typer.BadParameter: The text has another form.
+    """
     try:
         sides = [float(each) for each in text.split(",")]
     except ValueError:
         sides = []
     if len(sides) != 4:
-        raise typer.BadParameter(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM", param_hint="--box")
+        raise typer.BadParameter(f"{text!r} does not have the form LEFT,TOP,RIGHT,BOTTOM", param_hint="--box")
     return sides
 
 
-def model_of(client: Client, name: str | None) -> Model:
-    """The model of that name, the server's first one for no name. Raises NotFound, listing the known ones."""
-    return named(client.models(), name, "model")[0]
+def select_model(client: Client, name: str | None) -> Model:
+    """Return the model of that name, or the server's first model if the name is None.
+
+    Raises:
+        NotFound: The server has no model of that name. The message lists its models.
+    """
+    return select_named(client.models(), name, "model")[0]
 
 
-def named(found: Sequence[Named], name: str | None, kind: str) -> Sequence[Named]:
-    """The one of that name; all for no name. Raises NotFound, listing the known ones."""
-    known = [each.name for each in found]
+def select_named(items: Sequence[Named], name: str | None, kind: str) -> Sequence[Named]:
+    """Return the item of that name in a list, or all items if the name is None.
+
+    Args:
+        items: The items to select from.
+        name: The name to look for.
+        kind: What the items are, for the error message, for example "model".
+
+    Raises:
+        NotFound: There is no item of that name. The message lists the names.
+    """
+    names = [each.name for each in items]
     if name is None:
-        return found
-    if name not in known:
-        raise NotFound(f"there is no {kind} {name!r}; there are: {', '.join(known)}")
-    return [found[known.index(name)]]
+        return items
+    if name not in names:
+        raise NotFound(f"there is no {kind} {name!r}; there are: {', '.join(names)}")
+    return [items[names.index(name)]]

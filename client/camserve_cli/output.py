@@ -1,4 +1,4 @@
-"""What is shown: progress, warnings and errors, on stderr; JSON on stdout."""
+"""Output that several commands share: progress, warnings and errors on stderr, and JSON on stdout."""
 
 from __future__ import annotations
 
@@ -16,30 +16,46 @@ from rich.progress import Progress as ProgressBar
 from camserve.answers import Level, Progress, Randomised, SaliencyMap
 from camserve.errors import CamserveError, InternalError
 
-__all__ = ["errors_as_lines", "followed", "print_json", "said", "warn"]
+__all__ = ["error_text", "errors_as_lines", "print_json", "show_progress", "warn"]
 
 
 @contextmanager
 def errors_as_lines() -> Iterator[None]:
-    """What fails becomes one line on stderr and exit code 1; Ctrl-C, which cancels the call under way, 130."""
+    """Print an error as one line on stderr instead of a traceback.
+
+    Raises:
+        typer.Exit: An operation failed (exit status 1), or Ctrl-C cancelled it (exit status 130).
+    """
     try:
         yield
     except (CamserveError, OSError) as error:
-        typer.echo(f"error: {said(error)}", err=True)
+        typer.echo(f"error: {error_text(error)}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("cancelled", err=True)
         raise typer.Exit(130) from None
 
 
-def said(error: CamserveError | OSError) -> str:
+def error_text(error: CamserveError | OSError) -> str:
+    """Return the message of an error, in which options have the names that the user typed."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}"
-    return str(error).replace("target_top_k", "--top-k")  # the contract's name for it
+    return str(error).replace("target_top_k", "--top-k")  # the name of the field in the request
 
 
-def followed(events: Iterable[Any], title: str) -> Any:
-    """The last event, its forerunners shown as a progress bar. Raises InternalError where there is no answer."""
+def show_progress(events: Iterable[Any], title: str) -> Any:
+    """Show a progress bar on stderr while a stream runs, and return the last event.
+
+    Args:
+        events: Progress and intermediate results, and then the answer.
+        title: Text before the bar.
+
+    Returns:
+        The answer.
+
+    Raises:
+        InternalError: The stream ended without an answer.
+    """
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -49,7 +65,7 @@ def followed(events: Iterable[Any], title: str) -> Any:
     )
     console = Console(stderr=True)
     answer = None
-    # rich would send what is printed to stdout to its own console, stderr.
+    # With redirect_stdout, rich would write stdout to its own console, which is stderr.
     with ProgressBar(
         *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
     ) as bar:
@@ -65,24 +81,27 @@ def followed(events: Iterable[Any], title: str) -> Any:
                 case _:
                     answer = event
     if answer is None:
-        raise InternalError("the server ended the stream without an answer")
+        raise InternalError("the server ended the stream without an answer; see the log of the server")
     return answer
 
 
-def warn(image: Path, shown: SaliencyMap) -> None:
-    if shown.share < 1:
-        typer.echo(f"warning: {image}: {shown.target}: cut short, {shown.share:.4g} of the whole is done", err=True)
-    if shown.left_out:
-        channels, rows = (sum(getattr(each, of) for each in shown.left_out) for of in ("channels", "rows"))
-        error = max(each.error for each in shown.left_out)
+def warn(image: Path, result: SaliencyMap) -> None:
+    """Print the warnings of a map on stderr."""
+    where = f"{image}: {result.target}"
+    if result.share < 1:
+        typer.echo(f"warning: {where}: the method stopped early, after {result.share:.4g} of the whole", err=True)
+    if result.left_out:
+        channels, rows = (sum(getattr(each, name) for each in result.left_out) for name in ("channels", "rows"))
+        error = max(each.error for each in result.left_out)
         typer.echo(
-            f"note: {image}: {shown.target}: {channels} channels left out, which saved {rows} rows; "
-            f"no layer's sum is off by more than {error:.2g} of its maximum",
+            f"note: {where}: the tolerance left out {channels} channels, which saved {rows} rows; "
+            f"the sum of a layer is off by at most {error:.2g} of its maximum",
             err=True,
         )
-    for warning in shown.warnings:
-        typer.echo(f"warning: {image}: {shown.target}: {warning}", err=True)
+    for warning in result.warnings:
+        typer.echo(f"warning: {where}: {warning}", err=True)
 
 
 def print_json(record: dict[str, Any]) -> None:
+    """Print an object as one line of JSON on stdout."""
     typer.echo(json.dumps(record, ensure_ascii=False))

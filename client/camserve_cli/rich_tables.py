@@ -1,4 +1,4 @@
-"""What the command line shows of an answer: rich tables."""
+"""Terminal tables of answers and of the objects that a server lists."""
 
 from __future__ import annotations
 
@@ -32,12 +32,17 @@ __all__ = [
     "plain_table",
 ]
 
-# Enough of a sha256 to tell two apart, and narrow enough for two of them beside each other.
+# Distinguishes two digests and is narrow enough for two columns in a terminal.
 _DIGEST_CHARACTERS = 19
 
 
 def plain_table(*columns: str, **options: Any) -> Table:
-    """Columns without lines around them; long values fold."""
+    """Return a table without lines, whose long values are wrapped.
+
+    Args:
+        columns: Headings of the columns.
+        options: Further arguments of `rich.table.Table`.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", **options)
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -45,46 +50,53 @@ def plain_table(*columns: str, **options: Any) -> Table:
 
 
 def _spaced_table(*columns: str, **options: Any) -> Table:
-    """For rows of several lines: an empty one between them."""
+    """Return a table with an empty line after each row, for rows of several lines."""
     return plain_table(*columns, padding=(0, 2, 1, 0), **options)
 
 
 # ---- explanations ---------------------------------------------------------------------------------------------------
 
 
-def map_row(image: Path, overlay: Path, shown: SaliencyMap, of: Explanation, metrics: Sequence[str]) -> list[str]:
-    """One map of one image, as a row of the table that `camserve explain` ends with."""
+def map_row(
+    image: Path, overlay: Path, result: SaliencyMap, explanation: Explanation, metrics: Sequence[str]
+) -> list[str]:
+    """Return the cells of one map in the table of `camserve explain`."""
     return [
         escape(str(image)),
-        escape(str(shown.target)),
-        f"{shown.target.probability:.3f}",
-        str(of.cost.rows),
-        f"{(of.cost.queue_ms + of.cost.compute_ms) / 1000:.2f} s",
-        *(f"{shown.scores[metric]:.4g}" if metric in shown.scores else "" for metric in metrics),
+        escape(str(result.target)),
+        f"{result.target.probability:.3f}",
+        str(explanation.cost.rows),
+        f"{(explanation.cost.queue_ms + explanation.cost.compute_ms) / 1000:.2f} s",
+        *(f"{result.scores[metric]:.4g}" if metric in result.scores else "" for metric in metrics),
         escape(str(overlay)),
     ]
 
 
 def means(rows: Sequence[Mapping[str, str]], metrics: Sequence[str]) -> Table:
-    """What a run over many images ends with, of the rows of its CSV: how many were done, and each metric's mean."""
+    """Return the table of a study with the numbers of maps and the mean of each metric.
+
+    Args:
+        rows: Rows of the CSV file of the study.
+        metrics: Names of the metrics.
+    """
     table = plain_table("model", "method", "done", *metrics, "failed")
     for model, method in sorted({(row["model"], row["method"]) for row in rows}):
-        of = [row for row in rows if (row["model"], row["method"]) == (model, method)]
-        done = [row for row in of if not row["error"]]
+        group = [row for row in rows if (row["model"], row["method"]) == (model, method)]
+        done = [row for row in group if not row["error"]]
         values = [f"{np.mean([float(row[metric]) for row in done]):.4g}" if done else "–" for metric in metrics]
-        table.add_row(escape(model), escape(method), str(len(done)), *values, str(len(of) - len(done) or ""))
+        table.add_row(escape(model), escape(method), str(len(done)), *values, str(len(group) - len(done) or ""))
     return table
 
 
 def differences(replay: Replay) -> Table:
-    """What a replay found to differ: of the receipt, and now."""
-    table = plain_table("", "receipt", "now")
+    """Return the table of the entries in which the receipt and its replay differ."""
+    table = plain_table("", "receipt", "replay")
     for name, values in replay.differences.items():
-        table.add_row(*map(escape, (name, *map(_entry, values))))
+        table.add_row(*map(escape, (name, *map(_entry_text, values))))
     return table
 
 
-def _entry(value: Any) -> str:
+def _entry_text(value: Any) -> str:
     match value:
         case None:
             return "–"
@@ -97,58 +109,71 @@ def _entry(value: Any) -> str:
 
 
 def deviations(replay: Replay, saved: Sequence[NDArray[Any] | None]) -> Table:
-    """How far each map, [H, W], is from the one that was saved, pixel by pixel; None for one that was not."""
+    """Return the table of the pixelwise differences between saved and replayed maps.
+
+    Args:
+        replay: The replayed maps, [H, W] each.
+        saved: The saved map of each target, or None if there is none.
+    """
     table = plain_table("map", "largest difference", "mean difference")
-    for then, now in zip(saved, replay.explanation.maps, strict=True):
-        if then is None:
+    for before, after in zip(saved, replay.explanation.maps, strict=True):
+        if before is None:
             continue
-        if then.shape != now.saliency.shape:
-            table.add_row(escape(str(now.target)), f"the saved map has another shape: {list(then.shape)}")
+        if before.shape != after.saliency.shape:
+            table.add_row(escape(str(after.target)), f"the saved map has another shape: {list(before.shape)}")
             continue
-        difference = np.abs(now.saliency - then)
-        table.add_row(escape(str(now.target)), f"{difference.max():.3g}", f"{difference.mean():.3g}")
+        difference = np.abs(after.saliency - before)
+        table.add_row(escape(str(after.target)), f"{difference.max():.3g}", f"{difference.mean():.3g}")
     return table
 
 
-# ---- what the server has --------------------------------------------------------------------------------------------
+# ---- objects that a server lists ------------------------------------------------------------------------------------
 
 _LAYERS = {"none": "no layers", "one": "one layer", "many": "several layers"}
 
 
 def model_table(models: Sequence[Model], methods: Sequence[Method]) -> Table:
-    """What `camserve list models` shows."""
-    table = _spaced_table("name", "what it is", "layers, fine to coarse")
+    """Return the table of `camserve list models`.
+
+    Args:
+        models: The models to list.
+        methods: All methods of the server.
+    """
+    table = _spaced_table("name", "description", "layers, fine to coarse")
     for model in models:
         if model.state != "ready":
             table.add_row(*map(escape, (model.name, f"{model.source}\n{model.state}", "")))
             continue
         height, width = model.input_size
-        about = [
+        description = [
             model.source + (", random weights" if model.random_weights else ""),
             f"{model.state}; {model.input_channels} × {height} × {width} → {model.classes:,} classes, {model.head}",
             f"{', '.join(model.precisions)} on {model.device}",
-            _served(model, methods),
+            _methods_of(model, methods),
             model.digest,
         ]
         layers = [layer.name for layer in model.layers]
-        table.add_row(*(escape("\n".join(lines)) for lines in ([model.name], about, layers)))
+        table.add_row(*(escape("\n".join(lines)) for lines in ([model.name], description, layers)))
     return table
 
 
-def _served(model: Model, methods: Sequence[Method]) -> str:
-    """Which of the methods the model can serve, by the shorter list."""
+def _methods_of(model: Model, methods: Sequence[Method]) -> str:
+    """List the methods that the model can serve, or those that it cannot serve if these are fewer."""
     lacking = [method.name for method in methods if method.name not in model.methods]
     if not lacking:
         return "all methods"
     if len(lacking) < len(model.methods):
-        return f"all methods but {', '.join(lacking)}"
+        return f"all methods except {', '.join(lacking)}"
     return f"methods: {', '.join(model.methods)}" if model.methods else "no methods"
 
 
 def layer_table(model: Model, layers: Sequence[Layer]) -> Table:
-    """What `camserve list layers` shows."""
+    """Return the table of `camserve list layers`."""
     table = plain_table("name", "channels", "size", "signed", "prefix tokens", "default of")
-    table.caption = escape(f"\nlayers of {model.name} as they run; default of methods of one or of several layers")
+    table.caption = escape(
+        f"\nlayers of {model.name} in the order in which they run\n"
+        "default of: used by default by methods of one layer, or by methods of several layers"
+    )
     several = [each.name for each in model.layers]
     for layer in layers:
         table.add_row(
@@ -163,24 +188,24 @@ def layer_table(model: Model, layers: Sequence[Layer]) -> Table:
 
 
 def method_table(methods: Sequence[Method], model: str) -> RenderableType:
-    """What `camserve list methods` shows: one row each, and below the parameters of all."""
-    overview = _spaced_table("method", "what it is", "cost")
-    overview.columns[0].no_wrap = overview.columns[2].no_wrap = True  # for 80 characters a line
+    """Return the tables of `camserve list methods`: a row for each method, and below them all parameters."""
+    overview = _spaced_table("method", "description", "maximum cost")
+    overview.columns[0].no_wrap = overview.columns[2].no_wrap = True  # so that the table fits into 80 characters
     overview.caption = escape(
-        f"\nat most, on {model} with its own layers and default parameters\n"
-        "`camserve list methods NAME` shows one with its equations, and when to take it"
+        f"\ncost on {model} with its default layers and default parameters\n"
+        "`camserve list methods NAME` shows the equations of a method and when to use it"
     )
     for method in methods:
-        about = [_source(method), *_traits(method)]
+        description = [_source(method), *_traits(method)]
         if method.unavailable:
-            about.append(_unavailable(method, model))
-        cells = ([method.name], about, [] if method.unavailable else _costs(method))
+            description.append(_unavailable(method, model))
+        cells = ([method.name], description, [] if method.unavailable else _costs(method))
         overview.add_row(*(escape("\n".join(lines)) for lines in cells))
     return Group(overview, "", _parameter_table(methods))
 
 
 def method_page(method: Method, model: str) -> RenderableType:
-    """What `camserve list methods NAME` shows."""
+    """Return the page of `camserve list methods NAME`."""
     cost = f"on {model}: at most {', '.join(_costs(method))}"
     parts: list[RenderableType] = [
         Text(f"{method.name}: {_source(method)}", style="bold"),
@@ -188,7 +213,7 @@ def method_page(method: Method, model: str) -> RenderableType:
         Text(_unavailable(method, model) if method.unavailable else cost),
     ]
     if method.advice:
-        # Its lines end where the source code's did.
+        # The line breaks are those of the source code. Join the lines of each paragraph.
         parts += ["", Text(re.sub(r"(?<!\n)\n(?!\n)", " ", method.advice))]
     if method.equations:
         parts += ["", Padding(Text(method.equations), (0, 0, 0, 2))]
@@ -197,8 +222,8 @@ def method_page(method: Method, model: str) -> RenderableType:
     return Group(*parts)
 
 
-def _source(of: Method | Metric) -> str:
-    return ", ".join(filter(None, (of.title, of.paper)))
+def _source(item: Method | Metric) -> str:
+    return ", ".join(filter(None, (item.title, item.paper)))
 
 
 def _costs(method: Method) -> list[str]:
@@ -217,36 +242,36 @@ def _traits(method: Method) -> list[str]:
         "seeded": method.seeded,
         "the same for every class": method.class_agnostic,
     }
-    said = "; ".join(name for name, holds in traits.items() if holds)
-    return [needs, said] if said else [needs]
+    text = "; ".join(name for name, holds in traits.items() if holds)
+    return [needs, text] if text else [needs]
 
 
 def _unavailable(method: Method, model: str) -> str:
-    return f"not on {model}: {method.unavailable}"
+    return f"unavailable on {model}: {method.unavailable}"
 
 
 def metric_table(metrics: Sequence[Metric]) -> RenderableType:
-    """What `camserve list metrics` shows: one row each, and below the parameters of all."""
-    overview = _spaced_table("metric", "what it is")
+    """Return the tables of `camserve list metrics`: a row for each metric, and below them all parameters."""
+    overview = _spaced_table("metric", "description")
     for metric in metrics:
         better = "higher" if metric.higher_is_better else "lower"
         unit = "" if metric.unit == "1" else f", in {metric.unit}"
-        about = [_source(metric), metric.summary, f"{better} is better{unit}; {_metric_costs(metric)}"]
+        description = [_source(metric), metric.summary, f"{better} is better{unit}; {_metric_costs(metric)}"]
         if metric.needs_truth:
-            about.append("needs to know where the target is")
-        overview.add_row(*(escape("\n".join(filter(None, lines))) for lines in ([metric.name], about)))
+            description.append("needs the position of the target (boxes or a mask)")
+        overview.add_row(*(escape("\n".join(filter(None, lines))) for lines in ([metric.name], description)))
     return Group(overview, "", _parameter_table(metrics))
 
 
 def _metric_costs(metric: Metric) -> str:
-    """As of default parameters."""
+    """Describe the cost with default parameters."""
     rows = [_rows(metric.rows)] if metric.rows or not metric.maps else []
-    maps = [f"{metric.maps:,} map{'s' * (metric.maps != 1)} more"] if metric.maps else []
+    maps = [f"{metric.maps:,} more map{'s' * (metric.maps != 1)}"] if metric.maps else []
     return f"at most {' and '.join(rows + maps)}"
 
 
 def _parameter_table(owners: Sequence[Method | Metric]) -> Table:
-    """Below the name of each method or metric, or the names of all that have the same."""
+    """Return the table of parameters, grouped by the methods or metrics that have the same parameters."""
     table = plain_table("parameter", "values", "default", "meaning")
     owners_of: dict[tuple[Parameter, ...], list[str]] = {}
     for owner in owners:
@@ -263,7 +288,7 @@ def _parameter_table(owners: Sequence[Method | Metric]) -> Table:
 
 
 def _values(parameter: Parameter) -> str:
-    """Those that are allowed."""
+    """Describe the allowed values."""
     if parameter.choices:
         return " | ".join(parameter.choices)
     match parameter.minimum, parameter.maximum:

@@ -107,10 +107,12 @@ def test_explain_writes_a_record(address, photo, out):
 
 def test_a_map_that_was_cut_short_says_so(address, servicer, photo, out):
     given = ("explain", photo, "--address", address, "--out", out, "--budget", 7)
-    assert f"warning: {photo}: tabby, cat (281): cut short, 0.25 of the whole is done\n" in run(*given).stderr
+    assert (
+        f"warning: {photo}: tabby, cat (281): the method stopped early, after 0.25 of the whole\n" in run(*given).stderr
+    )
     assert servicer.requests[-1].budget == 7
     assert json.loads(run(*given, "--json").stdout)["share"] == 0.25
-    assert "cut short" not in run(*given[:-2]).stderr
+    assert "stopped early" not in run(*given[:-2]).stderr
     run("evaluate", photo, "--address", address, "--method", "x", "--budget", 8)
     assert servicer.requests[-1].budget == 8
 
@@ -238,14 +240,14 @@ def test_list_models(address):
     ("served", "said"),
     [
         (("a", "b", "c"), "all methods"),
-        (("a", "b"), "all methods but c"),
+        (("a", "b"), "all methods except c"),
         (("b",), "methods: b"),
         ((), "no methods"),
     ],
 )
 def test_the_methods_of_a_model_are_said_shortly(served, said):
     methods = [types.SimpleNamespace(name=name) for name in "abc"]
-    assert rich_tables._served(types.SimpleNamespace(methods=served), methods) == said
+    assert rich_tables._methods_of(types.SimpleNamespace(methods=served), methods) == said
 
 
 def test_list_layers(address):
@@ -264,11 +266,11 @@ def test_list_methods(address, servicer):
         "one layer + 1,050 per further target",
         "can stop early; seeded",
         "poly-cam Poly-CAM, arXiv:1",
-        "not on first: no such layers",
+        "unavailable on first: no such layers",
         "fake-cam Fake-CAM 1 row",
         "no layers; needs a class all targets in one pass",
         "the same for every class",
-        "at most, on first with its own layers and default parameters",
+        "cost on first with its default layers and default parameters",
         "opti-cam",
         "steps integer ≥ 1 50 How many.",
         'norm max | range "max"',
@@ -291,7 +293,7 @@ def test_list_one_method(address):
     )
     assert "  S = n( Σ_k A_k [k] )\n" in re.sub(" +\n", "\n", result.stdout)
     assert "poly-cam" not in result.stdout
-    assert "\nnot on first: no such layers\n" in run("list", "methods", "poly-cam", "--address", address).stdout
+    assert "\nunavailable on first: no such layers\n" in run("list", "methods", "poly-cam", "--address", address).stdout
     result = run("list", "methods", "no-cam", "--address", address)
     assert result.stderr == "error: there is no method 'no-cam'; there are: opti-cam, poly-cam, fake-cam\n"
     assert run("list", "methods", "--model", "other", "--address", address).exit_code == 1
@@ -306,9 +308,12 @@ def test_list_metrics(address):
     [
         ({"rows": 1}, "lower is better, in %; at most 1 row"),
         ({}, "lower is better, in %; at most 0 rows"),
-        ({"maps": 10}, "lower is better, in %; at most 10 maps more"),
-        ({"rows": 2, "maps": 1}, "lower is better, in %; at most 2 rows and 1 map more"),
-        ({"needs_truth": True}, "lower is better, in %; at most 0 rows\nneeds to know where the target is"),
+        ({"maps": 10}, "lower is better, in %; at most 10 more maps"),
+        ({"rows": 2, "maps": 1}, "lower is better, in %; at most 2 rows and 1 more map"),
+        (
+            {"needs_truth": True},
+            "lower is better, in %; at most 0 rows\nneeds the position of the target (boxes or a mask)",
+        ),
     ],
 )
 def test_what_a_metric_takes(more, said):

@@ -107,13 +107,8 @@ def test_boxes_are_read_from_csv_or_voc_files(tmp_path: Path) -> None:
             read_boxes(tmp_path / "boxes.csv", images)
     for wrong in ("<annotation/>", "<annotation>", f"<annotation>{box.format('x')}</annotation>"):
         (tmp_path / "dog.xml").write_text(wrong)
-<<<<<<< HEAD
-        with pytest.raises(camserve.InvalidArgument, match=r"no Pascal VOC file|no box for"):
-            read_boxes(tmp_path, images[:1])
-=======
         with pytest.raises(camserve.InvalidArgument, match=r"not a Pascal VOC file|no box for"):
-            annotations.read_boxes(tmp_path, images[:1])
->>>>>>> 01a4229 (Rewrite the studies of many images in plain English)
+            read_boxes(tmp_path, images[:1])
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

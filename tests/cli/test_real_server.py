@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import camserve
 from camserve import Receipt
-from camserve_cli import sanity_picture
+from camserve_cli import sanity_image
 from camserve_server.config import Config, ModelConfig
 from camserve_server.service.server import Server
 from tests import nets
@@ -51,7 +51,7 @@ def test_replayed_map_is_bitwise_identical(
     result = command("replay", tmp_path / "cat.json", photo, *given)
     assert (result.returncode, result.stdout.partition(",")[2]) == (0, " bit for bit\n"), result
     result = command("replay", tmp_path / "cat.json", other_photo, *given)
-    assert (result.returncode, result.stdout[:13]) == (1, "another image"), result
+    assert (result.returncode, result.stdout[:13]) == (1, "different inp"), result
     assert "largest difference" in result.stdout
 
 
@@ -122,7 +122,7 @@ def test_sanity_writes_an_image_and_prints_a_table(server: Server, photo: Path, 
     with PIL.Image.open(picture) as drawn:
         pixels = np.asarray(drawn.convert("RGB")).astype(int)
     # The three curves are there, in their colours.
-    for _, colour, _ in sanity_picture.SERIES.values():
+    for _, colour, _ in sanity_image.SERIES.values():
         assert (np.abs(pixels - colour).sum(axis=2) == 0).sum() > 100
 
     alone = command("sanity", photo, *given[:-1], tmp_path / "alone.png", "--order", "independent")

@@ -76,17 +76,17 @@ def test_replay_reports_another_input_first(
 ) -> None:
     given = ("replay", record, other_photo, "--address", address)
     assert run(*given).stdout.splitlines()[:2] == [
-        "another image: the model saw another input than the receipt's",
+        "different input: this is not the image of the receipt",
         "the same map, bit for bit",
     ]
     servicer.receipt_overrides = {"preprocessing": "as given"}
     said, *_ = run(*given).stdout.splitlines()
-    assert said == "another input: the image was preprocessed in another way"
+    assert said == "different input: the image was preprocessed in another way"
     servicer.receipt_overrides = {
         "preprocessing": "as given",
         "input_digest": Receipt.from_json(record.read_text()).input_digest,
     }
-    assert "another" not in run(*given).stdout
+    assert "different input" not in run(*given).stdout
 
 
 def test_replay_reports_invalid_arguments(

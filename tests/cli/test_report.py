@@ -25,7 +25,7 @@ from camserve.v1 import explain_pb2 as pb
 from camserve_cli import report
 from camserve_cli.app import app
 from camserve_cli.report import statistics
-from camserve_cli.study import run, score_csv
+from camserve_cli.study import map_archive, run, score_csv
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>document.title = 'broken'<.png"
@@ -106,13 +106,13 @@ def write_run(folder: Path, images: int = 12, models: Sequence[str] = ("first",)
     names = [str(folder / (HOSTILE if i == 3 else f"{i:02}.png")) for i in range(images)]
     for name in names:
         PIL.Image.fromarray(random.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(name)
-    made = score_csv.Sheet(folder / "s.csv", list(METRICS))
-    maps = score_csv.Maps(folder / "s.npz")
+    made = score_csv.ScoreCsv(folder / "s.csv", list(METRICS))
+    maps = map_archive.MapWriter(folder / "s.npz")
     rows = []
     labels = [*METHODS, *(f"poly-cam@{name}" for name in ("coarse", "middle+", "fine+"))]
     for i, image in enumerate(names):
         for model, (j, label) in itertools.product(models, enumerate(labels)):
-            row = dict.fromkeys(made._columns, "") | {"image": image, "model": model, "method": label}
+            row = dict.fromkeys(made.columns, "") | {"image": image, "model": model, "method": label}
             rows.append(row)
             if (i, j) == (5, 1):
                 row["error"] = "the image <i>cannot</i> be read"
@@ -256,9 +256,9 @@ def test_what_is_no_run_is_said(folder, written, tmp_path):
     files = {"csv": folder / "s.csv", "npz": folder / "s.npz"}
     with pytest.raises(camserve.InvalidArgument, match="no method 'cam' to compare with"):
         report.write(tmp_path / "r.html", **files, **known(), against="cam")
-    with pytest.raises(camserve.InvalidArgument, match="is no CSV"):
+    with pytest.raises(camserve.InvalidArgument, match="is not a CSV file"):
         report.write(tmp_path / "r.html", **files | {"csv": written}, **known())
-    with pytest.raises(camserve.InvalidArgument, match="is no npz"):
+    with pytest.raises(camserve.InvalidArgument, match="is not an npz file"):
         report.write(tmp_path / "r.html", **files | {"npz": written}, **known())
     with pytest.raises(camserve.InvalidArgument, match="which the server does not know"):
         report.write(tmp_path / "r.html", **files, **known() | {"metrics": []})
@@ -395,7 +395,7 @@ def test_a_report_lies_beside_its_files_and_is_made_anew_from_them(address, serv
     ran = evaluate(address, *options)
     assert (ran.exit_code, ran.stderr) == (0, "")
     assert sorted(each.name for each in path.parent.iterdir()) == ["r.csv", "r.html", "r.npz"]
-    rows = score_csv.Sheet(path.with_suffix(".csv"), ["insertion"]).rows()
+    rows = score_csv.ScoreCsv(path.with_suffix(".csv"), ["insertion"]).rows()
     assert {method for _, _, method in rows} == {
         "fake-cam",
         "opti-cam:steps=2@shallow",
@@ -413,11 +413,11 @@ def test_a_report_lies_beside_its_files_and_is_made_anew_from_them(address, serv
 def test_wrong_usage_is_said_before_any_work(address, servicer, photo):
     path = photo.parent / "r.html"
     for options, code, said in [
-        (("--against", "cam", "--report", path), 2, "one of the --method"),
+        (("--against", "cam", "--report", path), 2, "one of the values of --method"),
         (("--against", "fake-cam", "--csv", path), 2, "--report"),
         (("--report", path.with_suffix(".csv")), 2, "another file"),
-        (("--report", photo, "--csv", path), 1, "cat.jpg is there"),
-        (("--per-layer", "fake-cam", "--report", path), 1, "fake-cam looks at no layers"),
+        (("--report", photo, "--csv", path), 1, "cat.jpg exists"),
+        (("--per-layer", "fake-cam", "--report", path), 1, "fake-cam uses no layers"),
         (("--per-layer", "cam", "--report", path), 1, "there is no method 'cam'"),
     ]:
         ran = evaluate(address, photo, "--method", "fake-cam", *options)

@@ -10,44 +10,50 @@ from rich.status import Status
 
 from camserve.admin import Admin
 from camserve.catalogue import Model
-from camserve_cli.options import Server, asks
+from camserve_cli.options import Server, with_server_options
 from camserve_cli.output import errors_as_lines
 
 __all__ = ["admin"]
 
-admin = typer.Typer(help="Load and unload models of a running server.", no_args_is_help=True)
+admin = typer.Typer(
+    help="Load and unload models of a running server. --address is the admin_listen address of the server.",
+    no_args_is_help=True,
+)
 
-Name = Annotated[str, typer.Argument(metavar="MODEL", help="Its name in the server's configuration file.")]
+Name = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model in the server's configuration file.")]
 
 
 @admin.command("load")
-@asks
+@with_server_options
 def load(model: Name, *, server: Server) -> None:
-    """Load a model, as the configuration file has it by now; --address is the server's admin_listen."""
+    """Load a model.
+
+    The server reads its configuration file again, so a model that was added to the file can be loaded.
+    """
     with errors_as_lines(), server.connection(Admin) as operator, _waiting(f"loading {model}"):
-        _say(operator.load(model))
+        _print_state(operator.load(model))
 
 
 @admin.command("unload")
-@asks
+@with_server_options
 def unload(model: Name, *, server: Server) -> None:
-    """Serve a model no more; what runs on it is finished first."""
+    """Unload a model after its running requests are finished."""
     with errors_as_lines(), server.connection(Admin) as operator, _waiting(f"unloading {model}"):
         operator.unload(model)
         typer.echo(f"{model} is unloaded")
 
 
 @admin.command("reload")
-@asks
+@with_server_options
 def reload(model: Name, *, server: Server) -> None:
-    """Load a model anew, then serve that one; what runs on the old one is finished first."""
+    """Load a model again and replace the loaded one. Running requests are finished on the old one."""
     with errors_as_lines(), server.connection(Admin) as operator, _waiting(f"reloading {model}"):
-        _say(operator.reload(model))
+        _print_state(operator.reload(model))
 
 
 def _waiting(title: str) -> Status:
     return Console(stderr=True).status(title)
 
 
-def _say(model: Model) -> None:
+def _print_state(model: Model) -> None:
     typer.echo(f"{model.name} is {model.state}, {model.digest}")

@@ -24,11 +24,11 @@ from camserve_cli.options import (
     Parameters,
     Seed,
     Server,
-    asks,
     read_parameters,
     read_target,
+    with_server_options,
 )
-from camserve_cli.output import errors_as_lines, print_json, said, warn
+from camserve_cli.output import error_text, errors_as_lines, print_json, warn
 
 if TYPE_CHECKING:
     from camserve_dicom import DicomExplanation
@@ -37,12 +37,12 @@ __all__ = ["dicom"]
 
 KINDS = ("sc", "sr", "pm", "seg", "gsps")
 
-dicom = typer.Typer(help="Explain DICOM images: results are DICOM objects.", no_args_is_help=True)
+dicom = typer.Typer(help="Explain DICOM images and write the results as DICOM objects.", no_args_is_help=True)
 dicom.command()(gateway)
 
 
 class Regions(StrEnum):
-    """What to do with an ultrasound image that has regions."""
+    """Treatment of ultrasound images with calibrated regions."""
 
     REFUSE = "refuse"
     CROP = "crop"
@@ -50,54 +50,77 @@ class Regions(StrEnum):
 
 
 class BurnedIn(StrEnum):
-    """What to do with an image that has text burned in."""
+    """Treatment of images with burned-in text."""
 
     REFUSE = "refuse"
     IGNORE = "ignore"
 
 
 @dicom.command()
-@asks
+@with_server_options
 def explain(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="DICOM images.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="DICOM image files.")],
     *,
     server: Server,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the objects go; made if need be.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the DICOM objects. It is created if necessary.")],
     outputs: Annotated[
-        str, typer.Option(metavar="KINDS", help="Of sc, sr, pm, seg and gsps, with commas between them.")
+        str,
+        typer.Option(metavar="KINDS", help="Kinds of objects to write: sc, sr, pm, seg and gsps, separated by commas."),
     ] = "sc,sr",
-    frame: Annotated[int, typer.Option(min=0, help="Of an image of several, from 0.")] = 0,
+    frame: Annotated[int, typer.Option(min=0, help="Frame of a multi-frame image, counted from 0.")] = 0,
     model: ModelName = None,
-    method: Annotated[str, typer.Option(metavar="NAME", help="`camserve list methods` lists them.")] = "poly-cam",
-    target: Annotated[str | None, typer.Option(metavar="INDEX|LABEL", help="Default: the predicted class.")] = None,
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="Method. `camserve list methods` lists them.")
+    ] = "poly-cam",
+    target: Annotated[
+        str | None, typer.Option(metavar="INDEX|LABEL", help="Class to explain. Default: the predicted class.")
+    ] = None,
     layer: Layers = None,
     param: Parameters = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="May be repeated. Default: insertion, deletion and average-gain."),
+        typer.Option(
+            metavar="NAME",
+            help="Metric that scores the map. May be repeated. Default: insertion, deletion and average-gain.",
+        ),
     ] = None,
     check: Annotated[
         str,
         typer.Option(
-            metavar="A>B", help="Of metrics or numbers: where it fails there is only a report; none for none."
+            metavar="A>B",
+            help="Comparison of metrics or numbers. If it is false, only the report (sr) is written. "
+            "`none` disables the check.",
         ),
     ] = "insertion>deletion",
     window: Annotated[
         str | None,
-        typer.Option(metavar="CENTRE,WIDTH", help="With which the model was trained. Default: the header's."),
+        typer.Option(
+            metavar="CENTRE,WIDTH", help="Window with which the model was trained. Default: that of the file."
+        ),
     ] = None,
-    regions: Annotated[Regions, typer.Option(help="Of ultrasound.")] = Regions.REFUSE,
-    burned_in: Annotated[BurnedIn, typer.Option(help="Text in the pixels.")] = BurnedIn.REFUSE,
+    regions: Annotated[
+        Regions, typer.Option(help="Ultrasound images with regions: refuse, crop to the region, or ignore the regions.")
+    ] = Regions.REFUSE,
+    burned_in: Annotated[
+        BurnedIn, typer.Option(help="Images with burned-in text: refuse, or ignore the text.")
+    ] = BurnedIn.REFUSE,
     seed: Seed = 0,
     budget: Budget = None,
     as_json: AsJson = False,
 ) -> None:
-    """Explain DICOM images: write DICOM objects that a PACS stores.
+    """Explain DICOM images and write DICOM objects that a PACS can store.
 
-    Only pixels are sent. DIR/STEM.sc.dcm is the overlay (Secondary Capture), STEM.sr.dcm the report with the scores;
-    on request STEM.pm.dcm is the map itself (Parametric Map), STEM.seg.dcm where it is above half of its maximum, and
-    STEM.gsps.dcm the outline of that. STEM is the file's own, with -2, -3 … after it where another has the same. The
-    same image, explained again in the same way, gives the same objects. An image that fails does not stop the others.
+    Only pixels are sent to the server. The objects of an image are:
+
+    - DIR/STEM.sc.dcm: the overlay (Secondary Capture)
+    - DIR/STEM.sr.dcm: the report with the scores (Structured Report)
+    - DIR/STEM.pm.dcm: the map (Parametric Map), if requested
+    - DIR/STEM.seg.dcm: the pixels above half of the maximum (Segmentation), if requested
+    - DIR/STEM.gsps.dcm: the outline of these pixels (Presentation State), if requested
+
+    STEM is the stem of the file name, followed by -2, -3 and so on if another file has the same stem. If the same image
+    is explained again in the same way, the objects are the same. If an image fails, the command continues with the
+    others and exits with status 1.
     """
     with needs_extra("dicom", "camserve dicom explain"):
         import camserve_dicom as api
@@ -105,7 +128,7 @@ def explain(
     table = rich_tables.plain_table("file", "class", "probability", "objects", "withheld")
     failures = 0
     with errors_as_lines(), server.client() as client:
-        asked: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "frame": frame,
             "outputs": [each.strip() for each in outputs.split(",")],
             "model": model,
@@ -121,21 +144,22 @@ def explain(
             "budget": budget,
         }
         if metric:
-            asked["metrics"] = metric
+            settings["metrics"] = metric
         for file, stem in zip(files, _stems(files, out), strict=True):
             try:
-                made = api.explain(client, file, **asked)
+                made = api.explain(client, file, **settings)
                 written = made.save(out, stem)
             except (CamserveError, OSError) as error:
-                typer.echo(f"error: {file}: {said(error)}", err=True)
+                typer.echo(f"error: {file}: {error_text(error)}", err=True)
                 failures += 1
                 continue
             if as_json:
                 print_json(_record(file, written, made))
             else:
-                target_ = made.explanation.target
+                predicted = made.explanation.target
                 names = ", ".join(path.name for path in written)
-                table.add_row(file.name, str(target_), f"{target_.probability:.3f}", names, "yes" * bool(made.withheld))
+                withheld = "yes" if made.withheld else ""
+                table.add_row(file.name, str(predicted), f"{predicted.probability:.3f}", names, withheld)
                 warn(file, made.explanation)
                 if made.withheld:
                     typer.echo(f"warning: {file}: {made.withheld}", err=True)
@@ -149,22 +173,22 @@ def _window(text: str) -> tuple[float, float]:
     try:
         centre, width = map(float, text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not CENTRE,WIDTH", param_hint="--window") from None
+        raise typer.BadParameter(f"{text!r} does not have the form CENTRE,WIDTH", param_hint="--window") from None
     return centre, width
 
 
 def _stems(files: Sequence[Path], out: Path) -> list[str]:
-    """A stem for each file, none twice and none whose objects would replace one of the files."""
-    given = {file.resolve() for file in files}
-    found: list[str] = []
+    """Return a distinct stem for each file, so that no object replaces one of the files."""
+    inputs = {file.resolve() for file in files}
+    stems: list[str] = []
 
     def taken(stem: str) -> bool:
-        return stem in found or any((out / f"{stem}.{kind}.dcm").resolve() in given for kind in KINDS)
+        return stem in stems or any((out / f"{stem}.{kind}.dcm").resolve() in inputs for kind in KINDS)
 
     for file in files:
         numbered = (f"{file.stem}-{number}" for number in itertools.count(2))
-        found.append(next(stem for stem in itertools.chain([file.stem], numbered) if not taken(stem)))
-    return found
+        stems.append(next(stem for stem in itertools.chain([file.stem], numbered) if not taken(stem)))
+    return stems
 
 
 def _record(file: Path, written: Sequence[Path], made: DicomExplanation) -> dict[str, Any]:

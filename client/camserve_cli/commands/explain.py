@@ -20,61 +20,83 @@ from camserve_cli.options import (
     Priority,
     Seed,
     Server,
-    asks,
     read_box,
     read_parameters,
     read_target,
+    with_server_options,
 )
-from camserve_cli.output import errors_as_lines, followed, print_json, said, warn
+from camserve_cli.output import error_text, errors_as_lines, print_json, show_progress, warn
 from camserve_cli.study.annotations import read_mask
 
 __all__ = ["explain"]
 
 
-@asks
+@with_server_options
 def explain(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="JPEG, PNG, WebP, BMP, GIF or TIFF.")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Image files: JPEG, PNG, WebP, BMP, GIF or TIFF.")
+    ],
     *,
     server: Server,
     model: ModelName = None,
-    method: Annotated[str, typer.Option(metavar="NAME", help="`camserve list methods` lists them.")] = "poly-cam",
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="Method. `camserve list methods` lists them.")
+    ] = "poly-cam",
     target: Annotated[
         list[str] | None,
-        typer.Option(metavar="INDEX|LABEL", help="May be repeated, for a map each. Default: the predicted class."),
+        typer.Option(
+            metavar="INDEX|LABEL",
+            help="Class to explain. Repeat it for several maps of each image. Default: the predicted class.",
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Instead: the N likeliest classes, a map each.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Explain the N most probable classes instead, with one map for each."),
     ] = None,
     layer: Layers = None,
     param: Parameters = None,
-    metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Scores each map. May be repeated.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Metric that scores each map. May be repeated.")
+    ] = None,
     box: Annotated[
         list[str] | None,
-        typer.Option(metavar="L,T,R,B", help="Where the target is, in pixels of the image. May be repeated."),
+        typer.Option(
+            metavar="L,T,R,B",
+            help="Box around the target in pixels (left, top, right, bottom), for metrics that need it. "
+            "May be repeated.",
+        ),
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Or a picture over the image, not black where it is.")
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Mask of the target for such metrics: pixels that are not black."),
     ] = None,
     seed: Seed = 0,
     budget: Budget = None,
     priority: Priority = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the files go; made if need be.")] = Path(),
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Folder for the files. It is created if necessary. Default: this folder."),
+    ] = Path(),
     as_json: AsJson = False,
 ) -> None:
     """Explain images: write a map, an overlay and a record of each.
 
-    DIR/STEM.npy is the map (float32 [H, W] in [0, 1]), DIR/STEM.png the overlay, and DIR/STEM.json the record: target,
-    predictions, scores, warnings, cost, and the receipt, with which `camserve replay` makes the map again.
+    The files of an image are:
 
-    STEM is the image's own, with -2, -3 … after it where another image of this run has the same, or where a file
-    written would replace one of the images or a JSON file that is no record. With several maps these are STEM.INDEX.npy
-    and STEM.INDEX.png, INDEX being the class index. Files of earlier runs are replaced. An image that fails does not
-    stop the others.
+    - DIR/STEM.npy: the map (float32 [H, W], values in [0, 1])
+    - DIR/STEM.png: the overlay
+    - DIR/STEM.json: the record with the target, predictions, scores, warnings, cost, and the receipt, from which
+      `camserve replay` makes the map again
 
-    With --json there is a line for each map; maps of one image share the cost and the request id.
+    STEM is the stem of the image's file name. It is followed by -2, -3 and so on if another image has the same stem, or
+    if a file would replace one of the images or a JSON file that is not a record. If there are several maps, their
+    files are STEM.INDEX.npy and STEM.INDEX.png, with the class index. Files of earlier runs are replaced. If an image
+    fails, the command continues with the others and exits with status 1.
+
+    With --json, the command prints one line for each map. Maps of the same image share the cost and the request id.
     """
     if target and top_k is not None:
-        raise typer.BadParameter("give either --target or --top-k", param_hint="--top-k")
+        raise typer.BadParameter("--target and --top-k exclude each other; give one of them", param_hint="--top-k")
     targets = [read_target(each) for each in target or []]
     metrics = list(dict.fromkeys(metric or []))
     table = rich_tables.plain_table("image", "class", "probability", "rows", "time", *metrics, "overlay")
@@ -100,18 +122,18 @@ def explain(
                     boxes=boxes,
                     mask=truth_mask,
                 )
-                explanation: Explanation = followed(events, image.name)
+                explanation: Explanation = show_progress(events, image.name)
                 written = saved_maps.save(image, explanation, out, stem)
-                for each, shown in zip(written, explanation.maps, strict=True):
+                for paths, result in zip(written, explanation.maps, strict=True):
                     if as_json:
                         print_json(
-                            saved_maps.map_record(image, saved_maps.record_of(out, stem), each, shown, explanation)
+                            saved_maps.map_record(image, saved_maps.record_path(out, stem), paths, result, explanation)
                         )
                     else:
-                        table.add_row(*rich_tables.map_row(image, each[1], shown, explanation, metrics))
-                        warn(image, shown)
+                        table.add_row(*rich_tables.map_row(image, paths[1], result, explanation, metrics))
+                        warn(image, result)
             except (CamserveError, OSError) as error:
-                typer.echo(f"error: {image}: {said(error)}", err=True)
+                typer.echo(f"error: {image}: {error_text(error)}", err=True)
                 failures += 1
     if table.row_count:
         Console().print(table)

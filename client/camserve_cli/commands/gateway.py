@@ -17,40 +17,45 @@ __all__ = ["gateway"]
 
 
 def gateway(
-    config: Annotated[Path, typer.Option(metavar="FILE", help="TOML; docs/pacs.md has its keys.")],
-    check: Annotated[bool, typer.Option("--check", help="Say what the configuration means, and do nothing.")] = False,
+    config: Annotated[
+        Path, typer.Option(metavar="FILE", help="Configuration file (TOML). docs/pacs.md describes its keys.")
+    ],
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the configuration, print its values, and exit.")
+    ] = False,
 ) -> None:
-    """Take images from a PACS, explain them, and store the results there, until Ctrl-C.
+    """Receive images from a PACS, explain them, and store the results in the PACS. Ctrl-C stops the gateway.
 
-    What it has taken lies in a spool on disk until the PACS has its results. Exits with 2 for a wrong configuration.
+    A received image stays in a spool on disk until its results are stored. The exit status is 2 if the configuration
+    is wrong.
     """
     with needs_extra("gateway", "camserve dicom gateway"):
         from camserve_dicom import gateway as package
     try:
-        found = package.read(config)
-        found.check_files()
+        settings = package.read(config)
+        settings.check_files()
         if check:
-            _show(found)
+            _print_settings(settings)
         else:
-            package.run(found, lambda where: typer.echo(f"camserve gateway is ready on {where}"))
+            package.run(settings, lambda address: typer.echo(f"camserve gateway is ready on {address}"))
     except package.ConfigError as error:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
         raise typer.Exit(2) from None
 
 
-def _show(found: object) -> None:
+def _print_settings(settings: object) -> None:
     table = plain_table("key", "value")
     table.columns[0].no_wrap = True
-    for key, value in _flat("", json.loads(found.model_dump_json())):  # type: ignore[attr-defined]
+    for key, value in _flatten("", json.loads(settings.model_dump_json())):  # type: ignore[attr-defined]
         table.add_row(escape(key), escape(value))
     Console().print(table)
 
 
-def _flat(key: str, value: object) -> list[tuple[str, str]]:
-    """Each key that is set, with its value as JSON."""
+def _flatten(key: str, value: object) -> list[tuple[str, str]]:
+    """Return each key that has a value, in dotted form, with the value as JSON."""
     if isinstance(value, dict) and value:
-        return [row for name, each in value.items() for row in _flat(f"{key}.{name}" if key else name, each)]
+        return [row for name, each in value.items() for row in _flatten(f"{key}.{name}" if key else name, each)]
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [row for i, each in enumerate(value) for row in _flat(f"{key}.{i}", each)]
+        return [row for i, each in enumerate(value) for row in _flatten(f"{key}.{i}", each)]
     return [] if value is None else [(key, json.dumps(value, ensure_ascii=False))]

@@ -6,28 +6,30 @@ import grpc
 import typer
 
 from camserve.connection import SERVICE, channel_credentials, proxy_options
-from camserve_cli.options import Server, asks
+from camserve_cli.options import Server, with_server_options
 from camserve_cli.output import errors_as_lines
 
 __all__ = ["health"]
 
-# grpc.health.v1's request, with the service as its field 1, and its answer, with field 1 = 1 for SERVING: not worth a
-# package that the thin client does not have.
+# A grpc.health.v1 request with the service as field 1, and a response with field 1 = 1 (SERVING). The command encodes
+# them itself, because the thin client does not depend on grpcio-health-checking.
 _REQUEST = bytes([0x0A, len(SERVICE)]) + SERVICE.encode()
 _SERVING = b"\x08\x01"
 
 
-@asks
+@with_server_options
 def health(*, server: Server) -> None:
-    """Say whether a server is ready, with exit code 0 if it is and 1 if not; for probes and scripts.
+    """Check that a server is ready. The exit status is 0 if it is ready and 1 if it is not.
 
-    No token is needed, and no certificate where `--address` is the server's `health_listen`.
+    Health checks need no token. They need no certificate if `--address` is the `health_listen` address of the server.
     """
     with errors_as_lines():
-        given = channel_credentials(tls=server.tls, ca=server.ca, certificate=server.cert, key=server.key)
+        credentials = channel_credentials(tls=server.tls, ca=server.ca, certificate=server.cert, key=server.key)
     options = proxy_options(server.address)
     with (
-        grpc.secure_channel(server.address, given, options) if given else grpc.insecure_channel(server.address, options)
+        grpc.secure_channel(server.address, credentials, options)
+        if credentials
+        else grpc.insecure_channel(server.address, options)
     ) as channel:
         check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
             "/grpc.health.v1.Health/Check", None, None

@@ -12,14 +12,14 @@ from rich.console import Console, RenderableType
 
 from camserve.catalogue import Layer, Method, Metric, Model
 from camserve_cli import rich_tables
-from camserve_cli.options import AsJson, Server, asks, model_of, named
+from camserve_cli.options import AsJson, Server, select_model, select_named, with_server_options
 from camserve_cli.output import errors_as_lines, print_json
 
 __all__ = ["list_"]
 
 
-class What(Enum):
-    """What can be listed."""
+class Kind(Enum):
+    """Kinds of objects that a server lists."""
 
     models = "models"
     layers = "layers"
@@ -27,47 +27,53 @@ class What(Enum):
     metrics = "metrics"
 
 
-@asks
+@with_server_options
 def list_(
-    what: What,
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Only this one; a method with all there is to know.")
+        str | None,
+        typer.Argument(metavar="NAME", help="List only this one. For a method, also show its equations and advice."),
     ] = None,
     *,
     server: Server,
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Whose layers, or where methods cost what. Default: the server's first."),
+        typer.Option(
+            metavar="NAME",
+            help="Model whose layers are listed, and for which the cost of methods is computed. "
+            "Default: the server's first model.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what the server has: models, the layers of one that can be named, methods or metrics.
+    """List the models, the layers of a model, the methods or the metrics of a server.
 
-    Methods are shown with what they cost on a model, and with their parameters; with NAME also with their equations,
-    and when to take them.
+    Methods are listed with their parameters and with their cost on a model.
     """
     with errors_as_lines(), server.client() as client:
-        found: Sequence[Model | Layer | Method | Metric]
+        items: Sequence[Model | Layer | Method | Metric]
         table: RenderableType
-        match what:
-            case What.models:
-                found = models = named(client.models(), name, "model")
+        match kind:
+            case Kind.models:
+                items = models = select_named(client.models(), name, "model")
                 table = rich_tables.model_table(models, client.methods())
-            case What.layers:
-                of = model_of(client, model)
-                found = layers = named(of.named_layers, name, "layer")
-                table = rich_tables.layer_table(of, layers)
-            case What.methods:
-                of = model_of(client, model)
-                found = methods = named(client.methods(of.name), name, "method")
+            case Kind.layers:
+                selected = select_model(client, model)
+                items = layers = select_named(selected.named_layers, name, "layer")
+                table = rich_tables.layer_table(selected, layers)
+            case Kind.methods:
+                selected = select_model(client, model)
+                items = methods = select_named(client.methods(selected.name), name, "method")
                 table = (
-                    rich_tables.method_page(methods[0], of.name) if name else rich_tables.method_table(methods, of.name)
+                    rich_tables.method_page(methods[0], selected.name)
+                    if name
+                    else rich_tables.method_table(methods, selected.name)
                 )
-            case What.metrics:
-                found = metrics = named(client.metrics(), name, "metric")
+            case Kind.metrics:
+                items = metrics = select_named(client.metrics(), name, "metric")
                 table = rich_tables.metric_table(metrics)
     if as_json:
-        for each in found:
+        for each in items:
             print_json(asdict(each))
     else:
         Console().print(table)

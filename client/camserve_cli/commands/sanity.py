@@ -11,9 +11,18 @@ import typer
 from rich.console import Console
 
 from camserve.answers import Evaluation, Randomised
-from camserve_cli import rich_tables, sanity_picture
-from camserve_cli.options import Layers, ModelName, Parameters, Seed, Server, asks, read_parameters, read_target
-from camserve_cli.output import errors_as_lines, followed, warn
+from camserve_cli import rich_tables, sanity_image
+from camserve_cli.options import (
+    Layers,
+    ModelName,
+    Parameters,
+    Seed,
+    Server,
+    read_parameters,
+    read_target,
+    with_server_options,
+)
+from camserve_cli.output import errors_as_lines, show_progress, warn
 
 __all__ = ["sanity"]
 
@@ -21,42 +30,48 @@ METRICS = ("randomisation-spearman", "randomisation-ssim", "randomisation-hog")
 
 
 class Order(Enum):
-    """Which layers are random at a step."""
+    """Orders in which the layers become random."""
 
     cascading = "cascading"
     independent = "independent"
 
 
-@asks
+@with_server_options
 def sanity(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG, WebP, BMP, GIF or TIFF.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file: JPEG, PNG, WebP, BMP, GIF or TIFF.")],
     *,
     server: Server,
     model: ModelName = None,
-    method: Annotated[str, typer.Option(metavar="NAME", help="`camserve list methods` lists them.")] = "grad-cam",
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="Method. `camserve list methods` lists them.")
+    ] = "grad-cam",
     target: Annotated[
-        str | None, typer.Option(metavar="INDEX|LABEL", help="What it explains. Default: the predicted class.")
+        str | None, typer.Option(metavar="INDEX|LABEL", help="Class to explain. Default: the predicted class.")
     ] = None,
     layer: Layers = None,
     param: Parameters = None,
     order: Annotated[
         Order,
-        typer.Option(help="cascading: all layers from the last one to that of the step; independent: those alone."),
+        typer.Option(
+            help="cascading: a step also keeps the random layers of the steps before. independent: it has only its own."
+        ),
     ] = Order.cascading,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="To which the layers are dealt out evenly.")] = 10,
+    steps: Annotated[
+        int, typer.Option(min=1, max=1000, help="Number of steps. The layers are divided evenly among them.")
+    ] = 10,
     seed: Seed = 0,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="The picture. Default: STEM.METHOD.sanity.png.")
+        Path | None, typer.Option(metavar="FILE.png", help="Image file to write. Default: STEM.METHOD.sanity.png.")
     ] = None,
 ) -> None:
-    """Check that a method's map depends on what the network has learnt.
+    """Check that the map of a method depends on the weights of the network.
 
-    The weights of a copy of the network become random, layer by layer from the last one to the first, and the map is
-    made again at each step. Where it hardly changes it shows the image's edges rather than the network's reasons:
+    In a copy of the network, the weights become random step by step, from the last layer to the first. The map is made
+    again at each step. A map that hardly changes shows edges of the image instead of reasons of the network. See
     Sanity Checks for Saliency Maps, Adebayo et al. 2018, arXiv:1810.03292.
 
-    Writes a picture of all maps with their likeness to that of the trained network, 1 for the same map, and prints the
-    figures.
+    The command writes an image with all maps and prints their similarity to the map of the trained network. A
+    similarity of 1 means the same map.
     """
     out = out or Path(f"{image.stem}.{method}.sanity.png")
     maps: list[Randomised] = []
@@ -71,10 +86,10 @@ def sanity(
             parameters=read_parameters(param),
             seed=seed,
         )
-        checked: Evaluation = followed(_kept(events, maps), image.name)
+        checked: Evaluation = show_progress(_collect(events, maps), image.name)
         title = f"{method}, {checked.target}, {checked.receipt.model}: {order.value} randomisation, seed {seed}"
         out.parent.mkdir(parents=True, exist_ok=True)
-        sanity_picture.draw(checked, maps, title).save(out)
+        sanity_image.draw(checked, maps, title).save(out)
     warn(image, checked)
     table = rich_tables.plain_table("step", "layers", "rank correlation", "SSIM", "HOG")
     for each in maps:
@@ -85,8 +100,8 @@ def sanity(
     typer.echo(f"{out}")
 
 
-def _kept(events: Iterable[Any], maps: list[Randomised]) -> Iterator[Any]:
-    """The events, those of maps also put into the list."""
+def _collect(events: Iterable[Any], maps: list[Randomised]) -> Iterator[Any]:
+    """Yield the events, and append those with maps to the list."""
     for event in events:
         if isinstance(event, Randomised):
             maps.append(event)

@@ -14,14 +14,24 @@ __all__ = ["serve"]
 
 
 def serve(
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML. Default: the embedded model.")] = None,
-    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help=f"Default: {DEFAULT_ADDRESS}.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. Default: auto.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Configuration file (TOML). Default: serve the embedded model."),
+    ] = None,
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help=f"Address to listen on. Default: {DEFAULT_ADDRESS}.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Device: auto, cpu, cuda or cuda:N. Default: auto.")
+    ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen without TLS where other machines can reach it.")
+        bool, typer.Option("--insecure", help="Allow connections without TLS from other machines.")
     ] = False,
 ) -> None:
-    """Start a server, and stop it with Ctrl-C."""
+    """Start a server. Ctrl-C stops it after the running requests are finished.
+
+    An option overrides the same key of the configuration file.
+    """
     with needs_extra("server", "camserve serve"):
         from camserve_server.__main__ import serve as run
     raise typer.Exit(run(config=config, listen=listen, device=device, insecure=insecure or None))

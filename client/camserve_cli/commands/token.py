@@ -13,14 +13,22 @@ __all__ = ["token"]
 
 
 def token(
-    name: Annotated[str, typer.Argument(help="Of the caller that will have it.")],
-    admin: Annotated[bool, typer.Option("--admin", help="Also let it load and unload models.")] = False,
+    name: Annotated[str, typer.Argument(help="Name of the caller that will use the token.")],
+    admin: Annotated[bool, typer.Option("--admin", help="Also allow the caller to load and unload models.")] = False,
 ) -> None:
-    """Make a bearer token: it is shown once, and the server's configuration has only its hash."""
+    """Make a bearer token for a caller.
+
+    The token is printed once. The server's configuration contains only its hash.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise typer.BadParameter("letters, digits, '.', '_' and '-', 64 of them at most", param_hint="NAME")
-    made = f"camserve_{secrets.token_urlsafe(32)}"  # so that scanners of leaked secrets can know it
-    typer.echo("The token, for the caller alone. It is not shown again:")
+        raise typer.BadParameter(
+            f"{name!r} is not a name; expected at most 64 letters, digits, '.', '_' and '-', "
+            "of which the first is a letter or digit",
+            param_hint="NAME",
+        )
+    # The prefix lets scanners for leaked secrets recognise the token.
+    made = f"camserve_{secrets.token_urlsafe(32)}"
+    typer.echo("The token, for the caller only. It is not shown again:")
     typer.echo(f"\n{made}\n")
     typer.echo("For the server's configuration:")
     typer.echo(f'\n[[tokens]]\nname = "{name}"\nsha256 = "{hashlib.sha256(made.encode()).hexdigest()}"')

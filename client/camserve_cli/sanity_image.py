@@ -1,7 +1,7 @@
-"""The picture of a randomisation check: the maps from step to step, and how like the first they are.
+"""Image of a randomisation check: the map of each step, and its similarity to the map of the trained network.
 
-Like Figure 26 of the Poly-CAM paper (arXiv:2204.13359) above, and Figure A6 of the Opti-CAM paper (arXiv:2301.07002)
-below.
+The upper part follows Figure 26 of the Poly-CAM paper (arXiv:2204.13359), and the lower part follows Figure A6 of the
+Opti-CAM paper (arXiv:2301.07002).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["draw"]
 
 TILE, GAP, TEXT, CURVES = 160, 8, 13, 150
 INK, SOFT, LINE, PAPER = (25, 25, 35), (105, 105, 120), (215, 215, 222), (255, 255, 255)
-# Told apart by their marks as well as by their colours.
+# The series differ in their marks as well as in their colours.
 SERIES = {
     "spearman": ("rank correlation", (60, 50, 180), "circle"),
     "ssim": ("structural similarity", (200, 50, 120), "square"),
@@ -29,12 +29,21 @@ SERIES = {
 Point = tuple[float, float]
 
 
-def draw(shown: SaliencyMap, steps: Sequence[Randomised], title: str) -> PIL.Image.Image:
-    """RGB; columns are the image, its map by the network itself, and the map of each step."""
-    image = shown.image()
+def draw(result: SaliencyMap, steps: Sequence[Randomised], title: str) -> PIL.Image.Image:
+    """Draw the check.
+
+    Args:
+        result: The map of the trained network.
+        steps: The map of each step, with its similarities.
+        title: Title of the image.
+
+    Returns:
+        An RGB image. Its columns show the explained image, the map of the trained network, and the map of each step.
+    """
+    image = result.image()
     image.thumbnail((TILE, TILE))
     labels = ["", "trained", *(step.layers[-1] for step in steps)]
-    tiles = [image, *(_over(image, S) for S in (shown.saliency, *(step.saliency for step in steps)))]
+    tiles = [image, *(_over(image, S) for S in (result.saliency, *(step.saliency for step in steps)))]
     top = 2 * TEXT + 2 * GAP
     below = top + image.height + 2 * TEXT
     width, height = GAP + len(tiles) * (TILE + GAP), below + CURVES + 4 * TEXT
@@ -94,7 +103,7 @@ def _text(
     size: int = TEXT,
     most: int | None = None,
 ) -> None:
-    """What does not fit into `most` pixels loses its beginning: layers differ at their ends."""
+    """Write a text. If it is wider than `most` pixels, cut its beginning: names of layers differ at their ends."""
     font = PIL.ImageFont.load_default(size)
     cut = text
     while most is not None and cut and pen.textlength(cut if cut == text else "…" + cut, font=font) > most:
