@@ -1,1 +1,1 @@
-"""Slow, plain re-implementations of the papers, sharing no code with the server that is tested against them."""
+"""Slow and simple implementations of the papers, without code of the server that they test."""

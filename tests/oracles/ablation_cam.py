@@ -2,8 +2,8 @@
 
 Saurabh Desai, Harish G. Ramaswamy, 2020, WACV.
 
-grad-cam 1.5.7 agrees where the smallest activation of the layer is exactly 0, to the float32 in which it keeps scores;
-elsewhere it does not zero a channel but sets it to the smallest activation less 1e7.
+grad-cam 1.5.7 agrees if the smallest activation of the layer is exactly 0, up to the float32 precision of its scores.
+Otherwise it does not set a channel to zero, but to the smallest activation minus 1e7.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 @dataclass
 class AblationCam:
-    """map [h, w], at the layer's resolution, before any scaling; scores, with each channel zeroed, and weights [K]."""
+    """Result of Ablation-CAM.
+
+    Attributes:
+        map: Map [h, w] at the resolution of the layer, not scaled.
+        scores: Logits [K] with each channel set to zero.
+        weights: Weights [K].
+    """
 
     map: Tensor
     scores: Tensor
@@ -23,7 +29,7 @@ class AblationCam:
 
 @torch.no_grad()
 def ablation_cam(model: nn.Module, x: Tensor, layer: nn.Module, c: int) -> AblationCam:
-    """x [1, 3, H, W]; layer, a module that the model calls once."""
+    """Return the map of class c for x [1, 3, H, W]. The model calls the module `layer` once."""
     seen: list[Tensor] = []
     handle = layer.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
     try:

@@ -2,7 +2,7 @@
 
 Samuele Poppi, Marcella Cornia, Lorenzo Baraldi, Rita Cucchiara, 2021, arXiv:2104.10252.
 
-No library has it: a map that explains nothing and scores well, for metrics to be tried on.
+No library has this map. It explains nothing and scores well in some metrics.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def fake_cam(size: tuple[int, int]) -> Tensor:
-    """size (H, W) → map [H, W]: 1 everywhere, 0 at the top-left pixel."""
+    """Return a map [H, W] that is 1 everywhere, and 0 at the top left pixel."""
     M = torch.ones(size)
     M[0, 0] = 0
     return M

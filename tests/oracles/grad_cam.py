@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 @dataclass
 class GradCam:
-    """map [h, w], at the layer's resolution, before any scaling; activation and gradient [K, h, w]; weights [K]."""
+    """Result of Grad-CAM and similar methods.
+
+    Attributes:
+        map: Map [h, w] at the resolution of the layer, not scaled.
+        activation: Activation [K, h, w].
+        gradient: Gradient of the logit [K, h, w].
+        weights: Weights [K].
+    """
 
     map: Tensor
     activation: Tensor
@@ -21,12 +28,12 @@ class GradCam:
 
 
 def activation_and_gradient(model: nn.Module, x: Tensor, layer: nn.Module, c: int) -> tuple[Tensor, Tensor]:
-    """x [1, 3, H, W] → A and ∂y_c/∂A, both [K, h, w], of the layer's last call."""
+    """Return A and ∂y_c/∂A, both [K, h, w], of the last call of the layer, for x [1, 3, H, W]."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: object, output: Tensor) -> Tensor:
         seen.append(output)
-        return output.clone()  # an in-place ReLU that follows would overwrite what was kept
+        return output.clone()  # A following in-place ReLU would overwrite the output.
 
     handle = layer.register_forward_hook(keep)
     try:
@@ -39,7 +46,7 @@ def activation_and_gradient(model: nn.Module, x: Tensor, layer: nn.Module, c: in
 
 
 def grad_cam(model: nn.Module, x: Tensor, layer: nn.Module, c: int) -> GradCam:
-    """x [1, 3, H, W]; layer, a module of the model."""
+    """Return the map of class c for x [1, 3, H, W] and a module of the model."""
     A, g = activation_and_gradient(model, x, layer, c)
     w = torch.zeros(len(A), dtype=A.dtype)
     S = torch.zeros_like(A[0])

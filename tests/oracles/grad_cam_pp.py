@@ -2,11 +2,11 @@
 
 Aditya Chattopadhyay, Anirban Sarkar, Prantik Howlader, Vineeth N. Balasubramanian, 2018, arXiv:1710.11063.
 
-grad-cam 1.5.7 agrees, but for 1e-6 in its denominator, which counts where gradients are small. torchcam 0.5 does not:
-it divides a copy, so that its α is g² and its weights are Σ relu(g)³ (variant "torchcam").
+grad-cam 1.5.7 agrees, except for the 1e-6 in its denominator, which matters for small gradients. torchcam 0.5 does not
+agree: it divides a copy, so its α is g² and its weights are Σ relu(g)³ (variant "torchcam").
 
-The score is exp(y), y the logit, and y is taken to be linear in A: the derivatives of the score are exp(y) times g, g²
-and g³. exp(y) cancels in α and is a common positive factor of the weights, left out here.
+The score is exp(y) for the logit y, and y is treated as linear in A. The derivatives of the score are then exp(y) times
+g, g² and g³. The factor exp(y) cancels in α. It is a common positive factor of the weights and is omitted here.
 """
 
 from typing import Literal
@@ -18,7 +18,7 @@ from tests.oracles.grad_cam import GradCam, activation_and_gradient
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """0 where the denominator is 0: a gradient of 0, which weighs nothing."""
+    """Return the ratio, or 0 if the denominator is 0. The gradient is then 0, too, and has no weight."""
     return torch.where(denominator == 0, 0.0, numerator / denominator)
 
 
@@ -30,7 +30,7 @@ def grad_cam_pp(
     variant: Literal["paper", "torchcam"] = "paper",
     eps: float = 0.0,
 ) -> GradCam:
-    """x [1, 3, H, W]; layer, a module of the model; eps, added to the denominator of α (1e-6 in grad-cam)."""
+    """Return the map of class c for x [1, 3, H, W]. `eps` is added to the denominator of α (1e-6 in grad-cam)."""
     A, g = activation_and_gradient(model, x, layer, c)
     w = torch.zeros(len(A), dtype=A.dtype)
     S = torch.zeros_like(A[0])

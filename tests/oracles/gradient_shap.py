@@ -2,7 +2,7 @@
 
 Scott Lundberg, Su-In Lee, 2017, arXiv:1705.07874.
 
-The paper does not have it; it is defined by SHAP's GradientExplainer and by captum: the expectation of
+The paper does not contain this method. SHAP's GradientExplainer and captum define it: the expectation of
 (x + δ − b) · ∂y/∂x at b + α (x + δ − b), with noise δ, α uniform in [0, 1] and a baseline b, here 0. captum agrees.
 """
 
@@ -13,8 +13,15 @@ from tests.oracles.input_x_gradient import input_gradient
 
 
 def gradient_shap(model: nn.Module, x: Tensor, c: int, alphas: Tensor, noise: Tensor) -> Tensor:
-    """x [1, 3, H, W]; alphas [n] in [0, 1]; noise [n, 3, H, W], of the deviation wanted → map [H, W], signed, summed
-    over channels."""
+    """Return the signed map [H, W], summed over channels, for x [1, 3, H, W].
+
+    Args:
+        model: The network.
+        x: Image [1, 3, H, W].
+        c: Class index.
+        alphas: Factors α [n] in [0, 1].
+        noise: Noise δ [n, 3, H, W] with the final standard deviation.
+    """
     M = torch.zeros_like(x[0])
     for n in range(len(noise)):
         sample = x + noise[n]

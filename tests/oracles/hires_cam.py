@@ -2,7 +2,7 @@
 
 Rachel Lea Draelos, Lawrence Carin, 2020, arXiv:2011.08891.
 
-grad-cam 1.5.7 agrees; it too sets the negative values to 0.
+grad-cam 1.5.7 agrees. It also sets negative values to 0.
 """
 
 import torch
@@ -12,7 +12,7 @@ from tests.oracles.grad_cam import activation_and_gradient
 
 
 def hires_cam(model: nn.Module, x: Tensor, layer: nn.Module, c: int, relu: bool = True) -> Tensor:
-    """x [1, 3, H, W]; layer, a module of the model → map [h, w]; with relu=False the signed sum."""
+    """Return the map [h, w] of class c for x [1, 3, H, W] and a module of the model, signed if relu is False."""
     A, g = activation_and_gradient(model, x, layer, c)
     S = torch.zeros_like(A[0])
     for k in range(len(A)):

@@ -1,6 +1,6 @@
 """RISE: Randomized Input Sampling for Explanation of Black-box Models (insertion and deletion).
 
-Vitali Petsiuk, Abir Das, Kate Saenko, 2018, arXiv:1806.07421; with the settings of Poly-CAM, arXiv:2204.13359.
+Vitali Petsiuk, Abir Das, Kate Saenko, 2018, arXiv:1806.07421, with the settings of Poly-CAM, arXiv:2204.13359.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass
 class InsertionDeletion:
-    """insertion and deletion: probabilities of the class, [steps] (auc "mean") or [steps + 1] ("trapezoid")."""
+    """Probabilities of both curves, [steps] for auc "mean" or [steps + 1] for "trapezoid", and their areas."""
 
     insertion: Tensor
     deletion: Tensor
@@ -24,7 +24,7 @@ class InsertionDeletion:
 
 
 def gaussian_blur(x: Tensor, radius: int = 5, sigma: float = 5.0) -> Tensor:
-    """x [1, 3, H, W]; a square kernel of 2 · radius + 1 pixels, the border reflected without repeating the edge."""
+    """Blur x [1, 3, H, W] with 2 · radius + 1 pixels. The border is reflected without repeating the edge."""
     padded = F.pad(x, (radius,) * 4, mode="reflect")
     g = [math.exp(-(t**2) / (2 * sigma**2)) for t in range(-radius, radius + 1)]
     blurred = torch.zeros_like(x)
@@ -35,7 +35,7 @@ def gaussian_blur(x: Tensor, radius: int = 5, sigma: float = 5.0) -> Tensor:
 
 
 def falling_order(saliency: Tensor) -> list[int]:
-    """saliency [H, W] → flat pixel indices, most salient first; of two equal ones the higher index first."""
+    """Return the flat pixel indices of a map [H, W], most salient first. Equal values: the higher index first."""
     values = saliency.flatten().tolist()
     return sorted(range(len(values)), key=lambda i: (-values[i], -i))
 
@@ -52,11 +52,11 @@ def insertion_deletion(
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     std: Sequence[float] = (0.229, 0.224, 0.225),
 ) -> InsertionDeletion:
-    """model [N, 3, H, W] → logits; x [1, 3, H, W] normalised; saliency [H, W]; steps, 224 unless told."""
+    """Return both curves of class c for a normalised x [1, 3, H, W] and a map [H, W]. `steps` is 224 by default."""
     steps = 224 if steps is None else steps
     if baseline == "blur":
         ground = gaussian_blur(x)
-    elif baseline == "black":  # the pixel 0; the only use of mean and std
+    elif baseline == "black":  # The pixel value 0. Only this case uses mean and std.
         ground = (-torch.tensor(mean, dtype=x.dtype) / torch.tensor(std, dtype=x.dtype)).view(1, 3, 1, 1).expand_as(x)
     elif baseline == "mean":
         ground = torch.zeros_like(x)

@@ -2,9 +2,9 @@
 
 Rakshit Naidu, Ankita Ghosh, Yash Maurya, Shamanth R. Nayak K., Soumya Snigdha Kundu, 2020, arXiv:2010.03023.
 
-The mask grows from 0 to 1 in equal steps, and the scores are averaged. torchcam 0.5 does not agree: it adds its steps
-up, 1/N, then 3/N, then 6/N, to 5.5 times the image in ten steps; and it scales masks as in its SS-CAM (variant
-"torchcam").
+The scale of the mask rises from 0 to 1 in equal steps, and the scores are averaged. torchcam 0.5 does not agree: it
+accumulates its steps, 1/N, then 3/N, then 6/N, up to 5.5 times the image for ten steps, and it scales masks as in its
+SS-CAM (variant "torchcam").
 """
 
 from collections.abc import Callable
@@ -25,7 +25,10 @@ def is_cam(
     steps: int = 10,
     variant: Variant = "paper",
 ) -> ScoreCam:
-    """model [N, 3, H, W] → logits; x [1, 3, H, W]; activation [K, h, w]. The softmax cancels the baseline's score."""
+    """Return the map of class c for x [1, 3, H, W] and its activation [K, h, w].
+
+    The softmax cancels the score of the baseline.
+    """
     scores = torch.zeros(len(activation), dtype=x.dtype)
     for k in range(len(activation)):
         M = mask(activation[k], (x.shape[2], x.shape[3]), variant)

@@ -2,7 +2,7 @@
 
 Peng-Tao Jiang, Chang-Bin Zhang, Qibin Hou, Ming-Ming Cheng, Yunchao Wei, 2021, IEEE TIP 30:5875–5888.
 
-One layer: torchcam 0.5 and grad-cam 1.5.7 agree. Several: torchcam's `fuse_cams` scales every map that it is given by
+For one layer, torchcam 0.5 and grad-cam 1.5.7 agree. For several layers, `fuse_cams` of torchcam scales all maps by
 tanh, the paper only those of the shallow layers.
 """
 
@@ -16,7 +16,7 @@ from tests.oracles.poly_cam import resize
 
 
 def layer_cam(model: nn.Module, x: Tensor, layer: nn.Module, c: int) -> Tensor:
-    """x [1, 3, H, W]; layer, a module of the model → map [h, w]."""
+    """Return the map [h, w] of class c for x [1, 3, H, W] and a module of the model."""
     A, g = activation_and_gradient(model, x, layer, c)
     S = torch.zeros_like(A[0])
     for k in range(len(A)):
@@ -27,9 +27,10 @@ def layer_cam(model: nn.Module, x: Tensor, layer: nn.Module, c: int) -> Tensor:
 def layer_cam_of_layers(
     model: nn.Module, x: Tensor, layers: Sequence[nn.Module], c: int, scaled: int = 2, gamma: float = 2.0
 ) -> Tensor:
-    """layers, fine to coarse; the first `scaled` of them go through tanh → map [h, w] of the finest layer's size.
+    """Return the fused map [h, w] of layers, fine to coarse, at the resolution of the finest layer.
 
-    Each map is divided by its own maximum first, that of the other layers too: they meet on one scale.
+    Every map is first divided by its own maximum, so that all maps have the same scale. The maps of the first `scaled`
+    layers are then scaled by tanh.
     """
     maps = [layer_cam(model, x, layer, c) for layer in layers]
     fused = torch.zeros_like(maps[0])

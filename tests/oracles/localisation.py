@@ -1,4 +1,4 @@
-"""Localisation, written out slowly: loops over pixels and boxes; SciPy labels the components."""
+"""Localisation metrics as loops over pixels and boxes. SciPy labels the components."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Box = tuple[float, float, float, float]
 
 
 def box_of_largest(mask: np.ndarray) -> Box:
-    """(left, top, right, bottom), half-open."""
-    labels, count = scipy.ndimage.label(mask)  # 4-connected by default
+    """Return the box (left, top, right, bottom) of the largest component. Right and bottom are exclusive."""
+    labels, count = scipy.ndimage.label(mask)  # The default connects pixels by their sides.
     best: list[tuple[int, int]] = []
     for label in range(1, count + 1):
         pixels = [(y, x) for y in range(mask.shape[0]) for x in range(mask.shape[1]) if labels[y, x] == label]
@@ -26,7 +26,7 @@ def box_of_largest(mask: np.ndarray) -> Box:
 
 
 def iou(a: Box, b: Box) -> float:
-    """By counting the corners of a fine grid: exact for boxes on sixths of pixels."""
+    """Return the IoU by counting cells of a fine grid. It is exact for boxes on sixths of pixels."""
     inside = [
         [box[0] <= (x + 0.5) / 6 < box[2] and box[1] <= (y + 0.5) / 6 < box[3] for box in (a, b)]
         for y in range(6 * math.ceil(max(a[3], b[3])))

@@ -2,8 +2,9 @@
 
 Matthew D. Zeiler, Rob Fergus, 2014, arXiv:1311.2901.
 
-captum's rule: windows start every `stride` pixels until one reaches the border; that one may hang over it, and what is
-inside counts as a window like the others. captum gives each channel this map: its sum over channels is three times it.
+The windows follow captum: one starts every `stride` pixels until one reaches the border. The last one may exceed the
+border, and its part inside the image counts as a window. captum returns this map for each channel, so its sum over
+channels is three times this map.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
-    """Of the windows along one side."""
+    """Return the starts of the windows along one side."""
     return [stride * i for i in range(math.ceil(max(length - window, 0) / stride) + 1)]
 
 
@@ -26,8 +27,10 @@ def occlusion(
     window: tuple[int, int] = (64, 64),
     stride: int | tuple[int, int] = 8,
 ) -> Tensor:
-    """x [1, 3, H, W]; window and stride, down and across → map [H, W], signed: the mean of y_c(x) − y_c(occluded) over
-    the windows that cover a pixel."""
+    """Return the signed map [H, W]: the mean of y_c(x) − y_c(occluded) over the windows that cover a pixel.
+
+    `window` and `stride` are vertical and horizontal sizes in pixels. x is [1, 3, H, W].
+    """
     _, _, H, W = x.shape
     down, across = (stride, stride) if isinstance(stride, int) else stride
     y = model(x)[0, c]
@@ -35,7 +38,7 @@ def occlusion(
     for i in starts(H, window[0], down):
         for j in starts(W, window[1], across):
             occluded = x.clone()
-            occluded[:, :, i : i + window[0], j : j + window[1]] = 0  # the mean colour
+            occluded[:, :, i : i + window[0], j : j + window[1]] = 0  # 0 is the mean colour.
             total[i : i + window[0], j : j + window[1]] += y - model(occluded)[0, c]
             count[i : i + window[0], j : j + window[1]] += 1
     return total / count

@@ -14,7 +14,15 @@ from torch import Tensor
 
 @dataclass
 class OptiCam:
-    """saliency [H, W] in [0, 1]; u [K] and weights = softmax(u) [K] that made it; objective [steps done]."""
+    """Result of Opti-CAM.
+
+    Attributes:
+        saliency: Map [H, W] in [0, 1].
+        u: Variable [K] of the map.
+        weights: softmax(u) [K].
+        objective: Objective of each completed step.
+        stopped: True if the stopping rule ended the ascent.
+    """
 
     saliency: Tensor
     u: Tensor
@@ -24,7 +32,7 @@ class OptiCam:
 
 
 def saliency_map(A: Tensor, u: Tensor, size: tuple[int, int], norm: str) -> Tensor:
-    """n(up(S(u))): A [K, h, w], u [K] → [H, W]."""
+    """Return n(up(S(u))) [H, W] of A [K, h, w] and u [K]."""
     w = torch.softmax(u, dim=0)
     S = torch.zeros_like(A[0])
     for k in range(len(A)):
@@ -55,10 +63,10 @@ def opti_cam(
     rate: float = 0.1,
     stop: Literal["official"] | None = None,
 ) -> OptiCam:
-    """model [N, 3, H, W] → logits; x [1, 3, H, W] as the model takes it; activation [K, h, w] of x.
+    """Return the map of class c for the input x [1, 3, H, W] of the model and its activation [K, h, w].
 
-    mean and std are those with which x was made from [0, 1] pixels (mask_space "raw" masks these); left out, the model
-    takes the pixels themselves.
+    `mean` and `std` normalised the pixels in [0, 1] to x. mask_space "raw" masks these pixels. By default, x contains
+    the pixels.
     """
     size = (x.shape[2], x.shape[3])
     A = activation.detach()
@@ -69,7 +77,7 @@ def opti_cam(
     with torch.no_grad():
         y = model(x)[0, c]
         S0 = A.mean(0)
-        if S0.min() == S0.max():  # nothing to weigh: n would divide by zero
+        if S0.min() == S0.max():  # All maps are constant, and n would divide by zero.
             return OptiCam(torch.zeros(size, dtype=x.dtype), u.detach(), torch.softmax(u, 0), [], stopped=False)
 
     def masked(s: Tensor) -> Tensor:
@@ -97,7 +105,7 @@ def opti_cam(
         (u.grad,) = torch.autograd.grad(loss, u)
         adam.step()
         if stop == "official" and step % max(steps // 10, 1) == 0:
-            if loss.item() > last_loss:  # this step's map, made before its update
+            if loss.item() > last_loss:  # Return the map of this step, before its update.
                 return OptiCam(s.detach(), before, torch.softmax(before, 0), history, stopped=True)
             last_loss = loss.item()
     with torch.no_grad():

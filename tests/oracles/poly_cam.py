@@ -17,7 +17,13 @@ Variant = Literal["paper", "official"]
 
 @dataclass
 class PolyCam:
-    """map [H, W]; coarse to fine: levels, each [H, W], and channel_weights, each [K] (empty where skipped)."""
+    """Result of Poly-CAM.
+
+    Attributes:
+        map: Map [H, W] of the finest level.
+        levels: Maps [H, W], coarse to fine.
+        channel_weights: Weights [K] of each level, coarse to fine. Empty for a skipped level.
+    """
 
     map: Tensor
     levels: list[Tensor]
@@ -25,7 +31,7 @@ class PolyCam:
 
 
 def resize(M: Tensor, size: tuple[int, int]) -> Tensor:
-    """M [h, w] → [H, W], bilinear, corners not aligned, no antialias."""
+    """Resize M [h, w] to [H, W]: bilinear, corners not aligned, without antialias."""
     return F.interpolate(M[None, None], size, mode="bilinear", align_corners=False)[0, 0]
 
 
@@ -35,28 +41,28 @@ def minmax(M: Tensor) -> Tensor:
 
 
 def percentile_scale(M: Tensor) -> Tensor:
-    """The official code's scaling: between two percentiles, but divided by the upper one alone."""
+    """Scale as the official code: between two percentiles, but divided by the upper one only."""
     lo, hi = (torch.tensor(np.percentile(M.numpy(), q), dtype=M.dtype) for q in (0.1, 99.9))
     return ((M - lo) / hi.clamp(min=1e-12)).clamp(0, 1)
 
 
 def scaled(M: Tensor, size: tuple[int, int], variant: Variant) -> Tensor:
-    """u(up(M)) of the paper, up(u(M)) of the official code: M [h, w] → [H, W] in [0, 1]; masks and levels alike."""
+    """Return u(up(M)) of the paper or up(u(M)) of the official code, [H, W] in [0, 1], for masks and levels."""
     if variant == "official":
         return resize(percentile_scale(M), size)
-    if M.min() == M.max():  # seen before upsampling: the rounding of a bilinear resize would look like contrast
+    if M.min() == M.max():  # After resizing, rounding would look like contrast.
         return torch.zeros(size, dtype=M.dtype)
     return minmax(resize(M, size))
 
 
 def probability(model: Callable[[Tensor], Tensor], row: Tensor, c: int) -> Tensor:
-    """row [1, 3, H, W] → f_c(row), a scalar; a model of one logit is read through a sigmoid."""
+    """Return f_c of a row [1, 3, H, W]. A model with one logit uses the sigmoid."""
     y = model(row)[0]
     return torch.sigmoid(y[0]) if len(y) == 1 else torch.softmax(y, dim=0)[c]
 
 
 def channel_weight(model: Callable[[Tensor], Tensor], x: Tensor, p: Tensor, M: Tensor, c: int, weights: str) -> Tensor:
-    """w_k from p = f_c(x) and the mask M [H, W] of channel k."""
+    """Return w_k for p = f_c(x) and the mask M [H, W] of channel k."""
     if weights == "p":  # eq. 4, with f_c(X_b) = 0
         return probability(model, x * M, c)
     if weights == "m":  # eq. 5
@@ -67,7 +73,7 @@ def channel_weight(model: Callable[[Tensor], Tensor], x: Tensor, p: Tensor, M: T
 
 
 def lnorm(S: Tensor, coarser: tuple[int, int], variant: Variant) -> Tensor:
-    """eq. 1: S [h, w] over its own local mean, on blocks that are the pixels of the coarser level."""
+    """Divide S [h, w] by its local mean (eq. 1). Blocks are the positions of the coarser level."""
     pooled = resize(S, coarser) if variant == "official" else F.adaptive_avg_pool2d(S[None, None], coarser)[0, 0]
     return S / resize(pooled, (S.shape[0], S.shape[1])).clamp(min=1e-12)
 
@@ -75,7 +81,7 @@ def lnorm(S: Tensor, coarser: tuple[int, int], variant: Variant) -> Tensor:
 def channel_weights(
     model: Callable[[Tensor], Tensor], x: Tensor, A: Tensor, c: int, weights: str, variant: Variant
 ) -> Tensor:
-    """A [K, h, w] → w_l [K]: one or two forward passes of one row each, a channel."""
+    """Return w_l [K] for A [K, h, w], with one or two forward passes of one row per channel."""
     p = probability(model, x, c)
     w = torch.zeros(len(A), dtype=A.dtype)
     for k in range(len(A)):
@@ -84,7 +90,7 @@ def channel_weights(
 
 
 def compose(activations: list[Tensor], w: list[Tensor], size: tuple[int, int], variant: Variant) -> list[Tensor]:
-    """activations, fine to coarse, each [K, h, w]; w, coarse to fine, each [K] → the levels, coarse to fine, [H, W]."""
+    """Return the levels [H, W], coarse to fine, of activations [K, h, w], fine to coarse, and w [K], coarse to fine."""
     P: Tensor | None = None
     levels: list[Tensor] = []
     for A, w_l in zip(reversed(activations), w, strict=True):
@@ -113,14 +119,14 @@ def poly_cam(
     weights: Literal["p", "m", "pm"] = "pm",
     variant: Variant = "paper",
 ) -> PolyCam:
-    """model [N, 3, H, W] → logits; x [1, 3, H, W]; activations, fine to coarse, each [K, h, w]."""
+    """Return the maps of class c for x [1, 3, H, W] and its activations [K, h, w], fine to coarse."""
     if variant not in ("paper", "official"):
         raise ValueError(f"variant: {variant!r} is neither paper nor official")
     w: list[Tensor] = []
     for level, A in reversed(list(enumerate(activations))):
         coarser = activations[level + 1] if level + 1 < len(activations) else None
         if variant == "paper" and coarser is not None and A.shape[1:] == coarser.shape[1:]:
-            w.append(torch.zeros(0, dtype=A.dtype))  # same size as the coarser one: a no-op, nothing to weigh
+            w.append(torch.zeros(0, dtype=A.dtype))  # A level of the same size as the coarser one has no effect.
         else:
             w.append(channel_weights(model, x, A, c, weights, variant))
     levels = compose(activations, w, (x.shape[2], x.shape[3]), variant)

@@ -2,8 +2,8 @@
 
 Vitali Petsiuk, Abir Das, Kate Saenko, 2018, arXiv:1806.07421.
 
-The authors' code agrees but for the outermost half cell of the upsampled grid: scikit-image mirrors the grid there,
-torch repeats its edge.
+The code of the authors agrees except for the outermost half cell of the upsampled grid, where scikit-image mirrors the
+grid and torch repeats its edge.
 """
 
 import math
@@ -16,9 +16,9 @@ from tests.oracles.poly_cam import resize
 
 
 def rise_masks(grids: Tensor, shifts: Tensor, size: tuple[int, int]) -> Tensor:
-    """grids [N, s, s] of 0 and 1; shifts [N, 2], whole numbers from 0 to less than a cell's height, width → [N, H, W].
+    """Return masks [N, H, W] of grids [N, s, s] of 0 and 1 and integer shifts [N, 2], smaller than a cell.
 
-    A cell has ceil(H / s) × ceil(W / s) pixels; the grid is upsampled to s + 1 cells a side, and cut at the shift.
+    A cell has ceil(H / s) × ceil(W / s) pixels. The grid is upsampled to s + 1 cells per side and cropped at the shift.
     """
     H, W = size
     s = grids.shape[1]
@@ -33,7 +33,7 @@ def rise_masks(grids: Tensor, shifts: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def rise(model: Callable[[Tensor], Tensor], x: Tensor, c: int, masks: Tensor, p: float) -> Tensor:
-    """model [N, 3, H, W] → logits; x [1, 3, H, W]; masks [N, H, W], on average p → map [H, W]."""
+    """Return the map [H, W] of class c for x [1, 3, H, W] and masks [N, H, W] with the mean p."""
     S = torch.zeros_like(masks[0])
     for M in masks:
         S = S + torch.softmax(model(x * M)[0], dim=0)[c] * M

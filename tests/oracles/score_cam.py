@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class ScoreCam:
-    """map [h, w], at the activations' resolution, before any scaling; scores and weights [K]."""
+    """Map [h, w] at the resolution of the activation, not scaled, and scores and weights [K]."""
 
     map: Tensor
     scores: Tensor
@@ -30,7 +30,7 @@ def score_cam(
     score: Literal["logit", "probability"] = "logit",
     channel_softmax: bool = True,
 ) -> ScoreCam:
-    """model [N, 3, H, W] → logits; x [1, 3, H, W]; activation [K, h, w]."""
+    """Return the map of class c for x [1, 3, H, W] and its activation [K, h, w]."""
     size = (x.shape[2], x.shape[3])
     scores = torch.zeros(len(activation), dtype=x.dtype)
     for k, A in enumerate(activation):
@@ -38,7 +38,7 @@ def score_cam(
         contrast = H.max() - H.min() if A.min() < A.max() else torch.tensor(torch.inf)  # s(constant) = 0
         H = (H - H.min()) / contrast  # eq. 5 and 6
         y = model(x * H)[0]
-        scores[k] = y[c] if score == "logit" else torch.softmax(y, dim=0)[c]  # eq. 4; the baseline cancels below
+        scores[k] = y[c] if score == "logit" else torch.softmax(y, dim=0)[c]  # eq. 4. The softmax cancels the baseline.
     w = torch.softmax(scores, dim=0) if channel_softmax else scores
     S = torch.zeros_like(activation[0])
     for k in range(len(activation)):

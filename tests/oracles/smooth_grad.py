@@ -2,8 +2,8 @@
 
 Daniel Smilkov, Nikhil Thorat, Been Kim, Fernanda Viégas, Martin Wattenberg, 2017, arXiv:1706.03825.
 
-The paper averages gradients; captum's NoiseTunnel around its Saliency averages their absolute values, as is done here
-unless told. captum agrees with both. Its deviation is absolute, the paper's a share of the image's range.
+The paper averages gradients. captum's NoiseTunnel around its Saliency averages their absolute values, which is the
+default here. captum agrees with both. Its standard deviation is absolute, the paper's a share of the image's range.
 """
 
 import torch
@@ -13,7 +13,7 @@ from tests.oracles.input_x_gradient import input_gradient
 
 
 def smooth_grad(model: nn.Module, x: Tensor, c: int, noise: Tensor, absolute: bool = True) -> Tensor:
-    """x [1, 3, H, W]; noise [n, 3, H, W], of the deviation wanted → map [H, W], summed over channels."""
+    """Return the map [H, W], summed over channels, for x [1, 3, H, W] and noise [n, 3, H, W]."""
     M = torch.zeros_like(x[0])
     for n in range(len(noise)):
         g = input_gradient(model, x + noise[n], c)

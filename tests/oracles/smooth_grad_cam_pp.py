@@ -2,12 +2,12 @@
 
 Daniel Omeiza, Skyler Speakman, Celia Cintas, Komminist Weldermariam, 2019, arXiv:1908.01224.
 
-Grad-CAM++ with means over noisy samples: of g² and g³ in α, of g in the weights. The activations are those of the clean
-image. The paper prints the mean of g, not of g², as the numerator of α: a slip, for without noise that would not be
-Grad-CAM++.
+Grad-CAM++ with means over noisy samples: of g² and g³ in α, and of g in the weights. The activations are those of the
+clean image. The paper prints the mean of g instead of g² as the numerator of α. This is an error, because without noise
+the result would not be Grad-CAM++.
 
-torchcam 0.5 does not agree (variant "torchcam"): its denominator has Σ (A·g³) in the place of (Σ A)·g³, and 1e-8 more;
-its weights take the gradient of the last sample, its map the activations of the last sample.
+torchcam 0.5 does not agree (variant "torchcam"): its denominator has Σ (A·g³) + 1e-8 instead of (Σ A)·g³. Its weights
+use the gradient of the last sample, and its map the activations of the last sample.
 """
 
 from typing import Literal
@@ -27,9 +27,9 @@ def smooth_grad_cam_pp(
     noise: Tensor,
     variant: Literal["paper", "torchcam"] = "paper",
 ) -> GradCam:
-    """x [1, 3, H, W]; noise [n, 3, H, W], of the deviation wanted: the samples are x + noise.
+    """Return the map of class c for the samples x + noise, x [1, 3, H, W] and noise [n, 3, H, W].
 
-    In the result, activation is the one that is weighed and gradient the one that the weights take.
+    `activation` of the result is the weighted one, and `gradient` the one in the weights.
     """
     if variant not in ("paper", "torchcam"):
         raise ValueError(f"variant: {variant!r} is neither paper nor torchcam")

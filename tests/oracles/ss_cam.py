@@ -2,9 +2,9 @@
 
 Haofan Wang, Rakshit Naidu, Joy Michael, Soumya Snigdha Kundu, 2020, arXiv:2006.14255.
 
-The noise is added to the masks, as in the paper's first variant. torchcam 0.5 agrees but for the masks, which it scales
-before it upsamples them, with 1e-8 in the denominator, as in its Score-CAM (variant "torchcam"); its noise differs from
-channel to channel.
+The noise is added to the masks, as in the first variant of the paper. torchcam 0.5 agrees except for the masks: it
+scales them before it upsamples them, with 1e-8 in the denominator, as in its Score-CAM (variant "torchcam"). Its
+channels have different noise.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Variant = Literal["paper", "torchcam"]
 
 
 def mask(A: Tensor, size: tuple[int, int], variant: Variant) -> Tensor:
-    """A [h, w] → [H, W] in [0, 1]."""
+    """Return the mask [H, W] in [0, 1] of A [h, w]."""
     if variant == "paper":
         return scaled(A, size, "paper")
     if variant == "torchcam":
@@ -29,7 +29,7 @@ def mask(A: Tensor, size: tuple[int, int], variant: Variant) -> Tensor:
 
 
 def weighed(activation: Tensor, scores: Tensor) -> ScoreCam:
-    """activation [K, h, w], scores [K] → the map, each channel weighing what a softmax over channels gives it."""
+    """Return the map of an activation [K, h, w] whose weights are the softmax of scores [K] over channels."""
     w = torch.softmax(scores, dim=0)
     S = torch.zeros_like(activation[0])
     for k in range(len(activation)):
@@ -46,8 +46,10 @@ def ss_cam(
     noise: Tensor,
     variant: Variant = "paper",
 ) -> ScoreCam:
-    """model [N, 3, H, W] → logits; x [1, 3, H, W]; activation [K, h, w]; noise [n, K, H, W], or [n, 1, H, W] where the
-    channels share it, of the deviation wanted. The softmax cancels the baseline's score."""
+    """Return the map of class c for x [1, 3, H, W] and its activation [K, h, w].
+
+    The noise is [n, K, H, W], or [n, 1, H, W] if the channels share it. The softmax cancels the score of the baseline.
+    """
     K, n = len(activation), len(noise)
     fields = noise.expand(n, K, *x.shape[2:])
     scores = torch.zeros(K, dtype=x.dtype)

@@ -13,7 +13,7 @@ from tests.oracles.grad_cam_pp import ratio
 
 
 def xgrad_cam(model: nn.Module, x: Tensor, layer: nn.Module, c: int) -> GradCam:
-    """x [1, 3, H, W]; layer, a module of the model. A channel whose activations add up to 0 weighs 0."""
+    """Return the map of class c for x [1, 3, H, W]. A channel whose activations add up to 0 has the weight 0."""
     A, g = activation_and_gradient(model, x, layer, c)
     w = torch.zeros(len(A), dtype=A.dtype)
     S = torch.zeros_like(A[0])

@@ -2,8 +2,8 @@
 
 Xiangwei Shi, Seyran Khademi, Yunqiang Li, Jan van Gemert, 2020, arXiv:2010.08644.
 
-No library has it. The authors' code, too, scales each map by (S − min S)/max S, but upsamples the running maximum from
-layer to layer; here every layer's map is upsampled once, to the size of the finest or to the one given.
+No library has this method. The code of the authors also scales each map by (S − min S)/max S, but upsamples the running
+maximum from layer to layer. Here, the map of each layer is upsampled once, to `size` or to that of the finest layer.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from tests.oracles.poly_cam import resize
 def zoom_cam(
     model: nn.Module, x: Tensor, layers: Sequence[nn.Module], c: int, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """x [1, 3, H, W]; layers, fine to coarse → map of `size`, or else [h, w], of the finest layer's size."""
+    """Return the map of class c for x [1, 3, H, W] and layers, fine to coarse, at `size` or the finest size."""
     maps = [hires_cam(model, x, layer, c) for layer in layers]
     h, w = size or maps[0].shape
     fused = torch.zeros(h, w, dtype=x.dtype)
