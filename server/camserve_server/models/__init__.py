@@ -1,1 +1,1 @@
-"""Models: where they come from, what their layers are, how pixels become their input."""
+"""Models: sources, layers, folding, and preprocessing of images."""

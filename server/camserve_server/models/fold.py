@@ -1,4 +1,4 @@
-"""Fewer passes over memory for the same output: batch norm and padding become part of the convolution beside them."""
+"""Batch norm and padding folded into convolutions: the same output with fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
-# By name: timm takes seconds to import, and not every server has a network of it.
+# Classes are compared by name, because timm takes seconds to import and not every server needs it.
 _BATCH_NORMS = {"torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d"}
-TOLERANCE = 1e-4  # of the largest value; rounding stays far below, a network that uses a convolution twice far above
+# Largest difference of outputs, as a share of the largest value. Rounding stays far below it; a wrong fold, as of a
+# convolution that the network uses twice, is far above it.
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
+    """Call of a module in a forward pass."""
+
     name: str
     module: nn.Module
     input: Tensor
@@ -26,10 +30,14 @@ class _Call:
 
 @torch.no_grad()
 def fold_padding(module: nn.Module, example: Tensor) -> None:
-    """Lets convolutions pad what timm pads before them, in place.
+    """Replace timm's "same" convolutions by convolutions that pad their input themselves, in place.
 
-    TensorFlow's "same" padding may have one pixel more on the right than on the left. Padding of both sides by the
-    larger number is the same if the kernel begins with a zero. `example` [1, C, H, W] shows the sizes.
+    TensorFlow's "same" padding can have one pixel more on the right than on the left. Padding both sides by the larger
+    number gives the same output if the kernel begins with a zero.
+
+    Args:
+        module: Network in evaluation mode.
+        example: Input [1, C, H, W] that shows the sizes. A convolution that receives several sizes is not replaced.
     """
     calls: list[_Call] = []
     handles = [
@@ -46,11 +54,12 @@ def fold_padding(module: nn.Module, example: Tensor) -> None:
     for call in calls:
         if len(sizes[call.name]) == 1 and type(call.module) is not nn.Conv2d:
             padded = _padded(call)
-            if _alike(padded(call.input), call.output):
-                _put(module, call.name, padded)
+            if _close(padded(call.input), call.output):
+                _replace(module, call.name, padded)
 
 
 def _padded(call: _Call) -> nn.Conv2d:
+    """Return a convolution that pads by itself and computes the same as the called one at this input size."""
     of = call.module
     assert isinstance(of, nn.Conv2d)
     more, padding = [], []
@@ -69,10 +78,17 @@ def _padded(call: _Call) -> nn.Conv2d:
 
 @torch.no_grad()
 def fold_batch_norm(module: nn.Module, example: Tensor, keep: Collection[str] = ()) -> dict[str, str]:
-    """Folds what can be folded, in place; the names of the convolutions, and of the batch norm that each now computes.
+    """Fold each batch norm into the convolution before it, in place.
 
-    `module` is in evaluation mode; `example` [1, C, H, W] shows which batch norm follows which convolution, and that
-    the logits stay the same: if they do not, nothing is folded. Convolutions called `keep` are left alone.
+    Nothing is folded if the logits would change.
+
+    Args:
+        module: Network in evaluation mode.
+        example: Input [1, C, H, W]. Its forward pass shows which batch norm follows which convolution.
+        keep: Names of convolutions that are not changed.
+
+    Returns:
+        Names of the convolutions that now also compute a batch norm, with the name of that batch norm.
     """
     before, pairs = _pairs(module, example)
     pairs = [pair for pair in pairs if pair[0].name not in keep]
@@ -80,45 +96,45 @@ def fold_batch_norm(module: nn.Module, example: Tensor, keep: Collection[str] = 
     for conv, norm in pairs:
         _fold(module, conv, norm)
     after = module(example)
-    if not _alike(before, after):
+    if not _close(before, after):
         for (conv, norm), (weight, bias) in zip(pairs, weights, strict=True):
             conv.module.weight, conv.module.bias = weight, bias
-            _put(module, norm.name, norm.module)
+            _replace(module, norm.name, norm.module)
         return {}
     return {conv.name: norm.name for conv, norm in pairs}
 
 
 def _pairs(module: nn.Module, example: Tensor) -> tuple[Tensor, list[tuple[_Call, _Call]]]:
-    """The logits of `example`, and each convolution with the batch norm that takes its output."""
+    """Return the logits of `example`, and each convolution with the batch norm that alone uses its output."""
     calls: list[_Call] = []
     handles = []
     for name, each in module.named_modules():
         if _is_convolution(each) or _is_batch_norm(each):
 
-            def note(of: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+            def record(of: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
                 calls.append(_Call(name, of, args[0], output))
 
-            handles.append(each.register_forward_hook(note))
+            handles.append(each.register_forward_hook(record))
     try:
         logits = module(example)
     finally:
         for handle in handles:
             handle.remove()
     times = Counter(call.name for call in calls)
-    # A call keeps its tensors, so no two of them are at the same place.
+    # Ids are unique here, because each call keeps its tensors alive.
     convolutions = {id(call.output): call for call in calls if _is_convolution(call.module)}
-    takers = Counter(id(call.input) for call in calls)
+    consumers = Counter(id(call.input) for call in calls)
     return logits, [
         (convolutions[id(call.input)], call)
         for call in calls
         if _is_batch_norm(call.module)
         and id(call.input) in convolutions
-        and takers[id(call.input)] == times[call.name] == times[convolutions[id(call.input)].name] == 1
+        and consumers[id(call.input)] == times[call.name] == times[convolutions[id(call.input)].name] == 1
     ]
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    # Where the weight is computed, it is no parameter.
+    # A weight that is computed, as by weight_norm, is not a parameter and cannot be changed.
     return isinstance(module, nn.Conv2d) and "weight" in module._parameters
 
 
@@ -126,7 +142,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
     return _kind(module) in _BATCH_NORMS and module.running_mean is not None
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0, atol=TOLERANCE * float(a.abs().max()))
 
 
@@ -135,6 +151,7 @@ def _kind(module: nn.Module) -> str:
 
 
 def _fold(module: nn.Module, conv: _Call, norm: _Call) -> None:
+    """Change the weights of the convolution and replace the batch norm by the rest of it."""
     of, bn = conv.module, norm.module
     assert isinstance(of, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
     assert bn.running_mean is not None and bn.running_var is not None
@@ -148,14 +165,14 @@ def _fold(module: nn.Module, conv: _Call, norm: _Call) -> None:
         bn.bias,
     )
     dtype = of.weight.dtype
-    # Of the same memory format: a fresh parameter would be contiguous.
+    # empty_like keeps the memory format; a new parameter would be contiguous.
     of.weight = nn.Parameter(torch.empty_like(of.weight).copy_(weight), requires_grad=False)
     of.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-    # timm's has an activation in it, whose name may be that of a layer.
+    # timm's batch norm contains an activation, whose name may be that of a layer.
     rest = [(name, child) for name, child in bn.named_children()]
-    _put(module, norm.name, nn.Sequential(OrderedDict(rest)) if rest else nn.Identity())
+    _replace(module, norm.name, nn.Sequential(OrderedDict(rest)) if rest else nn.Identity())
 
 
-def _put(module: nn.Module, name: str, new: nn.Module) -> None:
+def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(module.get_submodule(parent), last, new.eval())

@@ -1,4 +1,4 @@
-"""The layers of a network that can be named, and what of them a plan sees."""
+"""Layers of a network and the layout of their outputs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from typing import Literal
 from torch import Tensor
 
 Form = Literal["NCHW", "NHWC", "tokens"]
-Grid = tuple[int, int]
+Grid = tuple[int, int]  # (h, w)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One output of a module, seen as `channels` maps of `height` × `width` positions.
+    """Output of one call of a module, as `channels` maps of `height` × `width` positions.
 
-    `name` is the module's. Where the module runs several times in one pass, "name#n" is its n-th call, counted from 1.
-    The output is [N, K, h, w] ("NCHW"), [N, h, w, K] ("NHWC") or [N, prefix + h·w, K] ("tokens"), where `prefix` is the
-    number of tokens before those of the grid. `signed` is true where it has been seen to be negative.
+    Attributes:
+        name: Name of the module. If the module runs several times in one forward pass, "NAME#n" is its n-th call,
+            counted from 1.
+        channels: Number of channels K.
+        height: Number of rows h of the grid.
+        width: Number of columns w of the grid.
+        signed: True if a negative value has been observed.
+        form: Layout of the output: [N, K, h, w] ("NCHW"), [N, h, w, K] ("NHWC") or [N, prefix + h·w, K] ("tokens").
+        prefix: Number of tokens before those of the grid, such as a class token.
     """
 
     name: str
@@ -31,21 +37,21 @@ class Layer:
 
     @property
     def module(self) -> str:
-        """The name of the module, without the call."""
+        """Name of the module, without the number of the call."""
         return self.name.partition("#")[0]
 
     @property
     def call(self) -> int:
-        """Which of the module's calls it is, from 1."""
+        """Number of the call of the module in a forward pass, from 1."""
         return int(self.name.partition("#")[2] or 1)
 
     @property
     def positions(self) -> int:
-        """h·w."""
+        """Number of positions h·w."""
         return self.height * self.width
 
     def grid(self, output: Tensor) -> Tensor:
-        """The module's output [N, …] → [N, K, h, w], a view, differentiable."""
+        """Return the module's output [N, …] as maps [N, K, h, w]: a differentiable view."""
         match self.form:
             case "NCHW":
                 return output
@@ -57,17 +63,32 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class GapHead:
-    """Logits that are a linear function of a layer's mean over its positions: `weight` [classes, K], and a bias."""
+    """Linear head behind global average pooling: the logits are a linear function of a layer's mean over positions.
+
+    Attributes:
+        layer: Layer whose mean is taken.
+        weight: Weights [classes, K]. The bias of the head is not stored.
+    """
 
     layer: Layer
     weight: Tensor
 
 
 def find_layer(name: str, spatial: Mapping[str, Layer]) -> Layer | None:
-    """The layer of that name; "name#1" is also that of a module that runs once."""
+    """Return the layer of a name, or None.
+
+    Args:
+        name: Name of a layer. "NAME#1" also names a module that runs once.
+        spatial: Layers by name.
+    """
     return spatial.get(name) or spatial.get(name.removesuffix("#1"))
 
 
 def calls_of(name: str, spatial: Mapping[str, Layer]) -> list[str]:
-    """The names of the calls of a module that runs several times."""
+    """Return the layer names of the calls of a module that runs several times.
+
+    Args:
+        name: Name of the module.
+        spatial: Layers by name.
+    """
     return [layer.name for layer in spatial.values() if layer.module == name and layer.name != name]

@@ -1,4 +1,4 @@
-"""From a model's configuration to a model: network, digest, layers, labels."""
+"""Loading of models: network, digest, layers and labels from a configuration."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError
 from camserve_server.models.fold import fold_batch_norm, fold_padding
 from camserve_server.models.layers import Layer, find_layer
-from camserve_server.models.model import Head, Model, Precision, no_layer
+from camserve_server.models.model import Head, Model, Precision, describe_missing_layer
 from camserve_server.models.pixels import Preprocessing
-from camserve_server.models.probe import Probed, probe
+from camserve_server.models.probe import ProbeResult, probe
 from camserve_server.models.sources import build_network, input_channels, with_network_defaults
 
-# Of what plans compute with.
+# Data type that plans compute with, for each precision of the network.
 _DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -30,7 +30,18 @@ _DTYPES: dict[Precision, torch.dtype] = {
 
 
 def load(config: ModelConfig, device: torch.device) -> Model:
-    """The model that `config` describes, on `device`, frozen. Raises ConfigError, naming the model and the key."""
+    """Load the model that a configuration describes.
+
+    Args:
+        config: Configuration of the model.
+        device: Device of the model.
+
+    Returns:
+        The model at its first precision, frozen and in evaluation mode; `Model.others` holds the other precisions.
+
+    Raises:
+        ConfigError: The model cannot be loaded. The message names the model and the configuration key.
+    """
     where = f"models.{config.name}"
     module = build_network(config, where).eval().requires_grad_(False)
     config = with_network_defaults(config, module)
@@ -39,14 +50,14 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     digest = state_digest(module)
     precision, *others = dict.fromkeys(config.precision)
     if "tf32" in config.precision and device.type != "cuda":
-        raise ConfigError(f"{where}.precision: only GPUs compute in tf32")
+        raise ConfigError(f"{where}.precision: only GPUs compute in tf32; choose fp32, bf16 or fp64")
     dtype = _DTYPES[precision]
-    # The network is looked at in full precision, whatever it computes with.
+    # The layers are detected in full precision, whatever the precision of the served network.
     module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     example = _example(config, device, dtype)
-    found = _probed(module, example, config, where)
-    layers, layer = _several(config, found, where), _single(config, found, where)
-    if device.type == "cpu":  # where it has been measured
+    found = _probe(module, example, config, where)
+    layers, layer = _default_layers(config, found, where), _default_layer(config, found, where)
+    if device.type == "cpu":  # the gain has been measured on CPUs only
         fold_padding(module, example)
     folded: dict[str, str] = {}
     if config.fold_batch_norm:
@@ -74,23 +85,29 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         random_weights=config.allow_random_weights and config.weights is None,
         compile=config.compile,
     )
-    made: dict[Precision, Model] = {each: _at(model, each) for each in (precision, *others)}
+    made: dict[Precision, Model] = {each: _at_precision(model, each) for each in (precision, *others)}
     main = made.pop(precision)
     main.others = made
     return main
 
 
-def _at(model: Model, precision: Precision) -> Model:
-    """The model at that precision, as a copy of the network unless it is as it should be."""
+def _at_precision(model: Model, precision: Precision) -> Model:
+    """Return the model at a precision; the network is copied only if its weights must be converted."""
     changes: dict[str, Any] = {"precision": precision, "dtype": _DTYPES[precision], "batch_sizes": {}, "rows_per_s": {}}
-    at = replace(model, **changes)
-    if at.compute_dtype == model.dtype:
-        return at
-    return model.with_module(copy.deepcopy(model.module).to(at.compute_dtype), **changes)
+    converted = replace(model, **changes)
+    if converted.compute_dtype == model.dtype:
+        return converted
+    return model.with_module(copy.deepcopy(model.module).to(converted.compute_dtype), **changes)
 
 
 def state_digest(module: nn.Module) -> str:
-    """ "sha256:…" over names, types, shapes and values of the state, the same for every file format."""
+    """Return "sha256:…" over names, types, shapes and values of the network's state.
+
+    The digest does not depend on the file format of the weights.
+
+    Args:
+        module: Network.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         values = value.detach().cpu().contiguous()
@@ -104,50 +121,58 @@ def _example(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> T
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def _probed(module: nn.Module, example: Tensor, config: ModelConfig, where: str) -> Probed:
+def _probe(module: nn.Module, example: Tensor, config: ModelConfig, where: str) -> ProbeResult:
     try:
         found = probe(module, example, config.token_grid)
-    except Exception as error:  # a network may fail in any way
+    except Exception as error:  # the code of a network can raise any exception
         taken = input_channels(module)
         if taken in (1, 3) and taken != len(config.mean):
             raise ConfigError(
-                f"{where}.mean: the network's input has {'one channel' if taken == 1 else '3 channels'}; "
-                f"give mean and std as many numbers, not {len(config.mean)}"
+                f"{where}.mean: the network's input has {'one channel' if taken == 1 else '3 channels'}, but mean has "
+                f"{len(config.mean)} numbers; set mean and std to one number for each channel"
             ) from error
         raise ConfigError(
-            f"{where}.input_size: the network does not run on an input of {[*example.shape]}: {error}"
+            f"{where}.input_size: the network does not run on an input of shape {[*example.shape]}: {error}"
         ) from error
     if config.token_grid is not None and all(layer.form != "tokens" for layer in found.spatial.values()):
-        raise ConfigError(f"{where}.token_grid: the network has no output [1, tokens, K] with a grid of that size")
+        raise ConfigError(
+            f"{where}.token_grid: the network has no output [1, tokens, K] with a grid of {list(config.token_grid)} "
+            "tokens; correct the value or leave it out"
+        )
     return found
 
 
-def _several(config: ModelConfig, found: Probed, where: str) -> tuple[Layer, ...]:
+def _default_layers(config: ModelConfig, found: ProbeResult, where: str) -> tuple[Layer, ...]:
     if config.layers is None:
         return found.layers
-    layers = tuple(_named(name, found, f"{where}.layers") for name in config.layers)
+    layers = tuple(_named_layer(name, found, f"{where}.layers") for name in config.layers)
     sizes = [layer.positions for layer in layers]
     if sizes != sorted(sizes, reverse=True):
-        raise ConfigError(f"{where}.layers: they must go from fine to coarse, but have {sizes} positions")
+        raise ConfigError(
+            f"{where}.layers: the layers have {sizes} positions; expected an order from fine to coarse; "
+            "sort them by descending number of positions"
+        )
     return layers
 
 
-def _single(config: ModelConfig, found: Probed, where: str) -> Layer | None:
+def _default_layer(config: ModelConfig, found: ProbeResult, where: str) -> Layer | None:
     if config.layer is not None:
-        return _named(config.layer, found, f"{where}.layer")
-    return found.layer if config.layers is None else _named(config.layers[-1], found, f"{where}.layers")
+        return _named_layer(config.layer, found, f"{where}.layer")
+    return found.layer if config.layers is None else _named_layer(config.layers[-1], found, f"{where}.layers")
 
 
-def _named(name: str, found: Probed, key: str) -> Layer:
+def _named_layer(name: str, found: ProbeResult, key: str) -> Layer:
     layer = find_layer(name, found.spatial)
     if layer is None:
-        raise ConfigError(f"{key}: there is {no_layer(name, found.spatial)}")
+        raise ConfigError(f"{key}: there is {describe_missing_layer(name, found.spatial)}")
     return layer
 
 
 def _head(config: ModelConfig, classes: int, where: str) -> Head:
     if config.head == "softmax" and classes == 1:
-        raise ConfigError(f"{where}.head: the softmax of a single logit is always 1; leave it out")
+        raise ConfigError(
+            f'{where}.head: the softmax of a single logit is always 1; set "sigmoid" or leave the key out'
+        )
     return config.head or ("sigmoid" if classes == 1 else "softmax")
 
 
@@ -163,13 +188,21 @@ def _labels(config: ModelConfig, classes: int, where: str) -> tuple[str, ...]:
     else:
         labels = read_labels(config.resolve(config.labels), where)
     if len(labels) != classes:
-        raise ConfigError(f"{where}.labels: {len(labels)} labels for {classes} classes")
+        raise ConfigError(f"{where}.labels: {len(labels)} labels for {classes} classes; give one label for each class")
     return tuple(labels)
 
 
 def read_labels(path: Path, where: str) -> list[str]:
-    """One label a line. Raises ConfigError."""
+    """Read a file with one label on each line.
+
+    Args:
+        path: UTF-8 text file.
+        where: Configuration key of the model, for the error.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}.labels: {error}") from error
+        raise ConfigError(f"{where}.labels: {error}; expected a UTF-8 text file with one label on each line") from error

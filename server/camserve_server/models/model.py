@@ -1,4 +1,4 @@
-"""A model as the engine sees it: frozen, in evaluation mode, on one device, with its facts."""
+"""A loaded model: its frozen network on one device, its layers, labels and precisions."""
 
 from __future__ import annotations
 
@@ -23,16 +23,39 @@ Precision = Literal["fp32", "tf32", "bf16", "fp64"]
 
 @dataclass(eq=False)
 class Model:
-    """`module` maps [N, C, H, W] to logits [N, classes]; its parameters need no gradient.
+    """A model at one precision.
 
-    `layers` are the defaults of methods that look at several, fine to coarse; `layer` is that of those that look at
-    one. `spatial` are all that can be named, in run order. `head` says how logits become probabilities. `gap` is there
-    if the logits are a linear function of a layer's mean. `attention` names the global self-attention modules, of which
-    the input has `attention_prefix` tokens, the class token first, and then `attention_grid`. `folded` names the
-    convolutions that also compute the batch norm after them, and that batch norm: they cannot be named. `others` are
-    the same model at other precisions. `serial` is another each time that it is loaded. `batch_sizes` and, where they
-    were measured, `rows_per_s` are set at warm-up, one for each lane; so is `bare`, where there is a faster way forward
-    than the module's for batches of `bare_size` rows in which nobody looks at a layer. `compile` asks for one.
+    Attributes:
+        name: Name in the configuration.
+        source: Source in the configuration, such as "torchvision:resnet50".
+        digest: SHA-256 of the weights (`load.state_digest`).
+        module: Network in evaluation mode, from [N, C, H, W] to logits [N, classes]; its parameters need no gradient.
+        device: Device of the network.
+        dtype: Data type that plans compute with.
+        preprocessing: Conversion of images to the network's input.
+        labels: Label of each class; empty if there are none.
+        classes: Number of classes.
+        spatial: All layers that can be named, in the order of the forward pass.
+        layers: Default layers of methods that use several, from fine to coarse.
+        layer: Default layer of methods that use one.
+        head: Function that turns logits into probabilities.
+        gap: Linear head behind global average pooling, if the network has one.
+        attention: Names of the global self-attention modules. The input of each has `attention_prefix` tokens, of which
+            the class token is the first, followed by those of `attention_grid`.
+        attention_prefix: Number of tokens before those of the grid.
+        attention_grid: Grid (h, w) of the other tokens.
+        folded: Names of the convolutions that also compute the batch norm after them, with the name of that batch norm.
+            These convolutions are not layers.
+        random_weights: True if the configuration allows random weights and names none.
+        precision: Precision of the network's arithmetic.
+        others: The same model at other precisions.
+        serial: Number that differs each time a model is loaded.
+        batch_sizes: Batch size of each lane in rows, set at warm-up.
+        rows_per_s: Throughput of each lane in rows per second, set at warm-up if it was measured.
+        compile: True if the configuration requests torch.compile.
+        fast_forward: Faster forward pass for batches of `fast_forward_size` rows without hooks, set at warm-up if there
+            is one.
+        fast_forward_size: Number of rows of the batches that `fast_forward` runs.
     """
 
     name: str
@@ -65,17 +88,17 @@ class Model:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the network computes with; plans compute with `dtype`."""
+        """Data type of the network's weights and activations; plans compute with `dtype`."""
         return torch.bfloat16 if self.precision == "bf16" else self.dtype
 
     @property
     def lane_key(self) -> str:
-        """What sets its lanes apart from those of others."""
+        """Key that separates the lanes of this model from those of other models, precisions and loads."""
         return f"{self.name} in {self.precision}, load {self.serial}"
 
     @property
     def weight_bytes(self) -> int:
-        """Of its weights at all its precisions."""
+        """Size of the weights at all precisions, in bytes."""
         return sum(
             value.numel() * value.element_size()
             for model in self.precisions.values()
@@ -84,22 +107,36 @@ class Model:
 
     @property
     def precisions(self) -> Mapping[str, Model]:
-        """Itself and the others."""
+        """The model at each of its precisions, itself first."""
         return dict[str, Model]([(self.precision, self), *self.others.items()])
 
     def at(self, precision: str) -> Model:
-        """The same at another precision; itself for none. Raises Unservable if it is not loaded."""
+        """Return the model at a precision.
+
+        Args:
+            precision: One of `precisions`; an empty string stands for the model's own.
+
+        Raises:
+            Unservable: The model is not loaded at this precision.
+        """
         if not precision:
             return self
         if precision not in self.precisions:
             there = ", ".join(self.precisions)
             raise Unservable(
-                f"{self.name} computes in {there}, not in {precision}; its configuration sets that", field="precision"
+                f"{self.name} computes in {there}, not in {precision}; choose one of these or add {precision} to the "
+                "model's configuration",
+                field="precision",
             )
         return self.precisions[precision]
 
     def with_module(self, module: nn.Module, **changes: Any) -> Model:
-        """The same for a copy of its network, `changes` apart; the linear head's weights are those of the copy."""
+        """Return the same model with a copy of its network.
+
+        Args:
+            module: Copy of the network. The weights of the linear head (`gap`) are taken from it.
+            **changes: Further attributes to replace.
+        """
         gap = self.gap
         if gap is not None:
             at = gap.weight.data_ptr()
@@ -108,78 +145,117 @@ class Model:
         return replace(self, module=module, gap=gap, fast_forward=None, fast_forward_size=0, **changes)
 
     def image(self, tensor: Tensor) -> Image:
-        """A preprocessed [C, H, W] on the model's device, in its precision, with its normalisation."""
+        """Return a preprocessed image [C, H, W] with its normalisation, on the model's device and in its `dtype`."""
         values = (tensor, Preprocessing.column(self.preprocessing.mean), Preprocessing.column(self.preprocessing.std))
         return Image(*(self._moved(value.to(self.dtype)) for value in values))
 
     def _moved(self, values: Tensor) -> Tensor:
-        """To the device; from pinned memory a copy need not wait for what runs there."""
+        """Copy to the device. From pinned memory, the copy does not wait for the batches that run there."""
         if self.device.type == "cuda":
             values = values.pin_memory()
         return values.to(self.device, non_blocking=True)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """[..., classes] logits → probabilities of the same shape, float64, so that 1 − p keeps its digits."""
+        """Return the probabilities [..., classes] of logits [..., classes], float64, so that 1 − p keeps its digits."""
         logits = logits.double()
         return logits.sigmoid() if self.head == "sigmoid" else logits.softmax(dim=-1)
 
     def class_weights(self, index: Sequence[int]) -> tuple[str, Tensor]:
-        """Of a linear head behind global average pooling: its layer's name, and the classes' weights [T, K]."""
-        assert self.gap is not None, "a model that is asked for its weights has a linear head"
+        """Return the layer name and the weights [T, K] of a linear head behind global average pooling.
+
+        Args:
+            index: T class indices.
+        """
+        assert self.gap is not None, "only models with a linear head receive a ClassWeights query"
         return self.gap.layer.name, self.gap.weight[list(index)].to(self.dtype)
 
     def label(self, index: int) -> str:
-        """The class's label, or nothing."""
+        """Return the label of a class; an empty string if the model has no labels."""
         return self.labels[index] if self.labels else ""
 
     def find_class(self, target: int | str, field: str) -> int:
-        """The index of a class given by index or label. Raises InvalidArgument, naming `field`."""
+        """Return the index of a class.
+
+        Args:
+            target: Index or label. Labels are compared exactly first, then without regard to case.
+            field: Name of the request field, for the error.
+
+        Raises:
+            InvalidArgument: The model has no such class, or several classes have this label.
+        """
         if isinstance(target, int):
             if not 0 <= target < self.classes:
-                raise InvalidArgument(f"{self.name} has classes 0 to {self.classes - 1}, not {target}", field=field)
+                raise InvalidArgument(
+                    f"{self.name} has no class {target}; expected an index from 0 to {self.classes - 1}", field=field
+                )
             return target
         if not self.labels:
-            raise InvalidArgument(f"{self.name} has no labels; give the target's index", field=field)
+            raise InvalidArgument(f"{self.name} has no labels; give the index of the class", field=field)
         wanted = target.strip()
         found = [i for i, label in enumerate(self.labels) if label == wanted]
         found = found or [i for i, label in enumerate(self.labels) if label.casefold() == wanted.casefold()]
         if len(found) == 1:
             return found[0]
         if found:
-            raise InvalidArgument(f"several classes are called {target!r}: {found}; give the index", field=field)
+            raise InvalidArgument(
+                f"{self.name} has several classes with the label {target!r}: {found}; give the index of one",
+                field=field,
+            )
         raise InvalidArgument(f"{self.name} has no class {target!r}{_nearest(target, self.labels)}", field=field)
 
     def find_layers(self, names: Sequence[str], field: str) -> tuple[Layer, ...]:
-        """The layers of those names. Raises InvalidArgument for one that is not there, not spatial or given twice."""
+        """Return the layers of the given names.
+
+        Args:
+            names: Names of layers.
+            field: Name of the request field, for the error.
+
+        Raises:
+            InvalidArgument: A layer does not exist, has no spatial output, is folded, or is named twice.
+        """
         found: list[Layer] = []
         for i, name in enumerate(names):
             layer = find_layer(name, self.spatial)
             if name in self.folded:
                 raise InvalidArgument(
-                    f"{self.name} computes {name} in one step with {self.folded[name]}: name that, or have the model "
-                    "configured with fold_batch_norm = false",
+                    f"{self.name} computes {name} in one step with {self.folded[name]}; name that layer instead, or "
+                    "set fold_batch_norm = false in the model's configuration",
                     field=f"{field}[{i}]",
                 )
             if layer is None:
-                raise InvalidArgument(f"{self.name} has {no_layer(name, self.spatial)}", field=f"{field}[{i}]")
+                raise InvalidArgument(
+                    f"{self.name} has {describe_missing_layer(name, self.spatial)}", field=f"{field}[{i}]"
+                )
             if layer in found:
-                raise InvalidArgument(f"{layer.name} is named twice", field=f"{field}[{i}]")
+                raise InvalidArgument(f"{layer.name} is named twice; name each layer once", field=f"{field}[{i}]")
             found.append(layer)
         return tuple(found)
 
     def default_layers(self, many: bool) -> tuple[Layer, ...]:
-        """Its own choice: all resolutions, fine to coarse, or a single layer. Raises Unservable if it has none."""
+        """Return the model's default layers.
+
+        Args:
+            many: True for one layer at each resolution, from fine to coarse; False for a single layer.
+
+        Raises:
+            Unservable: The model has no such layer.
+        """
         if many and not self.layers:
             raise Unservable(
                 f"{self.name} has no layer [N, K, h, w] that is non-negative or made by an activation; name the layers"
             )
         if not many and self.layer is None:
-            raise Unservable(f"{self.name} has no layer with a spatial output")
+            raise Unservable(f"{self.name} has no layer with a spatial output; choose a method that uses no layer")
         return self.layers if many or self.layer is None else (self.layer,)
 
 
-def no_layer(name: str, spatial: Mapping[str, Layer]) -> str:
-    """ "no layer …": why there is none of that name, and what to name instead."""
+def describe_missing_layer(name: str, spatial: Mapping[str, Layer]) -> str:
+    """Return "no layer …", with the reason and the names to use instead.
+
+    Args:
+        name: Name that is not a layer.
+        spatial: Layers by name.
+    """
     calls = calls_of(name, spatial)
     if calls:
         return f"no single layer {name!r}: it runs {len(calls)} times; name one call, such as {calls[-1]}"

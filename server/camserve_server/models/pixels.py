@@ -1,4 +1,4 @@
-"""From a picture to the model's input."""
+"""Decoding of images, and their conversion to the model's input."""
 
 from __future__ import annotations
 
@@ -20,19 +20,25 @@ from camserve_server.errors import InvalidArgument, TooLarge
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
-# A side as long as JPEG allows. Filters that shrink a longer one take memory by its length, whatever the other is.
+# The longest side that JPEG allows. The memory of Pillow's resize filters grows with the longer side.
 MAX_SIDE = 65_535
-MAX_SCANS = 100  # of a JPEG: progressive ones have about ten, and each costs a pass over all pixels
+MAX_SCANS = 100  # scans of a JPEG; progressive files have about ten, and each costs a pass over all pixels
 MAX_MARKERS = 10_000
-MAX_NUMBERS = 200_000  # in the tags of a TIFF: two for each of its strips or tiles
+MAX_NUMBERS = 200_000  # numbers in the tags of a TIFF: two for each of its strips or tiles
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The whole image is resized to `size` (H, W), its proportions given up, and normalised by `mean` and `std`.
+    """Conversion of an image to the model's input: resize, scale to [0, 1], normalise.
 
-    These have a number for each channel: three for colours, one for a model of grey-scale pictures.
-    Nothing is cropped, so the map covers the image that the caller sent, as in the Poly-CAM paper.
+    The whole image is resized and nothing is cropped, so the map covers the image that the caller sent, as in the
+    Poly-CAM paper. The aspect ratio is not kept.
+
+    Attributes:
+        size: Height and width (H, W) of the input in pixels.
+        mean: Mean of each channel: three numbers for colour, one for a grey-scale model.
+        std: Standard deviation of each channel.
+        interpolation: Resize filter.
     """
 
     size: tuple[int, int]
@@ -41,54 +47,72 @@ class Preprocessing:
     interpolation: Interpolation
 
     def __str__(self) -> str:
+        """Return the text that receipts contain."""
         height, width = self.size
         return f"squash {height}x{width} {self.interpolation}, mean {list(self.mean)}, std {list(self.std)}"
 
     @property
     def channels(self) -> int:
-        """C of the model's input: 1 or 3."""
+        """Number of channels C of the model's input: 1 or 3."""
         return len(self.mean)
 
-    def __call__(self, picture: PIL.Image.Image) -> Tensor:
-        """An RGB picture → [C, H, W] float32, normalised. Colours become grey by ITU-R BT.601's luma."""
+    def __call__(self, image: PIL.Image.Image) -> Tensor:
+        """Convert an RGB image to the model's input [C, H, W], float32, on the CPU.
+
+        For a grey-scale model, colours are converted by the luma of ITU-R BT.601.
+        """
         height, width = self.size
         resample = PIL.Image.Resampling[self.interpolation.upper()]
-        picture = picture.convert("L") if self.channels == 1 else picture
-        values = np.asarray(picture.resize((width, height), resample), dtype=np.float32)
+        image = image.convert("L") if self.channels == 1 else image
+        values = np.asarray(image.resize((width, height), resample), dtype=np.float32)
         pixels = np.atleast_3d(values).transpose(2, 0, 1) / 255
         mean, std = (self.column(values).numpy() for values in (self.mean, self.std))
-        # In NumPy, because this runs beside the engine's thread: see device/.
+        # NumPy and not torch, because this code does not run on the engine's thread (engine/lanes/dispatch.py).
         return torch.from_numpy(np.ascontiguousarray((pixels - mean) / std, dtype=np.float32))
 
     @staticmethod
     def column(values: tuple[float, ...]) -> Tensor:
-        """[C, 1, 1] float64, to meet an image."""
+        """Return one number for each channel as [C, 1, 1], float64, which broadcasts over an image."""
         return torch.tensor(values, dtype=torch.float64).view(-1, 1, 1)
 
 
 def decode(data: bytes, *, max_pixels: int, field: str) -> PIL.Image.Image:
-    """An encoded picture → RGB, upright (EXIF orientation applied), alpha dropped.
+    """Decode an image file.
 
-    The size is checked before a pixel is decoded. Raises InvalidArgument if it cannot be read, TooLarge.
+    The size is checked before any pixel is decoded.
+
+    Args:
+        data: File in one of `FORMATS`.
+        max_pixels: Largest number of pixels.
+        field: Name of the request field, for the error.
+
+    Returns:
+        The image as RGB, rotated by its EXIF orientation, without its alpha channel.
+
+    Raises:
+        InvalidArgument: The image cannot be decoded or is empty.
+        TooLarge: The image has too many pixels, or its file has too many parts.
     """
-    # Pillow's own bound, which also holds for tiles and frames, must not be lower than the configured one.
+    # Pillow also applies its own limit to tiles and frames; it must not be below the configured one.
     PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         if data.startswith(b"\xff\xd8"):
-            _check_markers(data, field)
+            _check_jpeg_markers(data, field)
         if data.startswith((b"II", b"MM")):
-            _check_tags(data, field)
-        picture: PIL.Image.Image = PIL.Image.open(_File(data, field), formats=FORMATS)
-        check_size(picture.width, picture.height, max_pixels, field)
-        PIL.ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode.startswith("I;16"):  # convert() would clip, not scale
-            picture = PIL.Image.fromarray((np.asarray(picture, dtype=np.uint16) >> 8).astype(np.uint8))
-        return picture.convert("RGB")
+            _check_tiff_tags(data, field)
+        image: PIL.Image.Image = PIL.Image.open(_ImageFile(data, field), formats=FORMATS)
+        check_size(image.width, image.height, max_pixels, field)
+        PIL.ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I;16"):  # convert() would clip the values instead of scaling them
+            image = PIL.Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
+        return image.convert("RGB")
     except TooLarge:
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        raise TooLarge(f"the image is larger than this server takes ({max_pixels} pixels)", field=field) from error
-    except Exception as error:  # Pillow's decoders raise whatever they like on hostile bytes
+        raise TooLarge(
+            f"the image has more pixels than this server accepts ({max_pixels}); send a smaller image", field=field
+        ) from error
+    except Exception as error:  # Pillow's decoders raise many kinds of exceptions on malformed data
         raise InvalidArgument(
             f"the image cannot be read ({type(error).__name__}); expected one of {', '.join(FORMATS)}",
             field=field,
@@ -96,8 +120,11 @@ def decode(data: bytes, *, max_pixels: int, field: str) -> PIL.Image.Image:
         ) from error
 
 
-class _File(io.BytesIO):
-    """Of the encoded picture. Headers of millions of tiny parts are read one by one, in minutes and gigabytes."""
+class _ImageFile(io.BytesIO):
+    """Encoded image with a limited number of reads.
+
+    Pillow reads a header of millions of tiny parts one by one, which would take minutes and gigabytes.
+    """
 
     def __init__(self, data: bytes, field: str) -> None:
         super().__init__(data)
@@ -105,35 +132,41 @@ class _File(io.BytesIO):
         self._reads_left = 10_000 + len(data) // 64
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Raises TooLarge after too many of them."""
+        """Read bytes; raise TooLarge after too many reads."""
         self._reads_left -= 1
         if self._reads_left < 0:
-            raise TooLarge("the image is made of too many parts", field=self._field)
+            raise TooLarge(
+                "the image file consists of too many parts; save it again without metadata", field=self._field
+            )
         return super().read(size)
 
 
-# Neither fill bytes, nor what stands for 0xff within a scan, nor restart markers, nor those without a length.
+# A marker with a length. Excluded are fill bytes, the escape for 0xff within a scan, restart markers, and the other
+# markers without a length.
 _MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
 
 
-def _check_markers(data: bytes, field: str) -> None:
-    """Raises TooLarge for a JPEG of too many scans."""
+def _check_jpeg_markers(data: bytes, field: str) -> None:
+    """Raise TooLarge for a JPEG with too many scans or segments."""
     at = scans = markers = 0
     while (found := _MARKER.search(data, at)) and found[1] != b"\xd9":
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
         scans += found[1] == b"\xda"
         markers += 1
         if scans > MAX_SCANS or markers > MAX_MARKERS:
-            raise TooLarge(f"the JPEG has more than {MAX_SCANS} scans or {MAX_MARKERS} segments", field=field)
+            raise TooLarge(
+                f"the JPEG has more than {MAX_SCANS} scans or {MAX_MARKERS} segments; save it again as a baseline JPEG",
+                field=field,
+            )
 
 
-_BYTES = (1, 2, 7)  # TIFF's types of tags that stay bytes or text
-_LISTS = (258, 273, 279, 320, 324, 325, 338, 339)  # and the tags of which a list is made all the same
+_BYTES = (1, 2, 7)  # types of TIFF tags that Pillow keeps as bytes or text
+_LISTS = (258, 273, 279, 320, 324, 325, 338, 339)  # tags that Pillow converts to a list whatever their type
 
 
-def _check_tags(data: bytes, field: str) -> None:
-    """Raises TooLarge for a TIFF with more numbers in its first directory than a picture can need."""
-    order, big = "<" if data.startswith(b"I") else ">", data[2:3] == b"+"  # as Pillow tells them apart
+def _check_tiff_tags(data: bytes, field: str) -> None:
+    """Raise TooLarge for a TIFF whose first directory contains more numbers than an image needs."""
+    order, big = "<" if data.startswith(b"I") else ">", data[2:3] == b"+"  # the same test as Pillow's
     first, length, tag = ("8xQ", "Q", "HHQ8x") if big else ("4xI", "H", "HHI4x")
     (at,) = struct.unpack_from(order + first, data)
     (tags,) = struct.unpack_from(order + length, data, at)
@@ -141,25 +174,41 @@ def _check_tags(data: bytes, field: str) -> None:
     tags = min(tags, (len(data) - at) // size)
     entries = struct.iter_unpack(order + tag, data[at : at + tags * size])
     if sum(count for name, kind, count in entries if kind not in _BYTES or name in _LISTS) > MAX_NUMBERS:
-        raise TooLarge(f"the TIFF has more than {MAX_NUMBERS} numbers in its tags", field=field)
+        raise TooLarge(
+            f"the TIFF has more than {MAX_NUMBERS} numbers in its tags; save it again with fewer strips or tiles",
+            field=field,
+        )
 
 
 def check_size(width: int, height: int, max_pixels: int, field: str) -> None:
-    """Raises InvalidArgument for an empty picture, TooLarge for one of more than `max_pixels` or a side too long."""
+    """Check the size of an image.
+
+    Args:
+        width: Width in pixels.
+        height: Height in pixels.
+        max_pixels: Largest number of pixels.
+        field: Name of the request field, for the error.
+
+    Raises:
+        InvalidArgument: The image is empty.
+        TooLarge: The image has more than `max_pixels` pixels or a side longer than `MAX_SIDE`.
+    """
     if width < 1 or height < 1:
-        raise InvalidArgument(f"an image of {width}x{height} pixels has none", field=field)
+        raise InvalidArgument(
+            f"the image has {width}x{height} pixels; expected at least one row and one column", field=field
+        )
     if max(width, height) > MAX_SIDE:
         raise TooLarge(
-            f"a side of {max(width, height)} pixels is too long; at most {MAX_SIDE} are allowed", field=field
+            f"the longer side of the image has {max(width, height)} pixels; expected at most {MAX_SIDE}", field=field
         )
     if width * height > max_pixels:
         raise TooLarge(
-            f"an image of {width}x{height} pixels is larger than this server takes ({max_pixels} pixels); "
-            "send a smaller one",
+            f"an image of {width}x{height} pixels is larger than this server accepts ({max_pixels} pixels); "
+            "send a smaller image",
             field=field,
         )
 
 
 def from_pixels(pixels: NDArray[np.uint8]) -> PIL.Image.Image:
-    """[H, W, 3] uint8 → RGB picture."""
+    """Return an RGB image made of pixels [H, W, 3], uint8."""
     return PIL.Image.fromarray(pixels)

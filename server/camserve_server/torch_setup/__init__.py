@@ -1,0 +1,1 @@
+"""Process-wide settings of torch: device, memory allocator, and operators of torchvision."""

@@ -1,7 +1,7 @@
-"""Keeps freed memory in the process, where the network's next batch finds it.
+"""Settings of glibc's memory allocator that keep freed memory in the process.
 
-By default glibc maps every large buffer anew and gives it back when it is freed, so each layer of each batch pays for
-fresh pages. On two cores, EfficientNet-Lite0 runs up to twice as fast without that
+By default glibc maps a new region for every large buffer and returns it to the kernel when the buffer is freed, so each
+layer of each batch pays for new pages. On two cores, EfficientNet-Lite0 runs up to twice as fast without that
 (`docs/decisions/0008-allocator.md`).
 """
 
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import ctypes
 
-# <malloc.h>
+# Options of mallopt, from <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 
 def keep_memory() -> bool:
-    """Sets glibc's thresholds for this process, and one heap for all of its threads: to be called before there are any.
+    """Configure glibc to keep freed memory and to use one heap for all threads of this process.
 
-    False where there is no glibc; nothing is lost but speed.
+    Call it before the process starts its first thread.
+
+    Returns:
+        True if all settings were accepted; False without glibc, where only speed is lost.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -26,6 +29,6 @@ def keep_memory() -> bool:
         (_M_MMAP_THRESHOLD, 1 << 30),
         (_M_TRIM_THRESHOLD, (1 << 31) - 1),
         (_M_TOP_PAD, 64 << 20),
-        (_M_ARENA_MAX, 1),  # a thread's own heap holds 64 MB; what is larger would be mapped anew after all
+        (_M_ARENA_MAX, 1),  # the heap of a further thread holds at most 64 MB; glibc would map larger buffers again
     )
     return all(mallopt(option, value) == 1 for option, value in settings)

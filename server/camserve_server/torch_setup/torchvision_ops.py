@@ -1,7 +1,8 @@
-"""Lets torchvision be imported where its C++ operators cannot load, as with a CPU-only torch beside its CUDA build.
+"""Declarations that allow importing torchvision if its C++ operators cannot load.
 
-`import torchvision` registers fakes for two operators and fails if nobody has declared them. Models and transforms use
-neither, so declaring them is enough. Import this module before torchvision or timm.
+This happens if torch is a CPU build and torchvision a CUDA build. `import torchvision` registers fake implementations
+for two operators and fails if they are not declared. Models and transforms do not use the two operators, so declaring
+them is enough. Import this module before torchvision or timm.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ def _declare_missing() -> torch.library.Library | None:
         for extension in Path(spec.origin).parent.glob("_C*.so"):
             torch.ops.load_library(str(extension))  # type: ignore[no-untyped-call]
     except OSError:
-        pass  # built for another torch
+        pass  # the extension was built for another torch
     missing = [operator for operator in ("nms", "qnms") if not hasattr(torch.ops.torchvision, operator)]
     if not missing:
         return None
-    # A fragment, so that whoever else in the process has declared one of them is not in the way.
+    # A fragment does not conflict with other code in the process that has declared one of the operators.
     library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for operator in missing:
         library.define(  # type: ignore[no-untyped-call]
@@ -33,4 +34,4 @@ def _declare_missing() -> torch.library.Library | None:
     return library
 
 
-_library = _declare_missing()  # declared for as long as this object lives
+_library = _declare_missing()  # the declarations last as long as this object

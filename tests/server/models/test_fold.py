@@ -151,7 +151,7 @@ def test_maps_are_the_same(lite0, method, layers):
 def test_a_folded_convolution_cannot_be_named():
     config = ModelConfig(name="r", source="torchvision:resnet18", allow_random_weights=True, input_size=(32, 32))
     with pytest.raises(
-        InvalidArgument, match=r"r computes layer1\.0\.conv1 in one step with layer1\.0\.bn1: name that"
+        InvalidArgument, match=r"r computes layer1\.0\.conv1 in one step with layer1\.0\.bn1; name that"
     ):
         load(config, CPU).find_layers(["layer1.0.conv1"], "layers")
     named = load(config.model_copy(update={"layers": ["layer1.0.conv1", "layer3"]}), CPU)

@@ -147,7 +147,11 @@ def test_the_head_can_be_given() -> None:
         ("timm:test_resnet", {"layer": "layer1.0.nix"}, "models.m.layer: .* the nearest: layer1.0"),
         ("torchvision:resnet18", {"layer": "layer2.0.relu"}, r"models.m.layer: .* such as layer2\.0\.relu#2"),
         ("torchvision:resnet18", {"layers": ["layer2", "nix"]}, "models.m.layers: there is no layer 'nix'"),
-        ("torchvision:resnet18", {"layers": ["layer2", "layer1"]}, "models.m.layers: they must go from fine to coarse"),
+        (
+            "torchvision:resnet18",
+            {"layers": ["layer2", "layer1"]},
+            "models.m.layers: .* expected an order from fine to coarse",
+        ),
         ("timm:test_resnet", {"token_grid": (5, 5)}, "models.m.token_grid: "),
         (f"{HERE}:one_logit", {"head": "softmax"}, "models.m.head: the softmax of a single logit is always 1"),
         (f"{HERE}:one_logit", {"mean": [0.5]}, "models.m.std: 3 numbers where mean has 1; set both"),

@@ -1,0 +1,1 @@
+"""Lanes: how queries run on the device."""
