@@ -150,7 +150,7 @@ def test_the_head_can_be_given() -> None:
         (
             "torchvision:resnet18",
             {"layers": ["layer2", "layer1"]},
-            "models.m.layers: .* expected an order from fine to coarse",
+            "models.m.layers: .* an order from fine to coarse",
         ),
         ("timm:test_resnet", {"token_grid": (5, 5)}, "models.m.token_grid: "),
         (f"{HERE}:one_logit", {"head": "softmax"}, "models.m.head: the softmax of a single logit is always 1"),
