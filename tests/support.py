@@ -1,11 +1,13 @@
-"""Models and engines for tests, made without files or a server."""
+"""Models, engines and requests for tests, without files or a server."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -39,8 +41,8 @@ def as_model(
     head: Head | None = None,
     token_grid: tuple[int, int] | None = None,
 ) -> Model:
-    """The network as the engine sees it."""
-    net = net.eval().requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)
+    """Return a model of the network, with the layers that `probe` detects. `size` is (H, W) in pixels."""
+    net.eval().requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     found = probe(net, noise(1, len(mean), *size).to(dtype), token_grid)
     return Model(
         name=name,
@@ -65,9 +67,29 @@ def as_model(
     )
 
 
+class Clock:
+    """Clock that a test advances. `install` puts it in the place of `time.monotonic`."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        """Return the time in seconds."""
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        """Move the clock forwards."""
+        self.now_s += seconds
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> Clock:
+        """Replace `time.monotonic` until the end of the test."""
+        monkeypatch.setattr(time, "monotonic", self)
+        return self
+
+
 @contextmanager
 def running(**options: Any) -> Iterator[Engine]:
-    """An engine on its thread."""
+    """Run an engine on its thread; close it at the end."""
     engine = Engine(**options)
     engine.start()
     try:
@@ -77,7 +99,7 @@ def running(**options: Any) -> Iterator[Engine]:
 
 
 def call(model: Model, method: str, layers: Sequence[str] | None = None, seed: int = 0, **given: object) -> MethodCall:
-    """The method with its parameters, on those layers or the model's own."""
+    """Return a method call with checked parameters, on the given layers or the model's default layers."""
     entry = registry.METHODS[method]
     if entry.layers == "none":
         found: tuple[Layer, ...] = ()
@@ -87,7 +109,7 @@ def call(model: Model, method: str, layers: Sequence[str] | None = None, seed: i
 
 
 def metric(name: str, seed: int = 0, **parameters: object) -> MetricCall:
-    """The metric with its parameters."""
+    """Return a metric call with checked parameters."""
     entry = registry.METRICS[name]
     return MetricCall(entry, entry.check(parameters, "parameters"), seed)
 
@@ -106,7 +128,10 @@ def submit(
     batch_sizes: Mapping[LaneKind, int] | None = None,
     truth: Truth | None = None,
 ) -> Job[RequestResult]:
-    """Hands in the plan of one request; x [C, H, W] is preprocessed. The target is in the middle, if not elsewhere."""
+    """Submit the plan of one request to the engine.
+
+    x [C, H, W] is a preprocessed image. Without `truth`, the ground truth is a box in the middle of the image.
+    """
     height, width = model.preprocessing.size
     middle = boxes.make_truth([(width / 4, height / 4, width / 2, height / 1.5)], None, (height, width))
     method = subject if isinstance(subject, MethodCall) else None
@@ -123,11 +148,11 @@ def submit(
 
 
 def explained(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **kwargs: Any) -> RequestResult:
-    """The result of one request, alone on an engine of its own."""
+    """Return the result of a request that runs alone on its own engine."""
     with running() as engine:
         return submit(engine, model, x, subject, *args, **kwargs).future.result(timeout=240)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal values, always the same."""
+    """Return standard normal values, the same for each call with the same arguments."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
