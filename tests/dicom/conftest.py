@@ -6,10 +6,12 @@ import gc
 import logging
 import socketserver
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from camserve_dicom.gateway import steps, workers
 from camserve_server.config import Config, ModelConfig
@@ -47,13 +49,20 @@ def broken_associations() -> Iterator[None]:
 def no_idle_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Listeners end at once, instead of within half a second; what failed is soon tried again."""
     monkeypatch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.01,))
-    monkeypatch.setattr(workers, "FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(workers, "FIRST_RETRY_S", 0.1)
 
 
 @pytest.fixture
 def no_answers_in_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a PACS that answers storage commitments in associations of its own, or not at all."""
-    monkeypatch.setattr(steps, "ANSWER_WAIT_S", 0.02)
+    monkeypatch.setattr(steps, "REPORT_WAIT_S", 0.02)
+
+
+@pytest.fixture
+def log() -> Iterator[list[MutableMapping[str, Any]]]:
+    """Lines of the gateway's log during the test."""
+    with capture_logs() as lines:
+        yield lines
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom.uid import BasicTextSRStorage, DeflatedExplicitVRLittleEndian
@@ -120,12 +121,10 @@ def test_rules_say_what_becomes_of_an_object(gateway: Opened, pacs: Pacs) -> Non
 # ---- who may, and how much -------------------------------------------------------------------------------------------
 
 
-def test_strangers_are_turned_away(gateway: Opened, caplog: pytest.LogCaptureFixture) -> None:
+def test_strangers_are_turned_away(gateway: Opened, log: list[MutableMapping[str, Any]]) -> None:
     with gateway() as running:
         assert send(running.address, image(), calling="STRANGER") == []
-        assert [record.said for record in caplog.records if record.msg == "association rejected"] == [
-            {"peer": "'STRANGER'"}
-        ]
+        assert [line["peer"] for line in log if line["event"] == "association rejected"] == ["'STRANGER'"]
         assert send(running.address, image(), called="OTHER") == []
         assert send(running.address, image(), calling="PACS") == [0x0124], "it may only say what it has committed"
         assert running.idle()
@@ -214,8 +213,8 @@ def test_a_spool_that_is_gone_is_no_health(gateway: Opened, capfd: pytest.Captur
 
 
 def test_who_watches_and_says_nothing_is_sent_away(gateway: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert monitor._Quiet.timeout is not None
-    monkeypatch.setattr(monitor._Quiet, "timeout", 0.1)
+    assert monitor.MonitorRequestHandler.timeout is not None
+    monkeypatch.setattr(monitor.MonitorRequestHandler, "timeout", 0.1)
     with gateway() as running:
         host, _, port = running.monitor.partition(":")
         with socket.create_connection((host, int(port)), timeout=20) as silent:
@@ -231,7 +230,7 @@ def test_only_the_owner_looks_into_the_spool(gateway: Opened, tmp_path: Path, ti
         with pytest.raises(ConfigError, match="spool: another gateway"):
             Gateway(config(tmp_path, tiny, pacs))
     running.spool.chmod(0o750)
-    with pytest.raises(ConfigError, match="spool: others can look"):
+    with pytest.raises(ConfigError, match="spool: other users can access"):
         Gateway(config(tmp_path, tiny, pacs))
     shutil.rmtree(running.spool)
     running.spool.write_text("")

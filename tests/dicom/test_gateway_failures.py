@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ pytestmark = [
 ]
 
 
-def put_off(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Why steps were put off."""
-    return [record.said["reason"] for record in caplog.records if record.msg == "later"]
+def put_off(log: list[MutableMapping[str, Any]]) -> list[str]:
+    """Return the reasons of temporary failures."""
+    return [line["reason"] for line in log if line["event"] == "later"]
 
 
 def test_a_pacs_that_is_down_for_a_while(gateway: Opened, pacs: Pacs) -> None:
@@ -43,7 +44,7 @@ def test_a_pacs_that_is_down_for_a_while(gateway: Opened, pacs: Pacs) -> None:
 
 
 def test_what_the_pacs_answers(gateway: Opened, pacs: Pacs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "LOOK_AGAIN_S", 0.1)
+    monkeypatch.setattr(workers, "POLL_INTERVAL_S", 0.1)
     answers = iter([0xA701, 0xB000])
     pacs.before = lambda dataset: next(answers, None)
     with gateway() as running:
@@ -108,7 +109,7 @@ def test_a_fault_of_the_server_passes_or_is_given_up(
         return explain(*given, **options)
 
     monkeypatch.setattr(steps, "explain", faulty)
-    monkeypatch.setattr(workers, "LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(workers, "MAX_RETRY_S", 0.02)
     faults = 3
     with gateway() as running:
         assert send(running.address, image()) == [0]
@@ -133,13 +134,12 @@ def parsed(address: str) -> tuple[str, int]:
 
 
 def test_no_new_results_where_there_is_hardly_room_for_old_ones(
-    gateway: Opened, pacs: Pacs, caplog: pytest.LogCaptureFixture
+    gateway: Opened, pacs: Pacs, log: list[MutableMapping[str, Any]]
 ) -> None:
-    caplog.set_level("INFO", "camserve_dicom.gateway")
     with gateway(server=nobody()) as running:
         assert send(running.address, image()) == [0]
     with gateway(min_free_bytes=1 << 60) as running:
-        until(lambda: "the disk is full" in put_off(caplog))
+        until(lambda: "the disk is full" in put_off(log))
         assert len(running.entries("inbox")) == 1
         assert "explained" not in running.events()
     with gateway() as running:
@@ -153,7 +153,7 @@ def test_no_commitment_no_end(gateway: Opened, pacs: Pacs) -> None:
     with gateway() as running:
         assert send(running.address, image()) == [0]
         until(running.dead, 60)
-        assert running.dead()[0]["reason"] == "the PACS did not commit itself 3 times"
+        assert running.dead()[0]["reason"] == "the PACS reported a failed commitment 3 times"
         assert running.events().count("stored") == len(pacs.stores) == 3
         assert [line["reasons"] for line in running.audit() if line["event"] == "not committed"] == [["0x0112"]] * 3
 
@@ -163,7 +163,7 @@ def test_no_commitment_no_end(gateway: Opened, pacs: Pacs) -> None:
 def test_a_commitment_that_is_not_answered_is_asked_for_again(
     gateway: Opened, pacs: Pacs, commits: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archive, "RELEASE_WAIT_S", 0.2)
+    monkeypatch.setattr(archive, "RELEASE_TIMEOUT_S", 0.2)
     pacs.commits = commits
     with gateway(pacs={"commitment_timeout_s": 0.2}) as running:
         assert send(running.address, image()) == [0]
@@ -202,7 +202,7 @@ def test_what_ends_the_process_does_not_do_so_for_ever(gateway: Opened, tmp_path
     (entry / "begun.json").write_text('{"times": 10}')
     with gateway() as running:
         until(running.dead)
-        assert running.dead()[0]["reason"] == "it was begun 10 times and never ended"
+        assert running.dead()[0]["reason"] == "the process ended 10 times while it explained the object"
 
 
 def test_what_may_end_the_process_is_explained_alone(
@@ -239,10 +239,9 @@ def test_what_may_end_the_process_is_explained_alone(
 
 @pytest.mark.parametrize("broken", ["audit.jsonl", "sent"])
 def test_what_the_pacs_has_taken_is_stored_once(
-    gateway: Opened, pacs: Pacs, broken: str, caplog: pytest.LogCaptureFixture
+    gateway: Opened, pacs: Pacs, broken: str, log: list[MutableMapping[str, Any]]
 ) -> None:
     """Though nothing can be written then: neither the audit trail, nor a folder."""
-    caplog.set_level("INFO", "camserve_dicom.gateway")
     with gateway(rules=[{**RULE, "outputs": ["sc", "sr"]}]) as running:
         trail, blocked = running.spool / "audit.jsonl", list[Path]()
 
@@ -258,7 +257,7 @@ def test_what_the_pacs_has_taken_is_stored_once(
 
         pacs.before = block
         assert send(running.address, image()) == [0]
-        until(lambda: len(put_off(caplog)) > 1)
+        until(lambda: len(put_off(log)) > 1)
         if broken == "sent":
             blocked[0].unlink()
         else:

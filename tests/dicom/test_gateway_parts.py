@@ -15,8 +15,8 @@ from camserve_dicom.gateway.audit import Audit
 
 def test_waits_grow_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """However often it has failed: a PACS may be away for weeks."""
-    monkeypatch.setattr(workers, "FIRST_WAIT_S", 1.0)
-    waits = [workers.wait_s(tried) for tried in (0, 1, 2, 8, 9, 1023, 1024, 10**6)]
+    monkeypatch.setattr(workers, "FIRST_RETRY_S", 1.0)
+    waits = [workers.retry_delay_s(tried) for tried in (0, 1, 2, 8, 9, 1023, 1024, 10**6)]
     assert waits == [1.0, 2.0, 4.0, 256.0, 300.0, 300.0, 300.0, 300.0]
 
 

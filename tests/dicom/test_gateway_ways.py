@@ -172,7 +172,7 @@ def test_stow_stores_in_the_end(tmp_path: Path, tiny: Server, web: Web, answers:
     ("status", "answer", "reason"),
     [
         (400, {}, "HTTP 400"),
-        (409, {}, "HTTP 409, and not why"),
+        (409, {}, "HTTP 409; the archive gave no reason"),
         (202, said("00081198", "00081197", 0x0110), "status 0x0110"),
     ],
 )

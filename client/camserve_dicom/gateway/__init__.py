@@ -1,6 +1,6 @@
-"""The gateway: takes images from a PACS, has them explained, and stores the results there.
+"""A service that receives images from a PACS, explains them and stores the results in the PACS.
 
-What it has taken lies in a spool on disk until the PACS has its results, so it may be killed at any moment.
+Received images stay in a spool on disk until the PACS has their results, so the process may be killed at any time.
 """
 
 from camserve_dicom.gateway.config import Config, ConfigError, read

@@ -1,80 +1,101 @@
-"""The audit trail: what happened to which object, as lines of JSON that are only ever added to, and counted."""
+"""The audit trail: a file of JSON lines that records what happened to each object."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import structlog
 from prometheus_client import CollectorRegistry, Counter
 
 __all__ = ["Audit"]
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
-
-# What may be cut short is said again at once or by the next start: a few lines from the end.
-END_BYTES = 1 << 16
+# `write_once` searches this part of the file for an earlier line. An interrupted step is repeated immediately or at the
+# next start, so its line is near the end.
+TAIL_BYTES = 1 << 16
 
 
 class Audit:
-    """Writes to `path`; each line is on the disk before what it is about is answered.
+    """Writer of the audit trail. The file is only appended to.
 
-    No line has a name, date, path or UID of the image: `object` and `results` are keyed hashes.
+    Lines contain no name, date, path or UID of an image: `object` and `result` are keyed hashes.
+
+    Args:
+        path: The file. It may be moved away at any time; the next line creates it again.
+        registry: Registry of the counter `camserve_gateway_events_total`.
     """
 
     def __init__(self, path: Path, registry: CollectorRegistry) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._events = Counter("camserve_gateway_events", "What the audit trail says.", ["event"], registry=registry)
+        self._events = Counter("camserve_gateway_events", "Events of the audit trail.", ["event"], registry=registry)
 
-    def write(self, event: str, **said: Any) -> None:
-        """Adds a line. Raises OSError where it cannot."""
+    def write(self, event: str, **fields: Any) -> None:
+        """Append a line and wait until it is on the disk. It is also logged.
+
+        Args:
+            event: Name of the event.
+            **fields: Further keys of the line.
+
+        Raises:
+            OSError: If the line cannot be written. The file has no part of it then.
+        """
         with self._lock:
-            self._write(event, said)
+            self._write(event, fields)
 
-    def write_once(self, event: str, **said: Any) -> None:
-        """As `write`, unless it was the last that was said of the object: a step that was cut short is done again."""
+    def write_once(self, event: str, **fields: Any) -> None:
+        """Append a line unless it equals the last line of the same object, because an interrupted step is repeated.
+
+        Args:
+            event: Name of the event.
+            **fields: Further keys of the line, among them `object`.
+
+        Raises:
+            OSError: As for `write`.
+        """
         with self._lock:
-            if self._last(said["object"]) != {"event": event, **said}:
-                self._write(event, said)
+            if self._last_line(fields["object"]) != {"event": event, **fields}:
+                self._write(event, fields)
 
-    def _write(self, event: str, said: dict[str, Any]) -> None:
-        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **said}
-        # Opened for each line, so that the file may be moved away and begun anew.
+    def _write(self, event: str, fields: dict[str, Any]) -> None:
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
+        # The file is opened for each line, so that it may be moved away for rotation.
         file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            before = os.fstat(file).st_size
+            size_before = os.fstat(file).st_size
             try:
-                _write_whole(file, json.dumps(line).encode() + b"\n")
+                _write_all(file, json.dumps(line).encode() + b"\n")
             except OSError:
-                os.ftruncate(file, before)  # half a line would spoil the next one, too
+                os.ftruncate(file, size_before)  # an incomplete line would corrupt the next one
                 raise
         finally:
             os.close(file)
         self._events.labels(event).inc()
-        log.info(event, extra={"said": said})
+        log.info(event, **fields)
 
-    def _last(self, name: str) -> dict[str, Any]:
-        """What was last said of the object, without the time; nothing where that is long ago."""
+    def _last_line(self, name: str) -> dict[str, Any]:
+        """Return the last line of an object without its time; empty if it is not in the tail of the file."""
         try:
             with self._path.open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - END_BYTES))
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
                 lines = file.read().split(b"\n")
         except FileNotFoundError:
             return {}
-        found = next((line for line in reversed(lines) if f'"object": "{name}"'.encode() in line), b"{}")
+        last = next((line for line in reversed(lines) if f'"object": "{name}"'.encode() in line), b"{}")
         try:
-            return {key: value for key, value in json.loads(found).items() if key != "time"}
-        except ValueError:  # only its end is among those that were read
+            return {key: value for key, value in json.loads(last).items() if key != "time"}
+        except ValueError:  # the tail begins in the middle of this line
             return {}
 
 
-def _write_whole(file: int, data: bytes) -> None:
-    while data:  # a disk that is nearly full takes a part
+def _write_all(file: int, data: bytes) -> None:
+    """Write all bytes, because a single write may be partial on an almost full disk, and synchronise the file."""
+    while data:
         data = data[os.write(file, data) :]
     os.fsync(file)

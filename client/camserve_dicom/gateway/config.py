@@ -1,7 +1,8 @@
-"""The gateway's configuration: a TOML file. Every error names the key."""
+"""The configuration of the gateway, a TOML file."""
 
 from __future__ import annotations
 
+import re
 import ssl
 import tomllib
 from pathlib import Path
@@ -11,27 +12,35 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from camserve.addresses import is_loopback, require_host_port
+from camserve.errors import InvalidArgument
 from camserve_dicom.derivation import DEFAULT_CHECK, check_metrics
 
 __all__ = ["Config", "ConfigError", "PacsConfig", "Rule", "ServerConfig", "TLSConfig", "read"]
 
 Address = Annotated[str, AfterValidator(require_host_port)]
 Positive = Annotated[int, Field(ge=1)]
-# What the standard lets an application entity call itself: no backslash, no space at either end.
+# VR AE: 1 to 16 characters without backslash, and without a space at either end (PS3.5 6.2).
 AETitle = Annotated[str, Field(pattern=r"^[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?$")]
 
 
-def _code_strings(given: Any) -> Any:
-    """One or several of them, compared as they stand in headers: in capitals."""
-    several = [given] if isinstance(given, str) else given
-    return [each.strip().upper() if isinstance(each, str) else each for each in several]
+def _code_strings(value: Any) -> Any:
+    """Convert one value or a list of values to a list of upper-case values, as VR CS has them."""
+    values = [value] if isinstance(value, str) else value
+    return [each.strip().upper() if isinstance(each, str) else each for each in values]
 
 
+def _require_url(url: str) -> str:
+    """Return the URL unchanged if it can be parsed; urlsplit raises ValueError otherwise."""
+    _ = urlsplit(url).port
+    return url
+
+
+Url = Annotated[str, Field(pattern="^https?://.+$"), AfterValidator(_require_url)]
 CodeStrings = Annotated[list[str], BeforeValidator(_code_strings), Field(min_length=1)]
 
 
 class ConfigError(ValueError):
-    """The configuration is wrong; the message names the key."""
+    """An invalid configuration. The message has a line for each fault, which begins with the key."""
 
 
 class _Table(BaseModel):
@@ -39,229 +48,278 @@ class _Table(BaseModel):
 
 
 class TLSConfig(_Table):
-    """The `[tls]` table: of the listener, and of connections to a PACS with `tls = true`."""
+    """The `[tls]` table: TLS of the listener, and of connections to a PACS with `tls = true`."""
 
-    certificate: Annotated[Path, Field(description="A PEM file: the gateway's certificate, then those up to the CA.")]
-    key: Annotated[Path, Field(description="A PEM file: the certificate's private key, not encrypted.")]
-    ca: Annotated[Path, Field(description="A PEM file of CAs. Both who calls and the PACS need a certificate of one.")]
+    certificate: Annotated[Path, Field(description="A PEM file: the gateway's certificate and intermediate ones.")]
+    key: Annotated[Path, Field(description="A PEM file: the private key of the certificate, not encrypted.")]
+    ca: Annotated[Path, Field(description="A PEM file of the CAs that issue the certificates of callers and the PACS.")]
 
-    def listening(self) -> ssl.SSLContext:
-        """For those who call. Raises ConfigError."""
-        return self._filled(_ListenerContext(ssl.PROTOCOL_TLS_SERVER))
+    def server_context(self) -> ssl.SSLContext:
+        """Return the TLS context of the listener.
 
-    def calling(self) -> ssl.SSLContext:
-        """For calls to the PACS. Raises ConfigError."""
-        return self._filled(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        Raises:
+            ConfigError: If a file cannot be read or is invalid.
+        """
+        return self._load_files(_ListenerContext(ssl.PROTOCOL_TLS_SERVER))
 
-    def _filled(self, context: ssl.SSLContext) -> ssl.SSLContext:
+    def client_context(self) -> ssl.SSLContext:
+        """Return the TLS context of connections to the PACS.
+
+        Raises:
+            ConfigError: If a file cannot be read or is invalid.
+        """
+        return self._load_files(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+
+    def _load_files(self, context: ssl.SSLContext) -> ssl.SSLContext:
         context.verify_mode = ssl.CERT_REQUIRED
         for name, path in self:
-            _readable(path, f"tls.{name}")
+            _require_readable(path, f"tls.{name}")
         try:
             context.load_verify_locations(self.ca)
         except ssl.SSLError as error:
-            raise ConfigError(f"tls.ca: {self.ca} holds no certificate in PEM format") from error
+            raise ConfigError(f"tls.ca: {self.ca} contains no certificate in PEM format") from error
         try:
             context.load_cert_chain(self.certificate, self.key, password=lambda: "")
         except ssl.SSLError as error:
             if error.reason == "KEY_VALUES_MISMATCH":
-                raise ConfigError(f"tls.key: {self.key} is not the key of the certificate") from error
-            raise ConfigError("tls.key: no certificate and key in PEM format, or the key is encrypted") from error
+                raise ConfigError(f"tls.key: {self.key} is not the key of {self.certificate}") from error
+            raise ConfigError(
+                f"tls.key: {self.key} or {self.certificate} is not in PEM format, or the key is encrypted; expected an "
+                "unencrypted key"
+            ) from error
         return context
 
 
 class _ListenerContext(ssl.SSLContext):
-    """Shakes hands when a connection is first read, on its own thread: who never does must not keep others waiting."""
+    """TLS context that performs the handshake when a connection is first read, on the thread of the connection.
+
+    Otherwise a peer that does not complete its handshake would block the thread that accepts connections.
+    """
 
     def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
         return super().wrap_socket(*args, **kwargs | {"do_handshake_on_connect": False})
 
 
 class ServerConfig(_Table):
-    """The `[server]` table: which camserve server explains."""
+    """The `[server]` table: the camserve server that explains images."""
 
     address: Annotated[str, Field(description="HOST:PORT.")] = "127.0.0.1:50051"
-    timeout_s: Annotated[float, Field(gt=0, description="Of each explanation.")] = 300.0
-    tls: Annotated[bool, Field(description="Use TLS; `ca` and `certificate` do, too.")] = False
-    ca: Annotated[Path | None, Field(description="A PEM file: whom to trust.")] = None
-    certificate: Annotated[Path | None, Field(description="A PEM file: who the gateway is, for mutual TLS.")] = None
-    key: Annotated[Path | None, Field(description="A PEM file: the key of `certificate`.")] = None
-    token_file: Annotated[Path | None, Field(description="A file that holds the token.")] = None
+    timeout_s: Annotated[float, Field(gt=0, description="Timeout of an explanation in seconds.")] = 300.0
+    tls: Annotated[bool, Field(description="Use TLS. It is implied by `ca` and `certificate`.")] = False
+    ca: Annotated[Path | None, Field(description="A PEM file: CAs of the server's certificate.")] = None
+    certificate: Annotated[Path | None, Field(description="A PEM file: the gateway's certificate for mutual TLS.")] = (
+        None
+    )
+    key: Annotated[Path | None, Field(description="A PEM file: the private key of `certificate`.")] = None
+    token_file: Annotated[Path | None, Field(description="A file with the bearer token.")] = None
 
 
 class PacsConfig(_Table):
-    """The `[pacs]` table: where results go."""
+    """The `[pacs]` table: the PACS that stores results."""
 
-    ae_title: Annotated[AETitle | None, Field(description="Of the PACS.")] = None
-    address: Annotated[Address | None, Field(description="HOST:PORT of the PACS's DIMSE listener.")] = None
-    tls: Annotated[bool, Field(description="Call it by TLS, with the files of [tls].")] = False
-    commitment: Annotated[bool, Field(description="Delete results only once the PACS commits itself to them.")] = True
-    commitment_timeout_s: Annotated[float, Field(gt=0, description="After which it is asked again.")] = 3600.0
+    ae_title: Annotated[AETitle | None, Field(description="AE title of the PACS; required with `address`.")] = None
+    address: Annotated[Address | None, Field(description="HOST:PORT of the DIMSE listener of the PACS.")] = None
+    tls: Annotated[bool, Field(description="Connect with TLS, with the files of [tls].")] = False
+    commitment: Annotated[bool, Field(description="Request storage commitment, and keep results until then.")] = True
+    commitment_timeout_s: Annotated[float, Field(gt=0, description="Seconds until the request is repeated.")] = 3600.0
     commitment_ae_title: Annotated[
-        AETitle | None, Field(description="With which it says what it has committed itself to, if not its own.")
+        AETitle | None, Field(description="AE title that reports commitments, if it differs from `ae_title`.")
     ] = None
-    stow_url: Annotated[
-        str | None, Field(pattern="^https?://.+$", description="Of DICOMweb's studies, instead of `address`.")
-    ] = None
-    stow_ca: Annotated[Path | None, Field(description="A PEM file: whom to trust by https.")] = None
+    stow_url: Annotated[Url | None, Field(description="URL of DICOMweb studies, instead of `address`.")] = None
+    stow_ca: Annotated[Path | None, Field(description="A PEM file: CAs of the certificate of `stow_url`.")] = None
     stow_authorization_file: Annotated[
-        Path | None, Field(description="Holds what the Authorization header says, such as Bearer and a token.")
+        Path | None, Field(description="A file with the Authorization header, such as Bearer and a token.")
     ] = None
-    timeout_s: Annotated[float, Field(gt=0, description="To connect, and for each answer.")] = 60.0
+    timeout_s: Annotated[float, Field(gt=0, description="Seconds to connect, and for each response.")] = 60.0
 
     @model_validator(mode="after")
-    def _know_one_way(self) -> Self:
+    def _require_one_destination(self) -> Self:
         if (self.address is None) == (self.stow_url is None):
-            raise ValueError("give either address or stow_url, where results go")
+            found = "neither" if self.address is None else "both"
+            raise ValueError(f"address: expected either address or stow_url; found {found}")
         if self.address is not None and self.ae_title is None:
-            raise ValueError("ae_title: a PACS that is called by DIMSE has one")
+            raise ValueError("ae_title: required with address; set it to the AE title of the PACS")
         return self
 
     @property
-    def committers(self) -> set[str]:
-        """AE titles that may say what the PACS has committed itself to."""
+    def commitment_ae_titles(self) -> set[str]:
+        """AE titles that may report storage commitments."""
         return {*filter(None, (self.ae_title, self.commitment_ae_title))}
 
     @property
-    def commits(self) -> bool:
-        """Whether storage commitment is asked for: DICOMweb has none."""
+    def requests_commitment(self) -> bool:
+        """True if storage commitment is requested. DICOMweb does not support it."""
         return self.commitment and self.stow_url is None
 
 
 class Rule(_Table):
-    """One `[[rules]]` table: what to do with the objects that it fits. The first that fits is taken."""
+    """A `[[rules]]` table: conditions on an object, and how to explain it. The first matching rule applies."""
 
-    modality: Annotated[CodeStrings | None, Field(description="Modality, such as CR: one or several.")] = None
-    body_part: Annotated[CodeStrings | None, Field(description="BodyPartExamined, such as CHEST.")] = None
-    callers: Annotated[list[AETitle] | None, Field(min_length=1, description="AE titles of who sent it.")] = None
-    ignore: Annotated[bool, Field(description="Do nothing with it.")] = False
-    model: Annotated[str | None, Field(description="The server's first if left out.")] = None
+    modality: Annotated[CodeStrings | None, Field(description="Condition: one or several values of Modality.")] = None
+    body_part: Annotated[CodeStrings | None, Field(description="Condition: values of Body Part Examined.")] = None
+    callers: Annotated[list[AETitle] | None, Field(min_length=1, description="Condition: AE titles of senders.")] = None
+    ignore: Annotated[bool, Field(description="Do not explain the object.")] = False
+    model: Annotated[str | None, Field(description="Name of the model. Default: the server's first model.")] = None
     method: str = "poly-cam"
-    parameters: Annotated[dict[str, Any], Field(description="Of the method.")] = {}
-    target: Annotated[int | str | None, Field(description="A class index or label; the predicted one if left out.")] = (
-        None
-    )
-    metrics: Annotated[list[str], Field(description="How faithful the map is, in the report.")] = [
+    parameters: Annotated[dict[str, Any], Field(description="Parameters of the method.")] = {}
+    target: Annotated[int | str | None, Field(description="Class index or label. Default: the predicted class.")] = None
+    metrics: Annotated[list[str], Field(description="Metrics that score the map.")] = [
         "insertion",
         "deletion",
         "average-gain",
     ]
     outputs: Annotated[list[Literal["sc", "sr", "pm", "seg", "gsps"]], Field(min_length=1)] = ["sc", "sr"]
     check: Annotated[
-        str, Field(description="What scores must keep, or the overlay is withheld; empty for nothing.")
+        str, Field(description="Comparison of two metrics. If it fails, only a report is made. Empty for no check.")
     ] = DEFAULT_CHECK
-    frame: Annotated[int, Field(ge=0, description="Of a multi-frame image.")] = 0
+    frame: Annotated[int, Field(ge=0, description="Frame of a multi-frame image, counted from 0.")] = 0
     window: Annotated[
-        tuple[float, float] | None, Field(description="(centre, width) of the grey levels, instead of the header's.")
+        tuple[float, float] | None, Field(description="[centre, width] of the grey levels. Default: the header's.")
     ] = None
-    regions: Annotated[Literal["refuse", "crop", "ignore"], Field(description="Of ultrasound images.")] = "refuse"
+    regions: Annotated[
+        Literal["refuse", "crop", "ignore"], Field(description="What to do with ultrasound regions.")
+    ] = "refuse"
     burned_in: Annotated[
-        Literal["refuse", "ignore"], Field(description="What to do if the header says that text is in the pixels.")
+        Literal["refuse", "ignore"], Field(description="What to do if the header declares burned-in text.")
     ] = "refuse"
 
     @model_validator(mode="after")
-    def _know_what_is_checked(self) -> Self:
-        if lacking := [name for name in check_metrics(self.check or None) if name not in self.metrics]:
-            raise ValueError(f"check: it needs the metric {lacking[0]}; add it to metrics")
+    def _require_metrics_of_check(self) -> Self:
+        try:
+            missing = [name for name in check_metrics(self.check or None) if name not in self.metrics]
+        except InvalidArgument as error:
+            raise ValueError(f"check: {error.message.removeprefix('check ')}") from error
+        if missing:
+            raise ValueError(f"check: it needs the metric {missing[0]}; add it to metrics")
         return self
 
-    def fits(self, modality: str, body_part: str, caller: str) -> bool:
-        """Whether the rule is for such an object; a condition that is left out fits any."""
-        conditions = ((self.modality, modality), (self.body_part, body_part), (self.callers, caller))
-        return all(wanted is None or found in wanted for wanted, found in conditions)
+    def matches(self, modality: str, body_part: str, caller: str) -> bool:
+        """Return True if the object fulfils all conditions of the rule.
 
-    def asked(self) -> dict[str, Any]:
-        """What `camserve_dicom.explain` is asked for."""
-        asked = self.model_dump(exclude={"modality", "body_part", "callers", "ignore"})
-        return asked | {"check": self.check or None}
+        Args:
+            modality: Modality of the object, in upper case.
+            body_part: Body Part Examined of the object, in upper case.
+            caller: AE title of the sender.
+        """
+        conditions = ((self.modality, modality), (self.body_part, body_part), (self.callers, caller))
+        return all(allowed is None or value in allowed for allowed, value in conditions)
+
+    def explain_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `camserve_dicom.explain`."""
+        arguments = self.model_dump(exclude={"modality", "body_part", "callers", "ignore"})
+        return arguments | {"check": self.check or None}
 
 
 class Config(_Table):
-    """Everything that can be set."""
+    """The configuration of the gateway. `docs/pacs.md` describes the keys."""
 
-    spool: Annotated[Path, Field(description="The folder of what is under way; made if it is not there.")]
-    ae_title: Annotated[AETitle, Field(description="The gateway's own.")] = "CAMSERVE"
-    listen: Annotated[Address, Field(description="HOST:PORT of the DIMSE listener; port 0 takes a free one.")] = (
+    spool: Annotated[Path, Field(description="The folder of objects in progress, which is created if necessary.")]
+    ae_title: Annotated[AETitle, Field(description="AE title of the gateway.")] = "CAMSERVE"
+    listen: Annotated[Address, Field(description="HOST:PORT of the DIMSE listener. Port 0 selects a free port.")] = (
         "127.0.0.1:11112"
     )
     monitor_listen: Annotated[Address | None, Field(description="HOST:PORT of /health and /metrics, in plaintext.")] = (
         None
     )
-    monitor_insecure: Annotated[bool, Field(description="Let other machines reach monitor_listen.")] = False
-    insecure: Annotated[bool, Field(description="Let images leave and enter this machine without TLS.")] = False
+    monitor_insecure: Annotated[bool, Field(description="Allow other machines to reach monitor_listen.")] = False
+    insecure: Annotated[bool, Field(description="Allow plaintext connections to and from other machines.")] = False
     callers: Annotated[list[AETitle], Field(min_length=1, description="AE titles that may send images.")]
-    max_associations: Annotated[Positive, Field(description="At a time.")] = 10
-    max_object_bytes: Annotated[Positive, Field(description="Of one object; a larger one is aborted.")] = 512 << 20
-    max_waiting: Annotated[Positive, Field(description="Objects to explain; beyond it, senders are refused.")] = 10_000
-    min_free_bytes: Annotated[int, Field(ge=0, description="On the spool's disk; below it, senders are refused.")] = (
+    max_associations: Annotated[Positive, Field(description="Maximum number of concurrent associations.")] = 10
+    max_object_bytes: Annotated[Positive, Field(description="Maximum size of an object.")] = 512 << 20
+    max_waiting: Annotated[Positive, Field(description="Maximum number of objects that wait for explanation.")] = 10_000
+    min_free_bytes: Annotated[int, Field(ge=0, description="Free space on the spool's disk that stays unused.")] = (
         1 << 30
     )
-    idle_s: Annotated[float, Field(gt=0, description="After which a silent association is aborted.")] = 60.0
-    retention_h: Annotated[float, Field(gt=0, description="How long anything may stay in a stage of the spool.")] = (
+    idle_s: Annotated[float, Field(gt=0, description="Seconds until an idle association is aborted.")] = 60.0
+    retention_h: Annotated[float, Field(gt=0, description="Hours that an object may stay in a stage of the spool.")] = (
         168.0
     )
-    workers: Annotated[Positive, Field(description="Objects that are explained at a time.")] = 2
-    grace_s: Annotated[float, Field(ge=0, description="How long what runs may take after SIGTERM.")] = 30.0
+    workers: Annotated[Positive, Field(description="Number of concurrent explanations.")] = 2
+    grace_s: Annotated[float, Field(ge=0, description="Seconds that running steps may take after SIGTERM.")] = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     tls: TLSConfig | None = None
     server: ServerConfig = ServerConfig()
     pacs: PacsConfig
-    rules: Annotated[list[Rule], Field(min_length=1, description="What fits none of them is ignored.")] = [Rule()]
+    rules: Annotated[list[Rule], Field(min_length=1, description="An object that no rule matches is ignored.")] = [
+        Rule()
+    ]
 
     @model_validator(mode="after")
-    def _keep_plaintext_at_home(self) -> Self:
+    def _require_tls_off_loopback(self) -> Self:
+        """Check that images and tokens leave this machine only with TLS, and that the monitor is local."""
+        faults = []
         if self.pacs.tls and self.tls is None:
-            raise ValueError("pacs.tls: give [tls] with the files for it")
-        secured = {"listen": self.tls is not None, "pacs.address": self.pacs.tls}
-        addresses = {"listen": self.listen, "pacs.address": self.pacs.address}
-        server = self.server
-        if not (server.tls or server.ca or server.certificate or is_loopback(server.address)):
-            secured["server.address"], addresses["server.address"] = False, server.address
-        if self.pacs.stow_url is not None and urlsplit(self.pacs.stow_url).scheme == "http":
-            # The host alone: a URL may hold a user name before it, as in http://localhost@pacs.example.
-            host = urlsplit(self.pacs.stow_url).hostname or ""
-            secured["pacs.stow_url"], addresses["pacs.stow_url"] = False, host
-        for key, address in addresses.items():
-            if address is not None and not secured[key] and not self.insecure and not is_loopback(address):
-                raise ValueError(
-                    f"{key}: {address} is beyond this machine, and there is no TLS; give [tls], use 127.0.0.1, or set "
-                    "insecure = true if you trust the network"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _keep_the_monitor_at_home(self) -> Self:
+            faults.append("pacs.tls: it needs the files of [tls]; add this table")
+        server, stow_url = self.server, urlsplit(self.pacs.stow_url or "")
+        plaintext = {
+            "listen": None if self.tls else self.listen,
+            "pacs.address": None if self.pacs.tls else self.pacs.address,
+            "server.address": None if server.tls or server.ca or server.certificate else server.address,
+            # Only the host: a user name may precede it, as in http://localhost@pacs.example.
+            "pacs.stow_url": stow_url.hostname or "" if stow_url.scheme == "http" else None,
+        }
+        remedies = {
+            "listen": "add [tls], listen on 127.0.0.1",
+            "pacs.address": "set pacs.tls = true, use 127.0.0.1",
+            "server.address": "set server.tls = true or server.ca, use 127.0.0.1",
+            "pacs.stow_url": "use https, use 127.0.0.1",
+        }
+        faults += [
+            f"{key}: {address} is not a loopback address, and there is no TLS; {remedies[key]}, or "
+            "set insecure = true if you trust the network"
+            for key, address in plaintext.items()
+            if address is not None and not self.insecure and not is_loopback(address)
+        ]
         if self.monitor_listen is not None and not self.monitor_insecure and not is_loopback(self.monitor_listen):
-            raise ValueError(
-                f"monitor_listen: {self.monitor_listen} can be reached from other machines, and what it answers is "
+            faults.append(
+                f"monitor_listen: {self.monitor_listen} can be reached from other machines, and its responses are "
                 "plaintext; listen on 127.0.0.1, or set monitor_insecure = true if you trust the network"
             )
+        if faults:
+            raise ValueError("\n".join(faults))
         return self
 
     def rule(self, modality: str, body_part: str, caller: str) -> Rule | None:
-        """The first rule that fits; None where none does, or it says to ignore."""
-        found = next((rule for rule in self.rules if rule.fits(modality, body_part, caller)), None)
+        """Return the first rule that matches an object, or None if there is none or it ignores the object.
+
+        Args:
+            modality: Modality of the object, in upper case.
+            body_part: Body Part Examined of the object, in upper case.
+            caller: AE title of the sender.
+        """
+        found = next((rule for rule in self.rules if rule.matches(modality, body_part, caller)), None)
         return None if found is None or found.ignore else found
 
     def check_files(self) -> None:
-        """Whether the files that it names can be read. Raises ConfigError, naming the key."""
+        """Check that the files of the configuration can be read.
+
+        Raises:
+            ConfigError: If a file cannot be read or is invalid. The message begins with its key.
+        """
         if self.tls is not None:
-            self.tls.listening()
+            self.tls.server_context()
         for table in ("server", "pacs"):
             for name, value in getattr(self, table):
                 if isinstance(value, Path):
-                    _readable(value, f"{table}.{name}")
+                    _require_readable(value, f"{table}.{name}")
 
 
 def read(path: Path) -> Config:
-    """The configuration from a TOML file; relative paths in it are looked up beside it. Raises ConfigError."""
+    """Read the configuration from a TOML file.
+
+    Args:
+        path: The TOML file. Relative paths in it refer to its folder.
+
+    Raises:
+        ConfigError: If the file cannot be read, or for invalid keys, with a line for each.
+    """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         config = Config(**data)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     except ValidationError as error:
-        raise ConfigError("; ".join(map(_line, error.errors()))) from error
+        raise ConfigError("\n".join(map(_fault, error.errors()))) from error
     for table in filter(None, (config, config.tls, config.server, config.pacs)):
         for name, value in table:
             if isinstance(value, Path):
@@ -269,12 +327,17 @@ def read(path: Path) -> Config:
     return config
 
 
-def _line(detail: Any) -> str:
-    message = detail["msg"].removeprefix("Value error, ")
-    return ": ".join(filter(None, (".".join(map(str, detail["loc"])), message)))
+def _fault(detail: Any) -> str:
+    """Format a validation error as "KEY: MESSAGE". Validators of whole tables begin their messages with a key."""
+    keys, message = [*map(str, detail["loc"])], detail["msg"].removeprefix("Value error, ")
+    if keys and (own_key := re.match(r"([a-z_]+): ", message)):
+        keys.append(own_key[1])
+        message = message[own_key.end() :]
+    return ": ".join(filter(None, (".".join(keys), message)))
 
 
-def _readable(path: Path, key: str) -> None:
+def _require_readable(path: Path, key: str) -> None:
+    """Raise ConfigError, with the key in the message, if the file cannot be opened."""
     try:
         path.open("rb").close()
     except OSError as error:

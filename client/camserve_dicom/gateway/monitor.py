@@ -1,4 +1,4 @@
-"""What watches the gateway is answered: /health and /metrics, on one plaintext listener."""
+"""HTTP listener for /health and /metrics, in plaintext."""
 
 from __future__ import annotations
 
@@ -18,55 +18,80 @@ from camserve.addresses import split_host_port
 from camserve_dicom.gateway.config import ConfigError
 from camserve_dicom.gateway.spool import Spool, Stage
 
-__all__ = ["Gauges", "Monitor"]
+__all__ = ["Monitor", "MonitorRequestHandler", "SpoolCollector"]
 
 
-class Gauges(Collector):
-    """Of the spool: read from it when Prometheus asks."""
+class SpoolCollector(Collector):
+    """Prometheus gauges of the spool, which are read from the disk on each scrape."""
 
     def __init__(self, spool: Spool) -> None:
         self._spool = spool
 
     def collect(self) -> Iterator[Metric]:
-        """As Prometheus wants it."""
+        """Yield the number and age of the entries of each stage, and the free space of the disk."""
         entries = GaugeMetricFamily("camserve_gateway_entries", "Objects in a stage of the spool.", labels=["stage"])
-        oldest = GaugeMetricFamily("camserve_gateway_oldest_seconds", "Age of the oldest of them.", labels=["stage"])
+        oldest = GaugeMetricFamily(
+            "camserve_gateway_oldest_seconds", "Age of the oldest object in a stage of the spool.", labels=["stage"]
+        )
         for stage in Stage:
-            since = [since for _, since in self._spool.changed(stage)]
-            entries.add_metric([stage.value], len(since))
-            oldest.add_metric([stage.value], time.time() - min(since) if since else 0.0)
+            times = [changed for _, changed in self._spool.entries_with_times(stage)]
+            entries.add_metric([stage.value], len(times))
+            oldest.add_metric([stage.value], time.time() - min(times) if times else 0.0)
         yield from (entries, oldest)
-        yield GaugeMetricFamily("camserve_gateway_free_bytes", "On the spool's disk.", self._spool.free_bytes())
+        yield GaugeMetricFamily(
+            "camserve_gateway_free_bytes", "Free space on the disk of the spool.", self._spool.free_bytes()
+        )
 
 
-class _Server(ThreadingMixIn, WSGIServer):
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
 
-class _Quiet(WSGIRequestHandler):
-    timeout = 10.0  # nobody keeps a thread by saying nothing
+class MonitorRequestHandler(WSGIRequestHandler):
+    """Request handler without an access log.
+
+    Attributes:
+        timeout: Seconds until the connection of an idle peer is closed, so that it does not occupy a thread.
+    """
+
+    timeout = 10.0
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        pass
+        """Do not log the request."""
 
 
 class Monitor:
-    """Listens on `address` until closed. `wrong` says what keeps the gateway from working. Raises ConfigError."""
+    """An HTTP listener that answers from its creation until `close`.
 
-    def __init__(self, address: str, registry: CollectorRegistry, wrong: Callable[[], list[str]]) -> None:
+    Args:
+        address: HOST:PORT to listen on.
+        registry: Metrics of /metrics.
+        problems: Returns a text for each condition that keeps the gateway from working.
+
+    Raises:
+        ConfigError: If the address is not available.
+
+    Attributes:
+        address: HOST:PORT with the actual port.
+    """
+
+    def __init__(self, address: str, registry: CollectorRegistry, problems: Callable[[], list[str]]) -> None:
         self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
-        self._wrong = wrong
+        self._problems = problems
         host, port = split_host_port(address)
         try:
-            self._http = make_server(host, int(port), self._answer, _Server, _Quiet)
+            self._http = make_server(host, int(port), self._answer, _ThreadingServer, MonitorRequestHandler)
         except (OSError, OverflowError) as error:
-            raise ConfigError(f"monitor_listen: cannot bind {address}; is another gateway there?") from error
+            raise ConfigError(
+                f"monitor_listen: cannot bind {address}; choose a free address of this "
+                "machine, or stop the process that uses it"
+            ) from error
         self.address = f"{address.rpartition(':')[0]}:{self._http.server_port}"
         self._thread = threading.Thread(target=self._http.serve_forever, name="monitor", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Answers no more."""
+        """Close the listener and wait for its thread."""
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
@@ -77,12 +102,12 @@ class Monitor:
                 case "/metrics":
                     return self._metrics(environ, start_response)
                 case "/health":
-                    wrong = self._wrong()
-                    status = "503 Service Unavailable" if wrong else "200 OK"
-                    body = {"status": "not serving" if wrong else "serving", "wrong": wrong}
+                    problems = self._problems()
+                    status = "503 Service Unavailable" if problems else "200 OK"
+                    body = {"status": "not serving" if problems else "serving", "wrong": problems}
                 case _:
                     status, body = "404 Not Found", {"paths": ["/health", "/metrics"]}
-        except OSError:  # of which wsgiref would print paths
+        except OSError:  # wsgiref would print a traceback with paths
             status, body = "503 Service Unavailable", {"status": "not serving", "wrong": ["the spool cannot be read"]}
         start_response(status, [("Content-Type", "application/json")])
         return [json.dumps(body).encode()]

@@ -1,4 +1,4 @@
-"""Calls to the PACS: store, by C-STORE or STOW-RS, and ask for storage commitment."""
+"""Requests to the PACS: C-STORE or STOW-RS to store results, and storage commitment."""
 
 from __future__ import annotations
 
@@ -23,133 +23,173 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 
 from camserve.addresses import split_host_port
 from camserve_dicom.gateway.config import Config, PacsConfig
-from camserve_dicom.gateway.workers import Dead, Later
+from camserve_dicom.gateway.workers import PermanentFailure, TemporaryFailure
 
-__all__ = ["Dimse", "Pacs", "Stow", "is_stored", "references"]
+__all__ = ["DimsePacs", "Pacs", "StowPacs", "check_storage_status", "sop_reference"]
 
-# Who is just sending an answer to a storage commitment does not look at the release.
-RELEASE_WAIT_S = 5.0
-REJECTED_FOR_GOOD = 1
-NOT_NOW = 0x0213  # resource limitation
-THERE_ALREADY = 0x0111  # duplicate SOP instance: ours, for nobody else can have its UID
+# A PACS that is sending a commitment report answers the release of the association late.
+RELEASE_TIMEOUT_S = 5.0
+REJECTED_PERMANENT = 1  # result field of A-ASSOCIATE-RJ (PS3.8 9.3.4)
+RESOURCE_LIMITATION = 0x0213  # PS3.7 C.5.15
+# The PACS has the object already. Its UID is derived from its content, so it is the same object.
+DUPLICATE_SOP_INSTANCE = 0x0111  # PS3.7 C.5.6
 
 
 class Pacs(Protocol):
-    """Somewhere to store results."""
+    """A destination of results."""
 
-    def store(self, files: Sequence[Path], stored: Callable[[Path, int], None]) -> None:
-        """Stores the files, calling `stored` with the status of each that is there. Raises Later or Dead."""
+    def store(self, files: Sequence[Path], on_stored: Callable[[Path, int], None]) -> None:
+        """Store files.
+
+        Args:
+            files: DICOM files.
+            on_stored: Called with each stored file and its status.
+
+        Raises:
+            TemporaryFailure: If a file was not stored and may be stored later.
+            PermanentFailure: If the PACS refuses a file.
+        """
 
 
-class Dimse:
-    """A PACS by DIMSE. `answered` is called with what it says of storage commitments, as a handler of the event."""
+class DimsePacs:
+    """A PACS that takes results by C-STORE.
 
-    def __init__(self, config: Config, answered: Callable[[evt.Event], int]) -> None:
+    Args:
+        config: The configuration, whose `pacs` has an address and an AE title.
+        on_commitment_report: Handler of N-EVENT-REPORT requests in associations of this class. It returns a status.
+    """
+
+    def __init__(self, config: Config, on_commitment_report: Callable[[evt.Event], int]) -> None:
         assert config.pacs.address is not None and config.pacs.ae_title is not None
         host, port = split_host_port(config.pacs.address)
         self._host, self._port, self._ae_title = host, int(port), config.pacs.ae_title
-        self._tls = (config.tls.calling(), self._host) if config.tls and config.pacs.tls else None
-        self._answered = answered
+        self._tls = (config.tls.client_context(), self._host) if config.tls and config.pacs.tls else None
+        self._on_commitment_report = on_commitment_report
         self._ae, self._timeout_s = AE(config.ae_title), config.pacs.timeout_s
         self._ae.connection_timeout = self._ae.acse_timeout = self._timeout_s
         self._ae.dimse_timeout = self._ae.network_timeout = self._timeout_s
 
-    def store(self, files: Sequence[Path], stored: Callable[[Path, int], None]) -> None:
-        """As Pacs says."""
+    def store(self, files: Sequence[Path], on_stored: Callable[[Path, int], None]) -> None:
+        """Store files by C-STORE in one association, see `Pacs.store`."""
         objects = [(file, dcmread(file)) for file in files]
         contexts = {(each.SOPClassUID, each.file_meta.TransferSyntaxUID) for _, each in objects}
         association = self._associate([*contexts])
         try:
             for file, each in objects:
                 try:
-                    answer = association.send_c_store(each)
+                    response = association.send_c_store(each)
                 except ValueError as error:
-                    raise Dead("the PACS takes no such object", str(error)) from error
+                    raise PermanentFailure("the PACS does not accept objects of this class", str(error)) from error
                 except RuntimeError as error:
-                    raise Later("the PACS has ended the association") from error
-                if "Status" not in answer:
-                    raise Later("no answer of the PACS")
-                is_stored(answer.Status)
-                stored(file, answer.Status)
+                    raise TemporaryFailure("the PACS ended the association") from error
+                if "Status" not in response:
+                    raise TemporaryFailure("the PACS did not respond")
+                check_storage_status(response.Status)
+                on_stored(file, response.Status)
         finally:
-            _end(association)
+            _release(association)
 
-    def commit(self, files: Sequence[Path], transaction: str, wait: Callable[[], None]) -> None:
-        """Asks it to commit itself to the files, and waits for an answer in the same association as long as `wait`."""
-        asked = Dataset()
-        asked.TransactionUID = transaction
-        asked.ReferencedSOPSequence = [references(file) for file in files]
+    def request_commitment(self, files: Sequence[Path], transaction: str, wait: Callable[[], None]) -> None:
+        """Request storage commitment by N-ACTION (PS3.4 J).
+
+        Args:
+            files: DICOM files that are stored.
+            transaction: Transaction UID.
+            wait: Called while the association is open, so that the PACS can report in it.
+
+        Raises:
+            TemporaryFailure: If the request may succeed later.
+            PermanentFailure: If the PACS refuses the request.
+        """
+        request = Dataset()
+        request.TransactionUID = transaction
+        request.ReferencedSOPSequence = [sop_reference(file) for file in files]
         association = self._associate([(StorageCommitmentPushModel, None)])
         try:
             try:
-                answer, _ = association.send_n_action(
-                    asked, 1, StorageCommitmentPushModel, StorageCommitmentPushModelInstance
+                response, _ = association.send_n_action(
+                    request, 1, StorageCommitmentPushModel, StorageCommitmentPushModelInstance
                 )
             except ValueError as error:
-                raise Dead("the PACS knows no storage commitment", str(error)) from error
+                raise PermanentFailure("the PACS does not support storage commitment", str(error)) from error
             except RuntimeError as error:
-                raise Later("the PACS has ended the association") from error
-            if "Status" not in answer:
-                raise Later("no answer of the PACS")
-            if answer.Status == NOT_NOW:
-                raise Later(f"status {answer.Status:#06x}")
-            if answer.Status != 0:
-                raise Dead(f"storage commitment: status {answer.Status:#06x}")
+                raise TemporaryFailure("the PACS ended the association") from error
+            if "Status" not in response:
+                raise TemporaryFailure("the PACS did not respond")
+            if response.Status == RESOURCE_LIMITATION:
+                raise TemporaryFailure(f"status {response.Status:#06x}")
+            if response.Status != 0:
+                raise PermanentFailure(f"storage commitment: status {response.Status:#06x}")
             wait()
         finally:
-            association.acse_timeout = min(RELEASE_WAIT_S, self._timeout_s)
-            _end(association)
+            association.acse_timeout = min(RELEASE_TIMEOUT_S, self._timeout_s)
+            _release(association)
 
     def _associate(self, contexts: Sequence[tuple[str, str | None]]) -> Association:
-        asked = [build_context(sop_class, syntax or DEFAULT_TRANSFER_SYNTAXES) for sop_class, syntax in contexts]
+        """Return an association with presentation contexts for these SOP classes and transfer syntaxes."""
+        proposed = [build_context(sop_class, syntax or DEFAULT_TRANSFER_SYNTAXES) for sop_class, syntax in contexts]
         try:
             association = self._ae.associate(
                 self._host,
                 self._port,
-                contexts=asked,
+                contexts=proposed,
                 ae_title=self._ae_title,
                 tls_args=self._tls,
-                evt_handlers=[(evt.EVT_N_EVENT_REPORT, self._answered)],
+                evt_handlers=[(evt.EVT_N_EVENT_REPORT, self._on_commitment_report)],
             )
         except (OSError, RuntimeError) as error:
-            raise Later("no connection to the PACS") from error
+            raise TemporaryFailure("no connection to the PACS") from error
         if association.is_established:
             return association
+        response = association.acceptor.primitive
         if association.is_rejected:
-            said = association.acceptor.primitive
-            if said is not None and said.result == REJECTED_FOR_GOOD:
-                raise Dead(f"the PACS rejects the association: source {said.result_source}, reason {said.diagnostic}")
-            raise Later("the PACS rejects the association for now")
-        if association.acceptor.primitive is not None:  # it answered, and accepts none of what was proposed
+            if response is not None and response.result == REJECTED_PERMANENT:
+                raise PermanentFailure(
+                    f"the PACS rejects the association: source {response.result_source}, reason {response.diagnostic}"
+                )
+            raise TemporaryFailure("the PACS rejects the association temporarily")
+        if response is not None:  # the PACS accepted the association, but no presentation context
             if contexts[0][0] == StorageCommitmentPushModel:
-                raise Dead("the PACS knows no storage commitment: set commitment = false")
-            raise Dead("the PACS takes no such object")
-        raise Later("no connection to the PACS")
+                raise PermanentFailure("the PACS does not support storage commitment; set commitment = false in [pacs]")
+            raise PermanentFailure("the PACS does not accept objects of this class")
+        raise TemporaryFailure("no connection to the PACS")
 
 
-def is_stored(status: int) -> None:
-    """Whether C-STORE's status, or the failure reason of STOW-RS, says so. Raises Later or Dead if not."""
-    if status in (0, THERE_ALREADY) or 0xB000 <= status <= 0xBFFF:
+def check_storage_status(status: int) -> None:
+    """Raise an exception unless a status means that the object is stored (PS3.4 B.2.3).
+
+    Args:
+        status: The status of C-STORE, or Failure Reason or Warning Reason of STOW-RS.
+
+    Raises:
+        TemporaryFailure: If the PACS is out of resources (0xA7xx).
+        PermanentFailure: For any other failure. Warnings (0xBxxx) are not failures.
+    """
+    if status in (0, DUPLICATE_SOP_INSTANCE) or 0xB000 <= status <= 0xBFFF:
         return
     if 0xA700 <= status <= 0xA7FF:
-        raise Later(f"status {status:#06x}")
-    raise Dead(f"status {status:#06x}")
+        raise TemporaryFailure(f"status {status:#06x}")
+    raise PermanentFailure(f"status {status:#06x}")
 
 
-def references(file: Path) -> Dataset:
-    """The UIDs of an object in a file."""
-    found, item = dcmread(file, specific_tags=["SOPClassUID", "SOPInstanceUID"]), Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = found.SOPClassUID, found.SOPInstanceUID
+def sop_reference(file: Path) -> Dataset:
+    """Return an item of Referenced SOP Sequence for the object in a file."""
+    header, item = dcmread(file, specific_tags=["SOPClassUID", "SOPInstanceUID"]), Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
     return item
 
 
-def _end(association: Association) -> None:
+def _release(association: Association) -> None:
     if association.is_established:
         association.release()
 
 
-class Stow:
-    """A PACS by DICOMweb's STOW-RS."""
+class StowPacs:
+    """A PACS that takes results by DICOMweb STOW-RS (PS3.18 10.5).
+
+    Args:
+        pacs: The configuration of the PACS, which has a `stow_url`.
+    """
 
     def __init__(self, pacs: PacsConfig) -> None:
         assert pacs.stow_url is not None
@@ -158,29 +198,30 @@ class Stow:
         self._context = ssl.create_default_context(cafile=pacs.stow_ca) if self._url.scheme == "https" else None
         self._authorization = pacs.stow_authorization_file
 
-    def store(self, files: Sequence[Path], stored: Callable[[Path, int], None]) -> None:
-        """As Pacs says."""
-        status, answer = self._post(files)
-        if status in (401, 403, 408, 429) or status >= 500:  # an operator can renew what has expired
-            raise Later(f"HTTP {status}")
+    def store(self, files: Sequence[Path], on_stored: Callable[[Path, int], None]) -> None:
+        """Store files in one request, see `Pacs.store`."""
+        status, body = self._post(files)
+        if status in (401, 403, 408, 429) or status >= 500:  # an operator may renew credentials that have expired
+            raise TemporaryFailure(f"HTTP {status}")
         if status not in (200, 202, 409):
-            raise Dead(f"HTTP {status}")
-        said = _failures(answer)
-        if status != 200 and not said:
-            raise Dead(f"HTTP {status}, and not why")
-        failed: Exception | None = None
+            raise PermanentFailure(f"HTTP {status}")
+        statuses = _parse_statuses(body)
+        if status != 200 and not statuses:
+            raise PermanentFailure(f"HTTP {status}; the archive gave no reason")
+        failure: Exception | None = None
         for file in files:
-            reason = said.get(references(file).ReferencedSOPInstanceUID, 0)
+            reason = statuses.get(sop_reference(file).ReferencedSOPInstanceUID, 0)
             try:
-                is_stored(reason)
-            except (Later, Dead) as error:
-                failed = error
+                check_storage_status(reason)
+            except (TemporaryFailure, PermanentFailure) as error:
+                failure = error
             else:
-                stored(file, reason)
-        if failed is not None:
-            raise failed
+                on_stored(file, reason)
+        if failure is not None:
+            raise failure
 
     def _post(self, files: Sequence[Path]) -> tuple[int, bytes]:
+        """Send the files as they are, and return the HTTP status and the body of the response."""
         boundary = secrets.token_hex(16)
         parts = [
             f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode() + file.read_bytes() + b"\r\n"
@@ -202,23 +243,23 @@ class Stow:
             connection.request(
                 "POST", self._url.path or "/", b"".join([*parts, f"--{boundary}--\r\n".encode()]), headers
             )
-            answer = connection.getresponse()
-            return answer.status, answer.read()
+            response = connection.getresponse()
+            return response.status, response.read()
         except (OSError, socket.gaierror, http.client.HTTPException) as error:
-            raise Later("no connection to the PACS") from error
+            raise TemporaryFailure("no connection to the PACS") from error
         finally:
             connection.close()
 
 
-def _failures(answer: bytes) -> dict[str, int]:
-    """The status of each object that was not simply stored, by its UID, out of the answer in DICOM JSON."""
+def _parse_statuses(body: bytes) -> dict[str, int]:
+    """Return the status of each object with a failure or warning, by SOP Instance UID, from a DICOM JSON response."""
     try:
-        said = json.loads(answer)
-        [found] = said if isinstance(said, list) else [said]
+        parsed = json.loads(body)
+        [dataset] = parsed if isinstance(parsed, list) else [parsed]
         statuses = {}
-        # FailedSOPSequence with FailureReason; ReferencedSOPSequence with WarningReason.
+        # Failed SOP Sequence with Failure Reason, and Referenced SOP Sequence with Warning Reason.
         for sequence, reason in (("00081198", "00081197"), ("00081199", "00081196")):
-            for item in found.get(sequence, {}).get("Value", []):
+            for item in dataset.get(sequence, {}).get("Value", []):
                 if reason in item:
                     statuses[item["00081155"]["Value"][0]] = int(item[reason]["Value"][0])
         return statuses

@@ -1,14 +1,14 @@
-"""The gateway as a process: its parts, from start to end."""
+"""The gateway as a process: start, shutdown and cleanup."""
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 import time
 from collections.abc import Callable
 from types import FrameType
 
+import structlog
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from camserve.client import Client
@@ -16,123 +16,147 @@ from camserve.errors import InvalidArgument
 from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config, ConfigError, ServerConfig
 from camserve_dicom.gateway.logs import log_to_stderr
-from camserve_dicom.gateway.monitor import Gauges, Monitor
-from camserve_dicom.gateway.pacs import Dimse, Pacs, Stow
+from camserve_dicom.gateway.monitor import Monitor, SpoolCollector
+from camserve_dicom.gateway.pacs import DimsePacs, Pacs, StowPacs
 from camserve_dicom.gateway.receiver import Receiver
 from camserve_dicom.gateway.spool import Spool, Stage
-from camserve_dicom.gateway.steps import Commitment, Delivery, Explaining, suspect
-from camserve_dicom.gateway.workers import Work, give_up
+from camserve_dicom.gateway.steps import CommitmentStep, ExplanationStep, StorageStep, was_interrupted
+from camserve_dicom.gateway.workers import StageWorkers, move_to_dead
 
 __all__ = ["Gateway", "run"]
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
-TIDY_EVERY_S = 600.0
+CLEANUP_INTERVAL_S = 600.0
 
 
 def run(config: Config, ready: Callable[[str], None]) -> None:
-    """Works until SIGTERM or SIGINT; calls `ready` with what it listens on. Raises ConfigError."""
+    """Run the gateway until SIGTERM or SIGINT. A second signal ends the process immediately.
+
+    Args:
+        config: The configuration.
+        ready: Called with the addresses when the gateway accepts objects.
+
+    Raises:
+        ConfigError: If the configuration is invalid, or an address or the spool is not available.
+    """
     log_to_stderr(config.log_level)
     config.check_files()
-    over = threading.Event()
+    stopped = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if over.is_set():  # the second one
+        if stopped.is_set():  # the second signal
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        over.set()
+        stopped.set()
 
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, stop)
     gateway = Gateway(config)
     try:
         ready(gateway.open())
-        while not over.wait(TIDY_EVERY_S):
-            gateway.tidy()
+        while not stopped.wait(CLEANUP_INTERVAL_S):
+            gateway.clean_up()
     finally:
         gateway.close()
 
 
 class Gateway:
-    """Listens and works from `open` to `close`. Raises ConfigError."""
+    """The parts of the gateway, which run between `open` and `close`.
+
+    Args:
+        config: The configuration.
+
+    Raises:
+        ConfigError: If the spool or a file of the configuration cannot be used.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._registry = CollectorRegistry()
         self._spool = Spool(config.spool)
         self._audit = Audit(config.spool / "audit.jsonl", self._registry)
-        self._client = _client(config.server)
-        commitment = Commitment(config, self._spool, self._audit)
-        self._receiver = Receiver(config, self._spool, self._audit, commitment.answered)
+        self._client = _connect(config.server)
+        commitment = CommitmentStep(config, self._spool, self._audit)
+        self._receiver = Receiver(config, self._spool, self._audit, commitment.handle_report)
         pacs: Pacs
         if config.pacs.stow_url is None:
-            pacs = commitment.pacs = Dimse(config, self._receiver.answered)
+            pacs = commitment.pacs = DimsePacs(config, self._receiver.commitment_report)
         else:
-            pacs = Stow(config.pacs)
-        explaining = Explaining(config, self._spool, self._audit, self._client)
-        delivery = Delivery(config, self._spool, self._audit, pacs)
-        self._works = [
-            Work(self._spool, Stage.inbox, explaining, self._audit, config.workers, suspect),
-            Work(self._spool, Stage.outbox, delivery, self._audit),
-            *[Work(self._spool, Stage.stored, commitment, self._audit)] * config.pacs.commits,
+            pacs = StowPacs(config.pacs)
+        explanation = ExplanationStep(config, self._spool, self._audit, self._client)
+        storage = StorageStep(config, self._spool, self._audit, pacs)
+        self._workers = [
+            StageWorkers(self._spool, Stage.inbox, explanation, self._audit, config.workers, was_interrupted),
+            StageWorkers(self._spool, Stage.outbox, storage, self._audit),
         ]
+        if config.pacs.requests_commitment:
+            self._workers.append(StageWorkers(self._spool, Stage.stored, commitment, self._audit))
         self._monitor: Monitor | None = None
-        for collector in (Gauges(self._spool), ProcessCollector(registry=None)):
+        for collector in (SpoolCollector(self._spool), ProcessCollector(registry=None)):
             self._registry.register(collector)
 
     def open(self) -> str:
-        """Begins; says where it listens."""
-        self.tidy()
-        where = [f"{self._receiver.open()} as {self._config.ae_title}"]
+        """Start to listen and to process the spool.
+
+        Returns:
+            The addresses of the listeners and the AE title, as text.
+
+        Raises:
+            ConfigError: If an address is not available.
+        """
+        self.clean_up()
+        addresses = [f"{self._receiver.open()} as {self._config.ae_title}"]
         if self._config.monitor_listen is not None:
-            self._monitor = Monitor(self._config.monitor_listen, self._registry, self._wrong)
-            where.append(f"monitored on {self._monitor.address}")
-        for work in self._works:
-            work.start()
-        return ", ".join(where)
+            self._monitor = Monitor(self._config.monitor_listen, self._registry, self._problems)
+            addresses.append(f"monitored on {self._monitor.address}")
+        for workers in self._workers:
+            workers.start()
+        return ", ".join(addresses)
 
     def close(self) -> None:
-        """Takes nothing more, finishes what runs within the grace period, and leaves the rest to the next start."""
+        """Stop listening, and wait up to grace_s for running steps. The next start repeats unfinished steps."""
         self._receiver.close()
-        for work in self._works:
-            work.stop()
-        until = time.monotonic() + self._config.grace_s
-        for thread in [thread for work in self._works for thread in work.threads if thread.ident]:
-            thread.join(max(0.0, until - time.monotonic()))
-        self._client.close()  # what still runs is cancelled, and begun anew by the next start
+        for workers in self._workers:
+            workers.stop()
+        deadline = time.monotonic() + self._config.grace_s
+        for thread in [thread for workers in self._workers for thread in workers.threads if thread.ident]:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._client.close()  # cancels explanations that still run
         if self._monitor is not None:
             self._monitor.close()
         self._spool.close()
 
-    def tidy(self) -> None:
-        """Gives up what has waited too long, and deletes what was given up so long ago."""
+    def clean_up(self) -> None:
+        """Move entries older than retention_h to `dead`, and delete entries that were in `dead` for as long."""
         oldest = time.time() - self._config.retention_h * 3600
         for stage in Stage:
-            for entry, since in self._spool.changed(stage):
-                if since > oldest:
+            for entry, changed in self._spool.entries_with_times(stage):
+                if changed > oldest:
                     continue
                 try:
                     if stage is Stage.dead:
                         self._audit.write_once("deleted", object=entry.name)
                         self._spool.remove(entry)
                     else:
-                        give_up(self._spool, self._audit, entry, "it has waited for too long")
-                except OSError as error:  # its step was done meanwhile
-                    log.info("not tidied", extra={"said": {"object": entry.name, "errno": error.errno}})
+                        move_to_dead(self._spool, self._audit, entry, "the entry is older than retention_h")
+                except OSError as error:  # a step moved the entry at the same time
+                    log.info("not tidied", object=entry.name, errno=error.errno)
 
-    def _wrong(self) -> list[str]:
-        wrong = []
+    def _problems(self) -> list[str]:
+        """Return a text for each condition that keeps the gateway from working."""
+        problems = []
         if self._spool.free_bytes() < self._config.min_free_bytes:
-            wrong.append("the spool's disk is full")
+            problems.append("the spool's disk is full")
         if self._spool.count(Stage.inbox) >= self._config.max_waiting:
-            wrong.append("too many objects wait")
-        if not all(thread.is_alive() for work in self._works for thread in work.threads):
-            wrong.append("a thread has ended")
-        return wrong
+            problems.append("too many objects wait")
+        if not all(thread.is_alive() for workers in self._workers for thread in workers.threads):
+            problems.append("a thread has ended")
+        return problems
 
 
-def _client(server: ServerConfig) -> Client:
-    """Raises ConfigError."""
+def _connect(server: ServerConfig) -> Client:
+    """Return a client of the camserve server; raise ConfigError if its configuration is invalid."""
     try:
         token = server.token_file.read_text().strip() if server.token_file else None
         return Client(

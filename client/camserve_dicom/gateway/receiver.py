@@ -1,15 +1,15 @@
-"""What others call the gateway for: to hand in images, and to say what became of storage commitments."""
+"""DIMSE listener of the gateway, which receives images and reports on storage commitments."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import zlib
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any, cast
 
+import structlog
 from pydicom import Dataset, dcmread
 from pydicom.uid import (
     HTJ2K,
@@ -41,19 +41,20 @@ from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config, ConfigError
 from camserve_dicom.gateway.spool import Spool, Stage
 
-__all__ = ["Receiver"]
+__all__ = ["Receiver", "modality_and_body_part"]
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
-TAKEN = 0x0000
+# Status codes (PS3.4 B.2.3, PS3.7 C).
+SUCCESS = 0x0000
+INVALID_ATTRIBUTE_VALUE = 0x0115
 NOT_AUTHORISED = 0x0124
-NO_ROOM = 0xA700
-OTHER_OBJECT = 0xA900
-UNREADABLE = 0xC000
-INVALID_VALUE = 0x0115
+OUT_OF_RESOURCES = 0xA700
+DATASET_MISMATCH = 0xA900
+CANNOT_UNDERSTAND = 0xC000
 
-# What can be decoded, the surest first: a PACS that has it otherwise may send it as one of these.
-_READ = [
+# Transfer syntaxes that can be decoded, in the order of preference: a sender may convert the pixels to one of them.
+_TRANSFER_SYNTAXES = [
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     DeflatedExplicitVRLittleEndian,
@@ -70,14 +71,14 @@ _READ = [
     HTJ2K,
     JPEGBaseline8Bit,
 ]
-if importlib.util.find_spec("libjpeg"):  # which is GPL, and nobody's who has not installed it
-    _READ.append(JPEGExtended12Bit)
-# 16 KB are what it says it takes; some send more.
-MOST_PDU_BYTES = 1 << 20
-INFLATED_BYTES = 1 << 20  # at a time
-# They have rows, but show nobody.
-_NO_PICTURES = (SegmentationStorage, ParametricMapStorage, RTDoseStorage)
-# What the rules ask for, and the loop guard.
+if importlib.util.find_spec("libjpeg"):  # an optional decoder that is not part of camserve, because it is GPL
+    _TRANSFER_SYNTAXES.append(JPEGExtended12Bit)
+# The listener announces a maximum PDU length of 16 KiB. Some peers exceed it.
+MAX_PDU_BYTES = 1 << 20
+INFLATE_CHUNK_BYTES = 1 << 20
+# These objects have pixels, but are not images of a patient.
+_NOT_IMAGES = (SegmentationStorage, ParametricMapStorage, RTDoseStorage)
+# Attributes for the rules and for the detection of the gateway's own results.
 _HEADER = [
     "SOPClassUID",
     "SOPInstanceUID",
@@ -92,10 +93,15 @@ _HEADER = [
 
 
 class Receiver:
-    """Listens as long as it is open.
+    """A DIMSE listener between `open` and `close`.
 
-    `committed` is called with a transaction's UID, the UIDs that the PACS has, and those that it has not with the
-    reason for each; it says whether it knows the transaction.
+    Args:
+        config: The configuration of the gateway.
+        spool: The spool, which takes received objects.
+        audit: The audit trail.
+        handle_report: Processes a commitment report. It is called with the Transaction UID, the SOP Instance UIDs that
+            the PACS is committed to, and failure reasons by SOP Instance UID. It returns False for an unknown
+            transaction.
     """
 
     def __init__(
@@ -103,160 +109,176 @@ class Receiver:
         config: Config,
         spool: Spool,
         audit: Audit,
-        committed: Callable[[str, list[str], dict[str, int]], bool],
+        handle_report: Callable[[str, list[str], dict[str, int]], bool],
     ) -> None:
         self._config, self._spool, self._audit = config, spool, audit
-        self._committed = committed
+        self._handle_report = handle_report
         self._ae = AE(config.ae_title)
         self._ae.require_called_aet = True
-        # A PACS that may not send still has to say what it has committed itself to.
-        self._ae.require_calling_aet = sorted({*config.callers, *config.pacs.committers})
+        # The PACS reports commitments even if it may not send images.
+        self._ae.require_calling_aet = sorted({*config.callers, *config.pacs.commitment_ae_titles})
         self._ae.maximum_associations = config.max_associations
         self._ae.network_timeout = self._ae.acse_timeout = self._ae.dimse_timeout = config.idle_s
         self._ae.supported_contexts = AllStoragePresentationContexts
         for context in self._ae.supported_contexts:
-            context.transfer_syntax = _READ  # type: ignore[assignment]
+            context.transfer_syntax = _TRANSFER_SYNTAXES  # type: ignore[assignment]
         self._ae.add_supported_context(Verification)
         self._ae.add_supported_context(StorageCommitmentPushModel, scu_role=True, scp_role=True)
 
     def open(self) -> str:
-        """Begins to listen; returns where. Raises ConfigError."""
+        """Start to listen.
+
+        Returns:
+            The address, HOST:PORT with the actual port.
+
+        Raises:
+            ConfigError: If the address is not available, or a file of [tls] is invalid.
+        """
         host, port = split_host_port(self._config.listen)
         handlers: list[Any] = [
-            (evt.EVT_CONN_OPEN, self._connected),
-            (evt.EVT_PDU_RECV, self._bounded),
-            (evt.EVT_REJECTED, self._rejected),
+            (evt.EVT_CONN_OPEN, self._limit_connection),
+            (evt.EVT_PDU_RECV, self._abort_if_too_large),
+            (evt.EVT_REJECTED, self._log_rejection),
             (evt.EVT_C_STORE, self._store),
-            (evt.EVT_N_EVENT_REPORT, self.answered),
+            (evt.EVT_N_EVENT_REPORT, self.commitment_report),
         ]
         try:
             listener = self._ae.start_server(
                 (host, int(port)),
                 block=False,
-                ssl_context=self._config.tls.listening() if self._config.tls else None,
+                ssl_context=self._config.tls.server_context() if self._config.tls else None,
                 evt_handlers=handlers,
             )
         except (OSError, OverflowError) as error:
-            raise ConfigError(f"listen: cannot bind {self._config.listen}; is another gateway there?") from error
+            raise ConfigError(
+                f"listen: cannot bind {self._config.listen}; choose a free address of this machine, or stop the "
+                "process that uses it"
+            ) from error
         assert listener is not None and listener.socket is not None
         return f"{self._config.listen.rpartition(':')[0]}:{listener.socket.getsockname()[1]}"
 
     def close(self) -> None:
-        """Listens no more, and aborts what is under way: who sent it has no answer, and sends it again."""
+        """Stop listening and abort all associations. A sender without a response must send its object again."""
         self._ae.shutdown()
 
-    # ---- handlers, each on the thread of its association ------------------------------------------------------------
+    # ---- event handlers, each on the thread of its association ------------------------------------------------------
 
-    def _connected(self, event: evt.Event) -> None:
-        """Lets no one stop within a message for ever, nor announce one that would fill the memory."""
-        socket = event.assoc.dul.socket
-        if socket is None or socket.socket is None:
+    def _limit_connection(self, event: evt.Event) -> None:
+        """Set a timeout and a maximum PDU length for a new connection."""
+        transport = event.assoc.dul.socket
+        if transport is None or transport.socket is None:
             return
-        socket.socket.settimeout(self._config.idle_s)
-        receive = socket.recv
+        transport.socket.settimeout(self._config.idle_s)
+        receive = transport.recv
 
-        def bounded(count: int) -> bytearray:
-            if count > MOST_PDU_BYTES:  # pynetdicom would read it whole, whatever it said it takes
-                raise OSError("a protocol data unit is too long")
+        def receive_limited(count: int) -> bytearray:
+            if count > MAX_PDU_BYTES:  # pynetdicom would read the whole PDU into memory
+                raise OSError(f"a PDU has more than {MAX_PDU_BYTES} bytes")
             return receive(count)
 
-        socket.recv = bounded  # type: ignore[assignment, method-assign]
+        transport.recv = receive_limited  # type: ignore[assignment, method-assign]
 
-    def _bounded(self, event: evt.Event) -> None:
-        """Aborts an object that is too large while it comes in."""
+    def _abort_if_too_large(self, event: evt.Event) -> None:
+        """Abort the association while it receives an object that exceeds max_object_bytes."""
         message = event.assoc.dimse.message
-        so_far = getattr(message, "data_set", None)
-        if isinstance(so_far, BytesIO) and so_far.tell() > self._config.max_object_bytes:
+        received = getattr(message, "data_set", None)
+        if isinstance(received, BytesIO) and received.tell() > self._config.max_object_bytes:
             event.assoc.abort(block=False)
-            so_far.truncate(0)
-            self._audit.write("too large", peer=_caller(event))
+            received.truncate(0)
+            self._audit.write("too large", peer=_calling_ae_title(event))
 
-    def _rejected(self, event: evt.Event) -> None:
-        # Who sets a modality up wants to know. A stranger may call himself anything.
-        log.warning("association rejected", extra={"said": {"peer": ascii(_caller(event))}})
+    def _log_rejection(self, event: evt.Event) -> None:
+        # An operator who sets up a modality needs the title. An unknown peer may send any bytes as its title.
+        log.warning("association rejected", peer=ascii(_calling_ae_title(event)))
 
     def _store(self, event: evt.Event) -> int:
-        caller = _caller(event)
+        """Handle C-STORE: check the object and add it to the spool. Return the status."""
+        caller = _calling_ae_title(event)
         try:
             if caller not in self._config.callers:
                 return NOT_AUTHORISED
             part10 = event.encoded_dataset()
             try:
-                if event.context.transfer_syntax == DeflatedExplicitVRLittleEndian and self._inflates(event):
+                if event.context.transfer_syntax == DeflatedExplicitVRLittleEndian and self._inflates_too_large(event):
                     self._audit.write("too large", peer=caller)
-                    return UNREADABLE
+                    return CANNOT_UNDERSTAND
                 header = dcmread(BytesIO(part10), specific_tags=[*_HEADER])
                 uid = str(header.SOPInstanceUID)
-            except Exception:  # whatever a broken header makes of the parser
+            except Exception:  # a corrupt header can raise any exception in the parser
                 log.warning("an object cannot be read")
-                return UNREADABLE
+                return CANNOT_UNDERSTAND
             if uid != cast(C_STORE, event.request).AffectedSOPInstanceUID:
-                return OTHER_OBJECT
-            return self._take(header, part10, caller)
+                return DATASET_MISMATCH
+            return self._add_to_spool(header, part10, caller)
         except OSError as error:
-            log.error("no object can be taken", extra={"said": {"errno": error.errno}})
-            return NO_ROOM
+            log.error("no object can be taken", errno=error.errno)
+            return OUT_OF_RESOURCES
 
-    def _inflates(self, event: evt.Event) -> bool:
-        """Whether a deflated object is too large: who reads it has it whole, and a few kilobytes may be gigabytes."""
+    def _inflates_too_large(self, event: evt.Event) -> bool:
+        """Return True if a deflated object exceeds max_object_bytes. A few kilobytes may inflate to gigabytes."""
         inflater, left_bytes = zlib.decompressobj(-zlib.MAX_WBITS), self._config.max_object_bytes
         data = cast(BytesIO, cast(C_STORE, event.request).DataSet).getvalue()
         while data and not inflater.eof and left_bytes >= 0:
-            left_bytes -= len(inflater.decompress(data, INFLATED_BYTES))
+            left_bytes -= len(inflater.decompress(data, INFLATE_CHUNK_BYTES))
             data = inflater.unconsumed_tail
         return left_bytes < 0
 
-    def _take(self, header: Dataset, part10: bytes, caller: str) -> int:
-        name = self._spool.name(str(header.SOPInstanceUID))
-        why_not = self._why_not(header, caller)
-        if why_not is None:
-            full = self._spool.count(Stage.inbox) >= self._config.max_waiting
-            if full or self._spool.free_bytes() < self._config.min_free_bytes + len(part10):
-                log.warning("no room", extra={"said": {"queue": full}})
-                return NO_ROOM
+    def _add_to_spool(self, header: Dataset, part10: bytes, caller: str) -> int:
+        """Add an object to the inbox, or drop it. Return the status of C-STORE."""
+        name = self._spool.entry_name(str(header.SOPInstanceUID))
+        drop_reason = self._drop_reason(header, caller)
+        if drop_reason is None:
+            queue_full = self._spool.count(Stage.inbox) >= self._config.max_waiting
+            if queue_full or self._spool.free_bytes() < self._config.min_free_bytes + len(part10):
+                log.warning("no room", queue=queue_full)
+                return OUT_OF_RESOURCES
             self._audit.write("received", object=name, peer=caller, bytes=len(part10))
             entry = json.dumps({"caller": caller}).encode()
-            if self._spool.take(name, {"source.dcm": part10, "entry.json": entry}):
-                return TAKEN
-            why_not = "under way already"
-        self._audit.write("dropped", object=name, peer=caller, reason=why_not)
-        return TAKEN
+            if self._spool.add(name, {"source.dcm": part10, "entry.json": entry}):
+                return SUCCESS
+            drop_reason = "under way already"
+        self._audit.write("dropped", object=name, peer=caller, reason=drop_reason)
+        return SUCCESS
 
-    def _why_not(self, header: Dataset, caller: str) -> str | None:
-        """Why the object is not explained. The loop guard: what the gateway stores may be sent to it again."""
+    def _drop_reason(self, header: Dataset, caller: str) -> str | None:
+        """Return the reason why an object is not explained, or None. A PACS may send the gateway its own results."""
         equipment = [header, *header.get("ContributingEquipmentSequence", [])]
         if any(each.get("Manufacturer") == "camserve" for each in equipment):
             return "own"
-        if "Rows" not in header or header.get("SOPClassUID") in _NO_PICTURES:
+        if "Rows" not in header or header.get("SOPClassUID") in _NOT_IMAGES:
             return "no image"
-        if header.get("PresentationIntentType") == "FOR PROCESSING":  # the one for presentation comes as well
+        if header.get("PresentationIntentType") == "FOR PROCESSING":  # the image FOR PRESENTATION is sent as well
             return "for processing"
         if [*header.get("ImageType", [])][:2] == ["DERIVED", "SECONDARY"]:
             return "derived"
-        if self._config.rule(*described(header), caller) is None:
+        if self._config.rule(*modality_and_body_part(header), caller) is None:
             return "no rule"
         return None
 
-    def answered(self, event: evt.Event) -> int:
-        """The PACS says what became of a storage commitment, in this association or in that which asked for it."""
+    def commitment_report(self, event: evt.Event) -> int:
+        """Handle an N-EVENT-REPORT request of the PACS in any association.
+
+        Returns:
+            The status of the response.
+        """
         peer = event.assoc.requestor if event.assoc.is_acceptor else event.assoc.acceptor
-        if peer.ae_title.strip() not in self._config.pacs.committers:
+        if peer.ae_title.strip() not in self._config.pacs.commitment_ae_titles:
             return NOT_AUTHORISED
-        said = event.event_information
-        there = [str(item.ReferencedSOPInstanceUID) for item in said.get("ReferencedSOPSequence", [])]
+        report = event.event_information
+        committed = [str(item.ReferencedSOPInstanceUID) for item in report.get("ReferencedSOPSequence", [])]
         failed = {
             str(item.ReferencedSOPInstanceUID): int(item.get("FailureReason", 0))
-            for item in said.get("FailedSOPSequence", [])
+            for item in report.get("FailedSOPSequence", [])
         }
-        known = self._committed(str(said.get("TransactionUID", "")), there, failed)
-        return TAKEN if known else INVALID_VALUE
+        accepted = self._handle_report(str(report.get("TransactionUID", "")), committed, failed)
+        return SUCCESS if accepted else INVALID_ATTRIBUTE_VALUE
 
 
-def described(header: Dataset) -> tuple[str, str]:
-    """Modality and body part, as the rules know them."""
+def modality_and_body_part(header: Dataset) -> tuple[str, str]:
+    """Return Modality and Body Part Examined in upper case, as rules compare them."""
     modality, body_part = (str(header.get(key) or "").strip().upper() for key in ("Modality", "BodyPartExamined"))
     return modality, body_part
 
 
-def _caller(event: evt.Event) -> str:
+def _calling_ae_title(event: evt.Event) -> str:
     return str(event.assoc.requestor.ae_title).strip()

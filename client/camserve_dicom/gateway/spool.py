@@ -1,13 +1,13 @@
-"""The spool: what is under way, as folders on disk. An object's entry is a folder, and its stage the folder it lies in.
+"""The spool: objects in progress on disk. Each object has an entry, which is a folder inside the folder of its stage.
 
-    incoming/  being written or deleted; emptied at the start
-    inbox/     to be explained
-    outbox/    explained; results/ are to be stored, but for those named so, sent/ are stored
-    stored/    all stored; the PACS is to commit itself to them
-    dead/      given up; reason.json says why
+    incoming/  entries that are being written or deleted; emptied at the start
+    inbox/     objects to explain
+    outbox/    explained objects: results/ has results to store, sent/ has stored ones
+    stored/    objects whose results are all stored and wait for storage commitment
+    dead/      objects that failed permanently; reason.json gives the reason
 
-A step on is one rename, after all that it rests on is on the disk. So whenever the process is killed, an entry lies in
-one stage, whole, and its step is done again.
+An entry changes its stage by one rename, after all files that it depends on are on the disk. If the process is killed,
+each entry is complete and in one stage, and its current step is repeated.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from typing import Any
 
 from camserve_dicom.gateway.config import ConfigError
 
-__all__ = ["Spool", "Stage", "load", "move_file", "save"]
+__all__ = ["Spool", "Stage", "move_file", "read_json", "write_file"]
 
 
 class Stage(Enum):
-    """Where an entry is."""
+    """A stage of the spool. The value is the name of its folder."""
 
     inbox = "inbox"
     outbox = "outbox"
@@ -40,66 +40,87 @@ class Stage(Enum):
 
 
 class Spool:
-    """The folders below `root`, for this process alone. Raises ConfigError where that cannot be."""
+    """The folders of the spool, locked for this process.
+
+    Args:
+        root: The folder of the spool, which is created if necessary.
+
+    Raises:
+        ConfigError: If the folder cannot be used, another process uses it, or other users can read it.
+
+    Attributes:
+        root: The folder of the spool.
+        arrived: An event for each stage, which is set when an entry arrives there.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        # Set when an entry comes into a stage.
         self.arrived = {stage: threading.Event() for stage in Stage}
         self._incoming = root / "incoming"
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if root.stat().st_mode & 0o077:
-                raise ConfigError(f"spool: others can look into {root}; chmod it to 0700")
+                raise ConfigError(f"spool: other users can access {root}; run chmod 0700 on it")
             for each in (self._incoming, *map(self.folder, Stage)):
                 each.mkdir(mode=0o700, exist_ok=True)
-            self._lock = _locked(root / "lock")
-            self._key = self._read_key()
-            for left in self._incoming.iterdir():
-                shutil.rmtree(left)
+            self._lock = _lock_file(root / "lock")
+            self._key = self._read_or_create_key()
+            for unfinished in self._incoming.iterdir():
+                shutil.rmtree(unfinished)
         except BlockingIOError as error:
-            raise ConfigError(f"spool: another gateway works in {root}") from error
+            raise ConfigError(f"spool: another gateway uses {root}; stop it, or choose another folder") from error
         except OSError as error:
             raise ConfigError(f"spool: {error}") from error
 
     def close(self) -> None:
-        """Lets another process have it."""
+        """Release the lock, so that another process can use the spool."""
         os.close(self._lock)
 
     def folder(self, stage: Stage) -> Path:
-        """Of all entries of the stage."""
+        """Return the folder of a stage."""
         return self.root / stage.value
 
-    def name(self, uid: str) -> str:
-        """What an object is called here and in the audit trail: a hash of its UID that needs the key to be made."""
+    def entry_name(self, uid: str) -> str:
+        """Return the name of an object in the spool and the audit trail: a hash of its UID, keyed with a secret."""
         return hmac.digest(self._key, uid.encode(), "sha256").hex()[:32]
 
     def entries(self, stage: Stage) -> list[Path]:
-        """Those of the stage, the oldest first."""
+        """Return the entries of a stage, oldest first."""
         with os.scandir(self.folder(stage)) as found:
-            dated = [(since, Path(each)) for each in found if (since := _changed(Path(each))) is not None]
+            dated = [(changed, Path(each)) for each in found if (changed := _change_time(Path(each))) is not None]
         return [entry for _, entry in sorted(dated)]
 
     def count(self, stage: Stage) -> int:
-        """How many entries are in the stage."""
+        """Return the number of entries of a stage."""
         return sum(1 for _ in self.folder(stage).iterdir())
 
-    def changed(self, stage: Stage) -> Iterator[tuple[Path, float]]:
-        """Each entry of the stage, and since when it is there or thereabouts, in seconds of Unix time."""
+    def entries_with_times(self, stage: Stage) -> Iterator[tuple[Path, float]]:
+        """Yield each entry of a stage and the Unix time in seconds when it was received or, in `dead`, failed."""
         for entry in self.entries(stage):
-            if (since := _changed(entry)) is not None:
-                yield entry, since
+            if (changed := _change_time(entry)) is not None:
+                yield entry, changed
 
     def free_bytes(self) -> int:
-        """What the disk has left."""
+        """Return the free space on the disk of the spool."""
         return shutil.disk_usage(self.root).free
 
-    def take(self, name: str, files: Mapping[str, bytes]) -> bool:
-        """Puts an object into the inbox, for good. False where it is under way already."""
+    def add(self, name: str, files: Mapping[str, bytes]) -> bool:
+        """Add an entry to the inbox, and wait until it is on the disk.
+
+        Args:
+            name: Name of the entry.
+            files: File names and contents.
+
+        Returns:
+            False if the object is in progress already.
+
+        Raises:
+            OSError: If the entry cannot be written. The inbox has no part of it then.
+        """
         if any((self.folder(stage) / name).exists() for stage in (Stage.inbox, Stage.outbox, Stage.stored)):
-            _sync(self.folder(Stage.inbox))  # whoever put it there may not have come to that yet
+            _sync(self.folder(Stage.inbox))  # the thread that added it may not have synchronised it yet
             return False
-        new = self._aside(name)
+        new = self._temporary_path(name)
         try:
             new.mkdir(mode=0o700)
             for file, data in files.items():
@@ -108,7 +129,7 @@ class Spool:
             new.rename(self.folder(Stage.inbox) / name)
         except BaseException as error:
             shutil.rmtree(new, ignore_errors=True)
-            if (self.folder(Stage.inbox) / name).exists():  # somebody sent it at the same time
+            if (self.folder(Stage.inbox) / name).exists():  # another association sent the object at the same time
                 return False
             raise error
         _sync(self.folder(Stage.inbox))
@@ -116,9 +137,13 @@ class Spool:
         return True
 
     def move(self, entry: Path, stage: Stage) -> Path:
-        """Brings an entry to another stage. What it rests on must be on the disk."""
+        """Move an entry to another stage. All files of the entry must be on the disk.
+
+        Returns:
+            The new path of the entry.
+        """
         new = self.folder(stage) / entry.name
-        if new.exists():  # an earlier one that was given up
+        if new.exists():  # an earlier entry of the same object that failed
             self.remove(new)
         entry.rename(new)
         _sync(new.parent)
@@ -127,16 +152,18 @@ class Spool:
         return new
 
     def remove(self, entry: Path) -> None:
-        """Deletes an entry, wholly or not at all."""
-        aside = self._aside(entry.name)
-        entry.rename(aside)
+        """Delete an entry. If the process is killed, either the complete entry remains or nothing."""
+        unlinked = self._temporary_path(entry.name)
+        entry.rename(unlinked)
         _sync(entry.parent)
-        shutil.rmtree(aside)
+        shutil.rmtree(unlinked)
 
-    def _aside(self, name: str) -> Path:
+    def _temporary_path(self, name: str) -> Path:
+        """Return a path in incoming/ that does not exist."""
         return self._incoming / f"{name}.{secrets.token_hex(4)}"
 
-    def _read_key(self) -> bytes:
+    def _read_or_create_key(self) -> bytes:
+        """Return the key of entry names, and create it in a new spool."""
         path = self.root / "key"
         if not path.exists():
             new = self.root / "key.new"
@@ -147,8 +174,13 @@ class Spool:
         return path.read_bytes()
 
 
-def save(path: Path, data: bytes | Mapping[str, Any]) -> None:
-    """Writes a file of an entry, wholly or not at all; a mapping as JSON."""
+def write_file(path: Path, data: bytes | Mapping[str, Any]) -> None:
+    """Write a file of an entry atomically, and wait until it is on the disk. Its folder is created if necessary.
+
+    Args:
+        path: The file.
+        data: Its content; a mapping is written as JSON.
+    """
     content = data if isinstance(data, bytes) else json.dumps(data, ensure_ascii=False).encode()
     path.parent.mkdir(mode=0o700, exist_ok=True)
     new = path.with_name(f".{path.name}")
@@ -159,8 +191,8 @@ def save(path: Path, data: bytes | Mapping[str, Any]) -> None:
     _sync(path.parent.parent)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote of a mapping; nothing where it did not."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the mapping that `write_file` wrote; empty if the file does not exist."""
     try:
         return dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
@@ -168,15 +200,15 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def move_file(path: Path, new: Path) -> None:
-    """Renames a file of an entry, for good; makes the folder if need be."""
+    """Rename a file of an entry, and wait until the rename is on the disk. The new folder is created if necessary."""
     new.parent.mkdir(mode=0o700, exist_ok=True)
     path.rename(new)
     for folder in {new.parent, path.parent, new.parent.parent}:
         _sync(folder)
 
 
-def _locked(path: Path) -> int:
-    """A file descriptor that nobody else has as long as it is open. Raises BlockingIOError where somebody does."""
+def _lock_file(path: Path) -> int:
+    """Return a file descriptor that holds an exclusive lock; raise BlockingIOError if another process holds it."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,6 +219,7 @@ def _locked(path: Path) -> int:
 
 
 def _write(path: Path, data: bytes) -> None:
+    """Create a file, and wait until its content is on the disk."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(file, "wb") as out:
         out.write(data)
@@ -195,7 +228,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Makes what was renamed in a folder outlive a loss of power."""
+    """Wait until renames in a folder are on the disk, so that they survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -203,8 +236,8 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _changed(entry: Path) -> float | None:
-    """When the entry was received or, later, given up; None where it is gone."""
+def _change_time(entry: Path) -> float | None:
+    """Return the time when the entry failed or was received, in seconds of Unix time; None if it does not exist."""
     for file in ("reason.json", "source.dcm"):
         try:
             return min((entry / file).stat().st_mtime, time.time())

@@ -1,4 +1,7 @@
-"""The steps of an entry from the inbox to its end: explain, store, have it committed. Each may be done twice."""
+"""The steps of an entry: explain the image, store the results, request storage commitment.
+
+A step may be repeated, because the process may be killed at any time.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,27 @@ from camserve.client import Client
 from camserve_dicom.explaining import explain
 from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config
-from camserve_dicom.gateway.pacs import Dimse, Pacs, references
-from camserve_dicom.gateway.receiver import described
-from camserve_dicom.gateway.spool import Spool, Stage, load, move_file, save
-from camserve_dicom.gateway.workers import Dead, Later
+from camserve_dicom.gateway.pacs import DimsePacs, Pacs, sop_reference
+from camserve_dicom.gateway.receiver import modality_and_body_part
+from camserve_dicom.gateway.spool import Spool, Stage, move_file, read_json, write_file
+from camserve_dicom.gateway.workers import PermanentFailure, TemporaryFailure
 
-__all__ = ["Commitment", "Delivery", "Explaining", "suspect"]
+__all__ = ["CommitmentStep", "ExplanationStep", "StorageStep", "was_interrupted"]
 
-# An object that ends the process, by a decoder's crash for instance, must not do so for ever. What is killed for other
-# reasons is hardly killed so often while it explains the same object, and nothing else.
-MOST_BEGUN = 10
+# An object that crashes the process, for example in a decoder, must not do so forever. The limit is high, because the
+# process may also be killed for other reasons.
+MAX_INTERRUPTIONS = 10
+# This file exists while an entry is explained.
 BEGUN = "begun.json"
-MOST_UNCOMMITTED = 3
-# In the name of a result that the PACS has, before the status: the audit trail does not say so yet.
-STORED = ".stored-"
-# A fault of the server may be its own, and pass, or the image's.
-MOST_FAILED = 10
-# How long an association is held open for the answer to a storage commitment; later ones come in their own.
-ANSWER_WAIT_S = 1.0
-# What passes by itself, or by an operator's hand, without the object being to blame.
-_PASSING = (
+MAX_FAILED_COMMITMENTS = 3
+# Marks a result in results/ that the PACS has and the audit trail does not record yet. The status follows.
+STORED_MARK = ".stored-"
+# An internal error of the server may be temporary, or caused by the image.
+MAX_SERVER_ERRORS = 10
+# Seconds that an association stays open for the report of a commitment. Later reports come in their own association.
+REPORT_WAIT_S = 1.0
+# Errors that do not depend on the object. They pass, or an operator corrects their cause.
+_TEMPORARY_ERRORS = (
     errors.Unavailable,
     errors.DeadlineExceeded,
     errors.Cancelled,
@@ -45,59 +49,65 @@ _PASSING = (
 )
 
 
-class Explaining:
-    """Inbox to outbox."""
+class ExplanationStep:
+    """Explains the object of an entry, and moves the entry from inbox to outbox."""
 
     def __init__(self, config: Config, spool: Spool, audit: Audit, client: Client) -> None:
         self._config, self._spool, self._audit, self._client = config, spool, audit, client
 
     def __call__(self, entry: Path) -> None:
-        """Explains what is in the entry. Raises Later or Dead."""
+        """Explain the object.
+
+        Raises:
+            TemporaryFailure: If the disk is almost full, or the server is not available.
+            PermanentFailure: If the object cannot be explained.
+        """
         if self._spool.free_bytes() < self._config.min_free_bytes:
-            raise Later("the disk is full")  # what is left is for results that are there
-        begun = int(load(entry / BEGUN).get("times", 0))
-        if begun >= MOST_BEGUN:
-            (entry / BEGUN).unlink()  # so that it can be tried again by hand
-            raise Dead(f"it was begun {begun} times and never ended")
-        save(entry / BEGUN, {"times": begun + 1})
+            raise TemporaryFailure("the disk is full")  # the rest is reserved for steps of other entries
+        interruptions = int(read_json(entry / BEGUN).get("times", 0))
+        if interruptions >= MAX_INTERRUPTIONS:
+            (entry / BEGUN).unlink()  # an operator may move the entry back
+            raise PermanentFailure(f"the process ended {interruptions} times while it explained the object")
+        write_file(entry / BEGUN, {"times": interruptions + 1})
         try:
             self._explain(entry)
         finally:
-            (entry / BEGUN).unlink(missing_ok=True)  # gone already where all went well
+            (entry / BEGUN).unlink(missing_ok=True)  # after a success it is deleted already
 
     def _explain(self, entry: Path) -> None:
         source = entry / "source.dcm"
         header = dcmread(source, stop_before_pixels=True)
-        rule = self._config.rule(*described(header), load(entry / "entry.json").get("caller", ""))
-        if rule is None:  # there was one when it came in
+        rule = self._config.rule(*modality_and_body_part(header), read_json(entry / "entry.json").get("caller", ""))
+        if rule is None:  # the configuration changed after the object was received
             self._audit.write("dropped", object=entry.name, reason="no rule")
             self._spool.remove(entry)
             return
         started = time.monotonic()
         try:
-            made = explain(self._client, source, **rule.asked())
-        except _PASSING as error:
-            raise Later(type(error).__name__, error.retry_after_s) from error
+            made = explain(self._client, source, **rule.explain_arguments())
+        except _TEMPORARY_ERRORS as error:
+            raise TemporaryFailure(type(error).__name__, error.retry_after_s) from error
         except errors.ResourceExhausted as error:
             if error.retry_after_s is None:
-                raise Dead(error.reason or type(error).__name__, str(error)) from error
-            raise Later(type(error).__name__, error.retry_after_s) from error
+                raise PermanentFailure(error.reason or type(error).__name__, str(error)) from error
+            raise TemporaryFailure(type(error).__name__, error.retry_after_s) from error
         except errors.CamserveError as error:
-            # Of a code without a class of its own nobody knows what it means.
+            # A status code without a class of its own may be temporary, too.
             if isinstance(error, errors.InternalError) or type(error) is errors.CamserveError:
-                failed = int(load(entry / "failed.json").get("times", 0)) + 1
-                save(entry / "failed.json", {"times": failed % MOST_FAILED})  # so that it can be tried again by hand
-                if failed < MOST_FAILED:
-                    raise Later(type(error).__name__) from error
-            raise Dead(error.reason or type(error).__name__, str(error)) from error
+                failures = int(read_json(entry / "failed.json").get("times", 0)) + 1
+                # The count restarts at 0 after the last failure, because an operator may move the entry back.
+                write_file(entry / "failed.json", {"times": failures % MAX_SERVER_ERRORS})
+                if failures < MAX_SERVER_ERRORS:
+                    raise TemporaryFailure(type(error).__name__) from error
+            raise PermanentFailure(error.reason or type(error).__name__, str(error)) from error
         seconds = round(time.monotonic() - started, 3)
-        shutil.rmtree(entry / "results", ignore_errors=True)  # of an earlier time, to which the process was killed
+        shutil.rmtree(entry / "results", ignore_errors=True)  # an interrupted attempt may have left some
         for kind, each in made.objects.items():
-            save(entry / "results" / f"{kind}.dcm", _bytes(each))
+            write_file(entry / "results" / f"{kind}.dcm", _file_bytes(each))
         self._audit.write(
             "withheld" if made.withheld else "explained",
             object=entry.name,
-            results=[self._spool.name(each.SOPInstanceUID) for each in made.objects.values()],
+            results=[self._spool.entry_name(each.SOPInstanceUID) for each in made.objects.values()],
             model_digest=made.explanation.receipt.model_digest,
             input_digest=made.explanation.receipt.input_digest,
             method=made.explanation.receipt.method,
@@ -107,129 +117,158 @@ class Explaining:
         self._spool.move(entry, Stage.outbox)
 
 
-def suspect(entry: Path) -> bool:
-    """Whether the process ended while it explained the entry: by its fault, or that of what was explained beside it."""
+def was_interrupted(entry: Path) -> bool:
+    """Return True if the process ended while it explained the entry, because of this entry or a concurrent one."""
     return (entry / BEGUN).exists()
 
 
-class Delivery:
-    """Outbox to stored or, where no commitment is asked for, to the end."""
+class StorageStep:
+    """Stores the results of an entry, and moves the entry from outbox to stored, or removes it without commitment."""
 
     def __init__(self, config: Config, spool: Spool, audit: Audit, pacs: Pacs) -> None:
-        self._commits, self._spool, self._audit, self._pacs = config.pacs.commits, spool, audit, pacs
+        self._requests_commitment = config.pacs.requests_commitment
+        self._spool, self._audit, self._pacs = spool, audit, pacs
 
     def __call__(self, entry: Path) -> None:
-        """Stores what is not stored yet. Raises Later or Dead."""
-        times = int(load(entry / "uncommitted.json").get("times", 0))
-        if times >= MOST_UNCOMMITTED:
-            (entry / "uncommitted.json").unlink()  # so that it can be tried again by hand
-            raise Dead(f"the PACS did not commit itself {times} times")
-        self._tell(entry)  # of what was stored before the process was killed, or nothing could be written
+        """Store the results that the PACS does not have yet.
+
+        Raises:
+            TemporaryFailure: If the PACS is not available.
+            PermanentFailure: If the PACS refuses a result, or reported failed commitments repeatedly.
+        """
+        failures = int(read_json(entry / "uncommitted.json").get("times", 0))
+        if failures >= MAX_FAILED_COMMITMENTS:
+            (entry / "uncommitted.json").unlink()  # an operator may move the entry back
+            raise PermanentFailure(f"the PACS reported a failed commitment {failures} times")
+        self._record_stored(entry)  # the process was killed, or could not write, after the PACS had taken a result
         files = sorted((entry / "results").glob("*.dcm"))
         try:
             if files:
-                self._pacs.store(files, _mark)
+                self._pacs.store(files, _mark_stored)
         finally:
-            self._tell(entry)
-        if self._commits and (entry / "sent").exists():
+            self._record_stored(entry)
+        if self._requests_commitment and (entry / "sent").exists():
             self._spool.move(entry, Stage.stored)
         else:
             self._spool.remove(entry)
 
-    def _tell(self, entry: Path) -> None:
-        for file in sorted((entry / "results").glob(f"*.dcm{STORED}*")):
-            name, _, status = file.name.partition(STORED)
+    def _record_stored(self, entry: Path) -> None:
+        """Write each marked result to the audit trail, and move it to sent/."""
+        for file in sorted((entry / "results").glob(f"*.dcm{STORED_MARK}*")):
+            name, _, status = file.name.partition(STORED_MARK)
             self._audit.write_once(
                 "stored",
                 object=entry.name,
-                result=self._spool.name(references(file).ReferencedSOPInstanceUID),
+                result=self._spool.entry_name(sop_reference(file).ReferencedSOPInstanceUID),
                 digest=f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}",
                 status=status,
             )
             move_file(file, entry / "sent" / name)
 
 
-def _mark(file: Path, status: int) -> None:
-    """Keeps in mind that it is stored by its name alone, for which a full disk has room: it is not stored again."""
-    move_file(file, file.with_name(f"{file.name}{STORED}{status:#06x}"))
+def _mark_stored(file: Path, status: int) -> None:
+    """Mark a result as stored in its file name, so that it is not stored again. A full disk has room for a rename."""
+    move_file(file, file.with_name(f"{file.name}{STORED_MARK}{status:#06x}"))
 
 
-class Commitment:
-    """Stored to the end, or back to the outbox for what the PACS does not have after all."""
+class CommitmentStep:
+    """Requests storage commitment, and removes the entry, or moves it back to outbox if the PACS lacks a result.
+
+    Attributes:
+        pacs: The PACS. It is set after creation, because the PACS needs the receiver, which needs this step.
+    """
 
     def __init__(self, config: Config, spool: Spool, audit: Audit) -> None:
         self._timeout_s, self._spool, self._audit = config.pacs.commitment_timeout_s, spool, audit
         self._lock = threading.Lock()
-        self.pacs: Dimse | None = None
-        # Those that were asked for before the process was started may be answered now.
-        self._asked = {
-            asked["transaction"]: entry
+        self._reported = threading.Condition(self._lock)
+        self.pacs: DimsePacs | None = None
+        # Entries by Transaction UID. The PACS may report on requests of an earlier process.
+        self._transactions = {
+            request["transaction"]: entry
             for entry in spool.entries(Stage.stored)
-            if (asked := load(entry / "transaction.json"))
+            if (request := read_json(entry / "transaction.json"))
         }
 
     def __call__(self, entry: Path) -> None:
-        """Asks for the commitment, unless an answer may still come. Raises Later or Dead."""
+        """Request the commitment, unless the report on an earlier request may still come.
+
+        Raises:
+            TemporaryFailure: If the report has not come yet, or the PACS is not available.
+            PermanentFailure: If the PACS refuses the request.
+        """
         assert self.pacs is not None
-        if any((entry / "results").glob("*.dcm")):  # killed while what the PACS lacks was taken back
+        if any((entry / "results").glob("*.dcm")):  # the process was killed while it moved results back
             (entry / "transaction.json").unlink(missing_ok=True)
             self._spool.move(entry, Stage.outbox)
             return
-        asked = load(entry / "transaction.json")
-        left_s = asked.get("time", 0.0) + self._timeout_s - time.time()
+        request = read_json(entry / "transaction.json")
+        left_s = request.get("time", 0.0) + self._timeout_s - time.time()
         if 0 < left_s <= self._timeout_s:
-            raise Later("the answer of the PACS is awaited", left_s)
+            raise TemporaryFailure("waiting for the commitment report of the PACS", left_s)
         transaction = str(generate_uid(None))
-        save(entry / "transaction.json", {"transaction": transaction, "time": time.time()})
-        with self._lock:  # an answer to an earlier one may come yet: archives take their time
-            self._asked[transaction] = entry
+        write_file(entry / "transaction.json", {"transaction": transaction, "time": time.time()})
+        with self._lock:  # earlier transactions of the entry remain, because an archive may report late
+            self._transactions[transaction] = entry
+        files = sorted((entry / "sent").glob("*.dcm"))
         try:
-            self.pacs.commit(sorted((entry / "sent").glob("*.dcm")), transaction, lambda: self._wait(transaction))
-        except (Later, Dead):
+            self.pacs.request_commitment(files, transaction, lambda: self._wait_for_report(transaction))
+        except (TemporaryFailure, PermanentFailure):
             with self._lock:
-                self._asked.pop(transaction, None)
+                self._transactions.pop(transaction, None)
             (entry / "transaction.json").unlink(missing_ok=True)
             raise
         if entry.exists():
-            raise Later("the answer of the PACS is awaited", self._timeout_s)
+            raise TemporaryFailure("waiting for the commitment report of the PACS", self._timeout_s)
 
-    def _wait(self, transaction: str) -> None:
-        until = time.monotonic() + ANSWER_WAIT_S
-        while transaction in self._asked and time.monotonic() < until:
-            time.sleep(0.02)
+    def _wait_for_report(self, transaction: str) -> None:
+        with self._reported:
+            self._reported.wait_for(lambda: transaction not in self._transactions, REPORT_WAIT_S)
 
-    def answered(self, transaction: str, there: list[str], failed: dict[str, int]) -> bool:
-        """What the PACS says. False where it was not asked for that, or has said so before."""
-        with self._lock:  # the two could come at once
-            entry = self._asked.get(transaction)
+    def handle_report(self, transaction: str, committed: list[str], failed: dict[str, int]) -> bool:
+        """Process a commitment report of the PACS.
+
+        Args:
+            transaction: Transaction UID.
+            committed: SOP Instance UIDs that the PACS is committed to.
+            failed: Failure reasons by SOP Instance UID.
+
+        Returns:
+            False if the transaction is unknown or was reported already.
+        """
+        with self._reported:  # two reports may arrive concurrently
+            entry = self._transactions.get(transaction)
             if entry is None or not entry.exists():
                 return False
-            lacking = [
+            missing = [
                 file
                 for file in sorted((entry / "sent").glob("*.dcm"))
-                if references(file).ReferencedSOPInstanceUID not in set(there) - failed.keys()
+                if sop_reference(file).ReferencedSOPInstanceUID not in set(committed) - failed.keys()
             ]
-            if not lacking and not any((entry / "results").glob("*.dcm")):
+            if not missing and not any((entry / "results").glob("*.dcm")):
                 self._audit.write_once("committed", object=entry.name)
                 self._spool.remove(entry)
             else:
-                self._store_again(entry, lacking, sorted(set(failed.values())))
-            self._asked = {each: of for each, of in self._asked.items() if of != entry}
+                self._store_again(entry, missing, sorted(set(failed.values())))
+            self._transactions = {uid: other for uid, other in self._transactions.items() if other != entry}
+            self._reported.notify_all()
             return True
 
-    def _store_again(self, entry: Path, lacking: list[Path], reasons: list[int]) -> None:
-        times = int(load(entry / "uncommitted.json").get("times", 0)) + 1
-        save(entry / "uncommitted.json", {"times": times})
+    def _store_again(self, entry: Path, missing: list[Path], reasons: list[int]) -> None:
+        """Move results back to results/, and the entry to outbox."""
+        failures = int(read_json(entry / "uncommitted.json").get("times", 0)) + 1
+        write_file(entry / "uncommitted.json", {"times": failures})
         self._audit.write(
-            "not committed", object=entry.name, results=len(lacking), reasons=[f"{each:#06x}" for each in reasons]
+            "not committed", object=entry.name, results=len(missing), reasons=[f"{each:#06x}" for each in reasons]
         )
-        for file in lacking:
+        for file in missing:
             move_file(file, entry / "results" / file.name)
         (entry / "transaction.json").unlink(missing_ok=True)
         self._spool.move(entry, Stage.outbox)
 
 
-def _bytes(made: Dataset) -> bytes:
+def _file_bytes(dataset: Dataset) -> bytes:
+    """Return a dataset as a DICOM file."""
     file = io.BytesIO()
-    made.save_as(file, enforce_file_format=True)
+    dataset.save_as(file, enforce_file_format=True)
     return file.getvalue()

@@ -1,8 +1,7 @@
-"""Threads that work through a stage of the spool, oldest entry first; what fails for now is tried again later."""
+"""Threads that process the entries of a stage, oldest first, and retry temporary failures."""
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import traceback
@@ -10,34 +9,46 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+import structlog
+
 from camserve_dicom.gateway.audit import Audit
-from camserve_dicom.gateway.spool import Spool, Stage, save
+from camserve_dicom.gateway.spool import Spool, Stage, write_file
 
-__all__ = ["Dead", "Later", "Work", "give_up"]
+__all__ = ["PermanentFailure", "StageWorkers", "TemporaryFailure", "move_to_dead", "retry_delay_s"]
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0
-# Entries may also be put into a stage by hand.
-LOOK_AGAIN_S = 1.0
-
-
-def wait_s(tried: int) -> float:
-    """How long to wait after so many tries that failed: twice as long from try to try, up to a bound."""
-    return min(FIRST_WAIT_S * 2.0 ** min(tried, 30), LONGEST_WAIT_S)  # a power of thousands is no float
+FIRST_RETRY_S, MAX_RETRY_S = 1.0, 300.0
+# An operator may move entries into a stage by hand, which sets no event.
+POLL_INTERVAL_S = 1.0
 
 
-class Later(Exception):
-    """It cannot be done now. `reason` is for the log; without `after_s` the wait doubles from try to try."""
+def retry_delay_s(failures: int) -> float:
+    """Return the delay in seconds after a number of failures. It doubles with each failure, up to MAX_RETRY_S."""
+    return min(FIRST_RETRY_S * 2.0 ** min(failures, 30), MAX_RETRY_S)  # 2.0 ** 1024 would raise OverflowError
 
-    def __init__(self, reason: str, after_s: float | None = None) -> None:
+
+class TemporaryFailure(Exception):
+    """A step that failed now and may succeed later.
+
+    Args:
+        reason: The reason for the log. It has no value of a header.
+        retry_after_s: Seconds until the next attempt. By default the delay doubles with each attempt.
+    """
+
+    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.after_s = after_s
+        self.retry_after_s = retry_after_s
 
 
-class Dead(Exception):
-    """It can never be done. `reason` is for the log, `details`, which may be out of the header, for reason.json."""
+class PermanentFailure(Exception):
+    """A step that cannot succeed.
+
+    Args:
+        reason: The reason for the log and reason.json. It has no value of a header.
+        details: Text for reason.json only, which may quote the header.
+    """
 
     def __init__(self, reason: str, details: str = "") -> None:
         super().__init__(reason)
@@ -45,10 +56,20 @@ class Dead(Exception):
         self.details = details
 
 
-class Work:
-    """`handle` moves an entry on, or raises Later or Dead. Whatever else it raises is Dead, but for OSError.
+class StageWorkers:
+    """Threads that process the entries of one stage.
 
-    While it has an entry that is `suspect` it has no other.
+    Args:
+        spool: The spool.
+        stage: The stage to process.
+        handle: Processes an entry and moves it to another stage or removes it. It raises TemporaryFailure or OSError
+            to be called again later. After PermanentFailure or any other exception the entry moves to `dead`.
+        audit: The audit trail.
+        threads: Number of threads.
+        isolate: Returns True for an entry that must be processed while no other entry is.
+
+    Attributes:
+        threads: The threads, which `start` starts.
     """
 
     def __init__(
@@ -58,115 +79,130 @@ class Work:
         handle: Callable[[Path], None],
         audit: Audit,
         threads: int = 1,
-        suspect: Callable[[Path], bool] = lambda entry: False,
+        isolate: Callable[[Path], bool] = lambda entry: False,
     ) -> None:
         self._spool, self._stage, self._handle, self._audit = spool, stage, handle, audit
-        self._suspect, self._alone = suspect, False
+        self._isolate, self._running_isolated = isolate, False
         self._lock = threading.Lock()
-        self._found: deque[Path] = deque()
-        self._busy: set[str] = set()
-        self._later: dict[str, tuple[float, int]] = {}  # not before, and how often it was tried
-        self._arrived, self._over = spool.arrived[stage], threading.Event()
+        self._waiting: deque[Path] = deque()
+        self._running: set[str] = set()
+        self._retries: dict[str, tuple[float, int]] = {}  # monotonic time of the next attempt, number of failures
+        self._arrived, self._stopped = spool.arrived[stage], threading.Event()
         self.threads = [threading.Thread(target=self._run, name=stage.value, daemon=True) for _ in range(threads)]
 
     def start(self) -> None:
-        """Begins."""
+        """Start the threads."""
         for thread in self.threads:
             thread.start()
 
     def stop(self) -> None:
-        """Takes no further entry; `join` the threads for those under way."""
-        self._over.set()
+        """Begin no further entry. Running entries continue; join the threads to wait for them."""
+        self._stopped.set()
         self._arrived.set()
 
     def _run(self) -> None:
-        while not self._over.is_set():
+        while not self._stopped.is_set():
             try:
-                entry = self._next()
+                entry = self._next_entry()
             except OSError as error:
-                log.error("the spool cannot be read", extra={"said": {"errno": error.errno}})
+                log.error("the spool cannot be read", errno=error.errno)
                 entry = None
             if entry is None:
                 self._arrived.wait(self._idle_s())
-                if not self._over.is_set():  # which the other threads shall see, too
+                if not self._stopped.is_set():  # after stop, the event must remain set for the other threads
                     self._arrived.clear()
                 continue
             try:
-                self._try(entry)
+                self._process(entry)
             finally:
                 with self._lock:
-                    self._busy.discard(entry.name)
+                    self._running.discard(entry.name)
 
-    def _next(self) -> Path | None:
+    def _next_entry(self) -> Path | None:
+        """Return the next entry to process and mark it as running; None if there is nothing to do now."""
         with self._lock:
-            entry = self._due()
+            entry = self._first_due_entry()
             if entry is None:
                 entries = self._spool.entries(self._stage)
-                self._found.extend(entries)
-                there = {entry.name for entry in entries}
-                self._later = {name: when for name, when in self._later.items() if name in there}
-                entry = self._due()
+                self._waiting.extend(entries)
+                names = {entry.name for entry in entries}
+                self._retries = {name: retry for name, retry in self._retries.items() if name in names}
+                entry = self._first_due_entry()
             if entry is None:
                 return None
-            suspect = self._suspect(entry)
-            if self._busy and (suspect or self._alone):
-                return None  # what was found stays so: nobody overtakes it
-            self._alone = suspect
-            self._busy.add(entry.name)
-            return self._found.popleft()
+            isolated = self._isolate(entry)
+            if self._running and (isolated or self._running_isolated):
+                return None  # the entry stays first, so that no other entry overtakes it
+            self._running_isolated = isolated
+            self._running.add(entry.name)
+            return self._waiting.popleft()
 
-    def _due(self) -> Path | None:
-        """The first that was found and can be done now. Those before it are dropped, to be found again."""
-        while self._found:
-            entry = self._found[0]
-            not_before, _ = self._later.get(entry.name, (0.0, 0))
-            if entry.name not in self._busy and not_before <= time.monotonic() and entry.exists():
+    def _first_due_entry(self) -> Path | None:
+        """Return the first waiting entry that is due. Entries before it are dropped until the next scan."""
+        while self._waiting:
+            entry = self._waiting[0]
+            not_before, _ = self._retries.get(entry.name, (0.0, 0))
+            if entry.name not in self._running and not_before <= time.monotonic() and entry.exists():
                 return entry
-            self._found.popleft()
+            self._waiting.popleft()
         return None
 
     def _idle_s(self) -> float:
-        """How long there may be nothing to do."""
+        """Return the time in seconds until the next retry or scan."""
         now = time.monotonic()
         with self._lock:
-            return min([LOOK_AGAIN_S, *(when - now for when, _ in self._later.values() if when > now)])
+            return min([POLL_INTERVAL_S, *(when - now for when, _ in self._retries.values() if when > now)])
 
-    def _try(self, entry: Path) -> None:
+    def _process(self, entry: Path) -> None:
         try:
             self._handle(entry)
-        except Dead as dead:
-            self._give_up(entry, dead.reason, dead.details)
-        except Later as later:
-            self._put_off(entry, later.reason, later.after_s)
+        except PermanentFailure as failure:
+            self._fail(entry, failure.reason, failure.details)
+        except TemporaryFailure as failure:
+            self._retry(entry, failure.reason, failure.retry_after_s)
         except OSError as error:
-            if entry.exists():  # or it has been moved on meanwhile, by an answer of the PACS
-                self._put_off(entry, f"{type(error).__name__} {error.errno or ''}".strip(), None)
+            if entry.exists():  # a report of the PACS may have moved the entry at the same time
+                self._retry(entry, _os_error_reason(error), None)
         except Exception as error:
             if entry.exists():
-                self._give_up(entry, type(error).__name__, traceback.format_exc())
+                self._fail(entry, type(error).__name__, traceback.format_exc())
         else:
             with self._lock:
-                self._later.pop(entry.name, None)
+                self._retries.pop(entry.name, None)
 
-    def _put_off(self, entry: Path, reason: str, after_s: float | None) -> None:
+    def _retry(self, entry: Path, reason: str, retry_after_s: float | None) -> None:
+        """Schedule the next attempt."""
         with self._lock:
-            _, tried = self._later.get(entry.name, (0.0, 0))
-            wait = wait_s(tried) if after_s is None else after_s
-            # A wait that was asked for is no failure.
-            self._later[entry.name] = (time.monotonic() + wait, tried + (after_s is None))
-        said = {"object": entry.name, "stage": self._stage.value, "reason": reason, "wait_s": round(wait, 1)}
-        log.info("later", extra={"said": said})
+            _, failures = self._retries.get(entry.name, (0.0, 0))
+            delay = retry_delay_s(failures) if retry_after_s is None else retry_after_s
+            # A delay that the step requested is not a failure.
+            self._retries[entry.name] = (time.monotonic() + delay, failures + (retry_after_s is None))
+        log.info("later", object=entry.name, stage=self._stage.value, reason=reason, wait_s=round(delay, 1))
 
-    def _give_up(self, entry: Path, reason: str, details: str) -> None:
+    def _fail(self, entry: Path, reason: str, details: str) -> None:
+        """Move an entry to `dead`, or try it again later if that is not possible."""
         try:
-            give_up(self._spool, self._audit, entry, reason, details)
+            move_to_dead(self._spool, self._audit, entry, reason, details)
         except OSError as error:
-            self._put_off(entry, f"{type(error).__name__} {error.errno or ''}".strip(), None)
+            self._retry(entry, _os_error_reason(error), None)
 
 
-def give_up(spool: Spool, audit: Audit, entry: Path, reason: str, details: str = "") -> None:
-    """Brings an entry to the dead ones, with the reason; moved back to its stage by hand, it is tried again."""
+def move_to_dead(spool: Spool, audit: Audit, entry: Path, reason: str, details: str = "") -> None:
+    """Move an entry to `dead` with the reason. An operator can move it back to its stage by hand.
+
+    Args:
+        spool: The spool.
+        audit: The audit trail.
+        entry: The entry.
+        reason: The reason for the audit trail and reason.json. It has no value of a header.
+        details: Text for reason.json only, which may quote the header.
+    """
     stage = entry.parent.name
-    save(entry / "reason.json", {"stage": stage, "reason": reason, "details": details})
+    write_file(entry / "reason.json", {"stage": stage, "reason": reason, "details": details})
     audit.write("dead", object=entry.name, stage=stage, reason=reason)
     spool.move(entry, Stage.dead)
+
+
+def _os_error_reason(error: OSError) -> str:
+    """Return the type and number of an error. Its message may contain a path."""
+    return f"{type(error).__name__} {error.errno or ''}".strip()
