@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.limit import Limit, find_limit
 from benchmarks.timing import alone
 from camserve_server import registry
-from camserve_server.config import ModelConfig, embedded
+from camserve_server.config import ModelConfig, embedded_model
 from camserve_server.engine.warmup import warm_up
 from camserve_server.models.layers import Layer
 from camserve_server.models.load import load
@@ -105,7 +105,7 @@ def calibrated(name: str) -> nn.Module:
 
 PRECISION: Any = ("fp32", "bf16")
 CONFIGS = {
-    "efficientnet-lite0": embedded().model_copy(update={"precision": PRECISION}),
+    "efficientnet-lite0": embedded_model().model_copy(update={"precision": PRECISION}),
     "resnet50": ModelConfig(name="resnet50", source="python:benchmarks.subjects:resnet50", precision=PRECISION),
     "vgg16": ModelConfig(name="vgg16", source="python:benchmarks.subjects:vgg16", precision=PRECISION),
 }

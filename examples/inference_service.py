@@ -24,7 +24,7 @@ import torch
 
 import camserve
 from camserve.connection import DEFAULT_ADDRESS
-from camserve_server.config import embedded
+from camserve_server.config import embedded_model
 from camserve_server.models.load import load
 
 MOST_BYTES = 20_000_000
@@ -34,7 +34,7 @@ class Classifier:
     """EfficientNet-Lite0 with its ImageNet weights, whoever serves it."""
 
     def __init__(self) -> None:
-        self._model = load(embedded(), torch.device("cpu"))
+        self._model = load(embedded_model(), torch.device("cpu"))
 
     @torch.inference_mode()
     def __call__(self, photo: PIL.Image.Image) -> tuple[int, str, float]:

@@ -20,7 +20,7 @@ from groups import grouped
 
 from camserve.v1 import explain_pb2 as pb
 from camserve_server import registry
-from camserve_server.config import embedded
+from camserve_server.config import embedded_model
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
 from camserve_server.registry import Method, Parameter, Value
@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=DOCS / "methods.md", metavar="FILE", help="where it goes")
     options = parser.parse_args()
     registry.discover()
-    options.out.write_text(page(load(embedded(), torch.device("cpu"))), encoding="utf-8")
+    options.out.write_text(page(load(embedded_model(), torch.device("cpu"))), encoding="utf-8")
     return 0
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from camserve_server.config import Config, ModelConfig, embedded
+from camserve_server.config import Config, ModelConfig, embedded_model
 from camserve_server.service.server import Server
 from tests.processes import LIMIT_S, restore_default_signals
 
@@ -73,7 +73,7 @@ def serving(config: Config) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """Run a server with two models: the embedded one at 96×96 pixels, which is the default, and the small "tiny"."""
-    small = embedded().model_copy(update={"input_size": (96, 96), "batch_size": 4})
+    small = embedded_model().model_copy(update={"input_size": (96, 96), "batch_size": 4})
     tiny = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
     with serving(Config(listen="127.0.0.1:0", health_listen="127.0.0.1:0", models=[small, tiny])) as running:
         yield running

@@ -19,7 +19,7 @@ from grpc_health.v1.health import HealthServicer
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
-from camserve_server.config import Config, ModelConfig, TLSConfig, read
+from camserve_server.config import Config, ModelConfig, TLSConfig, read_config
 from camserve_server.service.server import SERVICE, Server
 from tests.conftest import serving
 from tests.credentials import certify
@@ -60,7 +60,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Config:
     for name, value in {**image_environment(), **given}.items():
         assert name.removeprefix("CAMSERVE_").lower() in Config.model_fields
         monkeypatch.setenv(name, value)
-    return read(BASE / "camserve.toml")
+    return read_config(BASE / "camserve.toml")
 
 
 # ---- the manifests ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydicom.data import get_testdata_file
 
 from camserve_server import registry
-from camserve_server.config import Config, ModelConfig, TLSConfig, read
+from camserve_server.config import Config, ModelConfig, TLSConfig, read_config
 from camserve_server.service.server import Server
 
 ROOT = Path(__file__).parent.parent
@@ -125,13 +125,13 @@ def test_promises_name_tests_that_there_are() -> None:
 def test_toml_is_a_configuration(text: str, tmp_path: Path) -> None:
     path = tmp_path / "camserve.toml"
     path.write_text(text, encoding="utf-8")
-    assert read(path).models
+    assert read_config(path).models
 
 
 def test_the_default_configuration_in_full_is_the_default(tmp_path: Path) -> None:
     path = tmp_path / "camserve.toml"
     path.write_text(re.findall(r"```toml\n(.*?)```", page("configuration.md"), re.DOTALL)[0], encoding="utf-8")
-    assert read(path).model_dump() == read().model_dump()
+    assert read_config(path).model_dump() == read_config().model_dump()
 
 
 def test_environment_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_environment_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None
     [models] = re.findall(r"^\$ export (CAMSERVE_MODELS.*)$", page("configuration.md"), re.MULTILINE)
     for assignment in [*shlex.split(line), *shlex.split(models)]:
         monkeypatch.setenv(*assignment.split("=", 1))
-    config = read()
+    config = read_config()
     assert (config.device, config.threads, config.grace_s, config.models[0].name) == ("cpu", 4, 10.0, "vgg16")
 
 

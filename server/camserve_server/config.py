@@ -1,4 +1,8 @@
-"""The configuration: a TOML file, `CAMSERVE_…` environment variables, flags; each overrides the one before."""
+"""The configuration of the server.
+
+Values come from a TOML file, from `CAMSERVE_…` environment variables and from command-line flags. A flag overrides an
+environment variable, and an environment variable overrides the file.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 def _one_or_three(values: tuple[float, ...]) -> tuple[float, ...]:
     if len(values) not in (1, 3):
-        raise ValueError(f"{len(values)} numbers; expected three, or one for a network of grey-scale pictures")
+        raise ValueError(f"{len(values)} numbers; expected three, or one for a network of grey-scale images")
     return values
 
 
@@ -29,21 +33,21 @@ NumbersAbove0 = Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValida
 
 
 class _Table(BaseModel):
-    """A table that names files. Relative paths are looked up beside the configuration file."""
+    """A table that names files. Relative paths start at the folder of the configuration file."""
 
     model_config = ConfigDict(extra="forbid")
 
     _folder: Path = Path()
 
     def resolve(self, path: str) -> Path:
-        """The path, looked up beside the configuration file."""
+        """Return a path that is absolute or relative to the folder of the configuration file."""
         return self._folder / path
 
 
 class ModelConfig(_Table):
-    """One `[[models]]` table."""
+    """One `[[models]]` table, which configures a model."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="What callers ask for.")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name that requests use.")]
     source: Annotated[
         str,
         Field(
@@ -53,242 +57,287 @@ class ModelConfig(_Table):
     ]
     weights: Annotated[
         str | None,
-        Field(description='A .safetensors, .pt or .pth file, a torchvision name of weights, or timm\'s "pretrained".'),
+        Field(description='A .safetensors, .pt or .pth file, a name of torchvision weights, or "pretrained" for timm.'),
     ] = None
     weights_sha256: Annotated[
-        Sha256 | None, Field(description="Of the file of weights, in hexadecimal; another file is refused.")
+        Sha256 | None, Field(description="SHA-256 of the weights file in hexadecimal; any other file is refused.")
     ] = None
-    allow_random_weights: Annotated[bool, Field(description="Serve a network of torchvision or timm untrained.")] = (
-        False
-    )
+    allow_random_weights: Annotated[
+        bool, Field(description="Serve a torchvision or timm network with random weights.")
+    ] = False
     layers: Annotated[
-        list[str] | None, Field(min_length=1, description="Fine to coarse; found by itself if left out.")
+        list[str] | None,
+        Field(min_length=1, description="Layers, fine to coarse, for methods that use several; detected if omitted."),
     ] = None
-    layer: Annotated[
-        str | None, Field(description="For methods that look at one layer; found by itself if left out.")
-    ] = None
+    layer: Annotated[str | None, Field(description="Layer for methods that use one; detected if omitted.")] = None
     token_grid: Annotated[
         tuple[Positive, Positive] | None,
-        Field(description="[height, width] of a transformer's patches; found by itself if left out."),
+        Field(description="[height, width] of a transformer's grid of patch tokens; detected if omitted."),
     ] = None
     head: Annotated[
-        Literal["softmax", "sigmoid"] | None, Field(description="softmax, or sigmoid for one logit, if left out.")
+        Literal["softmax", "sigmoid"] | None,
+        Field(description="How logits become probabilities; if omitted, sigmoid for one logit, else softmax."),
     ] = None
     classes: Annotated[
-        int | None, Field(ge=1, description="Of a network of torchvision or timm; its own number if left out.")
+        int | None,
+        Field(ge=1, description="Number of classes of a torchvision or timm network; its default if omitted."),
     ] = None
-    labels: Annotated[str | None, Field(description='"imagenet", or a file with one label a line.')] = None
-    input_size: Annotated[tuple[Positive, Positive], Field(description="[height, width] in pixels.")] = (224, 224)
-    mean: Annotated[Numbers, Field(description="Per channel, of pixels in [0, 1].")] = (0.485, 0.456, 0.406)
-    std: Annotated[NumbersAbove0, Field(description="Per channel, of pixels in [0, 1].")] = (0.229, 0.224, 0.225)
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    labels: Annotated[str | None, Field(description='"imagenet", or a file with one label per line.')] = None
+    input_size: Annotated[tuple[Positive, Positive], Field(description="[height, width] of the input in pixels.")] = (
+        224,
+        224,
+    )
+    mean: Annotated[Numbers, Field(description="Mean of each channel, for pixels in [0, 1].")] = (0.485, 0.456, 0.406)
+    std: Annotated[NumbersAbove0, Field(description="Standard deviation of each channel, for pixels in [0, 1].")] = (
+        0.229,
+        0.224,
+        0.225,
+    )
+    interpolation: Annotated[
+        Literal["nearest", "bilinear", "bicubic", "lanczos"],
+        Field(description="Filter that resizes the whole image to the input size."),
+    ] = "bilinear"
     precision: Annotated[
         tuple[Literal["fp32", "tf32", "bf16", "fp64"], ...],
-        BeforeValidator(lambda given: (given,) if isinstance(given, str) else given),
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
         Field(
-            min_length=1, description="Arithmetic of the network; of several, requests may choose, the first if not."
+            min_length=1,
+            description="Arithmetic of the network; requests choose among several; the first is the default.",
         ),
     ] = ("fp32",)
     fold_batch_norm: Annotated[
         bool,
-        Field(
-            description="Compute convolutions and the batch norms after them in one step; but for rounding, the same."
-        ),
+        Field(description="Merge convolutions with the batch norms after them; the result is equal up to rounding."),
     ] = True
     compile: Annotated[
-        bool, Field(description="Compile the forward pass at load, by torch.compile: on CPUs it needs a C++ compiler.")
+        bool,
+        Field(description="Compile the forward pass with torch.compile at load; on a CPU, this needs a C++ compiler."),
     ] = False
     batch_size: Annotated[
-        int | None, Field(ge=1, le=1024, description="Of every lane; measured at warm-up if left out.")
+        int | None, Field(ge=1, le=1024, description="Batch size of every lane; measured at warm-up if omitted.")
     ] = None
 
     @model_validator(mode="before")
     @classmethod
-    def _know_the_embedded_one(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Whoever names the embedded model gets its preprocessing and labels, and cannot change its weights."""
+    def _complete_embedded_model(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Add the preprocessing and the labels of the embedded model, and refuse other weights for it."""
         if data.get("source") != "embedded:efficientnet-lite0":
             return data
         if data.get("weights") is not None or data.get("allow_random_weights"):
-            raise ValueError("the embedded model has weights of its own")
+            raise ValueError("the embedded model has weights of its own; remove weights and allow_random_weights")
         grey, half = (127 / 255,) * 3, (128 / 255,) * 3
         return {"labels": "imagenet", "mean": grey, "std": half, "interpolation": "bicubic", **data}
 
     @model_validator(mode="after")
-    def _know_whose_classes_can_be_chosen(self) -> Self:
+    def _check_classes(self) -> Self:
         if self.classes is not None and not self.source.startswith(("timm:", "torchvision:")):
-            raise ValueError("classes: only networks of torchvision and timm are made for a number of classes")
+            raise ValueError(
+                "classes: the number of classes can be set for torchvision and timm networks only; remove it"
+            )
         return self
 
     @property
     def weights_file(self) -> Path | None:
-        """The file that `weights` names, if it is one."""
+        """The file that `weights` names, or None if it does not name an existing file."""
         path = None if self.weights is None else self.resolve(self.weights)
         return path if path is not None and path.is_file() else None
 
     def check_pin(self) -> None:
-        """Raises ConfigError unless the file of weights is the one that `weights_sha256` pins, if it pins one."""
+        """Check the weights file against `weights_sha256`, if it is set.
+
+        Raises:
+            ConfigError: the weights are not a file, or their SHA-256 is different.
+        """
         if self.weights_sha256 is None:
             return
-        where = f"models.{self.name}.weights_sha256"
+        key = f"models.{self.name}.weights_sha256"
         if self.weights_file is None:
-            raise ConfigError(f"{where}: only a file can be pinned, and weights names none that is there")
+            raise ConfigError(f"{key}: it applies to a weights file, but weights does not name an existing file")
         with self.weights_file.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.weights_sha256:
-            raise ConfigError(f"{where}: {self.weights} is another file: its sha256 is {found}")
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != self.weights_sha256:
+            raise ConfigError(
+                f"{key}: expected {self.weights_sha256}, but {self.weights} differs: its sha256 is {actual}"
+            )
 
 
 class TLSConfig(_Table):
-    """The `[tls]` table."""
+    """The `[tls]` table, which enables TLS."""
 
     certificate: Annotated[
-        str, Field(description="A PEM file: the server's certificate, then those between it and the CA.")
+        str, Field(description="PEM file: the server's certificate, followed by intermediate certificates.")
     ]
-    key: Annotated[str, Field(description="A PEM file: the certificate's private key, not encrypted.")]
+    key: Annotated[str, Field(description="PEM file: the private key of the certificate, not encrypted.")]
     client_ca: Annotated[
         str | None,
-        Field(description="A PEM file of CAs. If given, callers need a certificate that one of them signed."),
+        Field(description="PEM file of CAs; if set, callers need a certificate that one of them signed."),
     ] = None
     allowed_subjects: Annotated[
         list[str] | None,
         Field(
             min_length=1,
-            description="Common names or DNS names of the clients that may call; all of the CA's if left out.",
+            description="Common names or DNS names of certificates that may call; all of the CAs' if omitted.",
         ),
     ] = None
 
     @model_validator(mode="after")
-    def _know_subjects_by_their_certificates(self) -> Self:
+    def _require_client_ca_for_subjects(self) -> Self:
         if self.allowed_subjects is not None and self.client_ca is None:
-            raise ValueError("allowed_subjects: without client_ca no caller shows a certificate")
+            raise ValueError("allowed_subjects: callers send no certificate without client_ca; set client_ca, too")
         return self
 
 
 class TokenConfig(BaseModel):
-    """One `[[tokens]]` table: a bearer token, of which only the hash is known."""
+    """One `[[tokens]]` table: the hash and the rights of a bearer token."""
 
     model_config = ConfigDict(extra="forbid")
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Of the caller.")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the caller.")]
     sha256: Annotated[
-        Sha256, Field(description="Of the token, in hexadecimal, as `camserve token` prints it.", repr=False)
+        Sha256, Field(description="SHA-256 of the token in hexadecimal, as `camserve token` prints it.", repr=False)
     ]
-    admin: Annotated[bool, Field(description="Whether it may also call the AdminService.")] = False
+    admin: Annotated[bool, Field(description="Allow calls of AdminService, too.")] = False
     max_rows_owed: Annotated[
-        Positive | None, Field(description="Of all its requests together; max_rows_owed_per_caller if left out.")
+        Positive | None, Field(description="Most rows that the caller may owe; max_rows_owed_per_caller if omitted.")
     ] = None
     priority: Annotated[
-        Literal["low", "normal", "high"], Field(description="The highest that its requests can have.")
+        Literal["low", "normal", "high"], Field(description="Highest priority of the caller's requests.")
     ] = "high"
 
 
-def embedded() -> ModelConfig:
-    """The model that is served where the configuration names none: EfficientNet-Lite0 with its ImageNet weights."""
+def embedded_model() -> ModelConfig:
+    """Return the configuration of the default model, EfficientNet-Lite0 with its ImageNet weights."""
     return ModelConfig(name="efficientnet-lite0", source="embedded:efficientnet-lite0")
 
 
 class Config(BaseSettings):
-    """Everything that can be set."""
+    """All settings of the server."""
 
     model_config = SettingsConfigDict(env_prefix="CAMSERVE_", extra="forbid")
 
-    listen: Annotated[Address, Field(description="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:50051"
-    insecure: Annotated[bool, Field(description="Let others than this machine's processes call without TLS.")] = False
-    tls: Annotated[TLSConfig | None, Field(description="Encrypt, and know callers by certificates.")] = None
-    tokens: Annotated[list[TokenConfig], Field(description="Bearer tokens; if there are any, calls need one.")] = []
+    listen: Annotated[Address, Field(description="Address of the server, HOST:PORT; port 0 selects a free port.")] = (
+        "127.0.0.1:50051"
+    )
+    insecure: Annotated[bool, Field(description="Allow listeners without TLS that other machines can reach.")] = False
+    tls: Annotated[TLSConfig | None, Field(description="Enables TLS, and client certificates if client_ca is set.")] = (
+        None
+    )
+    tokens: Annotated[list[TokenConfig], Field(description="Bearer tokens; if any is configured, calls need one.")] = []
     health_listen: Annotated[
-        Address | None, Field(description="A second, plaintext listener, which serves Health only, for probes.")
+        Address | None, Field(description="Second listener, in plaintext, that serves Health only.")
     ] = None
-    metrics_listen: Annotated[Address | None, Field(description="A listener for Prometheus, in plaintext.")] = None
+    metrics_listen: Annotated[Address | None, Field(description="Listener for Prometheus, in plaintext.")] = None
     admin_listen: Annotated[
-        Address | None, Field(description="A listener of its own for operators, who load and unload models.")
+        Address | None, Field(description="Separate listener for AdminService, which loads and unloads models.")
     ] = None
     reflection: Annotated[bool, Field(description="Serve gRPC server reflection.")] = True
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto takes a GPU if any.")] = "auto"
-    models: Annotated[list[ModelConfig], Field(description="The embedded model if there are none.")] = []
+    device: Annotated[
+        str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto selects a GPU if torch finds one.")
+    ] = "auto"
+    models: Annotated[list[ModelConfig], Field(description="Models to serve; the embedded model if omitted.")] = []
     threads: Annotated[
-        int | None, Field(ge=1, description="CPU threads of the engine; torch's own choice if none.")
+        int | None, Field(ge=1, description="CPU threads of the engine; the default of torch if omitted.")
     ] = None
     batch_invariant: Annotated[
-        bool, Field(description="Pad every batch to its lane's size, so that a map does not depend on its neighbours.")
+        bool, Field(description="Pad every batch to its lane's size, so that a map does not depend on other requests.")
     ] = True
-    max_rows_owed: Annotated[Positive, Field(description="Requests beyond it are refused until rows are done.")] = (
-        200_000
-    )
+    max_rows_owed: Annotated[
+        Positive, Field(description="Most rows that may run before a request ends; more requests are refused.")
+    ] = 200_000
     max_rows_owed_per_caller: Annotated[
-        Positive | None, Field(description="Of all requests of a caller together; tokens may say otherwise.")
+        Positive | None, Field(description="Most rows that all requests of a caller may owe; a token can override it.")
     ] = None
     max_model_bytes: Annotated[
-        Positive | None, Field(description="Of the weights of all loaded models; the least recently used makes room.")
+        Positive | None,
+        Field(description="Most bytes of weights of all loaded models; the least recently used are unloaded."),
     ] = None
-    max_image_pixels: Annotated[Positive, Field(description="Of an image before it is resized.")] = 50_000_000
-    max_message_bytes: Annotated[Positive, Field(description="Of a gRPC message in either direction.")] = 64 << 20
-    grace_s: Annotated[float, Field(ge=0, description="How long running requests may take after SIGTERM.")] = 30.0
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    max_image_pixels: Annotated[Positive, Field(description="Most pixels of an image, before it is resized.")] = (
+        50_000_000
+    )
+    max_message_bytes: Annotated[Positive, Field(description="Most bytes of a gRPC message in either direction.")] = (
+        64 << 20
+    )
+    grace_s: Annotated[float, Field(ge=0, description="Seconds that running requests may take after SIGTERM.")] = 30.0
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="Lowest level of the log on stderr.")
+    ] = "info"
 
     _file: Path | None = None
     _flags: dict[str, Any] = {}
 
     def models_now(self) -> list[ModelConfig]:
-        """The models as the configuration file has them by now. Raises ConfigError."""
-        return read(self._file, **self._flags).models if self._file else self.models
+        """Read the configuration file again, if there is one, and return its models.
+
+        Raises:
+            ConfigError: the file is missing or invalid.
+        """
+        return read_config(self._file, **self._flags).models if self._file else self.models
 
     @model_validator(mode="after")
-    def _unique_names(self) -> Self:
+    def _check_model_names(self) -> Self:
         names = [model.name for model in self.models]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise ValueError(f"models: the name {twice.pop()!r} is given twice")
+        duplicates = {name for name in names if names.count(name) > 1}
+        if duplicates:
+            raise ValueError(f"models: two models have the name {duplicates.pop()!r}; rename one of them")
         return self
 
     @model_validator(mode="after")
-    def _tell_tokens_apart(self) -> Self:
+    def _check_tokens(self) -> Self:
         for key in ("name", "sha256"):
             if len({getattr(token, key) for token in self.tokens}) < len(self.tokens):
-                raise ValueError(f"tokens: two have the same {key}")
+                raise ValueError(f"tokens: two tokens have the same {key}; each needs its own")
         return self
 
     @model_validator(mode="after")
-    def _keep_plaintext_at_home(self) -> Self:
-        """But for Health, which probes ask for that know nothing of certificates."""
+    def _require_tls_off_loopback(self) -> Self:
+        """Refuse plaintext listeners that other machines can reach, except for Health, whose probes have no TLS."""
         if self.metrics_listen is not None and not self.insecure and not is_loopback(self.metrics_listen):
             raise ValueError(
-                f"metrics_listen: {self.metrics_listen} can be reached from other machines, and metrics are plaintext; "
-                "listen on 127.0.0.1, or set insecure = true if you trust the network"
+                f"metrics_listen: {self.metrics_listen} can be reached from other machines, and metrics are "
+                "not encrypted; listen on 127.0.0.1, or set insecure = true if you trust the network"
             )
         for key, address in (("listen", self.listen), ("admin_listen", self.admin_listen)):
             if address and self.tls is None and not self.insecure and not is_loopback(address):
                 raise ValueError(
-                    f"{key}: {address} can be reached from other machines, and there is no TLS; give [tls] with a "
+                    f"{key}: {address} can be reached from other machines, and TLS is off; add [tls] with a "
                     "certificate and a key, listen on 127.0.0.1, or set insecure = true (CAMSERVE_INSECURE=true, "
                     "--insecure) if you trust the network"
                 )
         return self
 
     @model_validator(mode="after")
-    def _keep_strangers_from_models(self) -> Self:
-        known = any(token.admin for token in self.tokens) or (not self.tokens and self.tls and self.tls.client_ca)
-        if self.admin_listen and not known and not self.insecure and not is_loopback(self.admin_listen):
+    def _require_admin_credentials(self) -> Self:
+        checked = any(token.admin for token in self.tokens) or (not self.tokens and self.tls and self.tls.client_ca)
+        if self.admin_listen and not checked and not self.insecure and not is_loopback(self.admin_listen):
             raise ValueError(
-                f"admin_listen: anybody who reaches {self.admin_listen} could unload models; give [[tokens]] with "
-                "admin = true, or client_ca in [tls], or listen on 127.0.0.1"
+                f"admin_listen: every machine that reaches {self.admin_listen} could unload models; add "
+                "[[tokens]] with admin = true, set client_ca in [tls], or listen on 127.0.0.1"
             )
         return self
 
 
-def read(path: Path | None = None, **flags: Any) -> Config:
-    """The configuration from a file, the environment and those `flags` that are not None.
+def read_config(path: Path | None = None, **flags: Any) -> Config:
+    """Read the configuration from a file, the environment and command-line flags.
 
-    Raises ConfigError, with a line for each fault that names its key.
+    Args:
+        path: the TOML file; None for no file.
+        flags: values of the command line by key; None for a flag that is not set.
+
+    Returns:
+        The configuration, with the embedded model if no model is configured.
+
+    Raises:
+        ConfigError: a value is invalid, or the file cannot be read. The message has one line for each error, which
+            begins with the key.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
-        config = _with_file(data)(**{key: value for key, value in flags.items() if value is not None})
+        config = _config_class(data)(**{key: value for key, value in flags.items() if value is not None})
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     except ValidationError as error:
-        raise ConfigError("\n".join(_line(detail, data) for detail in error.errors())) from error
-    config.models = config.models or [embedded()]
+        raise ConfigError("\n".join(_error_line(detail, data) for detail in error.errors())) from error
+    config.models = config.models or [embedded_model()]
     config._file, config._flags = path, flags
     folder = path.parent if path else Path()
     for table in (*config.models, *([config.tls] if config.tls else [])):
@@ -296,8 +345,10 @@ def read(path: Path | None = None, **flags: Any) -> Config:
     return config
 
 
-def _with_file(data: dict[str, Any]) -> type[Config]:
-    class WithFile(Config):
+def _config_class(data: dict[str, Any]) -> type[Config]:
+    """Return a Config class with the contents of a file as its last source."""
+
+    class ConfigWithFile(Config):
         @classmethod
         def settings_customise_sources(
             cls,
@@ -309,22 +360,22 @@ def _with_file(data: dict[str, Any]) -> type[Config]:
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return (init_settings, env_settings, InitSettingsSource(settings_cls, data))
 
-    return WithFile
+    return ConfigWithFile
 
 
-def _line(detail: Any, data: dict[str, Any]) -> str:
+def _error_line(detail: Any, data: dict[str, Any]) -> str:
     match detail["loc"]:
         case ("models" | "tokens" as tables, int(i), *rest):
-            place: tuple[Any, ...] = (tables, _name(data, tables, i), *rest)
+            place: tuple[Any, ...] = (tables, _table_name(data, tables, i), *rest)
         case place:
             pass
-    # Errors of the whole configuration name the key themselves.
+    # The messages of validators that see several keys begin with the key.
     return ": ".join(filter(None, (".".join(map(str, place)), detail["msg"].removeprefix("Value error, "))))
 
 
-def _name(data: dict[str, Any], tables: str, i: int) -> str | int:
-    """Of the i-th table in the file, as other errors call it; its number if it has none."""
+def _table_name(data: dict[str, Any], tables: str, i: int) -> str | int:
+    """Return the name of the i-th table, which other errors use too, or i if it has no name."""
     try:
         return str(data[tables][i]["name"])
-    except (KeyError, IndexError, TypeError):  # from the environment, or not yet checked to be a table
+    except (KeyError, IndexError, TypeError):  # the table comes from the environment or is not a table
         return i

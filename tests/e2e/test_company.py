@@ -14,7 +14,7 @@ import pytest
 import skimage.data
 
 import camserve
-from camserve_server.config import Config, ModelConfig, embedded
+from camserve_server.config import Config, ModelConfig, embedded_model
 from camserve_server.engine.job import Job
 from camserve_server.service.server import Server
 from tests.conftest import serving
@@ -155,7 +155,7 @@ def test_failing_requests_do_not_change_other_answers(server: Server) -> None:
 @pytest.mark.slow
 def test_map_of_the_embedded_model_shows_the_predicted_object() -> None:
     """The model runs at its own size of 224×224 pixels."""
-    config = Config(listen="127.0.0.1:0", models=[embedded().model_copy(update={"batch_size": 1})])
+    config = Config(listen="127.0.0.1:0", models=[embedded_model().model_copy(update={"batch_size": 1})])
     metrics = {"insertion": {"steps": 32}, "deletion": {"steps": 32}}
     with serving(config) as server, patient_client(server.address) as client:
         e = client.explain(skimage.data.camera(), method="opti-cam", metrics=metrics)

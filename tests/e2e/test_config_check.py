@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from camserve_cli.app import app
-from camserve_server.config import TokenConfig, read
+from camserve_server.config import TokenConfig, read_config
 from camserve_server.errors import ConfigError
 from camserve_server.models.sources import build_network
 from camserve_server.service.server import Server
@@ -145,7 +145,7 @@ def test_a_server_does_not_start_with_wrong_files(config: Path, key: str) -> Non
     config.write_text(config.read_text().replace(f'{key} = "server', f'{key} = "none'))
 
     async def start() -> None:
-        server = Server(read(config, listen="127.0.0.1:0"))
+        server = Server(read_config(config, listen="127.0.0.1:0"))
         try:
             await server.start()
         finally:
@@ -156,7 +156,7 @@ def test_a_server_does_not_start_with_wrong_files(config: Path, key: str) -> Non
 
 
 def test_other_weights_than_the_pinned_ones_are_not_loaded(config: Path) -> None:
-    [model] = read(config).models
+    [model] = read_config(config).models
     assert build_network(model, "models.tiny")
     save_file(nets.tiny_cnn(seed=6).state_dict(), config.parent / "tiny.safetensors")
     with pytest.raises(ConfigError, match=r"^models\.tiny\.weights_sha256: .* its sha256 is [0-9a-f]{64}"):

@@ -26,7 +26,7 @@ from camserve.v1 import admin_pb2 as pb
 from camserve.v1.admin_pb2_grpc import AdminServiceStub
 from camserve_cli.app import app
 from camserve_server import model_pool
-from camserve_server.config import read
+from camserve_server.config import read_config
 from camserve_server.errors import ConfigError
 from camserve_server.model_pool import ModelPool
 from camserve_server.service.server import Server
@@ -67,7 +67,7 @@ def weights(folder: Path, name: str, seed: int) -> None:
 def running(path: Path) -> Iterator[tuple[Server, camserve.Client, AdminServiceStub]]:
     """A server, somebody who asks it, and its operator."""
     with (
-        serving(read(path)) as server,
+        serving(read_config(path)) as server,
         camserve.Client(server.address) as client,
         grpc.insecure_channel(server.admin_address) as channel,
     ):
@@ -304,7 +304,7 @@ def test_a_model_larger_than_the_bound_is_refused(tmp_path: Path) -> None:
 def test_flags_hold_for_models_that_are_loaded_later(tmp_path: Path) -> None:
     path = write(tmp_path, "a")
     path.write_text(path.read_text().replace('device = "cpu"', 'device = "cuda:7"'))
-    with serving(read(path, device="cpu")) as server, grpc.insecure_channel(server.admin_address) as channel:
+    with serving(read_config(path, device="cpu")) as server, grpc.insecure_channel(server.admin_address) as channel:
         assert AdminServiceStub(channel).ReloadModel(pb.ReloadModelRequest(model="a")).model.state == "ready"
 
 
@@ -323,7 +323,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 def test_who_gives_up_at_any_moment_holds_nobody_up(tmp_path: Path, ticks: int) -> None:
     """A caller that waits for a model is cancelled before, while and after it gets it; then another needs the room."""
     each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
-    config = read(write(tmp_path, "a", "b", max_model_bytes=each))
+    config = read_config(write(tmp_path, "a", "b", max_model_bytes=each))
 
     async def use(pool: ModelPool, name: str) -> None:
         async with pool.lease(name) as lease:

@@ -19,7 +19,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 import camserve
-from camserve_server.config import Config, ModelConfig, TokenConfig, read
+from camserve_server.config import Config, ModelConfig, TokenConfig, read_config
 from camserve_server.errors import ConfigError
 from camserve_server.service.server import Server
 from tests.conftest import serving
@@ -238,8 +238,8 @@ def test_memory_of_the_gpu() -> None:
 
 def test_the_listener_is_refused_where_it_cannot_be() -> None:
     with pytest.raises(ConfigError, match=r"metrics_listen: .* insecure = true"):
-        read(metrics_listen="0.0.0.0:9464")
-    assert read(metrics_listen="0.0.0.0:9464", insecure=True).metrics_listen
+        read_config(metrics_listen="0.0.0.0:9464")
+    assert read_config(metrics_listen="0.0.0.0:9464", insecure=True).metrics_listen
 
 
 def test_a_port_that_is_taken_names_the_key(watched: Server) -> None:

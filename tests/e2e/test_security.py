@@ -24,7 +24,7 @@ from camserve.v1 import admin_pb2, admin_pb2_grpc
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from camserve_server.__main__ import serve
-from camserve_server.config import Config, ModelConfig, TLSConfig, TokenConfig, read
+from camserve_server.config import Config, ModelConfig, TLSConfig, TokenConfig, read_config
 from camserve_server.errors import ConfigError
 from camserve_server.service import security
 from camserve_server.service.prometheus import Metrics
@@ -99,26 +99,26 @@ def every_kind_of_call(channel: grpc.Channel, metadata: Any = ()) -> list[Any]:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1"])
 def test_loopback_needs_no_tls(address: str) -> None:
-    assert read(listen=address, admin_listen=address).listen == address
+    assert read_config(listen=address, admin_listen=address).listen == address
 
 
 @pytest.mark.parametrize("key", ["listen", "admin_listen"])
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "192.168.1.5:1", "camserve.example:1"])
 def test_plaintext_for_other_machines_is_refused(key: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=rf"^{key}: .*insecure = true"):
-        read(**{key: address})
+        read_config(**{key: address})
     with_tls = {"tls": {"certificate": "server.pem", "key": "server.key"}, "tokens": [TOKENS[1]]}
-    assert read(**{key: address}, **with_tls).tls
-    assert read(**{key: address}, insecure=True).insecure
+    assert read_config(**{key: address}, **with_tls).tls
+    assert read_config(**{key: address}, insecure=True).insecure
     monkeypatch.setenv("CAMSERVE_INSECURE", "true")
-    assert read(**{key: address}).insecure
+    assert read_config(**{key: address}).insecure
 
 
 @pytest.mark.parametrize("key", ["listen", "admin_listen", "metrics_listen", "health_listen"])
 @pytest.mark.parametrize("address", ["::1:1", "[::1:1", "localhost", "127.0.0.1:65536"])
 def test_listener_needs_a_host_and_a_port(key: str, address: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{key}: .* is not HOST:PORT; write an IPv6 host in brackets"):
-        read(**{key: address})
+        read_config(**{key: address})
 
 
 def test_it_does_not_start_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,8 +129,8 @@ def test_it_does_not_start_and_says_why(capsys: pytest.CaptureFixture[str]) -> N
 def test_models_are_not_unloaded_by_strangers() -> None:
     files = {"certificate": "server.pem", "key": "server.key"}
     with pytest.raises(ConfigError, match=r"^admin_listen: .*admin = true"):
-        read(admin_listen="0.0.0.0:1", tls=files, tokens=TOKENS[:1])
-    assert read(admin_listen="0.0.0.0:1", tls={**files, "client_ca": "ca.pem"})
+        read_config(admin_listen="0.0.0.0:1", tls=files, tokens=TOKENS[:1])
+    assert read_config(admin_listen="0.0.0.0:1", tls={**files, "client_ca": "ca.pem"})
 
 
 # ---- TLS -------------------------------------------------------------------------------------------------------------
@@ -370,4 +370,4 @@ def test_the_caller_has_a_name(
 def test_tokens_are_told_apart() -> None:
     for key, other in (("name", {"sha256": hashed("other")}), ("sha256", {"name": "other"})):
         with pytest.raises(ConfigError, match=f"^tokens: two have the same {key}"):
-            read(tokens=[TOKENS[0], TOKENS[0].model_copy(update=other)])
+            read_config(tokens=[TOKENS[0], TOKENS[0].model_copy(update=other)])

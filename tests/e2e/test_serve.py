@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import camserve
 from camserve_server import __main__ as server_main
-from camserve_server.config import read
+from camserve_server.config import read_config
 from camserve_server.service.server import Server
 from tests import nets
 from tests.processes import CAMSERVE, LIMIT_S, completed, patient_client, served
@@ -205,4 +205,4 @@ def test_options_override_the_environment_and_that_the_file(config: Path, monkey
     with served(config, "--listen", "127.0.0.1:0", CAMSERVE_LISTEN="127.0.0.1:1") as server:
         assert not server.address.endswith(":1")
     monkeypatch.setenv("CAMSERVE_LISTEN", "127.0.0.1:2")
-    assert read(config).listen == "127.0.0.1:2"
+    assert read_config(config).listen == "127.0.0.1:2"

@@ -33,7 +33,7 @@ def check(
     Prints the values that are in effect, and each error on a line of its own. Exits with status 2 if there are errors.
     """
     with needs_extra("server", "camserve config check"):
-        from camserve_server.config_check import check as run
+        from camserve_server.config_check import check_config as run
     values, errors = run(config)
     if values:
         table = plain_table("key", "value")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from camserve_server.config import ModelConfig, embedded
+from camserve_server.config import ModelConfig
 from camserve_server.errors import InvalidArgument
 from camserve_server.models.fold import fold_batch_norm, fold_padding
 from camserve_server.models.load import load

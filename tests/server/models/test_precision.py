@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import camserve
-from camserve_server.config import Config, ModelConfig, embedded, read
+from camserve_server.config import Config, ModelConfig, embedded_model, read_config
 from camserve_server.errors import ConfigError, Unservable
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
@@ -109,7 +109,7 @@ def test_memory_that_runs_out_halves_its_own_lane_only(model, x, monkeypatch):
 
 
 def test_the_embedded_network_in_bf16():
-    model = load(embedded().model_copy(update={"precision": ("fp32", "bf16")}), CPU)
+    model = load(embedded_model().model_copy(update={"precision": ("fp32", "bf16")}), CPU)
     x = model.preprocessing(from_pixels(skimage.data.chelsea()))
     maps = []
     for at in model.precisions.values():
@@ -129,10 +129,10 @@ def test_a_cpu_has_no_tf32():
 def test_one_or_several_in_the_configuration(tmp_path, given):
     path = tmp_path / "c.toml"
     path.write_text(f'models = [{{name = "m", source = "torchvision:resnet18", precision = {given}}}]')
-    assert read(path).models[0].precision[-1] == "bf16"
+    assert read_config(path).models[0].precision[-1] == "bf16"
     path.write_text('models = [{name = "m", source = "torchvision:resnet18", precision = ["fp16"]}]')
     with pytest.raises(ConfigError, match=r"models\.m\.precision\.0"):
-        read(path)
+        read_config(path)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from camserve.v1 import explain_pb2 as pb
-from camserve_server.config import Config, ModelConfig, read
+from camserve_server.config import Config, ModelConfig, read_config
 from camserve_server.errors import ConfigError, InvalidArgument
 from camserve_server.models.load import load, state_digest
 from camserve_server.models.model import Model
@@ -183,7 +183,7 @@ def test_a_value_out_of_range_names_its_key(line: str, message: str, tmp_path: P
     path = tmp_path / "camserve.toml"
     path.write_text(f'[[models]]\nname = "m"\nsource = "timm:test_vit"\n{line}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
-        read(path)
+        read_config(path)
 
 
 # ---- grey-scale ------------------------------------------------------------------------------------------------------
