@@ -18,10 +18,10 @@ def serve(
     """Run a server until SIGINT or SIGTERM.
 
     Args:
-        config: the TOML file of the configuration; None for the environment and the defaults only.
-        listen: overrides the address of the server.
-        device: overrides the device.
-        insecure: overrides the permission to listen without TLS.
+        config: The TOML file of the configuration; None for the environment and the defaults only.
+        listen: Overrides the address of the server.
+        device: Overrides the device.
+        insecure: Overrides the permission to listen without TLS.
 
     Returns:
         The exit status: 0 after a signal, 1 if the engine failed, 2 for an invalid configuration.

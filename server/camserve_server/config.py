@@ -146,7 +146,7 @@ class ModelConfig(_Table):
         """Check the weights file against `weights_sha256`, if it is set.
 
         Raises:
-            ConfigError: the weights are not a file, or their SHA-256 is different.
+            ConfigError: The weights are not a file, or their SHA-256 is different.
         """
         if self.weights_sha256 is None:
             return
@@ -269,7 +269,7 @@ class Config(BaseSettings):
         """Read the configuration file again, if there is one, and return its models.
 
         Raises:
-            ConfigError: the file is missing or invalid.
+            ConfigError: The file is missing or invalid.
         """
         return read_config(self._file, **self._flags).models if self._file else self.models
 
@@ -320,14 +320,14 @@ def read_config(path: Path | None = None, **flags: Any) -> Config:
     """Read the configuration from a file, the environment and command-line flags.
 
     Args:
-        path: the TOML file; None for no file.
-        flags: values of the command line by key; None for a flag that is not set.
+        path: The TOML file; None for no file.
+        flags: Values of the command line by key; None for a flag that is not set.
 
     Returns:
         The configuration, with the embedded model if no model is configured.
 
     Raises:
-        ConfigError: a value is invalid, or the file cannot be read. The message has one line for each error, which
+        ConfigError: A value is invalid, or the file cannot be read. The message has one line for each error, which
             begins with the key.
     """
     try:

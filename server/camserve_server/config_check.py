@@ -22,7 +22,7 @@ def check_config(path: Path | None) -> tuple[list[tuple[str, str]], list[str]]:
     configuration may be meant for another machine.
 
     Args:
-        path: the TOML file; None for the environment and the defaults only.
+        path: The TOML file; None for the environment and the defaults only.
 
     Returns:
         The keys with their values, without secrets; and the errors, each of which begins with its key. There are no

@@ -1,34 +1,41 @@
-"""What can go wrong, in one small tree; each knows its gRPC code.
+"""The errors of the server. Each class has its gRPC status code.
 
 CamserveError
-├── InvalidArgument      INVALID_ARGUMENT     the request is wrong: `field` says where
-│   └── OutOfRange       INVALID_ARGUMENT     a value outside what is allowed
-├── NotFound             NOT_FOUND            no such model, method or metric: `metadata["known"]` lists them
-├── Unservable           FAILED_PRECONDITION  this model cannot serve this method
-├── TooLarge             RESOURCE_EXHAUSTED   larger than this server will ever take: no use to try again
-├── QueueFull            RESOURCE_EXHAUSTED   too many rows owed: try again after `retry_after_s`
-├── OutOfMemory          RESOURCE_EXHAUSTED   even one row does not fit
-├── Unavailable          UNAVAILABLE          loading or draining: try again, perhaps elsewhere
-├── Unauthenticated      UNAUTHENTICATED      no token, or an unknown one
-├── PermissionDenied     PERMISSION_DENIED    a known caller, who may not do this
-├── Expired              DEADLINE_EXCEEDED    the caller's deadline passed while waiting or running
-├── Cancelled            CANCELLED            the caller went away
-└── InternalError        INTERNAL             our bug; its traceback stays in the log
-ConfigError              raised at start: the configuration names something that is not so
+├── InvalidArgument      INVALID_ARGUMENT     a field of the request is wrong; `field` names it
+│   └── OutOfRange       INVALID_ARGUMENT     a value is outside its range
+├── NotFound             NOT_FOUND            no model, method or metric has this name; `metadata["known"]` lists them
+├── Unservable           FAILED_PRECONDITION  the model cannot serve the method, or is not loaded
+├── TooLarge             RESOURCE_EXHAUSTED   the request is larger than the server accepts; a retry fails, too
+├── QueueFull            RESOURCE_EXHAUSTED   too many rows are owed; retry after `retry_after_s`
+├── OutOfMemory          RESOURCE_EXHAUSTED   one row does not fit into the device's memory
+├── Unavailable          UNAVAILABLE          the server is loading or shutting down; retry, possibly on another server
+├── Unauthenticated      UNAUTHENTICATED      the call has no token, or an unknown one
+├── PermissionDenied     PERMISSION_DENIED    the caller is known but does not have the right
+├── Expired              DEADLINE_EXCEEDED    the deadline passed before the end of the request
+├── Cancelled            CANCELLED            the caller cancelled the call
+└── InternalError        INTERNAL             a bug of the server; the traceback is in the log only
+ConfigError              raised at the start: the configuration is invalid
 """
 
 from __future__ import annotations
 
-# In bytes. They quote what the caller sent, and gRPC drops an answer whose metadata takes more than 8 KiB.
+# Limits in bytes. Messages quote fields of the request, and gRPC drops a response with more than 8 KiB of metadata.
 MAX_MESSAGE = 1000
 MAX_FIELD = 200
 
 
 class CamserveError(Exception):
-    """An error that a caller gets to see.
+    """An error that the caller receives.
 
-    `message` says what was wrong, what was expected and what to do; `field` names the request's field at fault;
-    `reason` is a constant for programs; `retry_after_s` is None where trying again is of no use.
+    Args:
+        message: The problem, the expected value and the remedy.
+        field: The wrong field of the request; empty if no field is wrong.
+        reason: A constant for programs; by default, that of the class.
+        metadata: Further facts for programs.
+        retry_after_s: The seconds after which a retry may succeed; None if a retry cannot succeed.
+
+    Attributes:
+        code: The name of the gRPC status code.
     """
 
     code = "UNKNOWN"
@@ -52,100 +59,100 @@ class CamserveError(Exception):
 
 
 class InvalidArgument(CamserveError):
-    """The request is wrong."""
+    """A field of the request is wrong."""
 
     code = "INVALID_ARGUMENT"
     reason = "INVALID"
 
 
 class OutOfRange(InvalidArgument):
-    """A value lies outside what is allowed."""
+    """A value is outside its range."""
 
     reason = "OUT_OF_RANGE"
 
 
 class NotFound(CamserveError):
-    """There is no model, method or metric of that name."""
+    """No model, method or metric has this name."""
 
     code = "NOT_FOUND"
     reason = "UNKNOWN_NAME"
 
 
 class Unservable(CamserveError):
-    """The model cannot serve the method."""
+    """The model cannot serve the method, or it is not loaded."""
 
     code = "FAILED_PRECONDITION"
     reason = "UNSERVABLE"
 
 
 class TooLarge(CamserveError):
-    """Larger than this server will ever take."""
+    """The request is larger than the server accepts."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "TOO_LARGE"
 
 
 class QueueFull(CamserveError):
-    """Too many rows are owed already."""
+    """Too many rows are owed."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "QUEUE_FULL"
 
 
 class OutOfMemory(CamserveError):
-    """Even one row of the request does not fit into the device's memory."""
+    """One row of the request does not fit into the device's memory."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "OUT_OF_MEMORY"
 
 
 class Unavailable(CamserveError):
-    """The server is loading or draining."""
+    """The server is loading or shutting down."""
 
     code = "UNAVAILABLE"
     reason = "UNAVAILABLE"
 
 
 class Unauthenticated(CamserveError):
-    """The caller has no token, or an unknown one."""
+    """The call has no token, or an unknown one."""
 
     code = "UNAUTHENTICATED"
     reason = "UNAUTHENTICATED"
 
 
 class PermissionDenied(CamserveError):
-    """The caller is known, and may not do this."""
+    """The caller is known but does not have the right."""
 
     code = "PERMISSION_DENIED"
     reason = "PERMISSION_DENIED"
 
 
 class Expired(CamserveError):
-    """The caller's deadline passed."""
+    """The deadline passed before the end of the request."""
 
     code = "DEADLINE_EXCEEDED"
     reason = "DEADLINE_EXCEEDED"
 
 
 class Cancelled(CamserveError):
-    """The caller went away."""
+    """The caller cancelled the call."""
 
     code = "CANCELLED"
     reason = "CANCELLED"
 
 
 class InternalError(CamserveError):
-    """A bug of ours."""
+    """A bug of the server."""
 
     code = "INTERNAL"
     reason = "INTERNAL"
 
 
 class ConfigError(Exception):
-    """The configuration names something that is not so; the message names the key."""
+    """The configuration is invalid. The message begins with the key."""
 
 
-def _clipped(text: str, most: int) -> str:
-    """As much of it as fits into so many bytes of UTF-8."""
+def _clipped(text: str, max_bytes: int) -> str:
+    """Return the text, shortened to `max_bytes` bytes of UTF-8."""
     encoded = text.encode(errors="replace")
-    return text if len(encoded) <= most else encoded[: most - 3].decode(errors="ignore") + "…"
+    return text if len(encoded) <= max_bytes else encoded[: max_bytes - 3].decode(errors="ignore") + "…"

@@ -35,9 +35,9 @@ class Loads:
     """Counters of the loads of one model.
 
     Attributes:
-        done: the successful loads.
-        failed: the failed loads.
-        seconds: the time that all loads took, with warm-up.
+        done: The successful loads.
+        failed: The failed loads.
+        seconds: The time that all loads took, with warm-up.
     """
 
     done: int = 0
@@ -78,8 +78,8 @@ class Lease:
     """A model that stays loaded until the lease is released.
 
     Attributes:
-        model: the model.
-        release: ends the lease; further calls have no effect.
+        model: The model.
+        release: Ends the lease; further calls have no effect.
     """
 
     model: Model
@@ -122,12 +122,12 @@ class ModelPool:
     belong to the event loop.
 
     Args:
-        config: the configuration of the server.
-        engine: measures the batch sizes of new models.
-        device: holds the weights.
+        config: The configuration of the server.
+        engine: Measures the batch sizes of new models.
+        device: Holds the weights.
 
     Attributes:
-        loads: the counters of each model by its name.
+        loads: The counters of each model by its name.
     """
 
     def __init__(self, config: Config, engine: Engine, device: torch.device) -> None:
@@ -143,8 +143,8 @@ class ModelPool:
         """Load the configured models in their order, as many as fit.
 
         Raises:
-            ConfigError: a model cannot be loaded.
-            CamserveError: a model does not fit into the device's memory, or the engine closes.
+            ConfigError: A model cannot be loaded.
+            CamserveError: A model does not fit into the device's memory, or the engine closes.
         """
         for entry in self._entries.values():
             model = await self._read(entry.config)
@@ -165,14 +165,14 @@ class ModelPool:
         """Lease a model for the duration of the context, or until the lease is released.
 
         Args:
-            name: the name of the model; empty for the first configured model.
+            name: The name of the model; empty for the first configured model.
 
         Yields:
             The lease.
 
         Raises:
-            NotFound: no model has this name; the error lists the configured ones.
-            Unservable: the model cannot be loaded, or an operator has unloaded it.
+            NotFound: No model has this name; the error lists the configured ones.
+            Unservable: The model cannot be loaded, or an operator has unloaded it.
         """
         entry = self._entry(name) if name else next(iter(self._entries.values()))
         if entry.closed:
@@ -202,14 +202,14 @@ class ModelPool:
         """Load a model with its current settings in the configuration file, unless it is loaded.
 
         Args:
-            name: the name of the model.
+            name: The name of the model.
 
         Returns:
             The loaded model.
 
         Raises:
-            NotFound: the configuration file has no model of this name.
-            ConfigError: the model cannot be loaded.
+            NotFound: The configuration file has no model of this name.
+            ConfigError: The model cannot be loaded.
         """
         return await _finish_when_cancelled(self._load_current(name, only_if_unloaded=True))
 
@@ -219,14 +219,14 @@ class ModelPool:
         After an error, the previous model stays in use.
 
         Args:
-            name: the name of the model.
+            name: The name of the model.
 
         Returns:
             The new model.
 
         Raises:
-            NotFound: the configuration file has no model of this name.
-            ConfigError: the model cannot be loaded.
+            NotFound: The configuration file has no model of this name.
+            ConfigError: The model cannot be loaded.
         """
         return await _finish_when_cancelled(self._load_current(name))
 
@@ -234,10 +234,10 @@ class ModelPool:
         """Refuse new leases of a model, and wait for the requests that use it.
 
         Args:
-            name: the name of the model.
+            name: The name of the model.
 
         Raises:
-            NotFound: no model has this name.
+            NotFound: No model has this name.
         """
         entry = self._entry(name)
         entry.closed = True

@@ -49,10 +49,10 @@ class MethodCall:
     """A method with checked arguments.
 
     Attributes:
-        method: the registered method.
-        parameters: the value of every parameter, defaults included.
-        layers: the layers that the method reads, from fine to coarse.
-        seed: the seed of methods that use random numbers.
+        method: The registered method.
+        parameters: The value of every parameter, defaults included.
+        layers: The layers that the method reads, from fine to coarse.
+        seed: The seed of methods that use random numbers.
     """
 
     method: Method
@@ -66,9 +66,9 @@ class MetricCall:
     """A metric with checked arguments.
 
     Attributes:
-        metric: the registered metric.
-        parameters: the value of every parameter, defaults included.
-        seed: the seed of metrics that use random numbers.
+        metric: The registered metric.
+        parameters: The value of every parameter, defaults included.
+        seed: The seed of metrics that use random numbers.
     """
 
     metric: Metric
@@ -82,13 +82,13 @@ class RequestResult:
 
     Attributes:
         logits: [classes], the prediction for the image.
-        targets: the explained classes with their probabilities and logits.
+        targets: The explained classes with their probabilities and logits.
         maps: [T, H, W] float32 in [0, 1], at the input size of the model.
         raw: [T, h, w], the maps before they are resized and scaled.
-        scores: the values of the requested metrics, for each target.
-        warnings: texts for the reader of the map, for each target.
-        share: the part of the method's full sum that was computed, in (0, 1].
-        left_out: the channels that were skipped within the tolerance.
+        scores: The values of the requested metrics, for each target.
+        warnings: Texts for the reader of the map, for each target.
+        share: The part of the method's full sum that was computed, in (0, 1].
+        left_out: The channels that were skipped within the tolerance.
     """
 
     logits: Tensor
@@ -106,10 +106,10 @@ class RowsNeeded:
     """The rows that a request can take. Each count includes the prediction.
 
     Attributes:
-        most: the upper bound.
-        least: the fewest rows with which the request can be answered; less than `most` only if it can stop early.
-        metrics: the part of both counts that belongs to metrics.
-        can_stop_early: the method can return a map before it has used all rows.
+        most: The upper bound.
+        least: The fewest rows with which the request can be answered; less than `most` only if it can stop early.
+        metrics: The part of both counts that belongs to metrics.
+        can_stop_early: The method can return a map before it has used all rows.
     """
 
     most: int
@@ -122,10 +122,10 @@ def rows_needed(model: Model, call: MethodCall | None, metrics: Sequence[MetricC
     """Return the rows that a request can take.
 
     Args:
-        model: the model that the request names.
-        call: the method, or None if the request brings a map.
-        metrics: the metrics that score each map.
-        targets: the number of maps.
+        model: The model that the request names.
+        call: The method, or None if the request brings a map.
+        metrics: The metrics that score each map.
+        targets: The number of maps.
     """
     one_map = Sizes([], 1, model.preprocessing.size, _rows_of_another_map(model, call))
     metric_rows = targets * sum(m.metric.rows(one_map, **m.parameters) for m in metrics)
@@ -154,14 +154,14 @@ def limits(
     """Return the limits that the engine applies to a request.
 
     Args:
-        model: the model that the request names.
-        call: the method, or None if the request brings a map.
-        rows: the rows that the request can take.
-        budget: the most rows that the caller allows; 0 for no budget.
-        deadline: the caller's deadline, on the clock of `time.monotonic()`.
+        model: The model that the request names.
+        call: The method, or None if the request brings a map.
+        rows: The rows that the request can take.
+        budget: The most rows that the caller allows; 0 for no budget.
+        deadline: The caller's deadline, on the clock of `time.monotonic()`.
 
     Raises:
-        OutOfRange: the request needs more rows than the budget allows.
+        OutOfRange: The request needs more rows than the budget allows.
     """
     if budget and budget < rows.least:
         subject = call.method.name if call else "the request"
@@ -190,12 +190,12 @@ def plan_request(
     """Predict, settle the targets, make a map for each target, and score the maps.
 
     Args:
-        model: the model that the request names.
-        x: the preprocessed image.
-        targets: class indices, or the number of the most probable classes to explain.
-        subject: the method that makes the maps, or one map [h, w] in [0, 1] to score.
-        metrics: the metrics that score each map.
-        truth: the location of all targets, for metrics that need it.
+        model: The model that the request names.
+        x: The preprocessed image.
+        targets: Class indices, or the number of the most probable classes to explain.
+        subject: The method that makes the maps, or one map [h, w] in [0, 1] to score.
+        metrics: The metrics that score each map.
+        truth: The location of all targets, for metrics that need it.
     """
     yield from Report(Stage("predict"))
     logits = yield from Predict(x)
@@ -308,7 +308,7 @@ def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> tuple[Tensor, li
     """Resize and scale the maps of a method.
 
     Args:
-        result: the maps [T, h, w] of the method.
+        result: The maps [T, h, w] of the method.
         size: (H, W), the input size of the model.
 
     Returns:

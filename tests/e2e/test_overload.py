@@ -119,7 +119,7 @@ def test_priority_above_that_of_the_token_is_refused(server: Server) -> None:
     with patient_client(server.address, token="patient") as patient:
         assert patient.explain(IMAGE, method="grad-cam").maps
         assert patient.evaluate(IMAGE, method="grad-cam", metrics="average-gain", priority="low").scores
-        with pytest.raises(camserve.PermissionDenied, match="patient may ask for priority low at most") as caught:
+        with pytest.raises(camserve.PermissionDenied, match="the token of patient permits at most low") as caught:
             patient.explain(IMAGE, method="grad-cam", priority="normal")
         assert caught.value.field == "priority"
 

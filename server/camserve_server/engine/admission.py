@@ -27,8 +27,8 @@ class Caller:
     """The sender of a request. Unnamed callers share one quota.
 
     Attributes:
-        name: the name of the token or of the client certificate; empty for an unnamed caller.
-        max_rows_owed: the limit of the rows that all requests of this caller owe together; None for no limit.
+        name: The name of the token or of the client certificate; empty for an unnamed caller.
+        max_rows_owed: The limit of the rows that all requests of this caller owe together; None for no limit.
     """
 
     name: str = ""
@@ -40,12 +40,12 @@ class Claim:
     """The resources that a request asks for.
 
     Attributes:
-        rows: the most rows that the request can take.
-        least: the fewest rows with which the request can be answered.
-        rows_per_s: the best measured rate of the model; 0 if it is unknown.
-        deadline: the latest time of the answer, on the clock of `time.monotonic()`.
-        caller: the sender of the request.
-        priority: the priority that the scheduler applies.
+        rows: The most rows that the request can take.
+        least: The fewest rows with which the request can be answered.
+        rows_per_s: The best measured rate of the model; 0 if it is unknown.
+        deadline: The latest time of the answer, on the clock of `time.monotonic()`.
+        caller: The sender of the request.
+        priority: The priority that the scheduler applies.
     """
 
     rows: int
@@ -67,7 +67,7 @@ class Admission:
     """The rows that all admitted requests still owe.
 
     Args:
-        max_rows_owed: a request is refused if its rows and the rows that run before them exceed this limit.
+        max_rows_owed: A request is refused if its rows and the rows that run before them exceed this limit.
     """
 
     def __init__(self, max_rows_owed: int) -> None:
@@ -80,14 +80,14 @@ class Admission:
         """Admit a request and count its rows as owed.
 
         Args:
-            request: the identifier that later calls use.
-            claim: the resources that the request asks for.
-            rows_per_s: the current rate of the device; 0 if it is unknown.
+            request: The identifier that later calls use.
+            claim: The resources that the request asks for.
+            rows_per_s: The current rate of the device; 0 if it is unknown.
 
         Raises:
-            Unavailable: the server is shutting down.
-            QueueFull: too many rows run before this request, or its caller already owes too many.
-            Expired: the deadline would pass even if every row ran at the best rate.
+            Unavailable: The server is shutting down.
+            QueueFull: Too many rows run before this request, or its caller already owes too many.
+            Expired: The deadline would pass even if every row ran at the best rate.
         """
         with self._lock:
             self._check(claim, rows_per_s)

@@ -13,7 +13,7 @@ class BatchTimes:
     """The rate of an engine and the longest recent batch of each lane.
 
     Attributes:
-        rows_per_s: a moving average of the rows that run each second, with the time that plans take between batches;
+        rows_per_s: A moving average of the rows that run each second, with the time that plans take between batches;
             0 before the first batch.
     """
 

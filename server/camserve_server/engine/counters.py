@@ -15,12 +15,12 @@ class BatchRecord:
     """A batch that has run.
 
     Attributes:
-        number: the position of the batch among all batches of the engine, from 1.
-        kind: the kind of the lane.
-        rows: the rows of requests.
-        padding: the padding rows.
-        started: the start on the clock of `time.monotonic()`.
-        finished: the end on the same clock.
+        number: The position of the batch among all batches of the engine, from 1.
+        kind: The kind of the lane.
+        rows: The rows of requests.
+        padding: The padding rows.
+        started: The start on the clock of `time.monotonic()`.
+        finished: The end on the same clock.
     """
 
     number: int
@@ -36,10 +36,10 @@ class LaneCounters:
     """Totals of the batches of one lane.
 
     Attributes:
-        rows: the rows of requests.
-        padding: the padding rows.
-        seconds: the summed duration of the batches.
-        within: for each bound of BATCH_BOUNDS_S, the number of batches that took at most as long and longer than the
+        rows: The rows of requests.
+        padding: The padding rows.
+        seconds: The summed duration of the batches.
+        within: For each bound of BATCH_BOUNDS_S, the number of batches that took at most as long and longer than the
             previous bound; the last entry counts the batches that exceeded every bound.
     """
 
@@ -54,10 +54,10 @@ class Counters:
     """Totals of an engine since its start.
 
     Attributes:
-        batches: the batches of all lanes.
-        rows: the rows of requests.
-        padding: the padding rows.
-        lanes: the totals of each lane by the model's name, the precision and the kind of the lane.
+        batches: The batches of all lanes.
+        rows: The rows of requests.
+        padding: The padding rows.
+        lanes: The totals of each lane by the model's name, the precision and the kind of the lane.
     """
 
     batches: int = 0

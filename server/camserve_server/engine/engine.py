@@ -60,13 +60,13 @@ class Engine:
     """Runs plans on one device.
 
     Args:
-        max_rows_owed: the limit of the rows that may wait; see Admission.
-        batch_invariant: pad each batch to the size of its lane, so that a result does not depend on other requests.
-        max_copies: the most random copies of networks at a time. Each request has at most one; further requests wait.
+        max_rows_owed: The limit of the rows that may wait; see Admission.
+        batch_invariant: Pad each batch to the size of its lane, so that a result does not depend on other requests.
+        max_copies: The most random copies of networks at a time. Each request has at most one; further requests wait.
 
     Attributes:
-        counters: the totals of all batches.
-        died: done when the engine's thread has ended; it carries an exception if the thread failed.
+        counters: The totals of all batches.
+        died: Done when the engine's thread has ended; it carries an exception if the thread failed.
     """
 
     def __init__(
@@ -109,18 +109,18 @@ class Engine:
         Otherwise, the end of the context releases them, also after an error or a cancellation.
 
         Args:
-            rows: the most rows that the request can take.
-            limits: the limits of the request.
-            caller: the sender of the request.
-            priority: the priority that the scheduler applies.
+            rows: The most rows that the request can take.
+            limits: The limits of the request.
+            caller: The sender of the request.
+            priority: The priority that the scheduler applies.
 
         Yields:
             The reservation, under which a plan can be submitted once.
 
         Raises:
-            Unavailable: the engine is closed.
-            QueueFull: too many rows run before this request, or its caller already owes too many.
-            Expired: the rows cannot run before the deadline.
+            Unavailable: The engine is closed.
+            QueueFull: Too many rows run before this request, or its caller already owes too many.
+            Expired: The rows cannot run before the deadline.
         """
         request = next(self._ids)
         claim = Claim(limits.within_budget(rows), limits.least, limits.rows_per_s, limits.deadline, caller, priority)
@@ -160,7 +160,7 @@ class Engine:
         """Run the steps of an iterator on the engine's thread, with batches of requests between them.
 
         Args:
-            steps: an iterator; the engine runs other work after each item.
+            steps: An iterator; the engine runs other work after each item.
 
         Returns:
             A future that is done after the last step. It raises the exception of a step, or Unavailable if the engine

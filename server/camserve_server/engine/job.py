@@ -22,8 +22,8 @@ class Progress:
     """The progress of a request.
 
     Attributes:
-        rows_done: the rows that have run.
-        rows_total: the current estimate of all rows of the request; it may shrink.
+        rows_done: The rows that have run.
+        rows_total: The current estimate of all rows of the request; it may shrink.
     """
 
     rows_done: int
@@ -38,13 +38,13 @@ class Limits:
     """Limits of a request. Times are on the clock of `time.monotonic()`.
 
     Attributes:
-        deadline: the time at which the request fails; None for no deadline.
-        until: the time from which a query that has `min_rows` is answered with the rows that have run; None for never.
-        budget: the most rows that the request may take; None for no budget. A query that has `min_rows` is answered
+        deadline: The time at which the request fails; None for no deadline.
+        until: The time from which a query that has `min_rows` is answered with the rows that have run; None for never.
+        budget: The most rows that the request may take; None for no budget. A query that has `min_rows` is answered
             early when all of the budget but `reserved` is used.
-        reserved: the rows of the budget that are kept for metrics.
-        least: the fewest rows with which the request can be answered.
-        rows_per_s: the best measured rate of the model; 0 if it is unknown.
+        reserved: The rows of the budget that are kept for metrics.
+        least: The fewest rows with which the request can be answered.
+        rows_per_s: The best measured rate of the model; 0 if it is unknown.
     """
 
     deadline: float | None = None
@@ -69,28 +69,28 @@ class Job(Generic[T]):
     Until `future` is done, the engine's thread changes the fields; afterwards they are the cost of the request.
 
     Attributes:
-        id: the identifier of the request in the engine.
-        plan: the generator.
-        model: the model that the request names.
-        future: gives the result of the plan or raises a CamserveError.
-        notify: receives the events of the request on the engine's thread; it must not block.
-        rows_owed: the current upper bound of the rows that the request will still take, without its budget.
-        limits: the limits of the request.
-        submitted: the time of the submission, on the clock of `time.monotonic()`.
-        batch_sizes: the batch size of each lane; a size shrinks when memory runs out.
-        weight: the factor by which the scheduler multiplies the owed rows.
-        rows: the rows that have run.
-        batches: the batches in which these rows ran.
-        first_batch: the start of the first batch.
-        finished: the end of the request.
-        query: the query that the scheduler holds for this job, in the form that its lane runs.
-        lane: the lane of `query`.
-        copy: the job's copy of the network with random weights; while it exists, it answers the job's queries.
-        query_rows: the rows that `query` may take.
-        query_done: the rows of `query` that have run.
-        cut_at: the value of `rows` when a query was last answered early; 0 if none was.
-        batch_records: the first batches of the job, each with the number of the job's rows in it.
-        context: the context variables of the submitter; log lines about the job carry them.
+        id: The identifier of the request in the engine.
+        plan: The generator.
+        model: The model that the request names.
+        future: Gives the result of the plan or raises a CamserveError.
+        notify: Receives the events of the request on the engine's thread; it must not block.
+        rows_owed: The current upper bound of the rows that the request will still take, without its budget.
+        limits: The limits of the request.
+        submitted: The time of the submission, on the clock of `time.monotonic()`.
+        batch_sizes: The batch size of each lane; a size shrinks when memory runs out.
+        weight: The factor by which the scheduler multiplies the owed rows.
+        rows: The rows that have run.
+        batches: The batches in which these rows ran.
+        first_batch: The start of the first batch.
+        finished: The end of the request.
+        query: The query that the scheduler holds for this job, in the form that its lane runs.
+        lane: The lane of `query`.
+        copy: The job's copy of the network with random weights; while it exists, it answers the job's queries.
+        query_rows: The rows that `query` may take.
+        query_done: The rows of `query` that have run.
+        cut_at: The value of `rows` when a query was last answered early; 0 if none was.
+        batch_records: The first batches of the job, each with the number of the job's rows in it.
+        context: The context variables of the submitter; log lines about the job carry them.
     """
 
     id: int

@@ -26,11 +26,11 @@ class Reservation:
     `submit` starts.
 
     Args:
-        request: the identifier of the request in the engine.
-        rows: the most rows that the request can take.
-        limits: the limits of the request.
-        priority: the priority of the request.
-        start: hands a job to the engine's thread.
+        request: The identifier of the request in the engine.
+        rows: The most rows that the request can take.
+        limits: The limits of the request.
+        priority: The priority of the request.
+        start: Hands a job to the engine's thread.
     """
 
     def __init__(
@@ -55,17 +55,17 @@ class Reservation:
         """Start the plan of the request. The reserved rows belong to the returned job from then on.
 
         Args:
-            plan: a generator that takes at most about as many rows as were reserved.
-            model: the model that answers the queries of the plan.
-            batch_sizes: batch sizes by lane that replace those of the model.
-            notify: receives the events of the request on the engine's thread; it must not block.
+            plan: A generator that takes at most about as many rows as were reserved.
+            model: The model that answers the queries of the plan.
+            batch_sizes: Batch sizes by lane that replace those of the model.
+            notify: Receives the events of the request on the engine's thread; it must not block.
 
         Returns:
             The job; its future gives the result of the plan.
 
         Raises:
-            Unavailable: the engine has been closed since the reservation.
-            RuntimeError: the reservation has ended or already belongs to a job.
+            Unavailable: The engine has been closed since the reservation.
+            RuntimeError: The reservation has ended or already belongs to a job.
         """
         if self._ended or self.job is not None:
             raise RuntimeError("the reservation has ended or already belongs to a job; reserve rows for each request")

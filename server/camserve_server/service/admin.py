@@ -18,7 +18,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """Implements AdminService: it changes the model pool of a servicer.
 
     Args:
-        servicer: the servicer whose models it changes; it also logs the calls.
+        servicer: The servicer whose models it changes; it also logs the calls.
     """
 
     def __init__(self, servicer: Servicer) -> None:

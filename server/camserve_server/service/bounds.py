@@ -1,8 +1,8 @@
-"""What arrives: bytes → messages, bounded before they are parsed.
+"""Limits on the size of requests, checked before protobuf parses them.
 
-A parser takes thirty times the memory of a message that is made of tiny fields, and a second for each megabyte of it,
-while nothing else runs. Pictures, maps and masks are single fields of bytes, which cost nothing; all else in a request
-is small.
+Parsing a message of many small fields takes up to thirty times its size in memory and a second for each megabyte, and
+it blocks the event loop. Images, maps and masks are single fields of type bytes, which are cheap to parse. All other
+fields of a valid request are small.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from google.protobuf.message_factory import GetMessageClass
 from camserve.v1 import admin_pb2, explain_pb2
 from camserve_server.errors import CamserveError, InvalidArgument, TooLarge
 
-MAX_BESIDE_BYTES = 64 << 10
+MAX_OTHER_BYTES = 64 << 10
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-# gRPC parses the request of a call and runs its handler in one task.
+# gRPC parses the request and runs the handler of a call in the same task.
 _failure: ContextVar[CamserveError | None] = ContextVar("failure", default=None)
 
 _REQUESTS: dict[str, type[Message]] = {
@@ -34,14 +34,18 @@ _REQUESTS: dict[str, type[Message]] = {
 }
 
 
-class Bounds(grpc.aio.ServerInterceptor):
-    """Parses the requests of our own services. What is refused reaches the handler empty: it has to `check()`."""
+class SizeLimits(grpc.aio.ServerInterceptor):
+    """Parses the requests of camserve's services within the limits.
+
+    A handler receives an empty message instead of a refused one, so it must call `check`.
+    """
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
+        """Replace the function that parses the requests of a call."""
         handler: Any = await continuation(handler_call_details)
         kind = _REQUESTS.get(handler_call_details.method)
         if handler is not None and kind is not None:
@@ -50,32 +54,48 @@ class Bounds(grpc.aio.ServerInterceptor):
 
 
 def check() -> None:
-    """Raises what is wrong with the message of the call under way. To be asked in the call's own task."""
+    """Check the message of the current call. Call it in the task of the call.
+
+    Raises:
+        TooLarge: The message has too many bytes beside images, maps and masks.
+        InvalidArgument: The message cannot be parsed.
+    """
     failure = _failure.get()
     if failure is not None:
         raise failure
 
 
 def _parsed(kind: type[Message], data: bytes) -> Message:
-    """The message; an empty one if it is refused."""
+    """Parse a message; return an empty one and note the error if it is refused."""
     try:
         return parse(kind, data)
-    except CamserveError as error:  # an exception from here would reach the caller as a bug
+    except CamserveError as error:  # gRPC reports an exception of this function as an internal error
         _failure.set(error)
         return kind()
 
 
 def parse(kind: type[Message], data: bytes) -> Message:
-    """Raises TooLarge, naming the field, or InvalidArgument."""
+    """Parse a message within the limits.
+
+    Args:
+        kind: The class of the message.
+        data: The encoded message.
+
+    Raises:
+        TooLarge: The message has too many bytes beside images, maps and masks; the error names the field.
+        InvalidArgument: The message cannot be parsed.
+    """
     try:
         _count(data, 0, len(data), cast(Descriptor, kind.DESCRIPTOR), "", 0)
         return kind.FromString(data)
     except (DecodeError, IndexError) as error:
-        raise InvalidArgument("the message cannot be read: it breaks off, or is nested too deeply") from error
+        raise InvalidArgument(
+            "the message cannot be read: it is truncated, not valid protobuf, or nested too deeply"
+        ) from error
 
 
 def _count(data: bytes, at: int, end: int, kind: Descriptor, path: str, count: int) -> int:
-    """`count` and the bytes of the message at data[at:end] that are not in fields of type bytes. Raises TooLarge."""
+    """Add the bytes of data[at:end] that are not in fields of type bytes to `count`. Raises TooLarge."""
     while at < end:
         begin = at
         tag, at = _varint(data, at)
@@ -92,14 +112,14 @@ def _count(data: bytes, at: int, end: int, kind: Descriptor, path: str, count: i
                 at += 4
         count += at - begin
         if at + length > end:
-            raise IndexError("it breaks off")
+            raise IndexError("the message is truncated")
         if field is not None and field.message_type is not None and _holds_bytes(field.message_type):
             count = _count(data, at, at + length, field.message_type, f"{path}{field.name}.", count)
         elif field is None or field.type != FieldDescriptor.TYPE_BYTES:
             count += length
-        if count > MAX_BESIDE_BYTES:
+        if count > MAX_OTHER_BYTES:
             raise TooLarge(
-                f"a request may have {MAX_BESIDE_BYTES} bytes beside its pictures, maps and masks; this one has more",
+                f"the request has more than {MAX_OTHER_BYTES} bytes beside images, maps and masks; send fewer values",
                 field=f"{path}{field.name if field else ''}".removeprefix("request.").removesuffix("."),
             )
         at += length
@@ -107,20 +127,20 @@ def _count(data: bytes, at: int, end: int, kind: Descriptor, path: str, count: i
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number at `at`, and where it ends. Raises IndexError."""
+    """Return the varint at data[at] and the position after it. Raises IndexError."""
     number = shift = 0
     while data[at] & 0x80:
         number |= (data[at] & 0x7F) << shift
         shift += 7
         at += 1
         if shift > 63:
-            raise IndexError("too long a number")
+            raise IndexError("the varint is too long")
     return number | data[at] << shift, at + 1
 
 
 @cache
 def _holds_bytes(kind: Descriptor) -> bool:
-    """Whether a message of that kind has a field of type bytes, however deep."""
+    """Return True if a message of this kind has a field of type bytes at any depth."""
     seen, left = set[str](), [kind]
     while left:
         each = left.pop()

@@ -24,14 +24,14 @@ class Call:
     """The record of one call.
 
     Attributes:
-        rpc: the name of the RPC.
-        context: the context of the call.
-        request_id: the identifier of the request.
-        method: the explanation method; empty if the request has none, "other" if it is unknown.
-        facts: further values for the log line.
-        started: the arrival, on the clock of `time.monotonic()`.
-        job: the job of the request; None until the request is submitted to the engine.
-        span: the span of the call; None if the call is not traced.
+        rpc: The name of the RPC.
+        context: The context of the call.
+        request_id: The identifier of the request.
+        method: The explanation method; empty if the request has none, "other" if it is unknown.
+        facts: Further values for the log line.
+        started: The arrival, on the clock of `time.monotonic()`.
+        job: The job of the request; None until the request is submitted to the engine.
+        span: The span of the call; None if the call is not traced.
     """
 
     rpc: str
@@ -48,7 +48,7 @@ def checked_request_id(request_id: str) -> str:
     """Return the identifier that the caller sent, or a new one if it is empty.
 
     Raises:
-        InvalidArgument: the identifier is too long or contains a character that is not printable.
+        InvalidArgument: The identifier is too long or contains a character that is not printable.
     """
     if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
         raise InvalidArgument(

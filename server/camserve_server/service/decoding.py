@@ -20,13 +20,13 @@ def check_image(image: pb.Image, model: Model, max_pixels: int) -> None:
     """Check the form, the size and the shape of an image without decoding it.
 
     Args:
-        image: the image of the request.
-        model: the model that the request names.
-        max_pixels: the most pixels that the server accepts.
+        image: The image of the request.
+        model: The model that the request names.
+        max_pixels: The most pixels that the server accepts.
 
     Raises:
-        InvalidArgument: the image is missing, or its data do not match its shape.
-        TooLarge: the image has more pixels than the server accepts.
+        InvalidArgument: The image is missing, or its data do not match its shape.
+        TooLarge: The image has more pixels than the server accepts.
     """
     match image.WhichOneof("content"):
         case "encoded":
@@ -59,16 +59,16 @@ def decode_image(image: pb.Image, model: Model, max_pixels: int) -> Tensor:
     """Decode and preprocess an image that `check_image` has accepted.
 
     Args:
-        image: the image of the request. A tensor is used as it is.
-        model: the model whose preprocessing applies.
-        max_pixels: the most pixels of an encoded image.
+        image: The image of the request. A tensor is used as it is.
+        model: The model whose preprocessing applies.
+        max_pixels: The most pixels of an encoded image.
 
     Returns:
         The input [C, H, W] of the model, float32.
 
     Raises:
-        InvalidArgument: the image cannot be read, or a value is not finite.
-        TooLarge: the image has more pixels than the server accepts.
+        InvalidArgument: The image cannot be read, or a value is not finite.
+        TooLarge: The image has more pixels than the server accepts.
     """
     match image.WhichOneof("content"):
         case "encoded":
@@ -97,8 +97,8 @@ def decode_saliency(saliency: pb.Tensor) -> Tensor:
         The map [h, w] in [0, 1], float32.
 
     Raises:
-        InvalidArgument: a value is not finite.
-        OutOfRange: a value is not in [0, 1].
+        InvalidArgument: A value is not finite.
+        OutOfRange: A value is not in [0, 1].
     """
     values = _values(saliency, "saliency")
     low, high = values.min(), values.max()
@@ -123,15 +123,15 @@ def decode_mask(mask: pb.Tensor, size: tuple[int, int]) -> NDArray[np.bool_]:
     """Decode a mask that `check_mask` has accepted, and resize it to the input size of the model.
 
     Args:
-        mask: values in [0, 1]: 1 where the target is, 0 elsewhere.
+        mask: Values in [0, 1]: 1 where the target is, 0 elsewhere.
         size: (H, W), the input size.
 
     Returns:
         A mask [H, W]; a pixel is true if at least half of it belongs to the target.
 
     Raises:
-        InvalidArgument: a value is not finite, or no pixel is true.
-        OutOfRange: a value is not in [0, 1].
+        InvalidArgument: A value is not finite, or no pixel is true.
+        OutOfRange: A value is not in [0, 1].
     """
     values = _values(mask, "truth.mask")
     low, high = values.min(), values.max()

@@ -25,15 +25,15 @@ class EventStream:
     Create it on the event loop.
 
     Args:
-        model: the model of the request.
-        kinds: the kinds of messages that the call returns; empty for a unary call. Maps of other kinds are not encoded.
+        model: The model of the request.
+        kinds: The kinds of messages that the call returns; empty for a unary call. Maps of other kinds are not encoded.
 
     Attributes:
-        remarks: the warnings of the engine; complete at the end of `messages`.
+        warnings: The warnings of the engine; complete at the end of `messages`.
     """
 
     def __init__(self, model: Model, kinds: Collection[type[StreamMessage]]) -> None:
-        self.remarks: list[str] = []
+        self.warnings: list[str] = []
         self._model = model
         self._kinds = kinds
         self._loop = asyncio.get_running_loop()
@@ -43,7 +43,7 @@ class EventStream:
         """Add an event. The engine's thread calls it, because only this thread may do arithmetic on tensors."""
         match event:
             case MapWarning(text):
-                self.remarks.append(text)
+                self.warnings.append(text)
             case Level() if pb.Level in self._kinds:
                 self._put(responses.level(event, self._model))
             case Randomised() if pb.Randomised in self._kinds:

@@ -22,13 +22,19 @@ LANE = ["model", "precision", "lane"]
 
 
 class Gauges(Collector):
-    """Of the engine, the models and the calls under way: read from them when Prometheus asks, on its thread."""
+    """Reads the state of the engine, the models and the calls when Prometheus scrapes the server.
+
+    Args:
+        servicer: The source for calls and models.
+        engine: The source for rows and batches.
+    """
 
     def __init__(self, servicer: Servicer, engine: Engine) -> None:
         self._servicer = servicer
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
+        """Yield all gauges. Prometheus calls it on the thread of its listener."""
         yield from self._server()
         yield from self._queue()
         yield from self._lanes()
@@ -38,32 +44,38 @@ class Gauges(Collector):
     def _server(self) -> Iterator[Metric]:
         draining = self._servicer.draining
         ready = self._servicer.models is not None and not draining and not self._engine.died.done()
-        yield GaugeMetricFamily("camserve_ready", "1 if the server takes requests.", ready)
-        yield GaugeMetricFamily("camserve_draining", "1 if the server finishes what runs, to end.", draining)
+        yield GaugeMetricFamily("camserve_ready", "1 if the server accepts requests, else 0.", ready)
+        yield GaugeMetricFamily(
+            "camserve_draining", "1 if the server finishes running calls before it ends, else 0.", draining
+        )
 
     def _queue(self) -> Iterator[Metric]:
         now, calls = time.monotonic(), [*self._servicer.running]
         waiting = [job.submitted for job in (call.job for call in calls) if job and _waits(job)]
-        yield GaugeMetricFamily("camserve_requests_in_flight", "Calls that have not ended.", len(calls))
+        yield GaugeMetricFamily("camserve_requests_in_flight", "Number of calls that have not ended.", len(calls))
         yield GaugeMetricFamily(
             "camserve_requests_oldest_seconds",
-            "Age of the oldest call that has not ended.",
+            "Seconds since the arrival of the oldest call that has not ended; 0 if there is none.",
             max((now - call.started for call in calls), default=0.0),
         )
-        yield GaugeMetricFamily("camserve_queue_rows", "Rows that all requests still owe.", self._engine.rows_owed())
-        yield GaugeMetricFamily("camserve_queue_requests", "Requests that wait for their first batch.", len(waiting))
+        yield GaugeMetricFamily(
+            "camserve_queue_rows", "Rows that all reserved and running requests still owe.", self._engine.rows_owed()
+        )
+        yield GaugeMetricFamily(
+            "camserve_queue_requests", "Number of submitted requests that wait for their first batch.", len(waiting)
+        )
         yield GaugeMetricFamily(
             "camserve_queue_oldest_seconds",
-            "How long the oldest of those has waited.",
+            "Seconds that the oldest of these requests has waited; 0 if there is none.",
             now - min(waiting, default=now),
         )
 
     def _lanes(self) -> Iterator[Metric]:
-        rows = CounterMetricFamily("camserve_rows", "Rows that were run.", labels=LANE)
+        rows = CounterMetricFamily("camserve_rows", "Rows of requests that have run.", labels=LANE)
         padding = CounterMetricFamily(
-            "camserve_padding_rows", "Rows of nothing that filled up batches to their lane's size.", labels=LANE
+            "camserve_padding_rows", "Padding rows that filled batches to the size of their lane.", labels=LANE
         )
-        batches = HistogramMetricFamily("camserve_batch_seconds", "What batches took.", labels=LANE)
+        batches = HistogramMetricFamily("camserve_batch_seconds", "Duration of a batch in seconds.", labels=LANE)
         for lane, counted in [*self._engine.counters.lanes.items()]:
             rows.add_metric(lane, counted.rows)
             padding.add_metric(lane, counted.padding)
@@ -75,15 +87,21 @@ class Gauges(Collector):
         yield from (rows, padding, batches)
 
     def _models(self) -> Iterator[Metric]:
-        models = GaugeMetricFamily("camserve_models", "Models that are configured, by state.", labels=["state"])
+        models = GaugeMetricFamily("camserve_models", "Number of configured models by state.", labels=["state"])
         info = GaugeMetricFamily(
-            "camserve_model_info", "1 for each model that is loaded.", labels=["model", "precision", "digest", "device"]
+            "camserve_model_info",
+            "1 for each loaded model and precision.",
+            labels=["model", "precision", "digest", "device"],
         )
-        memory = GaugeMetricFamily("camserve_model_weight_bytes", "Weights of a loaded model.", labels=["model"])
-        sizes = GaugeMetricFamily("camserve_batch_size", "Rows in a full batch of the lane.", labels=LANE)
-        loads = CounterMetricFamily("camserve_model_loads", "Loads of a model.", labels=["model", "result"])
+        memory = GaugeMetricFamily(
+            "camserve_model_weight_bytes", "Bytes of the weights of a loaded model.", labels=["model"]
+        )
+        sizes = GaugeMetricFamily("camserve_batch_size", "Number of rows in a full batch of the lane.", labels=LANE)
+        loads = CounterMetricFamily(
+            "camserve_model_loads", "Number of loads of a model by result.", labels=["model", "result"]
+        )
         seconds = CounterMetricFamily(
-            "camserve_model_load_seconds", "What loads took, warm-up included.", labels=["model"]
+            "camserve_model_load_seconds", "Seconds that the loads of a model took, with warm-up.", labels=["model"]
         )
         pool = self._servicer.models
         states = dict.fromkeys(get_args(State), 0)
@@ -110,14 +128,18 @@ def _waits(job: Job[Any]) -> bool:
 
 
 def _device_memory() -> Iterator[Metric]:
-    """What torch takes of each GPU that it uses; reading it asks nothing of the GPU."""
+    """Yield the memory that torch uses on each GPU. This does not wait for the GPU."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return
-    allocated = GaugeMetricFamily("camserve_device_memory_allocated_bytes", "In use by tensors.", labels=["device"])
-    reserved = GaugeMetricFamily(
-        "camserve_device_memory_reserved_bytes", "Held by torch, tensors included.", labels=["device"]
+    allocated = GaugeMetricFamily(
+        "camserve_device_memory_allocated_bytes", "Bytes of GPU memory that tensors use.", labels=["device"]
     )
-    total = GaugeMetricFamily("camserve_device_memory_total_bytes", "Of the GPU.", labels=["device"])
+    reserved = GaugeMetricFamily(
+        "camserve_device_memory_reserved_bytes",
+        "Bytes of GPU memory that torch holds, with those of tensors.",
+        labels=["device"],
+    )
+    total = GaugeMetricFamily("camserve_device_memory_total_bytes", "Bytes of memory of the GPU.", labels=["device"])
     for i in range(torch.cuda.device_count()):
         if torch.cuda.memory_reserved(i):
             device = [f"cuda:{i}"]

@@ -1,4 +1,7 @@
-"""grpc.health.v1, so that all who watch learn of a change: in grpcio's own, one who leaves takes the others along."""
+"""The service grpc.health.v1.
+
+The implementation of grpcio is not used: when one watcher leaves, its other watchers miss later changes.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,36 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """The state of each service, for those who ask and those who watch."""
+    """Implements Health with a state for each service. All methods belong to the event loop."""
 
     def __init__(self) -> None:
         self._states: dict[str, int] = {}
         self._changed = asyncio.Event()
 
     def set(self, service: str, state: int) -> None:
-        """From now on, that is its state. To be called on the event loop."""
+        """Set the state of a service and notify its watchers.
+
+        Args:
+            service: The full name of the service; empty for the whole server.
+            state: A value of HealthCheckResponse.ServingStatus.
+        """
         self._states[service] = state
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def Check(self, request: HealthCheckRequest, context: Context) -> HealthCheckResponse:
+        """Return the state of a service; abort with NOT_FOUND if the service is unknown."""
         if request.service not in self._states:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
         return HealthCheckResponse(status=self._states[request.service])
 
     async def Watch(self, request: HealthCheckRequest, context: Context) -> AsyncIterator[HealthCheckResponse]:
-        told = None
+        """Yield the state of a service now and after each change."""
+        sent = None
         while True:
             changed, state = self._changed, self._states.get(request.service, HealthCheckResponse.SERVICE_UNKNOWN)
-            if state != told:
-                told = state
+            if state != sent:
+                sent = state
                 yield HealthCheckResponse(status=state)
             else:
                 await changed.wait()

@@ -1,4 +1,4 @@
-"""The log: every line of a request has its id, and its trace's where there is one."""
+"""The log of the server. Each line about a request contains its request_id, and its trace_id if it is traced."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from camserve_server.config import Config
 
 
 def log_to_stderr(config: Config) -> None:
-    """Logs as lines for people on a terminal, as JSON elsewhere; so do the libraries, from their warnings up."""
+    """Set up logging to stderr: coloured lines on a terminal, JSON elsewhere.
+
+    Libraries log in the same format, from the level warning.
+
+    Args:
+        config: The configuration, which contains the lowest level.
+    """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso"),
     ]
-    for_people: list[Processor] = [
-        # Without local variables: they hold images.
+    for_terminal: list[Processor] = [
+        # The traceback omits local variables because they contain images.
         structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     ]
-    for_programs: list[Processor] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    render = for_people if sys.stderr.isatty() else for_programs
+    as_json: list[Processor] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    render = for_terminal if sys.stderr.isatty() else as_json
     structlog.configure(
         processors=[*shared, *render],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, config.log_level.upper())),
@@ -39,5 +45,5 @@ def log_to_stderr(config: Config) -> None:
     )
     logging.basicConfig(handlers=[libraries], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
-    # What Pillow says of hostile pictures is in ever new words, and Python keeps all that it has warned of.
+    # Pillow warns about malformed images with ever different texts, and Python remembers each text for ever.
     warnings.filterwarnings("ignore", module=r"PIL\.")

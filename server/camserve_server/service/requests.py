@@ -47,21 +47,21 @@ class ParsedRequest:
     """All checked fields of a request, and its pixels as they were sent.
 
     Attributes:
-        model: the model at the requested precision.
-        method: the method that makes the maps; None if the request brings a map.
-        targets: class indices, or the number of the most probable classes to explain.
-        metrics: the metrics that score each map.
-        rows: the rows that the request can take.
-        seed: the seed of methods and metrics that use random numbers.
-        budget: the most rows that the caller allows; 0 for no budget.
-        batch_sizes: the requested batch sizes by lane.
-        priority: the requested priority; None if the request does not name one.
-        image: the image as it was sent.
-        boxes: boxes around the target, in pixels of the model's input.
-        mask: a mask of the target; None if there is none.
-        saliency: the map to score; None if a method makes the maps.
-        top_k: the number of predictions in the response; 0 for the default.
-        raw: return the maps before they are resized and scaled, too.
+        model: The model at the requested precision.
+        method: The method that makes the maps; None if the request brings a map.
+        targets: Class indices, or the number of the most probable classes to explain.
+        metrics: The metrics that score each map.
+        rows: The rows that the request can take.
+        seed: The seed of methods and metrics that use random numbers.
+        budget: The most rows that the caller allows; 0 for no budget.
+        batch_sizes: The requested batch sizes by lane.
+        priority: The requested priority; None if the request does not name one.
+        image: The image as it was sent.
+        boxes: Boxes around the target, in pixels of the model's input.
+        mask: A mask of the target; None if there is none.
+        saliency: The map to score; None if a method makes the maps.
+        top_k: The number of predictions in the response; 0 for the default.
+        raw: Return the maps before they are resized and scaled, too.
     """
 
     model: Model
@@ -86,9 +86,9 @@ class Pixels:
     """The decoded pixels of a request.
 
     Attributes:
-        image: the preprocessed image on the model's device.
-        saliency: the map [h, w] in [0, 1] to score; None if a method makes the maps.
-        truth: the location of the targets; None if the request does not contain it.
+        image: The preprocessed image on the model's device.
+        saliency: The map [h, w] in [0, 1] to score; None if a method makes the maps.
+        truth: The location of the targets; None if the request does not contain it.
     """
 
     image: Image
@@ -100,12 +100,12 @@ def parse_explain(request: pb.ExplainRequest, model: Model, config: Config) -> P
     """Check and convert all fields of a request but its pixels.
 
     Args:
-        request: the message of the caller.
-        model: the model that the request names.
-        config: the configuration of the server.
+        request: The message of the caller.
+        model: The model that the request names.
+        config: The configuration of the server.
 
     Raises:
-        CamserveError: a field is wrong; the error names the field.
+        CamserveError: A field is wrong; the error names the field.
     """
     if not 0 <= request.top_k <= MAX_TOP_K:
         raise OutOfRange(f"top_k is {request.top_k}; expected 0 to {MAX_TOP_K}", field="top_k")
@@ -121,12 +121,12 @@ def parse_evaluate(request: pb.EvaluateRequest, model: Model, config: Config) ->
     """Check and convert all fields of a request but its pixels.
 
     Args:
-        request: the message of the caller.
-        model: the model that the request names.
-        config: the configuration of the server.
+        request: The message of the caller.
+        model: The model that the request names.
+        config: The configuration of the server.
 
     Raises:
-        CamserveError: a field is wrong; the error names the field.
+        CamserveError: A field is wrong; the error names the field.
     """
     model = model.at(request.precision)
     method, saliency = None, None
@@ -154,11 +154,11 @@ def decode_pixels(parsed: ParsedRequest, config: Config) -> Pixels:
     Decoding a large image takes about a second, so it belongs on a thread beside the event loop.
 
     Args:
-        parsed: the other fields of the request.
-        config: the configuration of the server.
+        parsed: The other fields of the request.
+        config: The configuration of the server.
 
     Raises:
-        CamserveError: the pixels cannot be read or have wrong values; the error names the field.
+        CamserveError: The pixels cannot be read or have wrong values; the error names the field.
     """
     model = parsed.model
     image = model.image(decode_image(parsed.image, model, config.max_image_pixels))

@@ -33,19 +33,19 @@ def explain_response(
     image: Image,
     job: Job[RequestResult],
     result: RequestResult,
-    remarks: Sequence[str],
+    engine_warnings: Sequence[str],
 ) -> pb.ExplainResponse:
     """Return the response to Explain.
 
     Args:
-        request_id: the identifier of the request.
-        parsed: the fields of the request.
-        image: the preprocessed image, whose digest the receipt contains.
-        job: the finished job, which contains the cost.
-        result: the result of the plan.
-        remarks: warnings of the engine; they are added to those of each map.
+        request_id: The identifier of the request.
+        parsed: The fields of the request.
+        image: The preprocessed image, whose digest the receipt contains.
+        job: The finished job, which contains the cost.
+        result: The result of the plan.
+        engine_warnings: Warnings of the engine; they are added to those of each map.
     """
-    maps = [_map(parsed, result, t, remarks) for t in range(len(result.targets))]
+    maps = [_map(parsed, result, t, engine_warnings) for t in range(len(result.targets))]
     if parsed.raw:
         for message, raw in zip(maps, result.raw, strict=True):
             message.raw.CopyFrom(tensor(raw))
@@ -64,12 +64,12 @@ def evaluate_response(
     image: Image,
     job: Job[RequestResult],
     result: RequestResult,
-    remarks: Sequence[str],
+    engine_warnings: Sequence[str],
 ) -> pb.EvaluateResponse:
     """Return the response to Evaluate. The arguments are those of `explain_response`."""
     return pb.EvaluateResponse(
         request_id=request_id,
-        map=_map(parsed, result, 0, remarks),
+        map=_map(parsed, result, 0, engine_warnings),
         cost=_cost(job),
         receipt=_receipt(request_id, parsed, image, job, result),
     )
@@ -173,7 +173,7 @@ def metric_message(metric: registry.Metric) -> pb.Metric:
     )
 
 
-def _map(parsed: ParsedRequest, result: RequestResult, t: int, remarks: Sequence[str]) -> pb.SaliencyMap:
+def _map(parsed: ParsedRequest, result: RequestResult, t: int, engine_warnings: Sequence[str]) -> pb.SaliencyMap:
     targets = result.targets
     return pb.SaliencyMap(
         target=_prediction(parsed.model, targets.index[t], float(targets.p[t]), float(targets.y[t])),
@@ -182,7 +182,7 @@ def _map(parsed: ParsedRequest, result: RequestResult, t: int, remarks: Sequence
             pb.Score(metric=call.metric.name, value=score.value, unit=call.metric.unit, curve=score.curve)
             for call, score in zip(parsed.metrics, result.scores[t], strict=True)
         ],
-        warnings=[*result.warnings[t], *remarks],
+        warnings=[*result.warnings[t], *engine_warnings],
         share=result.share,
         left_out=[
             pb.LeftOut(layer=each.layer, channels=each.channels, rows=each.rows, error=each.error[t])

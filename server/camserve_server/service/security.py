@@ -1,4 +1,4 @@
-"""Who may call: bearer tokens, and the subjects of client certificates."""
+"""Authentication and rights of callers, by bearer tokens and by the subjects of client certificates."""
 
 from __future__ import annotations
 
@@ -20,34 +20,58 @@ from camserve_server.service import status
 from camserve_server.service.call import checked_request_id
 from camserve_server.service.prometheus import Metrics
 
-PRIORITIES = get_args(Priority)  # from the lowest
+PRIORITIES = get_args(Priority)  # in ascending order
 ADMIN_SERVICE = "camserve.v1.AdminService"
 
 log = structlog.get_logger()
 Context = grpc.aio.ServicerContext[Any, Any]
-# gRPC runs the interceptors and the handler of a call in one task.
+# gRPC runs the interceptors and the handler of a call in the same task.
 _token: ContextVar[TokenConfig | None] = ContextVar("token", default=None)
 
 
 def caller(context: Context) -> str:
-    """Who calls: the name of their token, or else of their certificate, or "". To be asked in the call's own task."""
+    """Return the name of the caller: that of the token, or else of the client certificate, or an empty string.
+
+    Call it in the task of the call.
+
+    Args:
+        context: The context of the call.
+    """
     token = _token.get()
     return token.name if token else next(iter(_subjects(context)), "")
 
 
-def rights(context: Context, config: Config, asked: Priority | None) -> tuple[Caller, Priority]:
-    """Whose the call's rows are, and with what priority. Raises PermissionDenied for one that is too high."""
+def rights(context: Context, config: Config, requested: Priority | None) -> tuple[Caller, Priority]:
+    """Return the caller with its quota, and the priority of its request.
+
+    Call it in the task of the call.
+
+    Args:
+        context: The context of the call.
+        config: The configuration of the server.
+        requested: The requested priority; None for the default.
+
+    Raises:
+        PermissionDenied: The token does not permit the requested priority.
+    """
     token = _token.get()
-    most, highest = (token.max_rows_owed, token.priority) if token else (None, "high")
-    if asked is None:
-        asked = "low" if highest == "low" else "normal"
-    if PRIORITIES.index(asked) > PRIORITIES.index(highest):
-        raise PermissionDenied(f"{caller(context)} may ask for priority {highest} at most", field="priority")
-    return Caller(caller(context), most or config.max_rows_owed_per_caller), asked
+    quota, highest = (token.max_rows_owed, token.priority) if token else (None, "high")
+    if requested is None:
+        requested = "low" if highest == "low" else "normal"
+    if PRIORITIES.index(requested) > PRIORITIES.index(highest):
+        raise PermissionDenied(
+            f"the priority is {requested}; the token of {caller(context)} permits at most {highest}", field="priority"
+        )
+    return Caller(caller(context), quota or config.max_rows_owed_per_caller), requested
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Lets those calls through that their token and their certificate allow. Health is for everybody."""
+    """Refuses calls whose token or certificate is not allowed. Health needs neither.
+
+    Args:
+        config: The configuration, with the tokens and the allowed subjects.
+        metrics: Counts the refused calls.
+    """
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -59,69 +83,72 @@ class Guard(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Return the handler of a call, or one that refuses the call."""
         handler = await continuation(handler_call_details)
         service, _, rpc = handler_call_details.method.removeprefix("/").partition("/")
         if handler is None or service == health.SERVICE_NAME:
             return handler
         if self._tokens:
             try:
-                token = _known(handler_call_details, self._tokens)
+                token = _authenticate(handler_call_details, self._tokens)
                 if service == ADMIN_SERVICE and not token.admin:
-                    raise PermissionDenied(f"the token of {token.name} is not one of an admin")
+                    raise PermissionDenied(
+                        f"the token of {token.name} is not an admin token; AdminService needs one with admin = true"
+                    )
             except CamserveError as error:
                 return _refusal(error, rpc, self._metrics)
             _token.set(token)
         return handler if self._allowed is None else _only_for(handler, self._allowed, rpc, self._metrics)
 
 
-def _known(call: grpc.HandlerCallDetails, tokens: Collection[TokenConfig]) -> TokenConfig:
-    """The token that the call brings. Raises Unauthenticated."""
-    given = [str(value) for key, value in call.invocation_metadata if key == "authorization"]
-    scheme, _, secret = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+def _authenticate(call: grpc.HandlerCallDetails, tokens: Collection[TokenConfig]) -> TokenConfig:
+    """Return the configured token that the call sent. Raises Unauthenticated."""
+    values = [str(value) for key, value in call.invocation_metadata if key == "authorization"]
+    scheme, _, secret = values[0].partition(" ") if len(values) == 1 else ("", "", "")
     if scheme.lower() != "bearer":
-        raise Unauthenticated("this server wants a token: send the metadata `authorization: Bearer TOKEN`")
+        raise Unauthenticated("the call has no token; send the metadata `authorization: Bearer TOKEN`")
     digest = hashlib.sha256(secret.strip().encode()).hexdigest()
-    found = None
-    for token in tokens:  # all of them, so that the time tells nothing
+    match = None
+    for token in tokens:  # comparing with every token keeps the time independent of the result
         if hmac.compare_digest(token.sha256, digest):
-            found = token
-    if found is None:
-        raise Unauthenticated("the token is unknown to this server")
-    return found
+            match = token
+    if match is None:
+        raise Unauthenticated("the token is unknown to this server; check the token and the address")
+    return match
 
 
 def _subjects(context: Context) -> list[str]:
-    """What the caller's certificate calls it: its common name first, then its DNS names."""
-    shown = context.auth_context()
-    names = [*shown.get("x509_common_name", ()), *shown.get("peer_dns", ())]
+    """Return the subjects of the client certificate: its common name first, then its DNS names."""
+    auth = context.auth_context()
+    names = [*auth.get("x509_common_name", ()), *auth.get("peer_dns", ())]
     return [name.decode(errors="replace") for name in names if name]
 
 
 def _only_for(
     handler: grpc.RpcMethodHandler[Any, Any], allowed: Collection[str], rpc: str, metrics: Metrics
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    """The handler, for callers with one of those subjects. Only the context of a call, not its details, knows them."""
+    """Restrict a handler to callers with an allowed subject, which only the context of a call contains."""
 
     async def check(context: Context) -> None:
         if not set(_subjects(context)) & set(allowed):
-            error = PermissionDenied("this server is not for the subject of your certificate")
+            error = PermissionDenied("the subject of the client certificate is not in allowed_subjects of this server")
             await _refuse(error, rpc, metrics, context)
 
-    kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
-    behaviour: Any = getattr(handler, kind)
+    call_type = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
+    respond: Any = getattr(handler, call_type)
 
-    async def answer(request: object, context: Context) -> object:
+    async def checked_unary(request: object, context: Context) -> object:
         await check(context)
-        return await behaviour(request, context)
+        return await respond(request, context)
 
-    async def answers(request: object, context: Context) -> AsyncIterator[object]:
+    async def checked_stream(request: object, context: Context) -> AsyncIterator[object]:
         await check(context)
-        async for response in behaviour(request, context):
+        async for response in respond(request, context):
             yield response
 
-    make = getattr(grpc, f"{kind}_rpc_method_handler")
+    make = getattr(grpc, f"{call_type}_rpc_method_handler")
     checked: grpc.RpcMethodHandler[Any, Any] = make(
-        answers if inspect.isasyncgenfunction(behaviour) else answer,
+        checked_stream if inspect.isasyncgenfunction(respond) else checked_unary,
         request_deserializer=handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )
@@ -133,7 +160,7 @@ def _arity(streaming: bool) -> str:
 
 
 def _refusal(error: CamserveError, rpc: str, metrics: Metrics) -> grpc.RpcMethodHandler[Any, Any]:
-    """A handler that refuses a call of any kind: of a stream, so that the request is not read before it."""
+    """Return a handler that refuses a call. It is a streaming one so that gRPC does not read the request first."""
 
     async def refuse(_: object, context: Context) -> None:
         await _refuse(error, rpc, metrics, context)

@@ -1,4 +1,4 @@
-"""The server's life: bind, load, warm, serve, drain."""
+"""The server: bind the listeners, load the models, serve, and shut down."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from camserve_server.errors import CamserveError, ConfigError
 from camserve_server.model_pool import ModelPool
 from camserve_server.models.model import Model
 from camserve_server.service.admin import AdminServicer
-from camserve_server.service.bounds import Bounds
+from camserve_server.service.bounds import SizeLimits
 from camserve_server.service.gauges import Gauges
 from camserve_server.service.health import Health
 from camserve_server.service.prometheus import Listener, Metrics
@@ -35,43 +35,55 @@ from camserve_server.torch_setup.device import pick_device
 SERVICE = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-ONE_A_PORT = ("grpc.so_reuseport", 0)  # a second server on the port is an error, not a lottery
-KEEPALIVE = (  # clients ping every 30 s; by default gRPC would hang up on who does so more than every five minutes
+EXCLUSIVE_PORT = ("grpc.so_reuseport", 0)  # binding fails if another server uses the port
+KEEPALIVE = (  # clients ping every 30 s; by default, gRPC closes connections with more than one ping in five minutes
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # And we them: who has vanished without a word shall not be waited for.
+    # The server pings clients, too, to end the calls of clients that have disappeared without closing the connection.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
-# Clients look for new replicas when they connect; what runs on an old connection is finished on it.
+# Clients find new replicas only when they connect again. Running calls are finished on the old connection.
 CONNECTION_AGE = ("grpc.max_connection_age_ms", 600_000)
-LAST_WORDS_S = 0.5  # for answers on their way; those who watch Health would stay for ever
+STOP_GRACE_S = 0.5  # for responses in transfer; watchers of Health would never end by themselves
 
 log = structlog.get_logger()
 
 
 class Server:
-    """One gRPC server in front of one engine."""
+    """A gRPC server with one engine.
+
+    Args:
+        config: The configuration.
+
+    Attributes:
+        config: The configuration.
+        engine: Runs the plans of all requests.
+        address: HOST:PORT of the server, with the selected port.
+        health_address: The address of the listener for probes; empty if there is none.
+        admin_address: The address of the listener for operators; empty if there is none.
+        metrics_address: The address of the listener for Prometheus; empty if there is none.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.engine = Engine(max_rows_owed=config.max_rows_owed, batch_invariant=config.batch_invariant)
         self.address = ""
-        self.health_address = ""  # of the listener for probes, if there is one
-        self.admin_address = ""  # of the listener for operators, if there is one
-        self.metrics_address = ""  # of the listener for Prometheus, if there is one
+        self.health_address = ""
+        self.admin_address = ""
+        self.metrics_address = ""
         self._metrics, self._tracer = Metrics(), tracer_from_environment()
         self._servicer = Servicer(config, self.engine, self._metrics, self._tracer)
         self._metrics.registry.register(Gauges(self._servicer, self.engine))
         self._metrics_listener: Listener | None = None
         self._health = Health()
         self._grpc = grpc.aio.server(
-            interceptors=[Guard(config, self._metrics), Bounds()],
+            interceptors=[Guard(config, self._metrics), SizeLimits()],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
-                ONE_A_PORT,
+                EXCLUSIVE_PORT,
                 *KEEPALIVE,
                 CONNECTION_AGE,
             ],
@@ -80,16 +92,21 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if config.reflection:
             reflection.enable_server_reflection([SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME], self._grpc)
-        self._probes = grpc.aio.server(options=[ONE_A_PORT])
+        self._probes = grpc.aio.server(options=[EXCLUSIVE_PORT])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
         self._admin = grpc.aio.server(
-            interceptors=[Guard(config, self._metrics), Bounds()], options=[ONE_A_PORT, *KEEPALIVE]
+            interceptors=[Guard(config, self._metrics), SizeLimits()], options=[EXCLUSIVE_PORT, *KEEPALIVE]
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._servicer), self._admin)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._admin)
 
     async def start(self) -> None:
-        """Binds, answers Health, loads and warms the models, then is ready. Raises ConfigError."""
+        """Bind the listeners, serve Health, load the models, and then serve everything.
+
+        Raises:
+            ConfigError: An address cannot be bound, or a model cannot be loaded.
+            CamserveError: A model does not fit into the device's memory.
+        """
         self.address = _bind(self._grpc, "listen", self.config.listen, self.config.tls)
         self._health.set("", SERVING)
         self._health.set(SERVICE, NOT_SERVING)
@@ -117,40 +134,57 @@ class Server:
 
     @property
     def models(self) -> dict[str, Model]:
-        """Those that are loaded."""
+        """The loaded models by their name. Raises Unavailable before the end of `start`."""
         return {config.name: model for config, _, model in self._servicer.loaded_models().all() if model}
 
     async def stop(self, grace_s: float) -> None:
-        """Is not ready, refuses new work, finishes what runs within `grace_s` seconds, fails the rest."""
+        """Refuse new calls, wait for running ones, fail the remaining ones, and stop.
+
+        Args:
+            grace_s: The most seconds that running calls may take.
+        """
         self._health.set(SERVICE, NOT_SERVING)
-        # The port stays open meanwhile: whoever calls now is told when to try again.
+        # The port stays open meanwhile, so that new calls receive an error with a retry delay.
         await self._servicer.drain(grace_s)
         await asyncio.to_thread(self.engine.close)
-        await asyncio.gather(*(each.stop(LAST_WORDS_S) for each in (self._grpc, self._probes, self._admin)))
-        for last in (self._metrics_listener, self._tracer):
-            if last is not None:
-                await asyncio.to_thread(last.close)
+        await asyncio.gather(*(each.stop(STOP_GRACE_S) for each in (self._grpc, self._probes, self._admin)))
+        for part in (self._metrics_listener, self._tracer):
+            if part is not None:
+                await asyncio.to_thread(part.close)
 
 
 def _bind(server: grpc.aio.Server, key: str, address: str, tls: TLSConfig | None = None) -> str:
-    """Makes the server listen there; returns where, with the port. Raises ConfigError, naming the key."""
+    """Bind an address and return it with the selected port. Raises ConfigError, whose message begins with the key."""
     host = address.rpartition(":")[0]
     try:
         port = server.add_secure_port(address, credentials(tls)) if tls else server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ConfigError(f"{key}: cannot bind {address}; is another server there?") from error
+        raise ConfigError(
+            f"{key}: cannot bind {address}; check that the address belongs to this machine and that the port is free"
+        ) from error
     return f"{host}:{port}"
 
 
 async def run(config: Config, ready: Callable[[Server], None]) -> int:
-    """Serves until SIGINT or SIGTERM, then drains; a second signal ends at once. Returns the exit status."""
+    """Run a server until SIGINT or SIGTERM, then drain it. A second signal ends the process at once.
+
+    Args:
+        config: The configuration.
+        ready: Is called once when the server accepts requests.
+
+    Returns:
+        The exit status: 0 after a signal, 1 if the engine failed.
+
+    Raises:
+        ConfigError: The server cannot start.
+    """
     if pick_device(config.device).type == "cpu":
         keep_memory()
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     server = Server(config)
     starting = asyncio.create_task(server.start())
-    _on(loop, signals, starting.cancel)
+    _on_signals(loop, signals, starting.cancel)
     try:
         await starting
     except asyncio.CancelledError:
@@ -159,7 +193,7 @@ async def run(config: Config, ready: Callable[[Server], None]) -> int:
     except (CamserveError, ConfigError) as error:
         await server.stop(0)
         raise ConfigError(str(error)) from error
-    _on(loop, signals, stopping.set)
+    _on_signals(loop, signals, stopping.set)
     ready(server)
     server.engine.died.add_done_callback(lambda _: loop.call_soon_threadsafe(stopping.set))
     await stopping.wait()
@@ -175,6 +209,8 @@ async def run(config: Config, ready: Callable[[Server], None]) -> int:
     return 0
 
 
-def _on(loop: asyncio.AbstractEventLoop, signals: Sequence[signal.Signals], do: Callable[[], object]) -> None:
+def _on_signals(
+    loop: asyncio.AbstractEventLoop, signals: Sequence[signal.Signals], callback: Callable[[], object]
+) -> None:
     for number in signals:
-        loop.add_signal_handler(number, do)
+        loop.add_signal_handler(number, callback)

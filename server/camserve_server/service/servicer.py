@@ -53,15 +53,15 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
     """Implements ExplainService with one engine and a pool of models.
 
     Args:
-        config: the configuration of the server.
-        engine: runs the plans.
-        metrics: counts the calls.
-        tracer: sends a span for each call; None if traces are off.
+        config: The configuration of the server.
+        engine: Runs the plans.
+        metrics: Counts the calls.
+        tracer: Sends a span for each call; None if traces are off.
 
     Attributes:
-        models: the pool of models; None until the configured models are loaded.
-        running: the calls that have not ended.
-        draining: the server refuses new calls because it shuts down.
+        models: The pool of models; None until the configured models are loaded.
+        running: The calls that have not ended.
+        draining: The server refuses new calls because it shuts down.
     """
 
     def __init__(self, config: Config, engine: Engine, metrics: Metrics, tracer: Tracer | None) -> None:
@@ -197,7 +197,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             call.facts |= {"rows": job.rows, "queue_ms": round(job.queue_ms), "compute_ms": round(job.compute_ms)}
             result = job.future.result()
             yield await self._in_codec_thread(
-                respond, call.request_id, parsed, pixels.image, job, result, events.remarks
+                respond, call.request_id, parsed, pixels.image, job, result, events.warnings
             )
 
     def _follow(
@@ -234,10 +234,10 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         The log contains no image, label or path.
 
         Args:
-            rpc: the name of the RPC.
-            request_id: the identifier that the caller sent; empty for a new one.
-            context: the context of the call.
-            method: the explanation method as the caller sent it.
+            rpc: The name of the RPC.
+            request_id: The identifier that the caller sent; empty for a new one.
+            context: The context of the call.
+            method: The explanation method as the caller sent it.
 
         Yields:
             The record of the call, to which the handler adds facts for the log.

@@ -1,4 +1,4 @@
-"""An error of ours as a gRPC status with google.rpc details (AIP-193)."""
+"""Errors converted to a gRPC status with google.rpc details (AIP-193)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 def code(error: CamserveError) -> grpc.StatusCode:
-    """The gRPC code of the error."""
-    found: grpc.StatusCode = grpc.StatusCode[error.code]
-    return found
+    """Return the gRPC status code of an error."""
+    value: grpc.StatusCode = grpc.StatusCode[error.code]
+    return value
 
 
 def trailing_metadata(error: CamserveError, request_id: str, left_s: float | None = None) -> Metadata:
-    """`grpc-status-details-bin` and, where the code is one that clients retry, `grpc-retry-pushback-ms`.
+    """Return the trailing metadata of a failed call.
 
-    A negative pushback tells a client's own retries to stop. That is also said where the wait would outlast the
-    `left_s` that the caller has: its retries would wait until then, and this error would never be seen.
+    The metadata contain `grpc-status-details-bin` and, for codes that clients retry, `grpc-retry-pushback-ms`. A
+    negative pushback stops the automatic retries of the client. It is also sent if the wait would exceed the deadline:
+    otherwise, the client would wait until its deadline and never report this error.
+
+    Args:
+        error: The error.
+        request_id: The identifier of the request.
+        left_s: The seconds until the caller's deadline; None for no deadline.
     """
     status = status_pb2.Status(code=code(error).value[0], message=error.message)
     for detail in _details(error, request_id):
@@ -32,8 +38,8 @@ def trailing_metadata(error: CamserveError, request_id: str, left_s: float | Non
     metadata: Metadata = (("grpc-status-details-bin", status.SerializeToString()),)
     if error.code in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
         wait_s = error.retry_after_s
-        useless = wait_s is None or (left_s is not None and wait_s >= left_s)
-        metadata += (("grpc-retry-pushback-ms", "-1" if useless else str(math.ceil(1e3 * (wait_s or 0)))),)
+        hopeless = wait_s is None or (left_s is not None and wait_s >= left_s)
+        metadata += (("grpc-retry-pushback-ms", "-1" if hopeless else str(math.ceil(1e3 * (wait_s or 0)))),)
     return metadata
 
 

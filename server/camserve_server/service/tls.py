@@ -1,4 +1,4 @@
-"""The server's certificate and the CAs of its clients, from files that may change while it runs."""
+"""The server's certificate and the CAs of its clients. The files may change while the server runs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,34 @@ log = structlog.get_logger()
 
 
 def credentials(tls: TLSConfig) -> grpc.ServerCredentials:
-    """For a port. Files that change are read again at the next handshake. Raises ConfigError."""
-    renewed: Any = _Renewed(tls)  # grpcio's stubs forget that it may give None
-    return grpc.dynamic_ssl_server_credentials(certificates(tls), renewed, tls.client_ca is not None)
+    """Return the credentials of a port. A changed file is read again at the next handshake.
+
+    Args:
+        tls: The configured files.
+
+    Raises:
+        ConfigError: A file cannot be read or is invalid; the message begins with its key.
+    """
+    reload: Any = _Reload(tls)  # the stubs of grpcio do not allow None as its result
+    return grpc.dynamic_ssl_server_credentials(certificates(tls), reload, tls.client_ca is not None)
 
 
 def certificates(tls: TLSConfig) -> grpc.ServerCertificateConfiguration:
-    """What the files hold. Raises ConfigError, naming the key of a file that cannot be read or does not fit."""
+    """Read and check the files.
+
+    Args:
+        tls: The configured files.
+
+    Raises:
+        ConfigError: A file cannot be read or is invalid; the message begins with its key.
+    """
     pem = {key: _read(path, key) for key, path in _paths(tls).items()}
     _check(tls)
     return grpc.ssl_server_certificate_configuration([(pem["key"], pem["certificate"])], pem.get("client_ca"))
 
 
-class _Renewed:
-    """What gRPC asks, on a thread of its own, at each handshake: the certificates if they are new, or None."""
+class _Reload:
+    """Returns the certificates if the files have changed, else None. gRPC calls it at each handshake, on a thread."""
 
     def __init__(self, tls: TLSConfig) -> None:
         self._tls = tls
@@ -39,11 +53,13 @@ class _Renewed:
         stamps = self._stamps()
         if stamps == self._seen:
             return None
-        self._seen = stamps  # before they are read: what changes meanwhile is read at the next handshake
+        self._seen = stamps  # set before reading, so that a change during the read is noticed at the next handshake
         try:
             fresh = certificates(self._tls)
         except ConfigError as error:
-            log.warning("changed TLS files do not fit; the old ones stay", key=str(error).partition(":")[0])
+            log.warning(
+                "changed TLS files are invalid; the previous ones stay in use", key=str(error).partition(":")[0]
+            )
             return None
         log.info("TLS files read again")
         return fresh
@@ -54,15 +70,15 @@ class _Renewed:
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     try:
-        found = path.stat()
-    except OSError:  # between the old one and the new one
+        stat = path.stat()
+    except OSError:  # the file is being replaced
         return None
-    return found.st_mtime_ns, found.st_ino, found.st_size
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
 
 def _paths(tls: TLSConfig) -> dict[str, Path]:
-    named = {"certificate": tls.certificate, "key": tls.key, "client_ca": tls.client_ca}
-    return {key: tls.resolve(path) for key, path in named.items() if path is not None}
+    files = {"certificate": tls.certificate, "key": tls.key, "client_ca": tls.client_ca}
+    return {key: tls.resolve(path) for key, path in files.items() if path is not None}
 
 
 def _read(path: Path, key: str) -> bytes:
@@ -73,16 +89,22 @@ def _read(path: Path, key: str) -> bytes:
 
 
 def _check(tls: TLSConfig) -> None:
-    """Whether the files are what they should be: gRPC says of a wrong one only that the port cannot be bound."""
+    """Check the contents of the files. gRPC reports any invalid file only as a port that cannot be bound."""
     trial, paths = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), _paths(tls)
     for key in paths.keys() - {"key"}:
         try:
             trial.load_verify_locations(paths[key])
         except ssl.SSLError as error:
-            raise ConfigError(f"tls.{key}: {paths[key]} holds no certificate in PEM format") from error
+            raise ConfigError(f"tls.{key}: {paths[key]} contains no certificate; expected PEM format") from error
     try:
-        trial.load_cert_chain(paths["certificate"], paths["key"], password=lambda: "")  # rather than ask a person
+        trial.load_cert_chain(
+            paths["certificate"], paths["key"], password=lambda: ""
+        )  # without it, OpenSSL would prompt
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
-            raise ConfigError(f"tls.key: {paths['key']} is not the key of the certificate") from error
-        raise ConfigError(f"tls.key: {paths['key']} holds no private key in PEM format, or an encrypted one") from error
+            raise ConfigError(
+                f"tls.key: {paths['key']} does not belong to tls.certificate; configure the key of this certificate"
+            ) from error
+        raise ConfigError(
+            f"tls.key: {paths['key']} contains no usable private key; expected PEM format without encryption"
+        ) from error

@@ -27,7 +27,7 @@ def tracer_from_environment() -> Tracer | None:
         The tracer, or None if no endpoint is set or if tracing is disabled.
 
     Raises:
-        ConfigError: a variable has an unsupported value, or the packages of the extra `otel` are missing.
+        ConfigError: A variable has an unsupported value, or the packages of the extra `otel` are missing.
     """
     endpoint = next((name for name in ENDPOINTS if os.environ.get(name)), None)
     off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none"

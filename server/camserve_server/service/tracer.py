@@ -66,8 +66,8 @@ class Tracer:
         """End the span of a call and add the spans of its phases.
 
         Args:
-            call: the call.
-            code: the name of its gRPC status code.
+            call: The call.
+            code: The name of its gRPC status code.
         """
         span = call.span
         if span is None or not span.is_recording():
