@@ -369,5 +369,5 @@ def test_the_caller_has_a_name(
 
 def test_tokens_are_told_apart() -> None:
     for key, other in (("name", {"sha256": hashed("other")}), ("sha256", {"name": "other"})):
-        with pytest.raises(ConfigError, match=f"^tokens: two have the same {key}"):
+        with pytest.raises(ConfigError, match=f"^tokens: two tokens have the same {key}"):
             read_config(tokens=[TOKENS[0], TOKENS[0].model_copy(update=other)])

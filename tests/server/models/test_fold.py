@@ -129,7 +129,7 @@ class Twice(nn.Module):
 def load_lite0(precision: Precision) -> tuple[Model, Model]:
     """Return the embedded network without and with folding."""
     plain, folded = (
-        embedded().model_copy(update={"fold_batch_norm": fold, "precision": (precision,)}) for fold in (False, True)
+        embedded_model().model_copy(update={"fold_batch_norm": fold, "precision": (precision,)}) for fold in (False, True)
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("camserve_server.models.load.fold_padding", lambda *_: None)
