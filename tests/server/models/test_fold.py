@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from camserve_server.config import ModelConfig
+from camserve_server.config import ModelConfig, embedded_model
 from camserve_server.errors import InvalidArgument
 from camserve_server.models.fold import fold_batch_norm, fold_padding
 from camserve_server.models.load import load
@@ -128,9 +128,8 @@ class Twice(nn.Module):
 
 def load_lite0(precision: Precision) -> tuple[Model, Model]:
     """Return the embedded network without and with folding."""
-    plain, folded = (
-        embedded_model().model_copy(update={"fold_batch_norm": fold, "precision": (precision,)}) for fold in (False, True)
-    )
+    settings = embedded_model().model_copy(update={"precision": (precision,)})
+    plain, folded = (settings.model_copy(update={"fold_batch_norm": fold}) for fold in (False, True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("camserve_server.models.load.fold_padding", lambda *_: None)
         models = [load(plain, CPU)]
