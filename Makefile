@@ -4,9 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 BUF    := node_modules/.bin/buf
 BUF_VERSION := 1.75.0
+MERMAID_VERSION := 12.3.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench docs pictures figure lint proto proto-check clean
+.PHONY: help install demo test bench docs pictures figure lint site proto proto-check dist audit clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,7 +38,7 @@ pictures: install  ## draw every method's map of one photograph for docs/methods
 figure: install  ## draw all methods side by side, on four photographs; half an hour
 	$(BIN)/python examples/figure.py
 
-lint: install $(BUF)  ## ruff, mypy strict, import-linter, buf, fresh stubs
+lint: install node_modules/.installed  ## ruff, mypy strict, import-linter, buf, fresh stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -45,6 +46,9 @@ lint: install $(BUF)  ## ruff, mypy strict, import-linter, buf, fresh stubs
 	$(BUF) lint
 	./.ci/breaking $(BUF)
 	$(MAKE) proto-check
+
+site: install node_modules/.installed  ## build the documentation site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 proto: install  ## generate the stubs from proto/
 	$(BIN)/python -m grpc_tools.protoc --proto_path=proto \
@@ -58,8 +62,22 @@ proto-check: install  # the committed stubs are those that proto/ gives
 	$(MAKE) --no-print-directory proto OUT=build/stubs
 	for f in build/stubs/camserve/v1/*; do diff -u "client/camserve/v1/$${f##*/}" "$$f" || exit 1; done
 
-$(BUF):
-	npm install --no-save --no-package-lock --silent @bufbuild/buf@$(BUF_VERSION)
+node_modules/.installed: Makefile
+	npm install --no-save --no-package-lock --silent @bufbuild/buf@$(BUF_VERSION) mermaid@$(MERMAID_VERSION)
+	touch $@
+
+dist: install  ## build the wheel and the source distribution in dist/packages/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist/packages
+
+audit: dist  ## write the bill of materials dist/sbom.cdx.json; fail if a dependency has a known vulnerability
+	rm -rf build/audit
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --constraint constraints.txt torch
+	build/audit/bin/python -m pip install --quiet --constraint constraints.txt \
+	  "$$(ls dist/packages/*.whl)[server,gateway,report,otel]"
+	$(BIN)/pip-audit --path "$$(build/audit/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  --format cyclonedx-json --output dist/sbom.cdx.json
 
 clean:  ## remove everything that the commands above made
-	rm -rf $(VENV) node_modules build dist demo
+	rm -rf $(VENV) node_modules build dist demo site
