@@ -252,6 +252,14 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+def test_files_named_on_the_design_page_exist() -> None:
+    """Paths on the page are relative to the repository or to the package of the server."""
+    named = set(re.findall(r"`((?:[\w.]+/)+(?:[\w.]+\.(?:py|proto))?)`", page("design.md")))
+    assert len(named) > 20
+    folders = (ROOT, ROOT / "server" / "camserve_server")
+    assert not [name for name in named if not any((folder / name).exists() for folder in folders)]
+
+
 def anchors(path: Path) -> set[str]:
     """Of the page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
