@@ -1,6 +1,6 @@
-"""`make bench`: the plain forward pass, all else as a share of it, and peers, measured; writes docs/benchmarks.md.
+"""Run the benchmarks and write docs/benchmarks.md.
 
-Sections may be run one at a time; those of the same machine are put together on one page.
+Sections can run one at a time. Results of the same machine are combined on one page.
 """
 
 from __future__ import annotations
@@ -9,37 +9,47 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import ascent, curves, limit, masked, mixed, page, savings, service, shortcuts
+from benchmarks import (
+    approximations,
+    channel_masking,
+    insertion_deletion,
+    limit,
+    mixed_load,
+    opti_cam,
+    page,
+    savings,
+    service,
+)
+from benchmarks.bench_setup import Bench
 from benchmarks.machine import ROOT, facts
 from benchmarks.results import Claim, Result
 from benchmarks.subjects import CONFIGS
-from benchmarks.work import Bench
 from camserve_server.torch_setup.allocator import keep_memory
 from camserve_server.torch_setup.device import pick_device
 
-# Each section, and about how many steps of the bar it makes for all three networks at two rounds.
+# Each section, and its approximate number of progress steps for three networks and two rounds.
 SECTIONS: dict[str, tuple[Callable[[Bench], Result], int]] = {
     "limit": (limit.section, 30),
-    "poly": (masked.poly, 150),
-    "score": (masked.score, 36),
-    "opti": (ascent.section, 30),
-    "curves": (curves.section, 18),
+    "poly": (channel_masking.poly, 150),
+    "score": (channel_masking.score, 36),
+    "opti": (opti_cam.section, 30),
+    "curves": (insertion_deletion.section, 18),
     "savings": (savings.section, 24),
-    "shortcuts": (shortcuts.section, 42),
+    "shortcuts": (approximations.section, 42),
     "service": (service.section, 24),
-    "mixed": (mixed.section, 20),
+    "mixed": (mixed_load.section, 20),
 }
 
 
 def measure(bench: Bench, names: Sequence[str], keep: Callable[[str, Result], None]) -> None:
-    """Runs the sections and hands on what each has found; a bar says how much time is left."""
+    """Run sections, show a progress bar, and pass each result to `keep`."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=sum(SECTIONS[name][1] for name in names))
@@ -60,22 +70,33 @@ def measure(bench: Bench, names: Sequence[str], keep: Callable[[str, Result], No
 
 
 def main() -> int:
-    """Measures, writes, prints what is reached."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure: {', '.join(SECTIONS)}; all if none")
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each measurement, about (default: 1.5)")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each side has its turn (default: 2)")
-    parser.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
-    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="which networks")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page, its data and pictures")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"sections to measure: {', '.join(SECTIONS)} (default: all)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1.5, help="approximate duration of a measurement in seconds (default: 1.5)"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="measurements of each side (default: 2)")
+    parser.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if available)")
+    parser.add_argument(
+        "--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="networks to measure (default: all)"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page, its data and its charts")
+    parser.add_argument("--render", action="store_true", help="only write the page from the stored results")
     arguments = parser.parse_args()
+    if arguments.render:
+        run, results = page.load(arguments.out / "benchmarks.json")
+        _write_page(arguments.out, run, results)
+        return 0
     unknown = [name for name in arguments.names if name not in SECTIONS]
     if unknown:
-        parser.error(f"there is no {unknown[0]}; there are {', '.join(SECTIONS)}")
+        parser.error(f"unknown section {unknown[0]}; expected one of {', '.join(SECTIONS)}")
     names = [name for name in SECTIONS if name in (arguments.names or SECTIONS)]
     device = pick_device(arguments.device)
     if device.type == "cpu":
-        keep_memory()  # as the server does
+        keep_memory()  # The server does the same.
     bench = Bench(device, arguments.seconds, arguments.rounds, names=arguments.models)
     command = "make bench" if len(sys.argv) == 1 else f"python -m benchmarks {shlex.join(sys.argv[1:])}"
 
@@ -83,13 +104,12 @@ def main() -> int:
     results = page.read(data, here)
 
     def keep(name: str, result: Result) -> None:
-        """At once: whoever interrupts the rest has what was measured."""
+        """Write the page after each section, so that an interrupted run keeps its results."""
         results[name] = replace(result, command=command, made=f"*{here['date']}, commit {here['commit']}.*")
         arguments.out.mkdir(parents=True, exist_ok=True)
         in_order = {name: results[name] for name in SECTIONS if name in results}
         page.write(data, here, in_order)
-        text = page.page(here, in_order, [n for n in SECTIONS if n not in results], arguments.out / "pictures")
-        (arguments.out / "benchmarks.md").write_text(text, encoding="utf-8")
+        _write_page(arguments.out, here, in_order)
 
     try:
         measure(bench, names, keep)
@@ -100,10 +120,16 @@ def main() -> int:
     return 0
 
 
+def _write_page(folder: Path, run: Mapping[str, str], results: Mapping[str, Result]) -> None:
+    missing = [name for name in SECTIONS if name not in results]
+    text = page.page(run, results, missing, folder / "pictures")
+    (folder / "benchmarks.md").write_text(text, encoding="utf-8")
+
+
 def _line(claim: Claim) -> str:
-    verdict = "" if claim.aim is None else "reached" if claim.reached else "MISSED"
-    aim = "" if claim.aim is None else f" of {claim.aim:.2f}"
-    return f"{verdict:8}{claim.what}: {claim.figure:.2f}{aim}, against {claim.peer}"
+    verdict = "" if claim.aim is None else "met" if claim.reached else "missed"
+    aim = "" if claim.aim is None else f" (target {claim.aim:.2f})"
+    return f"{verdict:8}{claim.what}: {claim.figure:.2f}{aim}, compared with {claim.peer}"
 
 
 if __name__ == "__main__":

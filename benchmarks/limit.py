@@ -1,4 +1,4 @@
-"""The limit: the plain forward pass, and forward and backward, at the best batch size and memory format."""
+"""Plain forward and backward passes at all batch sizes and memory formats. The fastest is the limit of a network."""
 
 from __future__ import annotations
 
@@ -13,25 +13,43 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.results import Chart, Findings, Result, Table
-from benchmarks.timing import Timed, alone, clock
+from benchmarks.timing import Timed, clock, run_on_thread
 from camserve_server.engine.warmup import SIZES
 from camserve_server.models.fold import fold_batch_norm
 
 if TYPE_CHECKING:
+    from benchmarks.bench_setup import Bench
     from benchmarks.subjects import Subject
-    from benchmarks.work import Bench
 
-SLOW_S = 20.0  # a batch that takes longer is not tried in a larger size
+# If a batch takes longer, larger batches are not measured.
+SLOW_S = 20.0
 
-# Rows a second: (memory format, batch size) → rate.
+# (memory format, batch size) → rows per second.
 Grid = dict[tuple[str, int], float]
 Network = Callable[[Tensor], Tensor]
 Pass = Callable[[Network, Tensor], object]
 
+TEXT = (
+    "Rows per second of the network alone, by memory format and batch size. *Folded*: batch norms are folded into the "
+    "preceding convolutions. Backward: gradient of one logit with respect to the input. The fastest forward pass is "
+    "the limit that other sections refer to; they measure it again next to their own sides."
+)
+ARITHMETIC_TEXT = (
+    "Arithmetic of the fastest forward pass, as a share of the {fastest:.0f} GFLOP/s of a single large convolution "
+    "(512 to 512 channels, 3 × 3, on 28 × 28):"
+)
+
 
 @dataclass(eq=False)
 class Limit:
-    """Networks of the same logits in several memory formats, and the best of them."""
+    """Fastest plain forward pass of a network.
+
+    Attributes:
+        x: The image [C, H, W].
+        formats: The network by memory format. All variants have the same logits up to rounding.
+        forward: Rate of each memory format and batch size.
+        difference: Largest difference of the logits from those of the served model.
+    """
 
     x: Tensor
     formats: dict[str, nn.Module]
@@ -40,27 +58,27 @@ class Limit:
 
     @property
     def best(self) -> tuple[str, int]:
-        """Memory format and batch size of the fastest plain forward pass."""
+        """Memory format and batch size of the fastest forward pass."""
         return max(self.forward, key=lambda at: self.forward[at])
 
     @property
     def rate(self) -> float:
-        """Rows a second there, when it was looked for."""
+        """Rate of the fastest forward pass in rows per second."""
         return self.forward[self.best]
 
     def side(self, seconds: float) -> Callable[[], Timed]:
-        """The plain forward pass at its best, for about so long."""
+        """Return a side that runs the fastest forward pass for about this duration."""
         form, size = self.best
         rows = max(1, round(self.rate * seconds))
-        return lambda: alone(lambda: timed(forward, self.formats[form], self.batch(form, size), rows))
+        return lambda: run_on_thread(lambda: timed(forward, self.formats[form], self.batch(form, size), rows))
 
     def batch(self, form: str, size: int) -> Tensor:
-        """The image, repeated, in that memory format."""
+        """Return a batch of copies of the image in a memory format."""
         return self.x.expand(size, -1, -1, -1).contiguous(memory_format=_memory_format(form))
 
 
 def find_limit(made: nn.Module, served: nn.Module, x: Tensor, seconds: float) -> Limit:
-    """Tries all formats and sizes of the network as it is made, which is compared with the one that is served."""
+    """Measure the forward pass of the original network in all formats and batch sizes."""
     formats, difference = in_formats(made, served, x[None])
     limit = Limit(x, formats, {}, difference)
     limit.forward = grid(limit, forward, seconds)
@@ -68,7 +86,7 @@ def find_limit(made: nn.Module, served: nn.Module, x: Tensor, seconds: float) ->
 
 
 def in_formats(module: nn.Module, served: nn.Module, x: Tensor) -> tuple[dict[str, nn.Module], float]:
-    """The network by memory format, its batch norms folded or not, and how far the logits are from those served."""
+    """Return the network by memory format, with and without folded batch norms, and the largest logit difference."""
     formats = {}
     folded = copy.deepcopy(module)
     names = fold_batch_norm(folded, x)
@@ -91,12 +109,12 @@ def _memory_format(form: str) -> torch.memory_format:
 
 @torch.no_grad()
 def forward(net: Network, X: Tensor) -> Tensor:
-    """Nothing but the network."""
+    """Run the network without gradients."""
     return net(X)
 
 
 def forward_backward(net: Network, X: Tensor) -> Tensor:
-    """And the gradient of one class's logit in the input; the parameters need none."""
+    """Return the gradient of the logit of class 0 with respect to the input."""
     X = X.detach().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(net(X)[:, 0].sum(), X)
@@ -104,7 +122,7 @@ def forward_backward(net: Network, X: Tensor) -> Tensor:
 
 
 def timed(pass_: Pass, net: Network, X: Tensor, rows: int) -> Timed:
-    """At least so many rows, in batches of X; one before is not counted."""
+    """Run at least this number of rows in batches X, after one batch that is not timed."""
     pass_(net, X)
     batches = math.ceil(rows / len(X))
     start = clock(X.device)
@@ -114,7 +132,7 @@ def timed(pass_: Pass, net: Network, X: Tensor, rows: int) -> Timed:
 
 
 def grid(limit: Limit, pass_: Pass, seconds: float, tick: Callable[[], None] = lambda: None) -> Grid:
-    """Rates of all formats and sizes, each for about so long, at least two batches."""
+    """Measure all formats and batch sizes, each for about this duration and at least two batches."""
     rates: Grid = {}
     for form, net in limit.formats.items():
         rate, took = 0.0, 0.0
@@ -131,15 +149,15 @@ def grid(limit: Limit, pass_: Pass, seconds: float, tick: Callable[[], None] = l
 
 
 def section(bench: Bench) -> Result:
-    """Table 1: every network, pass, format and batch size; table 2: how near that is to what the machine can do."""
+    """Measure all passes, and compare the fastest with the fastest convolution of the machine."""
     found, arithmetic = Findings(), Findings()
-    fastest = alone(_fastest_convolution, bench.device, bench.seconds)
+    fastest = run_on_thread(_fastest_convolution, bench.device, bench.seconds)
     for subject in bench.subjects():
-        backward = alone(grid, subject.limit, forward_backward, bench.seconds / 4)
+        backward = run_on_thread(grid, subject.limit, forward_backward, bench.seconds / 4)
         for name, rates in (("forward", subject.limit.forward), ("forward + backward", backward)):
             for form in subject.limit.formats:
                 found.rows.append(_row(subject, name, form, rates))
-        operations = alone(_operations, subject) / 1e9
+        operations = run_on_thread(_operations, subject) / 1e9
         done = operations * subject.limit.rate
         arithmetic.rows.append([subject.name, f"{operations:.1f}", f"{done:.0f}", f"{done / fastest:.0%}"])
         found.bars[subject.name] = {
@@ -148,29 +166,23 @@ def section(bench: Bench) -> Result:
         }
     sizes = [str(size) for size in SIZES[bench.device.type]]
     return Result(
-        "The limit: plain passes",
-        "Rows a second of nothing but the network on a ready-made batch, by memory format and batch size; `folded` has "
-        "its batch norms folded into the convolutions before them. Backward is the gradient of one class's logit in "
-        "the input. The fastest forward pass of a network is the limit that everything below is a share of; where a "
-        "share is given, it was measured anew in turn with what it is a share of.",
+        "Plain passes",
+        TEXT,
         tables=[
-            Table("", ["model", "pass", "format", *sizes, "logits differ by"], found.rows),
+            Table("", ["model", "pass", "format", *sizes, "max. logit difference"], found.rows),
             Table(
-                "How much is left to be won in the networks themselves: billions of operations (an addition or a "
-                "multiplication) a row, those a second of the fastest forward pass, and what share that is of the "
-                f"{fastest:.0f} a second of a single convolution that suits the machine well (512 channels to 512, "
-                "3 × 3, on 28 × 28).",
-                ["model", "a row", "a second", "share"],
+                ARITHMETIC_TEXT.format(fastest=fastest),
+                ["model", "GFLOP per row", "GFLOP/s", "share"],
                 arithmetic.rows,
             ),
         ],
-        charts=[Chart("Plain forward pass at the best batch size", "rows a second", found.bars)],
+        charts=[Chart("Plain forward pass at the best batch size", "rows per second", found.bars)],
     )
 
 
 @torch.no_grad()
 def _operations(subject: Subject) -> int:
-    """Of one forward pass."""
+    """Return the number of floating-point operations of one forward pass."""
     with FlopCounterMode(display=False) as counter:
         subject.made(subject.image.tensor[None])
     return int(counter.get_total_flops())
@@ -178,7 +190,7 @@ def _operations(subject: Subject) -> int:
 
 @torch.no_grad()
 def _fastest_convolution(device: torch.device, seconds: float) -> float:
-    """Billions of operations a second."""
+    """Return the rate of a large convolution in GFLOP/s."""
     net = nn.Conv2d(512, 512, 3, padding=1).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     X = torch.randn(8, 512, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
     once = timed(forward, net, X, 1)

@@ -1,4 +1,4 @@
-"""Where and of what the figures are."""
+"""Facts about the machine, the software and the commit of a benchmark run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """Machine, versions, commit and date. Figures are put together if all but date and commit are the same."""
+    """Return machine, versions, commit and date. Runs are combined if all but date and commit are equal."""
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "device": device.type,
@@ -26,14 +26,14 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The short name of the commit, with a remark if what is measured has been changed since."""
+    """Return the short name of the commit, with a remark if the working tree differs from it."""
     name = _git("rev-parse", "--short", "HEAD") or "unknown"
     changed = _git("status", "--porcelain", "--", "server", "client", "benchmarks")
     return f"{name} with changes" if changed else name
 
 
 def cpu_name() -> str:
-    """As the kernel calls it."""
+    """Return the name of the CPU as reported by the kernel."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""`docs/benchmarks.md` and its pictures, out of the results that a JSON file keeps."""
+"""Page docs/benchmarks.md and its charts, written from the results in a JSON file."""
 
 from __future__ import annotations
 
@@ -11,47 +11,53 @@ from benchmarks.results import Claim, Result, Table
 
 HEAD = """# Benchmarks
 
-{machine}, {threads} threads, torch {torch}, Python {python}, fp32; date and commit stand with each section. Made by
+Machine: {machine}, {threads} threads, torch {torch}, Python {python}, fp32. Commands ({minutes:.0f} minutes):
 
 ```console
 {commands}
 ```
 
-in {minutes:.0f} minutes. Everything is a ratio of two rates of the same run: same inputs, weights, threads and
-precision, in turn (A B A B …), each side with the machine to itself, the median of the rounds. Peers run as their users
-have them, in a process with glibc's defaults; and, as a second figure, in ours, where they profit from
-[what the server sets](decisions/0008-allocator.md). EfficientNet-Lite0 has its ImageNet weights; ResNet50 and VGG16
-have random ones, with logits of a trained network's scale. Ratios move by some hundredths from run to run.{gpu}
+Each ratio compares two rates of the same run with equal inputs, weights, threads and precision. The sides alternate
+(A B A B …), nothing else runs, and the result is the median of the rounds. It varies by a few hundredths between runs.
+Other implementations run in a separate process with the default allocator, and again with
+[camserve's allocator settings](decisions/0008-allocator.md). EfficientNet-Lite0 has ImageNet weights. ResNet50 and
+VGG16 have random weights, with logits scaled like those of a trained network.{gpu}
 """
 
 
+def load(path: Path) -> tuple[dict[str, str], dict[str, Result]]:
+    """Return the facts about the machine and the results in a JSON file."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return data["facts"], {name: Result.from_json(result) for name, result in data["results"].items()}
+
+
 def read(path: Path, facts: Mapping[str, str]) -> dict[str, Result]:
-    """The results that were made on the same machine by the same software but ours; none if there are others."""
+    """Return the stored results, or none if they belong to another machine or to other versions of torch or Python."""
     if not path.exists():
         return {}
-    data = json.loads(path.read_text(encoding="utf-8"))
-    same = all(data["facts"].get(key) == value for key, value in facts.items() if key not in ("date", "commit"))
-    return {name: Result.from_json(result) for name, result in data["results"].items()} if same else {}
+    stored, results = load(path)
+    same = all(stored.get(key) == value for key, value in facts.items() if key not in ("date", "commit"))
+    return results if same else {}
 
 
 def write(path: Path, facts: Mapping[str, str], results: Mapping[str, Result]) -> None:
-    """Keeps the results, to be added to by another run."""
+    """Write the results to a JSON file, to which another run can add sections."""
     data = {"facts": dict(facts), "results": {name: result.as_json() for name, result in results.items()}}
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def page(facts: Mapping[str, str], results: Mapping[str, Result], missing: Sequence[str], pictures: Path) -> str:
-    """The whole text; draws the pictures into the folder beside it."""
+    """Return the text of the page and draw its charts into a folder."""
     commands = dict.fromkeys(f"$ {result.command}" for result in results.values())
     minutes = sum(result.seconds for result in results.values()) / 60
-    gpu = "" if facts["device"] == "cuda" else "\n\nNo GPU has been measured yet."
+    gpu = "" if facts["device"] == "cuda" else "\n\nThe benchmarks have not run on a GPU yet."
     parts = [HEAD.format(**facts, commands="\n".join(commands), minutes=max(1, minutes), gpu=gpu)]
     claims = [claim for result in results.values() for claim in result.claims]
     if claims:
-        parts.append("## In short\n\n" + _claims(claims))
+        parts.append("## Summary\n\n" + _claims(claims))
         missed = [claim for claim in claims if not claim.reached]
         if missed:
-            parts.append("What is missed, and where the time goes:\n\n" + "\n".join(_reasons(missed)) + "\n")
+            parts.append("Reasons for missed targets:\n\n" + "\n".join(_reasons(missed)) + "\n")
     for name, result in results.items():
         parts.append(f"## {result.title}\n\n{wrapped(result.text)}\n\n{result.made}\n")
         parts += [_table(table) for table in result.tables]
@@ -73,12 +79,14 @@ def _claims(claims: Iterable[Claim]) -> str:
             claim.peer,
             f"**{_figure(claim, claim.figure)}**",
             "–" if claim.aim is None else _figure(claim, claim.aim),
-            "" if claim.aim is None else "reached" if claim.reached else "MISSED",
+            "" if claim.aim is None else "met" if claim.reached else "missed",
             claim.agree or "–",
         ]
         for claim in claims
     ]
-    return _table(Table("", ["what", "against", "figure", "aim", "", "outputs agree"], rows))
+    return _table(
+        Table("", ["measurement", "compared with", "ratio", "target", "result", "agreement of outputs"], rows)
+    )
 
 
 def _figure(claim: Claim, value: float) -> str:
@@ -88,11 +96,13 @@ def _figure(claim: Claim, value: float) -> str:
 
 
 def _reasons(missed: Sequence[Claim]) -> list[str]:
-    """A point for each reason, with all that it explains."""
+    """Return one list item for each reason, with all claims that it explains."""
     points = []
     for reason in dict.fromkeys(claim.because for claim in missed):
-        them = [f"{c.what}, against {c.peer} ({_figure(c, c.figure)})" for c in missed if c.because == reason]
-        points.append(wrapped(f"- {'; '.join(them)}: {reason or 'not known'}.", indent="  "))
+        explained = [
+            f"{c.what}, compared with {c.peer} ({_figure(c, c.figure)})" for c in missed if c.because == reason
+        ]
+        points.append(wrapped(f"- {'; '.join(explained)}: {reason or 'unknown'}.", indent="  "))
     return points
 
 
@@ -103,7 +113,7 @@ def _table(table: Table) -> str:
 
 
 def wrapped(text: str, width: int = 120, indent: str = "") -> str:
-    """In lines of at most `width` characters; links stay whole."""
+    """Wrap text at `width` characters without breaking words or links."""
     lines, line = [], ""
     for word in text.split():
         if line and len(line) + 1 + len(word) > width:

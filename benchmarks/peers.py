@@ -1,6 +1,6 @@
-"""Straight transcriptions of the official loops, and other libraries' Score-CAM: what we measure ourselves against.
+"""Other implementations: transcriptions of the official loops, and Score-CAM of other libraries.
 
-They get the network in the memory format in which it is made, contiguous, and nothing else runs beside them.
+They use the original network in contiguous memory format, and nothing else runs during their measurements.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from benchmarks.timing import Timed, clock
 from tests.oracles.insertion_deletion import gaussian_blur
 
-LOOP = 32  # rows a batch of the official loops
+LOOP = 32  # batch size of the official loops
 
 # ---- Poly-CAM: github.com/andralex8/polycam --------------------------------------------------------------------------
 
 
 def scaled(A: Tensor, size: tuple[int, int]) -> Tensor:
-    """[K, h, w] → [K, H, W] in [0, 1]: each channel between two of its percentiles, then resized."""
+    """Scale each channel of A [K, h, w] to [0, 1] by two percentiles and resize it to [K, H, W]."""
     flat = A.flatten(1).cpu().numpy()
     low, high = (torch.from_numpy(np.percentile(flat, q, axis=1)).to(A)[:, None, None] for q in (0.1, 99.9))
     scaled = ((A - low) / high.clamp(min=1e-12)).clamp(0, 1)
@@ -34,9 +34,17 @@ def scaled(A: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def poly_cam_weights(net: nn.Module, x: Tensor, A: Tensor, c: int, p: Tensor, batch: int = LOOP) -> Tensor:
-    """PCAM±'s weights [K] of one level: all masks and their reverses at once, then two passes a batch of channels.
+    """Return the PCAM± weights [K] of one level.
 
-    x [1, 3, H, W], A [K, h, w], p the class's probability on x, of which the official code makes a pass a level.
+    The loop creates all masks and their complements at once, and runs two passes for each batch of channels.
+
+    Args:
+        net: The network.
+        x: The image [1, 3, H, W].
+        A: The activations [K, h, w].
+        c: The class index.
+        p: Probability of the class for x.
+        batch: Number of channels in a batch.
     """
     masks = scaled(A, (x.shape[2], x.shape[3]))[:, None]
     reverse = 1 - masks
@@ -49,7 +57,7 @@ def poly_cam_weights(net: nn.Module, x: Tensor, A: Tensor, c: int, p: Tensor, ba
 
 
 def timed_poly_cam(net: nn.Module, x: Tensor, A: Tensor) -> Timed:
-    """Rows of one level; a pass before them is not counted."""
+    """Time the rows of one level, after one pass that is not timed."""
     p = torch.tensor(0.5, device=x.device)
     with torch.no_grad():
         net(x)
@@ -60,7 +68,7 @@ def timed_poly_cam(net: nn.Module, x: Tensor, A: Tensor) -> Timed:
 
 @torch.no_grad()
 def poly_cam(net: nn.Module, x: Tensor, activations: list[Tensor], c: int, batch: int = LOOP) -> Tensor:
-    """The map [H, W] in [0, 1] from activations [K, h, w], fine to coarse."""
+    """Return the map [H, W] in [0, 1] from activations [K, h, w], from fine to coarse."""
     p = net(x).softmax(dim=1)[0, c]
     P: Tensor | None = None
     for A in reversed(activations):
@@ -80,9 +88,15 @@ def poly_cam(net: nn.Module, x: Tensor, activations: list[Tensor], c: int, batch
 
 @dataclass(eq=False)
 class OptiCam:
-    """The official loop: parameters have gradients, and every step goes back through the original image's graph, too.
+    """Official Opti-CAM loop. Parameters require gradients, and each step repeats the original image's backward pass.
 
-    `image` [1, 3, H, W] are pixels in [0, 1]; the network normalises them.
+    Attributes:
+        net: A copy of the network.
+        image: Pixels [1, 3, H, W] in [0, 1].
+        mean: Mean of the normalisation.
+        std: Standard deviation of the normalisation.
+        layer: The module whose activations are used.
+        c: The class index.
     """
 
     net: nn.Module
@@ -101,10 +115,10 @@ class OptiCam:
         self.layer.register_forward_hook(self._see)
 
     def _see(self, module: nn.Module, args: object, output: Tensor) -> None:
-        self.seen = output.clone()  # later modules may work in place
+        self.seen = output.clone()  # Later modules may modify the output in place.
 
     def __call__(self, steps: int, after: Callable[[], None] = lambda: None) -> Tensor:
-        """The map [H, W] after so many steps. `after` is called once the image has been predicted."""
+        """Return the map [H, W] after a number of steps. `after` is called after the prediction of the image."""
         with torch.enable_grad():
             y = self.net((self.image - self.mean) / self.std)[0, self.c]
             assert self.seen is not None
@@ -126,7 +140,7 @@ class OptiCam:
         return (S - S.min()) / (S.max() - S.min())
 
     def timed(self, steps: int) -> Timed:
-        """A row a step."""
+        """Time a number of steps. Each step counts as one row."""
         start = 0.0
 
         def after() -> None:
@@ -142,7 +156,7 @@ class OptiCam:
 
 @torch.no_grad()
 def curve(net: nn.Module, start: Tensor, end: Tensor, S: Tensor, c: int, steps: int, batch: int = LOOP) -> Tensor:
-    """The class's probability [steps] while pixels of `end` are copied into `start`, both [3, H, W], by falling S."""
+    """Return the probability [steps] of class c while pixels of `end` replace those of `start` in the order of S."""
     order = S.flatten().argsort(stable=True).flip(0)
     chunk = -(-len(order) // steps)
     row, goal = start.clone().flatten(1), end.flatten(1)
@@ -159,7 +173,7 @@ def curve(net: nn.Module, start: Tensor, end: Tensor, S: Tensor, c: int, steps: 
 
 
 def curves(net: nn.Module, x: Tensor, S: Tensor, c: int, steps: int) -> Tensor:
-    """Insertion and deletion [2, steps]; x [3, H, W], S [H, W]."""
+    """Return the insertion and deletion curves [2, steps] of an image x [3, H, W] and a map S [H, W]."""
     blurred = gaussian_blur(x[None])[0]
     return torch.stack([curve(net, start, end, S, c, steps) for start, end in ((blurred, x), (x, blurred))])
 
@@ -168,10 +182,10 @@ def curves(net: nn.Module, x: Tensor, S: Tensor, c: int, steps: int) -> Tensor:
 
 
 class Torchcam:
-    """torchcam's, on channels of one layer that are given."""
+    """Score-CAM of torchcam for given channels of one layer."""
 
     name = "torchcam"
-    differs = "it scales masks before it resizes them"
+    differs = "it scales masks before resizing"
 
     def __init__(self, net: nn.Module, layer: str, x: Tensor) -> None:
         from torchcam.methods import ScoreCAM
@@ -181,7 +195,7 @@ class Torchcam:
             net(x[None])
 
     def weights(self, A: Tensor, c: int, batch: int) -> Tensor:
-        """[K] of A [K, h, w]; with a pass for the image itself."""
+        """Return the weights [K] of A [K, h, w]. Includes a pass of the unmasked image."""
         self.cam.bs = batch
         normalised = self.cam._normalize(A[None].clone(), 2)
         with self.cam._hooks_off():
@@ -189,33 +203,33 @@ class Torchcam:
         return weights
 
     def close(self) -> None:
-        """Takes its hooks off the network."""
+        """Remove the hooks from the network."""
         self.cam.remove_hooks()
 
 
 class GradCam:
-    """pytorch-grad-cam's, on channels of one layer that are given."""
+    """Score-CAM of pytorch-grad-cam for given channels of one layer."""
 
     name = "pytorch-grad-cam"
-    differs = "it resizes masks with aligned corners"
+    differs = "it resizes with aligned corners"
 
     def __init__(self, net: nn.Module, layer: str, x: Tensor) -> None:
         from pytorch_grad_cam import score_cam  # type: ignore[import-untyped]
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # type: ignore[import-untyped]
 
-        score_cam.tqdm = SimpleNamespace(tqdm=lambda batches: batches)  # no bar of its own
+        score_cam.tqdm = SimpleNamespace(tqdm=lambda batches: batches)  # Suppress its progress bar.
         self.x, self.layer, self.target = x[None], net.get_submodule(layer), ClassifierOutputTarget
         self.cam: Any = score_cam.ScoreCAM(net, [self.layer])
-        self.cam.activations_and_grads.release()  # what the layer gives is known
+        self.cam.activations_and_grads.release()  # The activations are passed as arguments.
 
     def weights(self, A: Tensor, c: int, batch: int) -> Tensor:
-        """[K] of A [K, h, w]."""
+        """Return the weights [K] of A [K, h, w]."""
         self.cam.batch_size = batch
         found = self.cam.get_cam_weights(self.x, self.layer, [self.target(c)], A[None].cpu().numpy(), None)
         return torch.from_numpy(found)[0].to(A)
 
     def close(self) -> None:
-        """Its hooks are gone already."""
+        """Do nothing, because the hooks are already removed."""
 
 
 Library = Torchcam | GradCam
@@ -223,7 +237,7 @@ LIBRARIES: dict[str, type[Library]] = {library.name: library for library in (Tor
 
 
 def timed_weights(cam: Library, A: Tensor, c: int, batch: int) -> Timed:
-    """A row a channel."""
+    """Time the weights of all channels. Each channel counts as one row."""
     start = clock(A.device)
     cam.weights(A, c, batch)
     return Timed(len(A), clock(A.device) - start)

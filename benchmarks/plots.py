@@ -1,4 +1,4 @@
-"""Bars, as small SVG files that say the same for the same figures."""
+"""Bar charts as SVG files. The same values give the same bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOURS = ("#9aa5b1", "#c8553d", "#2f6690", "#81a4cd", "#5b8e7d", "#d9a441", "#7
 
 
 def draw(chart: Chart, path: Path) -> None:
-    """Writes the picture: a group of bars for each group, each bar with its value."""
+    """Draw a chart with one labelled bar for each value and write it to a file."""
     names = list(dict.fromkeys(name for group in chart.groups.values() for name in group))
     with mpl.rc_context({"svg.hashsalt": "camserve", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(8, 0.5 + 0.32 * sum(len(group) + 1 for group in chart.groups.values())))

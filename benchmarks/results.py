@@ -1,4 +1,4 @@
-"""What is measured, as plain values that a JSON file keeps."""
+"""Results of the benchmarks as plain values that are stored in a JSON file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Claim:
-    """`figure` is a ratio of two rates of one run, against the `peer`, reached if it is no less than `aim`, if any.
+    """Ratio of two rates of one run.
 
-    `agree` says how far the outputs of the two agree. `because` is where the time goes, of one that is missed.
+    Attributes:
+        what: What was measured.
+        peer: What it is compared with.
+        figure: The ratio.
+        aim: Target of the ratio. None if there is no target.
+        unit: "×" or "share".
+        agree: Agreement of the two outputs.
+        because: Reason if the target is missed.
     """
 
     what: str
@@ -25,13 +32,13 @@ class Claim:
 
     @property
     def reached(self) -> bool:
-        """As it is measured, not as it is rounded."""
+        """True if the unrounded ratio reaches the target."""
         return self.aim is None or self.figure >= self.aim
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page, each cell as it is shown; `text` stands above it."""
+    """Table of the page with formatted cells. `text` is the paragraph above it."""
 
     text: str
     columns: Sequence[str]
@@ -40,7 +47,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """Groups of bars, all on one axis: group → series → value. Pictures of one section are numbered."""
+    """Bar chart: group → series → value, all on one axis."""
 
     title: str
     unit: str
@@ -50,7 +57,18 @@ class Chart:
 
 @dataclass(frozen=True)
 class Result:
-    """What a section has found. `seconds` is what it took; `made` says when, and of which commit."""
+    """Result of a section.
+
+    Attributes:
+        title: Heading of the section.
+        text: Paragraph below the heading.
+        claims: Ratios for the summary.
+        tables: Tables of the section.
+        charts: Charts of the section.
+        seconds: Duration of the measurements.
+        command: Command that measured the section.
+        made: Date and commit of the measurements.
+    """
 
     title: str
     text: str
@@ -62,12 +80,12 @@ class Result:
     made: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """To be read by `from_json`."""
+        """Return the result as JSON values."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Result:
-        """What `as_json` gave."""
+        """Create a result from the values that `as_json` returned."""
         return Result(
             **{
                 **data,
@@ -80,7 +98,7 @@ class Result:
 
 @dataclass
 class Findings:
-    """Claims, tables' rows and bars on the way to a result: a section adds to them model by model."""
+    """Claims, table rows and bars that a section collects model by model."""
 
     claims: list[Claim] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)

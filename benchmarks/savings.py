@@ -1,4 +1,4 @@
-"""What each exact saving brings: the network step by step from as it is made to as it is served, and work not done."""
+"""Effect of each exact optimisation: of the network, step by step, and of work that is avoided."""
 
 from __future__ import annotations
 
@@ -9,42 +9,46 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks import apart
+from benchmarks import separate_process
+from benchmarks.bench_setup import Bench
 from benchmarks.limit import Network, forward, forward_backward, timed
 from benchmarks.peers import LOOP as LOOP_BATCH
 from benchmarks.results import Chart, Findings, Result, Table
 from benchmarks.subjects import Subject
-from benchmarks.timing import Rates, Side, Timed, alone, clock
-from benchmarks.work import Bench
+from benchmarks.timing import Rates, Side, Timed, clock, run_on_thread
 from camserve_server.engine.lanes.ascend import adam_ascent_step
 from camserve_server.engine.lanes.fast_forward import build_fast_forward
 from camserve_server.maps.channels import select_channels
 from camserve_server.models.fold import fold_batch_norm, fold_padding
 from camserve_server.rows import Masked
 
+TEXT = (
+    "These optimisations change maps only by rounding; the tests allow 1e-5. The first table adds the optimisations "
+    "of the network step by step. It starts like the official loops (contiguous, batches of {batch}, default "
+    "allocator, separate process). `torch.compile` is an option of the server that is off by default. The second "
+    "table shows avoided work for the photograph."
+)
+
 
 def section(bench: Bench) -> Result:
-    """The steps of the network, then what is not done at all."""
-    steps, less = Findings(), Findings()
+    """Measure the optimisations of the network, then the avoided work."""
+    steps, avoided = Findings(), Findings()
     for subject in bench.subjects():
         _steps(bench, steps, subject)
-        _rows(less, subject)
-        _work(bench, less, subject)
+        _rows(avoided, subject)
+        _work(bench, avoided, subject)
     return Result(
-        "What each saving brings",
-        "None of them changes a map by more than rounding; the tests hold each to 1e-5. First the plain forward pass, "
-        f"step by step, each on top of those before it: as the official loops run it (contiguous, batches of "
-        f"{LOOP_BATCH}, glibc's defaults, in a process of its own), and then as the server does, all in turn. "
-        "`compiled` is an option of the server's, off by default. Then work that is not done, on the photograph.",
+        "Exact optimisations",
+        TEXT.format(batch=LOOP_BATCH),
         tables=[
             Table(
-                "The plain forward pass, rows a second, median of the rounds:",
-                ["model", "step", "batch", "rows/s", "brings", "in all", "logits differ by"],
+                "Plain forward pass in rows per second, median of the rounds:",
+                ["model", "step", "batch", "rows/s", "speedup", "total", "max. logit difference"],
                 steps.rows,
             ),
-            Table("Work not done:", ["model", "saving", "measured", "without", "with", "brings"], less.rows),
+            Table("Avoided work:", ["model", "optimisation", "measured", "without", "with", "speedup"], avoided.rows),
         ],
-        charts=[Chart("The plain forward pass, step by step", "rows a second", steps.bars)],
+        charts=[Chart("Plain forward pass, step by step", "rows per second", steps.bars)],
     )
 
 
@@ -53,24 +57,24 @@ def section(bench: Bench) -> Result:
 
 def _steps(bench: Bench, found: Findings, subject: Subject) -> None:
     x, size = subject.image.tensor, subject.model.batch_sizes["forward"]
-    nets = alone(_nets, subject, size)
+    nets = run_on_thread(_nets, subject, size)
     rows = max(2 * LOOP_BATCH, round(subject.limit.rate * bench.seconds))
 
     def plain(net: Network, batch: int, form: torch.memory_format) -> Timed:
         X = x.expand(batch, -1, -1, -1).contiguous(memory_format=form)
-        return alone(partial(timed, forward, net, X, rows))
+        return run_on_thread(partial(timed, forward, net, X, rows))
 
     sides: dict[str, Side] = {
-        "as it is made": lambda: bench.apart(apart.plain, subject.config, LOOP_BATCH, rows),
-        "freed memory kept": partial(plain, subject.made, LOOP_BATCH, torch.contiguous_format),
-        "a batch size that fits": partial(plain, subject.made, size, torch.contiguous_format),
+        "original network": lambda: bench.separate(separate_process.plain, subject.config, LOOP_BATCH, rows),
+        "+ allocator settings": partial(plain, subject.made, LOOP_BATCH, torch.contiguous_format),
+        "+ measured batch size": partial(plain, subject.made, size, torch.contiguous_format),
     }
     sides |= {name: partial(plain, net, size, torch.channels_last) for name, net in nets.items()}
     rates = bench.alternate(f"{subject.name}: step by step", sides)
-    differ = alone(lambda: {name: _difference(net, subject.made, x) for name, net in nets.items()})
-    first = before = rates["as it is made"]
+    differ = run_on_thread(lambda: {name: _difference(net, subject.made, x) for name, net in nets.items()})
+    first = before = rates["original network"]
     for name, of in rates.items():
-        batch = str(LOOP_BATCH if name in ("as it is made", "freed memory kept") else size)
+        batch = str(LOOP_BATCH if name in ("original network", "+ allocator settings") else size)
         brings = [f"{of.over(before):.2f}×", f"{of.over(first):.2f}×"]
         found.rows.append(
             [subject.name, name, batch, f"{of.rate:.1f}", *brings, f"{differ[name]:.0e}" if name in differ else "–"]
@@ -82,75 +86,78 @@ def _steps(bench: Bench, found: Findings, subject: Subject) -> None:
 def _nets(subject: Subject, size: int) -> dict[str, Network]:
     x = subject.image.tensor[None]
     nets: dict[str, Network] = {}
-    net = nets["channels-last"] = copy.deepcopy(subject.made).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = nets["+ channels-last"] = copy.deepcopy(subject.made).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     padded = copy.deepcopy(net)
     fold_padding(padded, x)
     if any(type(a) is not type(b) for a, b in zip(padded.modules(), net.modules(), strict=True)):
-        nets["padding by the convolutions"] = net = padded
+        nets["+ padding folded into convolutions"] = net = padded
     model = subject.model
     kept = {layer.module for layer in (*model.layers, model.layer, model.gap and model.gap.layer) if layer}
     folded = copy.deepcopy(net)
     if fold_batch_norm(folded, x, keep=kept):
-        nets["batch norm in the convolutions"] = folded
+        nets["+ batch norm folded into convolutions"] = folded
     compiled = build_fast_forward(model.with_module(model.module, compile=True), size)
     if compiled is not None:
-        nets["compiled"] = compiled
+        nets["torch.compile"] = compiled
     return nets
 
 
 @torch.no_grad()
 def _difference(net: Network, made: nn.Module, x: Tensor) -> float:
-    """Of logits, the largest, at one batch size."""
+    """Return the largest difference of the logits."""
     X = x[None]
     return float((net(X.contiguous(memory_format=torch.channels_last)) - made(X)).abs().max())
 
 
-# ---- work not done ---------------------------------------------------------------------------------------------------
+# ---- avoided work ----------------------------------------------------------------------------------------------------
 
 
 def _rows(found: Findings, subject: Subject) -> None:
-    """Counted, not timed: rows of a PCAM± of all layers."""
+    """Count the rows of a PCAM± of all layers."""
     layers = subject.model.layers
-    A = alone(subject.activations, layers)
+    A = run_on_thread(subject.activations, layers)
     all_, live = (
         2 * sum(counts) for counts in zip(*((len(a), len(select_channels(a, dead=False))) for a in A), strict=True)
     )
     found.rows += [
-        _counted(subject, "channels that are zero everywhere owe no rows", all_, live),
-        _counted(subject, "one prediction, and one look at the activations, for all levels", 2 * len(layers), 2),
+        _counted(subject, "no rows for channels that are zero everywhere", all_, live),
+        _counted(subject, "one prediction and one activation capture for all levels", 2 * len(layers), 2),
     ]
 
 
 def _counted(subject: Subject, saving: str, without: int, with_: int) -> list[str]:
-    return [subject.name, saving, "rows of a PCAM±", str(without), str(with_), f"{without / with_:.2f}×"]
+    return [subject.name, saving, "rows of PCAM±", str(without), str(with_), f"{without / with_:.2f}×"]
 
 
 def _work(bench: Bench, found: Findings, subject: Subject) -> None:
     (layer,) = subject.model.default_layers(many=False)
-    (a,) = alone(subject.activations, [layer])
+    (a,) = run_on_thread(subject.activations, [layer])
     pairs = min(64, len(a))
     both = Masked(subject.image, a[:pairs], parts=("revealed", "hidden"))
     one_by_one = [Masked(subject.image, a[:pairs], parts=(part,)) for part in both.parts]
     compared: list[tuple[str, str, dict[str, Side]]] = [
         (
-            "the two masked images of a channel share their mask",
-            "rows made a second",
+            "one mask for both masked images of a channel",
+            "rows created/s",
             {
-                "without": lambda: alone(_making, one_by_one, pairs),
-                "with": lambda: alone(_making, [both], pairs),
+                "without": lambda: run_on_thread(_making, one_by_one, pairs),
+                "with": lambda: run_on_thread(_making, [both], pairs),
             },
         ),
         (
-            "parameters get no gradients",
-            "forward and backward passes a second",
-            {"without": lambda: alone(_passes, subject, True), "with": lambda: alone(_passes, subject, False)},
+            "no gradients of parameters",
+            "forward + backward passes/s",
+            {
+                "without": lambda: run_on_thread(_passes, subject, True),
+                "with": lambda: run_on_thread(_passes, subject, False),
+            },
         ),
         (
-            "one step of Adam for all images of a batch",
-            f"steps of {bench.images} images a second",
+            "one Adam step for all images of a batch",
+            f"steps of {bench.images} images/s",
             {
-                "without": lambda: alone(_adam, len(a), bench.images, False),
-                "with": lambda: alone(_adam, len(a), bench.images, True),
+                "without": lambda: run_on_thread(_adam, len(a), bench.images, False),
+                "with": lambda: run_on_thread(_adam, len(a), bench.images, True),
             },
         ),
     ]
@@ -172,7 +179,7 @@ def _making(rows: Sequence[Masked], pairs: int) -> Timed:
 
 
 def _passes(subject: Subject, parameters: bool) -> Timed:
-    """With gradients of the parameters as well, as `loss.backward()` has them by default."""
+    """Time forward and backward passes, with or without the gradients of the parameters."""
     net, x = copy.deepcopy(subject.model.module).requires_grad_(parameters), subject.image.tensor
     X = x.expand(subject.model.batch_sizes["gradient"], -1, -1, -1).contiguous(memory_format=torch.channels_last)
 
@@ -186,7 +193,7 @@ def _passes(subject: Subject, parameters: bool) -> Timed:
 
 
 def _adam(size: int, images: int, together: bool) -> Timed:
-    """Variables as large as the number of channels."""
+    """Time steps of Adam on variables of the size of the number of channels."""
     variables = [[torch.ones(size), *(torch.zeros(size) for _ in range(3)), torch.zeros(())] for _ in range(images)]
     groups = [variables] if together else [[each] for each in variables]
     start, steps = clock(torch.device("cpu")), 200

@@ -1,4 +1,4 @@
-"""The service: a server process on loopback with 16 callers, against as many callers of an engine in this process."""
+"""Service on loopback with 16 callers, compared with as many callers of an engine in their own process."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import camserve
-from benchmarks import ours
+from benchmarks import engine_runs
+from benchmarks.bench_setup import Bench
+from benchmarks.engine_runs import TimedJob
 from benchmarks.machine import ROOT
-from benchmarks.ours import Watched
 from benchmarks.results import Chart, Claim, Findings, Result, Table
 from benchmarks.subjects import Subject, from_config, photograph
 from benchmarks.timing import Timed, percentile
-from benchmarks.work import Bench
 from camserve_server.config import ModelConfig
 from camserve_server.engine.engine import Engine
 from camserve_server.models.model import LaneKind
@@ -36,12 +36,18 @@ from camserve_server.models.pixels import from_pixels
 
 AIM = 0.97
 MODEL = "efficientnet-lite0"
-BUDGET = 32  # rows of a Score-CAM, so that each caller gets several answers in the time
+BUDGET = 32  # rows of a Score-CAM, so that each caller gets several responses during the measurement
+
+TEXT = (
+    "{callers} callers, each of which sends its next request after a response: over gRPC to a server process on the "
+    "same machine, and directly to an engine in a separate process. All images are sent as pixels and preprocessed "
+    "for each request. Callers, server and engine share the cores. A Score-CAM has a budget of {budget} rows."
+)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What each caller asks for, again and again."""
+    """Request that each caller repeats."""
 
     method: str
     budget: int = 0
@@ -49,36 +55,32 @@ class Load:
 
 
 LOADS = (Load("grad-cam"), Load("score-cam", BUDGET))
-Call = Callable[[Load], int]  # rows that it took
 
 
 def section(bench: Bench) -> Result:
-    """Both loads, both ways, in turn."""
+    """Measure both loads over gRPC and in process, alternately."""
     found = Findings()
     for subject in bench.subjects(MODEL):
         bench.step("starting a server")
         with server(subject, bench.device.type) as address:
             measure(bench, found, subject, address)
     return Result(
-        "The service",
-        f"{bench.callers} callers, each with the next request as soon as the last is answered, over gRPC to a server "
-        "process on the same machine, and as calls of an engine in their own process that get the same picture as "
-        "pixels. Both resize and normalise it; over gRPC it is sent, and the map and the receipt are sent back, on the "
-        f"same cores that the engine has. A Score-CAM here has a budget of {BUDGET} rows.",
+        "Service",
+        TEXT.format(callers=bench.callers, budget=BUDGET),
         claims=found.claims,
         tables=[
             Table(
-                "Median of the rounds; latencies in milliseconds, of all rounds:",
-                ["model", "method", "way", "requests/s", "rows/s", "share of plain", "p50", "p99"],
+                "Median of the rounds; latencies in milliseconds, all rounds:",
+                ["model", "method", "way", "requests/s", "rows/s", "share of plain pass", "p50", "p99"],
                 found.rows,
             )
         ],
-        charts=[Chart(f"{bench.callers} callers", "rows a second", found.bars)],
+        charts=[Chart(f"{bench.callers} callers", "rows per second", found.bars)],
     )
 
 
 def measure(bench: Bench, found: Findings, subject: Subject, address: str) -> None:
-    """Adds what the callers of the server at `address`, which serves that model, and of an engine get."""
+    """Add the rates of a server that serves this model and of an engine in process."""
     pixels = np.asarray(photograph())
     maps = {}
     with camserve.Client(address, timeout=None) as client:
@@ -88,10 +90,10 @@ def measure(bench: Bench, found: Findings, subject: Subject, address: str) -> No
                 return _explained(client, subject, load, pixels)
 
             maps["grpc"] = through_grpc().saliency
-            with ours.engine() as running:
+            with engine_runs.engine() as running:
                 job = _submitted(running, subject, subject.x, load)
                 maps["engine"] = job.result.maps[0].numpy()
-            agree = f"maps to {np.abs(maps['grpc'] - maps['engine']).max():.0e}"
+            agree = f"maps within {np.abs(maps['grpc'] - maps['engine']).max():.0e}"
             _measure(bench, found, subject, load, through_grpc, agree)
 
 
@@ -108,36 +110,34 @@ def _measure(
 
     seconds = 4 * bench.seconds
 
-    def note(way: str, timed: Timed, times: list[float]) -> Timed:
+    def record(way: str, timed: Timed, times: list[float]) -> Timed:
         latencies[way] += times
         requests[way].append(len(times) / timed.seconds)
         return timed
 
     def directly() -> Timed:
         config = subject.config.model_copy(update={"batch_size": lane_size(subject)})
-        return note("in process", *bench.apart_as_served(in_process, config, load, bench.callers, seconds))
+        return record("in process", *bench.separate_as_served(in_process, config, load, bench.callers, seconds))
 
     def over_grpc() -> Timed:
-        return note("gRPC", *callers(lambda: through_grpc().cost.rows, bench.callers, seconds))
+        return record("gRPC", *callers(lambda: through_grpc().cost.rows, bench.callers, seconds))
 
     sides = {"in process": directly, "gRPC": over_grpc}
-    with_plain = {"plain": subject.limit.side(bench.seconds), **sides}
+    with_plain = {"plain pass": subject.limit.side(bench.seconds), **sides}
     rates = bench.alternate(f"{bench.callers} callers of {load.method}", with_plain)
     share = rates["gRPC"].over(rates["in process"])
-    because = "callers, the service's threads and the engine share the cores, and the way there and back is on top"
-    found.claims.append(
-        Claim(f"{load.method} over gRPC, rows a second", "in process", share, AIM, "share", agree, because)
-    )
+    because = "callers, service threads and engine share the cores, and gRPC adds work"
+    found.claims.append(Claim(f"{load.method} over gRPC, rate", "in process", share, AIM, "share", agree, because))
     found.bars[load.method] = {way: rates[way].rate for way in sides}
     for way in sides:
         times, rate = latencies[way], rates[way]
         each = f"{sorted(requests[way])[len(requests[way]) // 2]:.1f}"
-        cells = [subject.name, load.method, way, each, f"{rate.rate:.1f}", f"{rate.over(rates['plain']):.2f}"]
+        cells = [subject.name, load.method, way, each, f"{rate.rate:.1f}", f"{rate.over(rates['plain pass']):.2f}"]
         found.rows.append([*cells, *(f"{1e3 * percentile(times, share):.0f}" for share in (0.5, 0.99))])
 
 
 def callers(call: Callable[[], int], count: int, seconds: float) -> tuple[Timed, list[float]]:
-    """So many threads call again and again, at least once in all, until the time is over; the seconds of each."""
+    """Call a function repeatedly on several threads. Return the rows and the latency of each call in seconds."""
     rows: list[int] = []
     times: list[float] = []
     failures: list[Exception] = []
@@ -164,9 +164,9 @@ def callers(call: Callable[[], int], count: int, seconds: float) -> tuple[Timed,
 
 
 def in_process(config: ModelConfig, device: str, load: Load, count: int, seconds: float) -> tuple[Timed, list[float]]:
-    """The same load for an engine in this process: to be called in one that has nothing else to do, as a server's."""
+    """Run the load on an engine in this process. The process must have no other work, like that of a server."""
     subject = _subject(config.model_dump_json(), device)
-    with ours.engine() as running:
+    with engine_runs.engine() as running:
         return callers(lambda: _request(running, subject, load), count, seconds)
 
 
@@ -176,23 +176,23 @@ def _subject(config: str, device: str) -> Subject:
 
 
 def _request(running: Engine, subject: Subject, load: Load) -> int:
-    """The picture is resized and normalised as the service does it."""
+    """Run one request, including the preprocessing that the service does."""
     x = subject.model.preprocessing(from_pixels(np.asarray(photograph())))
-    watched = _submitted(running, subject, x, load)
-    watched.wait()
-    return watched.rows
+    timed_job = _submitted(running, subject, x, load)
+    timed_job.wait()
+    return timed_job.rows
 
 
-def _submitted(running: Engine, subject: Subject, x: Tensor, load: Load) -> Watched:
-    """With the batch sizes of the server."""
+def _submitted(running: Engine, subject: Subject, x: Tensor, load: Load) -> TimedJob:
+    """Submit one request with the batch sizes of the server."""
     sizes = dict.fromkeys(get_args(LaneKind), lane_size(subject))
-    return ours.submit(
+    return engine_runs.submit(
         running, subject.model, x, subject.call(load.method), budget=load.budget, after=0, batch_sizes=sizes
     )
 
 
 def lane_size(subject: Subject) -> int:
-    """Of all lanes of the server that is started: a configuration has one number for all."""
+    """Return the batch size of all lanes of the server. The configuration has a single value for them."""
     return subject.model.batch_sizes["forward"]
 
 
@@ -204,7 +204,7 @@ def _explained(
 
 @contextmanager
 def server(subject: Subject, device: str) -> Iterator[str]:
-    """`camserve serve` with the embedded model, as a process; its address once it is ready."""
+    """Run `camserve serve` as a process and yield its address."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "camserve.toml"
         config.write_text(
@@ -218,7 +218,7 @@ def server(subject: Subject, device: str) -> Iterator[str]:
                 assert process.stdout is not None
                 ready = re.match(r"camserve is ready on (\S+), serving", process.stdout.readline())
                 if ready is None:
-                    raise RuntimeError("the server did not start")
+                    raise RuntimeError("the server did not start; see its log above")
                 yield ready[1]
             finally:
                 process.terminate()

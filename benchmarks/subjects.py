@@ -1,4 +1,4 @@
-"""The networks that are measured, and the photograph."""
+"""Networks and photograph of the benchmarks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.limit import Limit, find_limit
-from benchmarks.timing import alone
+from benchmarks.timing import run_on_thread
 from camserve_server import registry
 from camserve_server.config import ModelConfig, embedded_model
 from camserve_server.engine.warmup import warm_up
@@ -28,14 +28,19 @@ from camserve_server.registry import METHODS, Value
 from camserve_server.request_plan import MethodCall
 
 registry.discover()
-nets: Any = importlib.import_module("tests.nets")  # not typed as strictly
+nets: Any = importlib.import_module("tests.nets")
 
 
 @dataclass(eq=False)
 class Subject:
-    """A network as it is served, and as it is made, contiguous, for the peers; and an image.
+    """Network under test: the served model, the original network for other implementations, and an image.
 
-    `limit` is the plain forward pass as fast as it gets.
+    Attributes:
+        model: The model as the server loads it.
+        made: The original network in contiguous memory format.
+        x: The preprocessed image [3, H, W].
+        seconds: Approximate duration of one measurement.
+        config: Configuration of the model.
     """
 
     model: Model
@@ -46,60 +51,62 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """As the tables call it."""
+        """Name of the network in tables."""
         return self.model.name
 
     @cached_property
     def image(self) -> Image:
-        """The image, preprocessed, on the device."""
+        """The preprocessed image on the device."""
         return self.model.image(self.x)
 
     @cached_property
     def limit(self) -> Limit:
-        """Found when it is first asked for."""
-        return alone(find_limit, self.made, self.model.module, self.image.tensor, self.seconds / 4)
+        """The fastest plain forward pass, measured on first use."""
+        return run_on_thread(find_limit, self.made, self.model.module, self.image.tensor, self.seconds / 4)
 
     def in_float64(self) -> Subject:
-        """The same, to see that what diverges in float32 agrees; a row a batch."""
+        """Return the same network in float64 with batch size 1, to compare results that diverge in float32."""
         config = self.config.model_copy(update={"precision": ("fp64",)})
-        model, made = alone(_loaded, config, self.model.device)
+        model, made = run_on_thread(_loaded, config, self.model.device)
         model.batch_sizes.update(dict.fromkeys(get_args(LaneKind), 1))
         return Subject(model, made, self.x, self.seconds, config)
 
     def activations(self, layers: Sequence[Layer]) -> list[Tensor]:
-        """Of each layer, [K, h, w], on the image."""
-        found: list[Tensor] = nets.activations(self.made, self.image.tensor[None], [layer.name for layer in layers])
-        return found
+        """Return the activations [K, h, w] of each layer for the image."""
+        activations: list[Tensor] = nets.activations(
+            self.made, self.image.tensor[None], [layer.name for layer in layers]
+        )
+        return activations
 
     def call(self, method: str, layers: tuple[str, ...] = (), **parameters: Value) -> MethodCall:
-        """A method on those layers, or on the model's own."""
+        """Return a method call on these layers, or on the default layers of the model."""
         entry = METHODS[method]
         many = entry.layers == "many"
-        found = self.model.find_layers(layers, "") if layers else self.model.default_layers(many)
-        return MethodCall(entry, entry.check(parameters, ""), found)
+        chosen = self.model.find_layers(layers, "") if layers else self.model.default_layers(many)
+        return MethodCall(entry, entry.check(parameters, ""), chosen)
 
 
 def photograph() -> PIL.Image.Image:
-    """A cat: scikit-image's, CC0."""
+    """Return the photograph of a cat from scikit-image (CC0)."""
     return from_pixels(skimage.data.chelsea())
 
 
 def resnet50() -> nn.Module:
-    """Random weights, with activations and logits of a trained network's scale on the photograph."""
+    """Return ResNet50 with random weights, scaled so that activations and logits resemble a trained network."""
     return calibrated("resnet50")
 
 
 def vgg16() -> nn.Module:
-    """Random weights, with logits of a trained network's scale on the photograph."""
+    """Return VGG16 with random weights, scaled so that logits resemble a trained network."""
     return calibrated("vgg16")
 
 
 def calibrated(name: str) -> nn.Module:
-    """On the photograph and seven variants of it, [8, 3, 224, 224]: turned, mirrored and shifted."""
+    """Return a network whose random weights are scaled on eight rotated, mirrored and shifted photographs."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     x = Preprocessing((224, 224), mean, std, "bilinear")(photograph())
-    turned = [x.rot90(k, (1, 2)) for k in range(4)]
-    net: nn.Module = nets.calibrated(name, on=torch.stack([*turned, *(x.flip(2).roll(16 * k, 1) for k in range(4))]))
+    rotated = [x.rot90(k, (1, 2)) for k in range(4)]
+    net: nn.Module = nets.calibrated(name, on=torch.stack([*rotated, *(x.flip(2).roll(16 * k, 1) for k in range(4))]))
     return net
 
 
@@ -112,25 +119,25 @@ CONFIGS = {
 
 
 def subject(name: str, device: torch.device, seconds: float) -> Subject:
-    """Loaded and warm, as the server has it."""
+    """Load and warm up a network by its name."""
     return from_config(CONFIGS[name], device, seconds)
 
 
 def from_config(config: ModelConfig, device: torch.device, seconds: float) -> Subject:
-    """As the server does it."""
-    model, made = alone(_loaded, config, device)
-    alone(warm_up, model, config.batch_size)
+    """Load and warm up the model of a configuration, as the server does."""
+    model, made = run_on_thread(_loaded, config, device)
+    run_on_thread(warm_up, model, config.batch_size)
     return Subject(model, made, model.preprocessing(photograph()), seconds, config)
 
 
 def _loaded(config: ModelConfig, device: torch.device) -> tuple[Model, nn.Module]:
-    """The network as it is served, and as it is made."""
+    """Return the served model and the original network."""
     model = load(config, device)
     return model, made(config, device, model.dtype)[0]
 
 
 def made(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Image]:
-    """The network as it is made, contiguous, and the photograph as its input."""
+    """Return the original network in contiguous format and the photograph as its input."""
     net = build_network(config, "models").eval().requires_grad_(False).to(device, dtype)
     preprocessing = Preprocessing(config.input_size, config.mean, config.std, config.interpolation)
     columns = (Preprocessing.column(values) for values in (config.mean, config.std))

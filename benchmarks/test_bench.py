@@ -1,4 +1,4 @@
-"""The benchmarks run: every section, on a tiny network, for no time at all. What they compare agrees."""
+"""Tests of the benchmarks: all sections on a tiny network, and the agreement of the compared implementations."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from torch import Tensor, nn
 
 from benchmarks import __main__ as bench_main
 from benchmarks import (
-    apart,
-    ascent,
-    curves,
+    approximations,
+    bench_setup,
+    channel_masking,
+    engine_runs,
+    insertion_deletion,
     limit,
-    masked,
-    mixed,
-    ours,
+    mixed_load,
+    opti_cam,
     page,
     peers,
     savings,
+    separate_process,
     service,
-    shortcuts,
     subjects,
-    work,
 )
+from benchmarks.bench_setup import Bench
 from benchmarks.results import Claim, Findings, Result
 from benchmarks.subjects import Subject
 from benchmarks.timing import Rates, Timed, alternate, percentile
-from benchmarks.work import Bench
 from camserve_server.config import Config, ModelConfig
 from tests.conftest import serving
-from tests.oracles import insertion_deletion, poly_cam
+from tests.oracles import insertion_deletion as oracle
+from tests.oracles import poly_cam
 
 TINY = ModelConfig(
     name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4, precision=("fp32", "bf16")
@@ -52,26 +53,26 @@ def subject() -> Subject:
 
 @pytest.fixture(scope="module")
 def bench(subject: Subject) -> Iterator[Bench]:
-    few = Bench(CPU, seconds=0.01, rounds=2, channels=4, images=3, callers=3, names=["tiny"])
-    few.loaded["tiny"] = subject
-    yield few
-    few.close()
+    small = Bench(CPU, seconds=0.01, rounds=2, channels=4, images=3, callers=3, names=["tiny"])
+    small.loaded["tiny"] = subject
+    yield small
+    small.close()
 
 
 @pytest.mark.parametrize(
     "section",
     [
         limit.section,
-        masked.poly,
-        masked.score,
-        ascent.section,
-        curves.section,
+        channel_masking.poly,
+        channel_masking.score,
+        opti_cam.section,
+        insertion_deletion.section,
         savings.section,
-        shortcuts.section,
-        mixed.section,
+        approximations.section,
+        mixed_load.section,
     ],
 )
-def test_every_section_runs(section: object, bench: Bench, tmp_path: Path) -> None:
+def test_section_gives_a_complete_result(section: object, bench: Bench, tmp_path: Path) -> None:
     result = section(bench)  # type: ignore[operator]
     assert "tiny" in page.page(_facts(), {"it": result}, [], tmp_path)
     assert [*tmp_path.glob("*.svg")]
@@ -82,25 +83,24 @@ def test_every_section_runs(section: object, bench: Bench, tmp_path: Path) -> No
         assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
-def test_the_service_is_compared_with_calls_in_process(bench: Bench, subject: Subject) -> None:
+def test_service_and_engine_give_identical_maps(bench: Bench, subject: Subject) -> None:
     found = Findings()
     with serving(Config(listen="127.0.0.1:0", models=[TINY])) as server:
         service.measure(bench, found, subject, server.address)
-    assert [claim.agree for claim in found.claims] == ["maps to 0e+00", "maps to 0e+00"]
+    assert [claim.agree for claim in found.claims] == ["maps within 0e+00", "maps within 0e+00"]
 
 
-def test_sections_are_put_together(
+def test_sections_of_two_runs_are_combined_into_one_page(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From two runs on one machine."""
     monkeypatch.setitem(subjects.CONFIGS, "tiny", TINY)
-    monkeypatch.setattr(work, "subject", lambda *_: subject)
+    monkeypatch.setattr(bench_setup, "subject", lambda *_: subject)
     for names in (["limit"], ["curves"]):
         arguments = [*names, "--models", "tiny", "--seconds", "0.01", "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["bench", *arguments])
         assert bench_main.main() == 0
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
-    assert text.index("## The limit") < text.index("## Insertion and deletion")
+    assert text.index("## Plain passes") < text.index("## Insertion and deletion")
     assert "$ python -m benchmarks limit --models tiny" in text
     assert "Not measured: poly, score, opti, savings, shortcuts, service, mixed" in text
     for picture in ("bench-limit.svg", "bench-curves.svg"):
@@ -108,49 +108,53 @@ def test_sections_are_put_together(
         assert (tmp_path / "pictures" / picture).stat().st_size < 50_000
     assert "Insertion and deletion, tiny" in capsys.readouterr().out
 
+    (tmp_path / "benchmarks.md").unlink()
+    monkeypatch.setattr(sys, "argv", ["bench", "--render", "--out", str(tmp_path)])
+    assert bench_main.main() == 0
+    assert (tmp_path / "benchmarks.md").read_text(encoding="utf-8") == text
 
-# ---- what is compared agrees -----------------------------------------------------------------------------------------
+
+# ---- agreement of the compared implementations -----------------------------------------------------------------------
 
 
-def test_the_process_apart_runs_the_same_network(bench: Bench, subject: Subject) -> None:
+def test_separate_process_runs_the_same_network(bench: Bench, subject: Subject) -> None:
     net, x = subject.made, subject.image.tensor[None]
-    torch.testing.assert_close(torch.from_numpy(bench.apart(_logits, TINY)), net(x), rtol=0, atol=0)
+    torch.testing.assert_close(torch.from_numpy(bench.separate(_logits, TINY)), net(x), rtol=0, atol=0)
 
 
 def _logits(config: ModelConfig, device: str) -> NDArray[np.float32]:
-    net, image = apart.made(config, device)
+    net, image = separate_process.made(config, device)
     with torch.no_grad():
         logits: Tensor = net(image.tensor[None])
     return logits.numpy()
 
 
-def test_the_official_poly_cam(subject: Subject) -> None:
-    """The transcription against the oracle and ours: whole maps, all levels."""
+def test_official_poly_cam_agrees_with_oracle_and_engine(subject: Subject) -> None:
     x = subject.image.tensor[None]
     A = subject.activations(subject.model.layers)
-    mine = ours.run(subject.model, subject.x, subject.call("poly-cam", variant="official")).result
+    mine = engine_runs.run(subject.model, subject.x, subject.call("poly-cam", variant="official")).result
     c = mine.targets.index[0]
     theirs = peers.poly_cam(subject.made, x, A, c, batch=5)
     slow = poly_cam.poly_cam(subject.made, x, A, c, "pm", "official").map
     torch.testing.assert_close(theirs, slow, rtol=0, atol=1e-5)
     torch.testing.assert_close(mine.maps[0], theirs, rtol=0, atol=1e-5)
-    assert masked.poly_agreement(subject, 4) < 1e-5
+    assert channel_masking.poly_agreement(subject, 4) < 1e-5
 
 
-def test_the_official_opti_cam(subject: Subject) -> None:
-    assert ascent.agreement(subject.in_float64(), 20) < 1e-6
+def test_official_opti_cam_agrees_with_engine(subject: Subject) -> None:
+    assert opti_cam.agreement(subject.in_float64(), 20) < 1e-6
 
 
-def test_the_straight_curve(subject: Subject) -> None:
+def test_simple_loop_of_curves_agrees_with_oracle(subject: Subject) -> None:
     x = subject.image.tensor
     S = torch.rand(32, 32, generator=torch.Generator().manual_seed(0))
-    slow = insertion_deletion.insertion_deletion(subject.made, x[None], S, 3, steps=10)
-    blurred = insertion_deletion.gaussian_blur(x[None])[0]
+    slow = oracle.insertion_deletion(subject.made, x[None], S, 3, steps=10)
+    blurred = oracle.gaussian_blur(x[None])[0]
     torch.testing.assert_close(peers.curve(subject.made, blurred, x, S, 3, 10, 4), slow.insertion)
     torch.testing.assert_close(peers.curve(subject.made, x, blurred, S, 3, 10, 4), slow.deletion)
 
 
-def test_folding_keeps_the_logits() -> None:
+def test_folding_batch_norm_keeps_the_logits() -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(4)
     nn.init.normal_(norm.weight)
@@ -163,19 +167,19 @@ def test_folding_keeps_the_logits() -> None:
     assert set(formats) == {"contiguous", "contiguous, folded", "channels-last", "channels-last, folded"}
     assert [type(m).__name__ for m in formats["contiguous, folded"].children()].count(
         "BatchNorm2d"
-    ) == 1  # that after the ReLU
+    ) == 1  # The batch norm after the ReLU cannot be folded.
     assert set(limit.in_formats(net[2:], net[2:], torch.randn(1, 4, 6, 6))[0]) == {"contiguous", "channels-last"}
 
 
-# ---- how it is measured ----------------------------------------------------------------------------------------------
+# ---- measurements ----------------------------------------------------------------------------------------------------
 
 
-def test_sides_take_turns() -> None:
+def test_sides_alternate() -> None:
     turns: list[str] = []
 
     def side(name: str, seconds: float) -> Timed:
         turns.append(name)
-        return Timed(10, seconds * len(turns))  # a machine that slows down
+        return Timed(10, seconds * len(turns))  # The machine slows down from turn to turn.
 
     rates = alternate({"a": lambda: side("a", 1), "b": lambda: side("b", 2)}, 3)
     assert "".join(turns) == "ababab"
@@ -183,27 +187,27 @@ def test_sides_take_turns() -> None:
     assert Rates((1.0, 5.0, 2.0)).rate == 2
 
 
-def test_percentiles() -> None:
+def test_percentile_is_the_nearest_rank() -> None:
     assert percentile([3, 1, 2], 0.5) == 2
     assert percentile(range(1, 101), 0.99) == 99
     assert percentile([7], 0.99) == 7
 
 
-def test_first_come_first_served() -> None:
-    line = mixed.FirstCome[str](lambda lane: 4)
-    line.add(1, "a", 6)
-    line.add(2, "a", 1)
-    line.add(3, "b", 5, max_per_batch=2)
-    taken = []
-    while (batch := line.next_batch()) is not None:
-        (take,) = batch.ranges
-        taken.append((batch.lane, take.job, take.start, take.stop))
-        if take.job == 3:
-            line.remove(3)
-    assert taken == [("a", 1, 0, 4), ("a", 1, 4, 6), ("a", 2, 0, 1), ("b", 3, 0, 2)]
+def test_first_come_scheduler_finishes_the_oldest_request_first() -> None:
+    scheduler = mixed_load.FirstCome[str](lambda lane: 4)
+    scheduler.add(1, "a", 6)
+    scheduler.add(2, "a", 1)
+    scheduler.add(3, "b", 5, max_per_batch=2)
+    batches = []
+    while (batch := scheduler.next_batch()) is not None:
+        (rows,) = batch.ranges
+        batches.append((batch.lane, rows.job, rows.start, rows.stop))
+        if rows.job == 3:
+            scheduler.remove(3)
+    assert batches == [("a", 1, 0, 4), ("a", 1, 4, 6), ("a", 2, 0, 1), ("b", 3, 0, 2)]
 
 
-def test_results_of_another_machine_are_left_out(tmp_path: Path) -> None:
+def test_results_of_another_machine_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "benchmarks.json"
     result = Result("It", "text", claims=[Claim("what", "peer", 1.0, 2.0, because="so")], seconds=3.0, command="make")
     page.write(path, _facts(), {"it": result})
@@ -212,12 +216,12 @@ def test_results_of_another_machine_are_left_out(tmp_path: Path) -> None:
         assert page.read(path, _facts(**other)) == {}
 
 
-def test_a_reason_is_given_once(tmp_path: Path) -> None:
+def test_page_gives_each_reason_once(tmp_path: Path) -> None:
     missed = Claim("a", "peer", 1.0, 2.0, because="so slow")
     claims = [missed, replace(missed, what="b"), Claim("c", "peer", 3.0, 2.0)]
     text = page.page(_facts(), {"it": Result("It", "text", claims=claims)}, [], tmp_path)
     assert text.count("so slow") == 1
-    assert (text.count("MISSED"), text.count("reached")) == (2, 1)
+    assert (text.count("| missed |"), text.count("| met |")) == (2, 1)
 
 
 def _facts(**given: str) -> dict[str, str]:

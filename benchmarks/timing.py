@@ -1,4 +1,4 @@
-"""How things are timed: a side at a time, each alone in the process, in turn."""
+"""Timing: the sides of a comparison are measured alternately, one at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Timed:
-    """So many rows in so many seconds."""
+    """Number of rows and their duration in seconds."""
 
     rows: int
     seconds: float
@@ -25,17 +25,20 @@ class Timed:
 
 @dataclass(frozen=True)
 class Rates:
-    """Rows a second of one side, round by round."""
+    """Rates of one side in rows per second, one for each round."""
 
     rounds: tuple[float, ...]
 
     @property
     def rate(self) -> float:
-        """Rows a second."""
+        """Median rate in rows per second."""
         return median(self.rounds)
 
     def over(self, other: Rates) -> float:
-        """How many times faster: the median over the rounds, so that what slows one round slows both of its sides."""
+        """Return the median over the rounds of this rate divided by the other one.
+
+        Within a round, both sides are affected alike if the machine slows down.
+        """
         return median(mine / theirs for mine, theirs in zip(self.rounds, other.rounds, strict=True))
 
 
@@ -43,7 +46,7 @@ Side = Callable[[], Timed]
 
 
 def alternate(sides: Mapping[str, Side], rounds: int, tick: Callable[[], None] = lambda: None) -> dict[str, Rates]:
-    """Measures the sides in turn, A B C A B C …, and calls `tick` after each."""
+    """Measure the sides in the order A B C A B C … and call `tick` after each measurement."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
@@ -53,22 +56,23 @@ def alternate(sides: Mapping[str, Side], rounds: int, tick: Callable[[], None] =
     return {name: Rates(tuple(rates)) for name, rates in found.items()}
 
 
-def alone(work: Callable[..., T], *arguments: Any) -> T:
-    """Runs it in a thread that ends with it: two threads with an OpenMP team each would slow each other down.
+def run_on_thread(work: Callable[..., T], *arguments: Any) -> T:
+    """Run a function on a new thread that ends with it, and return its result.
 
-    The main thread never does arithmetic on tensors of any size; the engine does its own on its own thread.
+    Each thread that uses tensors keeps an OpenMP team, and two teams slow each other down. Therefore the main thread
+    never computes with large tensors.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
+    """Wait until the device is idle and return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed."""
+    """Return the smallest value that at least this share of the values do not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

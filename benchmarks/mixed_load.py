@@ -1,4 +1,4 @@
-"""Mixed load: how long a Grad-CAM waits while PCAM± saturates the device, by who goes first."""
+"""Mixed load: latency of Grad-CAM while PCAM± saturates the device, with two schedulers."""
 
 from __future__ import annotations
 
@@ -9,25 +9,30 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from benchmarks import ours
-from benchmarks.ours import Watched
+from benchmarks import engine_runs
+from benchmarks.bench_setup import Bench
+from benchmarks.engine_runs import TimedJob
 from benchmarks.results import Chart, Claim, Findings, Result, Table
 from benchmarks.subjects import Subject
 from benchmarks.timing import percentile
-from benchmarks.work import Bench
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.scheduler import Batch, RowRange
 
 AIM = 20.0
 MODEL = "efficientnet-lite0"
-LONG = 2  # callers of PCAM±
-EVERY_S = 0.25  # a Grad-CAM comes, on average
+LONG = 2  # number of PCAM± callers
+EVERY_S = 0.25  # mean interval of Grad-CAM requests in seconds
 
+TEXT = (
+    "Grad-CAM requests arrive at random, every {interval} s on average, while {callers} callers keep the engine busy "
+    "with PCAM±. A PCAM± has a budget of {budget} rows, because the latency of first come, first served grows with "
+    "its rows; a complete one has several times as many."
+)
 Lane = TypeVar("Lane", bound=Hashable)
 
 
 @dataclass
-class _Question(Generic[Lane]):
+class _Query(Generic[Lane]):
     lane: Lane
     rows: int
     max_per_batch: int
@@ -35,14 +40,14 @@ class _Question(Generic[Lane]):
 
 
 class FirstCome(Generic[Lane]):
-    """First come, first served: the oldest request has every batch until it is done. In place of the scheduler."""
+    """Scheduler that gives every batch to the oldest request until it is finished."""
 
     def __init__(self, size: Callable[[Lane], int]) -> None:
         self._size = size
-        self._questions: dict[int, _Question[Lane]] = {}
+        self._queries: dict[int, _Query[Lane]] = {}
 
     def __len__(self) -> int:
-        return len(self._questions)
+        return len(self._queries)
 
     def add(
         self,
@@ -54,41 +59,44 @@ class FirstCome(Generic[Lane]):
         later_rows: int = 0,
         weight: float = 1.0,
     ) -> None:
-        """As the scheduler's."""
-        self._questions[job] = _Question(lane, rows, max_per_batch or rows)
+        """Add rows, like the scheduler of the engine."""
+        self._queries[job] = _Query(lane, rows, max_per_batch or rows)
 
     def remove(self, job: int) -> None:
-        """As the scheduler's."""
-        self._questions.pop(job, None)
+        """Remove a job, like the scheduler of the engine."""
+        self._queries.pop(job, None)
 
     def next_batch(self) -> Batch[Lane] | None:
-        """Rows of the request that came first; ids are given in order."""
-        if not self._questions:
+        """Return rows of the oldest request. Job ids increase with time."""
+        if not self._queries:
             return None
-        job = min(self._questions)
-        question = self._questions[job]
-        start = question.cursor
-        rows = min(self._size(question.lane), question.max_per_batch, question.rows - start)
-        question.cursor += rows
-        if question.cursor == question.rows:
-            del self._questions[job]
-        return Batch(question.lane, (RowRange(job, start, start + rows),))
+        job = min(self._queries)
+        query = self._queries[job]
+        start = query.cursor
+        rows = min(self._size(query.lane), query.max_per_batch, query.rows - start)
+        query.cursor += rows
+        if query.cursor == query.rows:
+            del self._queries[job]
+        return Batch(query.lane, (RowRange(job, start, start + rows),))
 
 
 def first_come(engine: Engine) -> None:
-    """Before it starts."""
+    """Replace the scheduler of an engine that has not started."""
     engine._scheduler = FirstCome(engine._runner.batch_size)  # type: ignore[assignment]
 
 
 def continuous(engine: Engine) -> None:
-    """As it is."""
+    """Keep the scheduler of the engine."""
 
 
-WAYS: dict[str, Callable[[Engine], None]] = {"continuous batching": continuous, "first come, first served": first_come}
+SCHEDULERS: dict[str, Callable[[Engine], None]] = {
+    "continuous batching": continuous,
+    "first come, first served": first_come,
+}
 
 
 def section(bench: Bench) -> Result:
-    """Both ways, in turn, and Grad-CAM alone."""
+    """Measure both schedulers alternately, and Grad-CAM alone."""
     found = Findings()
     budget = 0
     for subject in bench.subjects(MODEL):
@@ -96,14 +104,12 @@ def section(bench: Bench) -> Result:
         _measure(bench, found, subject, budget)
     return Result(
         "Mixed load",
-        f"Grad-CAMs come every {EVERY_S} s on average, at random times, while {LONG} callers keep the engine busy with "
-        f"PCAM±, in this process. So that first come, first served can be measured at all, a PCAM± has a budget of "
-        f"{budget} rows; a whole one has several times as many, and what a Grad-CAM waits for grows with that.",
+        TEXT.format(interval=EVERY_S, callers=LONG, budget=budget),
         claims=found.claims,
         tables=[
             Table(
-                "Latency of Grad-CAM in milliseconds, of all rounds:",
-                ["model", "scheduler", "Grad-CAMs", "p50", "p99", "longest", "all rows/s"],
+                "Latency of Grad-CAM in milliseconds, all rounds:",
+                ["model", "scheduler", "Grad-CAMs", "p50", "p99", "max.", "all rows/s"],
                 found.rows,
             )
         ],
@@ -112,28 +118,28 @@ def section(bench: Bench) -> Result:
 
 
 def _measure(bench: Bench, found: Findings, subject: Subject, budget: int) -> None:
-    waits: dict[str, list[float]] = {"alone": [], **{way: [] for way in WAYS}}
+    waits: dict[str, list[float]] = {"alone": [], **{way: [] for way in SCHEDULERS}}
     rates: dict[str, list[float]] = {way: [] for way in waits}
     seconds = 10 * bench.seconds
     for turn in range(bench.rounds):
-        for way, prepare in WAYS.items():
+        for way, prepare in SCHEDULERS.items():
             bench.step(f"{subject.name}: mixed load, {way}")
-            with ours.engine(prepare=prepare) as running:
+            with engine_runs.engine(prepare=prepare) as running:
                 got, rate = load(running, subject, budget, seconds, LONG, seed=turn)
             waits[way] += got
             rates[way].append(rate)
     bench.step(f"{subject.name}: Grad-CAM alone")
-    with ours.engine() as running:
+    with engine_runs.engine() as running:
         waits["alone"], rate = load(running, subject, budget, seconds / 3, 0, seed=0)
         rates["alone"].append(rate)
     p99 = {way: percentile(times, 0.99) for way, times in waits.items()}
     ratio = p99["first come, first served"] / p99["continuous batching"]
     because = (
-        f"a PCAM± of {budget} rows is short; beside it a Grad-CAM takes {p99['continuous batching']:.2f} s in place of "
-        f"{p99['alone']:.2f} s alone, and {p99['first come, first served']:.2f} s if it has to wait"
+        f"a PCAM± of {budget} rows is short; a Grad-CAM takes {p99['alone']:.2f} s alone, "
+        f"{p99['continuous batching']:.2f} s during PCAM±, and {p99['first come, first served']:.2f} s behind it"
     )
     found.claims.append(
-        Claim("Grad-CAM beside PCAM±, p99 lower", "first come, first served", ratio, AIM, because=because)
+        Claim("Grad-CAM during PCAM± load, p99 latency", "first come, first served", ratio, AIM, because=because)
     )
     found.bars["p50"] = {way: 1e3 * percentile(times, 0.5) for way, times in waits.items()}
     found.bars["p99"] = {way: 1e3 * value for way, value in p99.items()}
@@ -146,23 +152,23 @@ def _measure(bench: Bench, found: Findings, subject: Subject, budget: int) -> No
 def load(
     running: Engine, subject: Subject, budget: int, seconds: float, long: int, seed: int
 ) -> tuple[list[float], float]:
-    """Seconds that each Grad-CAM took from its submission on, and rows a second of all."""
+    """Return the latency of each Grad-CAM in seconds and the rate of all rows per second."""
     over = threading.Event()
     call = subject.call("poly-cam")
 
     def saturate() -> None:
         while not over.is_set():
-            ours.submit(running, subject.model, subject.x, call, budget=budget, after=0).wait()
+            engine_runs.submit(running, subject.model, subject.x, call, budget=budget, after=0).wait()
 
     threads = [threading.Thread(target=saturate) for _ in range(long)]
     for thread in threads:
         thread.start()
-    chance = random.Random(seed)
+    intervals = random.Random(seed)
     start = time.perf_counter()
-    jobs: list[Watched] = []
+    jobs: list[TimedJob] = []
     while time.perf_counter() < start + seconds:
-        time.sleep(min(chance.expovariate(1 / EVERY_S), seconds))
-        jobs.append(ours.submit(running, subject.model, subject.x, subject.call("grad-cam"), after=0))
+        time.sleep(min(intervals.expovariate(1 / EVERY_S), seconds))
+        jobs.append(engine_runs.submit(running, subject.model, subject.x, subject.call("grad-cam"), after=0))
     rows, took = running.counters.rows, time.perf_counter() - start
     for job in jobs:
         job.wait()

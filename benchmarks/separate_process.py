@@ -1,7 +1,7 @@
-"""Peers in a process of their own, which has glibc's defaults: so their users run them.
+"""Separate process for other implementations, with the default allocator settings of glibc.
 
-What `keep_memory` sets (`docs/decisions/0008-allocator.md`) holds for a whole process. Peers that run in ours profit
-from it, which their users do not; so they are measured both ways.
+The allocator settings of camserve (docs/decisions/0008-allocator.md) apply to a whole process and would speed up other
+implementations, whose users do not have these settings. They are therefore measured in both kinds of process.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Apart:
-    """A process that begins with the first call and ends with `close`. Networks are made there by their configurations.
+class SeparateProcess:
+    """Process that starts with the first call and ends with `close`.
 
-    It keeps freed memory only if it is asked to.
+    The process builds the networks from their configurations. It keeps freed memory only if `keeps_memory` is True.
     """
 
     def __init__(self, device: torch.device, *, keeps_memory: bool = False) -> None:
@@ -47,19 +47,19 @@ class Apart:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """What `work` gives there."""
+        """Run a function in the process and return its result."""
         return self._pool.submit(work, config, self._device, *args, **kwargs).result()
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._pool.shutdown()
 
 
-# ---- in the process --------------------------------------------------------------------------------------------------
+# ---- functions that run in the process -------------------------------------------------------------------------------
 
 
 def made(config: ModelConfig, device: str) -> tuple[nn.Module, Image]:
-    """The network as it is made, contiguous, and the photograph as its input."""
+    """Return the original network in contiguous format and the photograph as its input."""
     return _made(config.model_dump_json(), device)
 
 
@@ -69,19 +69,19 @@ def _made(config: str, device: str) -> tuple[nn.Module, Image]:
 
 
 def plain(config: ModelConfig, device: str, batch: int, rows: int) -> Timed:
-    """Rows of the forward pass alone."""
+    """Time plain forward passes."""
     net, image = made(config, device)
     return timed(forward, net, image.tensor.repeat(batch, 1, 1, 1), rows)
 
 
 def poly_cam(config: ModelConfig, device: str, layer: str, n: int) -> Timed:
-    """Rows of the official loop, for the layer's first n channels."""
+    """Time the official Poly-CAM loop for the first n channels of a layer."""
     net, image = made(config, device)
     return peers.timed_poly_cam(net, image.tensor[None], _activations(net, image, layer)[:n])
 
 
 def score_cam(config: ModelConfig, device: str, name: str, layer: str, n: int, batch: int) -> Timed:
-    """Rows of a library, for the layer's first n channels."""
+    """Time the Score-CAM of a library for the first n channels of a layer."""
     net, image = made(config, device)
     A = _activations(net, image, layer)[:n]
     library = LIBRARIES[name](net, layer, image.tensor)
@@ -92,13 +92,13 @@ def score_cam(config: ModelConfig, device: str, name: str, layer: str, n: int, b
 
 
 def opti_cam(config: ModelConfig, device: str, layer: str, index: int, steps: int) -> Timed:
-    """Iterations of the official loop."""
+    """Time iterations of the official Opti-CAM loop."""
     net, image = made(config, device)
     return OptiCam(net, layer, image.tensor, image.mean, image.std, index).timed(steps)
 
 
 def curves(config: ModelConfig, device: str, S: NDArray[np.float32], index: int, steps: int) -> Timed:
-    """Rows of the straight loop, for both curves of the map S [H, W]."""
+    """Time the simple loop for both curves of a map S [H, W]."""
     net, image = made(config, device)
     start = clock(image.tensor.device)
     peers.curves(net, image.tensor, torch.from_numpy(S).to(image.tensor), index, steps)

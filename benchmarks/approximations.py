@@ -1,4 +1,4 @@
-"""Less work or less precision by choice: what it does to the speed, the map and its scores."""
+"""Lower precision, tolerances and budgets: their effect on the rate, the map and its scores."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import skimage.data
 import torch
 from torch import Tensor
 
-from benchmarks import ours
-from benchmarks.masked import explained_by
+from benchmarks import engine_runs
+from benchmarks.bench_setup import Bench
+from benchmarks.channel_masking import explained_by
 from benchmarks.results import Chart, Claim, Findings, Result, Table
 from benchmarks.subjects import Subject
-from benchmarks.timing import Side, Timed, alone
-from benchmarks.work import Bench
+from benchmarks.timing import Side, Timed, run_on_thread
 from camserve_server.engine.warmup import warm_up
 from camserve_server.models.model import Model
 from camserve_server.models.pixels import from_pixels
@@ -24,23 +24,39 @@ from camserve_server.request_plan import MethodCall, MetricCall
 BF16_AIM = 1.5
 PHOTOGRAPHS = ("chelsea", "coffee", "cat")
 TOLERANCES = (0.01, 0.05, 0.2)
-BUDGETS = (0.1, 0.25, 0.5)  # of the rows that the whole map takes
+BUDGETS = (0.1, 0.25, 0.5)  # as fractions of the rows of the full map
+
+TEXT = (
+    "First table: rate of PCAM± in bf16 and fp32 on the last layer. Second table: PCAM± with less work compared with "
+    "the full map in fp32, as means over {count} photographs of scikit-image ({photographs}) with {model}. "
+    "*Reported*: for a tolerance, the certified bound of the error of a layer's sum; for a budget, the completed "
+    "share. A budget processes the strongest channels of the coarsest layers first."
+)
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Of one way to make the map, beside the whole map in fp32. `rows` are shares of the rows of that."""
+    """Comparison of a map with the full map in fp32.
+
+    Attributes:
+        rows: Rows as a fraction of the rows of the full map.
+        correlation: Correlation of the maps.
+        difference: Mean absolute difference of the maps.
+        insertion: Insertion score.
+        deletion: Deletion score.
+        reported: Share or certified bound that the response reports.
+    """
 
     rows: float
     correlation: float
     difference: float
     insertion: float
     deletion: float
-    said: float
+    reported: float
 
 
 def section(bench: Bench) -> Result:
-    """PCAM± in bf16, within a tolerance, and cut short by a budget."""
+    """Measure PCAM± in bf16, with tolerances and with budgets."""
     speed, effect = Findings(), Findings()
     for subject in bench.subjects():
         _precision(bench, speed, subject)
@@ -48,22 +64,18 @@ def section(bench: Bench) -> Result:
     for name, effects in _effects(bench, first).items():
         effect.rows.append(_row(name, effects))
     return Result(
-        "Less work or precision, by choice",
-        "PCAM± in bf16 against fp32, in turn, on the last layer. And what PCAM± loses where it is asked for less: "
-        f"means over {len(PHOTOGRAPHS)} photographs of scikit-image ({', '.join(PHOTOGRAPHS)}) by {first.name}, beside "
-        "the whole map in fp32. *Said* is what the answer itself says: for a tolerance the certified bound on any "
-        "layer's sum, for a budget the share of the whole that it reached. A budget takes the strongest channels of "
-        "the coarsest layers first.",
+        "Approximations",
+        TEXT.format(count=len(PHOTOGRAPHS), photographs=", ".join(PHOTOGRAPHS), model=first.name),
         claims=speed.claims,
         tables=[
-            Table("Rows a second, median of the rounds:", ["model", "precision", "batch", "rows/s"], speed.rows),
+            Table("Rows per second, median of the rounds:", ["model", "precision", "batch", "rows/s"], speed.rows),
             Table(
-                "What is lost:",
-                ["asked for", "rows", "said", "correlation", "mean difference", "insertion", "deletion"],
+                "Effect on map and scores:",
+                ["setting", "rows", "reported", "correlation", "mean difference", "insertion", "deletion"],
                 effect.rows,
             ),
         ],
-        charts=[Chart("PCAM±, by precision", "rows a second", speed.bars)],
+        charts=[Chart("PCAM±, by precision", "rows per second", speed.bars)],
     )
 
 
@@ -71,19 +83,21 @@ def _precision(bench: Bench, found: Findings, subject: Subject) -> None:
     models = {precision: subject.model.at(precision) for precision in ("fp32", "bf16")}
     if not models["bf16"].batch_sizes:
         bench.step(f"{subject.name}: warming up in bf16")
-        alone(warm_up, models["bf16"], subject.config.batch_size)
+        run_on_thread(warm_up, models["bf16"], subject.config.batch_size)
     call = subject.call("poly-cam", (subject.model.layers[-1].name,))
     rows = max(64, round(subject.limit.rate * bench.seconds))
 
     def side(model: Model) -> Timed:
-        return ours.run(model, subject.x, call, budget=2 + rows).timed
+        return engine_runs.run(model, subject.x, call, budget=2 + rows).timed
 
     sides: dict[str, Side] = {precision: partial(side, model) for precision, model in models.items()}
     rates = bench.alternate(f"{subject.name}: PCAM± in bf16", sides)
     claim = Claim(
         f"PCAM± in bf16, {subject.name}", "PCAM± in fp32", rates["bf16"].over(rates["fp32"]), BF16_AIM, "×", "see below"
     )
-    found.claims += explained_by([claim], lambda: ours.where(models["bf16"], subject.x, call, budget=2 + rows))
+    found.claims += explained_by(
+        [claim], lambda: engine_runs.time_profile(models["bf16"], subject.x, call, budget=2 + rows)
+    )
     found.bars[subject.name] = {precision: of.rate for precision, of in rates.items()}
     for precision, of in rates.items():
         batch = str(models[precision].batch_sizes["forward"])
@@ -98,7 +112,7 @@ def _effects(bench: Bench, subject: Subject) -> dict[str, list[Effect]]:
         whole = _run(subject.model, x)
         index, S = whole.result.targets.index, whole.result.maps[0]
         rows = whole.rows - _metric_rows(subject.model)
-        found.setdefault("everything", []).append(_effect(whole, S, rows, 1.0))
+        found.setdefault("full map, fp32", []).append(_effect(whole, S, rows, 1.0))
         bench.step(f"{name}: in bf16")
         half = _run(subject.model.at("bf16"), x, index)
         found.setdefault("bf16", []).append(_effect(half, S, rows, 1.0))
@@ -126,13 +140,13 @@ def _metric_rows(model: Model) -> int:
 
 def _run(
     model: Model, x: Tensor, index: tuple[int, ...] | int = 1, *, budget: int = 0, tolerance: float = 0.0
-) -> ours.Watched:
+) -> engine_runs.TimedJob:
     method = METHODS["poly-cam"]
     call = MethodCall(method, method.check({"tolerance": tolerance}, ""), model.layers)
-    return ours.run(model, x, call, _metrics(model), targets=index, budget=budget)
+    return engine_runs.run(model, x, call, _metrics(model), targets=index, budget=budget)
 
 
-def _effect(run: ours.Watched, whole: Tensor, rows: int, said: float) -> Effect:
+def _effect(run: engine_runs.TimedJob, whole: Tensor, rows: int, reported: float) -> Effect:
     S = run.result.maps[0]
     insertion, deletion = run.result.scores[0]
     return Effect(
@@ -141,7 +155,7 @@ def _effect(run: ours.Watched, whole: Tensor, rows: int, said: float) -> Effect:
         difference=float((S - whole).abs().mean()),
         insertion=insertion.value,
         deletion=deletion.value,
-        said=said,
+        reported=reported,
     )
 
 
@@ -149,6 +163,6 @@ def _row(name: str, effects: list[Effect]) -> list[str]:
     def mean(of: str) -> float:
         return sum(float(getattr(effect, of)) for effect in effects) / len(effects)
 
-    said = f"{mean('said'):.3f}" if "`" in name else ""
+    reported = f"{mean('reported'):.3f}" if "`" in name else ""
     figures = [f"{mean(of):.3f}" for of in ("correlation", "difference", "insertion", "deletion")]
-    return [name, f"{mean('rows'):.0%}", said, *figures]
+    return [name, f"{mean('rows'):.0%}", reported, *figures]

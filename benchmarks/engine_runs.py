@@ -1,4 +1,4 @@
-"""Through the engine, in this process: jobs, how long they took, and where the time went."""
+"""Jobs on an engine in this process, with their durations and profiles."""
 
 from __future__ import annotations
 
@@ -19,32 +19,42 @@ from camserve_server.engine.job import Event, Job, Progress
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.request_plan import MethodCall, MetricCall, RequestResult, limits, plan_request, rows_needed
 
-# What the engine's time goes to: functions by their names, none of which calls another of the list.
+# Phases of the engine's work by the names of their functions. No function of the list calls another one.
 PHASES = {
-    "the network": ("_wrapped_call_impl",),
-    "the backward pass": ("grad",),
-    "making rows": ("make",),
-    "putting the batch together": ("batch",),
+    "network": ("_wrapped_call_impl",),
+    "backward pass": ("grad",),
+    "creating rows": ("make",),
+    "assembling batches": ("batch",),
     "reading scores": ("take", "move"),
-    "the plan": ("_step",),
+    "plan": ("_step",),
 }
-IN_TORCH = ("the network", "the backward pass")
+IN_TORCH = ("network", "backward pass")
 
 
 @dataclass(eq=False)
-class Watched:
-    """A job, and when its rows were done: (seconds, rows so far) from the batch on that made them `after`."""
+class TimedJob:
+    """Job whose rows are timed.
+
+    Attributes:
+        model: The model of the job.
+        after: Number of rows after which the timing starts.
+        profile: Profiler that runs while the job is timed.
+        started: Time in seconds and number of rows at the start of the timing.
+        ended: Time in seconds at the end of the job.
+        seen: Time in seconds and number of rows after each batch since the start of the timing.
+        job: The job of the engine.
+    """
 
     model: Model
     after: int
     profile: cProfile.Profile | None = None
     started: tuple[float, int] | None = None
     ended: float = 0.0
-    seen: list[tuple[float, int]] = field(default_factory=list)  # from then on: when there were how many rows
+    seen: list[tuple[float, int]] = field(default_factory=list)
     job: Job[RequestResult] | None = field(default=None)
 
     def notify(self, event: Event) -> None:
-        """On the engine's thread."""
+        """Record progress. The engine calls it on its thread."""
         if self.started is None and isinstance(event, Progress) and event.rows_done >= self.after:
             self.started = (clock(self.model.device), event.rows_done)
             if self.profile is not None:
@@ -53,50 +63,50 @@ class Watched:
             self.seen.append((time.perf_counter(), event.rows_done))
 
     def end(self, _: object) -> None:
-        """On the engine's thread, when the result is there."""
+        """Record the end of the job. The engine calls it on its thread."""
         if self.profile is not None:
             self.profile.disable()
         self.ended = clock(self.model.device)
 
     @property
     def timed(self) -> Timed:
-        """From the end of the batch that was to be waited for."""
+        """Number and duration of the rows since the start of the timing."""
         assert self.job is not None
-        assert self.started is not None, "the job has had more rows than are to be waited for"
+        assert self.started is not None, "the job ended before the timing started"
         start, before = self.started
         return Timed(self.job.rows - before, self.ended - start)
 
     @property
     def rows(self) -> int:
-        """Once it is done."""
+        """Number of rows of the finished job."""
         assert self.job is not None
         return self.job.rows
 
     @property
     def seconds(self) -> float:
-        """From the submission to the result, once it is there."""
+        """Duration of the finished job in seconds, from its submission to its result."""
         assert self.job is not None
         return (self.job.queue_ms + self.job.compute_ms) / 1e3
 
     @property
     def before_s(self) -> float:
-        """From the submission to there."""
+        """Duration in seconds from the submission to the start of the timing."""
         assert self.started is not None
         return self.seconds - (self.ended - self.started[0])
 
     @property
     def result(self) -> RequestResult:
-        """Once it is there."""
+        """Result of the job. Waits until the job is finished."""
         assert self.job is not None
         return self.job.future.result()
 
     def wait(self) -> None:
-        """Until the result is there. Raises if there is none."""
+        """Wait until the job is finished. Raises the error of a failed job."""
         _ = self.result
 
 
-def together(jobs: Sequence[Watched]) -> Timed:
-    """Of jobs that run side by side: from when all of them are past what is not counted, to the last one's end."""
+def concurrent_rows(jobs: Sequence[TimedJob]) -> Timed:
+    """Return the rows of concurrent jobs, from the time at which all are being timed to the end of the last one."""
     start = max(job.seen[0][0] for job in jobs)
     before = sum(max(rows for at, rows in job.seen if at <= start) for job in jobs)
     return Timed(sum(job.rows for job in jobs) - before, max(job.seen[-1][0] for job in jobs) - start)
@@ -104,7 +114,7 @@ def together(jobs: Sequence[Watched]) -> Timed:
 
 @contextmanager
 def engine(*, prepare: Callable[[Engine], None] = lambda engine: None) -> Iterator[Engine]:
-    """Runs on its thread, which ends with it."""
+    """Start an engine on its thread and stop it at the end."""
     running = Engine()
     prepare(running)
     running.start()
@@ -126,33 +136,33 @@ def submit(
     after: int = 2,
     batch_sizes: Mapping[LaneKind, int] | None = None,
     profile: cProfile.Profile | None = None,
-) -> Watched:
-    """One request; x is preprocessed. `after` so many rows the clock starts: the prediction and the activations."""
+) -> TimedJob:
+    """Submit one request. The timing starts after the first rows: the prediction and the activations."""
     call = subject if isinstance(subject, MethodCall) else None
     needed = rows_needed(model, call, metrics, 1)
-    watched = Watched(model, after, profile)
-    watched.job = running.submit(
+    timed_job = TimedJob(model, after, profile)
+    timed_job.job = running.submit(
         plan_request(model, model.image(x), targets, subject, metrics),
         model,
         rows=needed.most,
         limits=limits(model, call, needed, budget=budget),
         batch_sizes=batch_sizes,
-        notify=watched.notify,
+        notify=timed_job.notify,
     )
-    watched.job.future.add_done_callback(watched.end)
-    return watched
+    timed_job.job.future.add_done_callback(timed_job.end)
+    return timed_job
 
 
-def run(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **kwargs: Any) -> Watched:
-    """One request on an engine of its own."""
+def run(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **kwargs: Any) -> TimedJob:
+    """Run one request on a new engine."""
     with engine() as running:
-        watched = submit(running, model, x, subject, *args, **kwargs)
-        _ = watched.result
-    return watched  # the engine's thread has ended, so `end` has been called
+        timed_job = submit(running, model, x, subject, *args, **kwargs)
+        _ = timed_job.result
+    return timed_job  # The thread of the engine has ended, so `end` has been called.
 
 
-def where(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **kwargs: Any) -> str:
-    """Where the engine's time goes, by a profile of one request: "the network 93 %, …"."""
+def time_profile(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **kwargs: Any) -> str:
+    """Return the shares of the engine's phases in one request, such as "profile: network 93%, …"."""
     profile = cProfile.Profile()
     run(model, x, subject, *args, **kwargs, profile=profile)
     stats = pstats.Stats(profile)
@@ -163,5 +173,5 @@ def where(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **k
                 times[phase] += whole
     total = stats.total_tt  # type: ignore[attr-defined]
     shares = {phase: seconds / total for phase, seconds in times.items()}
-    shares["the rest"] = max(0.0, 1 - sum(shares.values()))
-    return "a profile: " + ", ".join(f"{phase} {share:.0%}" for phase, share in shares.items() if share >= 0.005)
+    shares["other"] = max(0.0, 1 - sum(shares.values()))
+    return "profile: " + ", ".join(f"{phase} {share:.0%}" for phase, share in shares.items() if share >= 0.005)
