@@ -1,4 +1,4 @@
-"""Rows are recipes: what is alive at once is bounded by the batch, however many rows are owed. Counted in bytes."""
+"""Memory of long requests. Rows are made batch by batch, so the batch size bounds the bytes that are alive at once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.support import as_model, call, noise, running, submit
 
 SIZE = (64, 64)
 BATCH = 8
-ROW = 4 * 3 * 64 * 64  # bytes of one input
+ROW_BYTES = 4 * 3 * 64 * 64  # one input in float32
 
-# Thousands of rows each; all of them at once would be as many times ROW.
+# Requests of hundreds to thousands of rows. All rows at once would take as many times ROW_BYTES.
 LONG: list[tuple[str, dict[str, Any], int]] = [
     ("rise", {"masks": 6000}, 6000),
     ("ss-cam", {"samples": 100}, 100 * 18),
@@ -28,27 +28,28 @@ LONG: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
-class Counting(nn.Module):
-    """Notes how many bytes of tensors are alive whenever a batch arrives."""
+class MemoryProbe(nn.Module):
+    """Network that measures the bytes of all live tensors when a batch arrives."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = tiny_cnn()
-        self.most = 0
+        self.max_bytes = 0
         self.rows = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.rows += len(x)
-        if self.rows // len(x) % 37 == 1:  # looking at every object takes its time
-            self.most = max(self.most, alive())
-        return self.net(x)
+        if self.rows // len(x) % 37 == 1:  # gc.get_objects() is slow, so not every batch is measured
+            self.max_bytes = max(self.max_bytes, live_bytes())
+        logits: Tensor = self.net(x)
+        return logits
 
 
-def alive() -> int:
-    """Bytes of all tensors, each storage once."""
+def live_bytes() -> int:
+    """Return the bytes of all live tensors; a storage that several tensors share counts once."""
     storages = {}
     for each in gc.get_objects():
-        if type(each) in (Tensor, nn.Parameter):  # a compiler's fakes, which have no memory, may be about
+        if type(each) in (Tensor, nn.Parameter):  # not the fake tensors of a compiler, which have no memory
             storage = each.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
@@ -56,22 +57,22 @@ def alive() -> int:
 
 @pytest.mark.parametrize(("method", "parameters", "rows"), LONG, ids=[method for method, *_ in LONG])
 def test_memory_is_bounded_by_the_batch(method: str, parameters: dict[str, Any], rows: int) -> None:
-    model = as_model(Counting(), SIZE, batch_size=BATCH)
-    assert isinstance(model.module, Counting)
+    model = as_model(MemoryProbe(), SIZE, batch_size=BATCH)
+    assert isinstance(model.module, MemoryProbe)
     x = noise(3, *SIZE)
     gc.collect()
-    before = alive()
+    before = live_bytes()
     with running() as engine:
-        model.module.most = model.module.rows = 0
+        model.module.max_bytes = model.module.rows = 0
         job = submit(engine, model, x, call(model, method, **parameters), [1])
         job.future.result(timeout=240)
-    assert job.rows > 0.8 * rows, "constant channels share theirs"
-    grown = model.module.most - before
-    assert 0 < grown < 12 * BATCH * ROW, "a few batches: rows, masks, activations and what is summed up"
-    assert rows * ROW / 4 > 12 * BATCH * ROW, "far less than all rows would take"
+    assert job.rows > 0.8 * rows, "constant channels share their rows"
+    grown = model.module.max_bytes - before
+    assert 0 < grown < 12 * BATCH * ROW_BYTES, "the rows, masks, activations and sums of a few batches"
+    assert rows * ROW_BYTES / 4 > 12 * BATCH * ROW_BYTES, "the bound must be far below the size of all rows"
 
 
-def test_the_count_would_notice() -> None:
-    before = alive()
+def test_live_bytes_counts_a_new_tensor() -> None:
+    before = live_bytes()
     kept = torch.zeros(1000, 3, *SIZE)
-    assert alive() - before == kept.numel() * 4
+    assert live_bytes() - before == kept.numel() * 4

@@ -1,4 +1,4 @@
-"""Random copies of a network: what is drawn, who pays for them, and that none is left."""
+"""Random copies of networks: their weights, their number, and their release."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from camserve_server.engine import batch_runner as runner_module
-from camserve_server.engine import random_copies as copies_module
+from camserve_server.engine import batch_runner, random_copies
 from camserve_server.engine.job import Event, Limits
+from camserve_server.engine.lanes.dispatch import run_batch
 from camserve_server.errors import Cancelled, Expired, InternalError, OutOfMemory
 from camserve_server.models.load import state_digest
 from camserve_server.models.model import Model
@@ -23,7 +22,7 @@ from camserve_server.models.randomise import RandomCopy, weighted_layers
 from camserve_server.plan import Plan, Predict, Randomise, Randomised
 from camserve_server.rows import normal
 from tests import nets
-from tests.support import as_model, call, explained, metric, noise, running, submit
+from tests.support import Clock, as_model, call, explained, metric, noise, running, submit
 
 SIZE = (37, 29)
 X = noise(3, *SIZE)
@@ -38,7 +37,7 @@ def model() -> Model:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
-    """Every network that is copied from here on."""
+    """Return a list to which each new copy of a network is appended, as a weak reference."""
     made: list[weakref.ref[Any]] = []
 
     class Watched(RandomCopy):
@@ -46,29 +45,29 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
             super().__init__(served)
             made.append(weakref.ref(self.model.module))
 
-    monkeypatch.setattr(copies_module, "RandomCopy", Watched)
+    monkeypatch.setattr(random_copies, "RandomCopy", Watched)
     return made
 
 
-def alive(copies: list[weakref.ref[Any]]) -> int:
+def count_alive(copies: list[weakref.ref[Any]]) -> int:
     gc.collect()
     return sum(copy() is not None for copy in copies)
 
 
 def randomised(model: Model, method: str = "layer-cam", **parameters: Any) -> list[Randomised]:
     events: list[Event] = []
-    asked = [metric("randomisation-ssim", seed=3, **parameters)]
+    metrics = [metric("randomisation-ssim", seed=3, **parameters)]
     with running() as engine:
-        submit(engine, model, X, call(model, method), [1], asked, events).future.result(60)
+        submit(engine, model, X, call(model, method), [1], metrics, events).future.result(60)
     return [event for event in events if isinstance(event, Randomised)]
 
 
-# ---- what is random --------------------------------------------------------------------------------------------------
+# ---- random weights --------------------------------------------------------------------------------------------------
 
 
-def test_layers_come_in_the_order_in_which_they_run() -> None:
+def test_weighted_layers_are_in_the_order_of_the_forward_pass() -> None:
     class Backwards(nn.Module):
-        """Defined from its end."""
+        """Network whose layers are defined in the reverse order of the forward pass."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -86,7 +85,7 @@ def test_layers_come_in_the_order_in_which_they_run() -> None:
     assert vit[-2:] == ("norm", "head")
 
 
-def test_a_layer_is_drawn_with_its_own_mean_and_deviation(model: Model) -> None:
+def test_random_layer_keeps_the_mean_and_deviation_of_the_served_layer(model: Model) -> None:
     copy = RandomCopy(model)
     copy.randomise(["c2", "fc"], 7)
     for i, (name, served) in enumerate(model.module.named_parameters()):
@@ -99,14 +98,16 @@ def test_a_layer_is_drawn_with_its_own_mean_and_deviation(model: Model) -> None:
             assert torch.equal(drawn, served)
     weights = copy.model.module.get_parameter("c2.weight").clone()
     copy.randomise(["c2", "c1"], 7)
-    assert torch.equal(copy.model.module.get_parameter("c2.weight"), weights), "whatever else is random"
+    assert torch.equal(copy.model.module.get_parameter("c2.weight"), weights), (
+        "the weights do not depend on the other random layers"
+    )
     assert torch.equal(copy.model.module.get_parameter("fc.weight"), model.module.get_parameter("fc.weight"))
     copy.randomise((), 7)
     assert state_digest(copy.model.module) == state_digest(model.module)
 
 
 @pytest.mark.parametrize("order", ["cascading", "independent"])
-def test_steps(model: Model, order: str) -> None:
+def test_each_step_uses_the_layers_that_it_reports(model: Model, order: str) -> None:
     steps = randomised(model, order=order)
     assert [step.layers for step in steps] == [("fc",), ("c3",), ("c2",), ("c1",)]
     assert [(step.order, step.index, step.count, step.target) for step in steps] == [(order, i, 4, 1) for i in range(4)]
@@ -117,39 +118,39 @@ def test_steps(model: Model, order: str) -> None:
         assert torch.equal(explained(copy.model, X, call(copy.model, "layer-cam"), [1]).maps[0], step.saliency)
 
 
-def test_the_last_step_of_a_cascade_is_a_network_at_random(model: Model) -> None:
+def test_last_step_of_a_cascade_randomises_the_whole_network(model: Model) -> None:
     net = nets.tiny_cnn()
     for i, weight in enumerate(net.parameters()):
         std, mean = torch.std_mean(weight, correction=0)
         weight.data = normal(weight.shape, 3, i) * std + mean
-    wholly = explained(as_model(net, SIZE), X, call(model, "layer-cam"), [1]).maps[0]
-    assert torch.allclose(randomised(model)[-1].saliency, wholly, atol=1e-5)
+    expected = explained(as_model(net, SIZE), X, call(model, "layer-cam"), [1]).maps[0]
+    assert torch.allclose(randomised(model)[-1].saliency, expected, atol=1e-5)
 
 
-def test_layers_are_dealt_out_evenly(model: Model) -> None:
+def test_layers_are_distributed_evenly_over_the_steps(model: Model) -> None:
     assert [step.layers for step in randomised(model, steps=3)] == [("fc",), ("c3",), ("c2", "c1")]
     assert [step.layers for step in randomised(model, steps=1)] == [("fc", "c3", "c2", "c1")]
 
 
-def test_the_head_of_cam_is_random_too(model: Model) -> None:
+def test_class_weights_of_cam_are_random_too(model: Model) -> None:
     first, *_ = randomised(model, "cam")
     assert first.layers == ("fc",)
     assert first.similarity.spearman < 0.9
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["cascading", "independent"])
 @pytest.mark.parametrize("method", ["fake-cam", "center-gaussian", "random"])
-def test_what_knows_nothing_of_the_network_stays_the_same(model: Model, method: str, order: str) -> None:
+def test_methods_that_do_not_use_the_network_score_1(model: Model, method: str, order: str) -> None:
     scored = [metric(name, order=order) for name in NAMES]
     for score in explained(model, X, call(model, method), [1], scored).scores[0]:
         assert score.value == pytest.approx(1)
         assert score.curve == pytest.approx([1] * 4)
 
 
-def test_three_metrics_share_their_rows_and_their_events(model: Model) -> None:
+def test_three_metrics_share_rows_and_events(model: Model) -> None:
     events: list[Event] = []
     with running() as engine:
         job = submit(engine, model, X, call(model, "grad-cam"), [1], ALL, events)
@@ -163,10 +164,10 @@ def test_three_metrics_share_their_rows_and_their_events(model: Model) -> None:
         assert score.value == pytest.approx(sum(score.curve) / 4)
 
 
-# ---- the served network, and company ---------------------------------------------------------------------------------
+# ---- the served network and other requests ---------------------------------------------------------------------------
 
 
-def test_the_served_network_is_never_touched_and_company_changes_nothing(
+def test_copies_change_neither_the_served_network_nor_other_requests(
     model: Model, copies: list[weakref.ref[Any]]
 ) -> None:
     before, plain = state_digest(model.module), call(model, "poly-cam")
@@ -180,35 +181,35 @@ def test_the_served_network_is_never_touched_and_company_changes_nothing(
             assert result.scores == (alone.scores if i % 2 else ((),))
         assert torch.equal(submit(engine, model, X, plain).future.result(60).maps, expected.maps)
         assert len(copies) == 5
-        assert alive(copies) == 0
+        assert count_alive(copies) == 0
     assert state_digest(model.module) == before
     other = explained(model, X, plain, [1], [metric("randomisation-ssim", seed=4)]).scores[0][0]
     assert other.curve != alone.scores[0][1].curve
 
 
 @pytest.fixture
-def most(monkeypatch: pytest.MonkeyPatch, copies: list[weakref.ref[Any]]) -> Iterator[list[int]]:
-    """How many copies there were whenever a batch ran."""
-    run, seen = runner_module.run_batch, list[int]()
+def copy_counts(monkeypatch: pytest.MonkeyPatch, copies: list[weakref.ref[Any]]) -> list[int]:
+    """Return a list to which the number of copies is appended after each batch."""
+    counts = list[int]()
 
     def counted(*args: Any) -> None:
-        run(*args)
-        seen.append(sum(copy() is not None for copy in copies))
+        run_batch(*args)
+        counts.append(sum(copy() is not None for copy in copies))
 
-    monkeypatch.setattr(runner_module, "run_batch", counted)
-    yield seen
+    monkeypatch.setattr(batch_runner, "run_batch", counted)
+    return counts
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-def test_there_are_never_more_copies_than_allowed(model: Model, most: list[int], limit: int) -> None:
+def test_number_of_copies_never_exceeds_the_limit(model: Model, copy_counts: list[int], limit: int) -> None:
     with running(max_copies=limit) as engine:
         jobs = [submit(engine, model, X, call(model, "grad-cam"), [1, 2], ALL) for _ in range(6)]
         assert len({job.future.result(60).scores for job in jobs}) == 1
-    assert max(most) == limit
+    assert max(copy_counts) == limit
 
 
-def holding(model: Model, broken: threading.Event) -> Plan[None]:
-    """Has a copy until somebody takes it away, or it breaks."""
+def plan_that_holds_a_copy(model: Model, broken: threading.Event) -> Plan[None]:
+    """Hold a copy until the request is ended from outside or `broken` is set."""
     yield from Randomise(("fc",))
     while not broken.is_set():
         yield from Predict(model.image(X))
@@ -216,17 +217,18 @@ def holding(model: Model, broken: threading.Event) -> Plan[None]:
 
 
 @pytest.mark.parametrize("end", ["cancelled", "late", "broken"])
-def test_whoever_ends_in_the_middle_leaves_its_copy_to_the_next(
-    model: Model, copies: list[weakref.ref[Any]], end: str
+def test_request_that_ends_early_releases_its_copy(
+    monkeypatch: pytest.MonkeyPatch, model: Model, copies: list[weakref.ref[Any]], end: str
 ) -> None:
-    asked, broken = call(model, "grad-cam"), threading.Event()
+    clock = Clock().install(monkeypatch)
+    method, broken = call(model, "grad-cam"), threading.Event()
     with running(max_copies=1) as engine:
         limits = Limits(deadline=time.monotonic() + 1) if end == "late" else Limits()
-        holds = engine.submit(holding(model, broken), model, rows=10**5, limits=limits)
+        holds = engine.submit(plan_that_holds_a_copy(model, broken), model, rows=10**5, limits=limits)
         while not copies:
             time.sleep(0.01)
-        gives_up, waits = (submit(engine, model, X, asked, [1], ALL) for _ in range(2))
-        submit(engine, model, X, asked).future.result(60)  # whoever wants no copy goes on
+        gives_up, waits = (submit(engine, model, X, method, [1], ALL) for _ in range(2))
+        submit(engine, model, X, method).future.result(60)  # a request without a copy does not wait
         engine.cancel(gives_up)
         with pytest.raises(Cancelled):
             gives_up.future.result(60)
@@ -234,21 +236,23 @@ def test_whoever_ends_in_the_middle_leaves_its_copy_to_the_next(
         assert len(copies) == 1
         if end == "cancelled":
             engine.cancel(holds)
+        if end == "late":
+            clock.advance(2)
         if end == "broken":
             broken.set()
         with pytest.raises({"cancelled": Cancelled, "late": Expired, "broken": InternalError}[end]):
             holds.future.result(60)
         assert len(waits.future.result(60).scores[0]) == 3
         assert len(copies) == 2
-        assert alive(copies) == 0
+        assert count_alive(copies) == 0
 
 
-def test_no_room_for_a_copy(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
-    def full(served: Model) -> RandomCopy:
-        raise torch.OutOfMemoryError("no room")
+def test_copy_that_does_not_fit_fails_its_request_only(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    def no_memory(served: Model) -> RandomCopy:
+        raise torch.OutOfMemoryError("no memory")
 
     with running() as engine:
-        monkeypatch.setattr(copies_module, "RandomCopy", full)
+        monkeypatch.setattr(random_copies, "RandomCopy", no_memory)
         with pytest.raises(OutOfMemory, match="a copy of model"):
             submit(engine, model, X, call(model, "grad-cam"), [1], ALL).future.result(60)
         monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""The scheduler alone: no torch, no thread, no clock."""
+"""The scheduler without torch, threads or clocks."""
 
 from __future__ import annotations
 
@@ -16,64 +16,66 @@ from camserve_server.engine.scheduler import PATIENCE, Batch, Scheduler
 
 @dataclass
 class Plan:
-    """Asks one question after the other; counts what it is given."""
+    """Plan that adds one query after the other and records the rows that it receives."""
 
     lane: str
-    questions: list[int]
-    width: int | None = None
+    queries: list[int]  # rows of each query
+    max_per_batch: int | None = None
     cancelled_at: int | None = None
     fails_at: int | None = None
-    asked: int = 0
-    got: list[tuple[int, int]] = field(default_factory=list)
+    started: int = 0  # number of queries that have been added to the scheduler
+    received: list[tuple[int, int]] = field(default_factory=list)
     ended: str = ""
 
-    def later(self) -> int:
-        return sum(self.questions[self.asked :])
+    def later_rows(self) -> int:
+        return sum(self.queries[self.started :])
 
 
-def ask(scheduler: Scheduler[str], job: int, plan: Plan) -> None:
-    rows = plan.questions[plan.asked]
-    plan.asked += 1
-    plan.got.clear()
-    scheduler.add(job, plan.lane, rows, max_per_batch=plan.width, later_rows=plan.later())
+def add_query(scheduler: Scheduler[str], job: int, plan: Plan) -> None:
+    rows = plan.queries[plan.started]
+    plan.started += 1
+    plan.received.clear()
+    scheduler.add(job, plan.lane, rows, max_per_batch=plan.max_per_batch, later_rows=plan.later_rows())
 
 
 def check(batch: Batch[str], size: int, plans: dict[int, Plan]) -> None:
-    """What every batch must keep to."""
-    assert 0 < sum(take.stop - take.start for take in batch.ranges) <= size
-    assert len({take.job for take in batch.ranges}) == len(batch.ranges)
-    for take in batch.ranges:
-        plan = plans[take.job]
-        assert not plan.ended, "a row was spent on the dead"
+    """Assert the properties of every batch."""
+    assert 0 < sum(each.stop - each.start for each in batch.ranges) <= size
+    assert len({each.job for each in batch.ranges}) == len(batch.ranges)
+    for each in batch.ranges:
+        plan = plans[each.job]
+        assert not plan.ended, "no row may run for a plan that has ended"
         assert plan.lane == batch.lane
-        assert take.stop - take.start <= (plan.width or size)
-        assert take.start == sum(stop - start for start, stop in plan.got), "rows are lost or done twice"
+        assert each.stop - each.start <= (plan.max_per_batch or size)
+        assert each.start == sum(stop - start for start, stop in plan.received), (
+            "each row must run exactly once, in order"
+        )
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_thousand_plans_with_cancels_and_failures(seed: int) -> None:
-    chance = random.Random(seed)
+def test_thousand_plans_with_cancellations_and_failures(seed: int) -> None:
+    rng = random.Random(seed)
     size = {"a": 8, "b": 3, "c": 1}
     plans = {
         job: Plan(
-            lane=chance.choice("aabc"),
-            questions=[int(chance.paretovariate(0.7)) % 300 + 1 for _ in range(chance.randint(1, 4))],
-            width=chance.choice([None, None, 1, 2]),
-            cancelled_at=chance.randint(0, 4000) if chance.random() < 0.15 else None,
-            fails_at=chance.randint(1, 50) if chance.random() < 0.1 else None,
+            lane=rng.choice("aabc"),
+            queries=[int(rng.paretovariate(0.7)) % 300 + 1 for _ in range(rng.randint(1, 4))],
+            max_per_batch=rng.choice([None, None, 1, 2]),
+            cancelled_at=rng.randint(0, 4000) if rng.random() < 0.15 else None,
+            fails_at=rng.randint(1, 50) if rng.random() < 0.1 else None,
         )
         for job in range(1000)
     }
     scheduler: Scheduler[str] = Scheduler(size.__getitem__)
     arrivals = list(plans)
     waited = dict.fromkeys(plans, 0)
-    longest = batches = 0
+    longest_wait = batches = 0
     while arrivals or len(scheduler):
-        for _ in range(min(len(arrivals), chance.randint(0, 3))):
+        for _ in range(min(len(arrivals), rng.randint(0, 3))):
             job = arrivals.pop()
-            ask(scheduler, job, plans[job])
+            add_query(scheduler, job, plans[job])
         for job, plan in plans.items():
-            if plan.cancelled_at == batches and plan.asked and not plan.ended:
+            if plan.cancelled_at == batches and plan.started and not plan.ended:
                 scheduler.remove(job)
                 plan.ended = "cancelled"
         batch = scheduler.next_batch()
@@ -82,31 +84,31 @@ def test_a_thousand_plans_with_cancels_and_failures(seed: int) -> None:
             continue
         check(batch, size[batch.lane], plans)
         served = set()
-        for take in batch.ranges:
-            plan = plans[take.job]
-            served.add(take.job)
-            plan.got.append((take.start, take.stop))
-            if plan.fails_at is not None and sum(e - s for s, e in plan.got) >= plan.fails_at:
-                scheduler.remove(take.job)  # of this job alone
+        for each in batch.ranges:
+            plan = plans[each.job]
+            served.add(each.job)
+            plan.received.append((each.start, each.stop))
+            if plan.fails_at is not None and sum(e - s for s, e in plan.received) >= plan.fails_at:
+                scheduler.remove(each.job)
                 plan.ended = "failed"
-            elif take.stop == plan.questions[plan.asked - 1]:
-                if plan.asked == len(plan.questions):
+            elif each.stop == plan.queries[plan.started - 1]:
+                if plan.started == len(plan.queries):
                     plan.ended = "done"
                 else:
-                    ask(scheduler, take.job, plan)
+                    add_query(scheduler, each.job, plan)
         for job, plan in plans.items():
-            waiting = plan.asked and not plan.ended and job not in served
+            waiting = plan.started and not plan.ended and job not in served
             waited[job] = waited[job] + 1 if waiting else 0
-        longest = max(longest, *waited.values())
-    assert {plan.ended for plan in plans.values()} <= {"done", "cancelled", "failed"}, "a plan is lost"
+        longest_wait = max(longest_wait, *waited.values())
+    assert {plan.ended for plan in plans.values()} <= {"done", "cancelled", "failed"}, "every plan must end"
     for plan in plans.values():
         if plan.cancelled_at is None and plan.fails_at is None:
             assert plan.ended == "done"
     assert scheduler.rows_owed() == 0
-    assert longest < 1500, "somebody starved"
+    assert longest_wait < 1500, "no plan may wait for so many batches"
 
 
-def test_a_short_plan_passes_a_long_one() -> None:
+def test_short_plan_passes_a_long_plan() -> None:
     scheduler: Scheduler[str] = Scheduler(lambda lane: 8)
     scheduler.add(1, "forward", 3000)
     scheduler.next_batch()
@@ -114,12 +116,12 @@ def test_a_short_plan_passes_a_long_one() -> None:
     batch = scheduler.next_batch()
     assert batch is not None
     assert batch.ranges[0].job == 2
-    assert sum(take.stop - take.start for take in batch.ranges) == 8, "the long plan fills what is left"
+    assert sum(each.stop - each.start for each in batch.ranges) == 8, "the long plan fills the rest of the batch"
 
 
 @pytest.mark.parametrize(("arrivals_in_ten", "least_share"), [(9, 0.099), (10, 0.02)])
-def test_a_long_plan_is_not_starved_by_short_ones(arrivals_in_ten: int, least_share: float) -> None:
-    """One-row plans arrive that take nearly all batches, or would take all of them; the long one goes on."""
+def test_long_plan_is_not_starved_by_short_plans(arrivals_in_ten: int, least_share: float) -> None:
+    """Plans of one row arrive in nine or ten of ten batches; the long plan still progresses."""
     scheduler: Scheduler[str] = Scheduler(lambda lane: 1)
     scheduler.add(0, "forward", 1024)
     gaps, last = [], 0
@@ -133,7 +135,7 @@ def test_a_long_plan_is_not_starved_by_short_ones(arrivals_in_ten: int, least_sh
             last = number
     assert len(gaps) / 1000 >= least_share
     backlog = len(scheduler)
-    assert max(gaps) <= PATIENCE * 10 + backlog + 1, "1,024 rows count as one after ten halvings, then it is in turn"
+    assert max(gaps) <= PATIENCE * 10 + backlog + 1, "after ten halvings 1,024 rows count as one row"
 
 
 def test_two_long_plans_share_a_batch() -> None:
@@ -142,20 +144,20 @@ def test_two_long_plans_share_a_batch() -> None:
     scheduler.add(2, "forward", 3000)
     batch = scheduler.next_batch()
     assert batch is not None
-    assert [(take.job, take.stop - take.start) for take in batch.ranges] == [(1, 4), (2, 4)]
+    assert [(each.job, each.stop - each.start) for each in batch.ranges] == [(1, 4), (2, 4)]
 
 
-def test_alone_a_plan_has_the_whole_batch() -> None:
+def test_single_plan_gets_whole_batches() -> None:
     scheduler: Scheduler[str] = Scheduler(lambda lane: 8)
     scheduler.add(1, "forward", 20)
     sizes = []
     while (batch := scheduler.next_batch()) is not None:
-        sizes.append([take.stop - take.start for take in batch.ranges])
+        sizes.append([each.stop - each.start for each in batch.ranges])
     assert sizes == [[8], [8], [4]]
 
 
-def test_a_heavier_plan_waits_but_does_not_starve() -> None:
-    """Of two that owe as much: the light one has the batches, and now and then the other one half of one."""
+def test_plan_with_a_large_weight_waits_but_does_not_starve() -> None:
+    """Of two plans with equally many rows, the one with the smaller weight gets most of them."""
     scheduler: Scheduler[str] = Scheduler(lambda lane: 8)
     scheduler.add(1, "forward", 3000, weight=16.0)
     scheduler.add(2, "forward", 3000, weight=1 / 16)
@@ -163,22 +165,22 @@ def test_a_heavier_plan_waits_but_does_not_starve() -> None:
     for _ in range(200):
         batch = scheduler.next_batch()
         assert batch is not None
-        for take in batch.ranges:
-            taken[take.job] += take.stop - take.start
+        for each in batch.ranges:
+            taken[each.job] += each.stop - each.start
     assert sum(taken.values()) == 1600
     assert 20 <= taken[1] <= 80
 
 
-def test_a_light_plan_passes_a_shorter_one() -> None:
+def test_plan_with_a_small_weight_passes_a_shorter_plan() -> None:
     scheduler: Scheduler[str] = Scheduler(lambda lane: 8)
     scheduler.add(1, "forward", 200)
     scheduler.add(2, "forward", 3000, weight=1 / 16)
     batch = scheduler.next_batch()
     assert batch is not None
-    assert [(take.job, take.stop - take.start) for take in batch.ranges] == [(2, 8)]
+    assert [(each.job, each.stop - each.start) for each in batch.ranges] == [(2, 8)]
 
 
-def test_an_iterative_plan_has_one_row_a_batch() -> None:
+def test_max_per_batch_limits_the_rows_of_a_plan() -> None:
     scheduler: Scheduler[str] = Scheduler(lambda lane: 4)
     scheduler.add(1, "ascend", 3, max_per_batch=1)
     scheduler.add(2, "ascend", 3, max_per_batch=1)
@@ -189,7 +191,7 @@ def test_an_iterative_plan_has_one_row_a_batch() -> None:
     assert scheduler.next_batch() is None
 
 
-def test_what_comes_later_counts_for_the_rank() -> None:
+def test_rows_of_later_queries_count_for_the_order() -> None:
     scheduler: Scheduler[str] = Scheduler(lambda lane: 1)
     scheduler.add(1, "forward", 1, later_rows=5000)
     scheduler.add(2, "forward", 10)
@@ -200,19 +202,19 @@ def test_what_comes_later_counts_for_the_rank() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 8)), min_size=1, max_size=20), st.integers(1, 16))
-def test_every_row_is_given_out_once(questions: list[tuple[int, int]], size: int) -> None:
+def test_every_row_is_in_exactly_one_batch(queries: list[tuple[int, int]], size: int) -> None:
     scheduler: Scheduler[int] = Scheduler(lambda lane: size)
-    for job, (rows, width) in enumerate(questions):
-        scheduler.add(job, 0, rows, max_per_batch=width)
-    given_out: dict[int, list[int]] = {job: [] for job in range(len(questions))}
+    for job, (rows, max_per_batch) in enumerate(queries):
+        scheduler.add(job, 0, rows, max_per_batch=max_per_batch)
+    batched: dict[int, list[int]] = {job: [] for job in range(len(queries))}
     while (batch := scheduler.next_batch()) is not None:
-        for take in batch.ranges:
-            assert take.stop - take.start <= questions[take.job][1]
-            given_out[take.job] += range(take.start, take.stop)
-    assert given_out == {job: list(range(rows)) for job, (rows, _) in enumerate(questions)}
+        for each in batch.ranges:
+            assert each.stop - each.start <= queries[each.job][1]
+            batched[each.job] += range(each.start, each.stop)
+    assert batched == {job: list(range(rows)) for job, (rows, _) in enumerate(queries)}
 
 
-def test_it_needs_no_torch() -> None:
+def test_import_of_the_scheduler_does_not_import_torch() -> None:
     code = "import sys, camserve_server.engine.scheduler; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""Attention weights against those that the libraries show themselves when they do not fuse."""
+"""Attention weights, compared with those that the libraries compute without fused kernels."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import timm  # isort: skip
 from timm.layers.attention import Attention  # isort: skip
 
 
-def seen_unfused(net: nn.Module, x: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:
-    """Of each attention of timm: the module, its input, and the weights that its dropout sees."""
-    modules = [m for m in net.modules() if isinstance(m, Attention)]
+def run_unfused(net: nn.Module, x: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    """Return each attention module of timm with its input and its weights, which are the input of its dropout."""
+    modules: list[Any] = [m for m in net.modules() if isinstance(m, Attention)]
     inputs: list[Tensor] = []
     weights: list[Tensor] = []
     handles = []
@@ -44,13 +44,13 @@ def seen_unfused(net: nn.Module, x: Tensor) -> list[tuple[nn.Module, Tensor, Ten
         ("vit_tiny_patch16_224", {"img_size": 64, "qk_norm": True}),
     ],
 )
-def test_timm(name: str, options: dict[str, Any]) -> None:
+def test_weights_of_timms_transformers(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     net = timm.create_model(name, **options).eval() if name else nets.tiny_vit()
     size = options.get("img_size", 32)
-    seen = seen_unfused(net, noise(2, 3, size, size))
-    assert len(seen) == (12 if name else 3)
-    for module, x, weights in seen:
+    calls = run_unfused(net, noise(2, 3, size, size))
+    assert len(calls) == (12 if name else 3)
+    for module, x, weights in calls:
         with torch.no_grad():
             A, output = attention_with_output(module, x)
             torch.testing.assert_close(A, weights, rtol=0, atol=1e-6)
@@ -59,7 +59,7 @@ def test_timm(name: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_norm": True}, {"gated": True}, {"attn_head_dim": 10}])
-def test_timms_options(options: dict[str, Any]) -> None:
+def test_output_with_the_options_of_timms_attention(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     module = Attention(24, num_heads=3, qkv_bias=True, norm_layer=nn.LayerNorm, **options).eval()
     torch.testing.assert_close(
@@ -68,22 +68,22 @@ def test_timms_options(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_torch(bias: bool) -> None:
+def test_weights_of_torchs_multihead_attention(bias: bool) -> None:
     torch.manual_seed(0)
     module = nn.MultiheadAttention(24, 3, bias=bias, batch_first=True).eval()
     x = noise(2, 7, 24)
     weight, offset = module.in_proj_weight, module.in_proj_bias if bias else torch.zeros(72)
     q, k = ((x @ weight[i : i + 24].T + offset[i : i + 24]).reshape(2, 7, 3, 8) for i in (0, 24))
-    by_hand = torch.stack([q[:, :, h] @ k[:, :, h].transpose(1, 2) / 8**0.5 for h in range(3)], dim=1).softmax(dim=-1)
+    expected = torch.stack([q[:, :, h] @ k[:, :, h].transpose(1, 2) / 8**0.5 for h in range(3)], dim=1).softmax(dim=-1)
     theirs = module(x, x, x, need_weights=True, average_attn_weights=False)[1]
     A = attention_weights(module, x)
     assert A.shape == (2, 3, 7, 7)
-    torch.testing.assert_close(A, by_hand, rtol=0, atol=1e-6)
+    torch.testing.assert_close(A, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(A, theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["torch", "timm"])
-def test_it_is_differentiable_and_triggers_no_hook(kind: str) -> None:
+def test_weights_are_differentiable_and_trigger_no_hook(kind: str) -> None:
     torch.manual_seed(0)
     module = nn.MultiheadAttention(24, 3, batch_first=True) if kind == "torch" else Attention(24, num_heads=3)
     for part in module.eval().modules():
@@ -97,16 +97,16 @@ def test_it_is_differentiable_and_triggers_no_hook(kind: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-def test_double_precision() -> None:
+def test_weights_have_the_dtype_of_the_input() -> None:
     module = nn.MultiheadAttention(24, 3, batch_first=True).eval().double()
     assert attention_weights(module, noise(1, 7, 24).double()).dtype == torch.float64
 
 
 class Doubled(Attention):
-    """A subclass may do anything."""
+    """Subclass with another output."""
 
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
-        return 2 * super().forward(x, **options)
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return 2 * super().forward(x, attn_mask, is_causal)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ class Doubled(Attention):
     ],
     ids=lambda module: type(module).__name__,
 )
-def test_not_understood(module: nn.Module) -> None:
+def test_other_modules_are_not_supported(module: nn.Module) -> None:
     assert not is_supported(module)
     with pytest.raises(TypeError, match="not supported"):
         attention_weights(module, noise(1, 7, 24))
 
 
 class Transformer(nn.Module):
-    """Patches, a block of attention, a mean; `options` are what the attention is called with."""
+    """Patches, one attention module and a head on the class token. The attention is called with `options`."""
 
     def __init__(self, timms: bool, mean: bool = True, **options: object) -> None:
         super().__init__()
@@ -140,14 +140,15 @@ class Transformer(nn.Module):
         self.timms, self.options, self.calls = timms, options, 1
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.pad(self.patches(x).flatten(2).transpose(1, 2), (0, 0, 1, 0))  # zeros are a class token
+        x = nn.functional.pad(self.patches(x).flatten(2).transpose(1, 2), (0, 0, 1, 0))  # the class token is zeros
         for _ in range(self.calls):
             x = x + (self.attn(x, **self.options) if self.timms else self.attn(x, x, x, **self.options)[0])
-        return self.fc(x[:, 0])
+        logits: Tensor = self.fc(x[:, 0])
+        return logits
 
 
 @pytest.mark.parametrize("timms", [True, False])
-def test_it_is_recognised_by_its_output(timms: bool) -> None:
+def test_attention_with_a_mask_or_several_calls_is_not_detected(timms: bool) -> None:
     x = noise(1, 3, 32, 24)
     found = probe(Transformer(timms).eval(), x)
     assert (found.attention, found.attention_prefix, found.attention_grid) == (("attn",), 1, (4, 3))
@@ -159,21 +160,21 @@ def test_it_is_recognised_by_its_output(timms: bool) -> None:
 
 
 class Mixing(nn.Module):
-    """Of another name altogether, but where attention is."""
+    """Module of an unknown class, in the place of attention."""
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         return x.softmax(dim=1)
 
 
 @pytest.mark.parametrize("other", [Doubled(48, num_heads=3), Mixing()])
-def test_one_that_is_not_understood_is_enough(other: nn.Module) -> None:
-    net = nets.tiny_vit()
+def test_one_unsupported_module_hides_all_attention(other: nn.Module) -> None:
+    net: Any = nets.tiny_vit()
     assert probe(net, noise(1, 3, 32, 32)).attention == ("blocks.0.attn", "blocks.1.attn", "blocks.2.attn")
     net.blocks[1].attn = other
     assert probe(net, noise(1, 3, 32, 32)).attention == ()
 
 
-def test_torchs_own_encoder_is_seen_through_its_fast_path() -> None:
+def test_attention_of_torchs_encoder_is_detected_on_its_fast_path() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -182,9 +183,9 @@ def test_torchs_own_encoder_is_seen_through_its_fast_path() -> None:
             self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(
-                self.encoder(nn.functional.pad(self.patches(x).flatten(2).transpose(1, 2), (0, 0, 1, 0)))[:, 0]
-            )
+            tokens = nn.functional.pad(self.patches(x).flatten(2).transpose(1, 2), (0, 0, 1, 0))
+            logits: Tensor = self.fc(self.encoder(tokens)[:, 0])
+            return logits
 
     found = probe(Net().eval(), noise(1, 3, 32, 24))
     assert found.attention == ("encoder.layers.0.self_attn", "encoder.layers.1.self_attn")
@@ -193,7 +194,7 @@ def test_torchs_own_encoder_is_seen_through_its_fast_path() -> None:
 
 
 class Tokens(nn.Module):
-    """A block of attention; the logits come from the token at `place`, or from the mean if there is none."""
+    """One attention module. The logits depend on the token at `place`, or on the mean of all tokens if it is None."""
 
     def __init__(self, place: int | None, *, before: int = 0, after: int = 0) -> None:
         super().__init__()
@@ -210,7 +211,7 @@ class Tokens(nn.Module):
         return y
 
 
-def test_maps_of_attention_need_a_class_token_and_find_it_first() -> None:
+def test_attention_is_detected_only_with_a_leading_class_token() -> None:
     x = noise(1, 3, 32, 24)
     assert probe(Tokens(0, before=1).eval(), x).attention == ("attn",)
     assert probe(Tokens(0, before=3).eval(), x).attention == ("attn",)
@@ -222,7 +223,7 @@ def test_maps_of_attention_need_a_class_token_and_find_it_first() -> None:
         assert probe(net, noise(1, 3, 32, 32)).attention == ()
 
 
-def test_tokens_that_are_not_where_the_grid_has_them_are_no_layer() -> None:
-    """A class token behind the others would move all of them by one."""
+def test_tokens_with_a_trailing_class_token_are_not_a_layer() -> None:
+    """Every token would be read one position too late."""
     found = probe(Tokens(-1, after=1).eval(), noise(1, 3, 32, 24))
     assert (list(found.spatial), found.layer, found.attention) == (["patches"], None, ())

@@ -1,4 +1,4 @@
-"""Networks, or parts of them, that no gradient goes through: a clear refusal, and all else is served."""
+"""Networks with parts that are not differentiable: methods with gradients are refused, all others are served."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = noise(3, 32, 32)
 
 
 class Backbone(nn.Module):
-    """With a branch that the logits do not depend on; `frozen` as some publish it, under no_grad."""
+    """Network with a branch that the logits do not depend on. If `frozen`, its body runs under no_grad."""
 
     def __init__(self, *, frozen: bool) -> None:
         super().__init__()
@@ -43,41 +43,41 @@ def frozen() -> Model:
     ("method", "layer"),
     [("grad-cam", "body.0"), ("smooth-grad", None), ("integrated-gradients", None), ("opti-cam", "body.1")],
 )
-def test_methods_of_gradients_are_refused(frozen: Model, method: str, layer: str | None) -> None:
+def test_methods_with_gradients_are_refused_for_a_frozen_body(frozen: Model, method: str, layer: str | None) -> None:
     with pytest.raises(Unservable, match="no_grad"):
         explained(frozen, X, call(frozen, method, [layer] if layer else None))
 
 
-def test_the_last_layer_before_the_head_is_served(frozen: Model) -> None:
+def test_layer_behind_the_frozen_body_is_served(frozen: Model) -> None:
     assert explained(frozen, X, call(frozen, "grad-cam", ["body"])).maps.any()
     assert explained(frozen, X, call(frozen, "score-cam", ["body"])).maps.any()
 
 
-def test_a_layer_that_is_not_used() -> None:
+def test_layer_that_the_logits_do_not_depend_on_is_refused() -> None:
     model = as_model(Backbone(frozen=False))
     with pytest.raises(Unservable, match="does not use it"):
         explained(model, X, call(model, "grad-cam", ["unused"]))
 
 
-def test_it_can_be_started(frozen: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_skips_the_lanes_that_need_gradients(frozen: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warmup, "MEASURE_S", 0)
     warmup.warm_up(frozen)
     assert set(frozen.batch_sizes) == {"forward", "gradient", "ascend"}
     assert "ascend" not in frozen.rows_per_s
 
 
-def test_sizes_that_do_not_fit_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_batch_size_ends_at_the_first_size_that_does_not_fit() -> None:
     def seconds(size: int) -> Generator[None, None, float]:
         yield
         if size > 4:
-            raise torch.OutOfMemoryError("no room")
+            raise torch.OutOfMemoryError("no memory")
         return 1.0
 
     def best(*sizes: int) -> Generator[None, None, None]:
         found.append((yield from warmup.best_batch_size(seconds, sizes, 0.95)))
 
     found: list[tuple[int, float]] = []
-    assert len(list(best(1, 2, 4, 8))) == 4, "others have their turn before each batch"
+    assert len(list(best(1, 2, 4, 8))) == 4, "it yields before each batch"
     assert found == [(4, 4.0)]
     with pytest.raises(torch.OutOfMemoryError):
         list(best(8, 16))

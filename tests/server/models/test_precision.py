@@ -1,6 +1,10 @@
-"""The same network at several precisions."""
+"""One network at several precisions."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import skimage.data
@@ -11,17 +15,22 @@ import camserve
 from camserve_server.config import Config, ModelConfig, embedded_model, read_config
 from camserve_server.errors import ConfigError, Unservable
 from camserve_server.models.load import load
-from camserve_server.models.model import Model
+from camserve_server.models.model import Model, Precision
 from camserve_server.models.pixels import from_pixels
 from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.support import call, explained, metric, noise, running, submit
 
 CPU = torch.device("cpu")
-SMALL = {"name": "small", "source": "python:tests.nets:tiny_cnn", "input_size": (32, 32), "batch_size": 4}
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "source": "python:tests.nets:tiny_cnn",
+    "input_size": (32, 32),
+    "batch_size": 4,
+}
 
 
-def small(*precision: str) -> Model:
+def load_small(*precision: Precision) -> Model:
     model = load(ModelConfig(**SMALL, precision=precision), CPU)
     for each in model.precisions.values():
         each.batch_sizes = {"forward": 4, "gradient": 4, "ascend": 4}
@@ -30,7 +39,7 @@ def small(*precision: str) -> Model:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return small("fp32", "bf16", "fp64")
+    return load_small("fp32", "bf16", "fp64")
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +47,17 @@ def x() -> Tensor:
     return noise(3, 32, 32)
 
 
-def test_each_has_a_network_of_its_own(model):
+def test_each_precision_has_its_own_network(model: Model) -> None:
     assert [*model.precisions] == ["fp32", "bf16", "fp64"]
-    for precision, arithmetic, dtype in (
+    for precision, compute_dtype, dtype in (
         ("fp32", torch.float32, torch.float32),
         ("bf16", torch.bfloat16, torch.float32),
         ("fp64", torch.float64, torch.float64),
     ):
         at = model.at(precision)
-        assert {each.dtype for each in at.module.parameters()} == {arithmetic}
+        assert {each.dtype for each in at.module.parameters()} == {compute_dtype}
         assert (at.precision, at.dtype, at.digest) == (precision, dtype, model.digest)
+        assert at.gap is not None
         assert at.gap.weight.data_ptr() in {each.data_ptr() for each in at.module.parameters()}
     assert model.at("") is model
     with pytest.raises(Unservable, match="small computes in fp32, bf16, fp64, not in tf32"):
@@ -57,8 +67,9 @@ def test_each_has_a_network_of_its_own(model):
 @pytest.mark.parametrize(
     "method", ["cam", "grad-cam", "layer-cam", "poly-cam", "opti-cam", "ablation-cam", "input-x-gradient", "rise"]
 )
-def test_maps_differ_by_rounding(model, x, method):
-    parameters = {"opti-cam": {"steps": 3}, "rise": {"masks": 50}}.get(method, {})
+def test_maps_differ_by_rounding_only(model: Model, x: Tensor, method: str) -> None:
+    shorter: dict[str, dict[str, Any]] = {"opti-cam": {"steps": 3}, "rise": {"masks": 50}}
+    parameters = shorter.get(method, {})
     maps = {
         precision: explained(at, x, call(at, method, **parameters), [2]).maps
         for precision, at in model.precisions.items()
@@ -68,7 +79,7 @@ def test_maps_differ_by_rounding(model, x, method):
     assert maps["bf16"].dtype == torch.float32 and not torch.equal(maps["bf16"], maps["fp32"])
 
 
-def test_attention_and_its_copies(x):
+def test_attention_and_random_copies_run_in_bf16(x: Tensor) -> None:
     model = load(ModelConfig(**{**SMALL, "source": "python:tests.nets:tiny_vit"}, precision=("bf16", "fp32")), CPU)
     for each in model.precisions.values():
         each.batch_sizes = {"forward": 4, "gradient": 4, "ascend": 4}
@@ -80,7 +91,7 @@ def test_attention_and_its_copies(x):
     assert -1 <= checked.scores[0][0].value <= 1
 
 
-def test_bits_do_not_depend_on_company(model, x):
+def test_bits_do_not_depend_on_requests_at_other_precisions(model: Model, x: Tensor) -> None:
     at = model.at("bf16")
     alone = explained(at, x, call(at, "poly-cam"), [2]).maps
     with running() as engine:
@@ -94,21 +105,23 @@ def test_bits_do_not_depend_on_company(model, x):
             other.future.result(60)
 
 
-def test_memory_that_runs_out_halves_its_own_lane_only(model, x, monkeypatch):
-    at = small("fp32", "bf16").at("bf16")
+def test_out_of_memory_halves_batches_of_its_own_precision_only(
+    model: Model, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = load_small("fp32", "bf16").at("bf16")
     forward = nn.Module.__call__
 
-    def short(self: nn.Module, X: Tensor) -> Tensor:
+    def limited(self: nn.Module, X: Tensor) -> Tensor:
         if self is at.module and len(X) > 2:
-            raise torch.OutOfMemoryError("as if")
-        return forward(self, X)
+            raise torch.OutOfMemoryError("no memory")
+        return forward(self, X)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(type(at.module), "__call__", short)
+    monkeypatch.setattr(type(at.module), "__call__", limited)
     explained(at, x, call(at, "poly-cam"), [2])
     assert at.batch_sizes["forward"] == 2 and model.batch_sizes["forward"] == 4
 
 
-def test_the_embedded_network_in_bf16():
+def test_embedded_network_in_bf16_agrees_with_fp32() -> None:
     model = load(embedded_model().model_copy(update={"precision": ("fp32", "bf16")}), CPU)
     x = model.preprocessing(from_pixels(skimage.data.chelsea()))
     maps = []
@@ -120,15 +133,15 @@ def test_the_embedded_network_in_bf16():
     assert torch.corrcoef(torch.stack(maps))[0, 1] > 0.99
 
 
-def test_a_cpu_has_no_tf32():
+def test_tf32_is_refused_on_a_cpu() -> None:
     with pytest.raises(ConfigError, match=r"models\.small\.precision: only GPUs compute in tf32"):
-        small("tf32")
+        load_small("tf32")
 
 
-@pytest.mark.parametrize("given", ['"bf16"', '["fp32", "bf16"]'])
-def test_one_or_several_in_the_configuration(tmp_path, given):
+@pytest.mark.parametrize("value", ['"bf16"', '["fp32", "bf16"]'])
+def test_configuration_takes_one_or_several_precisions(tmp_path: Path, value: str) -> None:
     path = tmp_path / "c.toml"
-    path.write_text(f'models = [{{name = "m", source = "torchvision:resnet18", precision = {given}}}]')
+    path.write_text(f'models = [{{name = "m", source = "torchvision:resnet18", precision = {value}}}]')
     assert read_config(path).models[0].precision[-1] == "bf16"
     path.write_text('models = [{name = "m", source = "torchvision:resnet18", precision = ["fp16"]}]')
     with pytest.raises(ConfigError, match=r"models\.m\.precision\.0"):
@@ -141,7 +154,7 @@ def served() -> Iterator[Server]:
         yield server
 
 
-def test_requests_choose(served):
+def test_requests_choose_a_precision(served: Server) -> None:
     image = skimage.data.chelsea()
     with camserve.Client(served.address) as client:
         (listed,) = client.models()

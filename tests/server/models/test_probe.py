@@ -1,4 +1,4 @@
-"""What one pass shows of a network: layers of every form, defaults, a pooled head."""
+"""Detection of layers of every form, of default layers and of a linear head behind global average pooling."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ import timm  # isort: skip
 import torchvision  # isort: skip
 
 
-def made(name: str, **options: Any) -> nn.Module:
-    """An untrained network of "torchvision:NAME" or "timm:NAME"."""
+def build(name: str, **options: Any) -> nn.Module:
+    """Return the untrained network "torchvision:NAME" or "timm:NAME"."""
     library, _, name = name.partition(":")
     torch.manual_seed(0)
     if library == "torchvision":
-        return torchvision.models.get_model(name, weights=None, **options).eval()
-    return timm.create_model(name, **options).eval()
+        net: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    else:
+        net = timm.create_model(name, **options)
+    return net.eval()
 
 
 def outputs(net: nn.Module, x: Tensor, name: str) -> list[Tensor]:
-    """What each call of the module gives."""
+    """Return the output of each call of the module."""
     seen: list[Tensor] = []
     handle = net.get_submodule(name).register_forward_hook(lambda m, args, output: seen.append(output.clone()))
     with torch.no_grad():
@@ -41,7 +43,7 @@ def outputs(net: nn.Module, x: Tensor, name: str) -> list[Tensor]:
 # ---- forms -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_grid_of_each_form() -> None:
+def test_grid_returns_maps_for_each_form() -> None:
     maps = noise(2, 5, 3, 4)
     tokens = torch.zeros(2, 2 + 12, 5)
     for i in range(3):
@@ -61,7 +63,7 @@ def test_the_grid_of_each_form() -> None:
     assert not gradient[:, :2].any()
 
 
-def test_a_name_is_a_module_and_a_call() -> None:
+def test_layer_name_contains_module_and_call() -> None:
     assert (Layer("a.b#3", 1, 2, 2).module, Layer("a.b#3", 1, 2, 2).call) == ("a.b", 3)
     assert (Layer("a.b", 1, 2, 2).module, Layer("a.b", 1, 2, 2).call) == ("a.b", 1)
 
@@ -93,7 +95,7 @@ TRANSFORMERS: list[tuple[str, dict[str, Any], tuple[int, int], tuple[str, str, i
         "",
         12,
     ),
-    # a stem of convolutions, and a grid that is not that of a patch embedding
+    # a stem of convolutions, and a grid that is not the output of a patch embedding
     (
         "timm:vit_tiny_r_s16_p8_224",
         {"img_size": (64, 96)},
@@ -111,7 +113,7 @@ TRANSFORMERS: list[tuple[str, dict[str, Any], tuple[int, int], tuple[str, str, i
         "norm",
         0,
     ),
-    # attention that is not understood: a relative position bias, rotary embeddings, pooling by attention
+    # unsupported attention: a relative position bias, rotary embeddings, pooling by attention
     ("timm:beit_base_patch16_224", {"img_size": 32}, (32, 32), ("blocks.11.norm1", "tokens", 1, 2, 2), "", 0),
     ("timm:vit_relpos_small_patch16_224", {"img_size": 32}, (32, 32), ("blocks.11.norm1", "tokens", 0, 2, 2), "", 0),
     (
@@ -135,7 +137,7 @@ TRANSFORMERS: list[tuple[str, dict[str, Any], tuple[int, int], tuple[str, str, i
 
 
 @pytest.mark.parametrize(("name", "options", "size", "single", "gap", "attention"), TRANSFORMERS)
-def test_transformers(
+def test_layers_of_transformers(
     name: str,
     options: dict[str, Any],
     size: tuple[int, int],
@@ -143,7 +145,7 @@ def test_transformers(
     gap: str,
     attention: int,
 ) -> None:
-    found = probe(made(name, **options), noise(1, 3, *size))
+    found = probe(build(name, **options), noise(1, 3, *size))
     assert found.layer is not None
     layer = found.layer
     assert (layer.name, layer.form, layer.prefix, layer.height, layer.width) == single
@@ -154,9 +156,11 @@ def test_transformers(
 
 
 @pytest.mark.parametrize("name", ["torchvision:vit_b_16", "timm:vit_tiny_patch16_224"])
-def test_every_patch_counts_in_the_single_default_of_a_transformer(name: str) -> None:
-    net = made(name, **({"image_size": 64} if "torchvision" in name else {"img_size": 64}))
-    nn.init.normal_([m for m in net.modules() if isinstance(m, nn.Linear)][-1].weight)  # torchvision's is zero
+def test_every_position_of_the_default_layer_of_a_transformer_has_a_gradient(name: str) -> None:
+    net = build(name, **({"image_size": 64} if "torchvision" in name else {"img_size": 64}))
+    nn.init.normal_(
+        [m for m in net.modules() if isinstance(m, nn.Linear)][-1].weight
+    )  # torchvision initialises it with zeros
     layer = probe(net, noise(1, 3, 64, 64)).layer
     assert layer is not None
     kept: list[Tensor] = []
@@ -165,17 +169,17 @@ def test_every_patch_counts_in_the_single_default_of_a_transformer(name: str) ->
     assert (layer.grid(gradient).abs().sum(dim=1) > 0).all()
 
 
-def test_what_happens_inside_of_attention_is_no_layer() -> None:
-    net = nets.tiny_vit()
+def test_modules_inside_attention_are_not_layers() -> None:
+    net: Any = nets.tiny_vit()
     for block in net.blocks:
-        block.attn.fused_attn = False  # attn_drop sees the weights [N, heads, L, L]
+        block.attn.fused_attn = False  # attn_drop then runs on the weights [N, heads, L, L]
     found = probe(net, noise(1, 3, 32, 32))
     assert not [name for name in found.spatial if ".attn." in name]
     assert "blocks.0.attn" in found.spatial
 
 
 class Unnamed(nn.Module):
-    """Attention that nothing is called after."""
+    """Network with attention that no module is named after."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,31 +188,32 @@ class Unnamed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads = self.patches(x).flatten(2).transpose(1, 2).unflatten(2, (2, 4)).transpose(1, 2)
         heads = self.softmax(heads @ heads.transpose(2, 3)) @ heads
-        return self.fc(heads.transpose(1, 2).flatten(2).mean(dim=1))
+        logits: Tensor = self.fc(heads.transpose(1, 2).flatten(2).mean(dim=1))
+        return logits
 
 
-def test_attention_is_no_map() -> None:
+def test_attention_weights_are_not_a_layer() -> None:
     assert list(probe(Unnamed(), noise(1, 3, 32, 32)).spatial) == ["patches"]
 
 
-def test_windows_are_no_tokens() -> None:
-    net = made("timm:swin_tiny_patch4_window7_224", img_size=112)
+def test_windows_of_tokens_are_not_a_layer() -> None:
+    net = build("timm:swin_tiny_patch4_window7_224", img_size=112)
     found = probe(net, noise(1, 3, 112, 112))
     assert "layers.0.blocks.0.attn" not in found.spatial  # [16 windows, 49, 96]
     assert found.spatial["layers.0.blocks.0"].form == "NHWC"
 
 
-def test_a_grid_can_be_given() -> None:
-    net, x = made("timm:vit_tiny_patch16_224", img_size=(32, 128)), noise(1, 3, 32, 128)
+def test_configured_token_grid_is_used() -> None:
+    net, x = build("timm:vit_tiny_patch16_224", img_size=(32, 128)), noise(1, 3, 32, 128)
     layer = probe(net, x, token_grid=(2, 8)).spatial["norm"]
     assert (layer.height, layer.width, layer.prefix) == (2, 8, 1)
     for wrong in ((5, 5), (4, 4), (8, 2)):
         assert "norm" not in probe(net, x, token_grid=wrong).spatial
 
 
-def test_tokens_in_another_order_are_no_layer() -> None:
-    """Hiera's go window by window, and its layers would be read as rows, silently."""
-    net = made("timm:hiera_tiny_224", img_size=64)
+def test_tokens_in_another_order_are_not_a_layer() -> None:
+    """The tokens of Hiera are ordered window by window; a map read row by row would be wrong."""
+    net = build("timm:hiera_tiny_224", img_size=64)
     found = probe(net, noise(1, 3, 64, 64))
     assert "tokens" not in {layer.form for layer in found.spatial.values()}
     assert (found.layer, found.layers, found.attention) == (None, (), ())
@@ -229,7 +234,7 @@ NETWORKS: list[tuple[str, list[str], str, str]] = [
         "torchvision:densenet121",
         ["features.transition3.relu", "features.denseblock4.denselayer16.relu2"],
         "features.denseblock4.denselayer16.relu2",
-        "",  # its last ReLU is a function, of which no module gives the output
+        "",  # its last ReLU is a function and not a module
     ),
     ("timm:densenet121", ["features.transition3.norm", "features"], "features", "features"),
     ("timm:mobilevit_xxs", ["stages.4.0.conv1_1x1", "final_conv"], "final_conv", "final_conv"),
@@ -240,8 +245,10 @@ NETWORKS: list[tuple[str, list[str], str, str]] = [
 
 @pytest.mark.parametrize(("name", "several", "single", "gap"), NETWORKS)
 @pytest.mark.parametrize("size", [(64, 96), (96, 64)])
-def test_convolutional_networks(name: str, several: list[str], single: str, gap: str, size: tuple[int, int]) -> None:
-    found = probe(made(name), noise(1, 3, *size))
+def test_layers_of_convolutional_networks(
+    name: str, several: list[str], single: str, gap: str, size: tuple[int, int]
+) -> None:
+    found = probe(build(name), noise(1, 3, *size))
     assert [layer.name for layer in found.layers[-2:]] == several
     assert found.layer is not None
     assert found.layer.name == single
@@ -253,7 +260,7 @@ def test_convolutional_networks(name: str, several: list[str], single: str, gap:
 
 
 class Reused(nn.Module):
-    """One activation for all: the only one to give what is non-negative."""
+    """Network that calls one activation module twice; no other output is non-negative."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,10 +268,11 @@ class Reused(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.relu(self.b(self.relu(self.a(x)))).mean(dim=(2, 3)))
+        logits: Tensor = self.fc(self.relu(self.b(self.relu(self.a(x)))).mean(dim=(2, 3)))
+        return logits
 
 
-def test_calls_of_one_activation() -> None:
+def test_calls_of_a_shared_activation_are_separate_layers() -> None:
     found = probe(Reused(), noise(1, 3, 32, 32))
     assert [layer.name for layer in found.layers] == ["relu#1", "relu#2"]
     assert found.layer == found.layers[-1]
@@ -273,7 +281,7 @@ def test_calls_of_one_activation() -> None:
 
 
 class InPlace(nn.Module):
-    """Adds to what an activation gave: it is the same tensor, but the activation's output no longer."""
+    """Network that changes the output of an activation in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +289,8 @@ class InPlace(nn.Module):
         self.add = Add()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.add(self.act(self.conv(x))).mean(dim=(2, 3)))
+        logits: Tensor = self.fc(self.add(self.act(self.conv(x))).mean(dim=(2, 3)))
+        return logits
 
 
 class Add(nn.Module):
@@ -289,14 +298,14 @@ class Add(nn.Module):
         return x.sub_(0.5)
 
 
-def test_what_works_in_place_is_no_activation() -> None:
+def test_module_that_works_in_place_is_not_an_activation() -> None:
     found = probe(InPlace(), noise(1, 3, 32, 32))
     assert [layer.name for layer in found.layers] == ["act"]
     assert found.gap is not None
     assert found.gap.layer.name == "add"
 
 
-def test_a_network_without_any_layer() -> None:
+def test_network_without_spatial_outputs_has_no_layers() -> None:
     found = probe(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), noise(1, 3, 4, 4))
     assert (found.spatial, found.layers, found.layer, found.gap, found.classes) == ({}, (), None, None, 2)
     model = as_model(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), (4, 4))
@@ -305,14 +314,14 @@ def test_a_network_without_any_layer() -> None:
             model.default_layers(many)
 
 
-def test_a_network_that_gives_no_logits() -> None:
+def test_network_without_logits_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\[1, 8, 16, 16\] where logits"):
         probe(nn.Conv2d(3, 8, 3, 2, 1), noise(1, 3, 32, 32))
     with pytest.raises(ValueError, match="tuple where logits"):
         probe(nn.LSTM(4, 4), noise(4, 4))
 
 
-def test_nothing_stays_on_the_network() -> None:
+def test_probe_removes_its_hooks() -> None:
     net = nets.tiny_vit()
     probe(net, noise(1, 3, 32, 32))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
@@ -325,29 +334,31 @@ def test_nothing_stays_on_the_network() -> None:
     ("name", "size"),
     [("torchvision:resnet18", (64, 96)), ("torchvision:swin_t", (64, 64)), ("timm:resnetv2_50x1_bit", (64, 64))],
 )
-def test_a_pooled_head_gives_the_logits_but_for_a_bias(name: str, size: tuple[int, int]) -> None:
-    net = made(name)
+def test_linear_head_reproduces_the_logits_except_for_a_constant(name: str, size: tuple[int, int]) -> None:
+    net = build(name)
     found = probe(net, noise(1, 3, *size))
     assert found.gap is not None
     assert found.gap.weight.shape == (found.classes, found.gap.layer.channels)
-    left = []
+    biases = []
     for seed in (1, 2):
         x = noise(1, 3, *size, seed=seed)
         [A] = outputs(net, x, found.gap.layer.module)
         with torch.no_grad():
-            left.append(net(x) - found.gap.layer.grid(A).mean(dim=(2, 3)) @ found.gap.weight.T)
-    torch.testing.assert_close(left[0], left[1], rtol=1e-3, atol=1e-4)
+            biases.append(net(x) - found.gap.layer.grid(A).mean(dim=(2, 3)) @ found.gap.weight.T)
+    torch.testing.assert_close(biases[0], biases[1], rtol=1e-3, atol=1e-4)
 
 
-def test_a_hidden_layer_or_two_heads_are_no_pooled_head() -> None:
+def test_other_heads_are_not_a_linear_head_behind_average_pooling() -> None:
     class Two(Reused):
         def forward(self, x: Tensor) -> Tensor:
             A = self.relu(self.b(self.relu(self.a(x))))
-            return self.fc(A.mean(dim=(2, 3))) + self.fc(A.amax(dim=(2, 3)))
+            logits: Tensor = self.fc(A.mean(dim=(2, 3))) + self.fc(A.amax(dim=(2, 3)))
+            return logits
 
     class Largest(Reused):
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.relu(self.b(self.relu(self.a(x)))).amax(dim=(2, 3)))
+            logits: Tensor = self.fc(self.relu(self.b(self.relu(self.a(x)))).amax(dim=(2, 3)))
+            return logits
 
     class Hidden(Reused):
         def forward(self, x: Tensor) -> Tensor:
@@ -361,8 +372,8 @@ def test_a_hidden_layer_or_two_heads_are_no_pooled_head() -> None:
 # ---- naming ----------------------------------------------------------------------------------------------------------
 
 
-def test_each_call_of_a_module_can_be_named() -> None:
-    net, x = made("torchvision:resnet50"), noise(1, 3, 64, 64)
+def test_layer_name_selects_a_call_of_a_module() -> None:
+    net, x = build("torchvision:resnet50"), noise(1, 3, 64, 64)
     model = as_model(net, (64, 64))
     third, block, first = model.find_layers(["layer2.0.relu#3", "layer2.0", "layer2.0.relu#1"], "layers")
     assert (third.call, third.module, third.channels, third.height) == (3, "layer2.0.relu", 512, 8)
@@ -371,8 +382,8 @@ def test_each_call_of_a_module_can_be_named() -> None:
     assert model.find_layers(["layer2.0#1"], "layers") == (block,)
 
 
-def test_a_module_of_several_calls_must_be_named_with_one() -> None:
-    model = as_model(made("torchvision:resnet50"), (64, 64))
+def test_module_with_several_calls_needs_the_number_of_a_call() -> None:
+    model = as_model(build("torchvision:resnet50"), (64, 64))
     with pytest.raises(InvalidArgument, match=r"it runs 3 times; name one call, such as layer2\.0\.relu#3") as caught:
         model.find_layers(["layer2.0", "layer2.0.relu"], "method.layers")
     assert caught.value.field == "method.layers[1]"
@@ -384,7 +395,7 @@ def test_a_module_of_several_calls_must_be_named_with_one() -> None:
 # ---- one channel, one logit ------------------------------------------------------------------------------------------
 
 
-def test_a_grey_network_of_one_logit() -> None:
+def test_grey_scale_network_with_one_logit() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
     model = as_model(net, (24, 16), mean=(0.5,), std=(0.25,))
     assert (model.head, model.classes, model.preprocessing.channels) == ("sigmoid", 1, 1)
@@ -393,7 +404,7 @@ def test_a_grey_network_of_one_logit() -> None:
     assert model.layer.name == "1"
 
 
-def test_a_head_of_several_labels() -> None:
+def test_sigmoid_head_gives_one_probability_for_each_label() -> None:
     model = as_model(nets.tiny_cnn(), head="sigmoid")
     logits = noise(2, 7)
     torch.testing.assert_close(model.probabilities(logits), logits.double().sigmoid())

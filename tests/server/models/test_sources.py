@@ -1,4 +1,4 @@
-"""From a configuration to a model: sources, sizes, channels, heads; each error names its key."""
+"""Loading of models from configurations: sources, sizes, channels and heads. Each error names its key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support import noise
 import timm  # isort: skip
 
 
-def loaded(source: str, **keys: Any) -> Model:
+def load_model(source: str, **keys: Any) -> Model:
     keys = {"allow_random_weights": True, **keys}
     return load(ModelConfig(name="m", source=source, **keys), torch.device("cpu"))
 
@@ -48,21 +48,21 @@ HERE = "python:tests.server.models.test_sources"
 # ---- timm ------------------------------------------------------------------------------------------------------------
 
 
-def test_timm_brings_its_preprocessing() -> None:
-    model = loaded("timm:test_vit")
+def test_timm_sets_the_preprocessing() -> None:
+    model = load_model("timm:test_vit")
     assert str(model.preprocessing) == "squash 160x160 bicubic, mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5]"
     assert model.random_weights
     keys = {"mean": [0.1, 0.2, 0.3], "input_size": [96, 64], "interpolation": "nearest"}
-    model = loaded("timm:test_vit", **keys)
+    model = load_model("timm:test_vit", **keys)
     assert str(model.preprocessing) == "squash 96x64 nearest, mean [0.1, 0.2, 0.3], std [0.5, 0.5, 0.5]"
     assert model.attention_grid == (6, 4)
 
 
-def test_random_weights_are_always_the_same() -> None:
-    assert loaded("timm:test_vit").digest == loaded("timm:test_vit").digest
+def test_random_weights_are_reproducible() -> None:
+    assert load_model("timm:test_vit").digest == load_model("timm:test_vit").digest
 
 
-def test_timms_weights_from_a_file(tmp_path: Path) -> None:
+def test_timm_network_loads_weights_from_a_file(tmp_path: Path) -> None:
     torch.manual_seed(7)
     net = timm.create_model("test_vit")
     save_file(net.state_dict(), tmp_path / "w.safetensors")
@@ -73,28 +73,29 @@ def test_timms_weights_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["timm:test_vit", "torchvision:squeezenet1_1"])
-def test_weights_of_another_number_of_classes(source: str, tmp_path: Path) -> None:
-    finetuned = loaded(source, classes=3)
+def test_classes_key_allows_weights_with_another_number_of_classes(source: str, tmp_path: Path) -> None:
+    finetuned = load_model(source, classes=3)
     assert finetuned.classes == 3
-    save_file({k: v.contiguous() for k, v in finetuned.module.state_dict().items()}, tmp_path / "mine.safetensors")
-    config = ModelConfig(name="m", source=source, weights=str(tmp_path / "mine.safetensors"))
+    save_file({k: v.contiguous() for k, v in finetuned.module.state_dict().items()}, tmp_path / "finetuned.safetensors")
+    config = ModelConfig(name="m", source=source, weights=str(tmp_path / "finetuned.safetensors"))
     with pytest.raises(ConfigError, match=r"models\.m\.weights"):
         load(config, torch.device("cpu"))
-    mine = load(config.model_copy(update={"classes": 3}), torch.device("cpu"))
-    assert mine.digest == finetuned.digest
+    loaded = load(config.model_copy(update={"classes": 3}), torch.device("cpu"))
+    assert loaded.digest == finetuned.digest
 
 
-def test_pretrained_asks_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
+def test_pretrained_weights_are_requested_from_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
     create = timm.create_model
 
-    def instead(name: str, **options: Any) -> nn.Module:
-        asked.append(options)
-        return create(name, **{**options, "pretrained": False})
+    def record(name: str, **options: Any) -> nn.Module:
+        calls.append(options)
+        net: nn.Module = create(name, **{**options, "pretrained": False})
+        return net
 
-    monkeypatch.setattr(timm, "create_model", instead)
-    loaded("timm:test_resnet", weights="pretrained", allow_random_weights=False)
-    assert asked == [{"pretrained": True}]
+    monkeypatch.setattr(timm, "create_model", record)
+    load_model("timm:test_resnet", weights="pretrained", allow_random_weights=False)
+    assert calls == [{"pretrained": True}]
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -110,8 +111,10 @@ def test_pretrained_asks_timm(monkeypatch: pytest.MonkeyPatch) -> None:
         ("torchvision:swin_t", (64, 96), "features.7.1.norm1", (2, 3)),
     ],
 )
-def test_a_network_is_made_for_its_size(source: str, size: tuple[int, int], layer: str, grid: tuple[int, int]) -> None:
-    found = loaded(source, input_size=size).layer
+def test_network_is_built_for_the_configured_size(
+    source: str, size: tuple[int, int], layer: str, grid: tuple[int, int]
+) -> None:
+    found = load_model(source, input_size=size).layer
     assert found is not None
     assert (found.name, (found.height, found.width)) == (layer, grid)
 
@@ -119,19 +122,19 @@ def test_a_network_is_made_for_its_size(source: str, size: tuple[int, int], laye
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_layers_can_be_given() -> None:
-    model = loaded("torchvision:resnet18", input_size=(64, 64), layers=["layer1.0.relu#2", "layer2"])
+def test_configured_layers_replace_the_defaults() -> None:
+    model = load_model("torchvision:resnet18", input_size=(64, 64), layers=["layer1.0.relu#2", "layer2"])
     assert [layer.name for layer in model.default_layers(many=True)] == ["layer1.0.relu#2", "layer2"]
     assert [layer.name for layer in model.default_layers(many=False)] == ["layer2"]
-    model = loaded("torchvision:resnet18", input_size=(64, 64), layer="layer3#1")
+    model = load_model("torchvision:resnet18", input_size=(64, 64), layer="layer3#1")
     assert [layer.name for layer in model.default_layers(many=True)][-1] == "layer4"
     assert [layer.name for layer in model.default_layers(many=False)] == ["layer3"]
 
 
-def test_the_head_can_be_given() -> None:
-    assert loaded("timm:test_resnet").head == "softmax"
-    assert loaded("timm:test_resnet", head="sigmoid").head == "sigmoid"
-    assert loaded(f"{HERE}:one_logit").head == "sigmoid"
+def test_head_is_configured_or_depends_on_the_number_of_logits() -> None:
+    assert load_model("timm:test_resnet").head == "softmax"
+    assert load_model("timm:test_resnet", head="sigmoid").head == "sigmoid"
+    assert load_model(f"{HERE}:one_logit").head == "sigmoid"
 
 
 @pytest.mark.parametrize(
@@ -161,9 +164,9 @@ def test_the_head_can_be_given() -> None:
         ("timm:test_vit", {"input_size": (8, 8)}, "models.m.input_size: "),
     ],
 )
-def test_each_error_names_its_key(source: str, keys: dict[str, Any], message: str) -> None:
+def test_error_of_a_model_names_its_key(source: str, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        loaded(source, **keys)
+        load_model(source, **keys)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +182,7 @@ def test_each_error_names_its_key(source: str, keys: dict[str, Any], message: st
         ("layer = 3", "layer: "),
     ],
 )
-def test_a_value_out_of_range_names_its_key(line: str, message: str, tmp_path: Path) -> None:
+def test_error_of_a_value_names_its_key(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "camserve.toml"
     path.write_text(f'[[models]]\nname = "m"\nsource = "timm:test_vit"\n{line}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
@@ -189,35 +192,35 @@ def test_a_value_out_of_range_names_its_key(line: str, message: str, tmp_path: P
 # ---- grey-scale ------------------------------------------------------------------------------------------------------
 
 
-def asked(model: Model, **image: Any) -> Tensor:
+def decoded(model: Model, **image: Any) -> Tensor:
     request = pb.ExplainRequest(image=pb.Image(**image), method=pb.MethodSpec(name="grad-cam"))
     config = Config()
     return decode_pixels(parse_explain(request, model, config), config).image.tensor
 
 
-def test_a_grey_network_gets_grey_pictures() -> None:
-    model = loaded(f"{HERE}:grey", input_size=(24, 16))
+def test_grey_scale_network_receives_grey_images() -> None:
+    model = load_model(f"{HERE}:grey", input_size=(24, 16))
     assert str(model.preprocessing) == "squash 24x16 bilinear, mean [0.5], std [0.5]"
     colours = np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8)
     grey = (colours @ np.array([0.299, 0.587, 0.114])) / 255 * 2 - 1
-    seen = asked(model, pixels=pb.Pixels(height=24, width=16, data=colours.tobytes()))
-    assert seen.shape == (1, 24, 16)
-    np.testing.assert_allclose(seen[0], grey, atol=2 / 255)
+    received = decoded(model, pixels=pb.Pixels(height=24, width=16, data=colours.tobytes()))
+    assert received.shape == (1, 24, 16)
+    np.testing.assert_allclose(received[0], grey, atol=2 / 255)
 
 
-def test_a_grey_picture_stays_as_it_is(tmp_path: Path) -> None:
-    model = loaded(f"{HERE}:grey", input_size=(24, 16), mean=[0.0], std=[1.0])
+def test_grey_image_keeps_its_values(tmp_path: Path) -> None:
+    model = load_model(f"{HERE}:grey", input_size=(24, 16), mean=[0.0], std=[1.0])
     pixels = np.random.default_rng(0).integers(0, 256, (24, 16), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(tmp_path / "grey.png")
-    seen = asked(model, encoded=(tmp_path / "grey.png").read_bytes())
-    np.testing.assert_allclose(seen[0], pixels / 255, atol=1e-6)
+    received = decoded(model, encoded=(tmp_path / "grey.png").read_bytes())
+    np.testing.assert_allclose(received[0], pixels / 255, atol=1e-6)
 
 
-def test_a_tensor_has_the_networks_channels() -> None:
-    model = loaded(f"{HERE}:grey", input_size=(24, 16))
+def test_tensor_must_have_the_channels_of_the_network() -> None:
+    model = load_model(f"{HERE}:grey", input_size=(24, 16))
     x = noise(1, 24, 16)
-    seen = asked(model, tensor=pb.Tensor(shape=x.shape, data=x.numpy().tobytes()))
-    assert torch.equal(seen, x)
+    received = decoded(model, tensor=pb.Tensor(shape=x.shape, data=x.numpy().tobytes()))
+    assert torch.equal(received, x)
     x = noise(3, 24, 16)
     with pytest.raises(InvalidArgument, match=r"takes a tensor of \[1, 24, 16\], not \[3, 24, 16\]"):
-        asked(model, tensor=pb.Tensor(shape=x.shape, data=x.numpy().tobytes()))
+        decoded(model, tensor=pb.Tensor(shape=x.shape, data=x.numpy().tobytes()))
