@@ -1,4 +1,4 @@
-"""`camserve config check` and `camserve token`: what a server will take is known before it is started."""
+"""`camserve config check` and `camserve token`: a configuration can be checked before the server starts."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def run(*arguments: object) -> Result:
 
 
 @pytest.mark.parametrize("options", [[], ["--admin"]])
-def test_a_made_token_is_one_that_the_server_knows(options: list[str]) -> None:
-    said = run("token", "triage", *options).stdout
-    secret = next(line for line in said.splitlines() if line.startswith("camserve_"))
-    assert secret not in run("token", "triage").stdout, "each is another"
+def test_token_command_prints_a_secret_and_its_table(options: list[str]) -> None:
+    output = run("token", "triage", *options).stdout
+    secret = next(line for line in output.splitlines() if line.startswith("camserve_"))
+    assert secret not in run("token", "triage").stdout, "each secret is new"
     assert len(secret) > 40
-    [table] = tomllib.loads(said[said.index("[[tokens]]") :])["tokens"]
+    [table] = tomllib.loads(output[output.index("[[tokens]]") :])["tokens"]
     assert table == {"name": "triage", "sha256": hashed(secret), **({"admin": True} if options else {})}
     assert TokenConfig(**table).admin == bool(options)
     assert "letters, digits" in run("token", "a b").stderr
@@ -82,7 +82,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_configuration_is_shown_as_it_is_understood(config: Path) -> None:
+def test_check_shows_the_parsed_configuration(config: Path) -> None:
     checked = run("config", "check", "--config", config)
     assert (checked.exit_code, checked.stderr) == (0, "")
     lines = [line.split() for line in checked.stdout.splitlines()]
@@ -98,29 +98,33 @@ def test_a_configuration_is_shown_as_it_is_understood(config: Path) -> None:
 
 
 WRONG = {
-    "an unknown key": ("health_listen", "helth_listen", "helth_listen"),
-    "an address": ('"127.0.0.1:50052"', '"50052"', "health_listen"),
-    "no such certificate": ('"server.pem"', '"none.pem"', "tls.certificate"),
-    "no certificate in it": ('"server.pem"', '"server.key"', "tls.certificate"),
-    "no such key": ('"server.key"', '"none.key"', "tls.key"),
-    "no key in it": ('"server.key"', '"server.pem"', "tls.key"),
-    "another certificate's key": ('"server.key"', '"other.key"', "tls.key"),
-    "an encrypted key": ('"server.key"', '"encrypted.key"', "tls.key"),
-    "no CA in it": ('"ca.pem"', '"labels.txt"', "tls.client_ca"),
-    "subjects of no CA": ('client_ca = "ca.pem"', 'allowed_subjects = ["pacs"]', "tls"),
-    "a token that is not hashed": (hashed(SECRET), SECRET, "tokens.triage.sha256"),
-    "no such weights": ('"tiny.safetensors"', '"none.safetensors"', "models.tiny.weights"),
-    "other weights": ('weights_sha256 = "', 'weights_sha256 = "' + 64 * "0" + '" # "', "models.tiny.weights_sha256"),
-    "no weights to pin": ('weights = "tiny.safetensors"', "", "models.tiny.weights_sha256"),
-    "no such labels": ('"labels.txt"', '"none.txt"', "models.tiny.labels"),
-    "no such module": ("tests.nets:", "tests.no_nets:", "models.tiny.source"),
-    "no such network": ("python:tests.nets:tiny_cnn", "torchvision:resnet51", "models.tiny.source"),
-    "no such network of timm": ("python:tests.nets:tiny_cnn", "timm:resnet51", "models.tiny.source"),
+    "unknown key": ("health_listen", "helth_listen", "helth_listen"),
+    "address without a host": ('"127.0.0.1:50052"', '"50052"', "health_listen"),
+    "missing certificate": ('"server.pem"', '"none.pem"', "tls.certificate"),
+    "certificate file without a certificate": ('"server.pem"', '"server.key"', "tls.certificate"),
+    "missing key": ('"server.key"', '"none.key"', "tls.key"),
+    "key file without a key": ('"server.key"', '"server.pem"', "tls.key"),
+    "key of another certificate": ('"server.key"', '"other.key"', "tls.key"),
+    "encrypted key": ('"server.key"', '"encrypted.key"', "tls.key"),
+    "CA file without a certificate": ('"ca.pem"', '"labels.txt"', "tls.client_ca"),
+    "subjects without a CA": ('client_ca = "ca.pem"', 'allowed_subjects = ["pacs"]', "tls"),
+    "token in plaintext": (hashed(SECRET), SECRET, "tokens.triage.sha256"),
+    "missing weights": ('"tiny.safetensors"', '"none.safetensors"', "models.tiny.weights"),
+    "weights with another digest": (
+        'weights_sha256 = "',
+        'weights_sha256 = "' + 64 * "0" + '" # "',
+        "models.tiny.weights_sha256",
+    ),
+    "digest without weights": ('weights = "tiny.safetensors"', "", "models.tiny.weights_sha256"),
+    "missing labels": ('"labels.txt"', '"none.txt"', "models.tiny.labels"),
+    "unknown module": ("tests.nets:", "tests.no_nets:", "models.tiny.source"),
+    "unknown network of torchvision": ("python:tests.nets:tiny_cnn", "torchvision:resnet51", "models.tiny.source"),
+    "unknown network of timm": ("python:tests.nets:tiny_cnn", "timm:resnet51", "models.tiny.source"),
 }
 
 
 @pytest.mark.parametrize(("old", "new", "key"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_named_before_it_is_served(config: Path, old: str, new: str, key: str) -> None:
+def test_check_names_the_wrong_key(config: Path, old: str, new: str, key: str) -> None:
     assert config.read_text().count(old) == 1
     config.write_text(config.read_text().replace(old, new))
     checked = run("config", "check", "--config", config)
@@ -129,19 +133,19 @@ def test_what_is_wrong_is_named_before_it_is_served(config: Path, old: str, new:
     assert SECRET not in checked.stderr
 
 
-def test_all_faults_are_listed_at_once(config: Path) -> None:
+def test_check_lists_all_errors(config: Path) -> None:
     config.write_text(config.read_text().replace("labels.txt", "none.txt").replace("server.pem", "none.pem"))
     assert run("config", "check", "--config", config).stderr.count("error: ") == 2
     config.write_text(config.read_text() + "batch_size = 0\nno_such_key = 1\n")
-    said = run("config", "check", "--config", config).stderr.splitlines()
-    assert [line.split(": ")[:2] for line in said] == [
+    errors = run("config", "check", "--config", config).stderr.splitlines()
+    assert [line.split(": ")[:2] for line in errors] == [
         ["error", "models.tiny.batch_size"],
         ["error", "models.tiny.no_such_key"],
     ]
 
 
 @pytest.mark.parametrize("key", ["certificate", "key"])
-def test_a_server_does_not_start_with_wrong_files(config: Path, key: str) -> None:
+def test_server_does_not_start_without_its_tls_files(config: Path, key: str) -> None:
     config.write_text(config.read_text().replace(f'{key} = "server', f'{key} = "none'))
 
     async def start() -> None:
@@ -155,7 +159,7 @@ def test_a_server_does_not_start_with_wrong_files(config: Path, key: str) -> Non
         asyncio.run(start())
 
 
-def test_other_weights_than_the_pinned_ones_are_not_loaded(config: Path) -> None:
+def test_weights_with_another_digest_are_refused(config: Path) -> None:
     [model] = read_config(config).models
     assert build_network(model, "models.tiny")
     save_file(nets.tiny_cnn(seed=6).state_dict(), config.parent / "tiny.safetensors")

@@ -1,14 +1,14 @@
-"""Models come and go while others are served."""
+"""The model pool: models are loaded, reloaded and unloaded while the server answers requests."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import threading
-import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from click.testing import Result
+from numpy.typing import NDArray
 from safetensors.torch import save_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import camserve
 from camserve.v1 import admin_pb2 as pb
@@ -29,12 +29,15 @@ from camserve_server import model_pool
 from camserve_server.config import read_config
 from camserve_server.errors import ConfigError
 from camserve_server.model_pool import ModelPool
+from camserve_server.models.load import load
 from camserve_server.service.server import Server
 from tests import nets
 from tests.conftest import serving
+from tests.e2e.engines import wait_until
+from tests.processes import LIMIT_S, patient_client
 from tests.support import running as engine_running
 
-PICTURE = skimage.data.chelsea()
+IMAGE = skimage.data.chelsea()
 TABLE = """
 [[models]]
 name = "{name}"
@@ -43,12 +46,12 @@ weights = "{name}.safetensors"
 input_size = [32, 32]
 batch_size = 2
 """
-LONG = {"method": "rise", "parameters": {"masks": 6000}}
-ENDLESS = {"method": "rise", "parameters": {"masks": 1_000_000}}  # to be cancelled
+LONG: dict[str, Any] = {"method": "rise", "parameters": {"masks": 3000}}
+ENDLESS: dict[str, Any] = {"method": "rise", "parameters": {"masks": 1_000_000}}  # for requests that are cancelled
 
 
 def write(folder: Path, *names: str, **keys: int) -> Path:
-    """A configuration file with those models, each with weights of its own."""
+    """Write a configuration file with these models, each with its own weights."""
     for seed, name in enumerate(names):
         weights(folder, name, seed)
     path = folder / "camserve.toml"
@@ -65,70 +68,69 @@ def weights(folder: Path, name: str, seed: int) -> None:
 
 @contextmanager
 def running(path: Path) -> Iterator[tuple[Server, camserve.Client, AdminServiceStub]]:
-    """A server, somebody who asks it, and its operator."""
+    """Run a server, and yield it with a client and a stub of its admin service."""
     with (
         serving(read_config(path)) as server,
-        camserve.Client(server.address) as client,
+        patient_client(server.address) as client,
         grpc.insecure_channel(server.admin_address) as channel,
     ):
         yield server, client, AdminServiceStub(channel)
 
 
-def gone(weight: weakref.ref[object]) -> bool:
-    """Whether the weights are freed, once those who have had them are collected."""
-    for _ in range(100):
+def gone(weight: weakref.ref[Any]) -> bool:
+    """Wait until the weights are freed, and return True."""
+
+    def collected() -> bool:
         gc.collect()
-        if weight() is None:
-            return True
-        time.sleep(0.05)
-    return False
+        return weight() is None
+
+    wait_until(collected)
+    return True
 
 
 def states(client: camserve.Client) -> dict[str, str]:
     return {model.name: model.state for model in client.models()}
 
 
-def test_what_runs_is_finished_before_a_model_goes(tmp_path: Path) -> None:
+def test_unloading_waits_for_running_requests(tmp_path: Path) -> None:
     with running(write(tmp_path, "a", "b")) as (server, client, admin):
         weight = weakref.ref(next(server.models["b"].module.parameters()))
-        stream = client.explain_stream(PICTURE, model="b", **LONG)  # type: ignore[arg-type]
+        stream = client.explain_stream(IMAGE, model="b", **LONG)
         next(event for event in stream if isinstance(event, camserve.Progress))
-        going = admin.UnloadModel.future(pb.UnloadModelRequest(model="b"))
-        while states(client)["b"] == "ready":
-            time.sleep(0.01)
+        command = admin.UnloadModel.future(pb.UnloadModelRequest(model="b"))
+        wait_until(lambda: states(client)["b"] != "ready")
         with pytest.raises(camserve.FailedPrecondition, match="an operator has unloaded it") as caught:
-            client.explain(PICTURE, model="b", method="grad-cam")
+            client.explain(IMAGE, model="b", method="grad-cam")
         assert caught.value.reason == "UNLOADED"
-        assert not going.done(), "it runs still"
+        assert not command.done(), "a request still runs"
         *_, explanation = stream
         assert isinstance(explanation, camserve.Explanation)
-        going.result(timeout=30)
+        command.result(timeout=LIMIT_S)
         assert gone(weight)
         assert states(client) == {"a": "ready", "b": "unloaded"}
-        assert client.explain(PICTURE, method="grad-cam").receipt.model == "a"
+        assert client.explain(IMAGE, method="grad-cam").receipt.model == "a"
 
         loaded = admin.LoadModel(pb.LoadModelRequest(model="b")).model
         assert (loaded.state, loaded.digest) == ("ready", explanation.receipt.model_digest)
-        again = client.explain(PICTURE, model="b", **LONG)  # type: ignore[arg-type]
+        again = client.explain(IMAGE, model="b", **LONG)
         assert np.array_equal(again.saliency, explanation.saliency)
 
 
-def test_a_reload_mixes_no_weights(tmp_path: Path) -> None:
-    """Requests of before it and of after it run at the same time, each on its own weights."""
-    asked = {"method": "rise", "parameters": {"masks": 3000}}
+def test_requests_before_and_after_a_reload_use_their_own_weights(tmp_path: Path) -> None:
+    """Both kinds of requests run at the same time."""
+    arguments: dict[str, Any] = {"method": "rise", "parameters": {"masks": 600}}
     with running(write(tmp_path, "a")) as (server, client, admin):
-        old = client.explain(PICTURE, **asked)  # type: ignore[arg-type]
-        stream = client.explain_stream(PICTURE, **ENDLESS)  # type: ignore[arg-type]
+        old = client.explain(IMAGE, **arguments)
+        stream = client.explain_stream(IMAGE, **ENDLESS)
         next(event for event in stream if isinstance(event, camserve.Progress))
         weights(tmp_path, "a", seed=7)
-        going = admin.ReloadModel.future(pb.ReloadModelRequest(model="a"))
-        while server.models["a"].digest == old.receipt.model_digest:
-            time.sleep(0.01)
-        new = client.explain(PICTURE, **asked)  # type: ignore[arg-type]
-        assert not going.done(), "the old one is in use"
+        command = admin.ReloadModel.future(pb.ReloadModelRequest(model="a"))
+        wait_until(lambda: server.models["a"].digest != old.receipt.model_digest)
+        new = client.explain(IMAGE, **arguments)
+        assert not command.done(), "a request still uses the old weights"
         stream.close()
-        assert going.result(timeout=30).model.digest == new.receipt.model_digest != old.receipt.model_digest
-        alone = client.explain(PICTURE, **asked)  # type: ignore[arg-type]
+        assert command.result(timeout=LIMIT_S).model.digest == new.receipt.model_digest != old.receipt.model_digest
+        alone = client.explain(IMAGE, **arguments)
         assert np.array_equal(new.saliency, alone.saliency)
         assert not np.array_equal(new.saliency, old.saliency)
 
@@ -141,187 +143,207 @@ def test_a_model_added_to_the_file_can_be_loaded(tmp_path: Path) -> None:
         write(tmp_path, "a", "b")
         admin.LoadModel(pb.LoadModelRequest(model="b"))
         assert states(client) == {"a": "ready", "b": "ready"}
-        assert client.explain(PICTURE, model="b", method="grad-cam").maps
+        assert client.explain(IMAGE, model="b", method="grad-cam").maps
 
 
-def test_a_reload_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+def test_failed_reload_keeps_the_loaded_model(tmp_path: Path) -> None:
     with running(write(tmp_path, "a")) as (_, client, admin):
         (tmp_path / "a.safetensors").write_bytes(b"nonsense")
         with pytest.raises(grpc.RpcError, match=r"models\.a\.weights") as caught:
             admin.ReloadModel(pb.ReloadModelRequest(model="a"))
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-        assert client.explain(PICTURE, method="grad-cam").maps
+        assert client.explain(IMAGE, method="grad-cam").maps
         admin.UnloadModel(pb.UnloadModelRequest(model="a"))
         with pytest.raises(grpc.RpcError, match=r"models\.a\.weights"):
             admin.LoadModel(pb.LoadModelRequest(model="a"))
         assert states(client) == {"a": "unloaded"}
 
 
-def test_the_least_recently_used_makes_room(tmp_path: Path) -> None:
+def test_least_recently_used_model_is_unloaded(tmp_path: Path) -> None:
     each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
     with running(write(tmp_path, "a", "b", "c", max_model_bytes=2 * each + 10)) as (server, client, _):
-        assert states(client) == {"a": "ready", "b": "ready", "c": "waiting"}, "no room at the start"
-        first = {name: client.explain(PICTURE, model=name, method="grad-cam") for name in "ab"}
-        client.explain(PICTURE, model="a", method="grad-cam")
+        assert states(client) == {"a": "ready", "b": "ready", "c": "waiting"}, "two models fit"
+        first = {name: client.explain(IMAGE, model=name, method="grad-cam") for name in "ab"}
+        client.explain(IMAGE, model="a", method="grad-cam")
         weight = weakref.ref(next(server.models["b"].module.parameters()))
-        first["c"] = client.explain(PICTURE, model="c", method="grad-cam")
+        first["c"] = client.explain(IMAGE, model="c", method="grad-cam")
         assert states(client) == {"a": "ready", "b": "waiting", "c": "ready"}
         assert gone(weight)
-        again = client.explain(PICTURE, model="b", method="grad-cam")
+        again = client.explain(IMAGE, model="b", method="grad-cam")
         assert states(client) == {"a": "waiting", "b": "ready", "c": "ready"}
         assert np.array_equal(again.saliency, first["b"].saliency)
         assert len({explanation.receipt.model_digest for explanation in first.values()}) == 3
 
 
-def test_many_callers_of_more_models_than_there_is_room_for(tmp_path: Path) -> None:
-    """Everybody is answered, and rightly, though only one model fits at a time."""
+def test_callers_of_more_models_than_fit_are_all_answered(tmp_path: Path) -> None:
+    """Only one model fits at a time."""
     each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
     with running(write(tmp_path, "a", "b", "c", max_model_bytes=each)) as (_, client, _):
-        maps: dict[str, list[np.ndarray]] = {"a": [], "b": [], "c": []}
+        maps: dict[str, list[NDArray[np.float32]]] = {"a": [], "b": [], "c": []}
 
-        def ask(name: str) -> None:
-            maps[name].append(client.explain(PICTURE, model=name, method="score-cam").saliency)
+        def explain(name: str) -> None:
+            maps[name].append(client.explain(IMAGE, model=name, method="score-cam").saliency)
 
-        threads = [threading.Thread(target=ask, args=(name,)) for name in 4 * "abc"]
+        threads = [threading.Thread(target=explain, args=(name,)) for name in 4 * "abc"]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(LIMIT_S)
         assert [len(found) for found in maps.values()] == [4, 4, 4]
         assert all(np.array_equal(found[0], other) for found in maps.values() for other in found)
         assert sum(state == "ready" for state in states(client).values()) == 1
 
 
-def test_a_model_that_cannot_be_loaded_names_no_file_to_callers(tmp_path: Path) -> None:
+def test_error_of_a_failed_load_hides_file_names_from_callers(tmp_path: Path) -> None:
     each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
     with running(write(tmp_path, "a", "b", max_model_bytes=each)) as (_, client, _):
         (tmp_path / "b.safetensors").unlink()
         with pytest.raises(
             camserve.FailedPrecondition, match="b cannot be loaded; the server's log says why"
         ) as caught:
-            client.explain(PICTURE, model="b", method="grad-cam")
+            client.explain(IMAGE, model="b", method="grad-cam")
         assert caught.value.reason == "LOAD_FAILED"
         weights(tmp_path, "b", seed=1)
-        assert client.explain(PICTURE, model="b", method="grad-cam").maps, "the next request tries again"
+        assert client.explain(IMAGE, model="b", method="grad-cam").maps, "the next request loads the model"
 
 
-def test_the_command_line_of_operators(tmp_path: Path) -> None:
+def test_admin_commands_of_the_command_line(tmp_path: Path) -> None:
     with running(write(tmp_path, "a", "b")) as (server, client, _):
 
-        def ask(command: str, model: str, address: str = server.admin_address) -> Result:
+        def admin(command: str, model: str, address: str = server.admin_address) -> Result:
             return CliRunner().invoke(app, ["admin", command, model, "--address", address])
 
-        def said(done: Result) -> tuple[int, str]:
-            return done.exit_code, done.stdout.splitlines()[-1]  # the server's log stands before it
+        def outcome(done: Result) -> tuple[int, str]:
+            return done.exit_code, done.stdout.splitlines()[-1]  # the log of the server precedes this line
 
-        done = ask("unload", "b")
-        assert said(done) == (0, "b is unloaded")
+        done = admin("unload", "b")
+        assert outcome(done) == (0, "b is unloaded")
         assert states(client) == {"a": "ready", "b": "unloaded"}
-        done = ask("load", "b")
-        assert said(done) == (0, f"b is ready, {server.models['b'].digest}")
+        done = admin("load", "b")
+        assert outcome(done) == (0, f"b is ready, {server.models['b'].digest}")
         weights(tmp_path, "b", seed=7)
         before = server.models["b"].digest
-        done = ask("reload", "b")
-        assert said(done) == (0, f"b is ready, {server.models['b'].digest}")
+        done = admin("reload", "b")
+        assert outcome(done) == (0, f"b is ready, {server.models['b'].digest}")
         assert server.models["b"].digest != before
-        done = ask("load", "c")
+        done = admin("load", "c")
         assert done.exit_code == 1
         assert "there is no model 'c'; there are: a, b" in done.stderr
-        done = ask("load", "a", server.address)
+        done = admin("load", "a", server.address)
         assert done.exit_code == 1
         assert "is not the server's admin listener; use the address of admin_listen" in done.stderr
 
 
-def test_a_load_that_fails_changes_nothing(tmp_path: Path) -> None:
-    """Neither a new model nor other settings of an old one are taken over before they have proved good."""
+def test_failed_load_changes_nothing(tmp_path: Path) -> None:
+    """The server uses a new model, or new settings of a model, only after they have loaded."""
     path = write(tmp_path, "a")
     with running(path) as (_, client, admin):
-        good = path.read_text()
-        path.write_text(good + TABLE.format(name="broken").replace("tiny_cnn", "none"))
+        valid = path.read_text()
+        path.write_text(valid + TABLE.format(name="broken").replace("tiny_cnn", "none"))
         with pytest.raises(grpc.RpcError, match=r"models\.broken\.weights"):
             admin.LoadModel(pb.LoadModelRequest(model="broken"))
         assert states(client) == {"a": "ready"}
-        path.write_text(good.replace("tiny_cnn", "none"))
+        path.write_text(valid.replace("tiny_cnn", "none"))
         with pytest.raises(grpc.RpcError, match=r"models\.a\.source"):
             admin.ReloadModel(pb.ReloadModelRequest(model="a"))
-        path.write_text(good)
-        assert client.explain(PICTURE, method="grad-cam").maps
+        path.write_text(valid)
+        assert client.explain(IMAGE, method="grad-cam").maps
 
 
-def test_what_an_operator_began_is_finished_without_him(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@dataclass
+class PausedLoad:
+    """A load of a model that pauses until `go_on` is set."""
+
+    begun: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+
+@pytest.fixture
+def paused_load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], PausedLoad]]:
+    """Return a function that pauses the loads that begin after it is called."""
+    paused = PausedLoad()
+
+    def pausing(*arguments: Any) -> Any:
+        paused.begun.set()
+        assert paused.go_on.wait(LIMIT_S)
+        return load(*arguments)
+
+    def pause() -> PausedLoad:
+        monkeypatch.setattr(model_pool, "load", pausing)
+        return paused
+
+    yield pause
+    paused.go_on.set()
+
+
+def test_load_continues_after_the_operator_disconnects(tmp_path: Path, paused_load: Callable[[], PausedLoad]) -> None:
     with running(write(tmp_path, "a", "b")) as (_, client, admin):
         admin.UnloadModel(pb.UnloadModelRequest(model="b"))
-        slowly(monkeypatch, 1.0)
-        with pytest.raises(grpc.RpcError) as caught:
-            admin.LoadModel(pb.LoadModelRequest(model="b"), timeout=0.3)
-        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        until = time.monotonic() + 20
-        while states(client)["b"] != "ready":
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        assert client.explain(PICTURE, model="b", method="grad-cam").maps
-
-
-def test_a_model_is_unloaded_even_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(write(tmp_path, "a", "b")) as (_, client, admin):
-        admin.UnloadModel(pb.UnloadModelRequest(model="b"))
-        slowly(monkeypatch, 0.5)
+        paused = paused_load()
         loading = admin.LoadModel.future(pb.LoadModelRequest(model="b"))
-        time.sleep(0.2)
+        assert paused.begun.wait(LIMIT_S)
+        loading.cancel()
+        paused.go_on.set()
+        wait_until(lambda: states(client)["b"] == "ready")
+        assert client.explain(IMAGE, model="b", method="grad-cam").maps
+
+
+def test_model_can_be_unloaded_while_it_is_loaded(tmp_path: Path, paused_load: Callable[[], PausedLoad]) -> None:
+    with running(write(tmp_path, "a", "b")) as (_, client, admin):
         admin.UnloadModel(pb.UnloadModelRequest(model="b"))
-        loading.result(timeout=20)
+        paused = paused_load()
+        loading = admin.LoadModel.future(pb.LoadModelRequest(model="b"))
+        assert paused.begun.wait(LIMIT_S)
+        unloading = admin.UnloadModel.future(pb.UnloadModelRequest(model="b"))
+        wait_until(lambda: states(client)["b"] == "unloaded")
+        paused.go_on.set()
+        unloading.result(timeout=LIMIT_S)
+        loading.result(timeout=LIMIT_S)
         assert states(client) == {"a": "ready", "b": "unloaded"}
 
 
-def test_nothing_is_unloaded_for_want_of_a_name(tmp_path: Path) -> None:
+def test_admin_calls_require_a_model_name(tmp_path: Path) -> None:
     with running(write(tmp_path, "a")) as (_, client, admin):
-        for call, request in [
+        calls: list[tuple[Any, Any]] = [
             (admin.LoadModel, pb.LoadModelRequest()),
             (admin.ReloadModel, pb.ReloadModelRequest()),
             (admin.UnloadModel, pb.UnloadModelRequest()),
-        ]:
+        ]
+        for call, request in calls:
             with pytest.raises(grpc.RpcError, match="names no model") as caught:
                 call(request)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert states(client) == {"a": "ready"}
 
 
-def test_a_model_whose_table_is_gone_cannot_be_loaded_anew(tmp_path: Path) -> None:
+def test_reload_of_a_model_that_was_removed_from_the_file_fails(tmp_path: Path) -> None:
     with running(write(tmp_path, "a", "b")) as (_, client, admin):
         write(tmp_path, "a")
         with pytest.raises(grpc.RpcError) as caught:
             admin.ReloadModel(pb.ReloadModelRequest(model="b"))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        assert client.explain(PICTURE, model="b", method="grad-cam").maps
+        assert client.explain(IMAGE, model="b", method="grad-cam").maps
 
 
-def test_a_model_larger_than_the_bound_is_refused(tmp_path: Path) -> None:
+def test_model_larger_than_the_limit_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "a", max_model_bytes=9)
     with pytest.raises(ConfigError, match="max_model_bytes: a alone has"), running(path):
         pass
 
 
-def test_flags_hold_for_models_that_are_loaded_later(tmp_path: Path) -> None:
+def test_command_line_options_apply_to_models_loaded_later(tmp_path: Path) -> None:
     path = write(tmp_path, "a")
     path.write_text(path.read_text().replace('device = "cpu"', 'device = "cuda:7"'))
     with serving(read_config(path, device="cpu")) as server, grpc.insecure_channel(server.admin_address) as channel:
         assert AdminServiceStub(channel).ReloadModel(pb.ReloadModelRequest(model="a")).model.state == "ready"
 
 
-def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Loads take so much longer from now on."""
-    load = model_pool.load
-
-    def slow(*given: Any) -> Any:
-        time.sleep(seconds)
-        return load(*given)
-
-    monkeypatch.setattr(model_pool, "load", slow)
-
-
 @pytest.mark.parametrize("ticks", range(8))
-def test_who_gives_up_at_any_moment_holds_nobody_up(tmp_path: Path, ticks: int) -> None:
-    """A caller that waits for a model is cancelled before, while and after it gets it; then another needs the room."""
+def test_cancelled_wait_for_a_model_blocks_no_other(tmp_path: Path, ticks: int) -> None:
+    """A task that waits for a model is cancelled before, while and after it gets the model, for each number of ticks.
+
+    Afterwards, another task needs the memory.
+    """
     each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
     config = read_config(write(tmp_path, "a", "b", max_model_bytes=each))
 
@@ -340,7 +362,7 @@ def test_who_gives_up_at_any_moment_holds_nobody_up(tmp_path: Path, ticks: int) 
             for _ in range(ticks):
                 await asyncio.sleep(0)
             waiting.cancel()
-            await asyncio.wait_for(use(pool, "a"), 20)
-            await asyncio.wait_for(use(pool, "b"), 20)
+            await asyncio.wait_for(use(pool, "a"), LIMIT_S)
+            await asyncio.wait_for(use(pool, "b"), LIMIT_S)
 
     asyncio.run(main())

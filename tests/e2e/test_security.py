@@ -1,4 +1,4 @@
-"""Who may call a server: TLS, client certificates and tokens, over real connections."""
+"""Authentication of callers by TLS, client certificates and tokens, over real connections."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from camserve_server.service.prometheus import Metrics
 from camserve_server.service.tls import credentials
 from tests.conftest import serving
 from tests.credentials import certify, hashed
-from tests.processes import TINY, served
+from tests.processes import TINY, patient_client, served
 
 MODEL = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
-LOCAL = {"listen": "127.0.0.1:0", "models": [MODEL], "device": "cpu"}
+LOCAL: dict[str, Any] = {"listen": "127.0.0.1:0", "models": [MODEL], "device": "cpu"}
 SECRET, ADMIN_SECRET = "camserve_triage-0123456789", "camserve_admin-0123456789"
 
 
@@ -57,9 +57,9 @@ def mutual(folder: Path, **more: Any) -> TLSConfig:
     return tls(folder, client_ca=str(folder / "ca.pem"), **more)
 
 
-def channel(address: str, ca: trustme.CA, who: trustme.LeafCert | None = None) -> grpc.Channel:
-    shown = (who.private_key_pem.bytes(), who.cert_chain_pems[0].bytes()) if who else ()
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca.cert_pem.bytes(), *shown))
+def channel(address: str, ca: trustme.CA, certificate: trustme.LeafCert | None = None) -> grpc.Channel:
+    pair = (certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes()) if certificate else ()
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca.cert_pem.bytes(), *pair))
 
 
 def code(error: pytest.ExceptionInfo[grpc.RpcError]) -> str:
@@ -69,17 +69,18 @@ def code(error: pytest.ExceptionInfo[grpc.RpcError]) -> str:
 
 
 def reason(error: pytest.ExceptionInfo[grpc.RpcError]) -> str:
-    """Of our details, which also name the request."""
+    """Return the reason in the details of the error, which must also contain the id of the request."""
     status = rpc_status.from_call(error.value)
     info, request = error_details_pb2.ErrorInfo(), error_details_pb2.RequestInfo()
     assert status.details[0].Unpack(info)
     assert status.details[-1].Unpack(request)
     assert request.request_id
-    return info.reason
+    reason: str = info.reason
+    return reason
 
 
 def every_kind_of_call(channel: grpc.Channel, metadata: Any = ()) -> list[Any]:
-    """Unary, streaming in one direction and in both; but Health."""
+    """Return calls of each kind: unary, streaming in one direction, and streaming in both directions."""
     stub = ExplainServiceStub(channel)
     reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
     question = reflection_pb2.ServerReflectionRequest(list_services="")
@@ -94,7 +95,7 @@ def every_kind_of_call(channel: grpc.Channel, metadata: Any = ()) -> list[Any]:
     ]
 
 
-# ---- where it listens ------------------------------------------------------------------------------------------------
+# ---- addresses -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1"])
@@ -104,30 +105,31 @@ def test_loopback_needs_no_tls(address: str) -> None:
 
 @pytest.mark.parametrize("key", ["listen", "admin_listen"])
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "192.168.1.5:1", "camserve.example:1"])
-def test_plaintext_for_other_machines_is_refused(key: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plaintext_beyond_loopback_is_refused(key: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {key: address}
     with pytest.raises(ConfigError, match=rf"^{key}: .*insecure = true"):
-        read_config(**{key: address})
-    with_tls = {"tls": {"certificate": "server.pem", "key": "server.key"}, "tokens": [TOKENS[1]]}
-    assert read_config(**{key: address}, **with_tls).tls
-    assert read_config(**{key: address}, insecure=True).insecure
+        read_config(**options)
+    with_tls: dict[str, Any] = {"tls": {"certificate": "server.pem", "key": "server.key"}, "tokens": [TOKENS[1]]}
+    assert read_config(**options, **with_tls).tls
+    assert read_config(**options, insecure=True).insecure
     monkeypatch.setenv("CAMSERVE_INSECURE", "true")
-    assert read_config(**{key: address}).insecure
+    assert read_config(**options).insecure
 
 
 @pytest.mark.parametrize("key", ["listen", "admin_listen", "metrics_listen", "health_listen"])
 @pytest.mark.parametrize("address", ["::1:1", "[::1:1", "localhost", "127.0.0.1:65536"])
 def test_listener_needs_a_host_and_a_port(key: str, address: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{key}: .* is not HOST:PORT; write an IPv6 host in brackets"):
-        read_config(**{key: address})
+        read_config(**dict[str, Any]({key: address}))
 
 
-def test_it_does_not_start_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plaintext_beyond_loopback_is_an_error_at_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve(listen="0.0.0.0:0") == 2
     assert capsys.readouterr().err.startswith("error: listen: 0.0.0.0:0 can be reached from other machines")
 
 
-def test_models_are_not_unloaded_by_strangers() -> None:
-    files = {"certificate": "server.pem", "key": "server.key"}
+def test_admin_address_beyond_loopback_requires_authentication() -> None:
+    files: dict[str, Any] = {"certificate": "server.pem", "key": "server.key"}
     with pytest.raises(ConfigError, match=r"^admin_listen: .*admin = true"):
         read_config(admin_listen="0.0.0.0:1", tls=files, tokens=TOKENS[:1])
     assert read_config(admin_listen="0.0.0.0:1", tls={**files, "client_ca": "ca.pem"})
@@ -136,8 +138,8 @@ def test_models_are_not_unloaded_by_strangers() -> None:
 # ---- TLS -------------------------------------------------------------------------------------------------------------
 
 
-def test_everything_by_a_configuration_file(tmp_path: Path, ca: trustme.CA) -> None:
-    """The process, its files beside its configuration, and the client."""
+def test_configuration_file_sets_tls_subjects_and_tokens(tmp_path: Path, ca: trustme.CA) -> None:
+    """A server process finds the files beside its configuration."""
     certify(ca, tmp_path)
     config = tmp_path / "camserve.toml"
     config.write_text(
@@ -145,17 +147,17 @@ def test_everything_by_a_configuration_file(tmp_path: Path, ca: trustme.CA) -> N
         '[tls]\ncertificate = "server.pem"\nkey = "server.key"\nclient_ca = "ca.pem"\nallowed_subjects = ["pacs"]\n'
         f'[[tokens]]\nname = "triage"\nsha256 = "{hashed(SECRET)}"\n{TINY}'
     )
-    who = ca.issue_cert("pacs.example", common_name="pacs")
-    shown = {
+    certificate = ca.issue_cert("pacs.example", common_name="pacs")
+    options = {
         "ca": tmp_path / "ca.pem",
-        "certificate": who.cert_chain_pems[0].bytes(),
-        "key": who.private_key_pem.bytes(),
+        "certificate": certificate.cert_chain_pems[0].bytes(),
+        "key": certificate.private_key_pem.bytes(),
     }
     with served(config) as server:
-        with camserve.Client(server.address, **shown, token=SECRET) as client:
+        with patient_client(server.address, **options, token=SECRET) as client:
             assert client.explain(skimage.data.chelsea(), method="grad-cam").saliency.shape == (32, 32)
         with (
-            camserve.Client(server.address, **shown, token="camserve_guessed") as client,
+            patient_client(server.address, **options, token="camserve_guessed") as client,
             pytest.raises(camserve.Unauthenticated),
         ):
             client.models()
@@ -167,25 +169,25 @@ def test_everything_by_a_configuration_file(tmp_path: Path, ca: trustme.CA) -> N
         assert secret not in log
 
 
-def test_plaintext_and_strangers_are_not_answered(tmp_path: Path, ca: trustme.CA) -> None:
+def test_connections_without_a_trusted_certificate_fail(tmp_path: Path, ca: trustme.CA) -> None:
     certify(ca, tmp_path)
     ours, theirs = ca.issue_cert("pacs.example"), trustme.CA().issue_cert("pacs.example")
     with serving(Config(**LOCAL, tls=mutual(tmp_path))) as server:
         with channel(server.address, ca, ours) as known:
             assert ExplainServiceStub(known).ListModels(pb.ListModelsRequest()).models
-        for stranger in (
+        for untrusted in (
             grpc.insecure_channel(server.address),
             channel(server.address, ca),
             channel(server.address, ca, theirs),
             channel(server.address, trustme.CA(), ours),
         ):
-            with stranger, pytest.raises(grpc.RpcError) as refused:
-                ExplainServiceStub(stranger).ListModels(pb.ListModelsRequest())
+            with untrusted, pytest.raises(grpc.RpcError) as refused:
+                ExplainServiceStub(untrusted).ListModels(pb.ListModelsRequest())
             assert code(refused) == "UNAVAILABLE"
 
 
-def test_changed_certificates_are_taken_without_a_restart(tmp_path: Path, ca: trustme.CA) -> None:
-    def shown() -> int:
+def test_changed_certificates_are_used_without_a_restart(tmp_path: Path, ca: trustme.CA) -> None:
+    def served_serial() -> int:
         trusts = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())
         trusts.set_alpn_protocols(["h2"])
         host, port = server.address.split(":")
@@ -196,26 +198,26 @@ def test_changed_certificates_are_taken_without_a_restart(tmp_path: Path, ca: tr
 
     first = certify(ca, tmp_path)
     with serving(Config(**LOCAL, tls=tls(tmp_path))) as server:
-        assert shown() == serial(first)
+        assert served_serial() == serial(first)
         second = certify(ca, tmp_path)
-        assert shown() == serial(second)
-        # A new certificate whose key has not been written yet, and a file that is none: the last good ones stay.
+        assert served_serial() == serial(second)
+        # The last valid pair stays in use while the key does not match, and while a file is invalid or missing.
         certify(ca, tmp_path, "other")
         (tmp_path / "other.pem").replace(tmp_path / "server.pem")
-        assert shown() == serial(second)
+        assert served_serial() == serial(second)
         (tmp_path / "server.pem").write_text("half a certific")
-        assert shown() == serial(second)
+        assert served_serial() == serial(second)
         (tmp_path / "server.pem").unlink()
-        assert shown() == serial(second)
+        assert served_serial() == serial(second)
         third = certify(ca, tmp_path)
-        assert shown() == serial(third)
+        assert served_serial() == serial(third)
 
 
 def serial(certificate: trustme.LeafCert) -> int:
     return x509.load_pem_x509_certificate(certificate.cert_chain_pems[0].bytes()).serial_number
 
 
-def test_only_allowed_subjects_may_call(tmp_path: Path, ca: trustme.CA) -> None:
+def test_other_subjects_are_refused(tmp_path: Path, ca: trustme.CA) -> None:
     certify(ca, tmp_path)
     config = Config(**LOCAL, tls=mutual(tmp_path, allowed_subjects=["pacs", "triage.example"]))
     allowed = [
@@ -223,8 +225,8 @@ def test_only_allowed_subjects_may_call(tmp_path: Path, ca: trustme.CA) -> None:
         ca.issue_cert("one.example", "triage.example", common_name="x"),
     ]
     with serving(config) as server:
-        for who in allowed:
-            with channel(server.address, ca, who) as known:
+        for certificate in allowed:
+            with channel(server.address, ca, certificate) as known:
                 for call in every_kind_of_call(known):
                     assert call()
         with channel(server.address, ca, ca.issue_cert("pacs.example", common_name="triage")) as other:
@@ -240,7 +242,7 @@ def test_only_allowed_subjects_may_call(tmp_path: Path, ca: trustme.CA) -> None:
 
 @pytest.fixture(scope="module")
 def with_tokens() -> Iterator[tuple[grpc.Channel, grpc.Channel]]:
-    """Channels to the server and to its operators' listener."""
+    """Run a server with tokens, and yield channels to it and to its listener for operators."""
     config = Config(**LOCAL, admin_listen="127.0.0.1:0", tokens=TOKENS)
     with (
         serving(config) as server,
@@ -250,24 +252,24 @@ def with_tokens() -> Iterator[tuple[grpc.Channel, grpc.Channel]]:
         yield calls, operations
 
 
-def bearer(secret: str) -> list[tuple[str, str]]:
-    return [("authorization", f"Bearer {secret}")]
+def bearer(secret: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {secret}"),)
 
 
 @pytest.mark.parametrize(
     "metadata",
     [
-        [],
+        (),
         bearer("guessed"),
         bearer(""),
         bearer(hashed(SECRET)),
         bearer(SECRET[:-1]),
-        [("authorization", SECRET)],
-        [("authorization", f"Basic {SECRET}")],
+        (("authorization", SECRET),),
+        (("authorization", f"Basic {SECRET}"),),
         bearer("guessed") + bearer(SECRET),
     ],
 )
-def test_without_a_known_token_only_health_answers(
+def test_only_health_answers_without_a_valid_token(
     with_tokens: tuple[grpc.Channel, grpc.Channel], metadata: Any
 ) -> None:
     calls, operations = with_tokens
@@ -279,20 +281,20 @@ def test_without_a_known_token_only_health_answers(
         with pytest.raises(grpc.RpcError) as refused:
             call()
         assert (code(refused), reason(refused)) == ("UNAUTHENTICATED", "UNAUTHENTICATED")
-        assert SECRET not in refused.value.details()
+        assert SECRET not in str(refused.value.details())
     assert health_pb2_grpc.HealthStub(calls).Check(health_pb2.HealthCheckRequest()).status
 
 
 @pytest.mark.parametrize("secret", [SECRET, ADMIN_SECRET])
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
-def test_a_known_token_lets_every_call_through(
+def test_valid_token_allows_calls_of_each_kind(
     with_tokens: tuple[grpc.Channel, grpc.Channel], secret: str, scheme: str
 ) -> None:
-    for call in every_kind_of_call(with_tokens[0], [("authorization", f"{scheme} {secret}")]):
+    for call in every_kind_of_call(with_tokens[0], (("authorization", f"{scheme} {secret}"),)):
         assert call()
 
 
-def test_only_tokens_of_admins_load_models(with_tokens: tuple[grpc.Channel, grpc.Channel]) -> None:
+def test_loading_models_requires_an_admin_token(with_tokens: tuple[grpc.Channel, grpc.Channel]) -> None:
     load = admin_pb2_grpc.AdminServiceStub(with_tokens[1]).LoadModel
     with pytest.raises(grpc.RpcError) as refused:
         load(admin_pb2.LoadModelRequest(model="tiny"), metadata=bearer(SECRET))
@@ -300,17 +302,20 @@ def test_only_tokens_of_admins_load_models(with_tokens: tuple[grpc.Channel, grpc
     assert load(admin_pb2.LoadModelRequest(model="tiny"), metadata=bearer(ADMIN_SECRET)).model.name == "tiny"
 
 
-def test_what_strangers_send_is_not_even_read(with_tokens: tuple[grpc.Channel, grpc.Channel]) -> None:
-    """What is no message is an error of its own, if it is parsed."""
+def test_messages_without_a_valid_token_are_not_parsed(with_tokens: tuple[grpc.Channel, grpc.Channel]) -> None:
+    """Parsing bytes that are not a message gives another error."""
+    send: grpc.UnaryUnaryMultiCallable[bytes, bytes]
     send = with_tokens[0].unary_unary("/camserve.v1.ExplainService/Explain")
-    for metadata, expected in (((), "UNAUTHENTICATED"), (bearer(SECRET), "INVALID_ARGUMENT")):
+    cases: list[tuple[tuple[tuple[str, str], ...], str]]
+    cases = [((), "UNAUTHENTICATED"), (bearer(SECRET), "INVALID_ARGUMENT")]
+    for metadata, expected in cases:
         with pytest.raises(grpc.RpcError) as refused:
             send(b"\xff" * 99, metadata=metadata)
         assert code(refused) == expected
 
 
 CALLERS = {
-    # tokens, mutual TLS, common name → who calls
+    # tokens, mutual TLS, common name → name of the caller
     "a token": (TOKENS, False, None, "triage"),
     "a token before a certificate": (TOKENS, True, "pacs", "triage"),
     "a common name": ([], True, "pacs", "pacs"),
@@ -320,7 +325,7 @@ CALLERS = {
 
 
 @pytest.mark.parametrize(("tokens", "by_certificate", "common_name", "expected"), CALLERS.values(), ids=CALLERS)
-def test_the_caller_has_a_name(
+def test_name_of_the_caller(
     tokens: list[TokenConfig],
     by_certificate: bool,
     common_name: str | None,
@@ -328,8 +333,8 @@ def test_the_caller_has_a_name(
     tmp_path: Path,
     ca: trustme.CA,
 ) -> None:
-    """In calls of every kind, to a service of the test's own."""
-    who = ca.issue_cert("pacs.example", common_name=common_name)
+    """A service of the test returns the name in calls of each kind."""
+    certificate = ca.issue_cert("pacs.example", common_name=common_name)
     certify(ca, tmp_path)
     config = Config(tokens=tokens, tls=mutual(tmp_path, allowed_subjects=["pacs.example"]) if by_certificate else None)
 
@@ -342,7 +347,7 @@ def test_the_caller_has_a_name(
     kinds = {"unary_unary": one, "stream_unary": one, "unary_stream": many, "stream_stream": many}
     handlers = {kind: getattr(grpc, f"{kind}_rpc_method_handler")(answer) for kind, answer in kinds.items()}
 
-    async def ask() -> list[bytes]:
+    async def call_each_kind() -> list[bytes]:
         server = grpc.aio.server(interceptors=[security.Guard(config, Metrics())])
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Who", handlers),))
         if config.tls:
@@ -351,23 +356,23 @@ def test_the_caller_has_a_name(
             port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         trusts = grpc.ssl_channel_credentials(
-            ca.cert_pem.bytes(), who.private_key_pem.bytes(), who.cert_chain_pems[0].bytes()
+            ca.cert_pem.bytes(), certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes()
         )
         address, answers = f"127.0.0.1:{port}", []
         async with (
             grpc.aio.secure_channel(address, trusts) if config.tls else grpc.aio.insecure_channel(address)
-        ) as asking:
+        ) as connection:
             for kind in kinds:
                 request = iter([b""]) if kind.startswith("stream") else b""
-                call = getattr(asking, kind)(f"/test.Who/{kind}")(request, metadata=bearer(SECRET))
+                call = getattr(connection, kind)(f"/test.Who/{kind}")(request, metadata=bearer(SECRET))
                 answers += [each async for each in call] if kind.endswith("stream") else [await call]
         await server.stop(0)
         return answers
 
-    assert asyncio.run(ask()) == [expected.encode()] * 4
+    assert asyncio.run(call_each_kind()) == [expected.encode()] * 4
 
 
-def test_tokens_are_told_apart() -> None:
+def test_names_and_secrets_of_tokens_are_unique() -> None:
     for key, other in (("name", {"sha256": hashed("other")}), ("sha256", {"name": "other"})):
         with pytest.raises(ConfigError, match=f"^tokens: two tokens have the same {key}"):
             read_config(tokens=[TOKENS[0], TOKENS[0].model_copy(update=other)])

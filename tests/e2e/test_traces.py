@@ -1,9 +1,9 @@
-"""Traces as a collector gets them, from a caller's own span to the engine's batches."""
+"""Exported traces, from the span of a caller to the batches of the engine."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,8 +17,11 @@ from opentelemetry.sdk.trace import TracerProvider
 import camserve
 from camserve_server.config import Config, ModelConfig
 from camserve_server.errors import ConfigError
+from camserve_server.service import servicer, tracer
 from camserve_server.service.trace_context import tracer_from_environment
 from tests.conftest import serving
+from tests.e2e.engines import wait_until
+from tests.processes import LIMIT_S, patient_client
 
 CAT = skimage.data.chelsea()
 SECONDS = 1e-9
@@ -26,7 +29,7 @@ TINY = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Takes in what is exported by OTLP."""
+    """An OTLP collector that keeps the exported spans."""
 
     def __init__(self) -> None:
         self.resources: list[dict[str, Any]] = []
@@ -39,14 +42,14 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         return trace_service_pb2.ExportTraceServiceResponse()
 
     def of(self, request_id: str) -> dict[str, list[Any]]:
-        """The spans of the request's trace by their names, once the call's own, the last, is there."""
+        """Wait for the span of the call, which comes last, and return all spans of its trace by name."""
         found: list[Any] = []
 
         def complete() -> bool:
             found[:] = [span for span in self.spans if attributes(span).get("camserve.request_id") == request_id]
             return bool(found)
 
-        eventually(complete)
+        wait_until(complete)
         inside = [span for span in self.spans if span.trace_id == found[0].trace_id]
         return {name: [span for span in inside if span.name == name] for name in {span.name for span in inside}}
 
@@ -55,18 +58,12 @@ def attributes(of: Any) -> dict[str, Any]:
     return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in of.attributes}
 
 
-def eventually(true: Callable[[], object]) -> None:
-    until = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
-    """Set in the environment as where traces go."""
+    """Run a collector and set its address in the environment."""
     found, receiver = Collector(), grpc.server(ThreadPoolExecutor(2))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(found, receiver)
+    add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
+    add(found, receiver)
     port = receiver.add_insecure_port("127.0.0.1:0")
     receiver.start()
     with pytest.MonkeyPatch.context() as patch:
@@ -78,20 +75,20 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def client(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[camserve.Client]:
-    """Of a server with a quick model that has labels."""
+    """Yield a client of a server with a small model that has labels."""
     labels = tmp_path_factory.mktemp("labels") / "labels.txt"
     labels.write_text("\n".join("abcdefg"))
     model = TINY.model_copy(update={"labels": str(labels)})
     with (
         serving(Config(listen="127.0.0.1:0", models=[model])) as server,
-        camserve.Client(server.address) as client,
+        patient_client(server.address) as client,
     ):
         yield client
 
 
 def test_a_request_is_traced_from_the_caller_to_the_batch(collector: Collector, client: camserve.Client) -> None:
-    tracer = TracerProvider(shutdown_on_exit=False).get_tracer("caller")
-    with tracer.start_as_current_span("caller") as caller:
+    callers_tracer = TracerProvider(shutdown_on_exit=False).get_tracer("caller")
+    with callers_tracer.start_as_current_span("caller") as caller:
         cost = client.explain(CAT, method="score-cam", request_id="traced").cost
     spans = collector.of("traced")
     [server] = spans["camserve.v1.ExplainService/Explain"]
@@ -110,9 +107,13 @@ def test_a_request_is_traced_from_the_caller_to_the_batch(collector: Collector, 
     assert all(part.parent_span_id == server.span_id for part in parts)
     times = [server.start_time_unix_nano, *(part.end_time_unix_nano for part in parts)]
     starts = [part.start_time_unix_nano for part in parts]
-    slack = 50_000_000  # spans are dated by two clocks
-    assert all(abs(start - end) < slack for start, end in zip(starts, times, strict=False)), "one after the other"
+    # The times of spans come from two clocks, and the process can be preempted between two of them. The parts of a
+    # request follow each other, so that together they take as long as the request, within a tenth of a second of
+    # pauses, or half of the request on a slow machine.
+    slack = max(100_000_000, (server.end_time_unix_nano - server.start_time_unix_nano) // 2)
+    assert all(abs(start - end) < slack for start, end in zip(starts, times, strict=False))
     assert abs(times[-1] - server.end_time_unix_nano) < slack
+    assert starts == sorted(starts)
     compute = parts[2]
     assert attributes(compute) == {
         "camserve.model": "tiny",
@@ -120,7 +121,7 @@ def test_a_request_is_traced_from_the_caller_to_the_batch(collector: Collector, 
         "camserve.batches": cost.batches,
     }
     assert SECONDS * (compute.end_time_unix_nano - compute.start_time_unix_nano) == pytest.approx(
-        1e-3 * cost.compute_ms, abs=0.05
+        1e-3 * cost.compute_ms, abs=0.05, rel=0.1
     )
     batches = spans["batch"]
     assert len(batches) == min(16, cost.batches)
@@ -131,28 +132,31 @@ def test_a_request_is_traced_from_the_caller_to_the_batch(collector: Collector, 
     assert numbers == [*range(numbers[0], numbers[0] + len(numbers))]
 
 
-def test_batches_of_a_long_request_are_bounded(collector: Collector, client: camserve.Client) -> None:
+def test_trace_of_a_long_request_contains_sixteen_batches(collector: Collector, client: camserve.Client) -> None:
     cost = client.explain(CAT, method="opti-cam", parameters={"steps": 40}, request_id="long").cost
     spans = collector.of("long")
     assert cost.batches > 16 == len(spans["batch"])
     assert attributes(spans["compute"][0])["camserve.batches"] == cost.batches
 
 
-def test_failures_are_traced_without_their_words(collector: Collector, client: camserve.Client) -> None:
+def test_traces_of_failures_contain_no_message(
+    collector: Collector, client: camserve.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servicer, "CLOCK_TOLERANCE_S", LIMIT_S)  # so that a cancellation at the deadline counts as late
     with pytest.raises(camserve.InvalidArgument, match="secret-label"):
         client.explain(CAT, method="grad-cam", target="secret-label", request_id="failed")
     curves = {"insertion": {"steps": 10_000}, "deletion": {"steps": 10_000}}
     with pytest.raises(camserve.DeadlineExceeded):
-        client.explain(CAT, method="grad-cam", target=[*range(7)], metrics=curves, timeout=2, request_id="late")
+        client.explain(CAT, method="grad-cam", target=[*range(7)], metrics=curves, timeout=5, request_id="late")
     [failed], [late] = (collector.of(name)["camserve.v1.ExplainService/Explain"] for name in ("failed", "late"))
     assert attributes(failed)["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
-    assert failed.status.code == failed.status.STATUS_CODE_UNSET, "that is the caller's"
+    assert failed.status.code == failed.status.STATUS_CODE_UNSET, "the caller made the error"
     assert late.status.code == late.status.STATUS_CODE_ERROR
     assert "compute" not in collector.of("failed")
     assert "secret" not in str(collector.spans)
 
 
-def test_what_the_caller_does_not_sample_is_not_traced(collector: Collector, client: camserve.Client) -> None:
+def test_unsampled_request_is_not_traced(collector: Collector, client: camserve.Client) -> None:
     ignored = trace.SpanContext(0xABC, 0xDEF, is_remote=False, trace_flags=trace.TraceFlags(0))
     with trace.use_span(trace.NonRecordingSpan(ignored)):
         client.explain(CAT, method="grad-cam", request_id="ignored")
@@ -161,16 +165,16 @@ def test_what_the_caller_does_not_sample_is_not_traced(collector: Collector, cli
     assert not [span for span in collector.spans if span.trace_id == (0xABC).to_bytes(16, "big")]
 
 
-def test_the_server_says_who_it_is(
+def test_service_name_comes_from_the_environment(
     collector: Collector, client: camserve.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client.explain(CAT, method="grad-cam", request_id="named")
     collector.of("named")
     assert collector.resources[-1]["service.name"] == "camserve"
     monkeypatch.setenv("OTEL_SERVICE_NAME", "explanations")
-    with serving(Config(listen="127.0.0.1:0", models=[TINY])) as other, camserve.Client(other.address) as client:
+    with serving(Config(listen="127.0.0.1:0", models=[TINY])) as other, patient_client(other.address) as client:
         client.explain(CAT, method="grad-cam", request_id="elsewhere")
-    assert collector.of("elsewhere"), "what is left is sent at the end"
+    assert collector.of("elsewhere"), "the server sends pending spans when it stops"
     assert collector.resources[-1]["service.name"] == "explanations"
 
 
@@ -182,24 +186,36 @@ def test_the_server_says_who_it_is(
         {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_TRACES_EXPORTER": "none"},
     ],
 )
-def test_nothing_is_traced_unless_asked_for(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+def test_traces_are_off_by_default_and_can_be_disabled(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert tracer_from_environment() is None
 
 
-def test_another_protocol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_protocols_other_than_grpc_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
     with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_PROTOCOL"):
         tracer_from_environment()
 
 
-def test_a_collector_that_is_away_costs_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does it keep the server from its end."""
+def test_unreachable_collector_does_not_delay_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
-    with serving(Config(listen="127.0.0.1:0", models=[TINY])) as server, camserve.Client(server.address) as client:
+    monkeypatch.setattr(tracer, "LAST_SPANS_S", 0.1)
+    with serving(Config(listen="127.0.0.1:0", models=[TINY])) as server, patient_client(server.address) as client:
         assert client.explain(CAT, method="grad-cam").cost.rows == 2
-        started = time.monotonic()
-    assert time.monotonic() - started < 30
+
+
+def test_collector_that_never_answers_does_not_delay_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = threading.Event()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(tracer, "LAST_SPANS_S", 0.1)
+    monkeypatch.setattr(TracerProvider, "shutdown", lambda self: stopped.wait(2 * LIMIT_S))
+    try:
+        with serving(Config(listen="127.0.0.1:0", models=[TINY])) as server, patient_client(server.address) as client:
+            client.explain(CAT, method="grad-cam")
+    finally:
+        stopped.set()
