@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,18 @@ from camserve_cli.app import app
 from camserve_cli.study import image_files, score_csv
 from camserve_cli.study.annotations import read_boxes, read_labels
 from camserve_server.service.server import Server
-from tests.client.fake_server import Servicer
+from tests.client.fake_server import WAIT_S, Servicer, wait_until
+from tests.client.proxy import forwarding
 
 METRICS = ("insertion", "average-drop")
-# One method twice, the second time under another label.
+# The list contains one method twice, with different parameters.
 METHODS = ("grad-cam", "opti-cam:steps=2", "opti-cam:steps=3")
 TIMING = ("queue_ms", "compute_ms")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve small images, the fifth of which is none, and a file of another kind."""
+    """Folder with twelve small image files, of which the fifth is invalid, and a text file."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for seed in range(12):
@@ -46,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-# ---- which images, and their labels ---------------------------------------------------------------------------------
+# ---- images, labels and boxes ---------------------------------------------------------------------------------------
 
 
 def test_folder_is_read_as_sorted_image_files(folder: Path) -> None:
@@ -111,17 +112,19 @@ def test_boxes_are_read_from_csv_or_voc_files(tmp_path: Path) -> None:
             read_boxes(tmp_path, images[:1])
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- command line ---------------------------------------------------------------------------------------------------
 
 
-def command(server: Server, *arguments: object) -> list[str]:
-    given = ["evaluate", *arguments, "--address", server.address, "--model", "tiny"]
+def command(address: str, *arguments: object) -> list[str]:
+    """Return the command line of an evaluation by all methods and metrics."""
+    line = ["evaluate", *arguments, "--address", address, "--model", "tiny"]
     methods = [text for method in METHODS for text in ("--method", method)]
-    return [sys.executable, "-m", "camserve_cli", *map(str, given), *methods]
+    metrics = [text for metric in METRICS for text in ("--metric", metric)]
+    return [sys.executable, "-m", "camserve_cli", *map(str, line), *methods, *metrics]
 
 
 def run(server: Server, *arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [*command(server, *arguments), *(text for metric in METRICS for text in ("--metric", metric))]
+    line = command(server.address, *arguments)
     env = {**os.environ, "COLUMNS": "200"}
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120, env=env)
 
@@ -131,8 +134,8 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def lasting(path: Path) -> list[dict[str, Any]]:
-    """The rows but for what differs from run to run."""
+def reproducible_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a CSV file without values that differ between runs."""
     rows: list[dict[str, Any]] = table(path)
     for row in rows:
         for column in TIMING:
@@ -140,6 +143,25 @@ def lasting(path: Path) -> list[dict[str, Any]]:
         if row["receipt"]:
             row["receipt"] = json.loads(row["receipt"]) | {"request_id": ""}
     return rows
+
+
+def line_count(path: Path) -> int:
+    """Return the number of complete lines of a file, 0 if it does not exist."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+class EnoughRows(threading.Event):
+    """Event that is also set while a CSV file has at least eight lines.
+
+    A proxy that uses it stops forwarding data, so that the run cannot finish before the test kills it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def is_set(self) -> bool:
+        return super().is_set() or line_count(self.path) >= 8
 
 
 def test_killed_run_can_be_resumed_to_identical_files(server: Server, folder: Path, tmp_path: Path) -> None:
@@ -150,33 +172,32 @@ def test_killed_run_can_be_resumed_to_identical_files(server: Server, folder: Pa
     assert ran.stdout.split()[:6] == ["model", "method", "done", *METRICS, "failed"]
 
     options = ("--csv", cut / "scores.csv", "--npz", cut / "maps.npz", "--in-flight", 2)
-    metrics = (text for metric in METRICS for text in ("--metric", metric))
-    process = subprocess.Popen([*command(server, folder, *options), *metrics], stderr=subprocess.DEVNULL)
     path = cut / "scores.csv"
-    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 8):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    with forwarding(server.address, EnoughRows(path)) as proxy_address:
+        process = subprocess.Popen(command(proxy_address, folder, *options), stderr=subprocess.DEVNULL)
+        wait_until(lambda: process.poll() is not None or line_count(path) >= 8)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
     done = table(path)
     assert 7 <= len(done) < 36
     assert not (cut / "maps.npz").exists()
     with path.open("ab") as file:
-        file.write(path.read_bytes().splitlines()[-1][:90])  # as if the process had died while it wrote
+        file.write(path.read_bytes().splitlines()[-1][:90])  # as if the process had been killed while it wrote a row
 
     refused = run(server, folder, *options)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "--resume" in refused.stderr
     ran = run(server, folder, *options, "--resume")
     assert ran.returncode == 1
-    assert ran.stderr.count("error: ") == 3, "errors are tried again"
+    assert ran.stderr.count("error: ") == 3, "failed rows are repeated"
 
-    assert lasting(path) == lasting(whole / "scores.csv")
+    assert reproducible_rows(path) == reproducible_rows(whole / "scores.csv")
     rows = table(path)
     assert len(rows) == 36
     assert [score_csv.row_key(row) for row in rows] == sorted(score_csv.row_key(row) for row in rows)
-    known = {score_csv.row_key(row): row for row in rows}
-    assert all(known[score_csv.row_key(row)] == row for row in done if not row["error"]), (
-        "what was done is not repeated"
+    rows_by_key = {score_csv.row_key(row): row for row in rows}
+    assert all(rows_by_key[score_csv.row_key(row)] == row for row in done if not row["error"]), (
+        "finished rows are not repeated"
     )
     assert [row["image"][-6:] for row in rows if row["error"]] == ["04.png"] * 3
     assert (cut / "maps.npz").read_bytes() == (whole / "maps.npz").read_bytes()
@@ -213,7 +234,7 @@ def test_files_contain_the_results_of_explain(server: Server, folder: Path, tmp_
 
 
 def evaluate(server: Server, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """With one method and one quick metric."""
+    """Run `camserve evaluate` with one fast metric."""
     line = [
         "evaluate",
         *map(str, arguments),
@@ -305,13 +326,13 @@ def test_invalid_usage_exits_with_2(server: Server, folder: Path, tmp_path: Path
 
 
 def test_ctrl_c_keeps_finished_results(address: str, servicer: Servicer, folder: Path, tmp_path: Path) -> None:
-    def answer_the_first(context: Any) -> None:
+    def block_the_second(context: Any) -> None:
         if len([each for each in servicer.requests if isinstance(each, pb.ExplainRequest)]) == 2:
             context.add_callback(servicer.cancelled.set)
             servicer.started.set()
-            servicer.cancelled.wait(20)
+            servicer.cancelled.wait(WAIT_S)
 
-    servicer.before = answer_the_first
+    servicer.before = block_the_second
     line = ["evaluate", str(folder), "--method", "opti-cam", "--metric", "insertion", "--address", address]
     process = subprocess.Popen(
         [sys.executable, "-m", "camserve_cli", *line, "--in-flight", "1", "--csv", str(tmp_path / "s.csv")],
@@ -319,16 +340,15 @@ def test_ctrl_c_keeps_finished_results(address: str, servicer: Servicer, folder:
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert servicer.started.wait(20)
-    while (tmp_path / "s.csv").read_bytes().count(b"\n") < 2:
-        time.sleep(0.01)
+    assert servicer.started.wait(WAIT_S)
+    wait_until(lambda: line_count(tmp_path / "s.csv") >= 2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=WAIT_S)
     assert process.returncode == 130
     assert said == (
         f"{tmp_path / 's.csv'} contains the finished rows; continue with the same command and --resume\ncancelled\n"
     )
-    assert servicer.cancelled.wait(5)
+    assert servicer.cancelled.wait(WAIT_S)
     assert [row["image"][-6:] for row in table(tmp_path / "s.csv")] == ["00.png"]
 
 

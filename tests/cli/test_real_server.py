@@ -27,7 +27,7 @@ from tests.conftest import serving
 
 
 def command(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    """`camserve` as a process of its own, because the server logs to the stdout of this one."""
+    """Run `camserve` as a separate process, because the server logs to the stdout of this process."""
     line = [sys.executable, "-m", "camserve_cli", *map(str, arguments)]
     env = {**os.environ, "COLUMNS": "200"}
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=60, env=env, input=stdin)
@@ -70,7 +70,7 @@ def test_replay_reports_a_modified_digest(server: Server, photo: Path, tmp_path:
     result = command("replay", "-", photo, "--address", server.address, stdin=json.dumps(record))
     assert (result.returncode, result.stdout[:17]) == (1, "not the same map\n")
     assert re.search(r"map_digests\.\d +sha256:000000000000… +sha256:", result.stdout)
-    assert len(result.stdout.splitlines()) == 4, "nothing else differs"
+    assert len(result.stdout.splitlines()) == 4, "only the digest differs"
 
 
 def test_list_prints_models_layers_and_methods(server: Server) -> None:
@@ -87,8 +87,8 @@ def test_list_prints_models_layers_and_methods(server: Server) -> None:
 
 
 @contextmanager
-def version(seed: int, folder: Path) -> Iterator[str]:
-    """The address of a server of "tiny" with other weights for each seed."""
+def server_with_seed(seed: int, folder: Path) -> Iterator[str]:
+    """Yield the address of a server whose model has random weights of this seed."""
     weights = folder / f"{seed}.safetensors"
     save_file(nets.tiny_cnn(seed).state_dict(), weights)
     source = "python:tests.nets:tiny_cnn"
@@ -98,9 +98,9 @@ def version(seed: int, folder: Path) -> Iterator[str]:
 
 
 def test_replay_reports_other_weights(photo: Path, tmp_path: Path) -> None:
-    with version(1, tmp_path) as address:
+    with server_with_seed(1, tmp_path) as address:
         command("explain", photo, "--address", address, "--out", tmp_path, "--method", "grad-cam", "--target", 2)
-    with version(2, tmp_path) as address:
+    with server_with_seed(2, tmp_path) as address:
         result = command("replay", tmp_path / "cat.json", photo, "--address", address)
     assert result.returncode == 1
     assert result.stdout.startswith("not the same map\n")
@@ -109,19 +109,30 @@ def test_replay_reports_other_weights(photo: Path, tmp_path: Path) -> None:
 
 
 def test_sanity_writes_an_image_and_prints_a_table(server: Server, photo: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "checks" / "cat.png"
-    given = ("--address", server.address, "--model", "tiny", "--method", "layer-cam", "--steps", "3", "--out", picture)
+    image_path = tmp_path / "checks" / "cat.png"
+    given = (
+        "--address",
+        server.address,
+        "--model",
+        "tiny",
+        "--method",
+        "layer-cam",
+        "--steps",
+        "3",
+        "--out",
+        image_path,
+    )
     result = command("sanity", photo, *given)
     assert result.returncode == 0, result.stderr
     *_, mean, path = result.stdout.splitlines()
-    assert path == str(picture)
+    assert path == str(image_path)
     steps = [line.split() for line in result.stdout.splitlines() if line[:1].isdigit()]
     assert [step[0] for step in steps] == ["1", "2", "3"] and steps[-1][-4].startswith("c1")
     for i, value in enumerate(map(float, mean.split()[1:])):
         assert value == pytest.approx(np.mean([float(step[i - 3]) for step in steps]), abs=2e-3)
-    with PIL.Image.open(picture) as drawn:
-        pixels = np.asarray(drawn.convert("RGB")).astype(int)
-    # The three curves are there, in their colours.
+    with PIL.Image.open(image_path) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    # The image contains the three curves in their colours.
     for _, colour, _ in sanity_image.SERIES.values():
         assert (np.abs(pixels - colour).sum(axis=2) == 0).sum() > 100
 

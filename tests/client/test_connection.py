@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +22,7 @@ from camserve import connection
 from camserve_server.errors import QueueFull, TooLarge, Unavailable
 from camserve_server.service import status
 from tests.client.fake_server import WAIT_S, Health, Servicer, listening, wait_until
+from tests.client.proxy import forwarding
 
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
@@ -207,43 +206,6 @@ def test_dns_names_are_resolved() -> None:
         for name in (f"dns:///localhost:{port}", f"localhost:{port}"):
             with camserve.Client(name) as client:
                 assert client.models()
-
-
-@contextlib.contextmanager
-def forwarding(address: str, silent: threading.Event) -> Iterator[str]:
-    """Yield the address of a proxy that stops forwarding data and accepting connections when `silent` is set."""
-    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
-
-        def carry(source: socket.socket, sink: socket.socket) -> None:
-            with contextlib.suppress(OSError):
-                while data := source.recv(65536):
-                    if not silent.is_set():
-                        sink.sendall(data)
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):
-                while not silent.is_set():
-                    near, _ = listener.accept()
-                    far = socket.create_connection(tuple(address.split(":")))  # type: ignore[arg-type]
-                    for each in (near, far):
-                        stack.callback(each.close)
-                        stack.callback(each.shutdown, socket.SHUT_RDWR)
-                    for pair in ((near, far), (far, near)):
-                        threading.Thread(target=carry, args=pair, daemon=True).start()
-
-        accepting = threading.Thread(target=accept)
-        accepting.start()
-
-        def end() -> None:
-            silent.wait()
-            listener.shutdown(socket.SHUT_RDWR)
-
-        ending = threading.Thread(target=end)
-        ending.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        silent.set()
-        for thread in (accepting, ending):
-            thread.join(WAIT_S)
 
 
 def test_keepalive_detects_a_lost_connection(servicer: Servicer, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
