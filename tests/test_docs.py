@@ -79,10 +79,11 @@ def test_python_runs_as_it_stands(code: str, server: Server, folder: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # ten processes, one after the other
 def test_commands_run_as_they_stand(server: Server, folder: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^\$ camserve ((?:list|explain|evaluate|replay) .*)$", readme, re.MULTILINE)
-    assert {command.split()[0] for command in commands} == {"list", "explain", "evaluate", "replay"}
+    text = (ROOT / "README.md").read_text(encoding="utf-8") + page("quickstart.md")
+    commands = re.findall(r"^\$ camserve ((?:list|explain|evaluate|replay|dicom explain) .*)$", text, re.MULTILINE)
+    assert {command.split()[0] for command in commands} == {"list", "explain", "evaluate", "replay", "dicom"}
     for command in commands:
         ran = subprocess.run(
             [sys.executable, "-m", "camserve_cli", *shlex.split(command), "--address", server.address],
@@ -94,6 +95,7 @@ def test_commands_run_as_they_stand(server: Server, folder: Path) -> None:
         assert ran.returncode == 0, ran.stderr
     assert (folder / "maps" / "dog.npy").exists()
     assert (folder / "maps" / "dog.png").exists()
+    assert (folder / "results" / "image.sr.dcm").exists()
 
 
 @pytest.mark.parametrize("text", blocks("console"))
