@@ -217,16 +217,16 @@ def _poly_cam(
     begun = False  # True after the first level with rows. A level with only dead channels has none.
     for index, l in enumerate(levels):
         masked = Masked(x, A[l][run[l].indices], _percentile if official else resize_minmax, parts)
-        negligible = None
+        rule = None
         if tolerance and A[l].min() >= 0:
-            negligible = _Negligible(run[l].merge(A[l]), partial(weights, c), len(parts), bound, tolerance)
-        w, done = yield from _channel_weights(c, masked, run[l], weights, 0 if begun else len(parts), negligible)
+            rule = StoppingRule(run[l].merge(A[l]), partial(weights, c), len(parts), bound, tolerance)
+        w, done = yield from channel_weights(c, masked, run[l], weights, 0 if begun else len(parts), rule)
         if begun and done < len(run[l]) and not done:  # Cut short: the result is the map of the levels so far.
             break
         begun |= done > 0
-        if negligible is not None and negligible.error is not None and done < len(run[l]):
+        if rule is not None and rule.error is not None and done < len(run[l]):
             channels_left = len(run[l]) - done
-            left_out.append(LeftOut(layers[l], channels_left, len(parts) * channels_left, negligible.error))
+            left_out.append(LeftOut(layers[l], channels_left, len(parts) * channels_left, rule.error))
             done = len(run[l])
         share += run[l].share(done) / len(levels)
         S = torch.einsum("kt,khw->thw", w.to(A[l].dtype), A[l]).relu()  # eq. 2
@@ -236,8 +236,8 @@ def _poly_cam(
     return SaliencyMaps(P, finish, share, tuple(left_out))
 
 
-class _Negligible:
-    """Stopping rule: sums S_l and stops when the remaining channels cannot change it by more than the tolerance.
+class StoppingRule:
+    """Rule that sums S_l and stops when the remaining channels cannot change it by more than the tolerance.
 
     Activations and weights are not negative, so each channel can only raise S_l, and by no more than the bound of the
     weights times the channel's activations.
@@ -288,17 +288,29 @@ class _Negligible:
         return self.error is not None
 
 
-def _channel_weights(
-    c: Targets, masked: Masked, run: SelectedChannels, weights: Weights, least: int, negligible: _Negligible | None
+def channel_weights(
+    c: Targets, masked: Masked, run: SelectedChannels, weights: Weights, min_rows: int, rule: StoppingRule | None
 ) -> Plan[tuple[Tensor, int]]:
-    """Return the weights w [K, T] of one level, by eq. 4, 5 or 6, and the number of channels that were run."""
+    """Plan of the channel weights of one level, by eq. 4, 5 or 6.
+
+    Args:
+        c: T target classes.
+        masked: Masked images of the selected channels.
+        run: Selected channels.
+        weights: Function that returns the weights of the probabilities.
+        min_rows: Minimum number of rows.
+        rule: Stopping rule, or None.
+
+    Returns:
+        The weights w [K, T] and the number of channels that were run.
+    """
     if not len(masked):
         return c.p.new_zeros(len(run.strength), len(c)), 0
-    scores = yield from Score(masked, c, least, negligible)
+    scores = yield from Score(masked, c, min_rows, rule)
     P = len(masked.parts)
     done = len(scores.probabilities) // P
-    if negligible is not None and negligible.error is not None:
-        done = negligible.done  # The last batch may contain further rows.
+    if rule is not None and rule.error is not None:
+        done = rule.done  # The last batch may contain further rows.
     return run.to_all_channels(weights(c, [scores.probabilities[i : P * done : P] for i in range(P)])), done
 
 
