@@ -1,4 +1,4 @@
-"""What every registered method must keep to, whatever it computes. A new method is tested the day it is added."""
+"""Laws for every registered method and metric. The tests find new methods in the registry."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int]]] = {
     "cnn": (nets.tiny_cnn, (37, 29)),
     "vit": (nets.tiny_vit, (32, 32)),
 }
-CONTROLS = {"center-gaussian", "fake-cam", "random"}  # they never ask the network
-QUICK = {
+CONTROLS = {"center-gaussian", "fake-cam", "random"}  # They do not use the network.
+QUICK: dict[str, dict[str, Any]] = {
     "opti-cam": {"steps": 12},
     "rise": {"masks": 80},
     "ss-cam": {"samples": 3},
@@ -53,7 +53,7 @@ def served(method: str, network: str) -> bool:
     return not unsupported_reason(registry.METHODS[method], model_of(network))
 
 
-# Every method on the network that is its home, and on the transformer too if it can be served there.
+# Every method on each network that can serve it.
 CASES = [(network, method) for network in NETWORKS for method in METHODS if served(method, network)]
 each = pytest.mark.parametrize(("network", "method"), CASES)
 
@@ -65,7 +65,7 @@ def model(network: str) -> Model:
 
 @pytest.fixture
 def x(model: Model) -> Tensor:
-    # The signed activations of a transformer leave Grad-CAM++ nothing on some images; not on this one.
+    # For some images, the signed activations of a transformer give Grad-CAM++ a map of zeros. Not for this one.
     return noise(3, *model.preprocessing.size, seed=2)
 
 
@@ -73,12 +73,12 @@ def quick(model: Model, method: str, **more: Any) -> MethodCall:
     return call(model, method, **QUICK.get(method, {}), **more)
 
 
-def test_every_method_is_tried() -> None:
+def test_every_method_has_a_case() -> None:
     assert {method for _, method in CASES} == set(METHODS)
 
 
 def check(result: RequestResult, size: tuple[int, int]) -> None:
-    """Shape, range, finite."""
+    """Check shape, type and range of the maps."""
     assert result.maps.shape == (len(result.targets), *size)
     assert result.maps.dtype == torch.float32
     assert result.maps.isfinite().all()
@@ -86,7 +86,7 @@ def check(result: RequestResult, size: tuple[int, int]) -> None:
 
 
 @each
-def test_shape_range_and_targets(model: Model, method: str, x: Tensor) -> None:
+def test_maps_have_the_right_shape_range_and_targets(model: Model, method: str, x: Tensor) -> None:
     likeliest = model.module(x[None])[0].argsort(descending=True).tolist()[:2]
     result = explained(model, x, quick(model, method), likeliest)
     check(result, model.preprocessing.size)
@@ -94,13 +94,13 @@ def test_shape_range_and_targets(model: Model, method: str, x: Tensor) -> None:
     assert result.share == 1
     assert float(result.maps[0].max()) > 0
     said = [warning.partition(" and ")[0] for warning in result.warnings[0]]
-    assert said == ["degenerate: the map is nearly even"] * (method == "fake-cam"), "ordinary maps get no warnings"
+    assert said == ["degenerate: the map is nearly even"] * (method == "fake-cam"), "other maps have no warnings"
     alike = torch.equal(result.maps[0], result.maps[1])
-    assert alike == registry.METHODS[method].class_agnostic, "a map is a map of its class, or says that it is not"
+    assert alike == registry.METHODS[method].class_agnostic, "only class-agnostic methods have equal maps"
 
 
 @each
-def test_the_likeliest_classes_by_number(model: Model, method: str, x: Tensor) -> None:
+def test_number_of_targets_selects_the_likeliest_classes(model: Model, method: str, x: Tensor) -> None:
     likeliest = model.module(x[None])[0].argsort(descending=True).tolist()[:3]
     by_number = explained(model, x, quick(model, method), 3)
     assert by_number.targets.index == tuple(likeliest)
@@ -108,15 +108,15 @@ def test_the_likeliest_classes_by_number(model: Model, method: str, x: Tensor) -
 
 
 @each
-def test_a_target_among_others_has_the_map_that_it_has_alone(model: Model, method: str, x: Tensor) -> None:
+def test_other_targets_do_not_change_a_map(model: Model, method: str, x: Tensor) -> None:
     together = explained(model, x, quick(model, method), [2, 5, 0])
     alone = explained(model, x, quick(model, method), [5])
     assert torch.allclose(together.maps[1], alone.maps[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_alone_and_among_others_the_bits_are_the_same(network: str) -> None:
-    """Requests of all methods and metrics at once, in random order, against each of them alone."""
+def test_concurrent_requests_do_not_change_the_bits(network: str) -> None:
+    """Requests of all methods run concurrently in random order, then one by one."""
     model, methods = model_of(network), [method for n, method in CASES if n == network]
     size = model.preprocessing.size
     metrics = [metric("insertion", steps=5), metric("average-gain")]
@@ -132,7 +132,7 @@ def test_alone_and_among_others_the_bits_are_the_same(network: str) -> None:
         batches, rows = engine.counters.batches, engine.counters.rows
         alone = [ask(engine, *request).future.result(timeout=120) for request in requests]
         assert engine.counters.rows == 2 * rows
-        assert engine.counters.batches - batches > 1.05 * batches, "together they shared batches"
+        assert engine.counters.batches - batches > 1.05 * batches, "concurrent requests must share batches"
     for one, other in zip(alone, in_company, strict=True):
         assert torch.equal(one.maps, other.maps)
         assert torch.equal(one.logits, other.logits)
@@ -140,7 +140,7 @@ def test_alone_and_among_others_the_bits_are_the_same(network: str) -> None:
 
 
 @each
-def test_any_batch_size_gives_the_same_map(network: str, method: str, x: Tensor) -> None:
+def test_batch_size_does_not_change_the_map(network: str, method: str, x: Tensor) -> None:
     maps = []
     for size in (1, 3, 16):
         other = model_of(network, batch_size=size)
@@ -150,8 +150,8 @@ def test_any_batch_size_gives_the_same_map(network: str, method: str, x: Tensor)
 
 
 @each
-def test_the_batch_sizes_of_a_receipt_give_its_bits(network: str, method: str, x: Tensor) -> None:
-    """Lanes of other sizes run beside each other."""
+def test_batch_sizes_of_a_receipt_reproduce_its_bits(network: str, method: str, x: Tensor) -> None:
+    """Lanes with different batch sizes can run in one engine."""
     small, large = model_of(network, batch_size=3), model_of(network, batch_size=16)
     theirs = explained(small, x, quick(small, method), [2])
     ours = explained(large, x, quick(large, method), [2], batch_sizes=small.batch_sizes)
@@ -159,18 +159,18 @@ def test_the_batch_sizes_of_a_receipt_give_its_bits(network: str, method: str, x
 
 
 @each
-def test_other_weights_give_another_map(network: str, method: str, x: Tensor) -> None:
-    """The sanity check of Adebayo et al. 2018, arXiv:1810.03292, in its crudest form."""
+def test_other_weights_change_the_map(network: str, method: str, x: Tensor) -> None:
+    """A simple form of the sanity check of Adebayo et al. 2018, arXiv:1810.03292."""
     a, b = (explained(m, x, quick(m, method), [2]).maps for m in (model_of(network), model_of(network, seed=1)))
     if method in CONTROLS:
-        assert torch.equal(a, b), "a control that knows nothing of the network"
+        assert torch.equal(a, b), "a control does not depend on the network"
     else:
         assert float((a - b).abs().mean()) > 0.02
 
 
 @each
-def test_only_the_seed_is_chance(network: str, model: Model, method: str, x: Tensor) -> None:
-    # Behind tiny_cnn's last layer gradients do not depend on the image, and so not on noise in it.
+def test_map_depends_on_no_randomness_except_the_seed(network: str, model: Model, method: str, x: Tensor) -> None:
+    # The gradients of the last layer of tiny_cnn do not depend on the image and its noise.
     layers = ["r2"] if network == "cnn" and registry.METHODS[method].layers == "one" else None
     first, again, other = (
         explained(model, x, quick(model, method, layers=layers, seed=seed), [2]).maps for seed in (7, 7, 8)
@@ -180,7 +180,7 @@ def test_only_the_seed_is_chance(network: str, model: Model, method: str, x: Ten
 
 
 @each
-def test_a_budget_is_kept(model: Model, method: str, x: Tensor) -> None:
+def test_budget_limits_the_rows(model: Model, method: str, x: Tensor) -> None:
     with running() as engine:
         whole = submit(engine, model, x, quick(model, method), [2])
         full = whole.future.result(timeout=120)
@@ -196,7 +196,7 @@ def test_a_budget_is_kept(model: Model, method: str, x: Tensor) -> None:
         assert 0 < cut.share < 1
         check(cut, model.preprocessing.size)
         again = submit(engine, model, x, quick(model, method), [2], budget=half.cut_at).future.result(timeout=120)
-        assert torch.equal(cut.maps, again.maps), "what the receipt says makes the same map"
+        assert torch.equal(cut.maps, again.maps), "the budget of the receipt reproduces the map"
         enough = submit(engine, model, x, quick(model, method), [2], budget=whole.rows)
         assert torch.equal(enough.future.result(timeout=120).maps, full.maps)
         assert enough.cut_at == 0
@@ -205,7 +205,7 @@ def test_a_budget_is_kept(model: Model, method: str, x: Tensor) -> None:
 
 
 @each
-def test_the_network_is_left_as_it_was(network: str, method: str, x: Tensor) -> None:
+def test_network_is_unchanged_after_a_request(network: str, method: str, x: Tensor) -> None:
     model = model_of(network)
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     explained(model, x, quick(model, method))
@@ -218,7 +218,7 @@ def test_the_network_is_left_as_it_was(network: str, method: str, x: Tensor) -> 
 
 @each
 @pytest.mark.parametrize("image", ["zeros", "constant", "one pixel", "huge", "overflowing"])
-def test_degenerate_images(model: Model, method: str, image: str) -> None:
+def test_degenerate_images_give_valid_maps(model: Model, method: str, image: str) -> None:
     size = model.preprocessing.size
     x = torch.zeros(3, *size)
     if image == "constant":
@@ -227,13 +227,13 @@ def test_degenerate_images(model: Model, method: str, image: str) -> None:
         x[:, 5, 5] = 9
     if image == "huge":
         x = noise(3, *size) * 1e6
-    if image == "overflowing":  # a tensor is used as it is
+    if image == "overflowing":  # A tensor is not preprocessed.
         x = noise(3, *size).clamp(-1, 1) * 3e38
     check(explained(model, x, quick(model, method), [1]), size)
 
 
 class OnePixel(nn.Module):
-    """A last layer of 1×1 behind one of 2×2."""
+    """Network with a last layer of 2×2 positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,25 +251,26 @@ on_one_pixel = pytest.mark.parametrize(
 
 
 @on_one_pixel
-def test_a_layer_with_nothing_alive(method: str) -> None:
+def test_dead_layer_gives_zeros_with_a_warning(method: str) -> None:
     model = as_model(OnePixel(), (16, 16))
-    nn.init.constant_(model.module.conv.bias, -1e9)  # type: ignore[arg-type]
+    network: Any = model.module
+    nn.init.constant_(network.conv.bias, -1e9)
     result = explained(model, noise(3, 16, 16), quick(model, method))
     check(result, (16, 16))
     if method in {*CONTROLS, "rise"}:
-        return  # these never look: a mean of random masks is a map, though of nothing
+        return  # These maps do not need activations.
     assert not result.maps.any()
     assert result.warnings[0][0].startswith("degenerate")
 
 
 @on_one_pixel
-def test_a_map_of_two_by_two(method: str) -> None:
+def test_layer_of_two_by_two_gives_a_valid_map(method: str) -> None:
     model = as_model(OnePixel(), (16, 16))
     check(explained(model, noise(3, 16, 16), quick(model, method)), (16, 16))
 
 
 @each
-def test_a_network_that_gives_no_numbers(network: str, method: str, x: Tensor) -> None:
+def test_network_with_nan_logits_gives_valid_maps(network: str, method: str, x: Tensor) -> None:
     net, size = NETWORKS[network]
     broken = net(0)
     [m for m in broken.modules() if isinstance(m, nn.Linear)][-1].weight.data[:] = torch.nan
@@ -279,8 +280,8 @@ def test_a_network_that_gives_no_numbers(network: str, method: str, x: Tensor) -
 
 
 @each
-def test_the_rows_are_those_announced(model: Model, method: str, x: Tensor) -> None:
-    """No more than `rows` promises, which is what requests are admitted by."""
+def test_rows_do_not_exceed_the_announced_number(model: Model, method: str, x: Tensor) -> None:
+    """Admission relies on `rows`."""
     asked = quick(model, method)
     with running() as engine:
         job = submit(engine, model, x, asked, [1, 2])
@@ -339,7 +340,7 @@ RANGES = {
 
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_metrics_lie_in_their_range(model: Model, name: str) -> None:
+def test_metric_values_lie_in_their_range(model: Model, name: str) -> None:
     size = model.preprocessing.size
     low, high = RANGES.get(name, (0, 100 if registry.METRICS[name].unit == "%" else 1))
     subjects: list[Tensor | MethodCall]
@@ -357,7 +358,7 @@ def test_metrics_lie_in_their_range(model: Model, name: str) -> None:
 
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_metrics_take_the_rows_announced_and_no_chance_but_the_seed(model: Model, name: str, x: Tensor) -> None:
+def test_metric_depends_only_on_the_seed_and_keeps_the_announced_rows(model: Model, name: str, x: Tensor) -> None:
     asked, entry = quick(model, "smooth-grad"), registry.METRICS[name]
     with running() as engine:
 
@@ -373,11 +374,12 @@ def test_metrics_take_the_rows_announced_and_no_chance_but_the_seed(model: Model
     assert (first == other) != entry.seeded
 
 
-def test_what_the_clock_has_cut_can_be_made_again() -> None:
-    """Even where the coarsest layer is dead, and Poly-CAM's first level has no rows."""
+def test_map_cut_by_a_deadline_can_be_reproduced() -> None:
+    """The coarsest layer is dead, so the first level of Poly-CAM has no rows."""
     net = nets.tiny_cnn()
     model = as_model(net)
-    nn.init.constant_(net.c3.bias, -1e9)  # type: ignore[arg-type]
+    assert net.c3.bias is not None
+    nn.init.constant_(net.c3.bias, -1e9)
     x, asked = noise(3, 32, 32), call(model, "poly-cam")
     with running() as engine:
         plan = plan_request(model, model.image(x), [2], asked, ())
@@ -390,8 +392,8 @@ def test_what_the_clock_has_cut_can_be_made_again() -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("signs", [1, -1])
-def test_no_pixels_keep_road_from_ending(signs: int) -> None:
-    """A step for every pixel would take minutes."""
+def test_road_ends_for_extreme_pixels(signs: int) -> None:
+    """One step per pixel would take minutes."""
     x = torch.full((3, 224, 224), 3e38)
     x[:, ::2] *= signs
     missing = noise(224, 224) < 0
@@ -401,8 +403,8 @@ def test_no_pixels_keep_road_from_ending(signs: int) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("method", METHODS)
-def test_no_parameter_keeps_the_engine_busy_before_the_first_row(method: str) -> None:
-    """All callers wait while a plan computes: at the limits of its parameters it still asks soon."""
+def test_no_parameter_blocks_the_engine_before_the_first_row(method: str) -> None:
+    """All callers wait while a plan computes, so it must yield soon even with the largest parameters."""
     entry, model = registry.METHODS[method], as_model(nets.tiny_vit() if "attention" in method else nets.tiny_cnn())
     most = {p.name: int(p.range.maximum) for p in entry.parameters if type(p.default) is int and p.range}
     with running() as engine:

@@ -1,4 +1,4 @@
-"""Rows are made in slices, as batches have room for them: the slice must not show in the bits."""
+"""Laws for rows: batches make rows in slices, and a slice must not change the bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support import noise
 @pytest.mark.parametrize(
     "sides", [((18, 14), (37, 29)), ((9, 7), (37, 29)), ((7, 7), (224, 224)), ((28, 28), (56, 56))]
 )
-def test_a_map_is_resized_the_same_whatever_comes_with_it(sides: tuple[tuple[int, int], tuple[int, int]]) -> None:
+def test_resized_map_does_not_depend_on_other_maps(sides: tuple[tuple[int, int], tuple[int, int]]) -> None:
     small, large = sides
     A = noise(16, *small)
     alone = torch.stack([resize(A_k, large) for A_k in A])

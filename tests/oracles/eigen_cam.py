@@ -21,6 +21,6 @@ def eigen_cam(activation: Tensor, centred: bool = False) -> Tensor:
     if centred:
         O = O - O.mean(0)  # noqa: E741
     _, V = torch.linalg.eigh(O.T @ O)  # The eigenvalues ascend. V are right singular vectors of O.
-    L = (O @ V[:, -1]).reshape(h, w)
+    L: Tensor = (O @ V[:, -1]).reshape(h, w)
     flip = -L.min() > L.max() if centred else L.sum() < 0
     return (-L if flip else L).to(activation.dtype)

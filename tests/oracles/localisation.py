@@ -55,7 +55,7 @@ def pixel_f1(S: np.ndarray, mask: np.ndarray) -> float:
 
 
 def energy(S: np.ndarray, mask: np.ndarray) -> float:
-    return sum(S[y, x] for y, x in np.ndindex(S.shape) if mask[y, x]) / S.sum()
+    return float(sum(S[y, x] for y, x in np.ndindex(S.shape) if mask[y, x]) / S.sum())
 
 
 def pointing_game(S: np.ndarray, mask: np.ndarray, tolerance: int) -> float:

@@ -1,4 +1,4 @@
-"""Localisation: cases that can be seen by eye, random maps against the oracle, and how the truth gets there."""
+"""Localisation metrics: simple cases, random maps against the oracle, and ground truth in requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import camserve
 from camserve_server import registry
 from camserve_server.maps import boxes
 from camserve_server.models.model import Model
-from camserve_server.plan import MetricResult, Truth
+from camserve_server.plan import Box, MetricResult, Truth
 from camserve_server.service.server import Server
 from tests import nets
 from tests.oracles import localisation as oracle
@@ -40,26 +40,26 @@ def likeliest() -> int:
     return int(model().module(X[None])[0].argmax())
 
 
-def measured(name: str, S: Tensor, truth: Truth | None = None, c: int = C, **parameters: object) -> MetricResult:
+def measured(name: str, S: Tensor, truth: Truth | None = None, c: int = C, **parameters: Any) -> MetricResult:
     return explained(model(), X, S, [c], [metric(name, **parameters)], truth=truth).scores[0][0]
 
 
-def score(name: str, S: Tensor, truth: Truth | None = None, **parameters: object) -> float:
+def score(name: str, S: Tensor, truth: Truth | None = None, **parameters: Any) -> float:
     return measured(name, S, truth, **parameters).value
 
 
-def at(*given: boxes.Box) -> Truth:
+def at(*given: Box) -> Truth:
     return boxes.make_truth(given, None, SIZE)
 
 
-def filled(*given: boxes.Box, value: float = 1.0) -> Tensor:
+def filled(*given: Box, value: float = 1.0) -> Tensor:
     S = torch.zeros(SIZE)
     for left, top, right, bottom in given:
         S[int(top) : int(bottom), int(left) : int(right)] = value
     return S
 
 
-WIDE = (2.0, 5.0, 26.0, 11.0)  # 24×6 pixels, and nothing that is symmetric
+WIDE = (2.0, 5.0, 26.0, 11.0)  # 24×6 pixels, without any symmetry.
 PERFECT = {
     "localisation-error": 0,
     "pixel-f1": 1,
@@ -69,43 +69,43 @@ PERFECT = {
 }
 
 
-# ---- what can be seen by eye -----------------------------------------------------------------------------------------
+# ---- simple cases ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PERFECT)
-def test_a_map_that_is_the_box_is_perfect_there_and_nowhere_else(name: str) -> None:
+def test_map_equal_to_the_box_is_perfect_only_for_that_box(name: str) -> None:
     assert score(name, filled(WIDE), at(WIDE)) == PERFECT[name]
     elsewhere = (2.0, 20.0, 26.0, 26.0)
     worst = 1 - PERFECT[name]
-    # The lowest threshold has all of the image for its box.
+    # The box of the lowest threshold is the whole image.
     assert score(name, filled(WIDE), at(elsewhere)) == worst
 
 
 @pytest.mark.parametrize("name", PERFECT)
 def test_x_and_y_are_not_swapped(name: str) -> None:
-    """A box, and the same with its sides taken for one another."""
+    """The test compares a box with the same box after a swap of x and y."""
     left, top, right, bottom = WIDE
     assert score(name, filled((top, left, bottom, right)), at((top, left, bottom, right))) == PERFECT[name]
     assert score(name, filled(WIDE), at((top, left, bottom, right))) != PERFECT[name]
 
 
-def test_a_box_that_is_half_aside() -> None:
-    truth = at((14.0, 5.0, 26.0, 11.0))  # the right half
+def test_box_with_half_overlap() -> None:
+    truth = at((14.0, 5.0, 26.0, 11.0))  # The right half.
     assert score("localisation-error", filled(WIDE), truth) == pytest.approx(1 / 2)
     assert score("localisation-error", filled(WIDE), at((2.0, 8.0, 26.0, 14.0))) == pytest.approx(2 / 3)
     assert score("energy-pointing-game", filled(WIDE), truth) == pytest.approx(1 / 2)
     assert score("pixel-f1", filled(WIDE), truth) == pytest.approx(2 * 0.5 * 1 / 1.5)
     assert score("pixel-f1", filled(WIDE, value=0.5), at(WIDE)) == pytest.approx(2 * 1 * 0.5 / 1.5)
-    assert score("pointing-game", filled(WIDE), truth) == 0.5, "half of the pixels that are equally high"
+    assert score("pointing-game", filled(WIDE), truth) == 0.5, "half of the pixels with the highest value hit"
 
 
 @pytest.mark.parametrize(("iou", "right"), [(0.5, True), (0.51, False)])
-def test_from_some_overlap_on_a_box_counts_as_right(iou: float, right: bool) -> None:
+def test_threshold_decides_if_a_box_is_correct(iou: float, right: bool) -> None:
     half = at((14.0, 5.0, 26.0, 11.0))
     assert score("localisation-error", filled(WIDE), half, iou=iou) == (not right)
 
 
-def test_the_official_metric_wants_the_right_class() -> None:
+def test_official_metric_requires_the_predicted_class() -> None:
     half = at((14.0, 5.0, 26.0, 11.0))
     best, other = likeliest(), (likeliest() + 1) % 7
     assert measured("official-metric", filled(WIDE), half, c=best).value == pytest.approx(1 / 2)
@@ -113,7 +113,7 @@ def test_the_official_metric_wants_the_right_class() -> None:
     assert measured("official-metric", filled(WIDE), half, c=other, iou=0.3).value == 1
 
 
-def test_the_larger_of_two_components_and_the_nearer_of_two_boxes() -> None:
+def test_largest_component_and_best_box_count() -> None:
     small = (20.0, 30.0, 24.0, 34.0)
     both = filled(WIDE, small)
     assert score("localisation-error", both, at(WIDE)) == 0
@@ -122,13 +122,13 @@ def test_the_larger_of_two_components_and_the_nearer_of_two_boxes() -> None:
     assert score("pixel-f1", both, at(small, WIDE)) == 1
 
 
-def test_corners_do_not_connect() -> None:
+def test_components_do_not_connect_at_corners() -> None:
     touching = filled((2.0, 5.0, 10.0, 11.0), (10.0, 11.0, 14.0, 15.0))
     assert score("localisation-error", touching, at((2.0, 5.0, 10.0, 11.0))) == 0
 
 
-def test_a_ring() -> None:
-    """A map with a hole has the box of its outside; a mask with a hole has no mass in it."""
+def test_ring_has_the_box_of_its_outside() -> None:
+    """The box of a map includes its hole. The hole of a mask does not belong to the target."""
     ring = filled((4.0, 6.0, 24.0, 30.0)) - filled((8.0, 10.0, 20.0, 26.0))
     truth = boxes.make_truth((), ring.bool().numpy(), SIZE)
     assert truth.boxes == ((4.0, 6.0, 24.0, 30.0),)
@@ -138,13 +138,13 @@ def test_a_ring() -> None:
     assert score("pointing-game", middle, truth) == score("energy-pointing-game", middle, truth) == 0
 
 
-def test_the_pointing_game_may_be_near() -> None:
-    one = filled((20.0, 10.0, 21.0, 11.0))  # three to the right, four below
+def test_pointing_game_with_a_tolerance() -> None:
+    one = filled((20.0, 10.0, 21.0, 11.0))  # Three pixels to the right of the box, and four below.
     truth = at((10.0, 2.0, 18.0, 7.0))
     assert [score("pointing-game", one, truth, tolerance=t) for t in (0, 4, 5, 100)] == [0, 0, 1, 1]
 
 
-def test_a_constant_map_has_the_whole_image_for_its_box() -> None:
+def test_box_of_a_constant_map_is_the_whole_image() -> None:
     for value in (0.0, 0.7, 1.0):
         S = torch.full(SIZE, value)
         assert score("localisation-error", S, at((0.0, 0.0, W / 2, H))) == pytest.approx(1 / 2)
@@ -153,17 +153,17 @@ def test_a_constant_map_has_the_whole_image_for_its_box() -> None:
 
 
 def test_box_accuracy_at_one_overlap() -> None:
-    truth = at((8.0, 5.0, 26.0, 11.0))  # 18 of 24 columns: IoU ¾ with the map, far less with the whole image
+    truth = at((8.0, 5.0, 26.0, 11.0))  # 18 of 24 columns: IoU ¾.
     found = [score("box-accuracy", filled(WIDE), truth, iou=iou) for iou in ("0.3", "0.5", "0.7", "all")]
     assert found == [1, 1, 1, 1]
-    truth = at((12.0, 5.0, 26.0, 11.0))  # 14 of 24
+    truth = at((12.0, 5.0, 26.0, 11.0))  # 14 of 24 columns.
     found = [score("box-accuracy", filled(WIDE), truth, iou=iou) for iou in ("0.3", "0.5", "0.7", "all")]
     assert found == [1, 1, 0, 2 / 3]
     curve = measured("box-accuracy", filled(WIDE), truth).curve
     assert curve == pytest.approx([14 * 6 / (H * W)] + 99 * [14 / 24])
 
 
-def test_the_saliency_metric_looks_into_the_box() -> None:
+def test_saliency_metric_uses_the_content_of_the_box() -> None:
     for box, share in ((WIDE, 24 * 6 / (H * W)), ((2.0, 5.0, 4.0, 7.0), 0.05)):
         left, top, right, bottom = (int(side) for side in box)
         crop = F.interpolate(X[None, :, top:bottom, left:right], SIZE, mode="bicubic", align_corners=False)
@@ -172,12 +172,12 @@ def test_the_saliency_metric_looks_into_the_box() -> None:
 
 
 def needs_truth(metrics: Iterable[registry.Metric | camserve.Metric]) -> set[str]:
-    """Their names, but for those of the box study, which has a test of its own."""
+    """Return the names of metrics with ground truth, except those of the box study."""
     study = ("-drop", "-increase", "-gain")
     return {metric.name for metric in metrics if metric.needs_truth and not metric.name.endswith(study)}
 
 
-def test_only_the_saliency_metric_takes_rows() -> None:
+def test_only_the_saliency_metric_needs_a_row() -> None:
     names = [*NAMES, "official-metric", "box-accuracy", "energy-pointing-game"]
     assert set(names) == needs_truth(registry.METRICS.values())
     with running() as engine:
@@ -190,7 +190,7 @@ def test_only_the_saliency_metric_takes_rows() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_maps(seed: int) -> None:
+def test_random_maps_agree_with_the_oracle(seed: int) -> None:
     random = np.random.default_rng(seed)
     grid = torch.from_numpy(random.random((1, 1, 6, 5)) ** 2)
     S = F.interpolate(grid, SIZE, mode="bilinear")[0, 0].float() if seed % 2 else noise(*SIZE, seed=seed).sigmoid()
@@ -210,7 +210,7 @@ def test_random_maps(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_random_maps_at_every_threshold(seed: int) -> None:
+def test_box_accuracy_agrees_with_the_oracle_at_every_threshold(seed: int) -> None:
     S = F.interpolate(noise(1, 1, 3, 4, seed=seed).sigmoid(), (8, 9), mode="bilinear")[0, 0]
     tiny = as_model(nets.tiny_cnn(), (8, 9))
     truth = boxes.make_truth([(1.5, 2.0, 7.0, 6.5)], None, (8, 9))
@@ -220,7 +220,7 @@ def test_random_maps_at_every_threshold(seed: int) -> None:
     assert found.curve == pytest.approx(curve)
 
 
-def test_the_largest_component_is_scipys() -> None:
+def test_largest_component_agrees_with_scipy() -> None:
     random = np.random.default_rng(0)
     for _ in range(500):
         height, width = random.integers(1, 40, 2)
@@ -240,16 +240,16 @@ def test_the_largest_component_is_scipys() -> None:
         ((28.9, 36.9, 29.0, 37.0), range(36, 37), range(28, 29)),
     ],
 )
-def test_the_pixels_of_a_box(box: boxes.Box, rows: range, columns: range) -> None:
+def test_box_covers_pixels_by_their_centres(box: Box, rows: range, columns: range) -> None:
     found = at(box).mask.nonzero().tolist()
     assert found == [[y, x] for y in rows for x in columns]
 
 
-# ---- over the wire ---------------------------------------------------------------------------------------------------
+# ---- requests --------------------------------------------------------------------------------------------------------
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 LEFT = np.zeros((32, 32), np.float32)
-LEFT[8:24, 0:16] = 1  # of the photograph: x 0 to 30, y 10 to 30
+LEFT[8:24, 0:16] = 1  # In the photograph: x from 0 to 30, y from 10 to 30.
 NAMES = ["localisation-error", "pixel-f1", "pointing-game"]
 
 
@@ -260,8 +260,8 @@ def encoded(image: np.ndarray, orientation: int) -> bytes:
     return file.getvalue()
 
 
-def test_boxes_are_in_pixels_of_the_image(server: Server) -> None:
-    sideways = encoded(np.ascontiguousarray(np.rot90(PHOTO)), 6)  # to be turned by 90° clockwise
+def test_boxes_are_in_pixels_of_the_original_image(server: Server) -> None:
+    sideways = encoded(np.ascontiguousarray(np.rot90(PHOTO)), 6)  # EXIF: rotate by 90° clockwise.
     tensor = np.zeros((3, 32, 32), np.float32)
     with camserve.Client(server.address) as client:
 
@@ -280,10 +280,10 @@ def test_boxes_are_in_pixels_of_the_image(server: Server) -> None:
         photographs[10:30, 0:30] = True
         assert scores(PHOTO, mask=photographs) == [0, 1, 1]
         both = scores(PHOTO, mask=photographs, boxes=(30, 10, 60, 30))
-        assert both == [1, 1, 1], "boxes for the overlap, the mask for the mass"
+        assert both == [1, 1, 1], "overlap uses the boxes, mass uses the mask"
 
 
-def test_a_method_is_scored_and_metrics_say_that_they_need_it(server: Server) -> None:
+def test_metrics_publish_that_they_need_ground_truth(server: Server) -> None:
     with camserve.Client(server.address) as client:
         needy = needs_truth(client.metrics())
         assert needy == {*NAMES, "official-metric", "box-accuracy", "energy-pointing-game"}
@@ -310,10 +310,10 @@ def test_a_method_is_scored_and_metrics_say_that_they_need_it(server: Server) ->
         ({"boxes": [(0, 0, 9, 9)] * 257}, "truth.boxes"),
     ],
 )
-def test_a_truth_that_is_none(server: Server, wrong: dict[str, Any], field: str) -> None:
+def test_invalid_ground_truth_is_refused(server: Server, wrong: dict[str, Any], field: str) -> None:
     with camserve.Client(server.address) as client:
-        for ask in (client.explain, client.evaluate):
+        for request in (client.explain, client.evaluate):
             with pytest.raises(camserve.InvalidArgument) as caught:
-                ask(PHOTO, model="tiny", method="grad-cam", metrics=["pixel-f1"], **wrong)
+                request(PHOTO, model="tiny", method="grad-cam", metrics=["pixel-f1"], **wrong)
             assert caught.value.field == field
         assert client.explain(PHOTO, model="tiny", method="grad-cam").maps

@@ -1,4 +1,4 @@
-"""Served metrics against captum, and against their definitions written out once more, slowly."""
+"""Served metrics against captum, and against slow implementations of their definitions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def score(name: str, subject: Any, seed: int = 0, **parameters: object) -> float
 
 
 def made(x: Tensor, method: str) -> Tensor:
-    """The served map [H, W] of an image [3, H, W]."""
+    """Return the served map [H, W] of an image [3, H, W]."""
     return explained(model(), x, call(model(), method), [C]).maps[0].double()
 
 
@@ -41,14 +41,15 @@ def probability(x: Tensor) -> float:
 
 
 def only(inputs: Any) -> Tensor:
-    """captum hands over a tensor, or a tuple of one."""
-    return inputs[0] if isinstance(inputs, tuple) else inputs
+    """Return the tensor that captum passes, alone or in a tuple."""
+    tensor: Tensor = inputs[0] if isinstance(inputs, tuple) else inputs
+    return tensor
 
 
 @pytest.mark.parametrize("method", ["grad-cam", "smooth-grad", "occlusion"])
-def test_sensitivity_max_is_captums(method: str) -> None:
+def test_sensitivity_max_agrees_with_captum(method: str) -> None:
     def explain(inputs: Any, **_: object) -> tuple[Tensor]:
-        # A tuple: captum takes a bare tensor apart, row by row, and broadcasts it.
+        # captum would split a tensor that is not in a tuple into rows.
         return (torch.stack([made(x, method) for x in only(inputs)])[:, None],)
 
     def disturb(inputs: Any, perturb_radius: float) -> Tensor:
@@ -61,7 +62,7 @@ def test_sensitivity_max_is_captums(method: str) -> None:
     assert ours == pytest.approx(float(theirs), rel=1e-5)
 
 
-def test_infidelity_is_captums() -> None:
+def test_infidelity_agrees_with_captum() -> None:
     S = made(X, "grad-cam")
 
     def disturb(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ def test_infidelity_is_captums() -> None:
     assert ours == pytest.approx(float(theirs), rel=1e-4)
 
 
-def test_adcc_by_its_definition() -> None:
+def test_adcc_follows_its_definition() -> None:
     S = made(X, "layer-cam")
     masked = X * S
     again = made(masked, "layer-cam")
@@ -95,7 +96,7 @@ def test_adcc_by_its_definition() -> None:
 
 
 @pytest.mark.parametrize("disturb", ["uniform", "mean"])
-def test_aopc_by_its_definition(disturb: str) -> None:
+def test_aopc_follows_its_definition(disturb: str) -> None:
     S = made(X, "grad-cam")
     (H, W), region, steps = SIZE, 8, 12
     corners = [(y, x) for y in range(0, H, region) for x in range(0, W, region)]
@@ -114,25 +115,25 @@ def test_aopc_by_its_definition(disturb: str) -> None:
     assert abs(ours) > 1e-3
 
 
-def test_insertion_less_deletion() -> None:
+def test_insertion_deletion_is_the_difference() -> None:
     S = made(X, "grad-cam").float()
     parts = explained(model(), X, S, [C], [metric(name, steps=20) for name in ("insertion", "deletion")]).scores[0]
     assert score("insertion-deletion", S, steps=20) == parts[0].value - parts[1].value != 0
 
 
-def test_insertion_less_deletion_shares_its_rows() -> None:
+def test_insertion_deletion_shares_rows_with_other_metrics() -> None:
     from tests.support import running, submit
 
     names = ("insertion-deletion", "deletion", "insertion", "adcc", "average-gain")
     with running() as engine:
         job = submit(engine, model(), X, call(model(), "grad-cam"), [C], [metric(name) for name in names])
         job.future.result(60)
-    assert job.rows == 2 + 2 * 224 + 1 + 2, "the map, two curves, a masked image, and the map of it"
+    assert job.rows == 2 + 2 * 224 + 1 + 2, "rows of the map, two curves, a masked image, and its map"
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("where", ["scattered", "a blob"])
-def test_imputation_is_grad_cams(share: float, where: str) -> None:
+def test_imputation_agrees_with_grad_cam(share: float, where: str) -> None:
     from pytorch_grad_cam.metrics.road import NoisyLinearImputer, neighbors_weights
     from scipy.sparse.linalg import spsolve
 
@@ -141,7 +142,7 @@ def test_imputation_is_grad_cams(share: float, where: str) -> None:
     y, x = torch.meshgrid(*(torch.arange(side).double() for side in SIZE), indexing="ij")
     S = noise(*SIZE) if where == "scattered" else -((y - 9) ** 2 + (x - 20) ** 2)
     missing = (S - S.quantile(1 - share)) > 0
-    # Its own call is not for NumPy 2; the system that it sets up is what counts.
+    # The solver call of the library does not support NumPy 2, so the test solves its system.
     A, b = NoisyLinearImputer.setup_sparse_system((~missing).double().numpy(), X.numpy(), neighbors_weights)
     theirs = torch.from_numpy(spsolve(A.tocsc(), b)).T
     assert float(theirs.std()) > 0.05
@@ -149,7 +150,7 @@ def test_imputation_is_grad_cams(share: float, where: str) -> None:
     assert torch.equal(imputed(X, missing)[:, ~missing], X[:, ~missing])
 
 
-def test_road_by_its_definition() -> None:
+def test_road_follows_its_definition() -> None:
     from camserve_server.metrics.road import imputed
 
     S = made(X, "grad-cam")

@@ -1,11 +1,13 @@
-"""The oracles of the CAM family against torchcam and grad-cam, in float64; and where a library is wrong, in what.
+"""Oracles of the CAM family against torchcam and grad-cam, in float64, with the errors of these libraries.
 
-Each is tried on a tiny network with dead, constant and nearly dead channels, and on VGG16: in front of a global average
-pooling gradients are constant over the map, which hides mistakes; in VGG16 they are not, nor in the tiny one's r1, r2.
+The tests use a tiny network with dead, constant and nearly dead channels, and VGG16. In front of a global average
+pooling, gradients are constant over the map, which hides errors. In VGG16 and in r1 and r2 of the tiny network they
+vary.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,15 @@ from torch import Tensor, nn
 from tests import nets
 from tests.oracles.ablation_cam import ablation_cam
 from tests.oracles.cam import cam
+from tests.oracles.comparison import FixedSamples
+from tests.oracles.comparison import relative_gap as gap
 from tests.oracles.eigen_cam import eigen_cam
 from tests.oracles.fake_cam import fake_cam
 from tests.oracles.grad_cam import activation_and_gradient, grad_cam
 from tests.oracles.grad_cam_pp import grad_cam_pp
 from tests.oracles.hires_cam import hires_cam
 from tests.oracles.layer_cam import layer_cam, layer_cam_of_layers
+from tests.oracles.networks import network, tiny
 from tests.oracles.smooth_grad_cam_pp import smooth_grad_cam_pp
 from tests.oracles.xgrad_cam import xgrad_cam
 from tests.oracles.zoom_cam import zoom_cam
@@ -32,58 +37,35 @@ on_sizes = pytest.mark.parametrize("size", [(37, 29), (32, 32)], ids=["odd", "sq
 on_layers = pytest.mark.parametrize("layer", LAYERS)
 
 
-def gap(ours: Any, theirs: Any) -> float:
-    """The greatest difference, over the greatest value of theirs, which must not be all zero."""
-    scale = float(np.abs(np.asarray(theirs)).max())
-    assert scale > 0
-    return float(np.abs(np.asarray(ours) - np.asarray(theirs)).max()) / scale
-
-
 def unlike(ours: Tensor, theirs: Tensor) -> float:
-    """The gap between two maps, each over its own maximum: what is left of it when maps are scaled."""
+    """Return the gap between two maps after each is divided by its maximum."""
     return gap(ours / ours.max(), theirs / theirs.max())
 
 
-def tiny(size: tuple[int, int]) -> tuple[nn.Module, Tensor, int]:
-    """The network in float64, an image [1, 3, H, W] and the class that the network sees in it."""
-    net = nets.tiny_cnn(1).double()
-    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(2)).double()
-    return net, x, int(net(x).argmax())
-
-
 def noise_like(x: Tensor, n: int = 4, sigma: float = 0.3) -> Tensor:
-    """[n, 3, H, W]"""
+    """Return noise [n, 3, H, W]."""
     return sigma * torch.randn(n, *x.shape[1:], generator=torch.Generator().manual_seed(3)).double()
 
 
 def module(net: nn.Module, layer: str) -> nn.Module:
-    return dict(net.named_modules())[layer]
-
-
-class Given:
-    """In the place of a torch distribution: the samples that it is given, one after another."""
-
-    def __init__(self, samples: Tensor) -> None:
-        self.samples = list(samples)
-
-    def sample(self, size: torch.Size) -> Tensor:
-        return self.samples.pop(0).reshape(size)
+    return net.get_submodule(layer)
 
 
 def of_torchcam(method: str, net: nn.Module, x: Tensor, layer: str, c: int, noise: Tensor | None = None) -> Tensor:
-    """The map [h, w] before it is scaled."""
+    """Return the map [h, w] of torchcam, not scaled."""
     import torchcam.methods
 
     with getattr(torchcam.methods, method)(net, layer, input_shape=tuple(x.shape[1:])) as extractor:
         if noise is not None:
-            extractor.num_samples, extractor._distrib = len(noise), Given(noise)
+            extractor.num_samples, extractor._distrib = len(noise), FixedSamples(noise)
         scores = net(x.clone().requires_grad_())
         (theirs,) = extractor(c, scores, normalized=False)
-    return theirs[0].detach()
+    theirs_of_one: Tensor = theirs[0].detach()
+    return theirs_of_one
 
 
 def of_grad_cam(method: str, net: nn.Module, x: Tensor, layer: str, c: int) -> Tensor:
-    """The map [h, w] before it is scaled, its negative values set to 0, as the library does next."""
+    """Return the map [h, w] of grad-cam, not scaled, with negative values set to 0."""
     import pytorch_grad_cam
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -91,7 +73,7 @@ def of_grad_cam(method: str, net: nn.Module, x: Tensor, layer: str, c: int) -> T
     with getattr(pytorch_grad_cam, method)(net, [module(net, layer)]) as explainer:
         image = explainer.get_cam_image
 
-        def keep(*args: Any) -> np.ndarray:
+        def keep(*args: Any) -> Any:
             seen.append(image(*args))
             return seen[0]
 
@@ -100,11 +82,11 @@ def of_grad_cam(method: str, net: nn.Module, x: Tensor, layer: str, c: int) -> T
     return torch.from_numpy(np.maximum(seen[0][0], 0))
 
 
-# --- Where the libraries are right ---
+# --- Agreement with the libraries ---
 
 
 @on_sizes
-def test_cam_is_torchcams_and_grad_cam_times_the_area(size: tuple[int, int]) -> None:
+def test_cam_agrees_with_torchcam_and_with_grad_cam_times_the_area(size: tuple[int, int]) -> None:
     net, x, c = tiny(size)
     (A,) = nets.activations(net, x, ["r3"])
     ours = cam(A, net.fc.weight, c)
@@ -115,21 +97,21 @@ def test_cam_is_torchcams_and_grad_cam_times_the_area(size: tuple[int, int]) -> 
 
 @on_sizes
 @on_layers
-def test_grad_cam_pp_is_grad_cams(size: tuple[int, int], layer: str) -> None:
+def test_grad_cam_pp_agrees_with_grad_cam(size: tuple[int, int], layer: str) -> None:
     net, x, c = tiny(size)
     theirs = of_grad_cam("GradCAMPlusPlus", net, x, layer, c)
     assert gap(grad_cam_pp(net, x, module(net, layer), c, eps=1e-6).map, theirs) < 1e-12
     ours = grad_cam_pp(net, x, module(net, layer), c).map
-    assert unlike(ours, theirs) > 1e-3  # their 1e-6 shows
+    assert unlike(ours, theirs) > 1e-3  # The library adds 1e-6 to the denominator.
     assert unlike(ours, grad_cam(net, x, module(net, layer), c).map) > 0.01
 
 
 @on_sizes
 @on_layers
-def test_xgrad_cam_hires_cam_and_layer_cam_are_the_libraries(size: tuple[int, int], layer: str) -> None:
+def test_xgrad_cam_hires_cam_and_layer_cam_agree_with_the_libraries(size: tuple[int, int], layer: str) -> None:
     net, x, c = tiny(size)
     ours = xgrad_cam(net, x, module(net, layer), c)
-    assert gap(ours.map, of_torchcam("XGradCAM", net, x, layer, c)) < 1e-8  # their epsilons
+    assert gap(ours.map, of_torchcam("XGradCAM", net, x, layer, c)) < 1e-8  # The libraries add an epsilon.
     assert gap(ours.map, of_grad_cam("XGradCAM", net, x, layer, c)) < 1e-7
     assert ours.weights[0] == 0
     hires = hires_cam(net, x, module(net, layer), c)
@@ -138,21 +120,21 @@ def test_xgrad_cam_hires_cam_and_layer_cam_are_the_libraries(size: tuple[int, in
     assert gap(single, of_torchcam("LayerCAM", net, x, layer, c)) < 1e-12
     assert gap(single, of_grad_cam("LayerCAM", net, x, layer, c)) < 1e-12
     assert unlike(single, hires) > 0.05
-    assert unlike(ours.map, hires) > 0.05 or layer == "r3"  # there, g is constant
+    assert unlike(ours.map, hires) > 0.05 or layer == "r3"  # The gradient of r3 is constant.
 
 
 @on_sizes
 @on_layers
-def test_ablation_cam_is_grad_cams(size: tuple[int, int], layer: str) -> None:
+def test_ablation_cam_agrees_with_grad_cam(size: tuple[int, int], layer: str) -> None:
     net, x, c = tiny(size)
     ours = ablation_cam(net, x, module(net, layer), c)
-    assert gap(ours.map, of_grad_cam("AblationCAM", net, x, layer, c)) < 2e-6  # they keep scores in float32
+    assert gap(ours.map, of_grad_cam("AblationCAM", net, x, layer, c)) < 2e-6  # The library keeps scores in float32.
     assert ours.weights[0] == 0
-    assert ours.weights[1] != 0  # constant, but not without effect
+    assert ours.weights[1] != 0  # A constant channel has an effect, too.
 
 
-def test_hires_cam_without_relu_adds_up_to_the_score() -> None:
-    """Behind the last layer the network is linear and has no bias."""
+def test_hires_cam_without_relu_sums_to_the_logit() -> None:
+    """The network is linear and has no bias after the last layer."""
     net, x, c = tiny((37, 29))
     signed = hires_cam(net, x, net.r3, c, relu=False)
     assert signed.min() < 0
@@ -160,12 +142,12 @@ def test_hires_cam_without_relu_adds_up_to_the_score() -> None:
     assert gap(hires_cam(net, x, net.r3, c), signed.relu()) == 0
 
 
-# --- Where they are not ---
+# --- Errors of the libraries ---
 
 
 @on_sizes
 @on_layers
-def test_torchcams_grad_cam_pp_is_not_the_papers(size: tuple[int, int], layer: str) -> None:
+def test_grad_cam_pp_of_torchcam_differs_from_the_paper(size: tuple[int, int], layer: str) -> None:
     net, x, c = tiny(size)
     theirs = of_torchcam("GradCAMpp", net, x, layer, c)
     assert gap(grad_cam_pp(net, x, module(net, layer), c, "torchcam").map, theirs) < 1e-12
@@ -175,7 +157,7 @@ def test_torchcams_grad_cam_pp_is_not_the_papers(size: tuple[int, int], layer: s
 
 @on_sizes
 @on_layers
-def test_torchcams_smooth_grad_cam_pp_is_not_the_papers(size: tuple[int, int], layer: str) -> None:
+def test_smooth_grad_cam_pp_of_torchcam_differs_from_the_paper(size: tuple[int, int], layer: str) -> None:
     net, x, c = tiny(size)
     noise = noise_like(x)
     theirs = of_torchcam("SmoothGradCAMpp", net, x, layer, c, noise)
@@ -188,14 +170,14 @@ def test_torchcams_smooth_grad_cam_pp_is_not_the_papers(size: tuple[int, int], l
 
 
 @on_layers
-def test_smooth_grad_cam_pp_without_noise_is_grad_cam_pp(layer: str) -> None:
+def test_smooth_grad_cam_pp_without_noise_equals_grad_cam_pp(layer: str) -> None:
     net, x, c = tiny((37, 29))
     noise = torch.zeros(3, *x.shape[1:]).double()
     ours = smooth_grad_cam_pp(net, x, module(net, layer), c, noise)
     assert gap(ours.map, grad_cam_pp(net, x, module(net, layer), c).map) < 1e-12
 
 
-def test_torchcam_scales_every_layer_that_it_fuses() -> None:
+def test_torchcam_scales_all_fused_layers() -> None:
     from torchcam.methods import LayerCAM
 
     net, x, c = tiny((32, 32))
@@ -206,9 +188,9 @@ def test_torchcam_scales_every_layer_that_it_fuses() -> None:
     assert gap(layer_cam_of_layers(net, x, modules, c), theirs) > 0.01
 
 
-def test_ablation_of_a_signed_layer_is_not_grad_cams() -> None:
+def test_ablation_of_a_signed_layer_differs_from_grad_cam() -> None:
     net, x, c = tiny((37, 29))
-    net.r3 = nn.Identity()
+    net.r3 = nn.Identity()  # type: ignore[assignment]
     ours = ablation_cam(net, x, net.c3, c).map
     theirs = of_grad_cam("AblationCAM", net, x, "c3", c)
     assert unlike(ours, theirs) > 0.5
@@ -219,7 +201,7 @@ def test_ablation_of_a_signed_layer_is_not_grad_cams() -> None:
 
 def test_layer_cam_of_layers_and_zoom_cam_by_hand() -> None:
     net, x, c = tiny((37, 29))
-    net.fc.weight.abs_()  # so that r3's maps are nowhere 0
+    net.fc.weight.abs_()  # The maps of r3 are then positive everywhere.
     modules = [module(net, layer) for layer in LAYERS]
     S, Z = [], []
     for m in modules:
@@ -231,15 +213,15 @@ def test_layer_cam_of_layers_and_zoom_cam_by_hand() -> None:
     Z = [(z - z.min()) / z.max() for z in Z]
     for ours, maps in ((layer_cam_of_layers(net, x, modules, c), M), (zoom_cam(net, x, modules, c), Z)):
         up = [F.interpolate(m[None, None], (37, 29), mode="bilinear", align_corners=False)[0, 0] for m in maps]
-        assert all((ours == u).any() for u in up)  # each layer wins somewhere
+        assert all((ours == u).any() for u in up)  # Each layer is the maximum at some pixel.
         assert gap(ours, torch.stack(up).amax(0)) < 1e-12
         assert 0.9 < ours.max() <= 1
     assert gap(layer_cam_of_layers(net, x, modules[2:], c, scaled=0), M[2]) < 1e-12
 
 
-def test_no_map_is_divided_by_zero() -> None:
+def test_maps_of_zeros_stay_zero() -> None:
     net, x, _ = tiny((32, 32))
-    net.fc.weight[3] = -1  # a class that everything speaks against
+    net.fc.weight[3] = -1  # All evidence is against this class.
     modules = [module(net, layer) for layer in LAYERS[2:]]
     assert zoom_cam(net, x, modules, 3).abs().max() == 0
     assert layer_cam_of_layers(net, x, modules, 3).abs().max() == 0
@@ -254,15 +236,15 @@ def test_no_map_is_divided_by_zero() -> None:
 
 @on_sizes
 @on_layers
-def test_eigen_cam(size: tuple[int, int], layer: str) -> None:
-    """Centred it is grad-cam's: its EigenCAM has either sign, its SegEigenCAM has ours. Not centred, the paper's."""
+def test_eigen_cam_agrees_with_grad_cam_and_the_svd(size: tuple[int, int], layer: str) -> None:
+    """Centred maps agree with grad-cam: EigenCAM up to its sign, SegEigenCAM exactly. Others follow the paper."""
     from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection_with_sign_correction
 
     net, x, c = tiny(size)
     (A,) = nets.activations(net, x, [layer])
     centred = eigen_cam(A, centred=True)
     assert centred.max() >= -centred.min() > 0
-    assert gap(centred, get_2d_projection_with_sign_correction(A[None].numpy())[0]) < 1e-6  # they return float32
+    assert gap(centred, get_2d_projection_with_sign_correction(A[None].numpy())[0]) < 1e-6  # float32
     theirs = of_grad_cam("EigenCAM", net, x, layer, c)
     assert min(gap(centred.relu(), theirs), gap((-centred).relu(), theirs)) < 1e-6
     ours = eigen_cam(A)
@@ -273,17 +255,17 @@ def test_eigen_cam(size: tuple[int, int], layer: str) -> None:
     assert unlike(ours, centred.relu()) > 0.05
 
 
-def test_eigen_cam_of_one_pattern_is_that_pattern() -> None:
+def test_eigen_cam_returns_a_single_common_pattern() -> None:
     pattern = torch.rand(3, 5, generator=torch.Generator().manual_seed(1)).double()
     strength = torch.tensor([2.0, 0.0, 1.0, 2.0]).double()
     assert gap(eigen_cam(strength[:, None, None] * pattern), 3 * pattern) < 1e-9
     assert eigen_cam(torch.zeros(4, 3, 5)).abs().max() == 0
 
 
-# --- The rest ---
+# --- Other tests ---
 
 
-def test_fake_cam() -> None:
+def test_fake_cam_is_one_except_for_a_corner() -> None:
     ours = fake_cam((3, 4))
     assert ours.shape == (3, 4)
     assert ours[0, 0] == 0
@@ -291,13 +273,13 @@ def test_fake_cam() -> None:
 
 
 @pytest.mark.slow
-def test_on_vgg16() -> None:
+def test_cam_oracles_on_vgg16() -> None:
     layer = "features.22"  # block4_conv3
-    net = nets.calibrated("vgg16").double()
+    net = copy.deepcopy(network("vgg16")).double()
     x = torch.randn(1, 3, 48, 40, generator=torch.Generator().manual_seed(4)).double()
     m, c, noise = module(net, layer), int(net(x).argmax()), noise_like(x, 2)
     _, g = activation_and_gradient(net, x, m, c)
-    assert (g.amax((1, 2)) - g.amin((1, 2))).max() > g.abs().max() / 2  # not constant
+    assert (g.amax((1, 2)) - g.amin((1, 2))).max() > g.abs().max() / 2  # The gradient varies over the positions.
     pairs = {
         "Grad-CAM++": (grad_cam_pp(net, x, m, c, eps=1e-6).map, of_grad_cam("GradCAMPlusPlus", net, x, layer, c)),
         "torchcam's": (grad_cam_pp(net, x, m, c, "torchcam").map, of_torchcam("GradCAMpp", net, x, layer, c)),

@@ -1,37 +1,24 @@
-"""The oracles that mask the image at random or in steps, against torchcam, scikit-image and by hand, in float64."""
+"""Oracles with random masks or stepwise masks against torchcam, scikit-image and values by hand, in float64."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytest
 import skimage.transform
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests import nets
+from tests.oracles.comparison import FixedSamples
+from tests.oracles.comparison import relative_gap as gap
 from tests.oracles.is_cam import is_cam
+from tests.oracles.networks import tiny
 from tests.oracles.rise import rise, rise_masks
 from tests.oracles.score_cam import score_cam
 from tests.oracles.ss_cam import ss_cam
 
 on_sizes = pytest.mark.parametrize("size", [(37, 29), (32, 32)], ids=["odd", "square"])
 on_layers = pytest.mark.parametrize("layer", ["r1", "r2", "r3"])
-
-
-def gap(ours: Any, theirs: Any) -> float:
-    """The greatest difference, over the greatest value of theirs, which must not be all zero."""
-    scale = float(np.abs(np.asarray(theirs)).max())
-    assert scale > 0
-    return float(np.abs(np.asarray(ours) - np.asarray(theirs)).max()) / scale
-
-
-def tiny(size: tuple[int, int]) -> tuple[nn.Module, Tensor, int]:
-    """The network in float64, an image [1, 3, H, W] and the class that the network sees in it."""
-    net = nets.tiny_cnn(1).double()
-    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(2)).double()
-    return net, x, int(net(x).argmax())
 
 
 def uniform(*shape: int, seed: int = 3) -> Tensor:
@@ -42,44 +29,34 @@ def normal(*shape: int, seed: int = 3) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-class Given:
-    """In the place of a torch distribution: the samples that it is given, one after another."""
-
-    def __init__(self, samples: Tensor) -> None:
-        self.samples = list(samples)
-
-    def sample(self, size: torch.Size) -> Tensor:
-        return self.samples.pop(0).reshape(size)
-
-
 # --- SS-CAM and IS-CAM ---
 
 
 @on_sizes
 @on_layers
-def test_ss_cam_is_torchcams_but_for_the_order_of_scaling(size: tuple[int, int], layer: str) -> None:
+def test_ss_cam_agrees_with_torchcam_except_for_the_order_of_scaling(size: tuple[int, int], layer: str) -> None:
     from torchcam.methods import SSCAM
 
     net, x, c = tiny(size)
     (A,) = nets.activations(net, x, [layer])
     noise = 2 * normal(5, len(A), *size)
     with SSCAM(net, layer, input_shape=(3, *size), num_samples=5) as extractor:
-        extractor._distrib = Given(noise)
+        extractor._distrib = FixedSamples(noise)  # type: ignore[assignment]
         net(x)
         (theirs,) = extractor(c, normalized=False)
     ours = ss_cam(net, x, A, c, noise, "torchcam")
     assert gap(ours.map, theirs[0]) < 1e-12
-    assert ours.weights[0] > 0  # the dead channel: noise has a score of its own
+    assert ours.weights[0] > 0  # The dead channel: noise alone has a score, too.
     paper = ss_cam(net, x, A, c, noise)
-    assert (gap(paper.map, theirs[0]) > 1e-4) == (layer != "r1")  # nothing is upsampled there
+    assert (gap(paper.map, theirs[0]) > 1e-4) == (layer != "r1")  # Maps of r1 are not upsampled.
     shared = ss_cam(net, x, A, c, noise[:, :1])
     assert gap(shared.map, paper.map) > 1e-4
-    assert gap(shared.scores[0], shared.scores[1]) == 0  # dead and constant: the same rows
+    assert gap(shared.scores[0], shared.scores[1]) == 0  # Dead and constant channels have the same rows.
 
 
 @on_sizes
 @on_layers
-def test_is_cam_is_not_torchcams_which_adds_its_steps_up(size: tuple[int, int], layer: str) -> None:
+def test_is_cam_differs_from_torchcam_which_accumulates_its_steps(size: tuple[int, int], layer: str) -> None:
     from torchcam.methods import ISCAM
 
     net, x, c = tiny(size)
@@ -94,7 +71,7 @@ def test_is_cam_is_not_torchcams_which_adds_its_steps_up(size: tuple[int, int], 
 
 
 @on_layers
-def test_without_noise_or_in_one_step_they_are_score_cam(layer: str) -> None:
+def test_ss_cam_without_noise_and_is_cam_with_one_step_equal_score_cam(layer: str) -> None:
     net, x, c = tiny((37, 29))
     (A,) = nets.activations(net, x, [layer])
     expected = score_cam(net, x, A, c)
@@ -104,7 +81,7 @@ def test_without_noise_or_in_one_step_they_are_score_cam(layer: str) -> None:
 
 
 def test_is_cam_by_hand() -> None:
-    """A score that is the square of one pixel: the mean of the squares of 1/2 and 1."""
+    """The score is the square of one pixel, so its mean is that of the squares of 1/2 and 1."""
     x = torch.full((1, 3, 2, 2), 2.0)
     A = torch.tensor([[[0.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]])
     ours = is_cam(lambda rows: rows[:, 0, 0, 0][:, None] ** 2, x, A, 0, steps=2)
@@ -117,8 +94,8 @@ def test_is_cam_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("size", "s"), [((37, 29), 8), ((32, 32), 8), ((32, 32), 7), ((224, 224), 8)])
-def test_rise_masks_are_the_authors_but_for_the_border(size: tuple[int, int], s: int) -> None:
-    """Their masks are cuts of scikit-image's upsampled grid, at whole cells and one more."""
+def test_rise_masks_agree_with_the_authors_except_at_the_border(size: tuple[int, int], s: int) -> None:
+    """The masks of the authors are crops of a grid that scikit-image upsampled, with one further cell."""
     cell = [-(-side // s) for side in size]
     grids = (uniform(6, s, s) < 0.5).double()
     shifts = (uniform(6, 2, seed=4) * torch.tensor(cell)).long()
@@ -143,7 +120,7 @@ def test_rise_masks_are_the_authors_but_for_the_border(size: tuple[int, int], s:
     assert 0.3 < ours.mean() < 0.7
 
 
-def test_rise_is_the_mean_of_masks_weighed_by_probability() -> None:
+def test_rise_is_the_mean_of_masks_weighted_by_probability() -> None:
     net, x, c = tiny((37, 29))
     masks = rise_masks((uniform(40, 8, 8) < 0.5).double(), (uniform(40, 2, seed=4) * 4).long(), (37, 29))
     with torch.no_grad():
@@ -153,8 +130,8 @@ def test_rise_is_the_mean_of_masks_weighed_by_probability() -> None:
     assert gap(rise(net, x, c, masks, 0.1), 5 * ours) < 1e-12
 
 
-def test_rise_finds_the_one_pixel_that_counts() -> None:
-    """Over all 512 masks of 3×3 the map is an expectation: with the pixel kept, or with it kept half of the time."""
+def test_rise_finds_the_only_pixel_with_an_effect() -> None:
+    """Over all 512 masks of 3×3, the map is the expected probability, given that a pixel is shown."""
     x = torch.ones(1, 3, 3, 3).double()
     masks = torch.tensor([[(n >> bit) & 1 for bit in range(9)] for n in range(512)]).double().reshape(512, 3, 3)
     ours = rise(lambda rows: torch.stack((4 * rows[:, 0, 1, 2], 0 * rows[:, 0, 0, 0]), 1), x, 0, masks, 0.5)

@@ -1,10 +1,10 @@
-"""Every served method against its oracle: each class of a request, its raw map and its finished one.
+"""Every served method against its oracle: the raw map and the finished map of each class of a request.
 
-In float64 the two are the same but for the float32 of the answer; in float32 they differ by the rounding of batches.
-What is random is drawn here from the published recipe, sample i by a generator of its own, and handed to the oracle.
+In float64, maps differ only by the float32 of the response. In float32, they differ by the rounding of batches. The
+tests draw random numbers as documented, with one generator per sample, and pass them to the oracle.
 
-test_methods.py has more of Poly-CAM, Opti-CAM, Grad-CAM and Score-CAM; test_served_on_large_networks.py has what its
-name says.
+test_methods.py contains more tests of Poly-CAM, Opti-CAM, Grad-CAM and Score-CAM. test_served_on_large_networks.py runs
+the methods on large networks.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tests.oracles.ablation_cam import ablation_cam
 from tests.oracles.attention_rollout import attention_rollout
 from tests.oracles.cam import cam
 from tests.oracles.center_gaussian import center_gaussian
+from tests.oracles.comparison import gap, unit
 from tests.oracles.eigen_cam import eigen_cam
 from tests.oracles.fake_cam import fake_cam
 from tests.oracles.grad_cam import grad_cam
@@ -39,6 +40,7 @@ from tests.oracles.input_x_gradient import input_x_gradient
 from tests.oracles.integrated_gradients import integrated_gradients
 from tests.oracles.is_cam import is_cam
 from tests.oracles.layer_cam import layer_cam, layer_cam_of_layers
+from tests.oracles.networks import network, photograph
 from tests.oracles.occlusion import occlusion
 from tests.oracles.opti_cam import opti_cam
 from tests.oracles.poly_cam import poly_cam
@@ -48,7 +50,6 @@ from tests.oracles.score_cam import score_cam
 from tests.oracles.smooth_grad import smooth_grad
 from tests.oracles.smooth_grad_cam_pp import smooth_grad_cam_pp
 from tests.oracles.ss_cam import ss_cam
-from tests.oracles.test_methods import gap, network, photograph, unit
 from tests.oracles.test_oracles_attention import of_timm
 from tests.oracles.xgrad_cam import xgrad_cam
 from tests.oracles.zoom_cam import zoom_cam
@@ -58,18 +59,26 @@ SEED = 7
 F32, F64 = torch.float32, torch.float64
 
 
-# ---- what an oracle is asked -----------------------------------------------------------------------------------------
+# ---- arguments of the oracles ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
-    """Class c of the image x [1, 3, H, W]; `layers` are the names of the modules to be hooked, fine to coarse."""
+class Arguments:
+    """Arguments of an oracle.
+
+    Attributes:
+        net: The network.
+        x: Image [1, 3, H, W].
+        c: Class index.
+        layers: Names of the modules with the activations, fine to coarse.
+        grid: Grid of the tokens of a transformer.
+    """
 
     net: Any
     x: Tensor
     c: int
     layers: tuple[str, ...]
-    grid: tuple[int, int]  # of a transformer's tokens
+    grid: tuple[int, int]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -81,12 +90,12 @@ class Question:
 
     @property
     def on_layer(self) -> tuple[nn.Module, Tensor, nn.Module, int]:
-        """What the oracles take that differentiate for a layer."""
+        """Arguments of oracles that use the gradient of a layer."""
         return self.net, self.x, self.modules[0], self.c
 
     @property
     def on_channels(self) -> tuple[nn.Module, Tensor, Tensor, int]:
-        """What the oracles take that mask by a layer's activations."""
+        """Arguments of oracles that mask the image by the activations of a layer."""
         return self.net, self.x, self.activations[0], self.c
 
     @property
@@ -98,70 +107,79 @@ class Question:
         return nets.activations(self.net, self.x, list(self.layers))
 
     def noise(self, samples: int, sigma: float, *shape: int) -> Tensor:
-        """[samples, …]: that of sample i is the same for every class."""
+        """Return noise [samples, …]. All classes share the noise of a sample."""
         return torch.stack([sigma * normal(shape, SEED, i).to(self.x) for i in range(samples)])
 
 
-Maps = tuple[Tensor | None, Tensor]  # raw, where the oracle has it, and finished
+Maps = tuple[Tensor | None, Tensor]  # Raw map, if the oracle returns it, and finished map.
 Oracle = Callable[..., Tensor | Maps]
 
 
-def of_ablation_cam(q: Question) -> Tensor:
-    """A channel of a transformer is taken from the class token too, which the grid does not show."""
+def of_ablation_cam(q: Arguments) -> Tensor:
+    """Ablate a channel of all tokens. The grid does not contain the class token."""
     if not q.layers[0].endswith(".grid"):
         return ablation_cam(*q.on_layer).map
     every_token = q.net.get_submodule(q.layers[0].removesuffix("grid") + "all")
     return ablation_cam(q.net, q.x, every_token, q.c).map[1:].reshape(q.grid)
 
 
-def of_cam(q: Question) -> Tensor:
-    """The layer is the one that is averaged, whatever the network calls it and the linear one."""
+def of_cam(q: Arguments) -> Tensor:
+    """Use the pooled layer and the linear layer, whose names depend on the network."""
     heads = (("r3", "fc"), ("layer4", "fc"), ("bn2", "classifier"))
     layer, linear = next(names for names in heads if all(hasattr(q.net, name) for name in names))
     (A,) = nets.activations(q.net, q.x, [layer])
     return cam(A, q.net.get_submodule(linear).weight, q.c)
 
 
-def of_eigen_cam(q: Question, centred: bool = False) -> Tensor:
-    """The oracle's sign is grad-cam's; the served map goes along with the sum of the activations."""
+def of_eigen_cam(q: Arguments, centred: bool = False) -> Tensor:
+    """Return the map with the sign of the served map, which correlates with the sum of the activations."""
     (A,) = q.activations
     L = eigen_cam(A, centred)
     return -L if (L * A.sum(dim=0)).sum() < 0 else L
 
 
-def of_gradient_shap(q: Question, samples: int = 50, sigma: float = 0.0, signed: bool = False) -> Tensor:
+def of_grad_cam_pp(q: Arguments, variant: Any = "paper") -> Tensor:
+    return grad_cam_pp(*q.on_layer, variant).map
+
+
+def of_gradient_shap(q: Arguments, samples: int = 50, sigma: float = 0.0, signed: bool = False) -> Tensor:
     a = torch.rand(samples, generator=generator(SEED, samples), dtype=F64).to(q.x)
     M = gradient_shap(*q.on_input, a, q.noise(samples, sigma, 3, *q.size))
     return M if signed else M.abs()
 
 
-def of_input_x_gradient(q: Question, signed: bool = False) -> Tensor:
+def of_input_x_gradient(q: Arguments, signed: bool = False) -> Tensor:
     M = input_x_gradient(*q.on_input)
     return M if signed else M.abs()
 
 
-def of_integrated_gradients(q: Question, steps: int = 50, signed: bool = False) -> Tensor:
+def of_integrated_gradients(q: Arguments, steps: int = 50, signed: bool = False) -> Tensor:
     M = integrated_gradients(*q.on_input, steps)
     return M if signed else M.abs()
 
 
-def of_layer_cam(q: Question, scaled: int = 2) -> Tensor:
-    """One layer alone is left as it is."""
+def of_is_cam(q: Arguments, steps: int = 10, variant: Any = "paper") -> Tensor:
+    return is_cam(*q.on_channels, steps, variant).map
+
+
+def of_layer_cam(q: Arguments, scaled: int = 2) -> Tensor:
+    """Fuse several layers. A single layer is not scaled."""
     return layer_cam(*q.on_layer) if len(q.layers) == 1 else layer_cam_of_layers(q.net, q.x, q.modules, q.c, scaled)
 
 
-def of_occlusion(q: Question, window: int = 0, stride: int = 0, signed: bool = False) -> Tensor:
-    """0 stands for 64 and 8 pixels of 224; a window that moves further than its own side would leave pixels out."""
-    windows = [min(window or round(side * 64 / 224), side) for side in q.size]
-    strides = [min(stride or round(side * 8 / 224), w) for side, w in zip(q.size, windows, strict=True)]
-    M = occlusion(*q.on_input, tuple(windows), tuple(strides))
+def of_occlusion(q: Arguments, window: int = 0, stride: int = 0, signed: bool = False) -> Tensor:
+    """Replace 0 by 64 and 8 of 224 pixels. A stride is at most the side of the window, so no pixel is left out."""
+    high, wide = (min(window or round(side * 64 / 224), side) for side in q.size)
+    down, across = (min(stride or round(side * 8 / 224), w) for side, w in zip(q.size, (high, wide), strict=True))
+    M = occlusion(*q.on_input, (high, wide), (down, across))
     return M if signed else M.abs()
 
 
-def of_opti_cam(q: Question, relu: bool = True, **parameters: Any) -> Maps:
-    """In float32 the gradient for a constant channel is rounding, of which Adam makes whole steps.
+def of_opti_cam(q: Arguments, relu: bool = True, **parameters: Any) -> Maps:
+    """Return the raw map in float64 only.
 
-    They raise and lower the raw map as a whole, so that there is no raw map to compare with.
+    In float32, the gradient for a constant channel is rounding, from which Adam makes whole steps. They shift the raw
+    map by a constant.
     """
     (A,) = q.activations
     theirs = opti_cam(q.net, q.x, A, q.c, relu=relu, mean=IMAGENET_MEAN, std=IMAGENET_STD, **parameters)
@@ -169,11 +187,11 @@ def of_opti_cam(q: Question, relu: bool = True, **parameters: Any) -> Maps:
     return raw if A.dtype == F64 else None, theirs.saliency
 
 
-def of_poly_cam(weights: Any, q: Question, variant: Any = "paper") -> Maps:
+def of_poly_cam(weights: Any, q: Arguments, variant: Any = "paper") -> Maps:
     return None, poly_cam(q.net, q.x, q.activations, q.c, weights, variant).map
 
 
-def of_rise(q: Question, masks: int = 6000, cells: int = 8, keep: float = 0.1) -> Tensor:
+def of_rise(q: Arguments, masks: int = 6000, cells: int = 8, keep: float = 0.1) -> Tensor:
     grids, shifts = [], []
     for i in range(masks):
         chance = generator(SEED, i)
@@ -182,7 +200,15 @@ def of_rise(q: Question, masks: int = 6000, cells: int = 8, keep: float = 0.1) -
     return rise(*q.on_input, rise_masks(torch.stack(grids), torch.tensor(shifts), q.size), keep)
 
 
-def of_smooth_grad_cam_pp(q: Question, samples: int = 4, sigma: float = 0.3, variant: Any = "paper") -> Tensor:
+def of_smooth_grad(q: Arguments, samples: int = 50, sigma: float = 1.0) -> Tensor:
+    return smooth_grad(*q.on_input, q.noise(samples, sigma, 3, *q.size))
+
+
+def of_ss_cam(q: Arguments, samples: int = 35, sigma: float = 2.0) -> Tensor:
+    return ss_cam(*q.on_channels, q.noise(samples, sigma, *q.size)[:, None]).map
+
+
+def of_smooth_grad_cam_pp(q: Arguments, samples: int = 4, sigma: float = 0.3, variant: Any = "paper") -> Tensor:
     return smooth_grad_cam_pp(*q.on_layer, q.noise(samples, sigma, 3, *q.size), variant).map
 
 
@@ -194,12 +220,12 @@ ORACLES: dict[str, Oracle] = {
     "eigen-cam": of_eigen_cam,
     "fake-cam": lambda q: fake_cam(q.size),
     "grad-cam": lambda q: grad_cam(*q.on_layer).map,
-    "grad-cam++": lambda q, variant="paper": grad_cam_pp(*q.on_layer, variant).map,
+    "grad-cam++": of_grad_cam_pp,
     "gradient-shap": of_gradient_shap,
     "hires-cam": lambda q: hires_cam(*q.on_layer),
     "input-x-gradient": of_input_x_gradient,
     "integrated-gradients": of_integrated_gradients,
-    "is-cam": lambda q, steps=10, variant="paper": is_cam(*q.on_channels, steps, variant).map,
+    "is-cam": of_is_cam,
     "layer-cam": of_layer_cam,
     "occlusion": of_occlusion,
     "opti-cam": of_opti_cam,
@@ -210,9 +236,9 @@ ORACLES: dict[str, Oracle] = {
     "random": lambda q: torch.rand(q.size, generator=generator(SEED, *q.size)),
     "rise": of_rise,
     "score-cam": lambda q, **parameters: score_cam(*q.on_channels, **parameters).map,
-    "smooth-grad": lambda q, samples=50, sigma=1.0: smooth_grad(*q.on_input, q.noise(samples, sigma, 3, *q.size)),
+    "smooth-grad": of_smooth_grad,
     "smooth-grad-cam++": of_smooth_grad_cam_pp,
-    "ss-cam": lambda q, samples=35, sigma=2.0: ss_cam(*q.on_channels, q.noise(samples, sigma, *q.size)[:, None]).map,
+    "ss-cam": of_ss_cam,
     "xgrad-cam": lambda q: xgrad_cam(*q.on_layer).map,
     "zoom-cam": lambda q: zoom_cam(q.net, q.x, q.modules, q.c, q.size),
 }
@@ -225,17 +251,17 @@ SIZES = {
     "tiny": (32, 32),
     "tiny odd": (37, 29),
     "tiny tall": (84, 56),
-    "vit": (48, 32),  # not square, so that its rows of tokens are no columns
+    "vit": (48, 32),  # Not square, to detect swapped rows and columns of tokens.
     "vgg16": (64, 64),
     "resnet50": (64, 64),
     "efficientnet-lite0": (96, 96),
 }
-GRID = (6, 4)  # of vit
+GRID = (6, 4)  # Tokens of "vit".
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A served model, the same network for the oracles, and an image [1, 3, H, W]."""
+    """Served model, its network for the oracles, and an image [1, 3, H, W]."""
 
     model: Model
     net: nn.Module
@@ -248,14 +274,14 @@ def case(name: str, dtype: torch.dtype) -> Case:
     if name == "vit":
         return transformer(size, dtype)
     model = as_model(copy.deepcopy(network(name)), size, dtype=dtype)
-    x = noise(3, *size) if name.startswith("tiny") else photograph(size)  # noise: what is nearly dead is alive
+    x = noise(3, *size) if name.startswith("tiny") else photograph(size)  # Nearly dead channels respond to noise.
     return Case(model, model.module, x[None].to(dtype))
 
 
 def transformer(size: tuple[int, int], dtype: torch.dtype) -> Case:
-    """Its normalisations have a scale and a shift, as trained ones do.
+    """Return a transformer whose normalisations have a scale and a shift, as after training.
 
-    Else the channels would add up to zero everywhere, and a mean over them would be nothing but rounding.
+    Otherwise the channels would add up to zero at every position, and their mean would be rounding.
     """
     net: Any = nets.tiny_vit()
     net.set_input_size(img_size=size)
@@ -270,7 +296,7 @@ def transformer(size: tuple[int, int], dtype: torch.dtype) -> Case:
 
 
 class Tokens(nn.Module):
-    """A transformer's layer as [1, K, …], for the oracles to hook: `grid` without the class token, `all` with it."""
+    """Layer of a transformer with outputs [1, K, …] for the oracles: `grid` without the class token, `all` with it."""
 
     def __init__(self, layer: nn.Module, size: tuple[int, int]) -> None:
         super().__init__()
@@ -290,15 +316,15 @@ def check(
     targets: list[int],
     tolerance: float,
 ) -> None:
-    """Each map in [0, 1], and each raw one as a part of its maximum."""
+    """Compare each map in [0, 1], and each raw map relative to its maximum."""
     ours = explained(case.model, case.x[0], call(case.model, method, layers, SEED, **parameters), targets)
     assert len(ours.maps) == len(ours.raw) == len(targets)
     if case.model.attention:
         layers = tuple(f"{layer}.grid" for layer in layers)
     for t, c in enumerate(targets):
-        theirs = ORACLES[method](Question(case.net, case.x, c, layers, GRID), **parameters)
+        theirs = ORACLES[method](Arguments(case.net, case.x, c, layers, GRID), **parameters)
         raw, finished = theirs if isinstance(theirs, tuple) else (theirs, unit(theirs, case.model.preprocessing.size))
-        assert finished.min() < finished.max(), "a constant map compares nothing"
+        assert finished.min() < finished.max(), "a comparison of constant maps proves nothing"
         assert ours.maps[t].shape == finished.shape
         assert gap(ours.maps[t], finished) < tolerance
         if raw is not None:
@@ -307,15 +333,17 @@ def check(
 
 
 def likeliest(case: Case) -> list[int]:
-    return case.model.module(case.x)[0].argsort(descending=True).tolist()
+    """Return the classes in descending order of the logit."""
+    classes: list[int] = case.model.module(case.x)[0].argsort(descending=True).tolist()
+    return classes
 
 
 Tried = dict[str, list[dict[str, Any]]]
 
 
-def each(tried: Tried, one: Sequence[str], many: Sequence[tuple[str, ...]]) -> pytest.MarkDecorator:
-    """Every method with all of its parameters, on all of those layers that it looks at."""
-    layers_of = {"none": [()], "one": [(layer,) for layer in one], "many": many}
+def parametrise(tried: Tried, one: Sequence[str], many: Sequence[tuple[str, ...]]) -> pytest.MarkDecorator:
+    """Parametrise over every method with all of its parameters, on all layers of its kind."""
+    layers_of: dict[str, Sequence[tuple[str, ...]]] = {"none": [()], "one": [(layer,) for layer in one], "many": many}
     found = []
     for method, every in tried.items():
         for layers, parameters in itertools.product(layers_of[METHODS[method].layers], every):
@@ -344,7 +372,7 @@ TRIED: Tried = {
     "occlusion": [
         {"window": 5, "stride": 3},
         {"window": 4, "stride": 9, "signed": True},
-        {"window": 30, "stride": 2},  # wider than one of the images
+        {"window": 30, "stride": 2},  # Wider than one of the images.
     ],
     "opti-cam": [
         {"steps": 5},
@@ -362,7 +390,7 @@ TRIED: Tried = {
     "xgrad-cam": [{}],
     "zoom-cam": [{}],
 }
-# What is asked of convolutions alone, and of transformers alone; test_methods.py asks convolutions for Poly-CAM.
+# Methods for convolutional networks only, and for transformers only. test_methods.py tests Poly-CAM on the former.
 OF_CONVOLUTIONS: Tried = {"cam": [{}]}
 OF_TRANSFORMERS: Tried = {
     "attention-rollout": [{}],
@@ -373,37 +401,39 @@ OF_TRANSFORMERS: Tried = {
 }
 
 
-def test_every_method_is_tried() -> None:
+def test_every_method_has_a_case() -> None:
     ours = {name for name, method in METHODS.items() if method.plan.__module__.startswith("camserve_server.")}
     assert ours == TRIED.keys() | OF_CONVOLUTIONS.keys() | OF_TRANSFORMERS.keys()
 
 
-@each(TRIED | OF_CONVOLUTIONS, ["r3", "r2"], [("r1", "r2", "r3"), ("r2", "r3"), ("r2",)])
+@parametrise(TRIED | OF_CONVOLUTIONS, ["r3", "r2"], [("r1", "r2", "r3"), ("r2", "r3"), ("r2",)])
 @in_both
 @pytest.mark.parametrize("name", ["tiny", "tiny odd"])
-def test_on_convolutions(
+def test_methods_on_convolutional_networks(
     name: str, dtype: torch.dtype, tolerance: float, method: str, layers: Any, parameters: Any
 ) -> None:
-    """The gradients of r2 differ from place to place, those of r3 do not."""
+    """The gradients of r2 differ between positions, those of r3 do not."""
     tiny = case(name, dtype)
     first, second, third, *_ = likeliest(tiny)
     check(tiny, method, layers, parameters, [second, first, third], tolerance)
 
 
-@each(TRIED | OF_TRANSFORMERS, ["blocks.2.norm1"], [("blocks.2.norm1",), ("blocks.1.norm1", "blocks.2.norm1")])
+@parametrise(TRIED | OF_TRANSFORMERS, ["blocks.2.norm1"], [("blocks.2.norm1",), ("blocks.1.norm1", "blocks.2.norm1")])
 @in_both
-def test_on_a_transformer(dtype: torch.dtype, tolerance: float, method: str, layers: Any, parameters: Any) -> None:
+def test_methods_on_a_transformer(
+    dtype: torch.dtype, tolerance: float, method: str, layers: Any, parameters: Any
+) -> None:
     if method == "smooth-grad-cam++" and dtype == F32:
-        tolerance = 1e-2  # where activations have signs, so has the denominator of its α, which may come near zero
+        tolerance = 1e-2  # For signed activations, the denominator of α may be near zero.
     vit = case("vit", dtype)
-    _, second, third, fourth, *_ = likeliest(vit)  # the first becomes likelier by whatever is hidden: PCAM− is empty
+    _, second, third, fourth, *_ = likeliest(vit)  # Hiding any part raises the first: PCAM− is zero.
     check(vit, method, layers, parameters, [third, second, fourth], tolerance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["occlusion", "rise", "ss-cam"])
-def test_the_defaults_that_take_thousands_of_rows(method: str) -> None:
-    """On an image whose height and width are given other windows and strides by default."""
+def test_methods_with_thousands_of_rows_by_default(method: str) -> None:
+    """Height and width of the image have different default windows and strides."""
     tall = case("tiny tall", F32)
     layers = ("r3",) if METHODS[method].layers == "one" else ()
     check(tall, method, layers, {}, likeliest(tall)[:1], 1e-4)

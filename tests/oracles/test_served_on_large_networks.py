@@ -1,6 +1,6 @@
-"""Every served method against its oracle on VGG16, ResNet50 and EfficientNet-Lite0, with few rows, on a photograph.
+"""Served methods against their oracles on VGG16, ResNet50 and EfficientNet-Lite0, with few rows, for a photograph.
 
-test_served_methods.py has the oracles, and all parameters; test_methods.py the methods that are not here.
+test_served_methods.py contains the oracles and tests all parameters. test_methods.py tests the other methods.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.oracles.test_served_methods import F32, F64, case, check, likeliest
 
 @dataclass(frozen=True)
 class Layers:
-    """Which a method looks at: `one`, or `many`; or a `narrow` one, if it takes passes for each channel."""
+    """Layers of a network for methods of `one` layer, of `many` layers, or with one pass per channel (`narrow`)."""
 
     one: str
     many: tuple[str, ...]
@@ -48,7 +48,7 @@ FEW: dict[str, dict[str, Any]] = {
 NETWORKS = [
     ("vgg16", F32, 1e-4),
     ("resnet50", F64, 1e-6),
-    ("resnet50", F32, 3e-2),  # the gradients of fifty random layers amplify rounding: see float64
+    ("resnet50", F32, 3e-2),  # Fifty random layers amplify rounding.
     ("efficientnet-lite0", F32, 1e-4),
 ]
 
@@ -59,10 +59,10 @@ NETWORKS = [
         pytest.param(*network, method, id=f"{network[0]}-{network[1]}-{method}".replace("torch.", ""))
         for network in NETWORKS
         for method in FEW
-        if (network[0], method) != ("vgg16", "cam")  # which has no global average pooling
+        if (network[0], method) != ("vgg16", "cam")  # VGG16 has no global average pooling.
     ],
 )
-def test_two_classes(name: str, dtype: torch.dtype, tolerance: float, method: str) -> None:
+def test_two_classes_on_large_networks(name: str, dtype: torch.dtype, tolerance: float, method: str) -> None:
     network, layers = case(name, dtype), LAYERS[name]
     seen = {"none": (), "one": (layers.one,), "many": layers.many}[METHODS[method].layers]
     first, second, *_ = likeliest(network)
@@ -76,7 +76,7 @@ def test_two_classes(name: str, dtype: torch.dtype, tolerance: float, method: st
     ids=["ablation-cam", "is-cam", "ss-cam"],
 )
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_pass_for_each_channel(name: str, method: str, parameters: dict[str, Any]) -> None:
+def test_methods_with_a_pass_per_channel(name: str, method: str, parameters: dict[str, Any]) -> None:
     network = case(name, F32)
     first, *_ = likeliest(network)
     check(network, method, (LAYERS[name].narrow,), parameters, [first], 1e-4)

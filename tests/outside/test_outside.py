@@ -1,4 +1,4 @@
-"""A package of somebody else's brings a method: it is listed, served, and held to the laws like those within."""
+"""A method of another package is listed and served, and the laws test it like the methods of camserve."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ batch_size = 2
 
 
 def install(folder: Path, project: dict[str, Any], module: str, code: str) -> None:
-    """What pip leaves in a folder of packages: the module, and beside it what the project says of itself."""
+    """Write the files of an installed package: the module and the metadata of the project."""
     (folder / f"{module}.py").write_text(code, encoding="utf-8")
     metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     metadata.mkdir()
@@ -50,14 +50,14 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def serve(folder: Path) -> list[str]:
-    """The command that serves a tiny network."""
+    """Return the command that serves a tiny network."""
     (folder / "camserve.toml").write_text(CONFIG, encoding="utf-8")
     return [sys.executable, "-m", "camserve_cli", "serve", "--config", str(folder / "camserve.toml")]
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """The address of a server, a process of its own, in whose environment the packages of `folder` are installed."""
+    """Run a server process with the packages of `folder`, and yield its address."""
     with subprocess.Popen(serve(folder), stdout=subprocess.PIPE, text=True, env=environment(folder)) as server:
         try:
             assert server.stdout is not None
@@ -70,7 +70,7 @@ def serving(folder: Path) -> Iterator[str]:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """The folder with the package that stands beside this test."""
+    """Return a folder with the installed example package."""
     project = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     code = (HERE / "activation_attention.py").read_text(encoding="utf-8")
     install(tmp_path, project, "activation_attention", code)
@@ -78,16 +78,15 @@ def installed(tmp_path: Path) -> Path:
 
 
 def activation_attention(A: NDArray[np.float64], power: float) -> NDArray[np.float64]:
-    """The equation once more, slow and plain: [K, h, w] → [h, w]."""
-    S = np.zeros(A.shape[1:])
+    """Compute the equation with loops: [K, h, w] → [h, w]."""
+    S: NDArray[np.float64] = np.zeros(A.shape[1:])
     for A_k in A:
-        for y in range(S.shape[0]):
-            for x in range(S.shape[1]):
-                S[y, x] += abs(A_k[y, x]) ** power
+        for y, x in np.ndindex(S.shape):
+            S[y, x] += abs(A_k[y, x]) ** power
     return S
 
 
-def test_it_is_listed_and_served(installed: Path) -> None:
+def test_method_of_another_package_is_listed_and_served(installed: Path) -> None:
     x = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(1))
     with serving(installed) as address, camserve.Client(address) as client:
         listed = {method.name: method for method in client.methods("tiny")}["activation-attention"]
@@ -107,7 +106,7 @@ def test_it_is_listed_and_served(installed: Path) -> None:
     assert "activation-attention" in model.methods
     assert out_of_range.value.field == "method.parameters.power"
 
-    (A,) = nets.activations(nets.tiny_cnn(), x[None], ["r1"])  # of the input's size: nothing is resized
+    (A,) = nets.activations(nets.tiny_cnn(), x[None], ["r1"])  # The layer has the size of the input.
     S = activation_attention(A.double().numpy(), 3)
     for each in e.maps:
         assert each.raw is not None
@@ -117,7 +116,7 @@ def test_it_is_listed_and_served(installed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_laws_try_it_without_being_told(installed: Path) -> None:
+def test_laws_find_the_method_of_another_package(installed: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -139,7 +138,7 @@ def test_the_laws_try_it_without_being_told(installed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "says"),
+    ("code", "message"),
     [
         ("import no_such_module", "No module named 'no_such_module'"),
         ("raise ValueError('not today')", "not today"),
@@ -152,7 +151,7 @@ def test_the_laws_try_it_without_being_told(installed: Path) -> None:
         ),
     ],
 )
-def test_one_that_is_broken_is_named(tmp_path: Path, code: str, says: str) -> None:
+def test_error_names_the_entry_point_of_a_broken_package(tmp_path: Path, code: str, message: str) -> None:
     entry_points = {"camserve.methods": {"my-method": "broken_cam"}}
     install(tmp_path, {"name": "broken", "version": "1.0", "entry-points": entry_points}, "broken_cam", code)
     done = subprocess.run(
@@ -161,4 +160,4 @@ def test_one_that_is_broken_is_named(tmp_path: Path, code: str, says: str) -> No
     assert done.returncode == 2
     [error] = done.stderr.splitlines()
     assert error.startswith("error: the entry point my-method = broken_cam cannot be loaded")
-    assert says in error
+    assert message in error

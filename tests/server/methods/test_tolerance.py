@@ -1,4 +1,4 @@
-"""Channels that Poly-CAM leaves out for a tolerance: the error is what is said, and is within the bound."""
+"""Channels that Poly-CAM leaves out for a tolerance: the error is reported and within its bound."""
 
 import pytest
 import torch
@@ -16,12 +16,12 @@ TARGETS = [2, 5]
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """A network whose last channels are ever weaker, so that some could be left out."""
+    """Return a model whose last layer has increasingly weak channels, so that some can be left out."""
     net = nets.tiny_cnn()
-    torch.manual_seed(0)
     net.fc.weight.mul_(8)
     with torch.no_grad():
         net.c3.weight.mul_(torch.logspace(0, -5, len(net.c3.weight))[:, None, None, None])
+        assert net.c3.bias is not None
         net.c3.bias.mul_(torch.logspace(0, -5, len(net.c3.bias)))
     return as_model(net, (37, 29), batch_size=8)
 
@@ -34,8 +34,10 @@ def x() -> Tensor:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("variant", ["paper", "official"])
 @pytest.mark.parametrize("tolerance", [0.01, 0.1, 0.5])
-def test_s_is_off_by_no_more_than_is_said(model, x, method, variant, tolerance):
-    # Hiding one channel may do nothing to an unlikely class: then S of PCAM- is zero, and nothing small beside it.
+def test_error_of_s_is_within_the_reported_bound(
+    model: Model, x: Tensor, method: str, variant: str, tolerance: float
+) -> None:
+    # Hiding one channel may not change an unlikely class. S of PCAM− is then zero, and no channel is negligible.
     targets = 1 if method == "poly-cam-" else 2
     whole = explained(model, x, call(model, method, ["r3"], variant=variant), targets).raw
     result = explained(model, x, call(model, method, ["r3"], variant=variant, tolerance=tolerance), targets)
@@ -47,7 +49,7 @@ def test_s_is_off_by_no_more_than_is_said(model, x, method, variant, tolerance):
         assert 0 < (whole_S - S).abs().max() <= error * whole_S.max()
 
 
-def test_more_is_left_out_the_more_is_tolerated(model, x):
+def test_larger_tolerance_leaves_out_more_channels(model: Model, x: Tensor) -> None:
     left = [left_out(model, x, tolerance) for tolerance in (1e-6, 0.01, 0.1, 0.5)]
     assert left == sorted(left) and left[0] < left[-1]
 
@@ -57,7 +59,7 @@ def left_out(model: Model, x: Tensor, tolerance: float) -> int:
     return sum(each.channels for each in result.left_out)
 
 
-def test_the_rows_are_saved(model, x):
+def test_channels_left_out_save_rows(model: Model, x: Tensor) -> None:
     def rows(tolerance: float) -> tuple[int, RequestResult]:
         with running() as engine:
             job = submit(engine, model, x, call(model, "poly-cam", tolerance=tolerance), TARGETS)
@@ -67,11 +69,11 @@ def test_the_rows_are_saved(model, x):
     all_rows, _ = rows(0)
     some_rows, result = rows(0.1)
     saved = sum(each.rows for each in result.left_out)
-    # The batch in which it turns out that it is enough may have had more of them.
+    # The last batch may contain further rows.
     assert all_rows - saved <= some_rows < all_rows - saved + 3 * model.batch_sizes["forward"]
 
 
-def test_it_does_not_matter_how_rows_come_in_batches(model, x):
+def test_batches_do_not_change_the_channels_left_out(model: Model, x: Tensor) -> None:
     alone = explained(model, x, call(model, "poly-cam", tolerance=0.1), TARGETS)
     with running() as engine:
         others = [submit(engine, model, noise(3, 37, 29, seed=i), call(model, "rise", masks=50)) for i in range(5)]
@@ -82,21 +84,21 @@ def test_it_does_not_matter_how_rows_come_in_batches(model, x):
     assert torch.equal(amid.maps, alone.maps) and amid.left_out == alone.left_out
 
 
-def test_negative_activations_are_not_left_out(x):
+def test_layer_with_negative_activations_leaves_out_nothing(x: Tensor) -> None:
     net = nets.tiny_cnn()
-    net.r3 = nn.Identity()
+    net.r3 = nn.Identity()  # type: ignore[assignment]
     model = as_model(net, (37, 29))
     result = explained(model, x, call(model, "poly-cam", ["r3"], tolerance=0.5), TARGETS)
     assert result.left_out == ()
 
 
-def test_constant_channels_count_together():
-    A = torch.stack([torch.full((4, 4), 2.0), torch.rand(4, 4), torch.full((4, 4), 3.0), torch.zeros(4, 4)])
+def test_constant_channels_are_merged() -> None:
+    A = torch.stack([torch.full((4, 4), 2.0), noise(4, 4).abs(), torch.full((4, 4), 3.0), torch.zeros(4, 4)])
     run = select_channels(A, dead=False)
     assert torch.equal(run.merge(A), torch.stack([torch.full((4, 4), 5.0), A[1]]))
 
 
-def test_a_budget_that_cuts_leaves_nothing_out(model, x):
+def test_budget_that_cuts_the_map_leaves_out_nothing(model: Model, x: Tensor) -> None:
     with running() as engine:
         result = submit(engine, model, x, call(model, "poly-cam", tolerance=1e-4), TARGETS, budget=8).future.result(60)
     assert result.share < 1 and result.left_out == ()

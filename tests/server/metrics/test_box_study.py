@@ -1,4 +1,4 @@
-"""Average drop, increase and gain under the target, and under the map inside and outside of it."""
+"""Average drop, increase and gain under the target, and under the map inside and outside the target."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ def scores(names: list[str], truth: Truth, c: int = 1) -> dict[str, float]:
 
 
 def logits(x: Tensor) -> list[float]:
-    return model().module(x[None])[0].tolist()
+    values: list[float] = model().module(x[None])[0].tolist()
+    return values
 
 
 @pytest.mark.parametrize("c", [1, 2, 5])
-def test_by_their_definition(c: int) -> None:
-    """The target is what two boxes cover: a pixel counts as inside if its middle is."""
+def test_metrics_follow_their_definitions(c: int) -> None:
+    """The target is the union of two boxes. A pixel is inside if its centre is."""
     B = torch.zeros(SIZE, dtype=torch.float64)
     for y in range(H):
         for x in range(W):
@@ -54,8 +55,8 @@ def test_by_their_definition(c: int) -> None:
             assert ours[f"{region}-{measure}"] == pytest.approx(getattr(theirs, measure), abs=1e-6)
 
 
-def test_a_target_that_fills_the_image() -> None:
-    """Inside it is the whole map, outside it nothing, and the image under it is the image."""
+def test_target_that_fills_the_image() -> None:
+    """The map inside the target is the map, outside it is zero, and the target hides nothing."""
     found = scores(NAMES + AVERAGES, EVERYWHERE)
     hidden = average_of_one(logits(X), logits(0 * X), 1)
     for measure in MEASURES:
@@ -64,7 +65,7 @@ def test_a_target_that_fills_the_image() -> None:
         assert found[f"outside-{measure}"] == pytest.approx(getattr(hidden, measure))
 
 
-def test_nine_metrics_take_three_rows() -> None:
+def test_nine_metrics_share_three_rows() -> None:
     with running() as engine:
         job = submit(engine, model(), X, S, [1], [metric(name) for name in NAMES + AVERAGES])
         job.future.result(60)
@@ -72,7 +73,7 @@ def test_nine_metrics_take_three_rows() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_published(name: str) -> None:
+def test_published_properties(name: str) -> None:
     entry = registry.METRICS[name]
     assert entry.needs_truth
     assert not entry.parameters
