@@ -79,7 +79,7 @@ def section(bench: Bench) -> Result:
     )
 
 
-def _precision(bench: Bench, found: Findings, subject: Subject) -> None:
+def _precision(bench: Bench, findings: Findings, subject: Subject) -> None:
     models = {precision: subject.model.at(precision) for precision in ("fp32", "bf16")}
     if not models["bf16"].batch_sizes:
         bench.step(f"{subject.name}: warming up in bf16")
@@ -95,38 +95,38 @@ def _precision(bench: Bench, found: Findings, subject: Subject) -> None:
     claim = Claim(
         f"PCAM± in bf16, {subject.name}", "PCAM± in fp32", rates["bf16"].over(rates["fp32"]), BF16_AIM, "×", "see below"
     )
-    found.claims += explained_by(
+    findings.claims += explained_by(
         [claim], lambda: engine_runs.time_profile(models["bf16"], subject.x, call, budget=2 + rows)
     )
-    found.bars[subject.name] = {precision: of.rate for precision, of in rates.items()}
+    findings.bars[subject.name] = {precision: of.rate for precision, of in rates.items()}
     for precision, of in rates.items():
         batch = str(models[precision].batch_sizes["forward"])
-        found.rows.append([subject.name, precision, batch, f"{of.rate:.1f}"])
+        findings.rows.append([subject.name, precision, batch, f"{of.rate:.1f}"])
 
 
 def _effects(bench: Bench, subject: Subject) -> dict[str, list[Effect]]:
-    found: dict[str, list[Effect]] = {}
+    findings: dict[str, list[Effect]] = {}
     for name in PHOTOGRAPHS:
         x = subject.model.preprocessing(from_pixels(getattr(skimage.data, name)()))
         bench.step(f"{name}: the whole map")
         whole = _run(subject.model, x)
         index, S = whole.result.targets.index, whole.result.maps[0]
         rows = whole.rows - _metric_rows(subject.model)
-        found.setdefault("full map, fp32", []).append(_effect(whole, S, rows, 1.0))
+        findings.setdefault("full map, fp32", []).append(_effect(whole, S, rows, 1.0))
         bench.step(f"{name}: in bf16")
         half = _run(subject.model.at("bf16"), x, index)
-        found.setdefault("bf16", []).append(_effect(half, S, rows, 1.0))
+        findings.setdefault("bf16", []).append(_effect(half, S, rows, 1.0))
         for tolerance in TOLERANCES:
             bench.step(f"{name}: tolerance {tolerance}")
             less = _run(subject.model, x, index, tolerance=tolerance)
             said = max((error for left in less.result.left_out for error in left.error), default=0.0)
-            found.setdefault(f"`tolerance` {tolerance}", []).append(_effect(less, S, rows, said))
+            findings.setdefault(f"`tolerance` {tolerance}", []).append(_effect(less, S, rows, said))
         for share in BUDGETS:
             bench.step(f"{name}: budget {share:.0%}")
             budget = round(share * rows) + _metric_rows(subject.model)
             less = _run(subject.model, x, index, budget=budget)
-            found.setdefault(f"`budget` of {share:.0%}", []).append(_effect(less, S, rows, less.result.share))
-    return found
+            findings.setdefault(f"`budget` of {share:.0%}", []).append(_effect(less, S, rows, less.result.share))
+    return findings
 
 
 def _metrics(model: Model) -> list[MetricCall]:

@@ -79,7 +79,7 @@ def seconds(levels: Sequence[Level], side: str, turn: int, *, live: bool = False
 
 def poly(bench: Bench) -> Result:
     """Compare PCAM±, its official variant, the official loop and the plain pass, level by level."""
-    found = Findings()
+    findings = Findings()
     for subject in bench.subjects():
         agree = run_on_thread(poly_agreement, subject, bench.channels)
         A = run_on_thread(subject.activations, subject.model.layers)
@@ -87,11 +87,11 @@ def poly(bench: Bench) -> Result:
         for layer, a in reversed([*zip(subject.model.layers, A, strict=True)]):
             rates = bench.alternate(f"{subject.name}: PCAM±, {layer.name}", _poly_sides(bench, subject, layer, a))
             levels.append(Level(layer, run_on_thread(to_run, a, False), rates))
-        _poly_findings(found, subject, levels, agree)
+        _poly_findings(findings, subject, levels, agree)
     return Result(
         "PCAM±",
         POLY_TEXT.format(batch=bench.channels),
-        claims=found.claims,
+        claims=findings.claims,
         tables=[
             Table(
                 "Rows per second, median of the rounds:",
@@ -107,10 +107,10 @@ def poly(bench: Bench) -> Result:
                     LOOP,
                     KEPT,
                 ],
-                found.rows,
+                findings.rows,
             )
         ],
-        charts=[Chart("PCAM±, one image", "seconds", found.bars, logarithmic=True)],
+        charts=[Chart("PCAM±, one image", "seconds", findings.bars, logarithmic=True)],
     )
 
 
@@ -159,7 +159,7 @@ def poly_agreement(subject: Subject, n: int) -> float:
     return float((timed_job.result.maps[0] - theirs.cpu()).abs().max())
 
 
-def _poly_findings(found: Findings, subject: Subject, levels: Sequence[Level], agree: float) -> None:
+def _poly_findings(findings: Findings, subject: Subject, levels: Sequence[Level], agree: float) -> None:
     owed, run = sum(level.layer.channels for level in levels), sum(level.run for level in levels)
     share = ratio(levels, "plain pass", "camserve")
     dense, photo = (ratio(levels, LOOP, "official variant", live=live) for live in (False, True))
@@ -176,10 +176,10 @@ def _poly_findings(found: Findings, subject: Subject, levels: Sequence[Level], a
         if run < owed:
             claims.append(Claim(whole, LOOP, photo, DENSE_AIM * owed / run, "×", maps))
     budget = 2 + _whole(round(subject.limit.rate * subject.seconds), lane(subject))
-    found.claims += explained_by(
+    findings.claims += explained_by(
         claims, lambda: engine_runs.time_profile(subject.model, subject.x, subject.call("poly-cam"), budget=budget)
     )
-    found.bars[subject.name] = {
+    findings.bars[subject.name] = {
         "plain passes, all channels": seconds(levels, "plain pass", -1),
         LOOP: seconds(levels, LOOP, -1),
         KEPT: seconds(levels, KEPT, -1),
@@ -190,7 +190,7 @@ def _poly_findings(found: Findings, subject: Subject, levels: Sequence[Level], a
         rate = {side: f"{rates.rate:.1f}" for side, rates in level.rates.items()}
         share = level.rates["camserve"].over(level.rates["plain pass"])
         cells = [level.layer.name, str(level.layer.channels), str(level.run), rate["plain pass"], rate["camserve"]]
-        found.rows.append([subject.name, *cells, f"{share:.2f}", rate["official variant"], rate[LOOP], rate[KEPT]])
+        findings.rows.append([subject.name, *cells, f"{share:.2f}", rate["official variant"], rate[LOOP], rate[KEPT]])
 
 
 # ---- Score-CAM -------------------------------------------------------------------------------------------------------
@@ -198,26 +198,26 @@ def _poly_findings(found: Findings, subject: Subject, levels: Sequence[Level], a
 
 def score(bench: Bench) -> Result:
     """Compare Score-CAM with the plain pass, torchcam and pytorch-grad-cam."""
-    found = Findings()
+    findings = Findings()
     for subject in bench.subjects():
         libraries = subject.name != "efficientnet-lite0"
-        _score_findings(bench, found, subject, [Torchcam, GradCam] if libraries else [])
+        _score_findings(bench, findings, subject, [Torchcam, GradCam] if libraries else [])
     return Result(
         "Score-CAM",
         SCORE_TEXT,
-        claims=found.claims,
+        claims=findings.claims,
         tables=[
             Table(
                 "Rows per second, median of the rounds, and seconds per image:",
                 ["model", "layer", "side", "batch", "channels run", "rows/s", "share of plain pass", "one image (s)"],
-                found.rows,
+                findings.rows,
             )
         ],
-        charts=[Chart("Score-CAM, one image", "seconds", found.bars)],
+        charts=[Chart("Score-CAM, one image", "seconds", findings.bars)],
     )
 
 
-def _score_findings(bench: Bench, found: Findings, subject: Subject, libraries: Sequence[type[Library]]) -> None:
+def _score_findings(bench: Bench, findings: Findings, subject: Subject, libraries: Sequence[type[Library]]) -> None:
     (layer,) = subject.model.default_layers(many=False)
     rows = _whole(round(subject.limit.rate * bench.seconds), lane(subject))
     runs: list[TimedJob] = []
@@ -265,16 +265,16 @@ def _score_findings(bench: Bench, found: Findings, subject: Subject, libraries: 
         what = f"Score-CAM, {subject.name}, one image, {run} of {len(a)} channels"
         aim = SCORE_AIM if name in peers.LIBRARIES else None
         claims.append(Claim(what, name, seconds[name] / seconds["camserve"], aim, "×", agree[name]))
-    found.claims += explained_by(
+    findings.claims += explained_by(
         claims, lambda: engine_runs.time_profile(subject.model, subject.x, subject.call("score-cam"), budget=2 + rows)
     )
-    found.bars[subject.name] = {"plain passes": len(a) / rates["plain pass"].rate, **seconds}
+    findings.bars[subject.name] = {"plain passes": len(a) / rates["plain pass"].rate, **seconds}
     form, size = subject.limit.best
     batches = {"plain pass": f"{size}, {form}", "camserve": str(lane(subject)), **{k: str(v) for k, v in sizes.items()}}
     for side, of in rates.items():
         cells = [subject.name, layer.name, side, batches[side], str(run if side == "camserve" else len(a))]
         image = f"{seconds[side]:.1f}" if side in seconds else f"{len(a) / of.rate:.1f}"
-        found.rows.append([*cells, f"{of.rate:.1f}", f"{of.over(rates['plain pass']):.2f}", image])
+        findings.rows.append([*cells, f"{of.rate:.1f}", f"{of.over(rates['plain pass']):.2f}", image])
 
 
 def _library(library: type[Library], subject: Subject, layer: str) -> Library:

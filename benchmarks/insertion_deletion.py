@@ -24,25 +24,25 @@ LOOP_AIM = 1.0  # The loop runs the same rows, so only memory format and batch s
 
 def section(bench: Bench) -> Result:
     """Compare insertion and deletion with a simple loop and the plain pass."""
-    found = Findings()
+    findings = Findings()
     for subject in bench.subjects():
-        _one(bench, found, subject)
+        _one(bench, findings, subject)
     return Result(
         "Insertion and deletion",
         TEXT.format(batch=peers.LOOP, steps=STEPS),
-        claims=found.claims,
+        claims=findings.claims,
         tables=[
             Table(
                 "Rows per second, median of the rounds:",
                 ["model", "side", "rows measured", "rows/s", "share of plain pass", "one image (s)"],
-                found.rows,
+                findings.rows,
             )
         ],
-        charts=[Chart("Insertion and deletion, one image", "seconds", found.bars)],
+        charts=[Chart("Insertion and deletion, one image", "seconds", findings.bars)],
     )
 
 
-def _one(bench: Bench, found: Findings, subject: Subject) -> None:
+def _one(bench: Bench, findings: Findings, subject: Subject) -> None:
     model = subject.model
     # Measure at least two whole batches of the loop. The padding of an incomplete batch would have too much weight.
     least = min(peers.LOOP, model.preprocessing.size[0])
@@ -82,11 +82,11 @@ def _one(bench: Bench, found: Findings, subject: Subject) -> None:
             for loop_, aim in (("simple loop", LOOP_AIM), ("simple loop, camserve's allocator", None))
         ),
     ]
-    found.claims += explained_by(
+    findings.claims += explained_by(
         claims, lambda: engine_runs.time_profile(model, subject.x, S, metrics, targets=index, after=1)
     )
-    found.bars[subject.name] = {side: 2 * STEPS / of.rate for side, of in rates.items()}
+    findings.bars[subject.name] = {side: 2 * STEPS / of.rate for side, of in rates.items()}
     for side, of in rates.items():
         seconds = f"{2 * STEPS / of.rate:.1f}"
         share = f"{of.over(rates['plain pass']):.2f}"
-        found.rows.append([subject.name, side, str(2 * steps), f"{of.rate:.1f}", share, seconds])
+        findings.rows.append([subject.name, side, str(2 * steps), f"{of.rate:.1f}", share, seconds])

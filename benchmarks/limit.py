@@ -150,17 +150,17 @@ def grid(limit: Limit, pass_: Pass, seconds: float, tick: Callable[[], None] = l
 
 def section(bench: Bench) -> Result:
     """Measure all passes, and compare the fastest with the fastest convolution of the machine."""
-    found, arithmetic = Findings(), Findings()
+    findings, arithmetic = Findings(), Findings()
     fastest = run_on_thread(_fastest_convolution, bench.device, bench.seconds)
     for subject in bench.subjects():
         backward = run_on_thread(grid, subject.limit, forward_backward, bench.seconds / 4)
         for name, rates in (("forward", subject.limit.forward), ("forward + backward", backward)):
             for form in subject.limit.formats:
-                found.rows.append(_row(subject, name, form, rates))
+                findings.rows.append(_row(subject, name, form, rates))
         operations = run_on_thread(_operations, subject) / 1e9
         done = operations * subject.limit.rate
         arithmetic.rows.append([subject.name, f"{operations:.1f}", f"{done:.0f}", f"{done / fastest:.0%}"])
-        found.bars[subject.name] = {
+        findings.bars[subject.name] = {
             form: max(rate for (at, _), rate in subject.limit.forward.items() if at == form)
             for form in subject.limit.formats
         }
@@ -169,14 +169,14 @@ def section(bench: Bench) -> Result:
         "Plain passes",
         TEXT,
         tables=[
-            Table("", ["model", "pass", "format", *sizes, "max. logit difference"], found.rows),
+            Table("", ["model", "pass", "format", *sizes, "max. logit difference"], findings.rows),
             Table(
                 ARITHMETIC_TEXT.format(fastest=fastest),
                 ["model", "GFLOP per row", "GFLOP/s", "share"],
                 arithmetic.rows,
             ),
         ],
-        charts=[Chart("Plain forward pass at the best batch size", "rows per second", found.bars)],
+        charts=[Chart("Plain forward pass at the best batch size", "rows per second", findings.bars)],
     )
 
 

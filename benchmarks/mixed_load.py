@@ -97,27 +97,27 @@ SCHEDULERS: dict[str, Callable[[Engine], None]] = {
 
 def section(bench: Bench) -> Result:
     """Measure both schedulers alternately, and Grad-CAM alone."""
-    found = Findings()
+    findings = Findings()
     budget = 0
     for subject in bench.subjects(MODEL):
         budget = max(8, round(2 * bench.seconds * subject.limit.rate))
-        _measure(bench, found, subject, budget)
+        _measure(bench, findings, subject, budget)
     return Result(
         "Mixed load",
         TEXT.format(interval=EVERY_S, callers=LONG, budget=budget),
-        claims=found.claims,
+        claims=findings.claims,
         tables=[
             Table(
                 "Latency of Grad-CAM in milliseconds, all rounds:",
                 ["model", "scheduler", "Grad-CAMs", "p50", "p99", "max.", "all rows/s"],
-                found.rows,
+                findings.rows,
             )
         ],
-        charts=[Chart("Grad-CAM while PCAM± saturates the device", "milliseconds", found.bars, logarithmic=True)],
+        charts=[Chart("Grad-CAM while PCAM± saturates the device", "milliseconds", findings.bars, logarithmic=True)],
     )
 
 
-def _measure(bench: Bench, found: Findings, subject: Subject, budget: int) -> None:
+def _measure(bench: Bench, findings: Findings, subject: Subject, budget: int) -> None:
     waits: dict[str, list[float]] = {"alone": [], **{way: [] for way in SCHEDULERS}}
     rates: dict[str, list[float]] = {way: [] for way in waits}
     seconds = 10 * bench.seconds
@@ -138,15 +138,15 @@ def _measure(bench: Bench, found: Findings, subject: Subject, budget: int) -> No
         f"a PCAM± of {budget} rows is short; a Grad-CAM takes {p99['alone']:.2f} s alone, "
         f"{p99['continuous batching']:.2f} s during PCAM±, and {p99['first come, first served']:.2f} s behind it"
     )
-    found.claims.append(
+    findings.claims.append(
         Claim("Grad-CAM during PCAM± load, p99 latency", "first come, first served", ratio, AIM, because=because)
     )
-    found.bars["p50"] = {way: 1e3 * percentile(times, 0.5) for way, times in waits.items()}
-    found.bars["p99"] = {way: 1e3 * value for way, value in p99.items()}
+    findings.bars["p50"] = {way: 1e3 * percentile(times, 0.5) for way, times in waits.items()}
+    findings.bars["p99"] = {way: 1e3 * value for way, value in p99.items()}
     for way, times in waits.items():
         ms = [f"{1e3 * value:.0f}" for value in (percentile(times, 0.5), p99[way], max(times))]
         rate = sum(rates[way]) / len(rates[way])
-        found.rows.append([subject.name, way, str(len(times)), *ms, f"{rate:.1f}"])
+        findings.rows.append([subject.name, way, str(len(times)), *ms, f"{rate:.1f}"])
 
 
 def load(

@@ -29,26 +29,26 @@ ITERATIONS = 100  # as in the paper
 
 def section(bench: Bench) -> Result:
     """Compare Opti-CAM with the official loop, and concurrent with sequential images."""
-    found = Findings()
+    findings = Findings()
     for subject in bench.subjects():
-        _one(bench, found, subject)
-        _several(bench, found, subject)
+        _one(bench, findings, subject)
+        _several(bench, findings, subject)
     return Result(
         "Opti-CAM",
         TEXT.format(images=bench.images),
-        claims=found.claims,
+        claims=findings.claims,
         tables=[
             Table(
                 "Iterations per second, median of the rounds:",
                 ["model", "side", "batch", "iterations measured", "iterations/s", "share of limit"],
-                found.rows,
+                findings.rows,
             )
         ],
-        charts=[Chart(f"Opti-CAM, {ITERATIONS} iterations for one image", "seconds", found.bars)],
+        charts=[Chart(f"Opti-CAM, {ITERATIONS} iterations for one image", "seconds", findings.bars)],
     )
 
 
-def _one(bench: Bench, found: Findings, subject: Subject) -> None:
+def _one(bench: Bench, findings: Findings, subject: Subject) -> None:
     model, steps = subject.model, max(2, round(subject.limit.rate * bench.seconds / 8))
     loop = run_on_thread(official, subject)
     form, size = subject.limit.best
@@ -69,15 +69,15 @@ def _one(bench: Bench, found: Findings, subject: Subject) -> None:
         Claim(f"Opti-CAM, {subject.name}, one image", loop_, rates["camserve"].over(rates[loop_]), aim, "×", maps)
         for loop_, aim in ((LOOP, LOOP_AIM), (KEPT, None))
     ]
-    found.claims += explained_by(
+    findings.claims += explained_by(
         claims, lambda: engine_runs.time_profile(model, subject.x, subject.call("opti-cam", steps=steps))
     )
-    found.bars[subject.name] = {name: ITERATIONS / of.rate for name, of in rates.items()}
+    findings.bars[subject.name] = {name: ITERATIONS / of.rate for name, of in rates.items()}
     batches = {"limit": f"{size}, {form}", "camserve": str(model.batch_sizes["ascend"])}
     batches |= dict.fromkeys((LOOP, KEPT), "1, contiguous")
     for name, of in rates.items():
         share = f"{of.over(rates['limit']):.2f}"
-        found.rows.append([subject.name, name, batches[name], str(steps), f"{of.rate:.1f}", share])
+        findings.rows.append([subject.name, name, batches[name], str(steps), f"{of.rate:.1f}", share])
 
 
 def official(subject: Subject) -> OptiCam:
@@ -93,7 +93,7 @@ def agreement(subject: Subject, steps: int) -> float:
     return float((mine - official(subject)(steps).cpu()).abs().max())
 
 
-def _several(bench: Bench, found: Findings, subject: Subject) -> None:
+def _several(bench: Bench, findings: Findings, subject: Subject) -> None:
     model, steps = subject.model, max(5, round(subject.limit.rate * bench.seconds / 3 / bench.images))
     images = run_on_thread(lambda: [subject.x.roll(16 * i, 2) for i in range(bench.images)])
     maps: dict[str, list[Tensor]] = {}
@@ -119,10 +119,10 @@ def _several(bench: Bench, found: Findings, subject: Subject) -> None:
         f"the batch size of the lane is fixed at {model.batch_sizes['ascend']}, so that results do not depend on "
         "concurrent requests; a larger batch size would slow down single images",
     )
-    found.claims.append(claim)
+    findings.claims.append(claim)
     for name, of in rates.items():
         cells = [f"{bench.images} {name}", str(model.batch_sizes["ascend"]), str(steps), f"{of.rate:.1f}", "–"]
-        found.rows.append([subject.name, *cells])
+        findings.rows.append([subject.name, *cells])
 
 
 def _timed(

@@ -225,8 +225,8 @@ class GradCam:
     def weights(self, A: Tensor, c: int, batch: int) -> Tensor:
         """Return the weights [K] of A [K, h, w]."""
         self.cam.batch_size = batch
-        found = self.cam.get_cam_weights(self.x, self.layer, [self.target(c)], A[None].cpu().numpy(), None)
-        return torch.from_numpy(found)[0].to(A)
+        weights = self.cam.get_cam_weights(self.x, self.layer, [self.target(c)], A[None].cpu().numpy(), None)
+        return torch.from_numpy(weights)[0].to(A)
 
     def close(self) -> None:
         """Do nothing, because the hooks are already removed."""

@@ -55,7 +55,7 @@ def section(bench: Bench) -> Result:
 # ---- the network, step by step ---------------------------------------------------------------------------------------
 
 
-def _steps(bench: Bench, found: Findings, subject: Subject) -> None:
+def _steps(bench: Bench, findings: Findings, subject: Subject) -> None:
     x, size = subject.image.tensor, subject.model.batch_sizes["forward"]
     nets = run_on_thread(_nets, subject, size)
     rows = max(2 * LOOP_BATCH, round(subject.limit.rate * bench.seconds))
@@ -76,11 +76,11 @@ def _steps(bench: Bench, found: Findings, subject: Subject) -> None:
     for name, of in rates.items():
         batch = str(LOOP_BATCH if name in ("original network", "+ allocator settings") else size)
         brings = [f"{of.over(before):.2f}×", f"{of.over(first):.2f}×"]
-        found.rows.append(
+        findings.rows.append(
             [subject.name, name, batch, f"{of.rate:.1f}", *brings, f"{differ[name]:.0e}" if name in differ else "–"]
         )
         before = of
-    found.bars[subject.name] = {name: of.rate for name, of in rates.items()}
+    findings.bars[subject.name] = {name: of.rate for name, of in rates.items()}
 
 
 def _nets(subject: Subject, size: int) -> dict[str, Network]:
@@ -112,14 +112,14 @@ def _difference(net: Network, made: nn.Module, x: Tensor) -> float:
 # ---- avoided work ----------------------------------------------------------------------------------------------------
 
 
-def _rows(found: Findings, subject: Subject) -> None:
+def _rows(findings: Findings, subject: Subject) -> None:
     """Count the rows of a PCAM± of all layers."""
     layers = subject.model.layers
     A = run_on_thread(subject.activations, layers)
     all_, live = (
         2 * sum(counts) for counts in zip(*((len(a), len(select_channels(a, dead=False))) for a in A), strict=True)
     )
-    found.rows += [
+    findings.rows += [
         _counted(subject, "no rows for channels that are zero everywhere", all_, live),
         _counted(subject, "one prediction and one activation capture for all levels", 2 * len(layers), 2),
     ]
@@ -129,7 +129,7 @@ def _counted(subject: Subject, saving: str, without: int, with_: int) -> list[st
     return [subject.name, saving, "rows of PCAM±", str(without), str(with_), f"{without / with_:.2f}×"]
 
 
-def _work(bench: Bench, found: Findings, subject: Subject) -> None:
+def _work(bench: Bench, findings: Findings, subject: Subject) -> None:
     (layer,) = subject.model.default_layers(many=False)
     (a,) = run_on_thread(subject.activations, [layer])
     pairs = min(64, len(a))
@@ -164,7 +164,7 @@ def _work(bench: Bench, found: Findings, subject: Subject) -> None:
     for saving, measured, sides in compared:
         rates: dict[str, Rates] = bench.alternate(f"{subject.name}: {saving}", sides)
         cells = [f"{rates[side].rate:.1f}" for side in ("without", "with")]
-        found.rows.append([subject.name, saving, measured, *cells, f"{rates['with'].over(rates['without']):.2f}×"])
+        findings.rows.append([subject.name, saving, measured, *cells, f"{rates['with'].over(rates['without']):.2f}×"])
 
 
 def _making(rows: Sequence[Masked], pairs: int) -> Timed:

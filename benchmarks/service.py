@@ -39,7 +39,7 @@ MODEL = "efficientnet-lite0"
 BUDGET = 32  # rows of a Score-CAM, so that each caller gets several responses during the measurement
 
 TEXT = (
-    "{callers} callers, each of which sends its next request after a response: over gRPC to a server process on the "
+    "{callers} callers send their next request after each response: over gRPC to a server process on the "
     "same machine, and directly to an engine in a separate process. All images are sent as pixels and preprocessed "
     "for each request. Callers, server and engine share the cores. A Score-CAM has a budget of {budget} rows."
 )
@@ -59,27 +59,27 @@ LOADS = (Load("grad-cam"), Load("score-cam", BUDGET))
 
 def section(bench: Bench) -> Result:
     """Measure both loads over gRPC and in process, alternately."""
-    found = Findings()
+    findings = Findings()
     for subject in bench.subjects(MODEL):
         bench.step("starting a server")
         with server(subject, bench.device.type) as address:
-            measure(bench, found, subject, address)
+            measure(bench, findings, subject, address)
     return Result(
         "Service",
         TEXT.format(callers=bench.callers, budget=BUDGET),
-        claims=found.claims,
+        claims=findings.claims,
         tables=[
             Table(
                 "Median of the rounds; latencies in milliseconds, all rounds:",
                 ["model", "method", "way", "requests/s", "rows/s", "share of plain pass", "p50", "p99"],
-                found.rows,
+                findings.rows,
             )
         ],
-        charts=[Chart(f"{bench.callers} callers", "rows per second", found.bars)],
+        charts=[Chart(f"{bench.callers} callers", "rows per second", findings.bars)],
     )
 
 
-def measure(bench: Bench, found: Findings, subject: Subject, address: str) -> None:
+def measure(bench: Bench, findings: Findings, subject: Subject, address: str) -> None:
     """Add the rates of a server that serves this model and of an engine in process."""
     pixels = np.asarray(photograph())
     maps = {}
@@ -94,12 +94,12 @@ def measure(bench: Bench, found: Findings, subject: Subject, address: str) -> No
                 job = _submitted(running, subject, subject.x, load)
                 maps["engine"] = job.result.maps[0].numpy()
             agree = f"maps within {np.abs(maps['grpc'] - maps['engine']).max():.0e}"
-            _measure(bench, found, subject, load, through_grpc, agree)
+            _measure(bench, findings, subject, load, through_grpc, agree)
 
 
 def _measure(
     bench: Bench,
-    found: Findings,
+    findings: Findings,
     subject: Subject,
     load: Load,
     through_grpc: Callable[[], camserve.Explanation],
@@ -127,13 +127,13 @@ def _measure(
     rates = bench.alternate(f"{bench.callers} callers of {load.method}", with_plain)
     share = rates["gRPC"].over(rates["in process"])
     because = "callers, service threads and engine share the cores, and gRPC adds work"
-    found.claims.append(Claim(f"{load.method} over gRPC, rate", "in process", share, AIM, "share", agree, because))
-    found.bars[load.method] = {way: rates[way].rate for way in sides}
+    findings.claims.append(Claim(f"{load.method} over gRPC, rate", "in process", share, AIM, "share", agree, because))
+    findings.bars[load.method] = {way: rates[way].rate for way in sides}
     for way in sides:
         times, rate = latencies[way], rates[way]
         each = f"{sorted(requests[way])[len(requests[way]) // 2]:.1f}"
         cells = [subject.name, load.method, way, each, f"{rate.rate:.1f}", f"{rate.over(rates['plain pass']):.2f}"]
-        found.rows.append([*cells, *(f"{1e3 * percentile(times, share):.0f}" for share in (0.5, 0.99))])
+        findings.rows.append([*cells, *(f"{1e3 * percentile(times, share):.0f}" for share in (0.5, 0.99))])
 
 
 def callers(call: Callable[[], int], count: int, seconds: float) -> tuple[Timed, list[float]]:

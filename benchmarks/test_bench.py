@@ -84,10 +84,10 @@ def test_section_gives_a_complete_result(section: object, bench: Bench, tmp_path
 
 
 def test_service_and_engine_give_identical_maps(bench: Bench, subject: Subject) -> None:
-    found = Findings()
+    findings = Findings()
     with serving(Config(listen="127.0.0.1:0", models=[TINY])) as server:
-        service.measure(bench, found, subject, server.address)
-    assert [claim.agree for claim in found.claims] == ["maps within 0e+00", "maps within 0e+00"]
+        service.measure(bench, findings, subject, server.address)
+    assert [claim.agree for claim in findings.claims] == ["maps within 0e+00", "maps within 0e+00"]
 
 
 def test_sections_of_two_runs_are_combined_into_one_page(
@@ -103,9 +103,9 @@ def test_sections_of_two_runs_are_combined_into_one_page(
     assert text.index("## Plain passes") < text.index("## Insertion and deletion")
     assert "$ python -m benchmarks limit --models tiny" in text
     assert "Not measured: poly, score, opti, savings, shortcuts, service, mixed" in text
-    for picture in ("bench-limit.svg", "bench-curves.svg"):
-        assert f"(pictures/{picture})" in text
-        assert (tmp_path / "pictures" / picture).stat().st_size < 50_000
+    for chart in ("bench-limit.svg", "bench-curves.svg"):
+        assert f"(pictures/{chart})" in text
+        assert (tmp_path / "pictures" / chart).stat().st_size < 50_000
     assert "Insertion and deletion, tiny" in capsys.readouterr().out
 
     (tmp_path / "benchmarks.md").unlink()

@@ -47,13 +47,13 @@ Side = Callable[[], Timed]
 
 def alternate(sides: Mapping[str, Side], rounds: int, tick: Callable[[], None] = lambda: None) -> dict[str, Rates]:
     """Measure the sides in the order A B C A B C … and call `tick` after each measurement."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
             timed = side()
-            found[name].append(timed.rows / timed.seconds)
+            rates[name].append(timed.rows / timed.seconds)
             tick()
-    return {name: Rates(tuple(rates)) for name, rates in found.items()}
+    return {name: Rates(tuple(rates)) for name, rates in rates.items()}
 
 
 def run_on_thread(work: Callable[..., T], *arguments: Any) -> T:

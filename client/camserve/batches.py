@@ -169,7 +169,7 @@ class PendingRequest(Generic[ResultT]):
 
 @dataclass(frozen=True, eq=False)
 class ConcurrentRequests(Generic[ResultT]):
-    """Sequence of requests, `in_flight` of which are sent at a time.
+    """Sequence of requests and the maximum number of requests that run at the same time.
 
     Attributes:
         requests: The requests, created one by one when there is room for them.

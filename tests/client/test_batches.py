@@ -222,9 +222,11 @@ def test_aio_evaluate_many_limits_and_cancels_requests(
     async def ask() -> None:
         async with camserve.aio.Client(address) as client:
             results = client.evaluate_many([pixels, "none.png"] * 6, methods=["a", "b"], in_flight=4)
-            found = [result async for result in results]
-            assert {(each.index, each.method) for each in found} == {(i, name) for i in range(12) for name in "ab"}
-            assert all((each.error is None) == (each.index % 2 == 0) for each in found)
+            all_results = [result async for result in results]
+            assert {(each.index, each.method) for each in all_results} == {
+                (i, name) for i in range(12) for name in "ab"
+            }
+            assert all((each.error is None) == (each.index % 2 == 0) for each in all_results)
             servicer.before = lambda context: None
             async with aclosing(client.evaluate_many(["none.png", pixels], methods="a", models="slow")) as results:
                 async for result in results:
@@ -241,11 +243,11 @@ def test_explain_many_accepts_an_iterator_without_length(
     servicer: Servicer, address: str, client: camserve.Client, pixels: NDArray[np.uint8]
 ) -> None:
     images: Iterator[Any] = (each for each in [pixels, "none.png", pixels])
-    found = {each.index: each for each in client.explain_many(images, method="grad-cam", top_k=2, in_flight=2)}
-    assert [type(found[index].error) for index in range(3)] == [type(None), FileNotFoundError, type(None)]
-    assert found[0].image is pixels
-    assert [each.target.index for each in found[2].explanation.maps] == [281, 8]
-    assert (found[2].model, found[2].method) == ("first", "grad-cam")
+    results = {each.index: each for each in client.explain_many(images, method="grad-cam", top_k=2, in_flight=2)}
+    assert [type(results[index].error) for index in range(3)] == [type(None), FileNotFoundError, type(None)]
+    assert results[0].image is pixels
+    assert [each.target.index for each in results[2].explanation.maps] == [281, 8]
+    assert (results[2].model, results[2].method) == ("first", "grad-cam")
     labelled = client.explain_many([pixels] * 3, labels=[7, "hen", None])
     assert {each.index: each.target.index for each in labelled} == {0: 7, 1: 8, 2: 281}
     assert [each.target.index for each in client.explain_many([pixels] * 2, target=8)] == [8, 8]
@@ -261,11 +263,11 @@ def test_explain_many_accepts_an_iterator_without_length(
 
 
 def test_explain_many_has_the_options_of_explain() -> None:
-    one, several = (
+    single, many = (
         set(inspect.signature(each).parameters) for each in (request_messages.explain, batches.explain_many)
     )
     of_each = {"image", "boxes", "mask", "request_id", "batch_sizes"}
-    assert several == one - of_each | {"images", "labels", "in_flight"}
+    assert many == single - of_each | {"images", "labels", "in_flight"}
 
 
 def test_explain_many_sends_the_same_request_as_explain(

@@ -326,14 +326,14 @@ def test_aio_client_has_the_same_methods(
 ) -> None:
     async def ask() -> None:
         async with camserve.aio.Client(address, timeout=WAIT_S) as client:
-            several = await asyncio.gather(*(client.explain(pixels, target=i) for i in range(5)))
-            assert [e.target.index for e in several] == list(range(5))
+            explanations = await asyncio.gather(*(client.explain(pixels, target=i) for i in range(5)))
+            assert [e.target.index for e in explanations] == list(range(5))
             events = [event async for event in client.explain_stream(pixels)]
             assert [type(event) for event in events] == [Progress, Level, Level, Progress, Explanation]
             assert (await client.evaluate(pixels, method="poly-cam")).scores["deletion"] == 0.25
             assert isinstance([e async for e in client.evaluate_stream(pixels, saliency=ramp)][-1], Evaluation)
             assert [len(await list_all()) for list_all in (client.models, client.methods, client.metrics)] == [1, 3, 1]
-            receipt = several[0].receipt
+            receipt = explanations[0].receipt
             assert (await client.replay(receipt, pixels)).same
             assert isinstance([e async for e in client.replay_stream(receipt, pixels)][-1], Replay)
             with pytest.raises(FileNotFoundError):

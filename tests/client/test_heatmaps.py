@@ -33,10 +33,10 @@ def test_overlay_does_not_change_pixels_of_zero_saliency() -> None:
     image = photograph(40, 60)
     saliency = np.zeros((40, 60), np.float32)
     saliency[:, 30:] = 1
-    shown, given = np.asarray(heatmaps.overlay(image, saliency, 0.7)), np.asarray(image)
-    np.testing.assert_array_equal(shown[:, :30], given[:, :30])
-    expected = 0.3 * given[:, 30:] + 0.7 * heatmaps.COLOURS[-1]
-    np.testing.assert_allclose(shown[:, 30:], expected, atol=1.5)
+    result, original = np.asarray(heatmaps.overlay(image, saliency, 0.7)), np.asarray(image)
+    np.testing.assert_array_equal(result[:, :30], original[:, :30])
+    expected = 0.3 * original[:, 30:] + 0.7 * heatmaps.COLOURS[-1]
+    np.testing.assert_allclose(result[:, 30:], expected, atol=1.5)
 
 
 def test_alpha_blends_between_image_and_colour(ramp: NDArray[np.float32]) -> None:
@@ -47,8 +47,8 @@ def test_alpha_blends_between_image_and_colour(ramp: NDArray[np.float32]) -> Non
 
 
 def test_opacity_increases_with_saliency(ramp: NDArray[np.float32]) -> None:
-    shown = np.asarray(heatmaps.overlay(PIL.Image.new("RGB", (8, 8)), ramp, 1)).sum(axis=2).ravel()
-    assert (np.diff(shown.astype(int)) >= 0).all()
+    result = np.asarray(heatmaps.overlay(PIL.Image.new("RGB", (8, 8)), ramp, 1)).sum(axis=2).ravel()
+    assert (np.diff(result.astype(int)) >= 0).all()
 
 
 def test_heatmap_covers_the_whole_image() -> None:
@@ -79,8 +79,8 @@ def test_save_writes_the_map_and_the_overlay(
     array, png = e.save(tmp_path / "new" / "folder", "dog")
     assert (array.name, png.name) == ("dog.npy", "dog.png")
     np.testing.assert_array_equal(np.load(array), ramp)
-    with PIL.Image.open(png) as shown:
-        np.testing.assert_array_equal(np.asarray(shown), np.asarray(e.overlay()))
+    with PIL.Image.open(png) as file:
+        np.testing.assert_array_equal(np.asarray(file), np.asarray(e.overlay()))
 
 
 class TagChecker(HTMLParser):
@@ -106,10 +106,10 @@ def test_notebook_html_contains_images_and_legend(client: camserve.Client) -> No
     checked = TagChecker()
     checked.feed(html)
     assert not checked.open
-    pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'base64,([^"]+)', html)]
-    assert [shown.size for shown in pictures] == [(300, 100)] * 6
-    for said in ("cock (7)", "hen (8)", "75.0%", "net", "average-gain 0.25 %", "⚠ degenerate", "&lt;script&gt;"):
-        assert said in html
+    images = [PIL.Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'base64,([^"]+)', html)]
+    assert [image.size for image in images] == [(300, 100)] * 6
+    for text in ("cock (7)", "hen (8)", "75.0%", "net", "average-gain 0.25 %", "⚠ degenerate", "&lt;script&gt;"):
+        assert text in html
     assert "<script>" not in html
     assert "http" not in html
 

@@ -129,15 +129,15 @@ def test_image_is_returned_upright_at_full_resolution(
     exif[0x0112] = 8  # rotate by 90° counterclockwise
     path = Path(tmp_path / "turned.png")
     path.write_bytes(png(pixels, exif=exif))
-    shown = client.explain(path).image()
-    np.testing.assert_array_equal(np.asarray(shown), np.rot90(pixels))
+    image = client.explain(path).image()
+    np.testing.assert_array_equal(np.asarray(image), np.rot90(pixels))
 
 
 def test_image_of_a_tensor_is_scaled(client: camserve.Client) -> None:
     x = np.linspace(-2, 3, 3 * 4 * 5, dtype=np.float32).reshape(3, 4, 5)
-    shown = np.asarray(client.explain(x).image())
-    assert shown.shape == (4, 5, 3)
-    assert (shown.min(), shown.max()) == (0, 255)
+    image = np.asarray(client.explain(x).image())
+    assert image.shape == (4, 5, 3)
+    assert (image.min(), image.max()) == (0, 255)
     grey = np.asarray(client.explain(x[:1]).image())
     assert grey.shape == (4, 5, 3)
     assert (grey == grey[..., :1]).all()

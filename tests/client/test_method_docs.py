@@ -29,11 +29,11 @@ def sections(name: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", [*UNARY, *STREAMS, *MANY])
 def test_docstring_describes_all_arguments(name: str) -> None:
     parameters = [*inspect.signature(getattr(camserve.Client, name)).parameters]
-    found = sections(name)
-    assert parameters == ["self", *found["Args"]]
-    assert set(found["Raises"]) <= {"OSError", "TypeError", "ValueError", *camserve.errors.__all__}
-    assert ("Returns" in found) == (name in UNARY)
-    assert ("Yields" in found) == (name not in UNARY)
+    documented = sections(name)
+    assert parameters == ["self", *documented["Args"]]
+    assert set(documented["Raises"]) <= {"OSError", "TypeError", "ValueError", *camserve.errors.__all__}
+    assert ("Returns" in documented) == (name in UNARY)
+    assert ("Yields" in documented) == (name not in UNARY)
 
 
 @pytest.mark.parametrize("name", STREAMS)

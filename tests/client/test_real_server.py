@@ -35,7 +35,7 @@ def test_replay_of_a_budgeted_map_stops_at_the_same_row(server: Server) -> None:
 def test_replay_of_an_evaluation_gives_the_same_map(server: Server) -> None:
     with camserve.Client(server.address) as client:
         cat = skimage.data.chelsea()
-        made = client.evaluate(cat, model="tiny", method="opti-cam", parameters={"steps": 2}, target=3, seed=4)
-        again = client.replay(made.receipt, cat)
+        evaluation = client.evaluate(cat, model="tiny", method="opti-cam", parameters={"steps": 2}, target=3, seed=4)
+        again = client.replay(evaluation.receipt, cat)
     assert (again.same, again.differences) == (True, {})
-    assert np.array_equal(again.explanation.saliency, made.saliency)
+    assert np.array_equal(again.explanation.saliency, evaluation.saliency)

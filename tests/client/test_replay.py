@@ -108,9 +108,9 @@ def test_replay_of_another_image_reports_the_input_digest(client: camserve.Clien
 def test_receipts_without_method_or_digests_raise(
     servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8], ramp: NDArray[np.float32]
 ) -> None:
-    given = client.evaluate(pixels, saliency=ramp).receipt
+    supplied_map_receipt = client.evaluate(pixels, saliency=ramp).receipt
     with pytest.raises(camserve.InvalidArgument, match="names no method") as caught:
-        client.replay(given, pixels)
+        client.replay(supplied_map_receipt, pixels)
     assert caught.value.field == "receipt.method"
     old = dataclasses.replace(client.explain(pixels).receipt, map_digests=())
     with pytest.raises(camserve.InvalidArgument, match="no map digests"):

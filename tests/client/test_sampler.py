@@ -28,31 +28,31 @@ def test_random_selection_is_reproducible(
         sampler.close(wait=False)
         return accepted
 
-    one, again, other = selected(1, 0.2), selected(1, 0.2, 0.9), selected(2, 0.2)
+    first, repeated, other_seed = selected(1, 0.2), selected(1, 0.2, 0.9), selected(2, 0.2)
     source = random.Random(1)
-    assert one == again == [index for index in range(100) if source.random() < 0.2]
-    assert one != other
+    assert first == repeated == [index for index in range(100) if source.random() < 0.2]
+    assert first != other_seed
     assert (selected(1, 0.0), selected(1, 0.0, 0.49)) == ([], [*range(100)])
 
 
 def test_results_contain_the_offered_image_and_options(
     client: camserve.Client, servicer: Servicer, pixels: NDArray[np.uint8]
 ) -> None:
-    found: dict[str, camserve.Result] = {}
+    results: dict[str, camserve.Result] = {}
 
     def keep(result: camserve.Result) -> None:
-        found[getattr(result.outcome, "request_id", "no CamserveError")] = result
+        results[getattr(result.outcome, "request_id", "no CamserveError")] = result
 
     with Sampler(client, keep, share=0, below=0.5, method="opti-cam", parameters={"steps": 2}) as sampler:
         assert not sampler.offer(pixels, confidence=0.5, request_id="sure")
         assert sampler.offer(pixels, confidence=0.4, target="hen", request_id="a")
         assert sampler.offer("none.png", confidence=0.4, request_id="b")
         assert sampler.offer(None, confidence=0.4, request_id="c")  # type: ignore[arg-type]
-    assert set(found) == {"a", "c", "no CamserveError"}
-    a = found["a"]
+    assert set(results) == {"a", "c", "no CamserveError"}
+    a = results["a"]
     assert (a.index, a.image is pixels, a.model, a.method, a.target.index) == (1, True, "first", "opti-cam", 8)
-    assert isinstance(found["no CamserveError"].error, FileNotFoundError)
-    assert "TypeError: image is a" in str(found["c"].error)
+    assert isinstance(results["no CamserveError"].error, FileNotFoundError)
+    assert "TypeError: image is a" in str(results["c"].error)
     assert sampler.counts == Counts(offered=4, explained=1, failed=2)
     [request] = servicer.requests
     assert (request.priority, request.method.parameters["steps"]) == ("low", 2)
