@@ -1,4 +1,4 @@
-"""Writes the corpus: `python -m tests.fuzz.corpus`. Each file is an input of atheris_read.py."""
+"""Write the corpus of fuzz_with_atheris.py: `python -m tests.fuzz.corpus`. Each file is one input."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 
 from camserve.v1 import explain_pb2 as pb
 from camserve_server import registry
-from tests.fuzz.pictures import GOOD
+from tests.fuzz.sample_images import VALID
 
 CORPUS = Path(__file__).parent / "corpus"
 
 
 def seeds() -> dict[str, bytes]:
-    """Pictures of each kind, and requests that have every field at least once."""
+    """Return images of each format, and requests that together set each field."""
     registry.discover()
-    found = {f"image-{name}": b"i" + data for name, data in GOOD.items()}
+    found = {f"image-{name}": b"i" + data for name, data in VALID.items()}
     tensor = pb.Tensor(shape=[2, 2], data=bytes(16))
     for i, name in enumerate(("opti-cam", "poly-cam", "rise", "grad-cam")):
         spec = pb.MethodSpec(name=name, layers=["r1", "r3"][i % 2 :], seed=i)
@@ -38,7 +38,7 @@ def seeds() -> dict[str, bytes]:
             precision="fp32",
         ).SerializeToString(deterministic=True)
         found[f"evaluate-{name}"] = b"v" + pb.EvaluateRequest(
-            image=pb.Image(encoded=GOOD["png-16-bit"]),
+            image=pb.Image(encoded=VALID["png-16-bit"]),
             **({"method": spec} if i % 2 else {"saliency": tensor}),
             target=pb.Target(label="cat") if i > 1 else pb.Target(index=i),
             metrics=[metric],

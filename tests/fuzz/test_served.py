@@ -1,4 +1,4 @@
-"""Hostile requests through a real server: each gets an answer or a clear error, and the server goes on."""
+"""Fuzz tests over a real channel: each request gets an answer or a documented error, and the server survives."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from camserve_server.config import Config, ModelConfig
 from tests.conftest import serving
-from tests.fuzz.pictures import GOOD
+from tests.fuzz.sample_images import VALID
 from tests.fuzz.test_requests import EVALUATE, EXPLAIN, HUGE, ld
+from tests.processes import LIMIT_S
 
-# What hostile requests may get; UNKNOWN and INTERNAL are what a bug gives.
+# Codes that hostile requests may get. UNKNOWN and INTERNAL would be the result of a bug.
 CODES = {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
 FUZZ = settings(
     derandomize=True,
@@ -24,7 +25,7 @@ FUZZ = settings(
     max_examples=60,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-GOOD_REQUEST = pb.ExplainRequest(image=pb.Image(encoded=GOOD["png"]), method=pb.MethodSpec(name="grad-cam"))
+GOOD_REQUEST = pb.ExplainRequest(image=pb.Image(encoded=VALID["png"]), method=pb.MethodSpec(name="grad-cam"))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def channel() -> Iterator[grpc.Channel]:
 
 
 def reason(error: grpc.RpcError) -> tuple[str, str]:
-    """The reason and the field, after a look at the rest."""
+    """Check the code and the details of an error, and return its reason and its field."""
     assert error.code().name in CODES, error.details()
-    metadata = dict(error.trailing_metadata())
+    metadata = {entry.key: entry.value for entry in error.trailing_metadata()}
     status = status_pb2.Status.FromString(metadata["grpc-status-details-bin"])
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
@@ -50,27 +51,30 @@ def reason(error: grpc.RpcError) -> tuple[str, str]:
 
 @FUZZ
 @given(request=EXPLAIN | EVALUATE)
-def test_an_answer_or_a_clear_error(channel: grpc.Channel, request: pb.ExplainRequest | pb.EvaluateRequest) -> None:
+def test_requests_get_an_answer_or_a_documented_error(
+    channel: grpc.Channel, request: pb.ExplainRequest | pb.EvaluateRequest
+) -> None:
     request.model = ""
-    request.budget = 200  # rows, so that those that are good are done soon
+    request.budget = 200  # limits the rows of valid requests
     stub = ExplainServiceStub(channel)
     try:
         if isinstance(request, pb.ExplainRequest):
-            assert stub.Explain(request, timeout=60).maps
+            assert stub.Explain(request, timeout=LIMIT_S).maps
         else:
-            assert stub.Evaluate(request, timeout=60).map.scores
+            assert stub.Evaluate(request, timeout=LIMIT_S).map.scores
     except grpc.RpcError as error:
         assert reason(error)[1] or error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def raw(channel: grpc.Channel, rpc: str, data: bytes) -> bytes:
-    """The answer to a message that is sent as it is."""
-    answer: bytes = channel.unary_unary(f"/camserve.v1.ExplainService/{rpc}", None, None)(data, timeout=60)
-    return answer
+    """Send the bytes without encoding them, and return the answer."""
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes]
+    call = channel.unary_unary(f"/camserve.v1.ExplainService/{rpc}", None, None)
+    return call(data, timeout=LIMIT_S)
 
 
 @pytest.mark.parametrize("name", HUGE)
-def test_a_huge_message(channel: grpc.Channel, name: str) -> None:
+def test_huge_message_is_refused(channel: grpc.Channel, name: str) -> None:
     data, field = HUGE[name]
     with pytest.raises(grpc.RpcError) as caught:
         raw(channel, "Explain", data)
@@ -79,20 +83,20 @@ def test_a_huge_message(channel: grpc.Channel, name: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"\xff", b"\x22\xff\xff", b"\x0a\x04\xff\xff\xff\xff", ld(3, b"\x0b" * 1000)])
-def test_bytes_that_are_no_message(channel: grpc.Channel, data: bytes) -> None:
+def test_invalid_message_is_refused(channel: grpc.Channel, data: bytes) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         raw(channel, "Explain", data)
     assert reason(caught.value) == ("INVALID", "")
 
 
-def test_lists_take_no_huge_messages_either(channel: grpc.Channel) -> None:
+def test_huge_message_to_a_list_call_is_refused(channel: grpc.Channel) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         raw(channel, "ListMethods", ld(1, b"a" * 100_000))
     assert reason(caught.value) == ("TOO_LARGE", "model")
 
 
 @pytest.mark.parametrize("name", ["a" * 60_000, "\u2603" * 20_000, "\x00" * 60_000])
-def test_a_long_name_does_not_make_the_error_too_long_to_arrive(channel: grpc.Channel, name: str) -> None:
+def test_error_about_a_long_name_is_short_enough_to_arrive(channel: grpc.Channel, name: str) -> None:
     stub = ExplainServiceStub(channel)
     for wrong, expected in (
         (pb.ExplainRequest(model=name), "UNKNOWN_NAME"),
@@ -104,14 +108,14 @@ def test_a_long_name_does_not_make_the_error_too_long_to_arrive(channel: grpc.Ch
         (pb.ExplainRequest(request_id=name), "INVALID"),
         (pb.ExplainRequest(precision=name), "UNSERVABLE"),
     ):
-        asked = pb.ExplainRequest()
-        asked.CopyFrom(GOOD_REQUEST)
-        asked.MergeFrom(wrong)
+        request = pb.ExplainRequest()
+        request.CopyFrom(GOOD_REQUEST)
+        request.MergeFrom(wrong)
         with pytest.raises(grpc.RpcError) as caught:
-            stub.Explain(asked, timeout=60)
+            stub.Explain(request, timeout=LIMIT_S)
         assert reason(caught.value)[0] == expected
-    asked.CopyFrom(GOOD_REQUEST)
-    asked.method.parameters.update({name: 1})
+    request.CopyFrom(GOOD_REQUEST)
+    request.method.parameters.update({name: 1})
     with pytest.raises(grpc.RpcError) as caught:
-        stub.Explain(asked, timeout=60)
+        stub.Explain(request, timeout=LIMIT_S)
     assert reason(caught.value)[1].startswith("method.parameters.")

@@ -1,6 +1,6 @@
-"""Coverage-guided fuzzing of all that reads what callers send. README.md beside this file says how to run it.
+"""Coverage-guided fuzzing of the code that parses requests. README.md in this folder describes how to run it.
 
-The first byte of an input says what the others are: an image, an ExplainRequest or an EvaluateRequest.
+The first byte of an input selects the kind of the others: an image, an ExplainRequest or an EvaluateRequest.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import logging
 import sys
 import warnings
 
-import atheris
+import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
 with atheris.instrument_imports(include=["PIL", "camserve_server.service", "camserve_server.models.pixels"]):
     import PIL.Image
@@ -32,7 +32,7 @@ CONFIG = Config(max_image_pixels=MAX_PIXELS)
 
 
 def one_input(data: bytes) -> None:
-    """Any exception but our own is a crash, and so is an error of ours that names no field."""
+    """Parse one input. Exceptions other than those of camserve, and errors without a field, are crashes."""
     kind, data = data[:1], data[1:]
     try:
         match kind:
@@ -41,9 +41,11 @@ def one_input(data: bytes) -> None:
                 return
             case b"x":
                 explain = bounds.parse(pb.ExplainRequest, data)
+                assert isinstance(explain, pb.ExplainRequest)
                 parsed = requests.parse_explain(explain, MODEL, CONFIG)
             case b"v":
                 evaluate = bounds.parse(pb.EvaluateRequest, data)
+                assert isinstance(evaluate, pb.EvaluateRequest)
                 parsed = requests.parse_evaluate(evaluate, MODEL, CONFIG)
             case _:
                 return

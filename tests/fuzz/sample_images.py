@@ -1,4 +1,4 @@
-"""Pictures to begin with, one of each kind, and hostile ones, made by hand."""
+"""Images for fuzz tests: one of each format, and hostile ones that are constructed by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _exif(orientation: int) -> bytes:
 
 FRAMES = [PIL.Image.fromarray(PIXELS[::-1]), PIL.Image.fromarray(PIXELS // 2)]
 
-GOOD: dict[str, bytes] = {
+VALID: dict[str, bytes] = {
     "jpeg": encoded("JPEG", exif=_exif(6), comment=b"a comment"),
     "jpeg-progressive": encoded("JPEG", progressive=True),
     "jpeg-cmyk": encoded("JPEG", "CMYK"),
@@ -68,11 +68,11 @@ def _png(width: int, height: int, extra: bytes = b"", rows: bytes = b"") -> byte
 
 
 def _jpeg(extra: bytes) -> bytes:
-    return GOOD["jpeg"][:2] + extra + GOOD["jpeg"][2:]
+    return VALID["jpeg"][:2] + extra + VALID["jpeg"][2:]
 
 
 def _jpeg_of_scans(count: int) -> bytes:
-    data = GOOD["jpeg-progressive"]
+    data = VALID["jpeg-progressive"]
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * count + data[-2:]
 
@@ -99,14 +99,14 @@ def _tiff_of_overlapping_tags(count: int, size: int) -> bytes:
 
 
 def _mpf(count: int) -> bytes:
-    """The index of a multi-picture JPEG, whose entries all show the same bytes."""
+    """Return the index of a multi-picture JPEG whose entries all point at the same bytes."""
     index = b"MPF\x00" + _tiff([(1000 + i, 3, 20_000, 8) for i in range(count)])
     index = index.ljust(65_000, b"\x00")
     return b"\xff\xe2" + struct.pack(">H", len(index) + 2) + index
 
 
 def _webp(side: int) -> bytes:
-    """Lossless, and nothing but a header."""
+    """Return a lossless WebP file that consists only of a header."""
     data = b"\x2f" + struct.pack("<I", (side - 1) | (side - 1) << 14) + bytes(5)
     return b"RIFF" + struct.pack("<I", 12 + len(data)) + b"WEBPVP8L" + struct.pack("<I", len(data)) + data
 
@@ -115,32 +115,32 @@ GREY_8X8 = [(256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262
 MIB = 1 << 20
 LONG = bytes(2 * MIB)
 
-# What is wrong, the file, and what comes of it: "" for a picture, as what is too much is left out.
+# The name, the file, and the reason of the refusal. It is empty if the file is decoded without its excessive parts.
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "jpeg of empty segments": (lambda: _jpeg(b"\xff\xe5\x00\x02" * MIB), "TOO_LARGE"),
     "jpeg of fill bytes": (lambda: _jpeg(b"\xff" * (4 * MIB)), "TOO_LARGE"),
     "jpeg of a thousand scans": (lambda: _jpeg_of_scans(1000), "TOO_LARGE"),
-    "jpeg whose EXIF is in pieces": (lambda: _jpeg((b"\xff\xe1\xff\xffExif\x00\x00" + bytes(65_527)) * 60), ""),
-    "jpeg whose index overlaps itself": (lambda: _jpeg(_mpf(5000)), ""),
+    "jpeg with EXIF in pieces": (lambda: _jpeg((b"\xff\xe1\xff\xffExif\x00\x00" + bytes(65_527)) * 60), ""),
+    "jpeg with an overlapping index": (lambda: _jpeg(_mpf(5000)), ""),
     "png of empty chunks": (lambda: _png(8, 8, _chunk(b"abCd") * 300_000), "TOO_LARGE"),
     "png of texts": (lambda: _png(8, 8, _chunk(b"tEXt", b"a\x00") * 300_000), "TOO_LARGE"),
-    "png whose texts inflate": (
+    "png with texts that inflate": (
         lambda: _png(8, 8, _chunk(b"zTXt", b"a\x00\x00" + zlib.compress(LONG)) * 100),
         "UNREADABLE_IMAGE",
     ),
-    "png that says it is huge": (lambda: _png(2**31 - 1, 2**31 - 1), "TOO_LARGE"),
-    "png that inflates": (lambda: _png(20_000, 20_000, rows=LONG), "TOO_LARGE"),
+    "png with a huge declared size": (lambda: _png(2**31 - 1, 2**31 - 1), "TOO_LARGE"),
+    "png with pixels that inflate": (lambda: _png(20_000, 20_000, rows=LONG), "TOO_LARGE"),
     "png of one row": (lambda: _png(3_000_000, 1, rows=bytes(9_000_001)), "TOO_LARGE"),
     "png of one column": (lambda: _png(1, 3_000_000, rows=bytes(12_000_000)), "TOO_LARGE"),
-    "png whose EXIF overlaps itself": (
+    "png with overlapping EXIF": (
         lambda: _png(8, 8, _chunk(b"eXIf", _tiff_of_overlapping_tags(5000, 2 * MIB))),
         "UNREADABLE_IMAGE",
     ),
     "gif of comments": (lambda: _gif(b"\x21\xfe\x01a\x00" * 800_000), "TOO_LARGE"),
     "gif of junk": (lambda: _gif(bytes(4 * MIB)), "TOO_LARGE"),
-    "gif that says it is huge": (lambda: _gif(b"", 65_535, 65_535), "TOO_LARGE"),
+    "gif with a huge declared size": (lambda: _gif(b"", 65_535, 65_535), "TOO_LARGE"),
     "tiff of strips": (lambda: _tiff_of_strips(500_000), "TOO_LARGE"),
-    "tiff of strips whose places are bytes": (lambda: _tiff([*GREY_8X8, (273, 1, 2 * MIB, 8)], LONG), "TOO_LARGE"),
-    "tiff whose tags overlap": (lambda: _tiff_of_overlapping_tags(60_000, 2 * MIB), "TOO_LARGE"),
-    "webp that says it is huge": (lambda: _webp(16_383), "TOO_LARGE"),
+    "tiff with strip offsets of one byte": (lambda: _tiff([*GREY_8X8, (273, 1, 2 * MIB, 8)], LONG), "TOO_LARGE"),
+    "tiff with overlapping tags": (lambda: _tiff_of_overlapping_tags(60_000, 2 * MIB), "TOO_LARGE"),
+    "webp with a huge declared size": (lambda: _webp(16_383), "TOO_LARGE"),
 }
