@@ -1,4 +1,4 @@
-"""The report of a run: its statistics against scipy, its page as text, and in a browser where there is one."""
+"""The report of a study: its statistics against scipy, and its page as text and in a browser."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -26,6 +27,8 @@ from camserve_cli import report
 from camserve_cli.app import app
 from camserve_cli.report import statistics
 from camserve_cli.study import map_archive, run, score_csv
+from tests.client.fake_server import Servicer
+from tests.processes import LIMIT_S
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>document.title = 'broken'<.png"
@@ -45,19 +48,19 @@ METRICS = {
 # ---- statistics -----------------------------------------------------------------------------------------------------
 
 
-def test_the_interval_is_that_of_a_percentile_bootstrap():
+def test_interval_agrees_with_the_percentile_bootstrap_of_scipy() -> None:
     values = np.random.default_rng(1).gamma(2, size=30)
     ours = statistics.interval(values)
     theirs = scipy.stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=2)
     np.testing.assert_allclose(ours, theirs.confidence_interval, rtol=0.02)
     columns = np.stack([values, 3 * values + 1], 1)
     np.testing.assert_allclose(statistics.interval(columns), np.stack([ours, 3 * np.array(ours) + 1], 1))
-    assert statistics.interval(values) == ours
-    assert statistics.interval(np.array([0.5])) == (0.5, 0.5)
+    assert [*map(float, statistics.interval(values))] == [*map(float, ours)]
+    assert [*map(float, statistics.interval(np.array([0.5])))] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("count", [2, 7, 13, 25])
-def test_the_sign_flips_are_those_of_a_paired_permutation_test(count):
+def test_sign_flip_agrees_with_the_permutation_test_of_scipy(count: int) -> None:
     differences = np.random.default_rng(count).normal(0.4, 1, count)
     theirs = scipy.stats.permutation_test(
         (differences, np.zeros(count)),
@@ -72,17 +75,17 @@ def test_the_sign_flips_are_those_of_a_paired_permutation_test(count):
     assert statistics.sign_flip(np.zeros(count)) == statistics.sign_flip(differences[:1]) == 1
 
 
-def test_holm_orders_and_never_falls():
+def test_holm_adjusts_by_rank_and_never_decreases() -> None:
     assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert statistics.holm([0.9, 0.8]) == [1, 1]
     assert statistics.holm([]) == []
 
 
-# ---- a run ----------------------------------------------------------------------------------------------------------
+# ---- a study --------------------------------------------------------------------------------------------------------
 
 
-def known() -> dict[str, Any]:
-    """What a server says of what is in the run."""
+def catalogue_of_study() -> dict[str, Any]:
+    """Return the descriptions of the models, methods and metrics of the study."""
     layers = [pb.Layer(name=name, height=side, width=side) for name, side in zip(LAYERS, (28, 14, 7), strict=True)]
     model = pb.Model(name="first", source="torchvision:x", layers=layers, named_layers=layers, random_weights=True)
     methods = [
@@ -100,19 +103,22 @@ def known() -> dict[str, Any]:
     }
 
 
-def write_run(folder: Path, images: int = 12, models: Sequence[str] = ("first",)) -> dict[str, Path]:
-    """The files of a run in which poly-cam is the best but for average drop, and one image has failed by grad-cam."""
+def write_study(folder: Path, images: int = 12, models: Sequence[str] = ("first",)) -> dict[str, Any]:
+    """Write the files of a study and return their paths.
+
+    Poly-CAM has the best scores except for average drop, and Grad-CAM failed for one image.
+    """
     random = np.random.default_rng(0)
     names = [str(folder / (HOSTILE if i == 3 else f"{i:02}.png")) for i in range(images)]
     for name in names:
         PIL.Image.fromarray(random.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(name)
-    made = score_csv.ScoreCsv(folder / "s.csv", list(METRICS))
+    scores = score_csv.ScoreCsv(folder / "s.csv", list(METRICS))
     maps = map_archive.MapWriter(folder / "s.npz")
     rows = []
     labels = [*METHODS, *(f"poly-cam@{name}" for name in ("coarse", "middle+", "fine+"))]
     for i, image in enumerate(names):
         for model, (j, label) in itertools.product(models, enumerate(labels)):
-            row = dict.fromkeys(made.columns, "") | {"image": image, "model": model, "method": label}
+            row = dict.fromkeys(scores.columns, "") | {"image": image, "model": model, "method": label}
             rows.append(row)
             if (i, j) == (5, 1):
                 row["error"] = "the image <i>cannot</i> be read"
@@ -139,7 +145,7 @@ def write_run(folder: Path, images: int = 12, models: Sequence[str] = ("first",)
                 "curves": json.dumps(curves),
             }
             maps.add(f"{Path(image).name}/{model}/{label}", random.random((8, 8), dtype=np.float32))
-    made.write(rows)
+    scores.write(rows)
     maps.finish(f"{Path(row['image']).name}/{row['model']}/{row['method']}" for row in rows if not row["error"])
     return {"csv": folder / "s.csv", "npz": folder / "s.npz"}
 
@@ -151,7 +157,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(folder: Path) -> Path:
-    report.write(folder / "r.html", **write_run(folder), **known(), order=METHODS, command="camserve evaluate '<b>'")
+    report.write(
+        folder / "r.html",
+        **write_study(folder),
+        **catalogue_of_study(),
+        order=METHODS,
+        command="camserve evaluate '<b>'",
+    )
     return folder / "r.html"
 
 
@@ -161,19 +173,21 @@ def text(written: Path) -> str:
 
 
 def plain(html: str) -> str:
-    """Without its tags."""
+    """Return the text without tags."""
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", html.replace("</t", " </t")))
 
 
 def row_of(method: str, text: str) -> str:
-    return plain(re.search(rf'<th scope="row">{re.escape(method)}.*?</tr>', text, re.DOTALL)[0])
+    row = re.search(rf'<th scope="row">{re.escape(method)}.*?</tr>', text, re.DOTALL)
+    assert row
+    return plain(row[0])
 
 
 # ---- the page as text -----------------------------------------------------------------------------------------------
 
 
 class Outline(HTMLParser):
-    """Headings, ids, and what stands in an element without its due."""
+    """Headings and ids of a page, and elements that lack a required attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,21 +195,21 @@ class Outline(HTMLParser):
         self.ids: list[str] = []
         self.wrong: list[tuple[str, dict[str, str | None]]] = []
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        has = dict(attributes)
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        has = dict(attrs)
         if re.fullmatch("h[1-6]", tag):
             self.headings.append(int(tag[1]))
         if has.get("id"):
             self.ids.append(str(has["id"]))
-        due = {"img": "alt", "th": "scope", "svg": "aria-label", "section": "aria-labelledby", "html": "lang"}
-        if tag in due and not has.get(due[tag]):
+        required = {"img": "alt", "th": "scope", "svg": "aria-label", "section": "aria-labelledby", "html": "lang"}
+        if tag in required and not has.get(required[tag]):
             self.wrong.append((tag, has))
-        urls = [str(value) for name, value in attributes if name in ("src", "href", "action") and value]
+        urls = [str(value) for name, value in attrs if name in ("src", "href", "action") and value]
         if any(not url.startswith(("data:image/", "#")) for url in urls):
             self.wrong.append((tag, has))
 
 
-def test_the_page_is_well_formed_and_by_itself(text):
+def test_page_is_well_formed_and_self_contained(text: str) -> None:
     outline = Outline()
     outline.feed(text)
     assert outline.wrong == []
@@ -207,34 +221,34 @@ def test_the_page_is_well_formed_and_by_itself(text):
     assert "https://" not in text
 
 
-def test_means_intervals_and_what_is_best(text):
-    assert row_of("poly-cam", text).split(" [")[0] == "poly-cam (compared with) 0.655 best"
+def test_table_shows_means_intervals_and_the_best_method(text: str) -> None:
+    assert row_of("poly-cam", text).split(" [")[0] == "poly-cam (reference) 0.655 best"
     assert "115.5" not in row_of("poly-cam", text)
     assert row_of("grad-cam:&lt;b&gt;=1", text).startswith("grad-cam:&lt;b&gt;=1 0.455▼ worse [0.43")
     drops = [row_of(method, text) for method in ("poly-cam", "grad-cam:&lt;b&gt;=1", "fake-cam")]
     assert "45.5 best▲ better" in drops[1]
-    assert "25.5▲ better" in drops[2], "a control is not best"
-    assert text.index("Controls, which explain nothing") < text.index('<th scope="row">fake-cam')
+    assert "25.5▲ better" in drops[2], "a control is never marked as the best"
+    assert text.index("Controls (they explain nothing)") < text.index('<th scope="row">fake-cam')
 
 
-def test_it_says_what_is_to_be_known(text):
-    said = plain(text)
+def test_page_shows_warnings_failures_layers_and_provenance(text: str) -> None:
+    content = plain(text)
     for expected in [
         "3 methods on 12 images",
         "first has random weights.",
-        "Average drop and average increase can be fooled",
+        "Limits of average drop and average increase",
         "better and ▼ worse than poly-cam on the same images",
-        "cut short: 50% of its sum",
-        "left out 9 channels, 18 rows; a layer's sum is off by 12.5% at most",
+        "stopped early: 50% of its sum",
+        "left out 9 channels and 18 rows; the sum of a layer is off by at most 12.5%",
         "degenerate: nearly even 12 fake-cam (12)",
         "tabby, cat (281), probability 0.750",
         "steps of randomisation, from the last layer",
-        "on the two coarsest, and so on until it has all",
+        "on the two coarsest layers, and so on up to all layers",
         "&lt;i&gt;cannot&lt;/i&gt;",
         "camserve evaluate &#39;&lt;b&gt;&#39;",
         "sha256:ab",
     ]:
-        assert expected in said, expected
+        assert expected in content, expected
     layers = [row_of(name, text[text.index('id="layers"') :]) for name in reversed(LAYERS)]
     assert [row.split()[:4] for row in layers] == [
         ["coarse", "7", "×", "7"],
@@ -246,39 +260,41 @@ def test_it_says_what_is_to_be_known(text):
     assert text.count('<li class="item"') == 12
 
 
-def test_the_same_files_give_the_same_bytes(written, folder):
-    files = {"csv": folder / "s.csv", "npz": folder / "s.npz"}
-    report.write(folder / "again.html", **files, **known(), order=METHODS, command="camserve evaluate '<b>'")
+def test_same_files_give_the_same_bytes(written: Path, folder: Path) -> None:
+    files: dict[str, Any] = {"csv": folder / "s.csv", "npz": folder / "s.npz"}
+    report.write(
+        folder / "again.html", **files, **catalogue_of_study(), order=METHODS, command="camserve evaluate '<b>'"
+    )
     assert (folder / "again.html").read_bytes() == written.read_bytes()
 
 
-def test_what_is_no_run_is_said(folder, written, tmp_path):
-    files = {"csv": folder / "s.csv", "npz": folder / "s.npz"}
+def test_files_that_are_not_a_study_raise(folder: Path, written: Path, tmp_path: Path) -> None:
+    files: dict[str, Any] = {"csv": folder / "s.csv", "npz": folder / "s.npz"}
     with pytest.raises(camserve.InvalidArgument, match="no method 'cam' to compare with"):
-        report.write(tmp_path / "r.html", **files, **known(), against="cam")
+        report.write(tmp_path / "r.html", **files, **catalogue_of_study(), against="cam")
     with pytest.raises(camserve.InvalidArgument, match="is not a CSV file"):
-        report.write(tmp_path / "r.html", **files | {"csv": written}, **known())
+        report.write(tmp_path / "r.html", **files | {"csv": written}, **catalogue_of_study())
     with pytest.raises(camserve.InvalidArgument, match="is not an npz file"):
-        report.write(tmp_path / "r.html", **files | {"npz": written}, **known())
-    with pytest.raises(camserve.InvalidArgument, match="which the server does not know"):
-        report.write(tmp_path / "r.html", **files, **known() | {"metrics": []})
+        report.write(tmp_path / "r.html", **files | {"npz": written}, **catalogue_of_study())
+    with pytest.raises(camserve.InvalidArgument, match="which the server does not have"):
+        report.write(tmp_path / "r.html", **files, **catalogue_of_study() | {"metrics": []})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_images_that_are_gone_leave_their_maps(tmp_path):
-    files = write_run(tmp_path, images=2)
+def test_maps_are_shown_if_images_are_missing(tmp_path: Path) -> None:
+    files = write_study(tmp_path, images=2)
     for image in tmp_path.glob("*.png"):
         image.unlink()
-    report.write(tmp_path / "r.html", **files, **known(), most_images=1)
+    report.write(tmp_path / "r.html", **files, **catalogue_of_study(), most_images=1)
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "The image cannot be read any more." in text
-    assert "These are the first 1 of 2 images." in plain(text)
+    assert "The image file cannot be read." in text
+    assert "The first 1 of 2 images are shown." in plain(text)
     assert text.count('alt="Map by') == 3
 
 
 @pytest.mark.parametrize(("models", "tables"), [("ab", 1), ("abc", 3)])
-def test_models_stand_side_by_side_as_far_as_they_fit(tmp_path, models, tables):
-    report.write(tmp_path / "r.html", **write_run(tmp_path, images=2, models=models), **known())
+def test_models_share_a_table_if_they_fit(tmp_path: Path, models: str, tables: int) -> None:
+    report.write(tmp_path / "r.html", **write_study(tmp_path, images=2, models=models), **catalogue_of_study())
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     groups = re.findall(r'<th scope="colgroup" colspan="4" class="group">(.)</th>', text)
     assert groups == (list(models) if tables == 1 else [])
@@ -289,35 +305,49 @@ def test_models_stand_side_by_side_as_far_as_they_fit(tmp_path, models, tables):
 # ---- in a browser ---------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Visit:
+    """A page in a browser, the addresses that it loaded, and its errors and messages."""
+
+    page: Page
+    urls: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+
+
 @pytest.fixture(scope="module")
-def page(written: Path) -> Iterator[Page]:
+def visit(written: Path) -> Iterator[Visit]:
     if not CHROMIUM:
-        pytest.skip("there is no Chromium here")
+        pytest.skip("Chromium is not installed")
     quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet, timeout=120_000)
-        page = browser.new_page()
-        page.requests, page.complaints = [], []  # type: ignore[attr-defined]
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.on("console", lambda message: page.complaints.append(message.text))
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.goto(written.as_uri())
-        yield page
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet, timeout=1000 * LIMIT_S)
+        visit = Visit(browser.new_page())
+        visit.page.on("request", lambda request: visit.urls.append(request.url))
+        visit.page.on("console", lambda message: visit.messages.append(message.text))
+        visit.page.on("pageerror", lambda error: visit.messages.append(str(error)))
+        visit.page.goto(written.as_uri())
+        yield visit
         browser.close()
+
+
+@pytest.fixture
+def page(visit: Visit) -> Page:
+    return visit.page
 
 
 def shown(page: Page) -> list[str]:
     return [name.strip() for name in page.locator(".item h3").all_inner_texts()]
 
 
-def test_nothing_leaves_the_page_and_no_name_does_harm(page, written):
-    assert [url for url in page.requests if not url.startswith("data:")] == [written.as_uri()]
-    assert page.complaints == []
+def test_page_loads_nothing_and_escapes_names(visit: Visit, written: Path) -> None:
+    page = visit.page
+    assert [url for url in visit.urls if not url.startswith("data:")] == [written.as_uri()]
+    assert visit.messages == []
     assert page.title() == "camserve: 3 methods on 12 images"
     assert HOSTILE in shown(page)
 
 
-def test_images_are_sorted_by_keyboard_and_it_is_said(page):
+def test_keyboard_sorts_images_and_announces_the_order(page: Page) -> None:
     given = shown(page)
     page.locator("#sort-method").focus()
     for key in ("ArrowDown", "Tab", "ArrowDown", "Tab"):  # the second method, the second metric
@@ -325,7 +355,7 @@ def test_images_are_sorted_by_keyboard_and_it_is_said(page):
     assert page.evaluate("document.activeElement.textContent") == "Worst first"
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
-    # Deletion falls from image to image; the sixth has failed by this method.
+    # Deletion decreases from image to image. This method failed for the sixth image.
     order = [HOSTILE if i == 3 else f"{i:02}.png" for i in range(12) if i != 5] + ["05.png"]
     assert shown(page) == order
     assert page.locator("#sorted").inner_text() == f"Worst first, by Deletion of grad-cam:<b>=1: {order[0]}."
@@ -339,7 +369,7 @@ def test_images_are_sorted_by_keyboard_and_it_is_said(page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_told_from_its_ground(page, scheme):
+def test_text_has_sufficient_contrast(page: Page, scheme: Literal["light", "dark"]) -> None:
     page.emulate_media(color_scheme=scheme)
     ratios = page.evaluate(
         """() => {
@@ -365,11 +395,11 @@ def test_text_can_be_told_from_its_ground(page, scheme):
     assert min(ratios) >= 4.5
 
 
-def test_it_fits_a_narrow_screen_and_a_printer(page):
+def test_page_fits_a_narrow_screen_and_a_printer(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.emulate_media(media="print")
-    page.set_viewport_size({"width": 696, "height": 1000})  # of A4 between its margins
+    page.set_viewport_size({"width": 696, "height": 1000})  # A4 without its margins
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate("document.documentElement.scrollWidth") <= 696
     assert page.locator("details:not([open])").count() == 0
@@ -388,10 +418,12 @@ def evaluate(address: str, *options: object) -> Any:
     return CliRunner().invoke(app, line, env={"COLUMNS": "200"})
 
 
-def test_a_report_lies_beside_its_files_and_is_made_anew_from_them(address, servicer, photo, other, monkeypatch):
+def test_report_is_written_beside_its_files_and_again_with_resume(
+    address: str, servicer: Servicer, photo: Path, other_photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["camserve", "evaluate", "here"])
     path = photo.parent / "out" / "r.html"
-    options = (photo, other, "--method", "fake-cam", "--per-layer", "opti-cam:steps=2", "--report", path)
+    options = (photo, other_photo, "--method", "fake-cam", "--per-layer", "opti-cam:steps=2", "--report", path)
     ran = evaluate(address, *options)
     assert (ran.exit_code, ran.stderr) == (0, "")
     assert sorted(each.name for each in path.parent.iterdir()) == ["r.csv", "r.html", "r.npz"]
@@ -403,14 +435,14 @@ def test_a_report_lies_beside_its_files_and_is_made_anew_from_them(address, serv
     }
     first = path.read_bytes()
     path.unlink()
-    asked = len(servicer.requests)
+    count = len(servicer.requests)
     monkeypatch.setattr(sys, "argv", ["camserve", "evaluate", "here", "--resume"])
     assert evaluate(address, *options, "--resume").exit_code == 0
     assert path.read_bytes() == first
-    assert not any(hasattr(request, "image") for request in servicer.requests[asked:])
+    assert not any(hasattr(request, "image") for request in servicer.requests[count:])
 
 
-def test_wrong_usage_is_said_before_any_work(address, servicer, photo):
+def test_wrong_usage_is_reported_before_any_request(address: str, servicer: Servicer, photo: Path) -> None:
     path = photo.parent / "r.html"
     for options, code, said in [
         (("--against", "cam", "--report", path), 2, "one of the values of --method"),
@@ -428,8 +460,8 @@ def test_wrong_usage_is_said_before_any_work(address, servicer, photo):
     assert not any(hasattr(request, "image") for request in servicer.requests)
 
 
-def test_layers_of_methods_of_one_and_of_many():
-    [model], methods = known()["models"], {each.name: each for each in known()["methods"]}
+def test_layer_study_adds_layers_from_the_coarsest() -> None:
+    [model], methods = catalogue_of_study()["models"], {each.name: each for each in catalogue_of_study()["methods"]}
     variants = run.by_layer(camserve.Variant("p", "poly-cam", {"a": 1}), methods["poly-cam"], model)
     assert [(each.label, each.layers, each.parameters) for each in variants] == [
         ("p@coarse", ["coarse"], {"a": 1}),

@@ -1,7 +1,7 @@
-"""A report of a run over many images: one HTML file that needs no other and no network.
+"""HTML report of a study: one file that needs no other file and no network.
 
-It looks like the tables and figures of the Poly-CAM paper (arXiv:2204.13359) and the Opti-CAM paper (arXiv:2301.07002).
-The same files give the same bytes.
+Its tables and figures follow the Poly-CAM paper (arXiv:2204.13359) and the Opti-CAM paper (arXiv:2301.07002). The same
+files give the same bytes.
 """
 
 from __future__ import annotations
@@ -33,23 +33,30 @@ def write(
     command: str = "",
     most_images: int = 200,
 ) -> None:
-    """Write the report of a run into `path`, in one step.
+    """Write the report of a study atomically.
 
-    csv, npz: the files that `camserve evaluate --csv --npz` wrote. The images are read from where the CSV says.
-    models, methods, metrics: what the server says of them: `client.models()` and so on.
-    order: labels of methods that come first, in this order.
-    against: the label of the method that the others are compared with; the first if left out.
-    command: what the run was started with, to be shown.
-    most_images: of how many images maps and receipts are shown at most, so that the page can still be opened.
+    Args:
+        path: The file to write.
+        csv: CSV file of `camserve evaluate --csv`. The images are read from the paths that it contains.
+        npz: Maps of `camserve evaluate --npz`.
+        models: Models of the server, from `client.models()`.
+        methods: Methods of the server, from `client.methods()`.
+        metrics: Metrics of the server, from `client.metrics()`.
+        order: Labels of the methods that come first, in this order.
+        against: Label of the method with which the others are compared. Default: the first method.
+        command: The command line of the study, which the page quotes.
+        most_images: Maximum number of images whose maps and receipts are shown, so that browsers can open the page.
 
-    Raises OSError, and InvalidArgument for files of another kind.
+    Raises:
+        OSError: A file cannot be read or written.
+        InvalidArgument: A file has another form, or names an unknown metric or method.
     """
     run = records.read_study(Path(csv), models=models, methods=methods, metrics=metrics, order=order, against=against)
     pages = html.environment()
     pages.filters["number"] = scores.number
     pages.tests["control"] = run.is_control
     with closing(map_archive.MapReader(Path(npz))) as maps:
-        # Maps are read as the page comes to them.
+        # The template reads the maps one after the other.
         content = _content(run, maps, command, most_images)
         html.write_page(path, pages, "page.html.j2", content, script="page.js")
 

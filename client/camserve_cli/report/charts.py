@@ -1,4 +1,4 @@
-"""Charts as SVG that becomes part of the page and takes its colours. The same numbers give the same bytes."""
+"""Charts as SVG elements that are part of the page and use its colours. The same numbers give the same bytes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ __all__ = ["MAX_LINES", "Curve", "Line", "Point", "curves", "layers", "lines", "
 
 Numbers = NDArray[np.float64]
 
-# For this one the page's own colour of ink is put in, which is another in the dark.
+# `_inline` replaces this colour by the text colour of the page, which depends on the light or dark colour scheme.
 _INK = "#010203"
-# Each is seen on white and on black; with its dash, in grey print, too. The first is of the method of comparison.
+# Each colour is visible on white and on black. The dashes distinguish the lines in grey print. The first colour is that
+# of the method with which the others are compared.
 _COLOURS = (_INK, "#9c4fd6", "#d0661b", "#178a7c", "#3b7fd9", "#d23f86", "#8a8420")
 _DASHES: tuple[tuple[int, tuple[float, ...]], ...] = (
     (0, ()),
@@ -34,8 +35,8 @@ _DASHES: tuple[tuple[int, tuple[float, ...]], ...] = (
     (0, (8, 2)),
 )
 _STYLE: dict[Any, Any] = {
-    "text.parse_math": False,  # a $ in a name is a $
-    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a $ in a name is not a formula
+    "svg.fonttype": "none",  # keep text as text elements
     "font.size": 10,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -55,15 +56,22 @@ _STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
 }
 MAX_LINES = len(_COLOURS)
-# In inches, of 72 units each; texts have 10.
+# In inches of 72 units. The font size is 10 units.
 _WIDTH = 4.6
-# More points than pixels would only make the page heavy.
+# More points than pixels would increase the size of the page without a visible difference.
 _MOST_POINTS = 128
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A mean over images with its band, each [P]."""
+    """Mean curve over images with its confidence band.
+
+    Attributes:
+        label: Text in the legend.
+        mean: Mean at each of P points, [P].
+        low: Lower end of the confidence interval, [P].
+        high: Upper end of the confidence interval, [P].
+    """
 
     label: str
     mean: Numbers
@@ -73,7 +81,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Point:
-    """A mean with its interval over some x; `hollow` where it is but a control."""
+    """Mean with its confidence interval.
+
+    Attributes:
+        label: Text beside the point or below it.
+        x: Position on the x axis.
+        mean: The mean.
+        low: Lower end of the confidence interval.
+        high: Upper end of the confidence interval.
+        hollow: Draw a hollow point, which marks a control.
+    """
 
     label: str
     x: float
@@ -85,7 +102,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """Points, [P] each, those joined that are numbers; a `level` is one of the same y all along."""
+    """Line through points. Points whose y is NaN are left out.
+
+    Attributes:
+        label: Text in the legend.
+        x: Positions on the x axis, [P].
+        y: Positions on the y axis, [P].
+        level: Draw a horizontal line at the first y instead.
+    """
 
     label: str
     x: Numbers
@@ -94,7 +118,18 @@ class Line:
 
 
 def curves(alt: str, drawn: Sequence[Curve], x: Numbers, x_label: str, y_label: str) -> str:
-    """Curves with their bands over x [P], the first of them that of comparison. At most seven."""
+    """Draw curves with their confidence bands.
+
+    Args:
+        alt: Description of the chart for screen readers. It must be unique within the page.
+        drawn: At most `MAX_LINES` curves. The first is that of the method with which the others are compared.
+        x: Positions on the x axis, [P].
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+
+    Returns:
+        An SVG element.
+    """
 
     def draw(axes: Axes) -> None:
         every = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MOST_POINTS)).round().astype(int))
@@ -123,20 +158,33 @@ def lines(
     log_y: bool = False,
     x_ticks: Mapping[str, float] | None = None,
 ) -> str:
-    """Lines over x, at most `MAX_LINES`; `x_ticks` are what stands below which x."""
+    """Draw lines.
+
+    Args:
+        alt: Description of the chart for screen readers. It must be unique within the page.
+        drawn: At most `MAX_LINES` lines.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+        log_x: Use a logarithmic x axis.
+        log_y: Use a logarithmic y axis.
+        x_ticks: Positions of the ticks on the x axis, by text.
+
+    Returns:
+        An SVG element.
+    """
 
     def draw(axes: Axes) -> None:
         for line, colour, dashes in zip(drawn, _COLOURS, _DASHES, strict=False):
             if line.level:
                 axes.axhline(line.y[0], color=colour, linestyle=(0, (2, 2)), lw=1, label=line.label)
                 continue
-            known = np.isfinite(line.y)
-            x, y = line.x[known], line.y[known]
+            finite = np.isfinite(line.y)
+            x, y = line.x[finite], line.y[finite]
             marker = "o" if len(x) < 30 else ""
             axes.plot(x, y, color=colour, linestyle=dashes, label=line.label, lw=1.5, marker=marker, ms=3)
         for axis, logarithmic in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
             if logarithmic:
-                # Within less than a decade there would be no tick.
+                # The default locator draws no tick if the axis spans less than a decade.
                 getattr(axes, f"set_{axis.axis_name}scale")("log", subs=())
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
@@ -152,7 +200,17 @@ def lines(
 
 
 def scatter(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Points with their intervals, each with its name beside it."""
+    """Draw points with their confidence intervals and their names.
+
+    Args:
+        alt: Description of the chart for screen readers. It must be unique within the page.
+        points: The points.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+
+    Returns:
+        An SVG element.
+    """
 
     def draw(axes: Axes) -> None:
         for point in points:
@@ -165,13 +223,23 @@ def scatter(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> st
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid(visible=True)
         axes.margins(x=0.08, y=0.12)
-        _name_beside(axes, points)
+        _draw_names(axes, points)
 
     return _svg(alt, 3.2, draw)
 
 
 def layers(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Points in their order, joined, with their intervals; `x` is their place."""
+    """Draw a line through points with a tick for each point.
+
+    Args:
+        alt: Description of the chart for screen readers. It must be unique within the page.
+        points: The points, whose labels are the texts of the ticks.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+
+    Returns:
+        An SVG element.
+    """
 
     def draw(axes: Axes) -> None:
         x = [point.x for point in points]
@@ -185,15 +253,15 @@ def layers(alt: str, points: Sequence[Point], x_label: str, y_label: str) -> str
     return _svg(alt, 3.0, draw)
 
 
-def _name_beside(axes: Axes, points: Sequence[Point]) -> None:
-    """Names in a column to the right, moved apart, each with a line to its point."""
+def _draw_names(axes: Axes, points: Sequence[Point]) -> None:
+    """Write the names in a column to the right without overlap, and connect each with its point by a line."""
     low, high = axes.get_ylim()
     gap = (high - low) / max(13, len(points))
     ordered = sorted(points, key=lambda point: point.mean)
     at: list[float] = []
     for point in ordered:
         at.append(max(point.mean, at[-1] + gap) if at else point.mean)
-    # What has run over the top is pushed down again.
+    # Move down the names that are above the upper end of the axis.
     ceiling = high
     for i in reversed(range(len(at))):
         at[i] = min(at[i], ceiling)
@@ -221,22 +289,25 @@ def _name_beside(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _svg(alt: str, height: float, draw: Callable[[Axes], None]) -> str:
-    """What `draw` draws, as an element of a page. `alt` says what it shows, and tells its ids from those of others."""
+    """Draw a chart and return it as an SVG element.
+
+    `alt` is also the salt of the ids in the element, which must differ from the ids of other charts in the page.
+    """
     with mpl.rc_context({**_STYLE, "svg.hashsalt": alt}):
         figure = Figure((_WIDTH, height), layout="constrained")
         draw(figure.add_subplot())
         file = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     return _inline(file.getvalue(), alt)
 
 
 def _inline(svg: str, alt: str) -> str:
-    """An SVG file → an element of a page: one picture to a screen reader."""
+    """Convert an SVG file to an element of a page. Screen readers treat it as one image."""
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<!--.*?-->", "", svg, flags=re.DOTALL)
     used = set(re.findall(r"#([\w.-]+)", svg))
-    svg = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r' id="([\w.-]+)"', lambda match: match[0] if match[1] in used else "", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[\d.]+pt" height="[\d.]+pt"', r"\1", svg, count=1)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1).replace("xlink:href", "href")

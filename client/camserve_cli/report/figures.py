@@ -1,4 +1,4 @@
-"""The figures of a report: which curves, points and pictures go together, and what their axes say."""
+"""Figures of a report: selection of curves and points, captions, and labels of the axes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ __all__ = ["Figure", "cost_figures", "curve_figures", "layer_figures"]
 
 Numbers = NDArray[np.float64]
 
-# Beside the method of comparison; more than these cannot be told apart in one chart.
+# Methods in one chart, in addition to the method with which they are compared. More lines are hard to distinguish.
 _OTHERS = 5
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, as SVG, and its caption."""
+    """Chart with its caption.
+
+    Attributes:
+        svg: The chart as an SVG element.
+        title: Title of the chart.
+        caption: Text after the title.
+    """
 
     svg: str
     title: str
@@ -33,31 +39,31 @@ class Figure:
 
 @dataclass(frozen=True)
 class _Axes:
-    """What the axes of a metric's curve say; `x` gives where the points lie, of how many there are."""
+    """Labels of the axes for the curve of a metric. `x` returns the positions of a number of points."""
 
     x_label: str
     y_label: str
     x: Callable[[int], Numbers]
 
 
-def _after_each(count: int) -> Numbers:
+def _after_each_step(count: int) -> Numbers:
     return 100 * np.arange(1, count + 1) / count
 
 
 _PROBABILITY = "probability of the class"
 _AXES = {
-    "insertion": _Axes("pixels put in, %", _PROBABILITY, _after_each),
-    "deletion": _Axes("pixels taken out, %", _PROBABILITY, _after_each),
-    "aopc": _Axes("regions disturbed", _PROBABILITY, lambda count: np.arange(count, dtype=float)),
+    "insertion": _Axes("pixels inserted, %", _PROBABILITY, _after_each_step),
+    "deletion": _Axes("pixels removed, %", _PROBABILITY, _after_each_step),
+    "aopc": _Axes("perturbed regions", _PROBABILITY, lambda count: np.arange(count, dtype=float)),
     "road": _Axes(
-        "pixels taken out, %",
-        "½ (p least gone − p most gone)",
+        "pixels removed, %",
+        "½ (p without least − p without most salient)",
         lambda count: 100 * np.arange(1, count + 1) / (count + 1),
     ),
     "box-accuracy": _Axes("threshold of the map", "IoU with the target's box", lambda count: np.arange(count) / count),
     "randomisation": _Axes(
         "steps of randomisation, from the last layer",
-        "likeness to the map of the network itself",
+        "similarity to the map of the trained network",
         lambda count: np.arange(1, count + 1, dtype=float),
     ),
 }
@@ -72,7 +78,11 @@ def _axes(metric: str) -> _Axes:
 
 
 def curve_figures(study: Study, model: str) -> list[list[Figure]]:
-    """For a few methods at a time, with that of comparison: the mean curves by each metric that has some."""
+    """Draw the mean curves of each metric that has curves.
+
+    Returns:
+        Groups of figures. Each group shows a few methods together with the method with which they are compared.
+    """
     others = [method for method in study.methods if method != study.against]
     groups = [others[i : i + _OTHERS] for i in range(0, len(others), _OTHERS)] or [[]]
     drawn = [
@@ -83,14 +93,14 @@ def curve_figures(study: Study, model: str) -> list[list[Figure]]:
 
 
 def _curves(study: Study, model: str, methods: Sequence[str], metric: Metric) -> Figure | None:
-    found = {method: _stacked(study.of(model, method).values(), metric) for method in methods}
-    points = Counter(curve.shape[1] for curve in found.values() if curve.size)
+    curves = {method: _stacked(study.of(model, method).values(), metric) for method in methods}
+    points = Counter(curve.shape[1] for curve in curves.values() if curve.size)
     if not points:
         return None
     [(count, _)] = points.most_common(1)
     drawn = [
         charts.Curve(method, curve.mean(0), *statistics.interval(curve))
-        for method, curve in found.items()
+        for method, curve in curves.items()
         if curve.size and curve.shape[1] == count
     ]
     alt = f"{metric.title} curves on {model}: {', '.join(curve.label for curve in drawn)}."
@@ -100,7 +110,10 @@ def _curves(study: Study, model: str, methods: Sequence[str], metric: Metric) ->
 
 
 def _stacked(records: Iterable[Record], metric: Metric) -> Numbers:
-    """The curves of the images, [N, P]; of the commonest number of points, for a model may make them differ."""
+    """Return the curves of N images, [N, P].
+
+    The number of points P may differ between images. Curves that do not have the most common number are left out.
+    """
     found = [record.curves[metric.name] for record in records if metric.name in record.curves]
     if not found:
         return np.empty((0, 0))
@@ -112,7 +125,14 @@ def _stacked(records: Iterable[Record], metric: Metric) -> Numbers:
 
 
 def cost_figures(study: Study, model: str, rows: dict[str, float], means: dict[str, dict[str, Mean]]) -> list[Figure]:
-    """For each metric: the mean score of each method over the rows that it took."""
+    """Draw the mean score of each method over its number of rows, one figure for each metric.
+
+    Args:
+        study: The study.
+        model: Name of the model.
+        rows: Mean number of rows for each image, by method.
+        means: Mean scores, by method and metric.
+    """
     figures = []
     for metric in study.metrics:
         points = [
@@ -124,7 +144,7 @@ def cost_figures(study: Study, model: str, rows: dict[str, float], means: dict[s
             alt = f"{metric.title} over rows on {model}, a point for each method."
             figures.append(
                 Figure(
-                    charts.scatter(alt, points, "rows an image", _with_unit(metric)),
+                    charts.scatter(alt, points, "rows per image", _with_unit(metric)),
                     metric.title,
                     _better(metric),
                 )
@@ -135,7 +155,15 @@ def cost_figures(study: Study, model: str, rows: dict[str, float], means: dict[s
 def layer_figures(
     study: Study, alt: str, x_label: str, ticks: Sequence[str], rows: Sequence[dict[str, Mean]]
 ) -> list[Figure]:
-    """For each metric: the mean score of each layer, or number of layers."""
+    """Draw the mean score over the layers, one figure for each metric.
+
+    Args:
+        study: The study.
+        alt: Second part of the description for screen readers, after the title of the metric.
+        x_label: Label of the x axis.
+        ticks: Text of the tick of each layer.
+        rows: Mean scores by metric, for each layer.
+    """
     figures = []
     for metric in study.metrics:
         points = [

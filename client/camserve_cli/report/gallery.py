@@ -1,4 +1,4 @@
-"""The images of a run, each with its maps side by side."""
+"""Images of a study with their maps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ __all__ = ["GalleryItem", "MapImage", "build_items", "layer_strips"]
 
 @dataclass(frozen=True)
 class MapImage:
-    """A map as a picture, with what is said of it."""
+    """Map of one method, drawn over the image.
+
+    Attributes:
+        record: Scores and settings of the map.
+        source: The drawing as a data URI.
+    """
 
     record: Record
     source: str
@@ -26,7 +31,17 @@ class MapImage:
 
 @dataclass(frozen=True)
 class GalleryItem:
-    """An image with its maps; `scores` is JSON, a list for each method of its scores, None where there are none."""
+    """Image with its maps on one model.
+
+    Attributes:
+        image: Name of the image.
+        model: Name of the model.
+        target: Explained class.
+        probability: Probability of this class.
+        source: The image as a data URI, or "" if its file cannot be read.
+        maps: One map for each method.
+        scores: JSON list with the list of scores of each method, or null for a method without scores.
+    """
 
     image: str
     model: str
@@ -38,7 +53,13 @@ class GalleryItem:
 
 
 def build_items(study: Study, maps: map_archive.MapReader, most: int) -> Iterator[GalleryItem]:
-    """The first images, at most so many, on each model by all methods. What failed is left out."""
+    """Yield the images with the maps of all methods, for each model. Failures are left out.
+
+    Args:
+        study: The study.
+        maps: The saved maps.
+        most: Maximum number of images.
+    """
     for image in study.images[:most]:
         small = thumbnails.small(Path(image))
         for model in study.models:
@@ -52,7 +73,7 @@ def build_items(study: Study, maps: map_archive.MapReader, most: int) -> Iterato
                 target=done[0].target,
                 probability=done[0].probability,
                 source=thumbnails.data_uri(small) if small else "",
-                maps=[shown for record in done if (shown := _map_image(record, small, maps))],
+                maps=[each for record in done if (each := _map_image(record, small, maps))],
                 scores=json.dumps(
                     [record and [record.scores[metric.name] for metric in study.metrics] for record in records]
                 ),
@@ -62,18 +83,26 @@ def build_items(study: Study, maps: map_archive.MapReader, most: int) -> Iterato
 def layer_strips(
     study: Study, model: str, labels: list[str], maps: map_archive.MapReader, most: int
 ) -> list[GalleryItem]:
-    """The first images, at most so many, of which there is a map for each of the labels."""
-    found = []
-    of = [study.of(model, label) for label in labels]
-    complete = [image for image in study.images if all(image in records for records in of)]
+    """Return images with a map for each label of a study by layer.
+
+    Args:
+        study: The study.
+        model: Name of the model.
+        labels: Labels of the form METHOD@LAYER.
+        maps: The saved maps.
+        most: Maximum number of images.
+    """
+    items = []
+    by_label = [study.of(model, label) for label in labels]
+    complete = [image for image in study.images if all(image in records for records in by_label)]
     for image in complete[:most]:
         small = thumbnails.small(Path(image))
-        shown = [each for records in of if (each := _map_image(records[image], small, maps))]
+        shown = [each for records in by_label if (each := _map_image(records[image], small, maps))]
         if shown:
             first = shown[0].record
             source = thumbnails.data_uri(small) if small else ""
-            found.append(GalleryItem(image, model, first.target, first.probability, source, shown, "[]"))
-    return found
+            items.append(GalleryItem(image, model, first.target, first.probability, source, shown, "[]"))
+    return items
 
 
 def _map_image(record: Record, small: PIL.Image.Image | None, maps: map_archive.MapReader) -> MapImage | None:

@@ -1,4 +1,4 @@
-"""Pages: one HTML file each, that needs no other and no network, written in one step."""
+"""HTML pages that need no other file and no network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["environment", "write_page"]
 
 
 def environment() -> jinja2.Environment:
-    """Of the templates beside it; values are escaped."""
+    """Return the environment of the page templates, which escape all values."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("camserve_cli.report", "page"),
         autoescape=True,
@@ -30,12 +30,23 @@ def environment() -> jinja2.Environment:
 def write_page(
     path: str | os.PathLike[str], pages: jinja2.Environment, template: str, content: dict[str, Any], script: str = ""
 ) -> None:
-    """Render the template into the file. The page may run the script, by its name, and nothing else."""
+    """Render a page and write it atomically.
+
+    Args:
+        path: The file to write.
+        pages: The environment of the templates.
+        template: Name of the template.
+        content: Values of the template.
+        script: Name of the only script that the page may run, or "" for none.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     source = pages.get_template(script).render() if script else ""
     digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
     page = pages.get_template(template).render(content, script=Markup(source), script_digest=digest)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    anew = path.with_name(path.name + ".tmp")
-    anew.write_text(page, encoding="utf-8")
-    anew.replace(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)

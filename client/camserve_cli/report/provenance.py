@@ -1,4 +1,4 @@
-"""What was run, in full: counts, models, versions, warnings, and the receipts of all maps."""
+"""Provenance of a study: counts, models, versions, warnings, and the receipts of the maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ __all__ = ["Group", "Provenance", "collect"]
 
 @dataclass(frozen=True)
 class Group:
-    """The receipts of a method on a model: entries that are `common` to all, and a row of the others for each image."""
+    """Receipts of a method on a model.
+
+    Attributes:
+        model: Name of the model.
+        method: Label of the method.
+        count: Number of receipts.
+        common: Entries that all receipts share.
+        columns: Names of the entries that differ.
+        rows: For each image, its name and its values of these entries.
+    """
 
     model: str
     method: str
@@ -27,7 +36,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Counts and sums over all maps; `warnings` are (warning, how many maps, of which methods)."""
+    """Provenance of all maps.
+
+    Attributes:
+        maps: Number of maps.
+        failed: Records of the failures.
+        rows: Total number of rows.
+        models: Facts about each model.
+        versions: Versions of the server's packages.
+        warnings: For each warning its text, the number of maps, and the methods of these maps.
+        groups: Receipts by model and method.
+    """
 
     maps: int
     failed: Sequence[Record]
@@ -39,7 +58,12 @@ class Provenance:
 
 
 def collect(study: Study, most: int) -> Provenance:
-    """What is known of the run; of the first images, at most so many, also their own receipts."""
+    """Collect the provenance of a study.
+
+    Args:
+        study: The study.
+        most: Maximum number of images whose own receipt entries are included.
+    """
     done = [record for record in study.records if not record.error]
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in done:
@@ -49,9 +73,9 @@ def collect(study: Study, most: int) -> Provenance:
         maps=len(done),
         failed=study.failed(),
         rows=sum(record.rows for record in done),
-        models={model: _of_model(study, model, done) for model in study.models},
+        models={model: _model_facts(study, model, done) for model in study.models},
         versions={
-            name.removeprefix("versions."): _all(each.get(name, "") for each in entries)
+            name.removeprefix("versions."): _distinct(each.get(name, "") for each in entries)
             for name in dict.fromkeys(name for each in entries for name in each if name.startswith("versions."))
         },
         warnings=_warnings(done),
@@ -59,19 +83,20 @@ def collect(study: Study, most: int) -> Provenance:
     )
 
 
-def _of_model(study: Study, model: str, done: Sequence[Record]) -> dict[str, str]:
+def _model_facts(study: Study, model: str, done: Sequence[Record]) -> dict[str, str]:
     receipts = [record.receipt for record in done if record.model == model]
-    said = {
-        name.replace("_", " "): _all(str(receipt[name]) for receipt in receipts)
+    facts = {
+        name.replace("_", " "): _distinct(str(receipt[name]) for receipt in receipts)
         for name in ("model_digest", "precision", "device", "preprocessing")
     }
-    if known := study.models_by_name.get(model):
-        said = {"source": known.source + (", random weights" if known.random_weights else ""), **said}
-    return said
+    if described := study.models_by_name.get(model):
+        source = described.source + (", random weights" if described.random_weights else "")
+        facts = {"source": source, **facts}
+    return facts
 
 
-def _all(values: Any) -> str:
-    """Each once: more than one where a run was resumed elsewhere."""
+def _distinct(values: Any) -> str:
+    """Join the distinct values. There are several if another server continued the study."""
     return ", ".join(dict.fromkeys(values)) or "–"
 
 
@@ -80,7 +105,7 @@ def _warnings(done: Sequence[Record]) -> list[tuple[str, int, str]]:
     for record in done:
         warnings = [text for text in record.warnings.split("; ") if text]
         if record.share < 1:
-            warnings.append("cut short by the budget: the map has not all of its method's sum")
+            warnings.append("stopped early because of the budget or deadline: the map contains only a part of its sum")
         for text in warnings:
             found.setdefault(text, Counter())[record.method] += 1
     return [
@@ -93,15 +118,15 @@ def _group(model: str, method: str, records: Sequence[Record], images: Sequence[
     entries = [_entries(record.receipt) for record in records]
     names = list(dict.fromkeys(name for each in entries for name in each))
     shown = set(images)
-    own = [name for name in names if len({each.get(name) for each in entries}) > 1]
+    different = [name for name in names if len({each.get(name) for each in entries}) > 1]
     return Group(
         model=model,
         method=method,
         count=len(records),
-        common={name: entries[0][name] for name in names if name not in own},
-        columns=own,
+        common={name: entries[0][name] for name in names if name not in different},
+        columns=different,
         rows=[
-            (record.image, [each.get(name, "") for name in own])
+            (record.image, [each.get(name, "") for name in different])
             for record, each in zip(records, entries, strict=True)
             if record.image in shown
         ],
@@ -109,7 +134,7 @@ def _group(model: str, method: str, records: Sequence[Record], images: Sequence[
 
 
 def _entries(receipt: Mapping[str, Any]) -> dict[str, str]:
-    """Mappings are taken apart, lists are joined."""
+    """Flatten a receipt: mappings become several entries, and lists are joined."""
     entries: dict[str, str] = {}
     for name, value in receipt.items():
         if isinstance(value, Mapping):

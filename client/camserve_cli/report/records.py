@@ -1,4 +1,4 @@
-"""What a run left in its CSV, put in order for a report."""
+"""Records of a study, read from its CSV file and ordered for a report."""
 
 from __future__ import annotations
 
@@ -15,13 +15,30 @@ from camserve_cli.study import score_csv
 
 __all__ = ["CONTROLS", "Record", "Study", "read_study"]
 
-# Methods that explain nothing: what a metric gives them says what the metric is worth.
+# Methods that explain nothing. Their scores show how well a metric detects that.
 CONTROLS = ("fake-cam", "center-gaussian", "random")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image by one method on one model. Where there is an `error`, there is nothing else."""
+    """Map of one image by one method on one model.
+
+    Attributes:
+        image: Name of the image.
+        model: Name of the model.
+        method: Label of the method.
+        target: Explained class.
+        probability: Probability of this class.
+        scores: Scores by metric.
+        curves: Curves of the scores by metric.
+        rows: Number of rows, including those of the scores.
+        seconds: Computation time.
+        share: Share of the method's sum that the map contains, in [0, 1].
+        left_out: Channels that a tolerance left out, for each layer.
+        warnings: Warnings, separated by "; ".
+        error: Message of the error, or "". A record with an error has no other results.
+        receipt: Entries of the receipt.
+    """
 
     image: str
     model: str
@@ -40,16 +57,22 @@ class Record:
 
     @property
     def key(self) -> score_csv.Key:
-        """What it is of."""
+        """Image, model and method."""
         return self.image, self.model, self.method
 
 
 @dataclass(frozen=True)
 class Study:
-    """A run: its records, and what the server says of what is named in them.
+    """Records of a study with descriptions of its models, methods and metrics.
 
-    `methods` are the labels in the order of the report, without those of a study per layer; `against` is the one that
-    the others are compared with.
+    Attributes:
+        records: All records.
+        metrics: Descriptions of the metrics.
+        models: Names of the models.
+        methods: Labels of the methods in the order of the report, without those of a study by layer.
+        against: Label of the method with which the others are compared.
+        models_by_name: Descriptions of the server's models.
+        methods_by_name: Descriptions of the server's methods.
     """
 
     records: Sequence[Record]
@@ -70,23 +93,23 @@ class Study:
 
     @functools.cached_property
     def images(self) -> list[str]:
-        """Their names, each once, in the order of the CSV."""
+        """Distinct names of the images in the order of the CSV file."""
         return list(dict.fromkeys(record.image for record in self.records))
 
     def of(self, model: str, method: str) -> Mapping[str, Record]:
-        """Those that were done, by image."""
+        """Return the finished records of a method on a model, by image."""
         return self._done.get((model, method), {})
 
     def failed(self) -> list[Record]:
-        """Those that were not."""
+        """Return the records with errors."""
         return [record for record in self.records if record.error]
 
     def is_control(self, method: str) -> bool:
-        """Whether the label is of a method that explains nothing."""
+        """Return True if the label is that of a method that explains nothing."""
         return self.name_of(method) in CONTROLS
 
     def name_of(self, label: str) -> str:
-        """The method behind a label."""
+        """Return the name of the method with this label."""
         return self._names.get(label, label.partition(":")[0])
 
     @functools.cached_property
@@ -94,7 +117,11 @@ class Study:
         return {record.method: record.receipt["method"] for record in self.records if not record.error}
 
     def by_layer(self) -> Iterator[tuple[str, str, list[str]]]:
-        """The studies per layer: model, method, and the labels METHOD@LAYER, the coarsest layer first."""
+        """Find the studies by layer.
+
+        Yields:
+            The model, the method, and the labels of the form METHOD@LAYER, the coarsest layer first.
+        """
         for model in self.models:
             order = (
                 [layer.name for layer in self.models_by_name[model].named_layers]
@@ -102,9 +129,9 @@ class Study:
                 else []
             )
             found: dict[str, list[tuple[int, str]]] = {}
-            for of, label in self._done:
+            for model_of_label, label in self._done:
                 method, layer = score_csv.split_label(label)
-                if of == model and layer:
+                if model_of_label == model and layer:
                     name = layer.removesuffix("+")
                     found.setdefault(method, []).append((-order.index(name) if name in order else 0, label))
             for method, labels in found.items():
@@ -120,23 +147,36 @@ def read_study(
     order: Sequence[str] = (),
     against: str | None = None,
 ) -> Study:
-    """The run whose CSV is given, methods in `order` first.
+    """Read a study from its CSV file.
 
-    Raises OSError, and InvalidArgument for a file of another kind, an unknown metric, or no method `against` in it.
+    Args:
+        csv: The CSV file.
+        models: Models of the server.
+        methods: Methods of the server.
+        metrics: Metrics of the server.
+        order: Labels of the methods that come first, in this order.
+        against: Label of the method with which the others are compared. Default: the first method.
+
+    Raises:
+        OSError: The file cannot be read.
+        InvalidArgument: The file has another form, names an unknown metric, or does not contain `against`.
     """
     names = score_csv.read_metrics(csv)
     known = {metric.name: metric for metric in metrics}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise InvalidArgument(f"{csv} has the metrics {', '.join(unknown)}, which the server does not know")
+        raise InvalidArgument(
+            f"{csv} has the metrics {', '.join(unknown)}, which the server does not have; use the server of the study"
+        )
     records = [_record(row, names) for row in score_csv.ScoreCsv(csv, names).rows().values()]
     if not records:
-        raise InvalidArgument(f"there is nothing in {csv} to report")
+        raise InvalidArgument(f"{csv} contains no rows")
     labels = dict.fromkeys(record.method for record in records if not score_csv.split_label(record.method)[1])
     ordered = [label for label in dict.fromkeys([*order, *labels]) if label in labels]
     if against is not None and against not in ordered:
         raise InvalidArgument(
-            f"there is no method {against!r} to compare with in {csv}; there are: {', '.join(ordered)}", field="against"
+            f"{csv} contains no method {against!r} to compare with; its methods are: {', '.join(ordered)}",
+            field="against",
         )
     return Study(
         records=records,

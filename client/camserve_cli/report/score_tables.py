@@ -1,4 +1,4 @@
-"""The tables of a report, as the page takes them."""
+"""Tables of a report, in the form in which the page template uses them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,21 @@ from camserve_cli.study import map_archive, score_csv
 
 __all__ = ["Block", "Cost", "LayerPart", "LayerRow", "ModelPart", "blocks", "layer_parts", "model_part"]
 
-# Columns of a table that still fit on a printed page.
+# Maximum number of columns that fit on a printed page.
 _MOST_COLUMNS = 10
-# Images whose maps are shown layer by layer.
+# Number of images whose maps are shown layer by layer.
 _STRIPS = 4
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method took an image, scores included."""
+    """Mean cost of a method for each image, including its scores.
+
+    Attributes:
+        rows: Number of rows.
+        seconds: Computation time.
+        count: Number of images.
+    """
 
     rows: float
     seconds: float
@@ -34,7 +40,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class ModelPart:
-    """What is said of a model: the cells of its table, comparisons, curves, costs."""
+    """Part of the report about one model.
+
+    Attributes:
+        model: Name of the model.
+        cells: Cells of its table, by method and metric.
+        comparisons: Comparisons of its methods.
+        curves: Groups of figures with curves.
+        costs: Cost of each method.
+        cost_figures: Figures of scores over cost.
+    """
 
     model: str
     cells: dict[tuple[str, str], Cell]
@@ -46,7 +61,12 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class Block:
-    """A table of methods × metrics, models side by side: as many as fit."""
+    """Table of methods by metrics, with as many models side by side as fit.
+
+    Attributes:
+        parts: The models of the table.
+        metrics: The metrics of the table.
+    """
 
     parts: Sequence[ModelPart]
     metrics: Sequence[Metric]
@@ -54,7 +74,13 @@ class Block:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A row of a study per layer: which layer, how large its maps are, and the means by metric."""
+    """Row of a study by layer.
+
+    Attributes:
+        layer: Name of the layer.
+        size: Height and width of its maps, as text.
+        means: Mean scores by metric.
+    """
 
     layer: str
     size: str
@@ -63,7 +89,16 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class LayerPart:
-    """A study per layer; `adds` says that each row has the layers of those above it, too."""
+    """Study of a method by layer.
+
+    Attributes:
+        model: Name of the model.
+        method: Label of the method.
+        adds: True if each row also uses the layers of the rows above it.
+        rows: One row for each layer, the coarsest first.
+        figures: Scores over the layers.
+        strip: Images with a map for each layer.
+    """
 
     model: str
     method: str
@@ -74,7 +109,7 @@ class LayerPart:
 
 
 def model_part(study: Study, model: str) -> ModelPart:
-    """All numbers and charts of a model."""
+    """Compute all numbers and charts of a model."""
     cells = scores.cells(study, model)
     costs = {}
     for method in study.methods:
@@ -96,7 +131,11 @@ def model_part(study: Study, model: str) -> ModelPart:
 
 
 def blocks(study: Study, parts: Sequence[ModelPart]) -> list[Block]:
-    """All models beside each other if they fit, else a table each; metrics that do not fit go into further ones."""
+    """Divide the scores into tables that fit on a page.
+
+    The models share a table if their columns fit, or else each model has its own. Metrics that do not fit go into
+    further tables.
+    """
     metrics = study.metrics
     together = [parts] if len(parts) * len(metrics) <= _MOST_COLUMNS else [[part] for part in parts]
     return [
@@ -107,11 +146,17 @@ def blocks(study: Study, parts: Sequence[ModelPart]) -> list[Block]:
 
 
 def layer_parts(study: Study, maps: map_archive.MapReader) -> list[LayerPart]:
-    """The studies per layer."""
+    """Return the studies by layer.
+
+    Args:
+        study: The study.
+        maps: The saved maps.
+    """
     parts = []
     for model, method, labels in study.by_layer():
-        known = study.models_by_name.get(model)
-        sizes = {layer.name: f"{layer.height} × {layer.width}" for layer in (known.named_layers if known else ())}
+        described = study.models_by_name.get(model)
+        layers = described.named_layers if described else ()
+        sizes = {layer.name: f"{layer.height} × {layer.width}" for layer in layers}
         names = [score_csv.split_label(label)[1] for label in labels]
         adds = any(name.endswith("+") for name in names)
         rows = []
@@ -123,7 +168,9 @@ def layer_parts(study: Study, maps: map_archive.MapReader) -> list[LayerPart]:
         drawn = figures.layer_figures(
             study,
             alt=f"of {method} on {model}, by layer",
-            x_label="layers, from the coarsest one; size of the finest" if adds else "layer, by the size of its maps",
+            x_label="number of layers, from the coarsest; size of the finest"
+            if adds
+            else "size of the maps of the layer",
             ticks=ticks,
             rows=[row.means for row in rows],
         )

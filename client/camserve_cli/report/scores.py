@@ -1,4 +1,4 @@
-"""The numbers of a report: means with their intervals, who is best, and who differs from the method of comparison."""
+"""Scores of a report: means with confidence intervals, best methods, and comparisons with one method."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from camserve_cli.report.records import Record, Study
 
 __all__ = ["ALPHA", "Cell", "Comparison", "Mean", "cells", "comparisons", "means", "number"]
 
-# Of an error in any of the comparisons of one model.
+# Probability of one or more false positives among the comparisons of a model.
 ALPHA = 0.05
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Over images, with the ends of its 95 % interval."""
+    """Mean over images.
+
+    Attributes:
+        value: The mean.
+        low: Lower end of its 95 % confidence interval.
+        high: Upper end of its 95 % confidence interval.
+    """
 
     value: float
     low: float
@@ -28,9 +34,15 @@ class Mean:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of a method with the one of comparison, by a metric, over the `count` images that both have.
+    """Comparison of a method with the reference method by one metric.
 
-    `difference` is the mean of theirs; `better` says whether it is for the better; `adjusted` is Holm's p-value.
+    Attributes:
+        method: Label of the method.
+        metric: The metric.
+        difference: Mean difference from the reference method over the images that both have.
+        count: Number of these images.
+        p: Two-sided p-value.
+        adjusted: p-value with Holm's correction for all comparisons of the model.
     """
 
     method: str
@@ -42,18 +54,25 @@ class Comparison:
 
     @property
     def better(self) -> bool:
-        """Whether the method does better than the one that it is compared with."""
+        """True if the method scores better than the reference method."""
         return (self.difference > 0) == self.metric.higher_is_better
 
     @property
     def significant(self) -> bool:
-        """Whether it would be a surprise if there were no difference."""
+        """True if the adjusted p-value is below `ALPHA`."""
         return self.adjusted < ALPHA
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What the table says of a method by a metric on a model; without a mean where nothing was done."""
+    """Cell of the table of a model.
+
+    Attributes:
+        mean: The mean score, or None if the method has no records.
+        metric: The metric of the column.
+        best: True if no method has a better mean, apart from the controls.
+        comparison: Comparison with the reference method, or None.
+    """
 
     mean: Mean | None
     metric: Metric
@@ -62,7 +81,7 @@ class Cell:
 
 
 def means(records: Iterable[Record], metrics: Sequence[Metric]) -> dict[str, Mean]:
-    """By metric; nothing of no records."""
+    """Return the mean of each metric. Without records the result is empty."""
     values = np.array([[record.scores[metric.name] for metric in metrics] for record in records])
     if not values.size:
         return {}
@@ -73,9 +92,9 @@ def means(records: Iterable[Record], metrics: Sequence[Metric]) -> dict[str, Mea
 
 
 def comparisons(study: Study, model: str) -> list[Comparison]:
-    """Of every method with that of comparison by every metric; p-values are adjusted for being so many."""
+    """Compare every method with the reference method of the study by every metric."""
     base = study.of(model, study.against)
-    found = []
+    paired = []
     for method in study.methods:
         other = study.of(model, method)
         both = [image for image in other if image in base]
@@ -83,25 +102,29 @@ def comparisons(study: Study, model: str) -> list[Comparison]:
             continue
         for metric in study.metrics:
             pairs = [other[image].scores[metric.name] - base[image].scores[metric.name] for image in both]
-            found.append((method, metric, np.array(pairs)))
-    p = [statistics.sign_flip(differences) for _, _, differences in found]
+            paired.append((method, metric, np.array(pairs)))
+    p = [statistics.sign_flip(differences) for _, _, differences in paired]
     return [
         Comparison(method, metric, float(differences.mean()), len(differences), raw, adjusted)
-        for (method, metric, differences), raw, adjusted in zip(found, p, statistics.holm(p), strict=True)
+        for (method, metric, differences), raw, adjusted in zip(paired, p, statistics.holm(p), strict=True)
     ]
 
 
 def cells(study: Study, model: str) -> dict[tuple[str, str], Cell]:
-    """The table of one model, by method and metric. Controls cannot be best."""
+    """Return the cells of the table of one model, by method and metric. Controls cannot be the best."""
     compared = {(each.method, each.metric.name): each for each in comparisons(study, model)}
-    of = {method: means(study.of(model, method).values(), study.metrics) for method in study.methods}
+    means_of = {method: means(study.of(model, method).values(), study.metrics) for method in study.methods}
     table = {}
     for metric in study.metrics:
-        rivals = [of[method][metric.name].value for method in of if of[method] and not study.is_control(method)]
+        rivals = [
+            by_metric[metric.name].value
+            for method, by_metric in means_of.items()
+            if by_metric and not study.is_control(method)
+        ]
         best = (max if metric.higher_is_better else min)(rivals, default=None)
         for method in study.methods:
-            mean = of[method].get(metric.name)
-            # Those that cannot be told apart as they are printed are best together.
+            mean = means_of[method].get(metric.name)
+            # Methods whose printed means are equal are all marked as the best.
             is_best = (
                 mean is not None
                 and best is not None
@@ -114,7 +137,13 @@ def cells(study: Study, model: str) -> dict[tuple[str, str], Cell]:
 
 
 def number(value: float, metric: Metric, *, sign: bool = False) -> str:
-    """A score as it is printed: percentages with one decimal, other numbers with three, large ones with four digits."""
+    """Format a score.
+
+    Args:
+        value: The score.
+        metric: Its metric. Percentages have one decimal. Other numbers have three decimals, or four digits from 100.
+        sign: Also print the sign of positive numbers.
+    """
     precision = ".1f" if metric.unit == "%" else ".3f" if abs(value) < 100 else ".4g"
     text = f"{value:{'+' if sign else ''}{precision}}"
     return text.replace("-", "−")

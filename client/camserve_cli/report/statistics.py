@@ -1,4 +1,4 @@
-"""What can be said of a mean over images: how sure it is, and whether two methods differ. All of it is seeded.
+"""Confidence intervals and significance tests of means over images, with fixed seeds.
 
 Efron, Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; Fisher 1935, The Design of Experiments, § 21;
 Holm 1979, A Simple Sequentially Rejective Multiple Test Procedure.
@@ -13,27 +13,31 @@ from numpy.typing import NDArray
 
 __all__ = ["LEVEL", "RESAMPLES", "SEED", "holm", "interval", "sign_flip"]
 
-# Of confidence.
+# Confidence level of the intervals.
 LEVEL = 0.95
 RESAMPLES = 10_000
 SEED = 0
 
-# Random numbers that are drawn at a time: 32 MiB.
+# Number of random numbers that are drawn at a time. They need 32 MiB.
 _AT_ONCE = 2**22
 
 Numbers = NDArray[np.float64]
 
 
 def interval(values: Numbers) -> tuple[Numbers, Numbers]:
-    """values [N] or [N, P], a row an image → the low and high ends [] or [P] of the mean's 95 % interval.
+    """Return the 95 % confidence interval of the mean, by the percentile bootstrap over images.
 
-    Percentile bootstrap over images. All calls with the same N draw the same images.
+    Args:
+        values: One row for each of N images, [N] or [N, P]. All calls with the same N draw the same images.
+
+    Returns:
+        The lower and the upper end, [] or [P] each.
     """
     count = len(values)
     random = np.random.default_rng(SEED)
     means = []
     for resamples in _parts(RESAMPLES, count):
-        # How often each image is drawn: a mean of drawn images is a weighted mean of all.
+        # The mean of the drawn images is the mean of all images, weighted by the number of draws.
         drawn = random.multinomial(count, np.full(count, 1 / count), size=resamples)
         means.append(drawn @ values / count)
     low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
@@ -41,28 +45,38 @@ def interval(values: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def sign_flip(differences: Numbers) -> float:
-    """differences [N] of pairs → the p-value, two-sided, of the hypothesis that each is as likely as its opposite.
+    """Return the two-sided p-value of the sign-flip test of paired differences.
 
-    All 2^N ways to choose the signs are tried, or, where these are too many, a random sample of them to which the one
-    that was seen is added.
+    The hypothesis is that each difference is as likely as its opposite. The test uses all 2^N choices of the signs. If
+    there are more than `RESAMPLES`, it uses that many random choices and the observed one.
+
+    Args:
+        differences: Differences of N pairs, [N].
     """
     count = len(differences)
-    seen = abs(differences.sum())
-    # Sums of the same numbers in another order differ in their last bits.
-    least = seen - 1e-12 * np.abs(differences).sum()
+    observed = abs(differences.sum())
+    # The tolerance is for rounding: sums of the same numbers in another order differ in their last bits.
+    threshold = observed - 1e-12 * np.abs(differences).sum()
     if 2**count <= RESAMPLES:
         bits = np.arange(2**count)[:, None] >> np.arange(count) & 1
-        return float(np.mean(np.abs((1 - 2 * bits) @ differences) >= least))
+        return float(np.mean(np.abs((1 - 2 * bits) @ differences) >= threshold))
     random = np.random.default_rng(SEED)
     reached = 0
     for resamples in _parts(RESAMPLES, count):
         signs = 1 - 2 * random.integers(0, 2, (resamples, count), dtype=np.int8)
-        reached += int(np.sum(np.abs(signs @ differences) >= least))
+        reached += int(np.sum(np.abs(signs @ differences) >= threshold))
     return (reached + 1) / (RESAMPLES + 1)
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values of several hypotheses → those that may be compared with a level as if there were but one."""
+    """Adjust the p-values of several hypotheses by Holm's method.
+
+    Args:
+        p: The p-values.
+
+    Returns:
+        The adjusted p-values, which can be compared with the significance level of a single hypothesis.
+    """
     adjusted = [0.0] * len(p)
     highest = 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
@@ -72,7 +86,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _parts(resamples: int, count: int) -> list[int]:
-    """So many at a time."""
+    """Divide the resamples into parts that need at most `_AT_ONCE` random numbers."""
     most = max(1, _AT_ONCE // max(1, count))
     full, rest = divmod(resamples, most)
     return [most] * full + [rest] * (rest > 0)

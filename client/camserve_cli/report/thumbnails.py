@@ -1,4 +1,4 @@
-"""Small pictures that become part of the page."""
+"""Small images that are part of a page."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from camserve import heatmaps
 
 __all__ = ["SIDE_PX", "data_uri", "overlay", "small"]
 
-# Of the longer side: a hundred images by twelve methods stay below 25 MB.
+# Length of the longer side. A page with a hundred images and twelve methods stays below 25 MB.
 SIDE_PX = 192
 _QUALITY = 80
 
 
 def small(path: Path) -> PIL.Image.Image | None:
-    """The image, upright, RGB, at most `SIDE_PX` wide and high; None where it cannot be read any more."""
+    """Return the upright RGB image, at most `SIDE_PX` wide and high, or None if the file cannot be read."""
     try:
         with PIL.Image.open(path) as file:
             file.draft("RGB", (2 * SIDE_PX, 2 * SIDE_PX))
@@ -33,7 +33,7 @@ def small(path: Path) -> PIL.Image.Image | None:
 
 
 def overlay(image: PIL.Image.Image | None, saliency: NDArray[np.float32]) -> PIL.Image.Image:
-    """The map [h, w] over the small image; alone where there is none."""
+    """Draw the map [h, w] over the small image, or alone if there is no image."""
     if image is None:
         height, width = saliency.shape
         scale = SIDE_PX / max(height, width)
@@ -42,7 +42,7 @@ def overlay(image: PIL.Image.Image | None, saliency: NDArray[np.float32]) -> PIL
 
 
 def data_uri(image: PIL.Image.Image) -> str:
-    """The picture as the source of an img element."""
+    """Return the image as a data URI, the source of an img element."""
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=_QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()

@@ -1,8 +1,8 @@
 "use strict";
-// Sorts the images by a score of a method, and opens what is folded for the printer. Without it the page is complete.
+// Sort the images by a score of a method, and open all folded sections for printing. The page is complete without scripts.
 (() => {
   const list = document.querySelector(".items");
-  const given = [...list.children];
+  const original = [...list.children];
   const method = document.getElementById("sort-method");
   const metric = document.getElementById("sort-metric");
   const buttons = [...document.querySelectorAll("[data-order]")];
@@ -13,21 +13,21 @@
   const sort = (order) => {
     const higher = metric.selectedOptions[0].dataset.higher === "1";
     const sign = (order === "best") === higher ? -1 : 1;
-    const sorted = given.map((item) => [score(item), item]);
+    const sorted = original.map((item) => [score(item), item]);
     if (order !== "given") {
-      // What has no score comes last.
+      // Images without a score come last.
       sorted.sort(([a], [b]) => (a === null) - (b === null) || sign * (a - b));
     }
     list.append(...sorted.map(([, item]) => item));
     for (const button of buttons) button.setAttribute("aria-pressed", button.dataset.order === order);
     status.textContent =
       order === "given"
-        ? "In the order in which they were given."
+        ? "Original order."
         : `${order === "best" ? "Best" : "Worst"} first, by ${named(metric)} of ${named(method)}: ${sorted[0][1].dataset.name}.`;
   };
   const pressed = () => buttons.find((button) => button.getAttribute("aria-pressed") === "true").dataset.order;
 
-  if (given.length > 1) document.querySelector(".sorting").hidden = false;
+  if (original.length > 1) document.querySelector(".sorting").hidden = false;
   for (const button of buttons) button.addEventListener("click", () => sort(button.dataset.order));
   for (const select of [method, metric]) {
     select.addEventListener("change", () => sort(pressed() === "given" ? "worst" : pressed()));
