@@ -20,6 +20,7 @@ from camserve.answers import Explanation, Replay, SaliencyMap
 from camserve.catalogue import Layer, Method, Metric, Model, Parameter
 
 __all__ = [
+    "allowed_values",
     "deviations",
     "differences",
     "layer_table",
@@ -30,6 +31,7 @@ __all__ = [
     "metric_table",
     "model_table",
     "plain_table",
+    "served_methods",
 ]
 
 # Distinguishes two digests and is narrow enough for two columns in a terminal.
@@ -149,7 +151,7 @@ def model_table(models: Sequence[Model], methods: Sequence[Method]) -> Table:
             model.source + (", random weights" if model.random_weights else ""),
             f"{model.state}; {model.input_channels} × {height} × {width} → {model.classes:,} classes, {model.head}",
             f"{', '.join(model.precisions)} on {model.device}",
-            _methods_of(model, methods),
+            served_methods(model, methods),
             model.digest,
         ]
         layers = [layer.name for layer in model.layers]
@@ -157,7 +159,7 @@ def model_table(models: Sequence[Model], methods: Sequence[Method]) -> Table:
     return table
 
 
-def _methods_of(model: Model, methods: Sequence[Method]) -> str:
+def served_methods(model: Model, methods: Sequence[Method]) -> str:
     """List the methods that the model can serve, or those that it cannot serve if these are fewer."""
     lacking = [method.name for method in methods if method.name not in model.methods]
     if not lacking:
@@ -283,11 +285,11 @@ def _parameter_table(owners: Sequence[Method | Metric]) -> Table:
             table.add_row(escape("\n".join(names)), style="bold")
         for each in parameters:
             default = "" if each.default is None else json.dumps(each.default)
-            table.add_row(*map(escape, (each.name, _values(each), default, each.description)))
+            table.add_row(*map(escape, (each.name, allowed_values(each), default, each.description)))
     return table
 
 
-def _values(parameter: Parameter) -> str:
+def allowed_values(parameter: Parameter) -> str:
     """Describe the allowed values."""
     if parameter.choices:
         return " | ".join(parameter.choices)

@@ -1,4 +1,4 @@
-"""The command line, against a server on a loopback port."""
+"""Commands against a fake server on a loopback port."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -24,6 +25,8 @@ from camserve.v1 import explain_pb2 as pb
 from camserve_cli import rich_tables
 from camserve_cli.app import app
 from camserve_cli.saved_maps import stems
+from tests.client.fake_server import Servicer
+from tests.processes import CAMSERVE, LIMIT_S, started
 
 
 def run(*arguments: object, **env: str) -> Result:
@@ -47,7 +50,7 @@ def written(out: Path) -> list[str]:
     return sorted(path.name for path in out.iterdir())
 
 
-def test_the_truth_is_a_box_or_a_picture(address, servicer, photo, out):
+def test_boxes_and_masks_are_sent_as_the_truth(address: str, servicer: Servicer, photo: Path, out: Path) -> None:
     given = ("explain", photo, "--address", address, "--out", out)
     mask = photo.parent / "mask.png"
     PIL.Image.fromarray(np.array([[0, 255], [0, 3]], np.uint8)).save(mask)
@@ -64,7 +67,7 @@ def test_the_truth_is_a_box_or_a_picture(address, servicer, photo, out):
     )
 
 
-def test_an_error_names_the_option_as_it_was_typed(address, servicer, photo, out):
+def test_error_names_the_option_that_the_user_typed(address: str, servicer: Servicer, photo: Path, out: Path) -> None:
     servicer.before = lambda context: context.abort(
         grpc.StatusCode.INVALID_ARGUMENT, "target_top_k must lie in [0, 5], not 9"
     )
@@ -72,7 +75,9 @@ def test_an_error_names_the_option_as_it_was_typed(address, servicer, photo, out
     assert result.stderr == f"error: {photo}: --top-k must lie in [0, 5], not 9\n"
 
 
-def test_explain_writes_files_and_prints_a_table(address, servicer, photo, out, ramp):
+def test_explain_writes_files_and_prints_a_table(
+    address: str, servicer: Servicer, photo: Path, out: Path, ramp: np.ndarray
+) -> None:
     result = run(
         *("explain", photo, "--address", address, "--out", out, "--method", "opti-cam", "--model", "m"),
         *("--target", "8", "--layer", "a", "--layer", "b", "--seed", 5, "--metric", "insertion"),
@@ -83,29 +88,32 @@ def test_explain_writes_files_and_prints_a_table(address, servicer, photo, out, 
     np.testing.assert_array_equal(np.load(out / "dog.npy"), ramp)
     with PIL.Image.open(out / "dog.png") as overlay:
         assert overlay.size == (50, 30)
-    for said in ("hen (8)", "0.750", "12", "0.02 s", "insertion", "0.25"):
-        assert said in result.stdout
+    for text in ("hen (8)", "0.750", "12", "0.02 s", "insertion", "0.25"):
+        assert text in result.stdout
     assert "warning:" in result.stderr
-    asked = servicer.requests[-1]
-    assert (asked.model, asked.method.name, asked.method.layers, asked.method.seed) == ("m", "opti-cam", ["a", "b"], 5)
-    assert dict(asked.method.parameters.items()) == {"steps": 20, "norm": "max", "soft": True}
-    assert asked.targets[0].index == 8
+    request = servicer.requests[-1]
+    method = request.method
+    assert (request.model, method.name, method.layers, method.seed) == ("m", "opti-cam", ["a", "b"], 5)
+    assert dict(method.parameters.items()) == {"steps": 20, "norm": "max", "soft": True}
+    assert request.targets[0].index == 8
 
 
-def test_explain_writes_a_record(address, photo, out):
+def test_explain_writes_a_record(address: str, photo: Path, out: Path) -> None:
     given = ("explain", photo, "--address", address, "--out", out, "--metric", "insertion")
     line = json.loads(run(*given, "--json").stdout)
     record = json.loads((out / "dog.json").read_text(encoding="utf-8"))
     assert list(record) == ["image", "maps", "predictions", "cost", "receipt", "request_id"]
-    [of_map] = record["maps"]
-    assert list(of_map) == ["saliency", "overlay", "target", "share", "left_out", "scores", "warnings"]
-    assert (of_map["saliency"], of_map["overlay"]) == ("dog.npy", "dog.png")
-    flat = {**record, **of_map, "record": str(out / "dog.json")}
+    [entry] = record["maps"]
+    assert list(entry) == ["saliency", "overlay", "target", "share", "left_out", "scores", "warnings"]
+    assert (entry["saliency"], entry["overlay"]) == ("dog.npy", "dog.png")
+    flat = {**record, **entry, "record": str(out / "dog.json")}
     del flat["maps"]
     assert flat | {name: str(out / flat[name]) for name in ("saliency", "overlay")} == line
 
 
-def test_a_map_that_was_cut_short_says_so(address, servicer, photo, out):
+def test_map_of_a_method_that_stopped_early_has_a_warning(
+    address: str, servicer: Servicer, photo: Path, out: Path
+) -> None:
     given = ("explain", photo, "--address", address, "--out", out, "--budget", 7)
     assert (
         f"warning: {photo}: tabby, cat (281): the method stopped early, after 0.25 of the whole\n" in run(*given).stderr
@@ -117,7 +125,7 @@ def test_a_map_that_was_cut_short_says_so(address, servicer, photo, out):
     assert servicer.requests[-1].budget == 8
 
 
-def test_explain_prints_json_lines(address, photo, out):
+def test_explain_prints_json_lines(address: str, photo: Path, out: Path) -> None:
     result = run("explain", photo, photo, "--address", address, "--out", out, "--metric", "insertion", "--json")
     assert result.exit_code == 0
     first, second = map(json.loads, result.stdout.splitlines())
@@ -133,7 +141,7 @@ def test_explain_prints_json_lines(address, photo, out):
     assert first["request_id"] == "given"
 
 
-def test_several_targets_are_files_of_their_own(address, photo, out):
+def test_each_target_has_its_own_files(address: str, photo: Path, out: Path) -> None:
     result = run("explain", photo, "--address", address, "--out", out, "--target", "7", "--target", "hen", "--json")
     assert written(out) == ["dog.7.npy", "dog.7.png", "dog.8.npy", "dog.8.png", "dog.json"]
     assert [json.loads(line)["target"]["label"] for line in result.stdout.splitlines()] == ["cock", "hen"]
@@ -142,13 +150,13 @@ def test_several_targets_are_files_of_their_own(address, photo, out):
     assert record["receipt"]["targets"] == [7, 8]
 
 
-def test_the_likeliest_classes(address, servicer, photo, out):
+def test_top_k_explains_the_most_probable_classes(address: str, servicer: Servicer, photo: Path, out: Path) -> None:
     assert run("explain", photo, "--address", address, "--out", out, "--top-k", 2).exit_code == 0
     assert servicer.requests[-1].target_top_k == 2
     assert written(out) == ["dog.281.npy", "dog.281.png", "dog.8.npy", "dog.8.png", "dog.json"]
 
 
-def test_one_failure_does_not_stop_the_others(address, servicer, photo, out):
+def test_other_images_continue_after_a_failure(address: str, servicer: Servicer, photo: Path, out: Path) -> None:
     servicer.before = lambda context: (
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, "unreadable") if len(servicer.requests) == 1 else None
     )
@@ -161,14 +169,14 @@ def test_one_failure_does_not_stop_the_others(address, servicer, photo, out):
     assert [json.loads(line)["overlay"] for line in result.stdout.splitlines()] == [str(out / "dog-2.png")]
 
 
-def test_stems_never_collide_and_never_replace_an_image(tmp_path):
+def test_stems_are_distinct_and_replace_no_image(tmp_path: Path) -> None:
     paths = ["a/dog.jpg", "b/dog.jpg", "c/Dog.png", "dog-2.jpg", "e/cat.gif"]
     assert stems([Path(path) for path in paths], Path("out")) == ["dog", "dog-2", "Dog-3", "dog-2-2", "cat"]
     here = [tmp_path / name for name in ("cat.png", "dog.jpg", "hen.7.png", "hen.gif")]
     assert stems(here, tmp_path) == ["cat-2", "dog", "hen.7-2", "hen-2"]
 
 
-def test_labels_beside_an_image_are_not_replaced(address, photo):
+def test_json_labels_beside_an_image_are_kept(address: str, photo: Path) -> None:
     labels = photo.with_suffix(".json")
     labels.write_text('{"version": "5.1", "shapes": []}')
     for _ in range(2):  # the second run replaces the files of the first
@@ -177,7 +185,7 @@ def test_labels_beside_an_image_are_not_replaced(address, photo):
     assert json.loads(labels.read_text())["shapes"] == []
 
 
-def test_an_image_is_not_replaced_by_its_overlay(address, tmp_path):
+def test_overlay_does_not_replace_its_image(address: str, tmp_path: Path) -> None:
     path = tmp_path / "cat.png"
     PIL.Image.new("RGB", (9, 9), "teal").save(path)
     before = path.read_bytes()
@@ -186,7 +194,7 @@ def test_an_image_is_not_replaced_by_its_overlay(address, tmp_path):
     assert written(tmp_path) == ["cat-2.json", "cat-2.npy", "cat-2.png", "cat.png"]
 
 
-def test_progress_goes_to_stderr_only(address, photo, out):
+def test_progress_is_written_to_stderr_only(address: str, photo: Path, out: Path) -> None:
     result = run("explain", photo, "--address", address, "--out", out, "--json", FORCE_COLOR="1")
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", result.stderr)
     assert "12 of 12 rows" in plain
@@ -194,7 +202,9 @@ def test_progress_goes_to_stderr_only(address, photo, out):
     assert json.loads(result.stdout)
 
 
-def test_evaluate_a_file_or_a_method(address, servicer, photo, tmp_path, ramp):
+def test_evaluate_scores_a_file_or_a_method(
+    address: str, servicer: Servicer, photo: Path, tmp_path: Path, ramp: np.ndarray
+) -> None:
     np.save(tmp_path / "map.npy", ramp)
     given = ("evaluate", photo, "--address", address)
     result = run(*given, "--saliency", tmp_path / "map.npy", "--target", "hen", "--json")
@@ -208,7 +218,7 @@ def test_evaluate_a_file_or_a_method(address, servicer, photo, tmp_path, ramp):
     assert [metric.name for metric in servicer.requests[-1].metrics] == ["average-gain"]
 
 
-def test_evaluate_says_what_is_wrong(address, photo, tmp_path, ramp):
+def test_evaluate_reports_errors_in_one_line(address: str, photo: Path, tmp_path: Path, ramp: np.ndarray) -> None:
     (tmp_path / "map.npy").write_bytes(b"no array")
     np.savez(tmp_path / "maps.npz", a=ramp)
     given = ("evaluate", photo, "--address", address)
@@ -225,12 +235,12 @@ def test_evaluate_says_what_is_wrong(address, photo, tmp_path, ramp):
 
 
 def lines(result: Result) -> list[str]:
-    """Of a table, their columns one space apart."""
+    """Return the lines of a table with single spaces between the columns."""
     assert result.exit_code == 0, result.stderr
     return [" ".join(line.split()) for line in result.stdout.splitlines()]
 
 
-def test_list_models(address):
+def test_list_models(address: str) -> None:
     result = run("list", "models", "--address", address)
     for said in ("first", "embedded:first", "3 × 8 × 9 → 3 classes, softmax", "deep[1]", "methods: opti-cam"):
         assert said in result.stdout
@@ -245,12 +255,13 @@ def test_list_models(address):
         ((), "no methods"),
     ],
 )
-def test_the_methods_of_a_model_are_said_shortly(served, said):
-    methods = [types.SimpleNamespace(name=name) for name in "abc"]
-    assert rich_tables._methods_of(types.SimpleNamespace(methods=served), methods) == said
+def test_methods_of_a_model_are_summarised(served: tuple[str, ...], said: str) -> None:
+    methods = catalogue.methods(pb.ListMethodsResponse(methods=[pb.Method(name=name) for name in "abc"]))
+    [model] = catalogue.models(pb.ListModelsResponse(models=[pb.Model(name="m", input_size=[1, 1], methods=served)]))
+    assert rich_tables.served_methods(model, methods) == said
 
 
-def test_list_layers(address):
+def test_list_layers(address: str) -> None:
     assert lines(run("list", "layers", "--address", address))[1:4] == [
         "stem 2,048 8 × 9 yes",
         "shallow 2 4 × 6 1 several",
@@ -258,7 +269,7 @@ def test_list_layers(address):
     ]
 
 
-def test_list_methods(address, servicer):
+def test_list_methods(address: str, servicer: Servicer) -> None:
     result = lines(run("list", "methods", "--address", address))
     assert servicer.requests[-1].model == "first", "so that costs are always shown"
     for said in (
@@ -279,13 +290,13 @@ def test_list_methods(address, servicer):
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_list_methods_fits(address, columns):
+def test_list_methods_fits_the_terminal(address: str, columns: int) -> None:
     result = run("list", "methods", "--address", address, COLUMNS=str(columns))
     assert max(map(len, result.stdout.splitlines())) <= columns
     assert "arXiv:0" in result.stdout
 
 
-def test_list_one_method(address):
+def test_list_one_method(address: str) -> None:
     result = run("list", "methods", "opti-cam", "--address", address)
     assert result.stdout.startswith(
         "opti-cam: Opti-CAM, arXiv:0\nA mask that is optimised.\none layer\ncan stop early; seeded\n"
@@ -299,7 +310,7 @@ def test_list_one_method(address):
     assert run("list", "methods", "--model", "other", "--address", address).exit_code == 1
 
 
-def test_list_metrics(address):
+def test_list_metrics(address: str) -> None:
     assert "higher is better; at most 100 rows" in run("list", "metrics", "insertion", "--address", address).stdout
 
 
@@ -316,7 +327,7 @@ def test_list_metrics(address):
         ),
     ],
 )
-def test_what_a_metric_takes(more, said):
+def test_cost_and_needs_of_a_metric_are_listed(more: dict[str, Any], said: str) -> None:
     (metric,) = catalogue.metrics(pb.ListMetricsResponse(metrics=[pb.Metric(name="m", title="M", unit="%", **more)]))
     console = rich.console.Console(width=80, record=True, file=io.StringIO())
     console.print(rich_tables.metric_table([metric]))
@@ -334,12 +345,12 @@ def test_what_a_metric_takes(more, said):
         (1e-6, 1e6, "number in [1e-06, 1000000]"),
     ],
 )
-def test_values_of_a_parameter(minimum, maximum, said):
-    assert rich_tables._values(camserve.Parameter("a", "number", 0, minimum, maximum, (), "")) == said
+def test_allowed_values_of_a_parameter_are_listed(minimum: float | None, maximum: float | None, said: str) -> None:
+    assert rich_tables.allowed_values(camserve.Parameter("a", "number", 0, minimum, maximum, (), "")) == said
 
 
 @pytest.mark.parametrize("what", ["models", "layers", "methods", "metrics"])
-def test_list_json(address, what):
+def test_list_json(address: str, what: str) -> None:
     result = run("list", what, "--address", address, "--json")
     names = [json.loads(line)["name"] for line in result.stdout.splitlines()]
     assert all(names)
@@ -347,7 +358,7 @@ def test_list_json(address, what):
     assert [json.loads(line)["name"] for line in one.stdout.splitlines()] == names[-1:]
 
 
-def test_errors_are_one_line(photo, out):
+def test_connection_errors_are_one_line(photo: Path, out: Path) -> None:
     for command in (("list", "models"), ("evaluate", photo, "--method", "x"), ("explain", photo, "--out", out)):
         result = run(*command, "--address", "127.0.0.1:1")
         assert result.exit_code == 1
@@ -356,7 +367,7 @@ def test_errors_are_one_line(photo, out):
     assert not out.exists()
 
 
-def test_wrong_usage_exits_with_2(photo):
+def test_wrong_usage_exits_with_status_2(photo: Path) -> None:
     assert run("explain").exit_code == 2
     assert run("explain", photo, "--param", "steps").exit_code == 2
     assert run("explain", photo, "--seed", "-1").exit_code == 2
@@ -365,26 +376,26 @@ def test_wrong_usage_exits_with_2(photo):
     assert run("list", "everything").exit_code == 2
 
 
-def test_version():
+def test_version() -> None:
     assert run("--version").stdout.strip() == f"camserve {camserve.__version__}"
 
 
-def test_ctrl_c_cancels_and_exits_with_130(address, servicer, photo, out):
-    command = [sys.executable, "-m", "camserve_cli", "explain", str(photo), "--model", "slow"]
-    process = subprocess.Popen(
-        [*command, "--address", address, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert servicer.started.wait(10)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
-    assert (process.returncode, said) == (130, "cancelled\n")
-    assert servicer.cancelled.wait(5)
+def test_ctrl_c_cancels_the_request_and_exits_with_status_130(
+    address: str, servicer: Servicer, photo: Path, out: Path
+) -> None:
+    command = [*CAMSERVE, "explain", str(photo), "--model", "slow", "--address", address, "--out", str(out)]
+    with started(command, stderr=subprocess.PIPE) as process:
+        assert servicer.started.wait(LIMIT_S)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, error) == (130, "cancelled\n")
+    assert servicer.cancelled.wait(LIMIT_S)
 
 
-def test_serve_hands_over_to_the_server(monkeypatch):
-    given = {}
+def test_serve_passes_its_options_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
     server = types.ModuleType("camserve_server.__main__")
-    server.serve = lambda **options: given.update(options) or 3
+    monkeypatch.setattr(server, "serve", lambda **options: given.update(options) or 3, raising=False)
     monkeypatch.setitem(sys.modules, "camserve_server.__main__", server)
     assert run("serve").exit_code == 3
     assert given == {"config": None, "listen": None, "device": None, "insecure": None}
@@ -392,7 +403,7 @@ def test_serve_hands_over_to_the_server(monkeypatch):
     assert given == {"config": Path("camserve.toml"), "listen": "127.0.0.1:0", "device": "cpu", "insecure": True}
 
 
-def test_the_public_names_are_there():
+def test_public_names_are_exported_and_sorted() -> None:
     assert camserve.__all__ == sorted(camserve.__all__)
     assert all(hasattr(camserve, name) for name in camserve.__all__)
     public = {name for name, value in vars(camserve).items() if isinstance(value, type)}
