@@ -1,7 +1,7 @@
-"""Explains three photographs by three methods, on a server of its own, and makes a page of it: `make demo`.
+"""Explain three photographs by three methods on a local server, and write a page about them: `make demo`.
 
-Everything that a caller needs is here: start a server, ask it from several threads, follow the progress, take the maps
-and their scores. The page itself is made in `demo_page.py`.
+The example starts a server, sends requests from several threads, shows their progress, and reads the maps and their
+scores. `demo_page.py` makes the page.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from rich.table import Table
 import camserve
 
 CHELSEA = (
-    "Grad-CAM covers most of the face; PCAM± draws the eyes, the bridge of the nose and the stripes above it. "
-    "Deletion hardly falls until most of the face is gone: even blurred, this is a cat to the network."
+    "Grad-CAM covers most of the face. PCAM± outlines the eyes, the bridge of the nose and the stripes above it. "
+    "The deletion curve hardly falls until most of the face is removed: the network recognises even a blurred cat."
 )
 COFFEE = (
-    "All three find the coffee in its cup. PCAM± keeps to the surface of the espresso and the inside of the cup, "
-    "and leaves out saucer, spoon and table."
+    "All three methods find the coffee in its cup. PCAM± marks the surface of the espresso and the inside of the cup, "
+    "but not the saucer, the spoon and the table."
 )
 CAMERAMAN = (
-    "ImageNet has no class for the man; the network says tripod. PCAM± traces its legs, a few pixels wide, "
-    "where Grad-CAM lights up a patch of lawn. They are enough to have the class, or to lose it: see the curves."
+    "ImageNet has no class for the man, and the network predicts the tripod. PCAM± marks the legs of the tripod, which "
+    "are a few pixels wide, while Grad-CAM marks a part of the lawn. The curves show that the legs decide the class."
 )
 
-# They lie inside scikit-image's wheel, and all three are CC0.
+# The photographs are part of the scikit-image package. Their licence is CC0.
 FOLDER = Path(skimage.__file__).parent / "data"
 PHOTOGRAPHS = [
     demo_page.Photograph(FOLDER / "chelsea.png", "Chelsea", "by Stéfan van der Walt, CC0", CHELSEA),
@@ -56,7 +56,14 @@ METRICS = ["insertion", "deletion"]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is asked for: which photographs, and the options of `explain_stream` for each method."""
+    """Photographs, metrics and settings of one run of the demo.
+
+    Attributes:
+        photographs: The photographs to explain.
+        metrics: Parameters of each metric.
+        options: Further arguments of `Client.explain_stream`, for each method.
+        note: A note for the page, or "".
+    """
 
     photographs: Sequence[demo_page.Photograph]
     metrics: Mapping[str, Mapping[str, Any]]
@@ -65,14 +72,14 @@ class Effort:
 
 
 def full() -> Effort:
-    """Every method and metric as its paper has it."""
+    """Return the settings of the papers for every method and metric."""
     return Effort(PHOTOGRAPHS, {name: {} for name in METRICS}, {name: {} for name in METHODS})
 
 
 def quick(model: camserve.Model) -> Effort:
-    """Half a minute's work: the same steps, but far fewer rows."""
+    """Return settings with far fewer rows, which take about half a minute."""
     return Effort(
-        [replace(photograph, look="") for photograph in PHOTOGRAPHS[:1]],
+        [replace(photograph, comment="") for photograph in PHOTOGRAPHS[:1]],
         {name: {"steps": 14} for name in METRICS},
         {
             "grad-cam": {},
@@ -80,18 +87,20 @@ def quick(model: camserve.Model) -> Effort:
             # The coarsest layers are those with the most channels.
             "poly-cam": {"layers": [layer.name for layer in model.layers[1:3]]},
         },
-        note="A quick run, with fewer rows than the papers ask for: these are not the methods' real maps.",
+        note="This was a quick run with fewer rows than in the papers, so the maps differ from those of the methods.",
     )
 
 
 def main() -> int:
-    """Runs the demo; returns the exit status."""
+    """Run the demo and return the exit status."""
     parser = argparse.ArgumentParser(description="Explain three photographs by three methods.")
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where the pictures go")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for the images and the page"
+    )
     parser.add_argument("--quick", action="store_true", help="one photograph and far fewer rows")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    # `kill` ends the demo as Ctrl-C does: the server is stopped either way.
+    # SIGTERM must also run the `finally` blocks, which stop the server.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     console = Console()
@@ -104,14 +113,15 @@ def main() -> int:
         console.print(f"error: {error}", markup=False)
         return 1
     console.print(f"\nThe page:  {(options.out / 'index.html').resolve().as_uri()}", soft_wrap=True)
-    console.print(f"Pictures:  {options.out}", soft_wrap=True, highlight=False)
+    console.print(f"Images:    {options.out}", soft_wrap=True, highlight=False)
     return 0
 
 
 def run(out: Path, is_quick: bool, console: Console) -> None:
-    """Explains, prints the table, writes the pictures and the page."""
+    """Explain the photographs, print the table, and write the images and the page."""
     started = time.monotonic()
-    # Left in the opposite order: the client first, which cancels what is under way, then its threads, then the server.
+    # The contexts are left in reverse order: the client first, which cancels pending requests, then its threads, then
+    # the server.
     with (
         serving(out / "server.log", console) as address,
         ThreadPoolExecutor(len(METHODS)) as pool,
@@ -120,31 +130,40 @@ def run(out: Path, is_quick: bool, console: Console) -> None:
         model = client.models()[0]
         methods = {method.name: method for method in client.methods()}
         effort = quick(model) if is_quick else full()
-        shown = []
+        rows = []
         for photograph in effort.photographs:
-            results = explained(client, pool, photograph, effort, methods, console)
-            shown.append((photograph, results))
-    for photograph, results in shown:
+            results = explain_photograph(client, pool, photograph, effort, methods, console)
+            rows.append((photograph, results))
+    for photograph, results in rows:
         for result in results:
             result.explanation.overlay().save(out / f"{photograph.path.stem}.{result.method.name}.png")
         strip(results).save(out / f"{photograph.path.stem}.strip.jpg", quality=90)
-    page = demo_page.html(model, shown, note=effort.note, seconds=time.monotonic() - started)
+    page = demo_page.html(model, rows, note=effort.note, seconds=time.monotonic() - started)
     (out / "index.html").write_text(page, encoding="utf-8")
-    console.print(table(shown))
-    console.print(f"Rows and time are those of the maps; scoring took {shown[0][1][0].score_rows} more rows for each.")
+    console.print(table(rows))
+    score_rows = rows[0][1][0].score_rows
+    console.print(f"Rows and time are those of the maps. The scores of each map took {score_rows} more rows.")
 
 
 @contextmanager
 def serving(log: Path, console: Console) -> Iterator[str]:
-    """The address of a server with the embedded model, in a process of its own that ends when the block is left."""
+    """Run a server with the embedded model in a process of its own.
+
+    Args:
+        log: File for the log of the server.
+        console: Console for the status line.
+
+    Yields:
+        The address of the server. The process is stopped at the end of the block.
+    """
     command = [sys.executable, "-m", "camserve_cli", "serve", "--listen", "127.0.0.1:0"]
-    # A session of its own, so that Ctrl-C reaches us alone, and we stop it.
+    # The server runs in its own session, so that Ctrl-C does not reach it. The demo stops it.
     with (
         log.open("w", encoding="utf-8") as stderr,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True) as server,
     ):
         try:
-            with console.status("Starting a server, loading and warming the network …"):
+            with console.status("Starting a server and loading the network …"):
                 address = ready(server, log)
             yield address
         finally:
@@ -156,15 +175,16 @@ def serving(log: Path, console: Console) -> Iterator[str]:
 
 
 def ready(server: subprocess.Popen[str], log: Path) -> str:
-    """Waits until the server says that it is ready. Returns its address."""
+    """Wait until the server is ready, and return its address."""
     assert server.stdout is not None, "stdout is a pipe"
     for line in server.stdout:
         if line.startswith("camserve is ready on "):
             return line.removeprefix("camserve is ready on ").partition(",")[0]
-    raise camserve.Unavailable(f"the server did not start; it says: {log.read_text(encoding='utf-8')[-2000:]}")
+    tail = log.read_text(encoding="utf-8")[-2000:]
+    raise camserve.Unavailable(f"the server did not start; the end of its log: {tail}")
 
 
-def explained(
+def explain_photograph(
     client: camserve.Client,
     pool: ThreadPoolExecutor,
     photograph: demo_page.Photograph,
@@ -172,7 +192,7 @@ def explained(
     methods: Mapping[str, camserve.Method],
     console: Console,
 ) -> list[demo_page.Result]:
-    """Asks for all methods at once: the server fills its batches with rows of any of them."""
+    """Request all methods at the same time, so that the server fills its batches with rows of all of them."""
     columns = (
         rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
@@ -182,16 +202,16 @@ def explained(
     )
     width = max(len(methods[name].title) for name in METHODS)
     with rich.progress.Progress(*columns, console=console, transient=True) as bars:
-        asked = []
+        pending = []
         for name in METHODS:
             title = f"{photograph.title}: {methods[name].title:{width}}"
             bar = bars.add_task(title, total=0, stage="")
-            asked.append(pool.submit(follow, client, photograph, methods[name], effort, bars, bar))
-        results = [each.result() for each in asked]
-    answer = results[0].explanation
+            pending.append(pool.submit(follow, client, photograph, methods[name], effort, bars, bar))
+        results = [each.result() for each in pending]
+    first = results[0].explanation
     rows = sum(result.explanation.cost.rows for result in results)
     console.print(
-        f"{photograph.title}: {answer.target}, probability {answer.target.probability:.3f}, {rows:,} rows",
+        f"{photograph.title}: {first.target}, probability {first.target.probability:.3f}, {rows:,} rows",
         markup=False,
         highlight=False,
     )
@@ -206,7 +226,7 @@ def follow(
     bars: rich.progress.Progress,
     bar: rich.progress.TaskID,
 ) -> demo_page.Result:
-    """One explanation with its scores, its progress shown on the way."""
+    """Request one explanation with its scores, and show its progress."""
     levels = []
     started, map_seconds = time.monotonic(), 0.0
     for event in client.explain_stream(
@@ -215,7 +235,7 @@ def follow(
         match event:
             case camserve.Progress():
                 bars.update(bar, completed=event.rows_done, total=event.rows_total, stage=event.stage)
-                if event.stage in effort.metrics:  # the map is done, and is being scored
+                if event.stage in effort.metrics:  # The map is finished, and its scoring has begun.
                     map_seconds = map_seconds or time.monotonic() - started
             case camserve.Level():
                 levels.append(event)
@@ -224,17 +244,16 @@ def follow(
     return demo_page.Result(method, explanation, tuple(levels), map_seconds)
 
 
-def table(shown: Sequence[tuple[demo_page.Photograph, Sequence[demo_page.Result]]]) -> Table:
-    """What the terminal shows at the end."""
-    # Narrow enough for a terminal of 80 columns.
+def table(rows: Sequence[tuple[demo_page.Photograph, Sequence[demo_page.Result]]]) -> Table:
+    """Return the table of the results, which fits a terminal with 80 columns."""
     columns = ("photo", "method", "predicted\nclass", "probability", "rows", "time", "insertion\n− deletion")
-    shown_table = Table(box=rich.box.SIMPLE_HEAD, padding=0)
+    result_table = Table(box=rich.box.SIMPLE_HEAD, padding=0)
     for i, title in enumerate(columns):
-        shown_table.add_column(title, justify="right" if i >= 3 else "left", no_wrap=True, header_style="bold")
-    for photograph, results in shown:
+        result_table.add_column(title, justify="right" if i >= 3 else "left", no_wrap=True, header_style="bold")
+    for photograph, results in rows:
         for result in results:
             e = result.explanation
-            shown_table.add_row(
+            result_table.add_row(
                 photograph.title if result is results[0] else "",
                 result.method.title,
                 e.target.label,
@@ -244,19 +263,19 @@ def table(shown: Sequence[tuple[demo_page.Photograph, Sequence[demo_page.Result]
                 f"{result.difference:+.3f}".replace("-", "−"),
                 end_section=result is results[-1],
             )
-    return shown_table
+    return result_table
 
 
 def strip(results: Sequence[demo_page.Result], side_px: int = 360) -> PIL.Image.Image:
-    """The photograph and the maps over it, side by side, with their names below."""
+    """Return an image with the photograph and the overlays side by side, with their names below."""
     image = results[0].explanation.image()
-    pictures = {"photograph": image} | {r.method.title: r.explanation.overlay() for r in results}
+    tiles = {"photograph": image} | {r.method.title: r.explanation.overlay() for r in results}
     height, gap, foot = round(side_px * image.height / image.width), 8, 36
-    whole = PIL.Image.new("RGB", ((side_px + gap) * len(pictures) - gap, height + foot), "white")
+    whole = PIL.Image.new("RGB", ((side_px + gap) * len(tiles) - gap, height + foot), "white")
     draw, font = PIL.ImageDraw.Draw(whole), PIL.ImageFont.load_default(size=20)
-    for i, (title, picture) in enumerate(pictures.items()):
+    for i, (title, tile) in enumerate(tiles.items()):
         left = i * (side_px + gap)
-        whole.paste(picture.resize((side_px, height), PIL.Image.Resampling.LANCZOS), (left, 0))
+        whole.paste(tile.resize((side_px, height), PIL.Image.Resampling.LANCZOS), (left, 0))
         draw.text((left + side_px / 2, height + foot / 2), title, fill="black", font=font, anchor="mm")
     return whole
 

@@ -1,4 +1,4 @@
-"""The page of the demo: one HTML file that needs no other, no script and no network."""
+"""Page of the demo: one HTML file that needs no other file, no script and no network."""
 
 from __future__ import annotations
 
@@ -18,19 +18,30 @@ from camserve.heatmaps import ALPHA, COLOURS, overlay
 
 @dataclass(frozen=True)
 class Photograph:
-    """A photograph and what is said of it: `look` is what the maps show."""
+    """Photograph with its description.
+
+    Attributes:
+        path: The image file.
+        title: Title of the photograph.
+        credit: Author and licence.
+        comment: Comment on the maps, or "".
+    """
 
     path: Path
     title: str
     credit: str
-    look: str
+    comment: str
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a method made of a photograph.
+    """Result of one method for a photograph.
 
-    `levels` are the maps on the way, coarse to fine; `map_seconds` passed until the map was done and its scoring began.
+    Attributes:
+        method: Description of the method.
+        explanation: The map with its scores.
+        levels: Intermediate maps, from coarse to fine.
+        map_seconds: Time until the map was finished and its scoring began.
     """
 
     method: camserve.Method
@@ -40,48 +51,55 @@ class Result:
 
     @property
     def difference(self) -> float:
-        """Insertion − deletion: the larger, the more the map is about what the model uses."""
+        """Insertion minus deletion. Higher is better."""
         return self.explanation.scores["insertion"] - self.explanation.scores["deletion"]
 
     @property
     def score_rows(self) -> int:
-        """Rows that went into the scores: one for each point of a curve."""
+        """Number of rows of the scores: one for each point of a curve."""
         return sum(len(score.curve) for score in self.explanation.scores.values())
 
     @property
     def map_rows(self) -> int:
-        """Rows that went into the prediction and the map."""
+        """Number of rows of the prediction and the map."""
         return self.explanation.cost.rows - self.score_rows
 
 
-Shown = Sequence[tuple[Photograph, Sequence[Result]]]
+Results = Sequence[tuple[Photograph, Sequence[Result]]]
 
 
-def html(model: camserve.Model, shown: Shown, *, seconds: float, note: str = "") -> str:
-    """The whole page."""
-    rows = sum(result.explanation.cost.rows for _, results in shown for result in results)
-    facts = f"{rows:,} rows in {_duration(seconds)} on the {model.device.upper()}"
+def html(model: camserve.Model, rows: Results, *, seconds: float, note: str = "") -> str:
+    """Return the page.
+
+    Args:
+        model: Description of the model.
+        rows: Each photograph with its results.
+        seconds: Duration of the run.
+        note: A note at the top of the page, or "".
+    """
+    total = sum(result.explanation.cost.rows for _, results in rows for result in results)
+    facts = f"{total:,} rows in {_duration(seconds)} on the {model.device.upper()}"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>camserve: why the network sees what it sees</title>
+<title>camserve: which parts of an image decide the class</title>
 <style>{CSS}</style>
 </head>
 <body>
 <header>
 <p class="name">camserve</p>
-<h1>Why does the network see what it sees?</h1>
-<p class="lead">{_lead(shown)} The network is <b>{escape(model.name)}</b>, trained on ImageNet; it took
-{facts}, its start included.</p>
+<h1>Which parts of an image decide the class?</h1>
+<p class="lead">{_lead(rows)} The network is <b>{escape(model.name)}</b>, trained on ImageNet. The run took
+{facts}, including the start of the server.</p>
 {f'<p class="note"><b>Note.</b> {escape(note)}</p>' if note else ""}
 </header>
 <main>
-{"".join(_section(model, photograph, results) for photograph, results in shown)}
-{_reading(shown)}
-{_receipts(shown)}
+{"".join(_section(model, photograph, results) for photograph, results in rows)}
+{_reading(rows)}
+{_receipts(rows)}
 </main>
 <footer>Made by <code>make demo</code>. Photographs from scikit-image.</footer>
 </body>
@@ -89,12 +107,12 @@ def html(model: camserve.Model, shown: Shown, *, seconds: float, note: str = "")
 """
 
 
-def _lead(shown: Shown) -> str:
-    titles = [escape(result.method.title) for result in shown[0][1]]
-    what = "One photograph" if len(shown) == 1 else f"{('Two', 'Three')[len(shown) - 2]} photographs"
+def _lead(rows: Results) -> str:
+    titles = [escape(result.method.title) for result in rows[0][1]]
+    photographs = "One photograph" if len(rows) == 1 else f"{('Two', 'Three')[len(rows) - 2]} photographs"
     return (
-        f"{what}, and what {', '.join(titles[:-1])} and {titles[-1]} say about the class that the network predicts. "
-        "The brighter the colour, the more a region speaks for the class."
+        f"{photographs}, explained by {', '.join(titles[:-1])} and {titles[-1]} for the predicted class. "
+        "A brighter colour means stronger evidence for the class."
     )
 
 
@@ -108,7 +126,7 @@ def _section(model: camserve.Model, photograph: Photograph, results: Sequence[Re
     return f"""<section aria-labelledby="{name}">
 <h2 id="{name}">{escape(photograph.title)}: <q>{escape(answer.target.label)}</q>,
 {answer.target.probability:.1%}</h2>
-{f"<p>{escape(photograph.look)}</p>" if photograph.look else ""}
+{f"<p>{escape(photograph.comment)}</p>" if photograph.comment else ""}
 <div class="cards">
 {_original(photograph, answer)}
 {"".join(_card(photograph, result, result is best) for result in results)}
@@ -129,7 +147,7 @@ def _original(photograph: Photograph, answer: camserve.Explanation) -> str:
 <figcaption>
 <h3>Photograph</h3>
 <p class="sub">{escape(photograph.credit)}</p>
-<p class="term">What the network predicts</p>
+<p class="term">Predictions of the network</p>
 <ol class="predictions">{predictions}</ol>
 </figcaption>
 </figure>
@@ -139,7 +157,7 @@ def _original(photograph: Photograph, answer: camserve.Explanation) -> str:
 def _card(photograph: Photograph, result: Result, best: bool) -> str:
     e = result.explanation
     insertion, deletion = e.scores["insertion"], e.scores["deletion"]
-    alt = f"{result.method.title} over the photograph: where {e.target.label} is seen."
+    alt = f"Map of {result.method.title} for {e.target.label}, drawn over the photograph."
     warnings = "".join(f'<p class="note">{escape(warning)}</p>' for warning in e.warnings)
     return f"""<figure class="card">
 {_img(e.overlay(), alt)}
@@ -162,7 +180,7 @@ def _card(photograph: Photograph, result: Result, best: bool) -> str:
 
 
 def _curves(insertion: camserve.Score, deletion: camserve.Score) -> str:
-    """The two curves whose areas are the scores: the class's probability against the share of pixels."""
+    """Draw the two curves, the probability of the class over the share of pixels. Their areas are the scores."""
     label = f"Insertion curve, area {insertion:.3f}, and deletion curve, area {deletion:.3f}."
     lines = "".join(
         f'<polyline class="{name}" points="{_points(score.curve)}"/>'
@@ -188,8 +206,8 @@ def _levels(model: camserve.Model, photograph: Photograph, result: Result) -> st
     )
     return f"""<div class="levels">
 <h3>{escape(result.method.title)}, from coarse to fine</h3>
-<p class="sub">Each level brings in a finer layer of the network, and keeps what the coarser ones have found. The server
-sends each as soon as it is done.</p>
+<p class="sub">Each level adds a finer layer of the network to the coarser ones. The server sends each level as soon as
+it is finished.</p>
 <ol>{figures}</ol>
 </div>
 """
@@ -199,38 +217,38 @@ def _level_alt(result: Result, level: camserve.Level) -> str:
     return f"{result.method.title}, level {level.index + 1} of {level.count}, layer {level.layer}."
 
 
-# ---- what explains the page -----------------------------------------------------------------------------------------
+# ---- explanations of the page ---------------------------------------------------------------------------------------
 
 
-def _reading(shown: Shown) -> str:
+def _reading(rows: Results) -> str:
     scale = ", ".join(f"rgb({r} {g} {b})" for r, g, b in COLOURS[::15].tolist())
     methods = "".join(
         f"<dt>{escape(result.method.title)}</dt>"
         f'<dd>{escape(result.method.summary)} <span class="sub">{escape(result.method.paper)}</span></dd>'
-        for result in shown[0][1]
+        for result in rows[0][1]
     )
     return f"""<section aria-labelledby="reading">
 <h2 id="reading">How to read this</h2>
 <div class="columns">
 <div>
 <h3>Colours</h3>
-<p>A map gives each pixel a number from 0, not used, to 1, what speaks most for the class. Where it is 0 the photograph
-shows as it is.</p>
+<p>A map assigns each pixel a value from 0 (not used) to 1 (the strongest evidence for the class). At 0, the photograph
+is shown unchanged.</p>
 <p class="scale"><span>0</span><span class="gradient" role="img" aria-label="From dark blue at 0 over violet, pink and
 orange to pale yellow at 1." style="background:linear-gradient(to right, {scale})"></span><span>1</span></p>
 </div>
 <div>
 <h3>Scores</h3>
-<p><b class="insertion">Insertion</b>: start from a blurred image and put the pixels back, the most salient first. A
-good map makes the probability rise at once. <b class="deletion">Deletion</b>: take them out of the image in the same
-order. A good map makes it fall at once. Each score is the mean height of its curve; the <b>difference</b> of the two
-sums a map up, higher is better.</p>
+<p><b class="insertion">Insertion</b> starts from a blurred image and restores the pixels, the most salient first. With
+a good map, the probability of the class rises early. <b class="deletion">Deletion</b> removes the pixels in the same
+order. With a good map, the probability falls early. Each score is the mean height of its curve. The <b>difference</b>
+of the two scores summarises a map: higher is better.</p>
 </div>
 <div>
 <h3>Rows and time</h3>
-<p>A row is one image that the network looks at. Those shown made the map; scoring it took {shown[0][1][0].score_rows}
-more. The three methods of a photograph are asked at the same time: the server fills each batch with rows of any of
-them, the shortest request first, so they share the time.</p>
+<p>A row is one input of the network. The table shows the rows of the map. Its scores took
+{rows[0][1][0].score_rows} more. The three methods of a photograph run at the same time and share the batches of the
+server, so they also share the time.</p>
 </div>
 <div>
 <h3>Methods</h3>
@@ -241,32 +259,32 @@ them, the shortest request first, so they share the time.</p>
 """
 
 
-def _receipts(shown: Shown) -> str:
-    """What it takes to make each map again."""
+def _receipts(rows: Results) -> str:
+    """Return the receipts of all maps."""
     receipts = "".join(
         f"<details><summary>{escape(photograph.title)}, {escape(result.method.title)}</summary>"
         f"<pre>{escape(json.dumps(asdict(result.explanation.receipt), indent=2))}</pre></details>"
-        for photograph, results in shown
+        for photograph, results in rows
         for result in results
     )
     return f"""<section class="receipts" aria-labelledby="receipts">
 <h2 id="receipts">Receipts</h2>
-<p>With its receipt, a map can be made again.</p>
+<p><code>camserve replay</code> makes a map again from its receipt.</p>
 {receipts}
 </section>
 """
 
 
-# ---- small things ---------------------------------------------------------------------------------------------------
+# ---- images and numbers ---------------------------------------------------------------------------------------------
 
 
-def _img(picture: PIL.Image.Image, alt: str, side_px: int = 640) -> str:
-    picture = picture.copy()
-    picture.thumbnail((side_px, side_px), PIL.Image.Resampling.LANCZOS)
+def _img(image: PIL.Image.Image, alt: str, side_px: int = 640) -> str:
+    image = image.copy()
+    image.thumbnail((side_px, side_px), PIL.Image.Resampling.LANCZOS)
     jpeg = io.BytesIO()
-    picture.save(jpeg, "JPEG", quality=88)
+    image.save(jpeg, "JPEG", quality=88)
     data = base64.b64encode(jpeg.getvalue()).decode()
-    size = f'width="{picture.width}" height="{picture.height}"'
+    size = f'width="{image.width}" height="{image.height}"'
     return f'<img alt="{escape(alt)}" {size} src="data:image/jpeg;base64,{data}">'
 
 

@@ -1,4 +1,4 @@
-"""The methods in groups that help to choose: the order of docs/methods.md and of the figure."""
+"""Groups of methods, which determine the order of docs/methods.md and of the figure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import TypeVar
 
 @dataclass(frozen=True)
 class Group:
-    """Methods of one kind, and what is common to them."""
+    """Group of similar methods.
+
+    Attributes:
+        title: Title of the group.
+        text: Description of the group in Markdown.
+        names: Names of the methods.
+    """
 
     title: str
     text: str
@@ -19,15 +25,15 @@ class Group:
 GROUPS = (
     Group(
         "Poly-CAM and Opti-CAM",
-        "The two that camserve was built for: fine maps of the class from several layers, and maps that are optimised\n"
-        "([what the last u is](decisions/0006-the-last-iterate-of-opti-cam.md)).",
+        "The main methods of camserve. Poly-CAM combines several layers into a fine map. Opti-CAM optimises its map\n"
+        "([which iterate it returns](decisions/0006-the-last-iterate-of-opti-cam.md)).",
         ("poly-cam", "poly-cam+", "poly-cam-", "opti-cam"),
     ),
     Group(
         "Class activation maps from gradients and weights",
-        "One pass, or a few: for an answer at once. Those of one layer are as coarse as it is. Of the last layer of a\n"
-        "network that ends in global average pooling and one linear layer, as EfficientNet-Lite0 does, CAM, Grad-CAM,\n"
-        "XGrad-CAM and HiRes-CAM give the same map but for what is negative.",
+        "These methods need one pass or a few, so they suit interactive use. The map of one layer is as coarse as the\n"
+        "layer. On the last layer of a network that ends in global average pooling and one linear layer, such as\n"
+        "EfficientNet-Lite0, CAM, Grad-CAM, XGrad-CAM and HiRes-CAM give the same map except for negative parts.",
         (
             "cam",
             "grad-cam",
@@ -42,28 +48,29 @@ GROUPS = (
     ),
     Group(
         "Class activation maps from masks",
-        "One layer, and a forward pass or more for each of its channels. No gradients.",
+        "These methods need one layer, and one or more forward passes for each of its channels. They use no gradients.",
         ("score-cam", "ss-cam", "is-cam", "ablation-cam"),
     ),
     Group(
         "Gradients of the input",
-        "As fine as the image, and as noisy as gradients are. They need no layer, so any network will do that can be\n"
-        "differentiated. Their zero, at which a path begins, is the mean colour.",
+        "These maps have the resolution of the image and the noise of gradients. They need no layer, so they work\n"
+        "with any differentiable network. Integration paths begin at the mean colour.",
         ("input-x-gradient", "integrated-gradients", "smooth-grad", "gradient-shap"),
     ),
     Group(
         "Perturbation",
-        "The network is a black box: parts of the image are hidden, and what happens is written down.",
+        "These methods hide parts of the image and record the change of the output. They need only forward passes.",
         ("occlusion", "rise"),
     ),
     Group(
         "Transformers",
-        "They read attention, so they need a network of global self-attention with a class token, such as ViT or DeiT.",
+        "These methods read attention weights, so they need a network with global self-attention and a class token,\n"
+        "such as ViT or DeiT.",
         ("raw-attention", "attention-rollout"),
     ),
     Group(
         "Controls",
-        "Not explanations: they never look at the network, and a good metric must tell them from one.",
+        "Controls explain nothing, because they do not use the network. A good metric gives them bad scores.",
         ("fake-cam", "center-gaussian", "random"),
     ),
 )
@@ -72,10 +79,17 @@ M = TypeVar("M")
 
 
 def grouped(methods: Mapping[str, M]) -> Iterable[tuple[Group, list[M]]]:
-    """Every group with those of its methods that there are; methods of no group come last."""
+    """Sort methods into the groups.
+
+    Args:
+        methods: Methods by name.
+
+    Yields:
+        Each group that has methods, with these methods. Methods without a group come last.
+    """
     listed = {name for group in GROUPS for name in group.names}
     more = Group("More", "", tuple(name for name in methods if name not in listed))
     for group in (*GROUPS, more):
-        found = [methods[name] for name in group.names if name in methods]
-        if found:
-            yield group, found
+        members = [methods[name] for name in group.names if name in methods]
+        if members:
+            yield group, members

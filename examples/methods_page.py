@@ -1,7 +1,7 @@
-"""Writes docs/methods.md out of what the methods say of themselves: `make docs`.
+"""Write docs/methods.md from the descriptions of the methods: `make docs`.
 
-Titles, papers, equations, advice and parameters are those that the server publishes; costs are those of the embedded
-network. What stands above the methods is written by hand, and is here.
+Titles, papers, equations, advice and parameters are those that the server publishes. The costs are those of the
+embedded network. The text above the methods is part of this file.
 """
 
 from __future__ import annotations
@@ -33,49 +33,50 @@ HEAD = """\
 <!-- Made by `make docs` from the docstrings of server/camserve_server/methods/ and from examples/methods_page.py. -->
 
 # Methods
-What camserve computes, equation by equation. Papers, their official code and other libraries differ in places; this
-page says which one is followed. The defaults follow the **paper's equations**. Where the official code differs and it
-matters, a parameter reproduces it. `camserve list methods NAME` prints the same from a running server, with the cost on
-its own model. How maps are scored: [metrics.md](metrics.md). How to add one: [add-a-method.md](add-a-method.md).
+This page lists the equations of all methods. Papers, their official code and other libraries differ in places. The
+defaults follow the **equations of the papers**. Where the official code differs significantly, a parameter reproduces
+it. `camserve list methods NAME` prints the same from a running server, with the cost on its own model. See also
+[how maps are scored](metrics.md) and [how to add a method](add-a-method.md).
 
 ![Four photographs, each with the maps of the methods that a convolutional network can serve](pictures/figure.jpg)
 
-*All methods but two controls, with their default parameters, for the class that EfficientNet-Lite0 predicts; at the
-left that class, with its probability. Each map is drawn up to its 99th percentile, as gradients have a few pixels that
-outshine all others. Made by `make figure`, after Figure 5 of the
-[Poly-CAM paper](https://arxiv.org/abs/2204.13359); the pictures below by `make pictures`. Photographs from
-scikit-image: Chelsea by Stéfan van der Walt, coffee by Rachel Michetti, cameraman by Lav Varshney, all CC0; rocket by
-SpaceX, public domain, for which ImageNet has no nearer class.*
+*All methods except two controls, with their default parameters, for the class that EfficientNet-Lite0 predicts. The
+class and its probability are at the left. The colours of a map end at its 99th percentile, because gradient maps have a
+few pixels with much higher values. `make figure` makes this figure, after Figure 5 of the
+[Poly-CAM paper](https://arxiv.org/abs/2204.13359), and `make pictures` the images below. The photographs are part of
+scikit-image: Chelsea by Stéfan van der Walt, coffee by Rachel Michetti, cameraman by Lav Varshney (all CC0), rocket by
+SpaceX (public domain). ImageNet has no class for a rocket; its nearest class is missile.*
 
 ## Letters
 | letter | meaning |
 | --- | --- |
-| x | the image `[3, H, W]`, normalised: the mean colour is zero |
-| c | the class that is explained |
-| A, A_k, A_l | the activations `[K, h, w]` of a layer; of one channel k; of layer l, where l = 1 is the finest |
-| y, p | the logits, and their softmax; for a network of one logit, or of several labels, their sigmoid |
+| x | the image `[3, H, W]`, normalised so that the mean colour is zero |
+| c | the explained class |
+| A, A_k, A_l | the activations `[K, h, w]` of a layer; of its channel k; of layer l, where l = 1 is the finest |
+| y, p | the logits, and their softmax (their sigmoid for a network with one logit or several labels) |
 | up(·) | bilinear resizing to H × W, or to the size of another map (`align_corners=False`, no antialias) |
 | n(·) | a map scaled to [0, 1] by its minimum and maximum |
-| ⊙ | the product pixel by pixel |
+| ⊙ | the elementwise product |
 | S | the map |
 
-## What all methods share
-- **Maps** have the model's input size and lie in [0, 1]: n(up(S)) unless said otherwise. With `raw` comes S itself,
-  too, at its own resolution.
-- A map that is constant or not finite is returned as zeros with a `degenerate` warning, never as NaN. One that is
-  nearly even, or nearly all in a few pixels, [gets the warning, too](metrics.md#spread), and stays as it is.
-- **A mask** multiplies the normalised image, so what is masked out has the mean colour. (Opti-CAM differs.)
-- **Layers**: methods of one layer look at the coarsest, methods of several look at all resolutions, unless
-  the request names layers. [Which ones these are](configuration.md#layers), and `camserve list layers` shows them.
-- **Rows** are images that the network looks at. A row with gradient counts once, but goes backward, too.
-- **Stops early**: for a `budget` of rows or a deadline the method does as much as fits, and `share` in [0, 1] says how
-  much of the whole that is. The others are refused where the budget is too small.
-- **Seeded**: all randomness comes from the request's `seed`, so the same seed gives the same map.
-- A map is bitwise the same [alone or among many others](decisions/0002-fixed-batch-sizes.md).
+## Common properties
+- **Maps** have the model's input size and values in [0, 1]: n(up(S)), unless the method says otherwise. With `raw`, the
+  response also contains S at its own resolution.
+- A map that is constant or not finite is returned as zeros with a `degenerate` warning, never as NaN. A map that is
+  nearly constant or concentrated in a few pixels [also has this warning](metrics.md#spread) and is returned unchanged.
+- **A mask** multiplies the normalised image, so masked pixels have the mean colour. Opti-CAM differs.
+- **Layers**: methods of one layer use the coarsest layer, and methods of several layers use all resolutions, unless the
+  request names layers. See [the choice of layers](configuration.md#layers); `camserve list layers` shows them.
+- **Rows** are inputs of the network. A row with a gradient counts once, although it also needs a backward pass.
+- **Stops early**: with a `budget` of rows or a deadline, the method does as much as fits. `share` in [0, 1] tells how
+  much of the whole this is. Other methods are refused if the budget is too small.
+- **Seeded**: all random numbers come from the request's `seed`, so the same seed gives the same map.
+- A map is the same bit for bit [alone or with concurrent requests](decisions/0002-fixed-batch-sizes.md).
 
 ## Overview
-Rows are the most that one explanation takes on EfficientNet-Lite0 with default parameters, the prediction's row
-included. Where every channel has a row, those that are zero everywhere owe none; that saves a third and more.
+Rows are the maximum for one explanation on EfficientNet-Lite0 with default parameters, including the row of the
+prediction. Methods with a row for each channel need no rows for channels that are zero everywhere, which saves at least
+a third.
 
 | method | layers | needs | rows | a further class | stops early | seeded |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -86,9 +87,9 @@ LINKS = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}
 
 
 def main() -> int:
-    """Writes the page; returns the exit status."""
+    """Write the page and return the exit status."""
     parser = argparse.ArgumentParser(description="Write the page of methods.")
-    parser.add_argument("--out", type=Path, default=DOCS / "methods.md", metavar="FILE", help="where it goes")
+    parser.add_argument("--out", type=Path, default=DOCS / "methods.md", metavar="FILE", help="file to write")
     options = parser.parse_args()
     registry.discover()
     options.out.write_text(page(load(embedded_model(), torch.device("cpu"))), encoding="utf-8")
@@ -96,7 +97,7 @@ def main() -> int:
 
 
 def page(model: Model) -> str:
-    """The whole page, with the costs of that model."""
+    """Return the page with the costs of this model."""
     groups = [*grouped(dict(sorted(registry.METHODS.items())))]
     published = {name: method_message(method, model) for name, method in registry.METHODS.items()}
     names = [method.name for _, methods in groups for method in methods]
@@ -110,7 +111,7 @@ def page(model: Model) -> str:
 
 
 def anchors(names: Sequence[str]) -> Iterator[str]:
-    """Of the headings that these names are, as GitHub makes them: #grad-cam, and #grad-cam-1 for Grad-CAM++."""
+    """Yield the anchors of the headings as GitHub makes them: #grad-cam, and #grad-cam-1 for Grad-CAM++."""
     seen = Counter[str]()
     for name in names:
         plain = re.sub(r"[^\w-]", "", name)
@@ -119,7 +120,7 @@ def anchors(names: Sequence[str]) -> Iterator[str]:
 
 
 def overview(method: pb.Method, anchor: str) -> str:
-    """Its row of the table of all."""
+    """Return the row of a method in the overview."""
     cells = [
         f"[`{method.name}`](#{anchor})",
         LAYERS[method.layers],
@@ -140,7 +141,7 @@ def section(method: Method, published: pb.Method, anchor: str) -> str:
     parts = [
         f"{written_out}\n### `{method.name}`\n**{method.title}.** {method.summary}",
         paper(method),
-        picture(method, published.unavailable),
+        image(method, published.unavailable),
         f"```\n{code}\n```",
         remarks,
         parameters(method),
@@ -151,55 +152,55 @@ def section(method: Method, published: pb.Method, anchor: str) -> str:
 
 
 def paper(method: Method) -> str:
-    """Title, authors, year and link: the first two paragraphs of the docstring of its module."""
+    """Return title, authors, year and link: the first two paragraphs of the docstring of the method's module."""
     title, authors = (inspect.getdoc(inspect.getmodule(method.plan)) or "").split("\n\n")[:2]
     kind, _, number = method.paper.partition(":")
     link = f"[{method.paper}]({LINKS[kind]}{number})"
     return f"*{title.removesuffix('.')}.* {authors.replace(method.paper, link)}"
 
 
-def picture(method: Method, unavailable: str) -> str:
-    """Its map of the cat, or why there is none."""
+def image(method: Method, unavailable: str) -> str:
+    """Return the link to the map of the cat, or the reason why there is none."""
     if unavailable:
-        return f"No picture: {MODEL} cannot serve it, for {unavailable}; and random weights would show nothing."
+        return f"No image: {MODEL} cannot serve this method ({unavailable})."
     if not (DOCS / "pictures" / f"{method.name}.jpg").exists():
-        raise FileNotFoundError(f"there is no picture of {method.name}; make it: make pictures")
+        raise FileNotFoundError(f"the image of {method.name} is missing; make it with: make pictures")
     return f"![The map of {method.title} over a photograph of a cat](pictures/{method.name}.jpg)"
 
 
 def parameters(method: Method) -> str:
-    """The table of them."""
+    """Return the table of the parameters."""
     if not method.parameters:
         return "No parameters."
-    rows = [f"| `{p.name}` | {shown(p.default)} | {allowed(p)} | {p.description} |" for p in method.parameters]
+    rows = [f"| `{p.name}` | {literal(p.default)} | {allowed(p)} | {p.description} |" for p in method.parameters]
     return "\n".join(["| parameter | default | allowed | meaning |", "| --- | --- | --- | --- |", *rows])
 
 
 def allowed(parameter: Parameter) -> str:
-    """Its choices or its range."""
+    """Return the choices or the range of a parameter."""
     if parameter.range:
         return f"{number(parameter.range.minimum)} to {number(parameter.range.maximum)}"
-    return ", ".join(map(shown, parameter.choices or (True, False)))
+    return ", ".join(map(literal, parameter.choices or (True, False)))
 
 
-def shown(value: Value) -> str:
-    """As it is written in JSON, without the quotes."""
+def literal(value: Value) -> str:
+    """Return a value in JSON without quotes."""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def number(value: float) -> str:
-    """With commas, and without an exponent."""
+    """Format a number with thousands separators and without an exponent."""
     return f"{Decimal(f'{value:g}'):,f}"
 
 
 def cost(method: pb.Method) -> str:
-    """On the embedded network."""
+    """Return the cost on the embedded network."""
     if method.unavailable:
         return ""
     further = (
         f"{method.rows_per_target:,} more for each further class"
         if method.rows_per_target
-        else "none more for further classes"
+        else "no more for further classes"
     )
     return f"*Cost:* at most {method.rows:,} row{'s' * (method.rows != 1)} on {MODEL}, {further}."
 

@@ -1,11 +1,11 @@
-"""Fills the tables of docs/results.md from the CSV of `camserve evaluate`, and keeps its scores in docs/results.csv.
+"""Write the tables of docs/results.md from a CSV file of `camserve evaluate`, and save its scores in docs/results.csv.
 
     camserve serve
     camserve evaluate PHOTOGRAPHS... --method ... --metric ... --csv run.csv --npz run.npz
     python examples/results_page.py run.csv --levels PHOTOGRAPHS...
 
-Without a CSV the tables are made anew from docs/results.csv. With --levels the server scores every level of PCAM± on
-those photographs, which takes about 5,000 rows each.
+Without a CSV file, the tables are made from docs/results.csv. With --levels, the server scores every level of PCAM± on
+these photographs, which takes about 5,000 rows for each.
 """
 
 from __future__ import annotations
@@ -42,17 +42,19 @@ METRICS = ["insertion-deletion", "insertion", "deletion", "average-drop", "avera
 
 
 def main() -> None:
-    """Reads the command line, writes the files."""
+    """Parse the command line and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path, nargs="?", help="default: docs/results.csv")
-    parser.add_argument("--levels", type=Path, nargs="+", metavar="PHOTOGRAPH")
-    parser.add_argument("--address", default="127.0.0.1:50051")
-    given = parser.parse_args()
-    with camserve.Client(given.address, timeout=3000) as client:
-        if given.levels:
-            score_levels(client, given.levels)
-        if given.csv:
-            slim(given.csv)
+    parser.add_argument(
+        "--levels", type=Path, nargs="+", metavar="PHOTOGRAPH", help="score the levels of PCAM± on these"
+    )
+    parser.add_argument("--address", default="127.0.0.1:50051", help="address of the server")
+    options = parser.parse_args()
+    with camserve.Client(options.address, timeout=3000) as client:
+        if options.levels:
+            score_levels(client, options.levels)
+        if options.csv:
+            slim(options.csv)
         run = records.read_study(
             SCORES, models=client.models(), methods=client.methods(), metrics=client.metrics(), against=AGAINST
         )
@@ -63,7 +65,7 @@ def main() -> None:
 
 
 def slim(source: Path) -> None:
-    """Keeps what the tables need: names without folders, no receipts, no curves, no times."""
+    """Save the columns that the tables need: file names without folders, and no receipts, curves and times."""
     csv.field_size_limit(2**27)
     with source.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -75,25 +77,29 @@ def slim(source: Path) -> None:
 
 
 def score_levels(client: camserve.Client, photographs: Sequence[Path]) -> None:
-    """Scores what PCAM± has after each of its levels, the coarsest first."""
+    """Score the intermediate map of PCAM± after each level, the coarsest first."""
     with LEVELS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "level", "layer", *METRICS])
         for photograph in track(photographs, description="levels"):
             *levels, e = client.explain_stream(photograph, method="poly-cam")
-            assert isinstance(e, camserve.Explanation), "the last event"
+            assert isinstance(e, camserve.Explanation), "the last event is the explanation"
             for level in levels:
                 if isinstance(level, camserve.Level):
-                    found = client.evaluate(
+                    level_scores = client.evaluate(
                         photograph, saliency=level.saliency, target=e.target.index, metrics=METRICS
                     ).scores
-                    values = [f"{float(found[metric]):.6g}" for metric in METRICS]
+                    values = [f"{float(level_scores[metric]):.6g}" for metric in METRICS]
                     writer.writerow([photograph.name, level.index, level.layer, *values])
                     file.flush()
 
 
 def score_table(run: Study) -> Iterator[str]:
-    """Methods by metrics: means, the best in bold, those that differ from Grad-CAM marked, intervals below."""
+    """Yield the lines of the table of methods by metrics.
+
+    A cell contains the mean, which is bold if it is the best and marked if it differs significantly from Grad-CAM, and
+    the confidence interval.
+    """
     (model,) = run.models
     cells = scores.cells(run, model)
     metrics = [metric for name in METRICS for metric in run.metrics if metric.name == name]
@@ -104,7 +110,7 @@ def score_table(run: Study) -> Iterator[str]:
         line = [f"`{method}`" + (" (control)" if run.is_control(method) else ""), f"{rows:,.0f}"]
         for metric in metrics:
             cell = cells[method, metric.name]
-            assert cell.mean is not None, "every method was run"
+            assert cell.mean is not None, "the CSV file contains every method"
             ends = (cell.mean.value, cell.mean.low, cell.mean.high)
             mean, low, high = (scores.number(value, metric) for value in ends)
             mark = " †" if cell.comparison and cell.comparison.significant else ""
@@ -113,12 +119,12 @@ def score_table(run: Study) -> Iterator[str]:
 
 
 def level_table(run: Study) -> Iterator[str]:
-    """Levels by metrics: the means, and on how many photographs each is better than the one before."""
+    """Yield the lines of the table of levels by metrics: means, and the p-value of the difference of last and first."""
     with LEVELS.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     images = sorted({row["image"] for row in rows})
     by_level = {int(row["level"]): row["layer"] for row in rows}
-    of = {
+    values = {
         (int(row["level"]), metric): [float(each[metric]) for each in rows if each["level"] == row["level"]]
         for row in rows
         for metric in METRICS
@@ -128,11 +134,11 @@ def level_table(run: Study) -> Iterator[str]:
     yield "| levels | finest layer | " + " | ".join(heading(metric) for metric in metrics) + " |"
     yield "| --- | --- | " + "--- | " * len(metrics)
     for level, layer in by_level.items():
-        means = [scores.number(float(np.mean(of[level, metric.name])), metric) for metric in metrics]
+        means = [scores.number(float(np.mean(values[level, metric.name])), metric) for metric in metrics]
         yield f"| {level + 1} | `{layer}` | " + " | ".join(means) + " |"
-    line = ["all against one", "p of no difference"]
+    line = ["all levels against one", "p-value"]
     for metric in metrics:
-        differences = np.array(of[last, metric.name]) - np.array(of[first, metric.name])
+        differences = np.array(values[last, metric.name]) - np.array(values[first, metric.name])
         line.append(f"{statistics.sign_flip(differences):.3f}")
     yield "| " + " | ".join(line) + " |"
     yield ""
@@ -140,12 +146,12 @@ def level_table(run: Study) -> Iterator[str]:
 
 
 def heading(metric: camserve.Metric) -> str:
-    """The metric's name, and which way is better."""
+    """Return the name of a metric with an arrow in the direction of better scores."""
     return f"{metric.name} {'↑' if metric.higher_is_better else '↓'}"
 
 
 def put(page: str, name: str, lines: Iterator[str]) -> str:
-    """The page with those lines between its marks."""
+    """Replace the lines between two markers of the page."""
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     before, rest = page.split(begin)
     return before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1]

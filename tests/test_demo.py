@@ -1,37 +1,45 @@
-"""`make demo`, in its quick form: it leaves pictures and a page behind, and no server."""
+"""`make demo` in its quick form: it writes images and a page, and it stops its server."""
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from html.parser import HTMLParser
 from pathlib import Path
 
 import PIL.Image
 import pytest
 
+from tests.processes import LIMIT_S, completed, environment, started
+
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
 
-def servers() -> set[str]:
-    """Processes of `camserve serve` on a free port, by id."""
+def mark() -> str:
+    """Return a value of the environment variable by which `children` finds the processes of one test."""
+    return f"camserve-test-{uuid.uuid4()}"
+
+
+def children(marker: str) -> set[str]:
+    """Return the ids of the running processes that inherited the environment variable CAMSERVE_TEST_MARKER."""
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            command = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            variables = (process / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if command[1:] == ["-m", "camserve_cli", "serve", "--listen", "127.0.0.1:0", ""]:
+        if f"CAMSERVE_TEST_MARKER={marker}" in variables:
             found.add(process.name)
     return found
 
 
 class Page(HTMLParser):
-    """Gathers images and all addresses that the page refers to."""
+    """Images of a page, and all addresses to which it refers."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -40,36 +48,30 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
-        self.links += [given[name] for name in ("src", "href", "srcset", "action") if name in given]
+        attributes = {name: value or "" for name, value in attrs}
+        self.links += [attributes[name] for name in ("src", "href", "srcset", "action") if name in attributes]
         assert tag not in ("script", "link", "iframe")
         if tag == "img":
-            self.images.append(given)
+            self.images.append(attributes)
 
 
 @pytest.mark.slow
-def test_the_demo_leaves_pictures_and_a_page_and_no_server(tmp_path: Path) -> None:
-    before = servers()
-    ran = subprocess.run(
-        [sys.executable, str(DEMO), "--quick", "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+def test_demo_writes_images_and_a_page_and_stops_its_server(tmp_path: Path) -> None:
+    marker = mark()
+    ran = completed([sys.executable, DEMO, "--quick", "--out", tmp_path], env=environment(CAMSERVE_TEST_MARKER=marker))
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "Egyptian cat" in ran.stdout
-    assert servers() <= before
+    assert children(marker) == set()
 
-    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert pictures == ["chelsea.grad-cam.png", "chelsea.opti-cam.png", "chelsea.poly-cam.png"]
-    for name in pictures:
-        with PIL.Image.open(tmp_path / name) as picture:
-            assert picture.size == (451, 300)
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert names == ["chelsea.grad-cam.png", "chelsea.opti-cam.png", "chelsea.poly-cam.png"]
+    for name in names:
+        with PIL.Image.open(tmp_path / name) as image:
+            assert image.size == (451, 300)
 
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert len(page.images) == 6  # the photograph, three maps, two levels
+    assert len(page.images) == 6, "the photograph, three maps and two levels"
     assert all(image["alt"] and image["src"].startswith("data:image/") for image in page.images)
     assert all(link.startswith("data:") for link in page.links)
     assert not re.findall(r"https?://|url\(|@import", text)
@@ -77,23 +79,30 @@ def test_the_demo_leaves_pictures_and_a_page_and_no_server(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-def test_a_demo_that_is_interrupted_stops_its_server(tmp_path: Path) -> None:
-    before = servers()
-    with subprocess.Popen([sys.executable, str(DEMO), "--out", str(tmp_path)], stdout=subprocess.DEVNULL) as demo:
-        try:
-            until = time.monotonic() + 120
-            while '"ready"' not in log(tmp_path) and time.monotonic() < until:
-                time.sleep(0.2)
-            assert servers() - before, "it has a server of its own"
-            time.sleep(1)  # in the middle of the work
-            os.kill(demo.pid, signal.SIGINT)
-            assert demo.wait(timeout=30) == 130
-        finally:
-            demo.kill()
-    assert servers() <= before
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc to find processes")
+def test_interrupted_demo_stops_its_server(tmp_path: Path) -> None:
+    marker = mark()
+    command: list[str | Path] = [sys.executable, DEMO, "--out", tmp_path]
+    with started(command, stdout=subprocess.DEVNULL, env=environment(CAMSERVE_TEST_MARKER=marker)) as demo:
+
+        def has_answered_grad_cam() -> bool:
+            return demo.poll() is not None or any(
+                call.get("rpc") == "ExplainStream" and call.get("code") == "OK" for call in log(tmp_path)
+            )
+
+        # Grad-CAM is by far the quickest of the three requests, so the other two are running when it is answered.
+        end = time.monotonic() + LIMIT_S
+        while not has_answered_grad_cam() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert demo.poll() is None, "the demo is still running"
+        assert children(marker) - {str(demo.pid)}, "the demo runs a server of its own"
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(timeout=LIMIT_S) == 130
+    assert children(marker) == set()
 
 
-def log(folder: Path) -> str:
+def log(folder: Path) -> list[dict[str, object]]:
+    """Return the complete lines of the server's log."""
     path = folder / "server.log"
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines if line.startswith("{")]

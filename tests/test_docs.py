@@ -177,7 +177,7 @@ def test_the_page_of_methods_is_what_they_say_of_themselves(tmp_path: Path) -> N
 def test_every_method_has_a_picture_or_a_reason_why_not(name: str) -> None:
     text = page("methods.md").partition(f"\n### `{name}`\n")[2].partition("\n### ")[0]
     picture = ROOT / "docs" / "pictures" / f"{name}.jpg"
-    if "No picture: " in text:
+    if "No image: " in text:
         assert not picture.exists()
         return
     assert f"(pictures/{name}.jpg)" in text
