@@ -57,13 +57,13 @@ _AXES = {
     "aopc": _Axes("perturbed regions", _PROBABILITY, lambda count: np.arange(count, dtype=float)),
     "road": _Axes(
         "pixels removed, %",
-        "½ (p without least − p without most salient)",
+        "½ (p least removed − p most removed)",
         lambda count: 100 * np.arange(1, count + 1) / (count + 1),
     ),
     "box-accuracy": _Axes("threshold of the map", "IoU with the target's box", lambda count: np.arange(count) / count),
     "randomisation": _Axes(
         "steps of randomisation, from the last layer",
-        "similarity to the map of the trained network",
+        "similarity to the original map",
         lambda count: np.arange(1, count + 1, dtype=float),
     ),
 }
