@@ -135,7 +135,7 @@ def test_ctrl_c_ends_the_load_and_reports_the_results(address: str, servicer: Se
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--knee",), "--knee and --p99 must be given together"),
         (("--p99", 1), "--knee and --p99 must be given together"),
@@ -145,13 +145,13 @@ def test_ctrl_c_ends_the_load_and_reports_the_results(address: str, servicer: Se
         (("--method", "fake-cam=1", "--method", "fake-cam=2"), "two of the methods are the same"),
     ],
 )
-def test_contradictory_options_exit_with_status_2(options: tuple[Any, ...], said: str) -> None:
+def test_contradictory_options_exit_with_status_2(options: tuple[Any, ...], message: str) -> None:
     ran = bench("--address", "127.0.0.1:1", *options)
-    assert (ran.exit_code, said in ran.stderr) == (2, True), ran.stderr
+    assert (ran.exit_code, message in ran.stderr) == (2, True), ran.stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--method", "none"), "error: there is no method 'none'; there are: opti-cam, poly-cam, fake-cam"),
         (("--method", "poly-cam"), "error: the model first cannot serve the method poly-cam: no such layers"),
@@ -161,10 +161,10 @@ def test_contradictory_options_exit_with_status_2(options: tuple[Any, ...], said
     ],
 )
 def test_unknown_names_are_reported_before_the_load(
-    address: str, servicer: Servicer, options: tuple[Any, ...], said: str
+    address: str, servicer: Servicer, options: tuple[Any, ...], message: str
 ) -> None:
     ran = bench("--address", address, *options, "--duration", 600)
-    assert (ran.exit_code, said in ran.stderr) == (1, True), ran.stderr
+    assert (ran.exit_code, message in ran.stderr) == (1, True), ran.stderr
     assert not [each for each in servicer.requests if hasattr(each, "image")]
 
 

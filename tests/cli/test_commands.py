@@ -51,16 +51,16 @@ def written(out: Path) -> list[str]:
 
 
 def test_boxes_and_masks_are_sent_as_the_truth(address: str, servicer: Servicer, photo: Path, out: Path) -> None:
-    given = ("explain", photo, "--address", address, "--out", out)
+    arguments = ("explain", photo, "--address", address, "--out", out)
     mask = photo.parent / "mask.png"
     PIL.Image.fromarray(np.array([[0, 255], [0, 3]], np.uint8)).save(mask)
-    assert run(*given, "--box", "0,0,25,30", "--box", "5,6,7,8.5", "--mask", mask).exit_code == 0
+    assert run(*arguments, "--box", "0,0,25,30", "--box", "5,6,7,8.5", "--mask", mask).exit_code == 0
     truth = servicer.requests[-1].truth
     assert [(box.left, box.right) for box in truth.boxes] == [(0, 0.5), (0.1, 0.14)]
     np.testing.assert_array_equal(np.frombuffer(truth.mask.data, "<f4").reshape(truth.mask.shape), [[0, 1], [0, 1]])
     for wrong in ("0,0,25", "0,0,25,x"):
-        assert run(*given, "--box", wrong).exit_code == 2
-    missing = run(*given, "--mask", photo.parent / "none.png")
+        assert run(*arguments, "--box", wrong).exit_code == 2
+    missing = run(*arguments, "--mask", photo.parent / "none.png")
     assert (missing.exit_code, missing.stderr) == (
         1,
         f"error: No such file or directory: {photo.parent / 'none.png'}\n",
@@ -99,8 +99,8 @@ def test_explain_writes_files_and_prints_a_table(
 
 
 def test_explain_writes_a_record(address: str, photo: Path, out: Path) -> None:
-    given = ("explain", photo, "--address", address, "--out", out, "--metric", "insertion")
-    line = json.loads(run(*given, "--json").stdout)
+    arguments = ("explain", photo, "--address", address, "--out", out, "--metric", "insertion")
+    line = json.loads(run(*arguments, "--json").stdout)
     record = json.loads((out / "dog.json").read_text(encoding="utf-8"))
     assert list(record) == ["image", "maps", "predictions", "cost", "receipt", "request_id"]
     [entry] = record["maps"]
@@ -114,13 +114,14 @@ def test_explain_writes_a_record(address: str, photo: Path, out: Path) -> None:
 def test_map_of_a_method_that_stopped_early_has_a_warning(
     address: str, servicer: Servicer, photo: Path, out: Path
 ) -> None:
-    given = ("explain", photo, "--address", address, "--out", out, "--budget", 7)
+    arguments = ("explain", photo, "--address", address, "--out", out, "--budget", 7)
     assert (
-        f"warning: {photo}: tabby, cat (281): the method stopped early, after 0.25 of the whole\n" in run(*given).stderr
+        f"warning: {photo}: tabby, cat (281): the method stopped early, after 0.25 of the whole\n"
+        in run(*arguments).stderr
     )
     assert servicer.requests[-1].budget == 7
-    assert json.loads(run(*given, "--json").stdout)["share"] == 0.25
-    assert "stopped early" not in run(*given[:-2]).stderr
+    assert json.loads(run(*arguments, "--json").stdout)["share"] == 0.25
+    assert "stopped early" not in run(*arguments[:-2]).stderr
     run("evaluate", photo, "--address", address, "--method", "x", "--budget", 8)
     assert servicer.requests[-1].budget == 8
 
@@ -206,13 +207,13 @@ def test_evaluate_scores_a_file_or_a_method(
     address: str, servicer: Servicer, photo: Path, tmp_path: Path, ramp: np.ndarray
 ) -> None:
     np.save(tmp_path / "map.npy", ramp)
-    given = ("evaluate", photo, "--address", address)
-    result = run(*given, "--saliency", tmp_path / "map.npy", "--target", "hen", "--json")
+    arguments = ("evaluate", photo, "--address", address)
+    result = run(*arguments, "--saliency", tmp_path / "map.npy", "--target", "hen", "--json")
     record = json.loads(result.stdout)
     assert record["scores"] == {"insertion": 0.25, "deletion": 0.25, "average-gain": 0.25}
     assert record["curves"] == {"insertion": [0, 0.25, 0.5]}
     assert record["target"]["label"] == "hen"
-    result = run(*given, "--method", "poly-cam", "--metric", "average-gain")
+    result = run(*arguments, "--method", "poly-cam", "--metric", "average-gain")
     assert result.exit_code == 0
     assert re.search(r"average-gain +0\.25 +%", result.stdout)
     assert [metric.name for metric in servicer.requests[-1].metrics] == ["average-gain"]
@@ -221,17 +222,17 @@ def test_evaluate_scores_a_file_or_a_method(
 def test_evaluate_reports_errors_in_one_line(address: str, photo: Path, tmp_path: Path, ramp: np.ndarray) -> None:
     (tmp_path / "map.npy").write_bytes(b"no array")
     np.savez(tmp_path / "maps.npz", a=ramp)
-    given = ("evaluate", photo, "--address", address)
-    for wrong, said in [
+    arguments = ("evaluate", photo, "--address", address)
+    for wrong, message in [
         ((), "expected either saliency or method"),
         (("--saliency", tmp_path / "map.npy"), "is not a NumPy array file"),
         (("--saliency", tmp_path / "maps.npz"), "one array of real numbers"),
         (("--saliency", tmp_path / "none.npy"), "No such file"),
     ]:
-        result = run(*given, *wrong)
+        result = run(*arguments, *wrong)
         assert result.exit_code == 1
         assert re.fullmatch(r"error: [^\n]*\n", result.stderr)
-        assert said in result.stderr
+        assert message in result.stderr
 
 
 def lines(result: Result) -> list[str]:
@@ -242,12 +243,12 @@ def lines(result: Result) -> list[str]:
 
 def test_list_models(address: str) -> None:
     result = run("list", "models", "--address", address)
-    for said in ("first", "embedded:first", "3 × 8 × 9 → 3 classes, softmax", "deep[1]", "methods: opti-cam"):
-        assert said in result.stdout
+    for message in ("first", "embedded:first", "3 × 8 × 9 → 3 classes, softmax", "deep[1]", "methods: opti-cam"):
+        assert message in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("served", "said"),
+    ("served", "message"),
     [
         (("a", "b", "c"), "all methods"),
         (("a", "b"), "all methods except c"),
@@ -255,10 +256,10 @@ def test_list_models(address: str) -> None:
         ((), "no methods"),
     ],
 )
-def test_methods_of_a_model_are_summarised(served: tuple[str, ...], said: str) -> None:
+def test_methods_of_a_model_are_summarised(served: tuple[str, ...], message: str) -> None:
     methods = catalogue.methods(pb.ListMethodsResponse(methods=[pb.Method(name=name) for name in "abc"]))
     [model] = catalogue.models(pb.ListModelsResponse(models=[pb.Model(name="m", input_size=[1, 1], methods=served)]))
-    assert rich_tables.served_methods(model, methods) == said
+    assert rich_tables.served_methods(model, methods) == message
 
 
 def test_list_layers(address: str) -> None:
@@ -272,7 +273,7 @@ def test_list_layers(address: str) -> None:
 def test_list_methods(address: str, servicer: Servicer) -> None:
     result = lines(run("list", "methods", "--address", address))
     assert servicer.requests[-1].model == "first", "so that costs are always shown"
-    for said in (
+    for message in (
         "opti-cam Opti-CAM, arXiv:0 1,101 rows",
         "one layer + 1,050 per further target",
         "can stop early; seeded",
@@ -286,7 +287,7 @@ def test_list_methods(address: str, servicer: Servicer) -> None:
         "steps integer ≥ 1 50 How many.",
         'norm max | range "max"',
     ):
-        assert said in result
+        assert message in result
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -315,7 +316,7 @@ def test_list_metrics(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"rows": 1}, "lower is better, in %; at most 1 row"),
         ({}, "lower is better, in %; at most 0 rows"),
@@ -327,16 +328,16 @@ def test_list_metrics(address: str) -> None:
         ),
     ],
 )
-def test_cost_and_needs_of_a_metric_are_listed(more: dict[str, Any], said: str) -> None:
+def test_cost_and_needs_of_a_metric_are_listed(more: dict[str, Any], message: str) -> None:
     (metric,) = catalogue.metrics(pb.ListMetricsResponse(metrics=[pb.Metric(name="m", title="M", unit="%", **more)]))
     console = rich.console.Console(width=80, record=True, file=io.StringIO())
     console.print(rich_tables.metric_table([metric]))
     lines = [line.strip().removeprefix("m ").strip() for line in console.export_text().splitlines()]
-    assert said in "\n".join(lines)
+    assert message in "\n".join(lines)
 
 
 @pytest.mark.parametrize(
-    ("minimum", "maximum", "said"),
+    ("minimum", "maximum", "message"),
     [
         (None, None, "number"),
         (0, None, "number ≥ 0"),
@@ -345,8 +346,8 @@ def test_cost_and_needs_of_a_metric_are_listed(more: dict[str, Any], said: str) 
         (1e-6, 1e6, "number in [1e-06, 1000000]"),
     ],
 )
-def test_allowed_values_of_a_parameter_are_listed(minimum: float | None, maximum: float | None, said: str) -> None:
-    assert rich_tables.allowed_values(camserve.Parameter("a", "number", 0, minimum, maximum, (), "")) == said
+def test_allowed_values_of_a_parameter_are_listed(minimum: float | None, maximum: float | None, message: str) -> None:
+    assert rich_tables.allowed_values(camserve.Parameter("a", "number", 0, minimum, maximum, (), "")) == message
 
 
 @pytest.mark.parametrize("what", ["models", "layers", "methods", "metrics"])
@@ -393,14 +394,14 @@ def test_ctrl_c_cancels_the_request_and_exits_with_status_130(
 
 
 def test_serve_passes_its_options_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     server = types.ModuleType("camserve_server.__main__")
-    monkeypatch.setattr(server, "serve", lambda **options: given.update(options) or 3, raising=False)
+    monkeypatch.setattr(server, "serve", lambda **options: arguments.update(options) or 3, raising=False)
     monkeypatch.setitem(sys.modules, "camserve_server.__main__", server)
     assert run("serve").exit_code == 3
-    assert given == {"config": None, "listen": None, "device": None, "insecure": None}
+    assert arguments == {"config": None, "listen": None, "device": None, "insecure": None}
     run("serve", "--config", "camserve.toml", "--listen", "127.0.0.1:0", "--device", "cpu", "--insecure")
-    assert given == {"config": Path("camserve.toml"), "listen": "127.0.0.1:0", "device": "cpu", "insecure": True}
+    assert arguments == {"config": Path("camserve.toml"), "listen": "127.0.0.1:0", "device": "cpu", "insecure": True}
 
 
 def test_public_names_are_exported_and_sorted() -> None:

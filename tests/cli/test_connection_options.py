@@ -27,8 +27,8 @@ def test_connection_options_come_from_arguments_or_the_environment(
     def listed(*arguments: str, **environment: str) -> Result:
         return CliRunner().invoke(app, ["list", "metrics", "--json", *arguments], env=environment)
 
-    asked = grpc.ssl_server_credentials([certificate], files["CAMSERVE_CA"], require_client_auth=True)
-    with listening(servicer, asked) as address:
+    credentials = grpc.ssl_server_credentials([certificate], files["CAMSERVE_CA"], require_client_auth=True)
+    with listening(servicer, credentials) as address:
         ran = listed(**environment, CAMSERVE_ADDRESS=address, CAMSERVE_TOKEN="from-environment")
         assert json.loads(ran.stdout)["name"] == "insertion", ran.stderr
         assert servicer.metadata["authorization"] == "Bearer from-environment"

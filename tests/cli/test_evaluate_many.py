@@ -74,7 +74,7 @@ def test_labels_match_images_by_path_or_name(tmp_path: Path, header: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("file,target\ndog.jpg\n", "line 2: 'dog.jpg' does not have the form file,target"),
         ("dog.jpg,\n", "line 1: 'dog.jpg,' does not have the form file,target"),
@@ -83,9 +83,9 @@ def test_labels_match_images_by_path_or_name(tmp_path: Path, header: str) -> Non
         ("dog.jpg,1\ndog.jpg,2\n", "2 different targets for"),
     ],
 )
-def test_invalid_label_files_raise(tmp_path: Path, text: Any, said: str) -> None:
+def test_invalid_label_files_raise(tmp_path: Path, text: Any, message: str) -> None:
     (tmp_path / "labels.csv").write_text(text)
-    with pytest.raises(camserve.InvalidArgument, match=said):
+    with pytest.raises(camserve.InvalidArgument, match=message):
         read_labels(tmp_path / "labels.csv", [tmp_path / "dog.jpg"])
 
 
@@ -98,13 +98,13 @@ def test_boxes_are_read_from_csv_or_voc_files(tmp_path: Path) -> None:
     box = "<object><bndbox><xmin>{}</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox></object>"
     (tmp_path / "dog.xml").write_text(f"<annotation>{box.format(1)}{box.format(5)}</annotation>")
     assert read_boxes(tmp_path, images[:1]) == [[(0, 1, 30, 40), (4, 1, 30, 40)]]
-    for text, said in [
+    for text, message in [
         ("dog.jpg,1,2,3\n", "line 1: .* does not have the form file,left,top,right,bottom"),
         ("dog.jpg,1,2,3,x\n", "line 1: .* does not have the form file,left,top,right,bottom"),
         ("cat.jpg,1,2,3,4\n", "no box for .*dog.jpg"),
     ]:
         (tmp_path / "boxes.csv").write_text(text)
-        with pytest.raises(camserve.InvalidArgument, match=said):
+        with pytest.raises(camserve.InvalidArgument, match=message):
             read_boxes(tmp_path / "boxes.csv", images)
     for wrong in ("<annotation/>", "<annotation>", f"<annotation>{box.format('x')}</annotation>"):
         (tmp_path / "dog.xml").write_text(wrong)
@@ -251,58 +251,58 @@ def evaluate(server: Server, *arguments: object) -> subprocess.CompletedProcess[
 
 
 def test_maps_of_a_single_method_are_named_by_image(server: Server, folder: Path, tmp_path: Path) -> None:
-    given = (folder / "00.png", folder / "01.png", "--csv", tmp_path / "s.csv", "--npz", tmp_path / "m.npz")
-    assert evaluate(server, *given, "--method", "grad-cam").returncode == 0
+    arguments = (folder / "00.png", folder / "01.png", "--csv", tmp_path / "s.csv", "--npz", tmp_path / "m.npz")
+    assert evaluate(server, *arguments, "--method", "grad-cam").returncode == 0
     with np.load(tmp_path / "m.npz") as maps:
         assert sorted(maps) == ["00.png", "01.png"]
 
 
 def test_resume_rejects_the_file_of_another_run(server: Server, folder: Path, tmp_path: Path) -> None:
-    given = (folder / "00.png", "--csv", tmp_path / "s.csv", "--method", "opti-cam", "--resume")
-    first = evaluate(server, *given, "--param", "steps=2")
+    arguments = (folder / "00.png", "--csv", tmp_path / "s.csv", "--method", "opti-cam", "--resume")
+    first = evaluate(server, *arguments, "--param", "steps=2")
     assert first.returncode == 0, first.stderr
     before = (tmp_path / "s.csv").read_bytes()
-    for options, said in [
+    for options, message in [
         (("--param", "steps=2", "--metric", "insertion"), "has the metrics average-drop; this run uses insertion"),
         (("--param", "steps=3"), "the existing row uses steps 2; this run uses 3"),
         (("--param", "steps=2", "--seed", 4), "the existing row uses seed 0; this run uses 4"),
     ]:
-        again = evaluate(server, *given, *options)
+        again = evaluate(server, *arguments, *options)
         assert again.returncode == 1
-        assert said in again.stderr
+        assert message in again.stderr
     assert (tmp_path / "s.csv").read_bytes() == before
 
 
 def test_unknown_names_fail_before_files_are_written(server: Server, folder: Path, tmp_path: Path) -> None:
-    given = (folder, "--csv", tmp_path / "s.csv")
+    arguments = (folder, "--csv", tmp_path / "s.csv")
     for options in (
         ("--method", "no-cam"),
         ("--method", "cam", "--metric", "no"),
         ("--method", "cam", "--model", "no"),
     ):
-        ran = evaluate(server, *given, *options)
+        ran = evaluate(server, *arguments, *options)
         assert (ran.returncode, ran.stderr[:15]) == (1, "error: there is")
     assert not (tmp_path / "s.csv").exists()
 
 
 def test_localisation_metrics_require_boxes(server: Server, folder: Path, tmp_path: Path) -> None:
-    given = (folder / "00.png", folder / "01.png", "--method", "cam", "--metric", "pointing-game")
-    refused = evaluate(server, *given, "--csv", tmp_path / "s.csv")
+    arguments = (folder / "00.png", folder / "01.png", "--method", "cam", "--metric", "pointing-game")
+    refused = evaluate(server, *arguments, "--csv", tmp_path / "s.csv")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith("error: the metric pointing-game needs the position of the target; give --boxes")
     assert not (tmp_path / "s.csv").exists()
     (tmp_path / "boxes.csv").write_text("00.png,0,0,36,40\n01.png,35,39,36,40\n")
-    ran = evaluate(server, *given, "--csv", tmp_path / "s.csv", "--boxes", tmp_path / "boxes.csv")
+    ran = evaluate(server, *arguments, "--csv", tmp_path / "s.csv", "--boxes", tmp_path / "boxes.csv")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert [float(row["pointing-game"]) for row in table(tmp_path / "s.csv")] == [1, 0]
     again = ("--csv", tmp_path / "s.csv", "--resume", "--boxes")
-    assert evaluate(server, *given, *again, tmp_path / "boxes.csv").returncode == 0
+    assert evaluate(server, *arguments, *again, tmp_path / "boxes.csv").returncode == 0
     (tmp_path / "others.csv").write_text("00.png,0,0,36,39\n01.png,35,39,36,40\n")
-    other = evaluate(server, *given, *again, tmp_path / "others.csv")
+    other = evaluate(server, *arguments, *again, tmp_path / "others.csv")
     assert other.returncode == 1
     existing, current = "boxes [[0.0, 0.0, 36.0, 40.0]]", "[[0.0, 0.0, 36.0, 39.0]]"
     assert f"00.png by cam: the existing row uses {existing}; this run uses {current}" in other.stderr
-    one = evaluate(server, given[0], *given[2:], "--boxes", tmp_path / "boxes.csv")
+    one = evaluate(server, arguments[0], *arguments[2:], "--boxes", tmp_path / "boxes.csv")
     assert re.search(r"pointing-game +1\b", one.stdout)
 
 
@@ -343,9 +343,9 @@ def test_ctrl_c_keeps_finished_results(address: str, servicer: Servicer, folder:
     assert servicer.started.wait(WAIT_S)
     wait_until(lambda: line_count(tmp_path / "s.csv") >= 2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=WAIT_S)
+    _, message = process.communicate(timeout=WAIT_S)
     assert process.returncode == 130
-    assert said == (
+    assert message == (
         f"{tmp_path / 's.csv'} contains the finished rows; continue with the same command and --resume\ncancelled\n"
     )
     assert servicer.cancelled.wait(WAIT_S)
@@ -363,10 +363,10 @@ def test_progress_is_printed_to_stderr_and_means_to_stdout(
     options = ["--method", "opti-cam", "--method", "fake-cam", "--metric", "insertion", "--in-flight", "1"]
     line = ["evaluate", str(folder), *options, "--csv", str(tmp_path / "s.csv"), "--address", address]
     result = CliRunner().invoke(app, line, env={"COLUMNS": "200", "FORCE_COLOR": "1"})
-    plain, said = (re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text) for text in (result.stdout, result.stderr))
+    plain, message = (re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text) for text in (result.stdout, result.stderr))
     assert result.exit_code == 1
-    assert "24/24 1 failed" in said
-    assert f"error: {folder / '01.png'}, first, opti-cam: un-\nreadable" in said
+    assert "24/24 1 failed" in message
+    assert f"error: {folder / '01.png'}, first, opti-cam: un-\nreadable" in message
     assert [line.split() for line in plain.splitlines()] == [
         ["model", "method", "done", "insertion", "failed"],
         ["first", "fake-cam", "12", "0.25"],

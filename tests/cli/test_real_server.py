@@ -45,12 +45,12 @@ def command(*arguments: object, stdin: str | None = None) -> subprocess.Complete
 def test_replayed_map_is_bitwise_identical(
     server: Server, photo: Path, other_photo: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    given = ("--address", server.address)
-    explained = command("explain", photo, *given, "--model", "tiny", "--out", tmp_path, *options)
+    arguments = ("--address", server.address)
+    explained = command("explain", photo, *arguments, "--model", "tiny", "--out", tmp_path, *options)
     assert explained.returncode == 0, explained.stderr
-    result = command("replay", tmp_path / "cat.json", photo, *given)
+    result = command("replay", tmp_path / "cat.json", photo, *arguments)
     assert (result.returncode, result.stdout.partition(",")[2]) == (0, " bit for bit\n"), result
-    result = command("replay", tmp_path / "cat.json", other_photo, *given)
+    result = command("replay", tmp_path / "cat.json", other_photo, *arguments)
     assert (result.returncode, result.stdout[:13]) == (1, "different inp"), result
     assert "largest difference" in result.stdout
 
@@ -76,12 +76,12 @@ def test_replay_reports_a_modified_digest(server: Server, photo: Path, tmp_path:
 def test_list_prints_models_layers_and_methods(server: Server) -> None:
     with camserve.Client(server.address) as client:
         tiny, methods = client.models()[1], client.methods("tiny")
-    given = ("--address", server.address, "--model", "tiny")
-    listed = {what: command("list", what, *given).stdout for what in ("models", "layers", "methods")}
+    arguments = ("--address", server.address, "--model", "tiny")
+    listed = {what: command("list", what, *arguments).stdout for what in ("models", "layers", "methods")}
     assert tiny.digest in listed["models"]
     assert all(layer.name in listed["layers"] for layer in tiny.named_layers)
     assert all(method.name in listed["methods"] and method.paper in listed["methods"] for method in methods)
-    page = command("list", "methods", "poly-cam", *given).stdout
+    page = command("list", "methods", "poly-cam", *arguments).stdout
     [poly] = [method for method in methods if method.name == "poly-cam"]
     assert all(line in page for line in poly.equations.splitlines())
 
@@ -110,7 +110,7 @@ def test_replay_reports_other_weights(photo: Path, tmp_path: Path) -> None:
 
 def test_sanity_writes_an_image_and_prints_a_table(server: Server, photo: Path, tmp_path: Path) -> None:
     image_path = tmp_path / "checks" / "cat.png"
-    given = (
+    arguments = (
         "--address",
         server.address,
         "--model",
@@ -122,7 +122,7 @@ def test_sanity_writes_an_image_and_prints_a_table(server: Server, photo: Path, 
         "--out",
         image_path,
     )
-    result = command("sanity", photo, *given)
+    result = command("sanity", photo, *arguments)
     assert result.returncode == 0, result.stderr
     *_, mean, path = result.stdout.splitlines()
     assert path == str(image_path)
@@ -136,7 +136,7 @@ def test_sanity_writes_an_image_and_prints_a_table(server: Server, photo: Path, 
     for _, colour, _ in sanity_image.SERIES.values():
         assert (np.abs(pixels - colour).sum(axis=2) == 0).sum() > 100
 
-    alone = command("sanity", photo, *given[:-1], tmp_path / "alone.png", "--order", "independent")
+    alone = command("sanity", photo, *arguments[:-1], tmp_path / "alone.png", "--order", "independent")
     assert alone.returncode == 0 and alone.stdout.splitlines()[-2] != mean
     refused = command("sanity", photo, "--address", server.address, "--model", "tiny", "--method", "raw-attention")
     assert refused.returncode == 1 and refused.stderr.startswith("error: ") and not refused.stdout

@@ -31,17 +31,17 @@ def test_replay_prints_differences_from_saved_maps(
     address: str, servicer: Servicer, record: Path, photo: Path, tmp_path: Path, ramp: NDArray[np.float32]
 ) -> None:
     servicer.saliency = ramp + np.eye(8, dtype=np.float32) / np.float32(2)
-    given = ("replay", record, photo, "--address", address)
-    result = run(*given)
+    arguments = ("replay", record, photo, "--address", address)
+    result = run(*arguments)
     assert (result.exit_code, result.stdout.splitlines()[0]) == (1, "not the same map")
     assert re.search(r"map_digests\.281 +sha256:\w{12}… +sha256:\w{12}…", result.stdout)
     assert re.search(r"tabby, cat \(281\) +0\.5 +0\.0625", result.stdout)
     np.save(tmp_path / "elsewhere.npy", ramp + 2)
-    assert re.search(r" 2 +1\.94 *\n", run(*given, "--saliency", tmp_path / "elsewhere.npy").stdout)
+    assert re.search(r" 2 +1\.94 *\n", run(*arguments, "--saliency", tmp_path / "elsewhere.npy").stdout)
     np.save(tmp_path / "elsewhere.npy", ramp[:4])
-    assert "another shape: [4, 8]" in run(*given, "--saliency", tmp_path / "elsewhere.npy").stdout
+    assert "another shape: [4, 8]" in run(*arguments, "--saliency", tmp_path / "elsewhere.npy").stdout
     record.with_suffix(".npy").unlink()
-    assert "difference" not in run(*given).stdout
+    assert "difference" not in run(*arguments).stdout
 
 
 def test_replay_compares_several_saved_maps(
@@ -49,60 +49,60 @@ def test_replay_compares_several_saved_maps(
 ) -> None:
     run("explain", photo, "--address", address, "--out", tmp_path, "--top-k", 2)
     servicer.saliency = ramp / np.float32(2)
-    given = ("replay", tmp_path / "cat.json", photo, "--address", address)
+    arguments = ("replay", tmp_path / "cat.json", photo, "--address", address)
     saved = [tmp_path / "cat.281.npy", tmp_path / "cat.8.npy"]
-    result = run(*given)
+    result = run(*arguments)
     assert result.stdout.startswith("not the same maps\n")
-    for said in (r"tabby, cat \(281\) +0\.5 +0\.25", r"hen \(8\) +0\.5 +0\.25"):
-        assert re.search(said, result.stdout)
-    assert run(*given, "--saliency", saved[0], "--saliency", saved[1]).stdout == result.stdout
-    assert run(*given, "--saliency", saved[0]).exit_code == 2
+    for message in (r"tabby, cat \(281\) +0\.5 +0\.25", r"hen \(8\) +0\.5 +0\.25"):
+        assert re.search(message, result.stdout)
+    assert run(*arguments, "--saliency", saved[0], "--saliency", saved[1]).stdout == result.stdout
+    assert run(*arguments, "--saliency", saved[0]).exit_code == 2
     saved[0].unlink()
-    assert "tabby" not in run(*given).stdout
+    assert "tabby" not in run(*arguments).stdout
 
 
 def test_replay_reads_receipts_from_files_and_stdin(address: str, record: Path, photo: Path, tmp_path: Path) -> None:
-    given = ("--address", address)
-    line = run("explain", photo, *given, "--out", tmp_path / "new", "--json").stdout
+    arguments = ("--address", address)
+    line = run("explain", photo, *arguments, "--out", tmp_path / "new", "--json").stdout
     alone = json.dumps(json.loads(record.read_text())["receipt"])
     (tmp_path / "alone.json").write_text(alone)
     for path, stdin in ((record, None), (tmp_path / "alone.json", None), ("-", alone), ("-", line)):
-        result = run("replay", path, photo, *given, stdin=stdin)
+        result = run("replay", path, photo, *arguments, stdin=stdin)
         assert (result.exit_code, result.stdout) == (0, "the same map, bit for bit\n")
 
 
 def test_replay_reports_another_input_first(
     address: str, servicer: Servicer, record: Path, photo: Path, other_photo: Path
 ) -> None:
-    given = ("replay", record, other_photo, "--address", address)
-    assert run(*given).stdout.splitlines()[:2] == [
+    arguments = ("replay", record, other_photo, "--address", address)
+    assert run(*arguments).stdout.splitlines()[:2] == [
         "different input: this is not the image of the receipt",
         "the same map, bit for bit",
     ]
     servicer.receipt_overrides = {"preprocessing": "as given"}
-    said, *_ = run(*given).stdout.splitlines()
-    assert said == "different input: the image was preprocessed in another way"
+    message, *_ = run(*arguments).stdout.splitlines()
+    assert message == "different input: the image was preprocessed in another way"
     servicer.receipt_overrides = {
         "preprocessing": "as given",
         "input_digest": Receipt.from_json(record.read_text()).input_digest,
     }
-    assert "different input" not in run(*given).stdout
+    assert "different input" not in run(*arguments).stdout
 
 
 def test_replay_reports_invalid_arguments(
     address: str, record: Path, photo: Path, tmp_path: Path, ramp: NDArray[np.float32]
 ) -> None:
     np.save(tmp_path / "words.npy", np.array(["a"]))
-    given = run("evaluate", photo, "--address", address, "--saliency", tmp_path / "cat.npy", "--json").stdout
-    for arguments, stdin, said in [
+    evaluation = run("evaluate", photo, "--address", address, "--saliency", tmp_path / "cat.npy", "--json").stdout
+    for arguments, stdin, message in [
         ((tmp_path / "none.json", photo), None, "No such file or directory"),
         ((record, tmp_path / "none.jpg"), None, "No such file or directory"),
         ((photo, photo), None, "the text is not a receipt"),
-        (("-", photo), given, "names no method"),
+        (("-", photo), evaluation, "names no method"),
         ((record, photo, "--saliency", tmp_path / "none.npy"), None, "No such file or directory"),
         ((record, photo, "--saliency", tmp_path / "words.npy"), None, "real numbers"),
     ]:
         result = run("replay", *arguments, "--address", address, stdin=stdin)
         assert (result.exit_code, result.stdout) == (1, "")
         assert re.fullmatch(r"error: [^\n]*\n", result.stderr)
-        assert said in result.stderr
+        assert message in result.stderr

@@ -348,7 +348,7 @@ def test_page_loads_nothing_and_escapes_names(visit: Visit, written: Path) -> No
 
 
 def test_keyboard_sorts_images_and_announces_the_order(page: Page) -> None:
-    given = shown(page)
+    original = shown(page)
     page.locator("#sort-method").focus()
     for key in ("ArrowDown", "Tab", "ArrowDown", "Tab"):  # the second method, the second metric
         page.keyboard.press(key)
@@ -365,7 +365,7 @@ def test_keyboard_sorts_images_and_announces_the_order(page: Page) -> None:
     assert page.locator('[aria-pressed="true"]').all_inner_texts() == ["Best first"]
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    assert shown(page) == given
+    assert shown(page) == original
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -444,7 +444,7 @@ def test_report_is_written_beside_its_files_and_again_with_resume(
 
 def test_wrong_usage_is_reported_before_any_request(address: str, servicer: Servicer, photo: Path) -> None:
     path = photo.parent / "r.html"
-    for options, code, said in [
+    for options, code, message in [
         (("--against", "cam", "--report", path), 2, "one of the values of --method"),
         (("--against", "fake-cam", "--csv", path), 2, "--report"),
         (("--report", path.with_suffix(".csv")), 2, "another file"),
@@ -454,7 +454,7 @@ def test_wrong_usage_is_reported_before_any_request(address: str, servicer: Serv
     ]:
         ran = evaluate(address, photo, "--method", "fake-cam", *options)
         assert ran.exit_code == code
-        assert said in ran.stderr
+        assert message in ran.stderr
     assert evaluate(address, photo, "--method", "fake-cam", "--per-layer", "opti-cam").exit_code == 2
     assert not path.with_suffix(".csv").exists()
     assert not any(hasattr(request, "image") for request in servicer.requests)
