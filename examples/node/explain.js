@@ -1,9 +1,9 @@
-// Explains a photograph, scores the map, and shows what an error says. It knows only proto/, not our Python client.
+// Explain a photograph, score the map, and print the details of an error. The example uses only the files in proto/.
 //
 //   npm ci
 //   node explain.js dog.jpg 127.0.0.1:50051 [METHOD]
 //
-// CAMSERVE_TOKEN is sent as a bearer token, and CAMSERVE_CA, a PEM file, asks for TLS.
+// CAMSERVE_TOKEN is sent as a bearer token. CAMSERVE_CA names a PEM file and enables TLS.
 
 import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
@@ -14,13 +14,13 @@ import protoLoader from "@grpc/proto-loader";
 const at = (path) => fileURLToPath(new URL(path, import.meta.url));
 const types = protoLoader.loadSync(["camserve/v1/explain.proto", at("google_rpc.proto")], {
   includeDirs: [at("../../proto")],
-  keepCase: true, // the names of the contract
+  keepCase: true, // keep the field names of the .proto files
   longs: Number,
   defaults: true,
 });
 const { ExplainService } = grpc.loadPackageDefinition(types).camserve.v1;
 
-const MESSAGE_BYTES = 64 * 1024 * 1024; // what the server takes; gRPC's own limit is less than a photograph
+const MESSAGE_BYTES = 64 * 1024 * 1024; // the limit of the server; gRPC's default is too small for photographs
 const SERVICE_CONFIG = {
   methodConfig: [
     {
@@ -55,25 +55,25 @@ function call(client, method, request, timeoutSeconds = 300) {
   );
 }
 
-// What a google.rpc.Status in the trailing metadata says, by the name of the detail: ErrorInfo, BadRequest …
+// Return the details of the google.rpc.Status in the trailing metadata, by name: ErrorInfo, BadRequest and so on.
 function details(error) {
   const [packed] = error.metadata?.get("grpc-status-details-bin") ?? [];
   if (!packed) return {};
-  const found = types["google.rpc.Status"].deserialize(packed).details.map(({ type_url, value }) => {
+  const entries = types["google.rpc.Status"].deserialize(packed).details.map(({ type_url, value }) => {
     const name = type_url.split("/").pop();
     return [name.replace("google.rpc.", ""), types[name]?.deserialize(value)];
   });
-  return Object.fromEntries(found);
+  return Object.fromEntries(entries);
 }
 
-// A Tensor as numbers, row by row.
+// Return the numbers of a Tensor in row-major order.
 function floats({ shape, data }) {
-  const bytes = new Uint8Array(data); // a copy, so that it is aligned
+  const bytes = new Uint8Array(data); // a copy, which is aligned
   return { shape, values: new Float32Array(bytes.buffer) };
 }
 
 const print = (what, value) => console.log(`${what}: ${JSON.stringify(value)}`);
-const show = ({ target }) => ({ index: target.index, label: target.label, probability: target.probability });
+const describe = ({ target }) => ({ index: target.index, label: target.label, probability: target.probability });
 const scores = (map) => Object.fromEntries(map.scores.map(({ metric, value }) => [metric, value]));
 
 const [path, address = "127.0.0.1:50051", method = "grad-cam"] = process.argv.slice(2);
@@ -91,12 +91,12 @@ try {
   });
   const [map] = explained.maps;
   const { shape, values } = floats(map.saliency);
-  print("target", show(map));
+  print("target", describe(map));
   print("map", { shape, largest: values.reduce((a, b) => Math.max(a, b)) });
   print("scores", scores(map));
   print("cost", { rows: explained.cost.rows });
 
-  // The same map, now as if somebody else had made it.
+  // Score the map again, this time as a map from the caller.
   const evaluated = await call(client, "Evaluate", {
     image,
     saliency: map.saliency,
@@ -105,9 +105,9 @@ try {
   });
   print("evaluated", scores(evaluated.map));
 
-  const wrong = { name: "opti-cam", parameters: { fields: { steps: { numberValue: 0 } } } };
+  const invalid = { name: "opti-cam", parameters: { fields: { steps: { numberValue: 0 } } } };
   try {
-    await call(client, "Explain", { image, method: wrong });
+    await call(client, "Explain", { image, method: invalid });
   } catch (error) {
     const { ErrorInfo, BadRequest, RequestInfo } = details(error);
     print("error", {
