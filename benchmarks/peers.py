@@ -214,8 +214,8 @@ class GradCam:
     differs = "it resizes with aligned corners"
 
     def __init__(self, net: nn.Module, layer: str, x: Tensor) -> None:
-        from pytorch_grad_cam import score_cam  # type: ignore[import-untyped]
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # type: ignore[import-untyped]
+        from pytorch_grad_cam import score_cam
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
         score_cam.tqdm = SimpleNamespace(tqdm=lambda batches: batches)  # Suppress its progress bar.
         self.x, self.layer, self.target = x[None], net.get_submodule(layer), ClassifierOutputTarget
