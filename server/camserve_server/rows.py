@@ -17,6 +17,21 @@ from torch import Tensor
 
 from camserve_server.plan import Image, Resize, Rows
 
+__all__ = [
+    "Blended",
+    "Masked",
+    "Part",
+    "Perturbed",
+    "RepeatInterleaved",
+    "Repeated",
+    "generator",
+    "minmax",
+    "normal",
+    "resize",
+    "resize_minmax",
+    "to_device",
+]
+
 
 def to_device(device: torch.device, numbers: Sequence[int]) -> Tensor:
     """Copy integers to a device without waiting for a GPU, as `torch.tensor(numbers, device=device)` would.
