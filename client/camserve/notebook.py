@@ -12,7 +12,7 @@ import PIL.Image
 
 from camserve import heatmaps
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # at run time camserve.answers imports this module; the cycle exists for the type checker only
     from camserve.answers import SaliencyMap
 
 __all__ = ["html"]

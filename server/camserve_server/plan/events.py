@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from camserve_server.plan.values import SaliencyMaps
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # plans and methods can be imported without torch
     from torch import Tensor
 
 

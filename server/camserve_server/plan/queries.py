@@ -10,7 +10,7 @@ from camserve_server.plan.events import PlanEvent
 from camserve_server.plan.protocol import Plan, Query
 from camserve_server.plan.values import Ascent, Attentions, Gradients, Image, Rows, Scores, Sums, Targets
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # plans and methods can be imported without torch
     from torch import Tensor
 
 T = TypeVar("T")

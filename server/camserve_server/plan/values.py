@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from camserve_server.plan.protocol import Plan
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # plans and methods can be imported without torch
     from torch import Tensor
 
 INPUT = "<input>"

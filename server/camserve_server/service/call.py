@@ -12,7 +12,7 @@ import grpc
 from camserve_server.engine.job import Job
 from camserve_server.errors import InvalidArgument
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # opentelemetry is an optional dependency
     from opentelemetry.trace import Span
 
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -14,9 +14,7 @@ from camserve_server.engine.counters import BATCH_BOUNDS_S
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Job
 from camserve_server.model_pool import State
-
-if TYPE_CHECKING:
-    from camserve_server.service.servicer import Servicer
+from camserve_server.service.servicer import Servicer
 
 LANE = ["model", "precision", "lane"]
 

@@ -36,7 +36,7 @@ from camserve_server.service.event_stream import EventStream, StreamMessage
 from camserve_server.service.prometheus import Metrics
 from camserve_server.service.requests import ParsedRequest
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the tracer imports opentelemetry, an optional dependency
     from camserve_server.service.tracer import Tracer
 
 CLOCK_TOLERANCE_S = 0.01  # the clocks of gRPC and of Python differ by less

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from camserve_server.errors import ConfigError
 from camserve_server.service.call import Context
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the tracer imports opentelemetry, an optional dependency
     from camserve_server.service.tracer import Tracer
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
