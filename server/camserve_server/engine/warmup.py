@@ -25,7 +25,7 @@ SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256)}
 MIN_THROUGHPUT_SHARE: dict[LaneKind, float] = {"forward": 0.97, "gradient": 0.95, "ascend": 0.7}
 MEASURE_S = 0.4  # measuring time of each batch size where sizes are compared
 SHORT_MEASURE_S = 0.05  # measuring time where the batch size is configured
-MAX_BATCH_S = 2.0  # a batch that takes longer would make cancellation slow, whatever its throughput
+MAX_BATCH_S = 2.0  # a batch that takes longer would make cancellation slow, even if its throughput is high
 
 
 def warm_up(model: Model, batch_size: int | None = None) -> None:

@@ -52,7 +52,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     if "tf32" in config.precision and device.type != "cuda":
         raise ConfigError(f"{where}.precision: only GPUs compute in tf32; choose fp32, bf16 or fp64")
     dtype = _DTYPES[precision]
-    # The layers are detected in full precision, whatever the precision of the served network.
+    # The layers are detected in full precision, even if the network is served at a lower one.
     module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     example = _example(config, device, dtype)
     found = _probe(module, example, config, where)

@@ -40,8 +40,8 @@ class Model:
         layer: Default layer of methods that use one.
         head: Function that turns logits into probabilities.
         gap: Linear head behind global average pooling, if the network has one.
-        attention: Names of the global self-attention modules. The input of each has `attention_prefix` tokens, of which
-            the class token is the first, followed by those of `attention_grid`.
+        attention: Names of the global self-attention modules. The input of each has `attention_prefix` tokens (the
+            class token comes first) and then the tokens of `attention_grid`.
         attention_prefix: Number of tokens before those of the grid.
         attention_grid: Grid (h, w) of the other tokens.
         folded: Names of the convolutions that also compute the batch norm after them, with the name of that batch norm.

@@ -161,7 +161,7 @@ def _check_jpeg_markers(data: bytes, field: str) -> None:
 
 
 _BYTES = (1, 2, 7)  # types of TIFF tags that Pillow keeps as bytes or text
-_LISTS = (258, 273, 279, 320, 324, 325, 338, 339)  # tags that Pillow converts to a list whatever their type
+_LISTS = (258, 273, 279, 320, 324, 325, 338, 339)  # tags that Pillow converts to a list even if their type is in _BYTES
 
 
 def _check_tiff_tags(data: bytes, field: str) -> None:

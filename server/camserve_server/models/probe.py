@@ -362,7 +362,7 @@ def _default_layers(calls: Sequence[_LayerCall]) -> tuple[Layer, ...]:
 def _default_layer(
     calls: Sequence[_LayerCall], layers: Sequence[Layer], attention_calls: Sequence[_AttentionCall]
 ) -> Layer | None:
-    """Return the deepest layer of which every position still contributes to the logits.
+    """Return the deepest layer in which every position still contributes to the logits.
 
     In a transformer this is the input of the last attention module, the output of the normalisation before it. Later
     tokens of the grid may not contribute, because the logits can depend on the class token alone.

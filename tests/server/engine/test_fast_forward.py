@@ -103,7 +103,9 @@ def test_technique_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, break
     with capture_logs() as logs:
         model = load_small(compile=True)
     assert model.fast_forward is None
-    reason = "RuntimeError: this network cannot be compiled" if breaks else "other logits than the network's own"
+    reason = (
+        "RuntimeError: this network cannot be compiled" if breaks else "its logits differ from those of the network"
+    )
     assert [(log["event"], log["way"], log["reason"]) for log in logs] == [
         ("the network runs without", "torch.compile", reason)
     ]

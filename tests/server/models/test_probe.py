@@ -324,6 +324,7 @@ def test_network_without_logits_is_refused() -> None:
 def test_probe_removes_its_hooks() -> None:
     net = nets.tiny_vit()
     probe(net, noise(1, 3, 32, 32))
+    # torch has no public function that lists hooks.
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 

@@ -96,7 +96,7 @@ def _accelerated(model: Model, X: Tensor) -> ForwardPass | None:
             faster(torch.zeros_like(X))  # records with another input, so that a constant answer shows below
             tolerance = LOGIT_TOLERANCE[model.precision] * float(logits.abs().max())
             agree = torch.allclose(faster(X), logits, rtol=0, atol=tolerance)
-            reason = "" if agree else "other logits than the network's own"
+            reason = "" if agree else "its logits differ from those of the network"
         except Exception as error:  # a network may contain code that cannot be compiled or recorded
             reason = f"{type(error).__name__}: {error}"
         if reason:
