@@ -106,7 +106,7 @@ def score_table(run: Study) -> Iterator[str]:
     yield "| method | rows | " + " | ".join(heading(metric) for metric in metrics) + " |"
     yield "| --- | " + "--- | " * (1 + len(metrics))
     for method in METHODS:
-        rows = np.mean([record.rows for record in run.of(model, method).values()])
+        rows = np.mean([record.rows for record in run.finished(model, method).values()])
         line = [f"`{method}`" + (" (control)" if run.is_control(method) else ""), f"{rows:,.0f}"]
         for metric in metrics:
             cell = cells[method, metric.name]

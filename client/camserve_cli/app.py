@@ -1,4 +1,4 @@
-"""The typer application with all commands.
+"""Typer application with all commands.
 
 Commands write results to stdout and to files, and progress, warnings and errors to stderr.
 """

@@ -1,4 +1,4 @@
-"""The load generator: statistics of known records, the search for the knee, and the sender with a stalling server."""
+"""Load generator: statistics of known records, the search for the knee, and the sender with a stalling server."""
 
 from __future__ import annotations
 

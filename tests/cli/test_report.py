@@ -1,4 +1,4 @@
-"""The report of a study: its statistics against scipy, and its page as text and in a browser."""
+"""Report of a study: its statistics against scipy, and its page as text and in a browser."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def test_models_share_a_table_if_they_fit(tmp_path: Path, models: str, tables: i
 
 @dataclass
 class Visit:
-    """A page in a browser, the addresses that it loaded, and its errors and messages."""
+    """Page in a browser, the addresses that it loaded, and its errors and messages."""
 
     page: Page
     urls: list[str] = field(default_factory=list)

@@ -147,22 +147,22 @@ def explain(
             settings["metrics"] = metric
         for file, stem in zip(files, _stems(files, out), strict=True):
             try:
-                made = api.explain(client, file, **settings)
-                written = made.save(out, stem)
+                result = api.explain(client, file, **settings)
+                written = result.save(out, stem)
             except (CamserveError, OSError) as error:
                 typer.echo(f"error: {file}: {error_text(error)}", err=True)
                 failures += 1
                 continue
             if as_json:
-                print_json(_record(file, written, made))
+                print_json(_record(file, written, result))
             else:
-                predicted = made.explanation.target
+                predicted = result.explanation.target
                 names = ", ".join(path.name for path in written)
-                withheld = "yes" if made.withheld else ""
+                withheld = "yes" if result.withheld else ""
                 table.add_row(file.name, str(predicted), f"{predicted.probability:.3f}", names, withheld)
-                warn(file, made.explanation)
-                if made.withheld:
-                    typer.echo(f"warning: {file}: {made.withheld}", err=True)
+                warn(file, result.explanation)
+                if result.withheld:
+                    typer.echo(f"warning: {file}: {result.withheld}", err=True)
     if table.row_count:
         Console().print(table)
     if failures:
@@ -191,14 +191,14 @@ def _stems(files: Sequence[Path], out: Path) -> list[str]:
     return stems
 
 
-def _record(file: Path, written: Sequence[Path], made: DicomExplanation) -> dict[str, Any]:
-    explanation = made.explanation
+def _record(file: Path, written: Sequence[Path], result: DicomExplanation) -> dict[str, Any]:
+    explanation = result.explanation
     return {
         "file": str(file),
         "objects": [str(path) for path in written],
         "target": asdict(explanation.target),
         "scores": explanation.scores,
         "warnings": explanation.warnings,
-        "withheld": made.withheld,
+        "withheld": result.withheld,
         "receipt": asdict(explanation.receipt),
     }

@@ -27,10 +27,10 @@ def token(
             param_hint="NAME",
         )
     # The prefix lets scanners for leaked secrets recognise the token.
-    made = f"camserve_{secrets.token_urlsafe(32)}"
+    secret = f"camserve_{secrets.token_urlsafe(32)}"
     typer.echo("The token, for the caller only. It is not shown again:")
-    typer.echo(f"\n{made}\n")
+    typer.echo(f"\n{secret}\n")
     typer.echo("For the server's configuration:")
-    typer.echo(f'\n[[tokens]]\nname = "{name}"\nsha256 = "{hashlib.sha256(made.encode()).hexdigest()}"')
+    typer.echo(f'\n[[tokens]]\nname = "{name}"\nsha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"')
     if admin:
         typer.echo("admin = true")

@@ -83,7 +83,7 @@ def best_step(steps: Iterable[Step]) -> Step | None:
 
 
 class BoundMonitor:
-    """Check of a running measurement: can its 99th percentile of latency still be within the bound?
+    """Check that the 99th percentile of latency of a running measurement can still be within a bound.
 
     A request that fails counts as slower than the bound. A pending request does once it has waited longer than the
     bound.

@@ -21,7 +21,7 @@ _DRAWN_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A serialised request.
+    """Serialised request.
 
     Attributes:
         method: Label of the method.

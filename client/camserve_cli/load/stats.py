@@ -127,8 +127,8 @@ def quantiles(values: Sequence[float] | Numbers, at: Sequence[float] | Numbers) 
         For each share, the smallest value that at least this share of the values does not exceed. The list is empty
         if there are no values.
     """
-    found: list[float] = np.quantile(values, at, method="inverted_cdf").tolist() if len(values) else []
-    return found
+    result: list[float] = np.quantile(values, at, method="inverted_cdf").tolist() if len(values) else []
+    return result
 
 
 def percentiles(values: Sequence[float] | Numbers) -> dict[str, float]:
@@ -221,8 +221,8 @@ def time_series(records: Sequence[Record], seconds: float) -> TimeSeries:
     timed = [each for each in records if each.has_latency and 0 <= each.intended_s < seconds]
     place = np.searchsorted(edges, [each.intended_s for each in timed], side="right") - 1
     latency = np.array([1e3 * each.latency_s for each in timed])
-    found = [quantiles(latency[place == i], (0.5, 0.99, 1)) or [np.nan] * 3 for i in range(len(edges) - 1)]
-    p50, p99, longest = np.array(found).T
+    latencies = [quantiles(latency[place == i], (0.5, 0.99, 1)) or [np.nan] * 3 for i in range(len(edges) - 1)]
+    p50, p99, longest = np.array(latencies).T
     return TimeSeries(
         middle_s=(edges[:-1] + edges[1:]) / 2,
         intended_per_s=rate([each.intended_s for each in records]),

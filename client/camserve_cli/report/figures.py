@@ -93,7 +93,7 @@ def curve_figures(study: Study, model: str) -> list[list[Figure]]:
 
 
 def _curves(study: Study, model: str, methods: Sequence[str], metric: Metric) -> Figure | None:
-    curves = {method: _stacked(study.of(model, method).values(), metric) for method in methods}
+    curves = {method: _stacked(study.finished(model, method).values(), metric) for method in methods}
     points = Counter(curve.shape[1] for curve in curves.values() if curve.size)
     if not points:
         return None
@@ -114,11 +114,11 @@ def _stacked(records: Iterable[Record], metric: Metric) -> Numbers:
 
     The number of points P may differ between images. Curves that do not have the most common number are left out.
     """
-    found = [record.curves[metric.name] for record in records if metric.name in record.curves]
-    if not found:
+    curves = [record.curves[metric.name] for record in records if metric.name in record.curves]
+    if not curves:
         return np.empty((0, 0))
-    [(count, _)] = Counter(map(len, found)).most_common(1)
-    return np.array([curve for curve in found if len(curve) == count])
+    [(count, _)] = Counter(map(len, curves)).most_common(1)
+    return np.array([curve for curve in curves if len(curve) == count])
 
 
 # ---- cost and layers ------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def build_items(study: Study, maps: map_archive.MapReader, most: int) -> Iterato
     for image in study.images[:most]:
         small = thumbnails.small(Path(image))
         for model in study.models:
-            records = [study.of(model, method).get(image) for method in study.methods]
+            records = [study.finished(model, method).get(image) for method in study.methods]
             done = [record for record in records if record]
             if not done:
                 continue
@@ -93,15 +93,15 @@ def layer_strips(
         most: Maximum number of images.
     """
     items = []
-    by_label = [study.of(model, label) for label in labels]
+    by_label = [study.finished(model, label) for label in labels]
     complete = [image for image in study.images if all(image in records for records in by_label)]
     for image in complete[:most]:
         small = thumbnails.small(Path(image))
-        shown = [each for records in by_label if (each := _map_image(records[image], small, maps))]
-        if shown:
-            first = shown[0].record
+        images = [each for records in by_label if (each := _map_image(records[image], small, maps))]
+        if images:
+            first = images[0].record
             source = thumbnails.data_uri(small) if small else ""
-            items.append(GalleryItem(image, model, first.target, first.probability, source, shown, "[]"))
+            items.append(GalleryItem(image, model, first.target, first.probability, source, images, "[]"))
     return items
 
 

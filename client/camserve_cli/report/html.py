@@ -16,15 +16,15 @@ __all__ = ["environment", "write_page"]
 
 def environment() -> jinja2.Environment:
     """Return the environment of the page templates, which escape all values."""
-    made = jinja2.Environment(
+    result = jinja2.Environment(
         loader=jinja2.PackageLoader("camserve_cli.report", "page"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["svg"] = Markup
-    return made
+    result.filters["svg"] = Markup
+    return result
 
 
 def write_page(

@@ -117,7 +117,7 @@ def _warnings(done: Sequence[Record]) -> list[tuple[str, int, str]]:
 def _group(model: str, method: str, records: Sequence[Record], images: Sequence[str]) -> Group:
     entries = [_entries(record.receipt) for record in records]
     names = list(dict.fromkeys(name for each in entries for name in each))
-    shown = set(images)
+    detailed = set(images)
     different = [name for name in names if len({each.get(name) for each in entries}) > 1]
     return Group(
         model=model,
@@ -128,7 +128,7 @@ def _group(model: str, method: str, records: Sequence[Record], images: Sequence[
         rows=[
             (record.image, [each.get(name, "") for name in different])
             for record, each in zip(records, entries, strict=True)
-            if record.image in shown
+            if record.image in detailed
         ],
     )
 

@@ -96,7 +96,7 @@ class Study:
         """Distinct names of the images in the order of the CSV file."""
         return list(dict.fromkeys(record.image for record in self.records))
 
-    def of(self, model: str, method: str) -> Mapping[str, Record]:
+    def finished(self, model: str, method: str) -> Mapping[str, Record]:
         """Return the finished records of a method on a model, by image."""
         return self._done.get((model, method), {})
 
@@ -162,8 +162,8 @@ def read_study(
         InvalidArgument: The file has another form, names an unknown metric, or does not contain `against`.
     """
     names = score_csv.read_metrics(csv)
-    known = {metric.name: metric for metric in metrics}
-    unknown = [name for name in names if name not in known]
+    metrics_by_name = {metric.name: metric for metric in metrics}
+    unknown = [name for name in names if name not in metrics_by_name]
     if unknown:
         raise InvalidArgument(
             f"{csv} has the metrics {', '.join(unknown)}, which the server does not have; use the server of the study"
@@ -180,7 +180,7 @@ def read_study(
         )
     return Study(
         records=records,
-        metrics=[known[name] for name in names],
+        metrics=[metrics_by_name[name] for name in names],
         models=list(dict.fromkeys(record.model for record in records)),
         methods=ordered,
         against=against or next(iter(ordered), ""),

@@ -113,7 +113,7 @@ def model_part(study: Study, model: str) -> ModelPart:
     cells = scores.cells(study, model)
     costs = {}
     for method in study.methods:
-        if records := study.of(model, method).values():
+        if records := study.finished(model, method).values():
             rows, seconds = np.mean([(record.rows, record.seconds) for record in records], axis=0)
             costs[method] = Cost(float(rows), float(seconds), len(records))
     means = {
@@ -162,7 +162,7 @@ def layer_parts(study: Study, maps: map_archive.MapReader) -> list[LayerPart]:
         rows = []
         for label, name in zip(labels, names, strict=True):
             layer = name.removesuffix("+")
-            means = scores.means(study.of(model, label).values(), study.metrics)
+            means = scores.means(study.finished(model, label).values(), study.metrics)
             rows.append(LayerRow(layer, sizes.get(layer, ""), means))
         ticks = [f"{i}\n{row.size}" if adds else row.size for i, row in enumerate(rows, 1)]
         drawn = figures.layer_figures(

@@ -93,10 +93,10 @@ def means(records: Iterable[Record], metrics: Sequence[Metric]) -> dict[str, Mea
 
 def comparisons(study: Study, model: str) -> list[Comparison]:
     """Compare every method with the reference method of the study by every metric."""
-    base = study.of(model, study.against)
+    base = study.finished(model, study.against)
     paired = []
     for method in study.methods:
-        other = study.of(model, method)
+        other = study.finished(model, method)
         both = [image for image in other if image in base]
         if method == study.against or not both:
             continue
@@ -113,7 +113,7 @@ def comparisons(study: Study, model: str) -> list[Comparison]:
 def cells(study: Study, model: str) -> dict[tuple[str, str], Cell]:
     """Return the cells of the table of one model, by method and metric. Controls cannot be the best."""
     compared = {(each.method, each.metric.name): each for each in comparisons(study, model)}
-    means_of = {method: means(study.of(model, method).values(), study.metrics) for method in study.methods}
+    means_of = {method: means(study.finished(model, method).values(), study.metrics) for method in study.methods}
     table = {}
     for metric in study.metrics:
         rivals = [

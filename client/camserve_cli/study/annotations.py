@@ -65,13 +65,13 @@ def read_boxes(path: Path, images: Sequence[Path]) -> list[list[Box]]:
         InvalidArgument: A file has another form, or an image has no box.
     """
     if path.is_dir():
-        found = [_voc(path / f"{image.stem}.xml") for image in images]
+        boxes_of_images = [_voc(path / f"{image.stem}.xml") for image in images]
     else:
-        found = _values_by_image(path, images, _BOX, _box)
-    for image, boxes in zip(images, found, strict=True):
+        boxes_of_images = _values_by_image(path, images, _BOX, _box)
+    for image, boxes in zip(images, boxes_of_images, strict=True):
         if not boxes:
             raise InvalidArgument(f"{path} has no box for {image}; expected at least one", field="truth")
-    return found
+    return boxes_of_images
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:

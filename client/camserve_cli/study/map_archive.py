@@ -1,4 +1,4 @@
-"""The npz file with the maps of a study.
+"""Npz file with the maps of a study.
 
 A study may be killed at any time. The maps that are finished by then are saved, and the next run finds them.
 """

@@ -1,4 +1,4 @@
-"""A study: the maps of many images by several methods on several models, scored and saved to files."""
+"""Study of many images: maps by several methods on several models, scored and saved to files."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def by_layer(variant: Variant, method: Method, model: Model) -> list[Variant]:
 
 @dataclass
 class StudyRun:
-    """A run of a study that writes a CSV file and, optionally, an npz file.
+    """Run of a study that writes a CSV file and, optionally, an npz file.
 
     Attributes:
         client: Connection to the server.

@@ -1,4 +1,4 @@
-"""The CSV file with the scores of a study.
+"""CSV file with the scores of a study.
 
 A study may be killed at any time. The rows that are finished by then are in the file, and the next run reads them.
 """
@@ -95,7 +95,7 @@ def check_row_matches(row: Row, variant: Variant, target: int | str | None, boxe
 
 
 class ScoreCsv:
-    """The CSV file of a study, with one row for each image, model and method."""
+    """CSV file of a study, with one row for each image, model and method."""
 
     def __init__(self, path: Path, metrics: Sequence[str]) -> None:
         """Describe the file without opening it.

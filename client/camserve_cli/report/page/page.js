@@ -14,14 +14,14 @@
     const higher = metric.selectedOptions[0].dataset.higher === "1";
     const sign = (order === "best") === higher ? -1 : 1;
     const sorted = original.map((item) => [score(item), item]);
-    if (order !== "given") {
+    if (order !== "original") {
       // Images without a score come last.
       sorted.sort(([a], [b]) => (a === null) - (b === null) || sign * (a - b));
     }
     list.append(...sorted.map(([, item]) => item));
     for (const button of buttons) button.setAttribute("aria-pressed", button.dataset.order === order);
     status.textContent =
-      order === "given"
+      order === "original"
         ? "Original order."
         : `${order === "best" ? "Best" : "Worst"} first, by ${named(metric)} of ${named(method)}: ${sorted[0][1].dataset.name}.`;
   };
@@ -30,7 +30,7 @@
   if (original.length > 1) document.querySelector(".sorting").hidden = false;
   for (const button of buttons) button.addEventListener("click", () => sort(button.dataset.order));
   for (const select of [method, metric]) {
-    select.addEventListener("change", () => sort(pressed() === "given" ? "worst" : pressed()));
+    select.addEventListener("change", () => sort(pressed() === "original" ? "worst" : pressed()));
   }
 
   let opened = [];
