@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from camserve_server.engine.warmup import warm_up_steps
 from camserve_server.errors import CamserveError, ConfigError, InvalidArgument, NotFound, OutOfMemory, Unservable
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
+from camserve_server.torch_setup.threads import in_own_thread
 
 State = Literal["ready", "waiting", "unloaded"]
 
@@ -312,7 +312,7 @@ class ModelPool:
         return loaded
 
     async def _read(self, settings: ModelConfig) -> Model:
-        model = await self._counted(settings, _in_own_thread(lambda: load(settings, self._device)))
+        model = await self._counted(settings, in_own_thread(lambda: load(settings, self._device)))
         if model.weight_bytes > self._max_bytes:
             raise ConfigError(
                 f"max_model_bytes: {settings.name} alone has {model.weight_bytes} bytes of weights, but the limit is "
@@ -405,32 +405,3 @@ async def _finish_when_cancelled(work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.create_task(work)
     task.add_done_callback(lambda task: task.cancelled() or task.exception())
     return await asyncio.shield(task)
-
-
-async def _in_own_thread(work: Callable[[], T]) -> T:
-    """Call a function in a new thread. The process does not wait for this thread at its end.
-
-    A new thread also gets rid of its OpenMP team when it ends: see engine/lanes/dispatch.py.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is None:
-            done.set_result(result)  # type: ignore[arg-type]
-        else:
-            done.set_exception(error)
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work()
-        except BaseException as raised:
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop may be closed by now
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return await done

@@ -28,6 +28,7 @@ from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, LaneQuery, s
 from camserve_server.engine.random_copies import RandomCopyPool
 from camserve_server.engine.reservation import Reservation, ignore_event
 from camserve_server.engine.scheduler import Batch, Scheduler
+from camserve_server.engine.steps import Steps
 from camserve_server.errors import (
     CamserveError,
     Cancelled,
@@ -84,7 +85,7 @@ class Engine:
         self._scheduler: Scheduler[Lane] = Scheduler(self._runner.batch_size)
         self._jobs: dict[int, Job[Any]] = {}
         self._arriving: dict[int, Job[Any]] = {}  # submitted, but not yet seen by the engine's thread
-        self._between: set[Future[None]] = set()
+        self._steps = Steps(self._inbox.put)
         self._ids = itertools.count(1)
         self._times = BatchTimes()
         self._stop = False
@@ -166,27 +167,12 @@ class Engine:
             A future that is done after the last step. It raises the exception of a step, or Unavailable if the engine
             closes first.
         """
-        done: Future[None] = Future()
-        done.set_running_or_notify_cancel()  # only the engine sets the result
-
-        def step() -> None:
-            try:
-                next(steps)
-            except StopIteration:
-                done.set_result(None)
-            except Exception as error:
-                done.set_exception(error)
-            else:
-                self._inbox.put(step)
-
         with self._closing:
-            if self._closed:
-                done.set_exception(_shut_down())
-                return done
-            self._between.add(done)
-            done.add_done_callback(self._between.discard)
-            self._inbox.put(step)
-        return done
+            if not self._closed:
+                return self._steps.start(steps)
+        refused: Future[None] = Future()
+        refused.set_exception(_shut_down())
+        return refused
 
     def close(self) -> None:
         """Refuse new requests, fail the running ones with Unavailable, and end the thread."""
@@ -235,8 +221,7 @@ class Engine:
         else:
             self.died.set_result(None)
         finally:
-            for steps in [*self._between]:
-                steps.set_exception(_shut_down())
+            self._steps.fail(_shut_down())
 
     def _read_inbox(self) -> None:
         """Run the commands of other threads. Wait for a command if no row is owed."""
