@@ -9,12 +9,12 @@ import trustme
 
 
 def hashed(secret: str) -> str:
-    """As a server's configuration has it."""
+    """Return the SHA-256 of a token in hexadecimal, as a server's configuration contains it."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def certify(ca: trustme.CA, folder: Path, name: str = "server") -> trustme.LeafCert:
-    """A certificate of this machine, in NAME.pem and NAME.key; and the CA's in ca.pem."""
+    """Issue a certificate for this machine; write it to NAME.pem and NAME.key, and the CA's certificate to ca.pem."""
     certificate = ca.issue_cert("localhost", "127.0.0.1")
     certificate.private_key_pem.write_to_path(folder / f"{name}.key")
     (folder / f"{name}.pem").write_bytes(b"".join(each.bytes() for each in certificate.cert_chain_pems))

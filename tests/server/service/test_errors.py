@@ -1,10 +1,13 @@
-"""The table of errors, each over a real channel: its code, field and reason; and the server goes on."""
+"""Errors over a real channel: status code, field and reason of each. The server keeps serving after every error."""
 
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -14,14 +17,19 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 import camserve
-from camserve import errors, request_messages
+from camserve import errors
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
+from camserve_server import request_plan
 from camserve_server.config import Config, ModelConfig
+from camserve_server.engine.engine import Engine
+from camserve_server.engine.job import Limits
+from camserve_server.service import servicer
 from camserve_server.service.server import Server
 from tests.conftest import serving
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+TIMEOUT_S = 120.0  # of calls that succeed on every machine
+IMAGE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +38,9 @@ def stub(server: Server) -> Iterator[ExplainServiceStub]:
         yield ExplainServiceStub(channel)
 
 
-def png(picture: np.ndarray, **options: Any) -> bytes:
+def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
-    PIL.Image.fromarray(picture).save(file, "PNG", **options)
+    PIL.Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
@@ -41,22 +49,22 @@ def tensor(array: np.ndarray) -> pb.Tensor:
 
 
 def request(**changes: Any) -> pb.ExplainRequest:
-    """A good request of the tiny model, changed."""
-    good: dict[str, Any] = {
+    """Return a valid request for the tiny model with some fields replaced."""
+    valid: dict[str, Any] = {
         "model": "tiny",
-        "image": pb.Image(pixels=pb.Pixels(height=40, width=30, data=PICTURE.tobytes())),
+        "image": pb.Image(pixels=pb.Pixels(height=40, width=30, data=IMAGE.tobytes())),
         "method": method("grad-cam"),
     }
-    return pb.ExplainRequest(**{**good, **changes})
+    return pb.ExplainRequest(**{**valid, **changes})
 
 
-def method(name: str, layers: tuple[str, ...] = (), **parameters: object) -> pb.MethodSpec:
+def method(name: str, layers: tuple[str, ...] = (), **parameters: str | float) -> pb.MethodSpec:
     spec = pb.MethodSpec(name=name, layers=layers)
     spec.parameters.update(parameters)
     return spec
 
 
-def metric(name: str, **parameters: object) -> pb.MetricSpec:
+def metric(name: str, **parameters: str | float) -> pb.MetricSpec:
     spec = pb.MetricSpec(name=name)
     spec.parameters.update(parameters)
     return spec
@@ -71,39 +79,39 @@ NAN = np.full((3, 32, 32), np.nan, np.float32)
 WIDE = pb.Image(pixels=pb.Pixels(height=10_000, width=10_000))
 
 CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
-    # what is wrong: changes, code, field, reason
+    # name: changed fields, status code, field of the error, reason
     "no image": ({"image": pb.Image()}, "INVALID_ARGUMENT", "image", "INVALID"),
-    "not an image": (
+    "bytes that are not an image": (
         {"image": pb.Image(encoded=b"\x00" * 99)},
         "INVALID_ARGUMENT",
         "image.encoded",
         "UNREADABLE_IMAGE",
     ),
     "a truncated image": (
-        {"image": pb.Image(encoded=png(PICTURE)[:500])},
+        {"image": pb.Image(encoded=png(IMAGE)[:500])},
         "INVALID_ARGUMENT",
         "image.encoded",
         "UNREADABLE_IMAGE",
     ),
-    "pixels of another shape": (
-        {"image": pb.Image(pixels=pb.Pixels(height=40, width=31, data=PICTURE.tobytes()))},
+    "pixels that do not match their shape": (
+        {"image": pb.Image(pixels=pb.Pixels(height=40, width=31, data=IMAGE.tobytes()))},
         "INVALID_ARGUMENT",
         "image.pixels.data",
         "WRONG_SHAPE",
     ),
     "a negative height": (
-        {"image": pb.Image(pixels=pb.Pixels(height=-40, width=-30, data=PICTURE.tobytes()))},
+        {"image": pb.Image(pixels=pb.Pixels(height=-40, width=-30, data=IMAGE.tobytes()))},
         "INVALID_ARGUMENT",
         "image.pixels",
         "INVALID",
     ),
-    "a tensor of another size": (
+    "a tensor of the wrong size": (
         {"image": pb.Image(tensor=tensor(TINY[:, 1:]))},
         "INVALID_ARGUMENT",
         "image.tensor.shape",
         "WRONG_SHAPE",
     ),
-    "a tensor that lies about its shape": (
+    "a tensor that does not match its shape": (
         {"image": pb.Image(tensor=pb.Tensor(shape=[3, 32, 32], data=b"1234"))},
         "INVALID_ARGUMENT",
         "image.tensor.data",
@@ -115,54 +123,54 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "image.tensor.data",
         "NOT_FINITE",
     ),
-    "an image too large": ({"image": WIDE}, "RESOURCE_EXHAUSTED", "image.pixels", "TOO_LARGE"),
-    "unknown model": ({"model": "resnet51"}, "NOT_FOUND", "model", "UNKNOWN_NAME"),
+    "an image that is too large": ({"image": WIDE}, "RESOURCE_EXHAUSTED", "image.pixels", "TOO_LARGE"),
+    "an unknown model": ({"model": "resnet51"}, "NOT_FOUND", "model", "UNKNOWN_NAME"),
     "no method": ({"method": pb.MethodSpec()}, "INVALID_ARGUMENT", "method.name", "INVALID"),
-    "unknown method": ({"method": method("crystal-ball")}, "NOT_FOUND", "method.name", "UNKNOWN_NAME"),
-    "unknown metric": ({"metrics": [metric("beauty")]}, "NOT_FOUND", "metrics[0].name", "UNKNOWN_NAME"),
-    "unknown parameter": (
+    "an unknown method": ({"method": method("crystal-ball")}, "NOT_FOUND", "method.name", "UNKNOWN_NAME"),
+    "an unknown metric": ({"metrics": [metric("beauty")]}, "NOT_FOUND", "metrics[0].name", "UNKNOWN_NAME"),
+    "an unknown parameter": (
         {"method": method("opti-cam", speed=2)},
         "INVALID_ARGUMENT",
         "method.parameters.speed",
         "INVALID",
     ),
-    "parameter of another type": (
+    "a parameter of the wrong type": (
         {"method": method("opti-cam", steps="many")},
         "INVALID_ARGUMENT",
         "method.parameters.steps",
         "INVALID",
     ),
-    "half a step": (
+    "a fraction for an integer parameter": (
         {"method": method("opti-cam", steps=2.5)},
         "INVALID_ARGUMENT",
         "method.parameters.steps",
         "INVALID",
     ),
-    "parameter out of range": (
+    "a parameter out of range": (
         {"method": method("opti-cam", steps=0)},
         "INVALID_ARGUMENT",
         "method.parameters.steps",
         "OUT_OF_RANGE",
     ),
-    "parameter that is not a number": (
+    "a parameter that is NaN": (
         {"method": method("opti-cam", rate=float("nan"))},
         "INVALID_ARGUMENT",
         "method.parameters.rate",
         "OUT_OF_RANGE",
     ),
-    "parameter none of the choices": (
+    "a parameter that is not a choice": (
         {"method": method("opti-cam", norm="l2")},
         "INVALID_ARGUMENT",
         "method.parameters.norm",
         "INVALID",
     ),
-    "parameter of a metric": (
+    "a parameter of a metric out of range": (
         {"metrics": [metric("insertion"), metric("deletion", steps=-1)]},
         "INVALID_ARGUMENT",
         "metrics[1].parameters.steps",
         "OUT_OF_RANGE",
     ),
-    "unknown layer": (
+    "an unknown layer": (
         {"method": method("poly-cam", ("r1", "r4"))},
         "INVALID_ARGUMENT",
         "method.layers[1]",
@@ -180,31 +188,31 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "method.layers[1]",
         "INVALID",
     ),
-    "two layers for one": (
+    "two layers for a method that uses one": (
         {"method": method("grad-cam", ("r1", "r3"))},
         "INVALID_ARGUMENT",
         "method.layers",
         "INVALID",
     ),
-    "target out of range": (
+    "a target out of range": (
         {"targets": [pb.Target(index=0), pb.Target(index=7)]},
         "INVALID_ARGUMENT",
         "targets[1].index",
         "INVALID",
     ),
-    "label of a model without labels": (
+    "a label for a model without labels": (
         {"targets": [pb.Target(label="cat")]},
         "INVALID_ARGUMENT",
         "targets[0].label",
         "INVALID",
     ),
-    "unknown label": (
+    "an unknown label": (
         {"model": "efficientnet-lite0", "targets": [pb.Target(label="tabby katze")]},
         "INVALID_ARGUMENT",
         "targets[0].label",
         "INVALID",
     ),
-    "ambiguous label": (
+    "an ambiguous label": (
         {"model": "efficientnet-lite0", "targets": [pb.Target(label="CARDIGAN")]},
         "INVALID_ARGUMENT",
         "targets[0].label",
@@ -213,7 +221,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "an empty target": ({"targets": [pb.Target()]}, "INVALID_ARGUMENT", "targets[0]", "INVALID"),
     "top_k out of range": ({"top_k": -1}, "INVALID_ARGUMENT", "top_k", "OUT_OF_RANGE"),
     "too many targets": ({"targets": [pb.Target(index=0)] * 65}, "INVALID_ARGUMENT", "targets", "OUT_OF_RANGE"),
-    "a metric that is not told where the target is": (
+    "a metric without the location of the target": (
         {"metrics": [metric("insertion"), metric("pixel-f1")]},
         "INVALID_ARGUMENT",
         "truth",
@@ -226,13 +234,13 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "truth.boxes[1]",
         "OUT_OF_RANGE",
     ),
-    "a box that is not a number": (
+    "a box with NaN": (
         {"truth": pb.Truth(boxes=[box(float("nan"), 0, 1, 1)])},
         "INVALID_ARGUMENT",
         "truth.boxes[0]",
         "OUT_OF_RANGE",
     ),
-    "a box inside out": (
+    "a box without area": (
         {"truth": pb.Truth(boxes=[box(0.5, 0, 0.5, 1)])},
         "INVALID_ARGUMENT",
         "truth.boxes[0]",
@@ -273,42 +281,45 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
 
 
 def details(error: grpc.RpcError) -> dict[str, Any]:
-    """The google.rpc details by their type's name."""
-    metadata = dict(error.trailing_metadata())  # type: ignore[attr-defined]
-    status = status_pb2.Status.FromString(metadata["grpc-status-details-bin"])
-    assert status.message == error.details()  # type: ignore[attr-defined]
+    """Return the google.rpc details of an error by the name of their type."""
+    status = status_pb2.Status.FromString(trailing_metadata(error)["grpc-status-details-bin"])
+    assert status.message == error.details()
     unpacked = {}
-    for any_ in status.details:
-        kind = any_.type_url.rpartition(".")[2]
-        unpacked[kind] = getattr(error_details_pb2, kind).FromString(any_.value)
+    for packed in status.details:
+        kind = packed.type_url.rpartition(".")[2]
+        unpacked[kind] = getattr(error_details_pb2, kind).FromString(packed.value)
     return unpacked
+
+
+def trailing_metadata(error: grpc.RpcError) -> dict[str, Any]:
+    return {each.key: each.value for each in error.trailing_metadata()}
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("rpc", ["Explain", "ExplainStream"])
-def test_explain(stub: ExplainServiceStub, name: str, rpc: str) -> None:
+def test_explain_names_the_wrong_field(stub: ExplainServiceStub, name: str, rpc: str) -> None:
     changes, code, field, reason = CASES[name]
-    asked = request(**{"request_id": "r-1", **changes})
+    wrong = request(**{"request_id": "r-1", **changes})
     with pytest.raises(grpc.RpcError) as caught:
         if rpc == "Explain":
-            stub.Explain(asked, timeout=20)
+            stub.Explain(wrong, timeout=TIMEOUT_S)
         else:
-            list(stub.ExplainStream(pb.ExplainStreamRequest(request=asked), timeout=20))
+            list(stub.ExplainStream(pb.ExplainStreamRequest(request=wrong), timeout=TIMEOUT_S))
     error: Any = caught.value
     assert error.code().name == code, error.details()
-    found = details(error)
-    assert found["ErrorInfo"].reason == reason
-    assert found["ErrorInfo"].domain == "camserve"
-    assert found["ErrorInfo"].metadata["field"] == field
-    assert found["RequestInfo"].request_id == asked.request_id
+    info = details(error)
+    assert info["ErrorInfo"].reason == reason
+    assert info["ErrorInfo"].domain == "camserve"
+    assert info["ErrorInfo"].metadata["field"] == field
+    assert info["RequestInfo"].request_id == wrong.request_id
     if code == "INVALID_ARGUMENT":
-        assert found["BadRequest"].field_violations[0].field == field
+        assert info["BadRequest"].field_violations[0].field == field
     if code == "NOT_FOUND":
-        assert found["ErrorInfo"].metadata["known"]
+        assert info["ErrorInfo"].metadata["known"]
     if code == "RESOURCE_EXHAUSTED":
-        assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "-1", "no use to try again"
+        assert trailing_metadata(error)["grpc-retry-pushback-ms"] == "-1", "a retry cannot succeed"
     assert "Traceback" not in error.details()
-    assert stub.Explain(request(), timeout=20).maps, "the server goes on"
+    assert stub.Explain(request(), timeout=TIMEOUT_S).maps, "the server keeps serving"
 
 
 @pytest.mark.parametrize(
@@ -325,67 +336,92 @@ def test_explain(stub: ExplainServiceStub, name: str, rpc: str) -> None:
         ({"method": method("grad-cam"), "truth": pb.Truth()}, "INVALID_ARGUMENT", "truth"),
     ],
 )
-def test_evaluate(stub: ExplainServiceStub, changes: dict[str, Any], code: str, field: str) -> None:
-    good: dict[str, Any] = {"model": "tiny", "image": request().image, "metrics": [metric("average-gain")]}
+def test_evaluate_names_the_wrong_field(
+    stub: ExplainServiceStub, changes: dict[str, Any], code: str, field: str
+) -> None:
+    valid: dict[str, Any] = {"model": "tiny", "image": request().image, "metrics": [metric("average-gain")]}
     with pytest.raises(grpc.RpcError) as caught:
-        stub.Evaluate(pb.EvaluateRequest(**{**good, **changes}), timeout=20)
-    assert caught.value.code().name == code  # type: ignore[attr-defined]
+        stub.Evaluate(pb.EvaluateRequest(**{**valid, **changes}), timeout=TIMEOUT_S)
+    assert caught.value.code().name == code
     assert details(caught.value)["ErrorInfo"].metadata["field"] == field
 
 
-def test_a_message_too_large_is_refused_before_it_is_read(stub: ExplainServiceStub) -> None:
-    asked = request(image=pb.Image(encoded=b"\x00" * (65 << 20)))
+def test_message_over_the_size_limit_is_refused(stub: ExplainServiceStub) -> None:
+    large = request(image=pb.Image(encoded=b"\x00" * (65 << 20)))
     with pytest.raises(grpc.RpcError) as caught:
-        stub.Explain(asked, timeout=20)
-    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
-    assert stub.Explain(request(), timeout=20).maps
+        stub.Explain(large, timeout=TIMEOUT_S)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert stub.Explain(request(), timeout=TIMEOUT_S).maps
 
 
-def test_a_deadline_that_passes(server: Server) -> None:
-    """Behind others the deadline of a method that cannot stop early passes while it waits."""
-    with camserve.Client(server.address) as client:
-        others = [
-            client.explain_stream(PICTURE, model="tiny", method="occlusion", parameters={"stride": 1}) for _ in range(3)
-        ]
-        for stream in others:
-            next(iter(stream))
-        with pytest.raises(camserve.DeadlineExceeded):
-            client.explain(PICTURE, model="tiny", method="occlusion", parameters={"stride": 1}, timeout=0.2)
-        assert client.explain(PICTURE, model="tiny", method="grad-cam").maps
+@contextmanager
+def stopped(engine: Engine) -> Iterator[None]:
+    """Keep the engine from running batches for the duration of the context."""
+    reached, resume = threading.Event(), threading.Event()
+
+    def wait() -> Iterator[None]:
+        reached.set()
+        assert resume.wait(TIMEOUT_S)
+        yield
+
+    done = engine.run_between_batches(wait())
+    assert reached.wait(TIMEOUT_S)
+    try:
+        yield
+    finally:
+        resume.set()
+        done.result(TIMEOUT_S)
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_at_once(server: Server) -> None:
-    assert server.engine is not None
-    while server.engine.rows_owed():  # what other tests have cancelled
+def wait_until_idle(engine: Engine) -> None:
+    """Wait for requests of other tests that have been cancelled."""
+    until = time.monotonic() + TIMEOUT_S
+    while engine.rows_owed():
+        assert time.monotonic() < until
         time.sleep(0.01)
-    done = server.engine.counters.rows
+
+
+def test_deadline_that_passes_in_the_queue_costs_no_rows(server: Server) -> None:
+    wait_until_idle(server.engine)
+    rows_before = server.engine.counters.rows
+    with camserve.Client(server.address, timeout=TIMEOUT_S) as client:
+        with stopped(server.engine), pytest.raises(camserve.DeadlineExceeded):
+            client.explain(IMAGE, model="tiny", method="grad-cam", timeout=1)
+        assert client.explain(IMAGE, model="tiny", method="grad-cam").maps
+    assert server.engine.counters.rows == rows_before + 2
+
+
+def test_deadline_that_cannot_be_met_is_refused_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_until_idle(server.engine)
+    rows_before = server.engine.counters.rows
+    monkeypatch.setitem(server.models["tiny"].rows_per_s, "forward", 1.0)
     with camserve.Client(server.address) as client:
         with pytest.raises(camserve.DeadlineExceeded, match="that takes at least") as caught:
-            client.explain(
-                PICTURE, model="tiny", method="integrated-gradients", parameters={"steps": 1000}, timeout=0.03
-            )
+            client.explain(IMAGE, model="tiny", method="integrated-gradients", timeout=40, parameters={"steps": 50})
         assert caught.value.reason == "DEADLINE_UNREACHABLE"
-    assert server.engine.counters.rows == done
+    assert server.engine.counters.rows == rows_before
 
 
-def test_a_method_that_can_stop_early_meets_its_deadline(server: Server) -> None:
-    with camserve.Client(server.address) as client:
-        explanation = client.explain(
-            PICTURE,
-            model="tiny",
-            method="rise",
-            parameters={"masks": 1_000_000},
-            metrics=["average-gain"],
-            timeout=2.0,
-        )
+def test_method_that_can_stop_early_returns_a_partial_map(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time from which queries are answered early is set here; test_request_plan.py tests its computation."""
+    compute_limits = request_plan.limits
+
+    def stop_soon(*args: Any, **kwargs: Any) -> Limits:
+        return replace(compute_limits(*args, **kwargs), until=time.monotonic() + 1)
+
+    with camserve.Client(server.address, timeout=TIMEOUT_S) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(servicer, "limits", stop_soon)
+            explanation = client.explain(
+                IMAGE, model="tiny", method="rise", parameters={"masks": 1_000_000}, metrics=["average-gain"]
+            )
         assert 0 < explanation.share < 1
         assert explanation.receipt.budget > 0
-        again = client.replay(explanation.receipt, PICTURE)
-        assert again.same
+        assert client.replay(explanation.receipt, IMAGE).same
 
 
 class Flat:
-    """A factory of a network without a spatial layer."""
+    """Factory of a network without a spatial layer."""
 
     def __new__(cls) -> Any:
         from torch import nn
@@ -393,13 +429,13 @@ class Flat:
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
 
 
-def test_what_a_model_cannot_serve() -> None:
+def test_methods_that_a_model_cannot_serve_are_refused_and_listed() -> None:
     flat = ModelConfig(
         name="flat", source="python:tests.server.service.test_errors:Flat", input_size=(8, 8), batch_size=2
     )
     with serving(Config(listen="127.0.0.1:0", models=[flat])) as server, camserve.Client(server.address) as client:
         with pytest.raises(camserve.FailedPrecondition) as caught:
-            client.explain(PICTURE, method="grad-cam")
+            client.explain(IMAGE, method="grad-cam")
         assert "spatial" in str(caught.value)
         gradients = {"gradient-shap", "input-x-gradient", "integrated-gradients", "smooth-grad"}
         controls = {"center-gaussian", "fake-cam", "random"}
@@ -407,10 +443,10 @@ def test_what_a_model_cannot_serve() -> None:
         for method in client.methods("flat"):
             assert bool(method.unavailable) == (method.name not in client.models()[0].methods)
         assert "average pooling" in next(m for m in client.methods("flat") if m.name == "cam").unavailable
-        assert client.explain(PICTURE, method="occlusion").saliency.shape == (8, 8)
+        assert client.explain(IMAGE, method="occlusion").saliency.shape == (8, 8)
 
 
-def test_a_full_queue_says_when_to_come_back() -> None:
+def test_full_queue_is_refused_with_a_retry_delay_before_decoding() -> None:
     tiny = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=1)
     config = Config(listen="127.0.0.1:0", models=[tiny], max_rows_owed=900)
     with (
@@ -418,21 +454,20 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         camserve.Client(server.address, timeout=300) as client,
         grpc.insecure_channel(server.address) as channel,
     ):
-        stream = client.explain_stream(PICTURE, method="opti-cam", parameters={"steps": 5000})
+        stream = client.explain_stream(IMAGE, method="opti-cam", parameters={"steps": 5000})
         next(stream)
-        # Without the client's channel, which would wait and try again.
+        # A plain channel is used because that of the client would wait and retry.
+        refusable = request(model="", method=method("opti-cam", steps=500))
         with pytest.raises(grpc.RpcError) as caught:
-            ExplainServiceStub(channel).Explain(
-                request_messages.explain(PICTURE, method="opti-cam", parameters={"steps": 500}).request
-            )
+            ExplainServiceStub(channel).Explain(refusable, timeout=TIMEOUT_S)
         refused = errors.from_rpc(caught.value, address=server.address, timeout_s=None)
         assert isinstance(refused, camserve.ResourceExhausted)
         assert refused.reason == "QUEUE_FULL"
         assert refused.retry_after_s is not None
         assert refused.retry_after_s > 0
-        # At once: a picture that nobody will explain is not even looked at.
-        hopeless = request_messages.explain(b"no picture", method="opti-cam", parameters={"steps": 500}).request
+        # An image that cannot be read shows that a refused request is not decoded.
+        refusable.image.CopyFrom(pb.Image(encoded=b"no image"))
         with pytest.raises(grpc.RpcError) as caught:
-            ExplainServiceStub(channel).Explain(hopeless)
+            ExplainServiceStub(channel).Explain(refusable, timeout=TIMEOUT_S)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         stream.close()

@@ -1,4 +1,4 @@
-"""The layers that are found by themselves: for VGG16 and ResNet50 those of the Poly-CAM paper."""
+"""Detected default layers. For VGG16 and ResNet50, they are those of the Poly-CAM paper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAPER = {
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_layers(name: str) -> None:
+def test_default_layers_are_those_of_the_paper(name: str) -> None:
     net = torchvision.models.get_model(name, weights=None).eval()
     found = probe(net, noise(1, 3, 64, 64))
     assert [layer.name for layer in found.layers] == PAPER[name]
@@ -30,7 +30,7 @@ def test_the_papers_layers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "squeezenet1_1"])
-def test_any_plain_network_has_some(name: str) -> None:
+def test_other_convolutional_networks_have_default_layers(name: str) -> None:
     net = torchvision.models.get_model(name, weights=None).eval()
     found = probe(net, noise(1, 3, 96, 96))
     assert len(found.layers) >= 3
@@ -38,14 +38,14 @@ def test_any_plain_network_has_some(name: str) -> None:
     assert all(found.spatial[layer.name] == layer for layer in found.layers)
 
 
-def test_each_call_of_a_module_that_runs_twice_is_a_layer() -> None:
+def test_each_call_of_a_module_that_runs_twice_is_a_separate_layer() -> None:
     spatial = probe(torchvision.models.resnet18(weights=None).eval(), noise(1, 3, 64, 64)).spatial
     assert "layer1.0" in spatial
     assert "layer1.0.relu" not in spatial
     assert [name for name in spatial if name.startswith("layer1.0.relu#")] == ["layer1.0.relu#1", "layer1.0.relu#2"]
 
 
-def test_signed_layers_are_told() -> None:
+def test_layers_with_negative_values_are_marked_as_signed() -> None:
     spatial = probe(nets.tiny_cnn(), noise(1, 3, 32, 32)).spatial
     assert spatial["c2"].signed
     assert not spatial["r2"].signed

@@ -15,7 +15,7 @@ import pytest
 
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
-from camserve_server import registry, request_plan
+from camserve_server import registry
 from camserve_server.config import Config, ModelConfig
 from camserve_server.engine.admission import Admission
 from camserve_server.service import requests, responses, security
@@ -45,13 +45,13 @@ def stub(server: Server) -> Iterator[ExplainServiceStub]:
         yield ExplainServiceStub(channel)
 
 
-def explain_request(method: str = "grad-cam", image: pb.Image = IMAGE, **parameters: object) -> pb.ExplainRequest:
+def explain_request(method: str = "grad-cam", image: pb.Image = IMAGE, **parameters: str | float) -> pb.ExplainRequest:
     spec = pb.MethodSpec(name=method)
     spec.parameters.update(parameters)
     return pb.ExplainRequest(image=image, method=spec)
 
 
-def evaluate_request(method: str = "grad-cam", **metrics: dict[str, object]) -> pb.EvaluateRequest:
+def evaluate_request(method: str = "grad-cam", **metrics: dict[str, float]) -> pb.EvaluateRequest:
     request = pb.EvaluateRequest(image=IMAGE, method=pb.MethodSpec(name=method))
     for name, parameters in (metrics or {"average-drop": {}}).items():
         request.metrics.add(name=name.replace("_", "-")).parameters.update(parameters)
@@ -130,7 +130,6 @@ def test_each_step_of_a_request_runs_once(stub: ExplainServiceStub, monkeypatch:
         (Admission, "admit"),
     ]:
         calls.count(owner, name)
-    monkeypatch.setattr(request_plan, "rows_needed", requests.rows_needed)
     explain, evaluate = explain_request(), evaluate_request()
     explain.metrics.add(name="average-drop")
     call(stub, rpc, explain, evaluate)
@@ -140,7 +139,7 @@ def test_each_step_of_a_request_runs_once(stub: ExplainServiceStub, monkeypatch:
 def test_only_the_admitted_caller_decodes_its_image(
     server: Server, stub: ExplainServiceStub, decoding: BlockedDecoding
 ) -> None:
-    ended: queue.SimpleQueue[grpc.Future] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for _ in range(6):
         stub.Explain.future(explain_request(), timeout=TIMEOUT_S).add_done_callback(ended.put)
     refused = [ended.get(timeout=TIMEOUT_S) for _ in range(5)]

@@ -1,8 +1,10 @@
-"""What goes over the wire when all is well."""
+"""Successful calls of a real server through the client."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -18,17 +20,18 @@ from camserve_server.models.load import state_digest
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.service.server import SERVICE, Server
 
+TIMEOUT_S = 240.0
 CAT = skimage.data.chelsea()
 LITE0 = Preprocessing((96, 96), (127 / 255,) * 3, (128 / 255,) * 3, "bicubic")
 
 
 @pytest.fixture
-def client(server: Server) -> camserve.Client:
-    with camserve.Client(server.address) as client:
+def client(server: Server) -> Iterator[camserve.Client]:
+    with camserve.Client(server.address, timeout=TIMEOUT_S) as client:
         yield client
 
 
-def test_an_explanation(client: camserve.Client) -> None:
+def test_explanation_has_map_predictions_scores_and_cost(client: camserve.Client) -> None:
     e = client.explain(CAT, method="grad-cam", metrics=["insertion", "average-drop"], request_id="mine", raw=True)
     assert e.saliency.shape == (96, 96)
     assert e.saliency.dtype == np.float32
@@ -45,7 +48,7 @@ def test_an_explanation(client: camserve.Client) -> None:
     assert e.request_id == "mine"
 
 
-def test_metrics_share_their_rows(client: camserve.Client) -> None:
+def test_metrics_with_the_same_query_share_its_rows(client: camserve.Client) -> None:
     masked = ["average-drop", "average-increase", "average-gain"]
     *_, progress, e = client.explain_stream(CAT, method="grad-cam", metrics=masked)
     assert isinstance(e, camserve.Explanation)
@@ -57,7 +60,7 @@ def test_metrics_share_their_rows(client: camserve.Client) -> None:
         assert alone.scores[metric] == e.scores[metric]
 
 
-def test_streams_send_the_maps_of_randomisation(client: camserve.Client, server: Server) -> None:
+def test_streams_contain_the_maps_of_randomised_networks(client: camserve.Client, server: Server) -> None:
     assert server.engine is not None
     model = next(iter(server.models.values()))
     before = state_digest(model.module)
@@ -72,22 +75,23 @@ def test_streams_send_the_maps_of_randomisation(client: camserve.Client, server:
     assert all(step.saliency.shape == (96, 96) and step.target == e.target.index for step in steps)
     assert not np.array_equal(steps[0].saliency, steps[1].saliency)
     assert e.curves["randomisation-spearman"] == pytest.approx([step.spearman for step in steps])
-    *events, two = client.explain_stream(CAT, method="fake-cam", top_k=2, metrics=checks)
-    steps = [event for event in events if isinstance(event, camserve.Randomised)]
+    *explain_events, two = client.explain_stream(CAT, method="fake-cam", top_k=2, metrics=checks)
+    assert isinstance(two, camserve.Explanation)
+    steps = [event for event in explain_events if isinstance(event, camserve.Randomised)]
     assert [(step.target, round(step.hog, 9)) for step in steps] == [
         (each.target.index, 1) for each in two.maps for _ in range(3)
     ]
     assert state_digest(model.module) == before
 
 
-def test_no_batch_is_larger_than_the_server_would_take_by_itself(client: camserve.Client) -> None:
-    """All others would wait for it."""
-    asked = {"forward": 1024, "gradient": 8, "ascend": 16}
-    receipt = client.explain(CAT, method="fake-cam", batch_sizes=asked).receipt
-    assert receipt.batch_sizes == {**asked, "forward": 16}
+def test_requested_batch_sizes_are_limited_to_those_of_the_server(client: camserve.Client) -> None:
+    """A larger batch would delay all other requests."""
+    requested = {"forward": 1024, "gradient": 8, "ascend": 16}
+    receipt = client.explain(CAT, method="fake-cam", batch_sizes=requested).receipt
+    assert receipt.batch_sizes == {**requested, "forward": 16}
 
 
-def test_the_receipt(client: camserve.Client, server: Server) -> None:
+def test_receipt_contains_all_arguments_and_versions(client: camserve.Client, server: Server) -> None:
     assert server.engine is not None
     receipt = client.explain(CAT, method="opti-cam", parameters={"steps": 2}, target=281, seed=7).receipt
     assert receipt.model == "efficientnet-lite0"
@@ -95,7 +99,7 @@ def test_the_receipt(client: camserve.Client, server: Server) -> None:
     assert receipt.model_digest.startswith("sha256:")
     assert receipt.method == "opti-cam"
     assert receipt.parameters["steps"] == 2
-    assert receipt.parameters["rate"] == 0.1, "defaults too"
+    assert receipt.parameters["rate"] == 0.1, "defaults are included"
     assert receipt.layers == ("bn2",)
     assert receipt.targets == (281,)
     assert receipt.seed == 7
@@ -105,7 +109,7 @@ def test_the_receipt(client: camserve.Client, server: Server) -> None:
     assert {"camserve", "torch", "python"} <= set(receipt.versions)
 
 
-def test_all_forms_of_an_image_give_the_same_map(client: camserve.Client, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_every_form_of_an_image_gives_the_same_map(client: camserve.Client, tmp_path: Path) -> None:
     path = tmp_path / "cat.png"
     PIL.Image.fromarray(CAT).save(path)
     forms = [path, path.read_bytes(), PIL.Image.fromarray(CAT), CAT, LITE0(PIL.Image.fromarray(CAT)).numpy()]
@@ -113,15 +117,15 @@ def test_all_forms_of_an_image_give_the_same_map(client: camserve.Client, tmp_pa
     assert all(np.array_equal(maps[0], other) for other in maps[1:])
 
 
-def test_targets_by_index_and_label(client: camserve.Client) -> None:
+def test_targets_are_named_by_index_or_label(client: camserve.Client) -> None:
     e = client.explain(CAT, method="grad-cam", target=[281, "Egyptian Cat"])
     assert [m.target.index for m in e.maps] == [281, 285]
     assert not np.array_equal(e.maps[0].saliency, e.maps[1].saliency)
     both = client.explain(CAT, method="grad-cam", target=["Cardigan", "cardigan"])
-    assert [m.target.index for m in both.maps] == [264, 474], "the dog and the jacket"
+    assert [m.target.index for m in both.maps] == [264, 474], "upper and lower case distinguish the dog from the jacket"
 
 
-def test_a_stream_of_levels(client: camserve.Client) -> None:
+def test_stream_of_poly_cam_contains_its_levels_and_rising_progress(client: camserve.Client) -> None:
     events = list(client.explain_stream(CAT, model="tiny", method="poly-cam"))
     levels = [e for e in events if isinstance(e, camserve.Level)]
     progress = [e for e in events if isinstance(e, camserve.Progress)]
@@ -133,7 +137,7 @@ def test_a_stream_of_levels(client: camserve.Client) -> None:
     assert progress[-1].rows_done == progress[-1].rows_total == events[-1].cost.rows
 
 
-def test_evaluate_a_map_and_a_method(client: camserve.Client) -> None:
+def test_map_and_method_get_the_same_scores(client: camserve.Client) -> None:
     explained = client.explain(CAT, method="grad-cam", metrics=["insertion", "deletion", "average-gain"])
     by_method = client.evaluate(CAT, method="grad-cam")
     by_map = client.evaluate(CAT, saliency=explained.saliency)
@@ -143,13 +147,14 @@ def test_evaluate_a_map_and_a_method(client: camserve.Client) -> None:
     assert np.array_equal(by_method.saliency, explained.saliency)
 
 
-def test_a_given_map_is_scored_as_it_is_even_if_constant(client: camserve.Client) -> None:
+def test_constant_map_of_the_caller_is_scored_unchanged(client: camserve.Client) -> None:
     e = client.evaluate(CAT, saliency=np.ones((96, 96), np.float32), metrics=["average-drop", "average-increase"])
-    assert e.scores == {"average-drop": 0, "average-increase": 0}, "masking by ones changes nothing, to the bit"
+    values = {name: float(score) for name, score in e.scores.items()}
+    assert values == {"average-drop": 0, "average-increase": 0}, "a mask of ones does not change a bit of the image"
     assert e.warnings[0].startswith("degenerate")
 
 
-def test_lists(client: camserve.Client) -> None:
+def test_lists_describe_models_methods_and_metrics(client: camserve.Client) -> None:
     lite0, tiny = client.models()
     assert (lite0.name, tiny.name) == ("efficientnet-lite0", "tiny")
     assert [layer.name for layer in lite0.layers] == [
@@ -171,7 +176,7 @@ def test_lists(client: camserve.Client) -> None:
     assert not metrics["deletion"].higher_is_better
 
 
-def test_the_awaited_client(server: Server) -> None:
+def test_asyncio_client_gets_equal_maps_from_concurrent_calls(server: Server) -> None:
     async def ask() -> tuple[camserve.Explanation, camserve.Explanation]:
         async with camserve.aio.Client(server.address) as client:
             one, other = await asyncio.gather(
@@ -186,7 +191,7 @@ def test_the_awaited_client(server: Server) -> None:
     assert np.array_equal(one.saliency, other.saliency)
 
 
-def test_health_and_reflection(server: Server) -> None:
+def test_health_and_reflection_name_the_service(server: Server) -> None:
     with grpc.insecure_channel(server.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", SERVICE):
@@ -198,6 +203,6 @@ def test_health_and_reflection(server: Server) -> None:
         assert SERVICE in {service.name for service in answer.list_services_response.service}
 
 
-def test_a_signed_layer_is_remarked_upon(client: camserve.Client) -> None:
+def test_signed_layer_causes_a_warning(client: camserve.Client) -> None:
     e = client.explain(CAT, model="tiny", method="poly-cam", layers=["c2", "r3"])
     assert any("c2 has negative activations" in warning for warning in e.warnings)

@@ -1,0 +1,56 @@
+"""Rows and limits of a request, computed before the engine sees it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from camserve_server.errors import OutOfRange
+from camserve_server.models.model import Model
+from camserve_server.request_plan import limits, rows_needed
+from tests import nets
+from tests.support import as_model, call, metric
+
+
+@pytest.fixture
+def model() -> Model:
+    return as_model(nets.tiny_cnn())
+
+
+def test_rows_needed_are_those_of_prediction_method_and_metrics(model: Model) -> None:
+    rise, insertion = call(model, "rise", masks=400), metric("insertion", steps=20)
+    rows = rows_needed(model, rise, [insertion], 2)
+    assert (rows.most, rows.metrics, rows.can_stop_early) == (1 + 400 + 2 * 20, 2 * 20, True)
+    assert 1 + 2 * 20 < rows.least < rows.most
+    without_map = rows_needed(model, None, [insertion], 1)
+    assert (without_map.most, without_map.least, without_map.can_stop_early) == (21, 21, False)
+
+
+def test_a_method_that_can_stop_early_keeps_time_for_metrics_and_the_response(model: Model) -> None:
+    model.rows_per_s["forward"] = 100.0
+    rise = call(model, "rise", masks=400)
+    rows = rows_needed(model, rise, [metric("insertion", steps=20)], 1)
+    now = time.monotonic()
+    bounded = limits(model, rise, rows, deadline=now + 10)
+    assert bounded.deadline == now + 10
+    assert bounded.until == pytest.approx(
+        now + 10 - 1.5 * 20 / 100 - 0.1 * 10, abs=0.1 * (time.monotonic() - now) + 1e-6
+    )
+    assert (bounded.reserved, bounded.least, bounded.rows_per_s) == (20, rows.least, 100.0)
+
+
+def test_a_method_that_cannot_stop_early_runs_until_its_deadline(model: Model) -> None:
+    model.rows_per_s["forward"] = 100.0
+    occlusion = call(model, "occlusion")
+    bounded = limits(model, occlusion, rows_needed(model, occlusion, [], 1), deadline=time.monotonic() + 10)
+    assert bounded.until is None
+
+
+def test_a_budget_below_the_fewest_rows_is_refused(model: Model) -> None:
+    occlusion = call(model, "occlusion")
+    rows = rows_needed(model, occlusion, [], 1)
+    with pytest.raises(OutOfRange, match="cannot stop early; the budget is 3") as caught:
+        limits(model, occlusion, rows, budget=3)
+    assert caught.value.field == "budget"
+    assert limits(model, occlusion, rows, budget=rows.least).budget == rows.least
