@@ -26,6 +26,9 @@ from camserve_server.request_plan import MethodCall, MetricCall, RequestResult, 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Limit for a result that must come, in seconds: long enough for a slow machine, shorter than the time limit of pytest.
+TIMEOUT_S = 240
+
 registry.discover()
 
 
@@ -150,7 +153,7 @@ def submit(
 def explained(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any, **kwargs: Any) -> RequestResult:
     """Return the result of a request that runs alone on its own engine."""
     with running() as engine:
-        return submit(engine, model, x, subject, *args, **kwargs).future.result(timeout=240)
+        return submit(engine, model, x, subject, *args, **kwargs).future.result(TIMEOUT_S)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -25,7 +25,7 @@ from camserve_server.plan import MapWarning, Plan, Predict, Score, Scores, Sum, 
 from camserve_server.request_plan import plan_request
 from camserve_server.rows import Repeated
 from tests import nets
-from tests.support import Clock, as_model, call, explained, metric, noise, running, submit
+from tests.support import TIMEOUT_S, Clock, as_model, call, explained, metric, noise, running, submit
 
 X = noise(3, 32, 32)
 
@@ -50,10 +50,10 @@ def limit_batch_size(monkeypatch: pytest.MonkeyPatch, max_rows: int) -> None:
 def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch, model: Model, method: str) -> None:
     parameters: dict[str, Any] = {"steps": 10} if method == "opti-cam" else {}
     with running() as engine:
-        plain = submit(engine, model, X, call(model, method, **parameters), [1, 2, 3]).future.result(60)
+        plain = submit(engine, model, X, call(model, method, **parameters), [1, 2, 3]).future.result(TIMEOUT_S)
         rows = engine.counters.rows
         limit_batch_size(monkeypatch, 1)
-        tight = submit(engine, model, X, call(model, method, **parameters), [1, 2, 3]).future.result(60)
+        tight = submit(engine, model, X, call(model, method, **parameters), [1, 2, 3]).future.result(TIMEOUT_S)
         assert engine.counters.rows == 2 * rows, "each row must run exactly once"
     assert model.batch_sizes["forward"] == 1
     assert torch.allclose(plain.maps, tight.maps, atol=1e-3)
@@ -70,9 +70,9 @@ def test_job_records_the_batch_sizes_that_it_ran_with(
         halved = engine.submit(
             plan_request(model, x, [1], subject, ()), model, rows=2, batch_sizes=requested, notify=events.append
         )
-        halved.future.result(60)
+        halved.future.result(TIMEOUT_S)
         after = submit(engine, model, X, call(model, "grad-cam"), [1], batch_sizes=requested)
-        after.future.result(60)
+        after.future.result(TIMEOUT_S)
     for job in (halved, after):
         assert (job.batch_sizes["forward"], job.batch_sizes["gradient"]) == (2, 2)
     assert [event.text for event in events if isinstance(event, MapWarning)] == [
@@ -109,7 +109,7 @@ def test_batch_that_does_not_fit_is_freed_before_its_halves_run(method: str) -> 
     assert isinstance(model.module, OneRowOfMemory)
     model.module.full = True
     with running() as engine:
-        submit(engine, model, X, call(model, method, ["net.r3"])).future.result(60)
+        submit(engine, model, X, call(model, method, ["net.r3"])).future.result(TIMEOUT_S)
     assert len(model.module.alive) > 3
     assert not any(model.module.alive)
 
@@ -170,7 +170,7 @@ def test_request_fails_if_one_row_does_not_fit(monkeypatch: pytest.MonkeyPatch, 
     with running() as engine:
         limit_batch_size(monkeypatch, 0)
         with pytest.raises(OutOfMemory):
-            submit(engine, model, X, call(model, "grad-cam")).future.result(60)
+            submit(engine, model, X, call(model, "grad-cam")).future.result(TIMEOUT_S)
 
 
 def plan_with_a_bug(model: Model) -> Plan[None]:
@@ -195,7 +195,7 @@ def plan_without_memory(model: Model) -> Plan[None]:
 
 def test_plan_that_runs_out_of_memory_fails_with_out_of_memory(model: Model) -> None:
     with running() as engine, pytest.raises(OutOfMemory):
-        engine.submit(plan_without_memory(model), model, rows=1).future.result(60)
+        engine.submit(plan_without_memory(model), model, rows=1).future.result(TIMEOUT_S)
 
 
 @pytest.mark.parametrize(
@@ -203,15 +203,15 @@ def test_plan_that_runs_out_of_memory_fails_with_out_of_memory(model: Model) -> 
 )
 def test_failing_plan_does_not_affect_other_requests(model: Model, plan: Any) -> None:
     with running() as engine:
-        alone = submit(engine, model, X, call(model, "poly-cam")).future.result(60)
+        alone = submit(engine, model, X, call(model, "poly-cam")).future.result(TIMEOUT_S)
         good = [submit(engine, model, X, call(model, "poly-cam")) for _ in range(3)]
         bad = [engine.submit(plan(model), model, rows=1) for _ in range(3)]
         for job in bad:
             with pytest.raises(InternalError) as caught:
-                job.future.result(60)
+                job.future.result(TIMEOUT_S)
             assert "bug" not in caught.value.message
         for job in good:
-            assert torch.equal(job.future.result(60).maps, alone.maps)
+            assert torch.equal(job.future.result(TIMEOUT_S).maps, alone.maps)
 
 
 def test_deadline_cancellation_and_close_end_requests(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
@@ -224,19 +224,19 @@ def test_deadline_cancellation_and_close_end_requests(monkeypatch: pytest.Monkey
     unfinished = submit(engine, model, X, long)
     engine.cancel(cancelled)
     with pytest.raises(Cancelled):
-        cancelled.future.result(60)
+        cancelled.future.result(TIMEOUT_S)
     assert not late.future.done()
     clock.advance(2)
     with pytest.raises(Expired):
-        late.future.result(60)
+        late.future.result(TIMEOUT_S)
     assert 0 < engine.rows_owed() <= 1_000_001, "only the third request still owes rows"
     engine.close()
     with pytest.raises(Unavailable):
-        unfinished.future.result(60)
+        unfinished.future.result(TIMEOUT_S)
     with pytest.raises(Unavailable):
         submit(engine, model, X, long)
     assert engine.rows_owed() == 0
-    assert engine.died.result(1) is None
+    assert engine.died.result(TIMEOUT_S) is None
 
 
 def test_engine_that_breaks_fails_all_requests(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
@@ -245,8 +245,8 @@ def test_engine_that_breaks_fails_all_requests(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(Scheduler, "next_batch", lambda scheduler: 1 / 0)
     job = submit(engine, model, X, call(model, "grad-cam"))
     with pytest.raises(InternalError):
-        job.future.result(30)
-    assert isinstance(engine.died.exception(30), ZeroDivisionError)
+        job.future.result(TIMEOUT_S)
+    assert isinstance(engine.died.exception(TIMEOUT_S), ZeroDivisionError)
     with pytest.raises(Unavailable):
         submit(engine, model, X, call(model, "grad-cam"))
 
@@ -257,7 +257,7 @@ def test_progress_of_a_request_with_a_budget_ends_at_the_budget(model: Model) ->
     metrics = [metric("insertion", steps=20)]
     with running() as engine:
         job = submit(engine, model, X, call(model, "rise", masks=400), [1], metrics, events, budget=100)
-        job.future.result(60)
+        job.future.result(TIMEOUT_S)
     progress = [event for event in events if isinstance(event, Progress)]
     assert {event.rows_total for event in progress} == {100} == {job.rows}
     assert [event.rows_done for event in progress].count(100) == 1
@@ -266,12 +266,12 @@ def test_progress_of_a_request_with_a_budget_ends_at_the_budget(model: Model) ->
 def test_long_request_does_not_block_short_requests(model: Model) -> None:
     with running(max_rows_owed=1000) as engine:
         long = submit(engine, model, X, call(model, "rise", masks=1_000_000))
-        submit(engine, model, X, call(model, "grad-cam")).future.result(60)
+        submit(engine, model, X, call(model, "grad-cam")).future.result(TIMEOUT_S)
         with pytest.raises(QueueFull, match="1000") as caught:
             submit(engine, model, X, call(model, "rise", masks=900_000))
         assert caught.value.retry_after_s is not None
         assert 1 <= caught.value.retry_after_s <= 60, "the long request may be cancelled at any time"
-        submit(engine, model, X, call(model, "rise", masks=900_000), budget=100).future.result(60)
+        submit(engine, model, X, call(model, "rise", masks=900_000), budget=100).future.result(TIMEOUT_S)
         engine.cancel(long)
 
 
@@ -287,7 +287,7 @@ def test_batches_of_requests_run_between_steps(model: Model) -> None:
         long = submit(engine, model, X, call(model, "rise", masks=1_000_000))
         while not engine.counters.batches:
             time.sleep(0.001)
-        engine.run_between_batches(steps()).result(60)
+        engine.run_between_batches(steps()).result(TIMEOUT_S)
         engine.cancel(long)
         assert batches == sorted(set(batches)), "at least one batch must run between two steps"
 
@@ -303,10 +303,10 @@ def test_steps_that_fail_or_do_not_end_raise_from_their_future() -> None:
 
     with running() as engine:
         with pytest.raises(OutOfMemory):
-            engine.run_between_batches(broken()).result(60)
+            engine.run_between_batches(broken()).result(TIMEOUT_S)
         unfinished = engine.run_between_batches(endless())
     with pytest.raises(Unavailable):
-        unfinished.result(60)
+        unfinished.result(TIMEOUT_S)
 
 
 class Timed(nn.Module):
@@ -328,15 +328,15 @@ def test_slow_model_does_not_shorten_requests_of_a_fast_model(monkeypatch: pytes
     slow, fast = (as_model(Timed(clock, s), name=name) for name, s in (("slow", 3.0), ("fast", 0.01)))
     fast.rows_per_s["forward"] = 1000
     with running() as engine:
-        submit(engine, slow, X, call(slow, "fake-cam")).future.result(60)
+        submit(engine, slow, X, call(slow, "fake-cam")).future.result(TIMEOUT_S)
         begun = time.monotonic()
         job = submit(engine, fast, X, call(fast, "rise", masks=1_000_000), deadline=begun + 3.0)
-        assert job.future.result(60).share < 1
+        assert job.future.result(TIMEOUT_S).share < 1
         assert 2.5 < time.monotonic() - begun < 2.8, "the method may use nine tenths of the time"
 
 
 def test_padding_can_be_switched_off(model: Model) -> None:
     for invariant, padding in ((True, 6), (False, 0)):
         with running(batch_invariant=invariant) as engine:
-            submit(engine, model, X, call(model, "grad-cam")).future.result(30)
+            submit(engine, model, X, call(model, "grad-cam")).future.result(TIMEOUT_S)
             assert engine.counters.padding == padding, "there are two batches of four with one row each"

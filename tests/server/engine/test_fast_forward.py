@@ -17,7 +17,7 @@ from camserve_server.models.load import load
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Predict
 from tests import nets
-from tests.support import call, explained, metric, noise, running, submit
+from tests.support import TIMEOUT_S, call, explained, metric, noise, running, submit
 
 CPU = torch.device("cpu")
 SMALL = {"name": "small", "source": "python:tests.nets:tiny_cnn", "input_size": (32, 32), "batch_size": 4}
@@ -70,9 +70,9 @@ def test_bits_do_not_depend_on_requests_with_hooks_in_other_batches(compiled: Mo
             for i in range(3)
             for name in METHODS
         ]
-        among = submit(engine, compiled, x, request, [1], [metric("insertion")]).future.result(60)
+        among = submit(engine, compiled, x, request, [1], [metric("insertion")]).future.result(TIMEOUT_S)
         for other in others:
-            other.future.result(60)
+            other.future.result(TIMEOUT_S)
     assert torch.equal(among.maps, alone.maps)
     assert among.scores == alone.scores
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.nets import tiny_cnn
-from tests.support import as_model, call, noise, running, submit
+from tests.support import TIMEOUT_S, as_model, call, noise, running, submit
 
 SIZE = (64, 64)
 BATCH = 8
@@ -65,7 +65,7 @@ def test_memory_is_bounded_by_the_batch(method: str, parameters: dict[str, Any],
     with running() as engine:
         model.module.max_bytes = model.module.rows = 0
         job = submit(engine, model, x, call(model, method, **parameters), [1])
-        job.future.result(timeout=240)
+        job.future.result(TIMEOUT_S)
     assert job.rows > 0.8 * rows, "constant channels share their rows"
     grown = model.module.max_bytes - before
     assert 0 < grown < 12 * BATCH * ROW_BYTES, "the rows, masks, activations and sums of a few batches"

@@ -22,7 +22,7 @@ from camserve_server.models.randomise import RandomCopy, weighted_layers
 from camserve_server.plan import Plan, Predict, Randomise, Randomised
 from camserve_server.rows import normal
 from tests import nets
-from tests.support import Clock, as_model, call, explained, metric, noise, running, submit
+from tests.support import TIMEOUT_S, Clock, as_model, call, explained, metric, noise, running, submit
 
 SIZE = (37, 29)
 X = noise(3, *SIZE)
@@ -58,7 +58,7 @@ def randomised(model: Model, method: str = "layer-cam", **parameters: Any) -> li
     events: list[Event] = []
     metrics = [metric("randomisation-ssim", seed=3, **parameters)]
     with running() as engine:
-        submit(engine, model, X, call(model, method), [1], metrics, events).future.result(60)
+        submit(engine, model, X, call(model, method), [1], metrics, events).future.result(TIMEOUT_S)
     return [event for event in events if isinstance(event, Randomised)]
 
 
@@ -154,7 +154,7 @@ def test_three_metrics_share_rows_and_events(model: Model) -> None:
     events: list[Event] = []
     with running() as engine:
         job = submit(engine, model, X, call(model, "grad-cam"), [1], ALL, events)
-        scores = job.future.result(60).scores[0]
+        scores = job.future.result(TIMEOUT_S).scores[0]
     assert job.rows == 2 + 4 * 2
     assert job.rows_owed == 0
     steps = [event for event in events if isinstance(event, Randomised)]
@@ -172,14 +172,14 @@ def test_copies_change_neither_the_served_network_nor_other_requests(
 ) -> None:
     before, plain = state_digest(model.module), call(model, "poly-cam")
     with running(max_copies=2) as engine:
-        expected = submit(engine, model, X, plain).future.result(60)
-        alone = submit(engine, model, X, plain, [1], ALL).future.result(60)
+        expected = submit(engine, model, X, plain).future.result(TIMEOUT_S)
+        alone = submit(engine, model, X, plain, [1], ALL).future.result(TIMEOUT_S)
         jobs = [submit(engine, model, X, plain, [1], ALL if i % 2 else ()) for i in range(8)]
         for i, job in enumerate(jobs):
-            result = job.future.result(60)
+            result = job.future.result(TIMEOUT_S)
             assert torch.equal(result.maps, alone.maps)
             assert result.scores == (alone.scores if i % 2 else ((),))
-        assert torch.equal(submit(engine, model, X, plain).future.result(60).maps, expected.maps)
+        assert torch.equal(submit(engine, model, X, plain).future.result(TIMEOUT_S).maps, expected.maps)
         assert len(copies) == 5
         assert count_alive(copies) == 0
     assert state_digest(model.module) == before
@@ -204,7 +204,7 @@ def copy_counts(monkeypatch: pytest.MonkeyPatch, copies: list[weakref.ref[Any]])
 def test_number_of_copies_never_exceeds_the_limit(model: Model, copy_counts: list[int], limit: int) -> None:
     with running(max_copies=limit) as engine:
         jobs = [submit(engine, model, X, call(model, "grad-cam"), [1, 2], ALL) for _ in range(6)]
-        assert len({job.future.result(60).scores for job in jobs}) == 1
+        assert len({job.future.result(TIMEOUT_S).scores for job in jobs}) == 1
     assert max(copy_counts) == limit
 
 
@@ -228,10 +228,10 @@ def test_request_that_ends_early_releases_its_copy(
         while not copies:
             time.sleep(0.01)
         gives_up, waits = (submit(engine, model, X, method, [1], ALL) for _ in range(2))
-        submit(engine, model, X, method).future.result(60)  # a request without a copy does not wait
+        submit(engine, model, X, method).future.result(TIMEOUT_S)  # a request without a copy does not wait
         engine.cancel(gives_up)
         with pytest.raises(Cancelled):
-            gives_up.future.result(60)
+            gives_up.future.result(TIMEOUT_S)
         assert not waits.future.done()
         assert len(copies) == 1
         if end == "cancelled":
@@ -241,8 +241,8 @@ def test_request_that_ends_early_releases_its_copy(
         if end == "broken":
             broken.set()
         with pytest.raises({"cancelled": Cancelled, "late": Expired, "broken": InternalError}[end]):
-            holds.future.result(60)
-        assert len(waits.future.result(60).scores[0]) == 3
+            holds.future.result(TIMEOUT_S)
+        assert len(waits.future.result(TIMEOUT_S).scores[0]) == 3
         assert len(copies) == 2
         assert count_alive(copies) == 0
 
@@ -254,6 +254,6 @@ def test_copy_that_does_not_fit_fails_its_request_only(monkeypatch: pytest.Monke
     with running() as engine:
         monkeypatch.setattr(random_copies, "RandomCopy", no_memory)
         with pytest.raises(OutOfMemory, match="a copy of model"):
-            submit(engine, model, X, call(model, "grad-cam"), [1], ALL).future.result(60)
+            submit(engine, model, X, call(model, "grad-cam"), [1], ALL).future.result(TIMEOUT_S)
         monkeypatch.undo()
-        submit(engine, model, X, call(model, "grad-cam"), [1], ALL).future.result(60)
+        submit(engine, model, X, call(model, "grad-cam"), [1], ALL).future.result(TIMEOUT_S)

@@ -15,7 +15,7 @@ from camserve_server.errors import Expired, InternalError, QueueFull, Unavailabl
 from camserve_server.models.model import Model
 from camserve_server.plan import Plan, Predict
 from tests import nets
-from tests.support import as_model, noise, running
+from tests.support import TIMEOUT_S, as_model, noise, running
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_submitted_job_keeps_the_reserved_rows_until_it_ends(model: Model) -> 
         job = reservation.submit(predict(model), model)
     assert engine.rows_owed() == 1
     engine.start()
-    assert job.future.result(60).shape == (model.classes,)
+    assert job.future.result(TIMEOUT_S).shape == (model.classes,)
     assert engine.rows_owed() == 0
     engine.close()
 
@@ -81,7 +81,7 @@ def test_the_deadline_is_checked_at_the_reservation_and_not_again(model: Model) 
             pass
         job = reservation.submit(predict(model), model)
     engine.start()
-    job.future.result(60)
+    job.future.result(TIMEOUT_S)
     engine.close()
 
 
@@ -101,7 +101,7 @@ def test_a_reservation_serves_one_plan_while_it_is_open(model: Model) -> None:
             job = reservation.submit(predict(model), model)
             with pytest.raises(RuntimeError, match="already belongs to a job"):
                 reservation.submit(predict(model), model)
-        job.future.result(60)
+        job.future.result(TIMEOUT_S)
         with engine.reserve(1) as unused:
             pass
         with pytest.raises(RuntimeError, match="has ended"):
@@ -115,8 +115,8 @@ def test_a_failing_engine_fails_jobs_that_it_has_not_begun(monkeypatch: pytest.M
     monkeypatch.setattr(engine, "_read_inbox", lambda: 1 / 0)
     engine.start()
     with pytest.raises(InternalError):
-        job.future.result(30)
-    assert isinstance(engine.died.exception(30), ZeroDivisionError)
+        job.future.result(TIMEOUT_S)
+    assert isinstance(engine.died.exception(TIMEOUT_S), ZeroDivisionError)
     assert engine.rows_owed() == 0
 
 
@@ -127,4 +127,4 @@ def test_a_closed_engine_refuses_steps_between_batches() -> None:
     with running() as engine:
         pass
     with pytest.raises(Unavailable):
-        engine.run_between_batches(steps()).result(10)
+        engine.run_between_batches(steps()).result(TIMEOUT_S)

@@ -19,7 +19,7 @@ from camserve_server.models.model import Model, Precision
 from camserve_server.models.pixels import from_pixels
 from camserve_server.service.server import Server
 from tests.conftest import serving
-from tests.support import call, explained, metric, noise, running, submit
+from tests.support import TIMEOUT_S, call, explained, metric, noise, running, submit
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -100,9 +100,9 @@ def test_bits_do_not_depend_on_requests_at_other_precisions(model: Model, x: Ten
             for i, each in enumerate(["bf16", "fp32", "fp64", "bf16"])
         ]
         mine = submit(engine, at, x, call(at, "poly-cam"), [2])
-        assert torch.equal(mine.future.result(60).maps, alone)
+        assert torch.equal(mine.future.result(TIMEOUT_S).maps, alone)
         for other in others:
-            other.future.result(60)
+            other.future.result(TIMEOUT_S)
 
 
 def test_out_of_memory_halves_batches_of_its_own_precision_only(

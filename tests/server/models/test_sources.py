@@ -222,5 +222,5 @@ def test_tensor_must_have_the_channels_of_the_network() -> None:
     received = decoded(model, tensor=pb.Tensor(shape=x.shape, data=x.numpy().tobytes()))
     assert torch.equal(received, x)
     x = noise(3, 24, 16)
-    with pytest.raises(InvalidArgument, match=r"takes a tensor of \[1, 24, 16\], not \[3, 24, 16\]"):
+    with pytest.raises(InvalidArgument, match=r"has the shape \[3, 24, 16\]; m expects \[1, 24, 16\]"):
         decoded(model, tensor=pb.Tensor(shape=x.shape, data=x.numpy().tobytes()))
