@@ -11,6 +11,7 @@ import torch
 from camserve_server.engine.admission import Caller
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Limits
+from camserve_server.engine.scheduler import Scheduler
 from camserve_server.errors import Expired, InternalError, QueueFull, Unavailable
 from camserve_server.models.model import Model
 from camserve_server.plan import Plan, Predict
@@ -112,7 +113,7 @@ def test_a_reservation_serves_one_plan_while_it_is_open(model: Model) -> None:
 def test_a_failing_engine_fails_jobs_that_it_has_not_begun(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
     engine = Engine()
     job = engine.submit(predict(model), model, rows=1)
-    monkeypatch.setattr(engine, "_read_inbox", lambda: 1 / 0)
+    monkeypatch.setattr(Scheduler, "__len__", lambda scheduler: 1 / 0)
     engine.start()
     with pytest.raises(InternalError):
         job.future.result(TIMEOUT_S)
