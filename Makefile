@@ -1,4 +1,4 @@
-# camserve: the commands that people type. `make demo` and `make test` set everything up by themselves.
+# Commands for users and contributors. Each command first installs what it needs.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,12 +7,12 @@ BUF_VERSION := 1.75.0
 MERMAID_VERSION := 12.3.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench docs pictures figure lint site proto proto-check dist audit clean
+.PHONY: help install demo test test-fast bench docs pictures figure lint site proto proto-check dist audit clean
 
-help:  ## this list
+help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(VENV)/.installed  ## the environment in .venv/: client, server and development extras, pinned
+install: $(VENV)/.installed  ## create .venv/ with the pinned client, server and development packages
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,25 +20,31 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: install  ## explain three photographs by three methods; pictures and a page in demo/
+demo: install  ## explain three photographs with three methods; write images and a page to demo/
 	$(BIN)/python examples/demo.py
 
-test: install  ## the whole test suite
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
+# Each worker uses one thread, see tests/conftest.py. A worker that has finished takes tests from the others.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-bench: install  ## measure the limit, ourselves and our peers; a quarter of an hour; writes docs/benchmarks.md
+test: install  ## run all tests
+	$(PYTEST)
+
+test-fast: install  ## run the tests that are not marked slow, while you work on a change
+	$(PYTEST) -m 'not slow'
+
+bench: install  ## run the benchmarks, which takes 15 minutes, and write docs/benchmarks.md
 	$(BIN)/python -m benchmarks
 
-docs: install  ## write docs/methods.md out of what the methods say of themselves
+docs: install  ## write docs/methods.md from the docstrings of the methods
 	$(BIN)/python examples/methods_page.py
 
-pictures: install  ## draw every method's map of one photograph for docs/methods.md; some minutes
+pictures: install  ## draw the map of each method for docs/methods.md, which takes some minutes
 	$(BIN)/python examples/figure.py --single
 
-figure: install  ## draw all methods side by side, on four photographs; half an hour
+figure: install  ## draw the maps of all methods for four photographs, which takes half an hour
 	$(BIN)/python examples/figure.py
 
-lint: install node_modules/.installed  ## ruff, mypy strict, import-linter, buf, fresh stubs
+lint: install node_modules/.installed  ## run ruff, mypy, import-linter and buf, and check that the stubs are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -50,14 +56,14 @@ lint: install node_modules/.installed  ## ruff, mypy strict, import-linter, buf,
 site: install node_modules/.installed  ## build the documentation site in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-proto: install  ## generate the stubs from proto/
+proto: install  ## generate the stubs from the files in proto/
 	$(BIN)/python -m grpc_tools.protoc --proto_path=proto \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	  --python_out=$(OUT) --grpc_python_out=$(OUT) --mypy_out=$(OUT) --mypy_grpc_out=$(OUT) \
 	  camserve/v1/explain.proto camserve/v1/admin.proto
 OUT ?= client
 
-proto-check: install  # the committed stubs are those that proto/ gives
+proto-check: install  # compare the committed stubs with newly generated ones
 	rm -rf build/stubs && mkdir -p build/stubs
 	$(MAKE) --no-print-directory proto OUT=build/stubs
 	for f in build/stubs/camserve/v1/*; do diff -u "client/camserve/v1/$${f##*/}" "$$f" || exit 1; done
@@ -79,5 +85,5 @@ audit: dist  ## write the bill of materials dist/sbom.cdx.json; fail if a depend
 	$(BIN)/pip-audit --path "$$(build/audit/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	  --format cyclonedx-json --output dist/sbom.cdx.json
 
-clean:  ## remove everything that the commands above made
+clean:  ## remove everything that these commands create
 	rm -rf $(VENV) node_modules build dist demo site
