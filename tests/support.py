@@ -46,7 +46,7 @@ def as_model(
 ) -> Model:
     """Return a model of the network, with the layers that `probe` detects. `size` is (H, W) in pixels."""
     net.eval().requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    found = probe(net, noise(1, len(mean), *size).to(dtype), token_grid)
+    structure = probe(net, noise(1, len(mean), *size).to(dtype), token_grid)
     return Model(
         name=name,
         source="test",
@@ -56,16 +56,16 @@ def as_model(
         dtype=dtype,
         preprocessing=Preprocessing(size, mean, std, "bilinear"),
         labels=(),
-        classes=found.classes,
-        spatial=found.spatial,
-        layers=found.layers,
-        layer=found.layer,
-        head=head or ("sigmoid" if found.classes == 1 else "softmax"),
-        gap=found.gap,
+        classes=structure.classes,
+        spatial=structure.spatial,
+        layers=structure.layers,
+        layer=structure.layer,
+        head=head or ("sigmoid" if structure.classes == 1 else "softmax"),
+        gap=structure.gap,
         precision="fp64" if dtype == torch.float64 else "fp32",
-        attention=found.attention,
-        attention_prefix=found.attention_prefix,
-        attention_grid=found.attention_grid,
+        attention=structure.attention,
+        attention_prefix=structure.attention_prefix,
+        attention_grid=structure.attention_grid,
         batch_sizes={"forward": batch_size, "gradient": batch_size, "ascend": batch_size},
     )
 
@@ -101,14 +101,16 @@ def running(**options: Any) -> Iterator[Engine]:
         engine.close()
 
 
-def call(model: Model, method: str, layers: Sequence[str] | None = None, seed: int = 0, **given: object) -> MethodCall:
+def call(
+    model: Model, method: str, layers: Sequence[str] | None = None, seed: int = 0, **parameters: object
+) -> MethodCall:
     """Return a method call with checked parameters, on the given layers or the model's default layers."""
     entry = registry.METHODS[method]
     if entry.layers == "none":
-        found: tuple[Layer, ...] = ()
+        chosen: tuple[Layer, ...] = ()
     else:
-        found = model.find_layers(layers, "layers") if layers else model.default_layers(entry.layers == "many")
-    return MethodCall(entry, entry.check(given, "parameters"), found, seed)
+        chosen = model.find_layers(layers, "layers") if layers else model.default_layers(entry.layers == "many")
+    return MethodCall(entry, entry.check(parameters, "parameters"), chosen, seed)
 
 
 def metric(name: str, seed: int = 0, **parameters: object) -> MetricCall:

@@ -55,14 +55,14 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     # The layers are detected in full precision, even if the network is served at a lower one.
     module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     example = _example(config, device, dtype)
-    found = _probe(module, example, config, where)
-    layers, layer = _default_layers(config, found, where), _default_layer(config, found, where)
+    structure = _probe(module, example, config, where)
+    layers, layer = _default_layers(config, structure, where), _default_layer(config, structure, where)
     if device.type == "cpu":  # the gain has been measured on CPUs only
         fold_padding(module, example)
     folded: dict[str, str] = {}
     if config.fold_batch_norm:
-        wanted = [*layers, layer, found.gap and found.gap.layer]
-        folded = fold_batch_norm(module, example, keep={each.module for each in wanted if each})
+        needed = [*layers, layer, structure.gap and structure.gap.layer]
+        folded = fold_batch_norm(module, example, keep={each.module for each in needed if each})
     model = Model(
         name=config.name,
         source=config.source,
@@ -71,16 +71,16 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         device=device,
         dtype=dtype,
         preprocessing=Preprocessing(config.input_size, config.mean, config.std, config.interpolation),
-        labels=_labels(config, found.classes, where),
-        classes=found.classes,
-        spatial={name: each for name, each in found.spatial.items() if each.module not in folded},
+        labels=_labels(config, structure.classes, where),
+        classes=structure.classes,
+        spatial={name: each for name, each in structure.spatial.items() if each.module not in folded},
         layers=layers,
         layer=layer,
-        head=_head(config, found.classes, where),
-        gap=found.gap,
-        attention=found.attention,
-        attention_prefix=found.attention_prefix,
-        attention_grid=found.attention_grid,
+        head=_head(config, structure.classes, where),
+        gap=structure.gap,
+        attention=structure.attention,
+        attention_prefix=structure.attention_prefix,
+        attention_grid=structure.attention_grid,
         folded=folded,
         random_weights=config.allow_random_weights and config.weights is None,
         compile=config.compile,
@@ -123,7 +123,7 @@ def _example(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> T
 
 def _probe(module: nn.Module, example: Tensor, config: ModelConfig, where: str) -> ProbeResult:
     try:
-        found = probe(module, example, config.token_grid)
+        structure = probe(module, example, config.token_grid)
     except Exception as error:  # the code of a network can raise any exception
         taken = input_channels(module)
         if taken in (1, 3) and taken != len(config.mean):
@@ -134,18 +134,18 @@ def _probe(module: nn.Module, example: Tensor, config: ModelConfig, where: str) 
         raise ConfigError(
             f"{where}.input_size: the network does not run on an input of shape {[*example.shape]}: {error}"
         ) from error
-    if config.token_grid is not None and all(layer.form != "tokens" for layer in found.spatial.values()):
+    if config.token_grid is not None and all(layer.form != "tokens" for layer in structure.spatial.values()):
         raise ConfigError(
             f"{where}.token_grid: the network has no output [1, tokens, K] with a grid of {list(config.token_grid)} "
             "tokens; correct the value or leave it out"
         )
-    return found
+    return structure
 
 
-def _default_layers(config: ModelConfig, found: ProbeResult, where: str) -> tuple[Layer, ...]:
+def _default_layers(config: ModelConfig, structure: ProbeResult, where: str) -> tuple[Layer, ...]:
     if config.layers is None:
-        return found.layers
-    layers = tuple(_named_layer(name, found, f"{where}.layers") for name in config.layers)
+        return structure.layers
+    layers = tuple(_named_layer(name, structure, f"{where}.layers") for name in config.layers)
     sizes = [layer.positions for layer in layers]
     if sizes != sorted(sizes, reverse=True):
         raise ConfigError(
@@ -155,16 +155,16 @@ def _default_layers(config: ModelConfig, found: ProbeResult, where: str) -> tupl
     return layers
 
 
-def _default_layer(config: ModelConfig, found: ProbeResult, where: str) -> Layer | None:
+def _default_layer(config: ModelConfig, structure: ProbeResult, where: str) -> Layer | None:
     if config.layer is not None:
-        return _named_layer(config.layer, found, f"{where}.layer")
-    return found.layer if config.layers is None else _named_layer(config.layers[-1], found, f"{where}.layers")
+        return _named_layer(config.layer, structure, f"{where}.layer")
+    return structure.layer if config.layers is None else _named_layer(config.layers[-1], structure, f"{where}.layers")
 
 
-def _named_layer(name: str, found: ProbeResult, key: str) -> Layer:
-    layer = find_layer(name, found.spatial)
+def _named_layer(name: str, structure: ProbeResult, key: str) -> Layer:
+    layer = find_layer(name, structure.spatial)
     if layer is None:
-        raise ConfigError(f"{key}: there is {describe_missing_layer(name, found.spatial)}")
+        raise ConfigError(f"{key}: there is {describe_missing_layer(name, structure.spatial)}")
     return layer
 
 

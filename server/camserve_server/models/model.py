@@ -122,9 +122,9 @@ class Model:
         if not precision:
             return self
         if precision not in self.precisions:
-            there = ", ".join(self.precisions)
+            available = ", ".join(self.precisions)
             raise Unservable(
-                f"{self.name} computes in {there}, not in {precision}; choose one of these or add {precision} to the "
+                f"{self.name} computes in {available}, not in {precision}; choose one of these or add it to the "
                 "model's configuration",
                 field="precision",
             )
@@ -191,14 +191,14 @@ class Model:
             return target
         if not self.labels:
             raise InvalidArgument(f"{self.name} has no labels; give the index of the class", field=field)
-        wanted = target.strip()
-        found = [i for i, label in enumerate(self.labels) if label == wanted]
-        found = found or [i for i, label in enumerate(self.labels) if label.casefold() == wanted.casefold()]
-        if len(found) == 1:
-            return found[0]
-        if found:
+        name = target.strip()
+        matches = [i for i, label in enumerate(self.labels) if label == name]
+        matches = matches or [i for i, label in enumerate(self.labels) if label.casefold() == name.casefold()]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
             raise InvalidArgument(
-                f"{self.name} has several classes with the label {target!r}: {found}; give the index of one",
+                f"{self.name} has several classes with the label {target!r}: {matches}; give the index of one",
                 field=field,
             )
         raise InvalidArgument(f"{self.name} has no class {target!r}{_nearest(target, self.labels)}", field=field)
@@ -213,7 +213,7 @@ class Model:
         Raises:
             InvalidArgument: A layer does not exist, has no spatial output, is folded, or is named twice.
         """
-        found: list[Layer] = []
+        layers: list[Layer] = []
         for i, name in enumerate(names):
             layer = find_layer(name, self.spatial)
             if name in self.folded:
@@ -226,10 +226,10 @@ class Model:
                 raise InvalidArgument(
                     f"{self.name} has {describe_missing_layer(name, self.spatial)}", field=f"{field}[{i}]"
                 )
-            if layer in found:
+            if layer in layers:
                 raise InvalidArgument(f"{layer.name} is named twice; name each layer once", field=f"{field}[{i}]")
-            found.append(layer)
-        return tuple(found)
+            layers.append(layer)
+        return tuple(layers)
 
     def default_layers(self, many: bool) -> tuple[Layer, ...]:
         """Return the model's default layers.

@@ -149,9 +149,9 @@ _MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
 def _check_jpeg_markers(data: bytes, field: str) -> None:
     """Raise TooLarge for a JPEG with too many scans or segments."""
     at = scans = markers = 0
-    while (found := _MARKER.search(data, at)) and found[1] != b"\xd9":
-        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
-        scans += found[1] == b"\xda"
+    while (marker := _MARKER.search(data, at)) and marker[1] != b"\xd9":
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+        scans += marker[1] == b"\xda"
         markers += 1
         if scans > MAX_SCANS or markers > MAX_MARKERS:
             raise TooLarge(

@@ -311,12 +311,12 @@ class _Trace:
 
 def _attention_modules(module: nn.Module) -> set[str]:
     """Return the names of the innermost modules that are attention by their name or class."""
-    found = [
+    names = [
         name
         for name, m in module.named_modules()
         if _ATTENTION_NAME.search(name) or any(_ATTENTION.search(kind.__name__) for kind in type(m).__mro__)
     ]
-    return {name for name in found if name and not any(inner.startswith(f"{name}.") for inner in found)}
+    return {name for name in names if name and not any(inner.startswith(f"{name}.") for inner in names)}
 
 
 def _fingerprint(A: Tensor) -> Tensor:

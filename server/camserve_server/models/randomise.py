@@ -38,18 +38,18 @@ class RandomCopy:
             layers: Names of layers, as returned by `weighted_layers`.
             seed: Seed of the weights. The weights of a layer do not depend on which other layers are random.
         """
-        wanted = dict.fromkeys(layers, seed)
+        seeds = dict.fromkeys(layers, seed)
         served = dict(self._served.module.named_parameters())
         for i, (name, weight) in enumerate(self.model.module.named_parameters()):
             layer = _layer(name)
-            if self._seeds.get(layer) == wanted.get(layer):
+            if self._seeds.get(layer) == seeds.get(layer):
                 continue
-            if layer in wanted:
+            if layer in seeds:
                 std, mean = torch.std_mean(served[name], correction=0)
                 weight.copy_(normal(weight.shape, seed, i)).mul_(std).add_(mean)
             else:
                 weight.copy_(served[name])
-        self._seeds = wanted
+        self._seeds = seeds
 
 
 @torch.no_grad()

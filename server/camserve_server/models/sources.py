@@ -198,10 +198,10 @@ def _python(path: str, config: ModelConfig, _download: str | None, where: str) -
 
 def _check_module(name: str, where: str) -> None:
     try:
-        found = importlib.util.find_spec(name)
+        spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
-        found = None
-    if found is None:
+        spec = None
+    if spec is None:
         raise ConfigError(f"{where}.source: no module {name}; expected python:package.module:factory on PYTHONPATH")
 
 

@@ -150,8 +150,8 @@ class Transformer(nn.Module):
 @pytest.mark.parametrize("timms", [True, False])
 def test_attention_with_a_mask_or_several_calls_is_not_detected(timms: bool) -> None:
     x = noise(1, 3, 32, 24)
-    found = probe(Transformer(timms).eval(), x)
-    assert (found.attention, found.attention_prefix, found.attention_grid) == (("attn",), 1, (4, 3))
+    structure = probe(Transformer(timms).eval(), x)
+    assert (structure.attention, structure.attention_prefix, structure.attention_grid) == (("attn",), 1, (4, 3))
     masked = Transformer(timms, attn_mask=torch.full((13, 13), -9.0).triu(1)).eval()
     assert probe(masked, x).attention == ()
     twice = Transformer(timms).eval()
@@ -187,10 +187,10 @@ def test_attention_of_torchs_encoder_is_detected_on_its_fast_path() -> None:
             logits: Tensor = self.fc(self.encoder(tokens)[:, 0])
             return logits
 
-    found = probe(Net().eval(), noise(1, 3, 32, 24))
-    assert found.attention == ("encoder.layers.0.self_attn", "encoder.layers.1.self_attn")
-    assert found.layer is not None
-    assert found.layer.name == "encoder.layers.1.norm1"
+    structure = probe(Net().eval(), noise(1, 3, 32, 24))
+    assert structure.attention == ("encoder.layers.0.self_attn", "encoder.layers.1.self_attn")
+    assert structure.layer is not None
+    assert structure.layer.name == "encoder.layers.1.norm1"
 
 
 class Tokens(nn.Module):
@@ -225,5 +225,5 @@ def test_attention_is_detected_only_with_a_leading_class_token() -> None:
 
 def test_tokens_with_a_trailing_class_token_are_not_a_layer() -> None:
     """Every token would be read one position too late."""
-    found = probe(Tokens(-1, after=1).eval(), noise(1, 3, 32, 24))
-    assert (list(found.spatial), found.layer, found.attention) == (["patches"], None, ())
+    structure = probe(Tokens(-1, after=1).eval(), noise(1, 3, 32, 24))
+    assert (list(structure.spatial), structure.layer, structure.attention) == (["patches"], None, ())

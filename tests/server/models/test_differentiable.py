@@ -74,10 +74,10 @@ def test_best_batch_size_ends_at_the_first_size_that_does_not_fit() -> None:
         return 1.0
 
     def best(*sizes: int) -> Generator[None, None, None]:
-        found.append((yield from warmup.best_batch_size(seconds, sizes, 0.95)))
+        results.append((yield from warmup.best_batch_size(seconds, sizes, 0.95)))
 
-    found: list[tuple[int, float]] = []
+    results: list[tuple[int, float]] = []
     assert len(list(best(1, 2, 4, 8))) == 4, "it yields before each batch"
-    assert found == [(4, 4.0)]
+    assert results == [(4, 4.0)]
     with pytest.raises(torch.OutOfMemoryError):
         list(best(8, 16))

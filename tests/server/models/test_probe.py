@@ -145,14 +145,16 @@ def test_layers_of_transformers(
     gap: str,
     attention: int,
 ) -> None:
-    found = probe(build(name, **options), noise(1, 3, *size))
-    assert found.layer is not None
-    layer = found.layer
+    structure = probe(build(name, **options), noise(1, 3, *size))
+    assert structure.layer is not None
+    layer = structure.layer
     assert (layer.name, layer.form, layer.prefix, layer.height, layer.width) == single
-    assert all(each.form == "NCHW" for each in found.layers)
-    assert (found.gap.layer.name if found.gap else "") == gap
-    assert len(found.attention) == attention
-    assert (found.attention_prefix, found.attention_grid) == ((single[2], single[3:]) if attention else (0, None))
+    assert all(each.form == "NCHW" for each in structure.layers)
+    assert (structure.gap.layer.name if structure.gap else "") == gap
+    assert len(structure.attention) == attention
+    assert (structure.attention_prefix, structure.attention_grid) == (
+        (single[2], single[3:]) if attention else (0, None)
+    )
 
 
 @pytest.mark.parametrize("name", ["torchvision:vit_b_16", "timm:vit_tiny_patch16_224"])
@@ -173,9 +175,9 @@ def test_modules_inside_attention_are_not_layers() -> None:
     net: Any = nets.tiny_vit()
     for block in net.blocks:
         block.attn.fused_attn = False  # attn_drop then runs on the weights [N, heads, L, L]
-    found = probe(net, noise(1, 3, 32, 32))
-    assert not [name for name in found.spatial if ".attn." in name]
-    assert "blocks.0.attn" in found.spatial
+    structure = probe(net, noise(1, 3, 32, 32))
+    assert not [name for name in structure.spatial if ".attn." in name]
+    assert "blocks.0.attn" in structure.spatial
 
 
 class Unnamed(nn.Module):
@@ -198,9 +200,9 @@ def test_attention_weights_are_not_a_layer() -> None:
 
 def test_windows_of_tokens_are_not_a_layer() -> None:
     net = build("timm:swin_tiny_patch4_window7_224", img_size=112)
-    found = probe(net, noise(1, 3, 112, 112))
-    assert "layers.0.blocks.0.attn" not in found.spatial  # [16 windows, 49, 96]
-    assert found.spatial["layers.0.blocks.0"].form == "NHWC"
+    structure = probe(net, noise(1, 3, 112, 112))
+    assert "layers.0.blocks.0.attn" not in structure.spatial  # [16 windows, 49, 96]
+    assert structure.spatial["layers.0.blocks.0"].form == "NHWC"
 
 
 def test_configured_token_grid_is_used() -> None:
@@ -214,9 +216,9 @@ def test_configured_token_grid_is_used() -> None:
 def test_tokens_in_another_order_are_not_a_layer() -> None:
     """The tokens of Hiera are ordered window by window; a map read row by row would be wrong."""
     net = build("timm:hiera_tiny_224", img_size=64)
-    found = probe(net, noise(1, 3, 64, 64))
-    assert "tokens" not in {layer.form for layer in found.spatial.values()}
-    assert (found.layer, found.layers, found.attention) == (None, (), ())
+    structure = probe(net, noise(1, 3, 64, 64))
+    assert "tokens" not in {layer.form for layer in structure.spatial.values()}
+    assert (structure.layer, structure.layers, structure.attention) == (None, (), ())
 
 
 # ---- defaults --------------------------------------------------------------------------------------------------------
@@ -248,14 +250,14 @@ NETWORKS: list[tuple[str, list[str], str, str]] = [
 def test_layers_of_convolutional_networks(
     name: str, several: list[str], single: str, gap: str, size: tuple[int, int]
 ) -> None:
-    found = probe(build(name), noise(1, 3, *size))
-    assert [layer.name for layer in found.layers[-2:]] == several
-    assert found.layer is not None
-    assert found.layer.name == single
-    assert found.layer.form == "NCHW"
-    assert (found.gap.layer.name if found.gap else "") == gap
-    assert (found.attention, found.attention_grid) == ((), None)
-    ratios = [layer.height / layer.width for layer in found.layers]
+    structure = probe(build(name), noise(1, 3, *size))
+    assert [layer.name for layer in structure.layers[-2:]] == several
+    assert structure.layer is not None
+    assert structure.layer.name == single
+    assert structure.layer.form == "NCHW"
+    assert (structure.gap.layer.name if structure.gap else "") == gap
+    assert (structure.attention, structure.attention_grid) == ((), None)
+    ratios = [layer.height / layer.width for layer in structure.layers]
     assert all((ratio > 1) == (size[0] > size[1]) for ratio in ratios)
 
 
@@ -273,11 +275,11 @@ class Reused(nn.Module):
 
 
 def test_calls_of_a_shared_activation_are_separate_layers() -> None:
-    found = probe(Reused(), noise(1, 3, 32, 32))
-    assert [layer.name for layer in found.layers] == ["relu#1", "relu#2"]
-    assert found.layer == found.layers[-1]
-    assert found.gap is not None
-    assert found.gap.layer.name == "relu#2"
+    structure = probe(Reused(), noise(1, 3, 32, 32))
+    assert [layer.name for layer in structure.layers] == ["relu#1", "relu#2"]
+    assert structure.layer == structure.layers[-1]
+    assert structure.gap is not None
+    assert structure.gap.layer.name == "relu#2"
 
 
 class InPlace(nn.Module):
@@ -299,15 +301,21 @@ class Add(nn.Module):
 
 
 def test_module_that_works_in_place_is_not_an_activation() -> None:
-    found = probe(InPlace(), noise(1, 3, 32, 32))
-    assert [layer.name for layer in found.layers] == ["act"]
-    assert found.gap is not None
-    assert found.gap.layer.name == "add"
+    structure = probe(InPlace(), noise(1, 3, 32, 32))
+    assert [layer.name for layer in structure.layers] == ["act"]
+    assert structure.gap is not None
+    assert structure.gap.layer.name == "add"
 
 
 def test_network_without_spatial_outputs_has_no_layers() -> None:
-    found = probe(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), noise(1, 3, 4, 4))
-    assert (found.spatial, found.layers, found.layer, found.gap, found.classes) == ({}, (), None, None, 2)
+    structure = probe(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), noise(1, 3, 4, 4))
+    assert (structure.spatial, structure.layers, structure.layer, structure.gap, structure.classes) == (
+        {},
+        (),
+        None,
+        None,
+        2,
+    )
     model = as_model(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), (4, 4))
     for many in (True, False):
         with pytest.raises(Unservable):
@@ -337,15 +345,15 @@ def test_probe_removes_its_hooks() -> None:
 )
 def test_linear_head_reproduces_the_logits_except_for_a_constant(name: str, size: tuple[int, int]) -> None:
     net = build(name)
-    found = probe(net, noise(1, 3, *size))
-    assert found.gap is not None
-    assert found.gap.weight.shape == (found.classes, found.gap.layer.channels)
+    structure = probe(net, noise(1, 3, *size))
+    assert structure.gap is not None
+    assert structure.gap.weight.shape == (structure.classes, structure.gap.layer.channels)
     biases = []
     for seed in (1, 2):
         x = noise(1, 3, *size, seed=seed)
-        [A] = outputs(net, x, found.gap.layer.module)
+        [A] = outputs(net, x, structure.gap.layer.module)
         with torch.no_grad():
-            biases.append(net(x) - found.gap.layer.grid(A).mean(dim=(2, 3)) @ found.gap.weight.T)
+            biases.append(net(x) - structure.gap.layer.grid(A).mean(dim=(2, 3)) @ structure.gap.weight.T)
     torch.testing.assert_close(biases[0], biases[1], rtol=1e-3, atol=1e-4)
 
 

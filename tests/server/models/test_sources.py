@@ -114,9 +114,9 @@ def test_pretrained_weights_are_requested_from_timm(monkeypatch: pytest.MonkeyPa
 def test_network_is_built_for_the_configured_size(
     source: str, size: tuple[int, int], layer: str, grid: tuple[int, int]
 ) -> None:
-    found = load_model(source, input_size=size).layer
-    assert found is not None
-    assert (found.name, (found.height, found.width)) == (layer, grid)
+    default_layer = load_model(source, input_size=size).layer
+    assert default_layer is not None
+    assert (default_layer.name, (default_layer.height, default_layer.width)) == (layer, grid)
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------

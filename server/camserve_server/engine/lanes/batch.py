@@ -48,13 +48,13 @@ def tf32_if_configured(model: Model) -> Iterator[None]:
 
     Outside of this context TF32 is off (`torch_setup.device.pick_device`).
     """
-    wanted = model.precision == "tf32"
-    if wanted:
+    enable = model.precision == "tf32"
+    if enable:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     try:
         yield
     finally:
-        if wanted:
+        if enable:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 

@@ -27,15 +27,15 @@ def hooks(model: Model, layers: Iterable[str], on_output: OnOutput) -> Iterator[
         on_output: Callback. A tensor that it returns replaces the layer's output.
     """
     handles = []
-    wanted: dict[str, dict[int, str]] = {}  # module → call → layer
+    calls_by_module: dict[str, dict[int, str]] = {}  # module → call → layer
     for name in layers:
         if name.endswith(INPUT):
             module = model.module.get_submodule(name.removesuffix(INPUT))
             handles.append(module.register_forward_pre_hook(_input_hook(name, on_output)))
         else:
             layer = model.spatial[name]
-            wanted.setdefault(layer.module, {})[layer.call] = name
-    for owner, calls in wanted.items():
+            calls_by_module.setdefault(layer.module, {})[layer.call] = name
+    for owner, calls in calls_by_module.items():
         handles.append(model.module.get_submodule(owner).register_forward_hook(_output_hook(calls, on_output)))
     try:
         yield
