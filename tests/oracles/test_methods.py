@@ -171,7 +171,8 @@ def test_poly_cam_needs_no_further_rows_for_more_targets() -> None:
         alone.future.result()
     assert job.rows == alone.rows
     for t in range(2):
-        assert torch.equal(both.maps[t], one[t].maps[0])
+        # The sum over channels may use another kernel for two targets than for one.
+        assert gap(both.maps[t], one[t].maps[0]) < 1e-6
 
 
 def test_poly_cam_runs_no_rows_for_dead_channels() -> None:
