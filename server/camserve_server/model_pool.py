@@ -150,7 +150,7 @@ class ModelPool:
             model = await self._read(entry.config)
             entry.weight_bytes = model.weight_bytes
             if self._weight_bytes() + model.weight_bytes > self._max_bytes:
-                log.info("no room at the start: loaded when asked for", model=entry.config.name)
+                log.info("no room at the start, loaded on demand", model=entry.config.name)
                 continue
             entry.loaded = await self._warm(entry.config, model, _Users())
 
@@ -351,7 +351,7 @@ class ModelPool:
                     f"{settings.name} does not fit into the device's memory; unload another model first"
                 )
             elif not isinstance(error, (CamserveError, ConfigError)):
-                log.exception("a model breaks", model=settings.name)
+                log.exception("exception while a model was loaded", model=settings.name)
                 error = ConfigError(f"models.{settings.name}: {type(error).__name__}: {error}")
             log.error("cannot be loaded", model=settings.name, reason=str(error))
             raise error from None

@@ -198,8 +198,8 @@ def test_health_and_reflection_name_the_service(server: Server) -> None:
             answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
-        asked = reflection_pb2.ServerReflectionRequest(list_services="")
-        (answer,) = reflection.ServerReflectionInfo(iter([asked]), timeout=5)
+        query = reflection_pb2.ServerReflectionRequest(list_services="")
+        (answer,) = reflection.ServerReflectionInfo(iter([query]), timeout=5)
         assert SERVICE in {service.name for service in answer.list_services_response.service}
 
 
