@@ -1,15 +1,11 @@
-"""Settings and fixtures of all tests: one thread for each process, default signals, and a real server.
-
-Several pytest processes run at the same time. With one thread each they do not compete for the cores.
-"""
+"""Settings and fixtures of all tests, among them a real server."""
 
 from __future__ import annotations
 
-import os
-
-os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is imported; child processes inherit it
+from tests import inherited_state  # noqa: F401, isort: skip  # before packages that read the environment
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -20,9 +16,8 @@ import torch
 
 from camserve_server.config import Config, ModelConfig, embedded_model
 from camserve_server.service.server import Server
-from tests.processes import LIMIT_S, restore_default_signals
+from tests.processes import LIMIT_S
 
-restore_default_signals()
 torch.set_num_threads(1)
 if torch.cuda.is_available():
     os.environ["CAMSERVE_DEVICE"] = "cpu"  # tests with the mark `gpu` name their device

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,21 +25,6 @@ source = "python:tests.nets:tiny_cnn"
 input_size = [32, 32]
 batch_size = 2
 """
-
-
-def restore_default_signals() -> None:
-    """Make this process, and every process that it starts, react to SIGINT and SIGTERM.
-
-    A process inherits ignored and blocked signals from its parent, and Python does not install its handler for SIGINT
-    if that signal is ignored at the start. `make test &` in a script, `trap '' INT` and some CI systems start pytest
-    in this state. `tests/conftest.py` calls this function once in each pytest process, so that tests can use
-    `subprocess` as usual: a new process gets the default action of each signal that its parent handles.
-    """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def environment(**variables: str) -> dict[str, str]:
