@@ -1,5 +1,5 @@
--- Hands each image that arrives to the gateway. Results come back by the same way and are passed over here; were they
--- not, the gateway would drop them.
+-- Send each image that Orthanc receives to the gateway, except for the results that the gateway stores in Orthanc.
+-- The gateway would drop its own results anyway.
 function OnStoredInstance(instanceId, tags, metadata, origin)
   if origin['RequestOrigin'] == 'DicomProtocol' and origin['RemoteAet'] == 'CAMSERVE' then
     return
