@@ -27,11 +27,19 @@ if TYPE_CHECKING:
     from camserve import aio
     from camserve.client import Client
 
-__all__ = ["DEFAULT_METRICS", "DicomExplanation", "PreparedRequest", "explain", "explain_async", "request_pixels"]
+__all__ = [
+    "DEFAULT_METRICS",
+    "MAX_PIXELS",
+    "DicomExplanation",
+    "PreparedRequest",
+    "explain",
+    "explain_async",
+    "request_pixels",
+]
 
 DEFAULT_METRICS = ("insertion", "deletion", "average-gain")
-# A request holds 64 MiB, and models resize their input to far fewer pixels.
-_MAX_PIXELS = 20_000_000
+MAX_PIXELS = 20_000_000
+"""Maximum number of pixels of a request. A message holds 64 MiB, and models resize their input to far fewer pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,5 +232,5 @@ def request_pixels(image: RenderedImage) -> NDArray[np.uint8]:
         means of square blocks.
     """
     pixels = image.pixels
-    factor = int(np.ceil((pixels.shape[0] * pixels.shape[1] / _MAX_PIXELS) ** 0.5))
+    factor = int(np.ceil((pixels.shape[0] * pixels.shape[1] / MAX_PIXELS) ** 0.5))
     return pixels if factor <= 1 else np.asarray(PIL.Image.fromarray(pixels).reduce(factor), dtype=np.uint8)

@@ -11,10 +11,10 @@ from camserve_dicom.errors import DicomError
 from camserve_dicom.result_header import reference, source_image
 from camserve_dicom.source_header import frame_header, spacing
 
-__all__ = ["description", "secondary_capture"]
+__all__ = ["MAX_ROWS", "description", "secondary_capture"]
 
-# Rows and Columns have 16 bits.
-_MAX_ROWS = 65535
+MAX_ROWS = 65535
+"""Maximum number of rows and columns of an image: both attributes have 16 bits."""
 
 
 def secondary_capture(derivation: Derivation) -> Dataset:
@@ -24,9 +24,9 @@ def secondary_capture(derivation: Derivation) -> Dataset:
         DicomError: If the overlay has more than 65535 rows or columns.
     """
     pixels, scale = overlay.draw(derivation)
-    if max(pixels.shape) > _MAX_ROWS:
+    if max(pixels.shape) > MAX_ROWS:
         raise DicomError(
-            f"the overlay has {max(pixels.shape)} rows or columns; expected at most {_MAX_ROWS}, so leave out sc",
+            f"the overlay has {max(pixels.shape)} rows or columns; expected at most {MAX_ROWS}, so leave out sc",
             "UNSUPPORTED_PIXELS",
         )
     source = derivation.image.source

@@ -1,4 +1,4 @@
-"""What tests of DICOM share: callers of the client's tests, a PACS, and a gateway to it."""
+"""Fixtures of the tests of camserve_dicom: a fake server, a real server, a PACS and a gateway."""
 
 from __future__ import annotations
 
@@ -16,62 +16,69 @@ from structlog.testing import capture_logs
 from camserve_dicom.gateway import steps, workers
 from camserve_server.config import Config, ModelConfig
 from camserve_server.service.server import Server
-from tests.client.fake_server import address, client, servicer
+from tests.client.conftest import address, client, servicer
 from tests.conftest import serving
-from tests.dicom.gateways import Opened, config, opened
+from tests.dicom.gateways import OpenGateway, config, opened
 from tests.dicom.pacs import Pacs, listening
 
 __all__ = ["address", "client", "servicer"]
 
+LogLines = list[MutableMapping[str, Any]]
+
 
 @pytest.fixture(scope="session")
 def tiny() -> Iterator[Server]:
-    """A server of one quick model with random weights."""
+    """Run a server with one small model that has random weights."""
     model = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
     with serving(Config(listen="127.0.0.1:0", models=[model])) as running:
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def broken_associations() -> Iterator[None]:
-    """Tests may break associations: of what pynetdicom says of them, and leaves of them, nothing comes after the test.
+    """Silence pynetdicom in tests that break associations, and collect what they leave.
 
-    It leaves the socket of a connection that is refused to the garbage collector.
+    pynetdicom does not close the socket of a refused connection. A later module would report it as a ResourceWarning.
     """
-    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("pynetdicom")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     yield
+    logger.setLevel(level)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
 
 
 @pytest.fixture(autouse=True)
-def no_idle_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Listeners end at once, instead of within half a second; what failed is soon tried again."""
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let listeners of socketserver stop within 10 ms instead of 500 ms, and retry failed steps soon."""
     monkeypatch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.01,))
     monkeypatch.setattr(workers, "FIRST_RETRY_S", 0.1)
+    monkeypatch.setattr(workers, "POLL_INTERVAL_S", 0.1)
 
 
 @pytest.fixture
-def no_answers_in_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a PACS that answers storage commitments in associations of its own, or not at all."""
+def no_report_in_same_association(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait in the association of a commitment request for a report that comes in another one, or never."""
     monkeypatch.setattr(steps, "REPORT_WAIT_S", 0.02)
 
 
 @pytest.fixture
-def log() -> Iterator[list[MutableMapping[str, Any]]]:
-    """Lines of the gateway's log during the test."""
+def log() -> Iterator[LogLines]:
+    """Collect the lines of the gateway's log."""
     with capture_logs() as lines:
         yield lines
 
 
 @pytest.fixture
 def pacs() -> Iterator[Pacs]:
+    """Run a PACS in this process."""
     with listening() as pacs:
         yield pacs
 
 
 @pytest.fixture
-def gateway(tmp_path: Path, tiny: Server, pacs: Pacs) -> Opened:
-    """Opens a gateway between the server and the PACS."""
-    return lambda **given: opened(config(tmp_path, tiny, pacs, **given))
+def gateway(tmp_path: Path, tiny: Server, pacs: Pacs) -> OpenGateway:
+    """Return a function that opens a gateway between the server and the PACS."""
+    return lambda **keys: opened(config(tmp_path, tiny, pacs, **keys), pacs)

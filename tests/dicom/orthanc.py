@@ -1,6 +1,8 @@
-"""What docs/pacs.md says of Orthanc, done: a process of its own, in a network of its own. FOLDER holds deploy/orthanc.
+"""The set-up with Orthanc that docs/pacs.md describes, executed command by command.
 
-The commands are those of the page, but for the model, which is a quick one. Prints what went well, line by line.
+The test runs this module as a process in a network namespace of its own: `python -m tests.dicom.orthanc FOLDER`. FOLDER
+is a copy of deploy/orthanc. The commands are those of the page, except that the server has a small model. The process
+prints a line after each part.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -23,27 +24,30 @@ import pydicom
 
 import camserve
 import camserve_dicom
-from tests.dicom.gateways import ROOT, Spooled
-from tests.dicom.pacs import image, send, until
+from tests.dicom.gateways import Spooled
+from tests.dicom.pacs import image, send, wait_until
+from tests.processes import LIMIT_S, ROOT, environment
 
 ORTHANC = "http://127.0.0.1:8042"
 MODEL = '[[models]]\nname = "tiny"\nsource = "python:tests.nets:tiny_cnn"\ninput_size = [32, 32]\nbatch_size = 2\n'
 PORTS = {"Orthanc orthanc": (8042, 4242), "camserve serve": (50051,), "dicom gateway": (11112, 11180)}
+GATEWAY_AND_ORTHANC = ("camserve dicom gateway --config gateway.toml &", "Orthanc orthanc.json &")
 
 
 def get(path: str, data: bytes | None = None, **headers: str) -> bytes:
-    """From Orthanc, or to it."""
-    with urllib.request.urlopen(urllib.request.Request(f"{ORTHANC}{path}", data, headers), timeout=30) as answer:
-        return bytes(answer.read())
+    """Return Orthanc's response to a GET request, or to a POST request with data."""
+    with urllib.request.urlopen(urllib.request.Request(f"{ORTHANC}{path}", data, headers), timeout=LIMIT_S) as response:
+        return bytes(response.read())
 
 
 def listens(port: int) -> bool:
+    """Return True if a process listens on a port of the loopback address."""
     with socket.socket() as trial:
         return trial.connect_ex(("127.0.0.1", port)) == 0
 
 
 class Folder:
-    """Where the commands run, and what of them is still running."""
+    """The working directory of the commands, and the processes that run in the background."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -53,139 +57,177 @@ class Folder:
         config.write_text(config.read_text() + 'check = "insertion>=0"\n')
 
     def run(self, command: str) -> str:
-        """One of the page's. With & it is left running, once it listens."""
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+        """Run a command of the page until it ends, and return its output. With & it continues in the background."""
         if not command.endswith("&"):
             return subprocess.run(
-                command, shell=True, cwd=self._folder, env=env, check=True, capture_output=True, text=True, timeout=60
+                command,
+                shell=True,
+                cwd=self._folder,
+                env=self._environment(),
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_S,
             ).stdout
-        name = next(name for name in PORTS if name in command)
+        self.start(command)
+        self.wait_for(command)
+        return ""
+
+    def start(self, command: str) -> None:
+        """Start a command that ends with & and do not wait until it listens."""
+        name = self._name(command)
         command = command.removesuffix("&").replace("camserve serve", "camserve serve --config tiny.toml")
         with (self._folder / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
-                ["bash", "-c", f"exec {command}"], cwd=self._folder, env=env, stdout=log, stderr=log
+                ["bash", "-c", f"exec {command}"], cwd=self._folder, env=self._environment(), stdout=log, stderr=log
             )
-        until(lambda: all(map(listens, PORTS[name])), 120)
+
+    def wait_for(self, command: str) -> None:
+        """Wait until the process of a command listens on its ports."""
+        name = self._name(command)
+
+        def ready() -> bool:
+            assert self._running[name].poll() is None, f"{name} ended"
+            return all(map(listens, PORTS[name]))
+
+        wait_until(ready, 0.1)
         if name == "camserve serve":
-            with camserve.Client("127.0.0.1:50051", timeout=120) as client:
+            with camserve.Client("127.0.0.1:50051", timeout=LIMIT_S) as client:
                 client.models()
-        return ""
+
+    @staticmethod
+    def _name(command: str) -> str:
+        return next(name for name in PORTS if name in command)
+
+    @staticmethod
+    def _environment() -> dict[str, str]:
+        return environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
     def stop(self, name: str, by: signal.Signals = signal.SIGTERM) -> int:
-        """Its exit status."""
+        """Stop a process and return its exit status."""
         process = self._running.pop(name)
         process.send_signal(by)
-        return process.wait(60)
+        return process.wait(LIMIT_S)
 
     def stop_all(self) -> None:
+        """Kill all processes that still run."""
         for process in self._running.values():
             process.kill()
-            process.wait(60)
+            process.wait(LIMIT_S)
 
 
-def results(source: str) -> dict[str, pydicom.Dataset]:
-    """What Orthanc has of an object's results by QIDO and WADO, by modality."""
-    found = {}
+def results(number: int) -> dict[str, pydicom.Dataset]:
+    """Return the results of an image by modality, which Orthanc finds by QIDO-RS and returns by WADO-RS.
+
+    Both results must be there already.
+    """
+    source, found = str(image(number).SOPInstanceUID), {}
     for modality in ("OT", "SR"):
         query = f"/dicom-web/instances?Modality={modality}&includefield=SOPInstanceUID"
         for each in json.loads(get(query, Accept="application/dicom+json")):
             study, series, instance = (each[tag]["Value"][0] for tag in ("0020000D", "0020000E", "00080018"))
-            [dataset] = retrieved(f"/dicom-web/studies/{study}/series/{series}/instances/{instance}")
+            [dataset] = retrieve(f"/dicom-web/studies/{study}/series/{series}/instances/{instance}")
             if source in str(dataset):
-                assert modality not in found, "each result once"
+                assert modality not in found, "Orthanc has each result once"
                 found[modality] = dataset
+    assert found.keys() == {"OT", "SR"}
     return found
 
 
-def retrieved(path: str) -> list[pydicom.Dataset]:
+def retrieve(path: str) -> list[pydicom.Dataset]:
+    """Return the objects of a WADO-RS response."""
     request = urllib.request.Request(
         f"{ORTHANC}{path}", headers={"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
     )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        whole = b"Content-Type: " + answer.headers["Content-Type"].encode() + b"\r\n\r\n" + answer.read()
-    parts = email.message_from_bytes(whole).get_payload()
-    return [pydicom.dcmread(io.BytesIO(part.get_payload(decode=True))) for part in parts]  # type: ignore[union-attr, arg-type]
+    with urllib.request.urlopen(request, timeout=LIMIT_S) as response:
+        message = b"Content-Type: " + response.headers["Content-Type"].encode() + b"\r\n\r\n" + response.read()
+    parts: list[Any] = email.message_from_bytes(message).get_payload()  # type: ignore[assignment]
+    return [pydicom.dcmread(io.BytesIO(part.get_payload(decode=True))) for part in parts]
 
 
-def both(number: int) -> dict[str, pydicom.Dataset]:
-    """The results of that image, once both are there."""
-    found: dict[str, Any] = {}
-
-    def there() -> bool:
-        found.update(results(str(image(number).SOPInstanceUID)))
-        return len(found) == 2
-
-    until(there, 120)
-    return found
-
-
-def count() -> int:
+def instance_count() -> int:
+    """Return the number of objects in Orthanc."""
     return len(json.loads(get("/instances")))
 
 
 def main(folder: Path) -> None:
+    """Run the commands of the page and check what Orthanc has."""
     commands = re.findall(r"^\$ (.*)$", section("Set-up with Orthanc, step by step"), re.MULTILINE)
     commands = [each for each in commands if not each.startswith(("apt-get", "pip", "cd"))]
     image(0).save_as(folder / "image.dcm", enforce_file_format=True)
     here = Folder(folder)
+    gateway = Spooled(folder / "spool", "127.0.0.1:11112, monitored on 127.0.0.1:11180")
+
+    def wait_for_commitments(number: int) -> None:
+        wait_until(lambda: gateway.events().count("committed") == number and gateway.idle(), 0.1)
+
     try:
+        background = [command for command in commands if command.endswith("&") and "gateway" not in command]
+        for command in background:  # they do not depend on each other
+            here.start(command)
+        for command in background:
+            here.wait_for(command)
         for command in commands:
-            said = here.run(command)
-            if "curl" in command and "health" in command:
-                assert json.loads(said)["status"] == "serving", said
+            if command not in background:
+                output = here.run(command)
+                if "curl" in command and "health" in command:
+                    assert json.loads(output)["status"] == "serving", output
         print("the page's commands run")
-        seen = Spooled(folder / "spool", "127.0.0.1:11112, monitored on 127.0.0.1:11180")
-        found = both(0)
+        wait_for_commitments(1)
+        found = results(0)
         (folder / "overlay.png").write_bytes(preview(found["OT"]))
         with camserve.Client("127.0.0.1:50051") as client:
             made = camserve_dicom.explain(client, folder / "image.dcm", check="insertion>=0").objects
         assert found == {"OT": made["sc"], "SR": made["sr"]}
-        print("results read back are those that the same image has here")
-        until(lambda: seen.events().count("committed") == 1 and seen.idle())
-        print("Orthanc has committed itself")
+        print("results in Orthanc equal those of camserve_dicom.explain")
+        print("Orthanc reports the commitment")
 
-        # A modality that sends to Orthanc, and a result that is sent to the gateway by mistake.
+        # A modality sends to Orthanc, and Orthanc sends a result to the gateway.
         assert send("127.0.0.1:4242", image(1), called="ORTHANC") == [0]
-        both(1)
+        wait_for_commitments(2)
+        results(1)
         [overlay] = json.loads(get("/tools/lookup", str(found["OT"].SOPInstanceUID).encode()))
-        get("/modalities/gateway/store", overlay["ID"].encode())
-        until(lambda: "own" in [line.get("reason") for line in seen.audit()] and seen.idle())
-        time.sleep(2)
-        assert count() == 6, "two images, with two results each"
-        print("no loop")
+        get("/modalities/gateway/store", overlay["ID"].encode())  # returns when the gateway has answered
+        assert "own" in [line.get("reason") for line in gateway.audit()]
+        assert gateway.idle(), "the gateway drops its own result"
+        assert instance_count() == 6, "two images with two results each"
+        print("the gateway drops its own results")
 
         here.stop("Orthanc orthanc")
         assert send("127.0.0.1:11112", image(2), calling="ORTHANC") == [0]
-        until(lambda: seen.entries("outbox"), 60)
+        wait_until(lambda: gateway.entries("outbox"), 0.1)
         here.stop("dicom gateway", signal.SIGKILL)
-        here.run("Orthanc orthanc.json &")
-        here.run("camserve dicom gateway --config gateway.toml &")
-        both(2)
-        until(lambda: seen.events().count("committed") == 3 and seen.idle(), 60)
-        assert count() == 8, "and the results of the third, which came by another way"
-        print("Orthanc was down, the gateway killed, and nothing is lost or double")
+        for command in GATEWAY_AND_ORTHANC:
+            here.start(command)
+        for command in GATEWAY_AND_ORTHANC:
+            here.wait_for(command)
+        wait_for_commitments(3)
+        results(2)
+        assert instance_count() == 8, "the results of the third image, which was not sent to Orthanc"
+        print("nothing is lost or stored twice after Orthanc was down and the gateway was killed")
 
         assert here.stop("dicom gateway") == 0
         config = folder / "gateway.toml"
         stow = 'stow_url = "http://127.0.0.1:8042/dicom-web/studies"'
         config.write_text(config.read_text().replace('address = "127.0.0.1:4242"', stow))
-        here.run("camserve dicom gateway --config gateway.toml &")
+        here.run(GATEWAY_AND_ORTHANC[0])
         assert send("127.0.0.1:11112", image(3), calling="ORTHANC") == [0]
-        both(3)
-        until(seen.idle)
-        assert seen.dead() == []
-        print("the same by STOW-RS")
+        wait_until(gateway.idle, 0.1)
+        results(3)
+        assert gateway.dead() == []
+        print("STOW-RS stores the results, too")
     finally:
         here.stop_all()
 
 
 def preview(overlay: pydicom.Dataset) -> bytes:
+    """Return Orthanc's PNG preview of an object."""
     [found] = json.loads(get("/tools/lookup", str(overlay.SOPInstanceUID).encode()))
     return get(f"/instances/{found['ID']}/preview", Accept="image/png")
 
 
 def section(title: str) -> str:
+    """Return a section of docs/pacs.md."""
     page = (ROOT / "docs" / "pacs.md").read_text(encoding="utf-8")
     return page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 

@@ -1,4 +1,4 @@
-"""A PACS and a modality, in the process of a test: real associations, and storage that a test can look into."""
+"""A PACS and a modality in the process of a test, which use real associations."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 from pynetdicom import AE, AllStoragePresentationContexts, build_role, evt
-from pynetdicom.sop_class import StorageCommitmentPushModel, StorageCommitmentPushModelInstance, Verification
+from pynetdicom.pdu import P_DATA_TF
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]
+    StorageCommitmentPushModel,
+    StorageCommitmentPushModelInstance,
+    Verification,
+)
+
+from tests.processes import LIMIT_S
 
 NAME = "Zwetschge^Quirin"
 
 
 def image(number: int = 0, **attributes: Any) -> Dataset:
-    """A CR of 48×40 pixels; each number another object of the same study."""
+    """Return a CR image of 48×40 pixels. Each number gives another object of the same study."""
     made = Dataset()
     made.file_meta = FileMetaDataset()
     made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -52,7 +59,11 @@ def image(number: int = 0, **attributes: Any) -> Dataset:
 def send(
     address: str, *images: Dataset, calling: str = "MODALITY", called: str = "CAMSERVE", tls: Any = None
 ) -> list[int | None]:
-    """The status of each, None where there was no answer; an empty list where there is no association."""
+    """Send images as a modality in one association.
+
+    Returns:
+        The status of each image, None without a response; an empty list if the association is refused.
+    """
     host, port = address.split(":")
     modality = AE(calling)
     for each in images:
@@ -71,55 +82,74 @@ def send(
 
 
 def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.socket() as anywhere:
-        anywhere.bind(("127.0.0.1", 0))
-        return int(anywhere.getsockname()[1])
+    """Return a port of the loopback address that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 class Pacs:
-    """Keeps each object once: `kept` are their bytes by UID, `stores` how often each was stored.
+    """A PACS that stores objects and answers requests for storage commitment.
 
-    `before` sees each object that comes in, and may answer in its place. `commits` says how commitments are answered:
-    "anew" in an association to `gateway`, "same" in that which asked, "never", "later" when it is told to, or "failed";
-    "stuck" is never, and the association hangs. In its own it calls itself `reporter`, and may select its role or not.
+    Attributes:
+        objects_by_uid: The first file of each object, by SOP Instance UID.
+        stores: SOP Instance UIDs in the order of the C-STORE requests.
+        requests: Transaction UIDs of the commitment requests.
+        before: Called with each received object. If it returns a failure, the object is not stored.
+        commits: How commitment requests are answered: "same", a report in the same association; "anew", a report in a
+            new association to `gateway`; "failed", a report that all objects failed; "later", a report when
+            `report_now` is called; "never", no report; "stuck", no report, and the association does not respond.
+        reporter: Calling AE title of new associations.
+        selects_role: True if new associations negotiate the SCP role.
+        hangs_up: True if the association is aborted after the response to the next C-STORE.
+        gateway: Address of the gateway, HOST:PORT.
     """
 
     def __init__(self) -> None:
-        self.port = free_port()
-        self.kept: dict[str, bytes] = {}
+        self.objects_by_uid: dict[str, bytes] = {}
         self.stores: list[str] = []
+        self.requests: list[str] = []
         self.before: Callable[[Dataset], int | None] = lambda dataset: None
         self.commits = "same"
         self.reporter, self.selects_role = "PACS", True
-        self.asked: list[str] = []
-        self.hangs_up = False  # after the next object
+        self.hangs_up = False
         self.gateway = ""
+        self._port = 0  # of the first `up`, and of each later one
         self._ae = AE("PACS")
         self._ae.supported_contexts = AllStoragePresentationContexts
         self._ae.add_supported_context(Verification)
         self._ae.add_supported_context(StorageCommitmentPushModel)
-        self._answers: list[threading.Thread] = []
+        self._reports: list[threading.Thread] = []
+        self._after_response: dict[Any, Callable[[], object]] = {}
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        """HOST:PORT of the listener."""
+        return f"127.0.0.1:{self._port}"
 
     def objects(self) -> list[Dataset]:
-        """What it keeps, read."""
-        return [dcmread(BytesIO(data)) for data in [*self.kept.values()]]
+        """Return the stored objects."""
+        return [dcmread(BytesIO(data)) for data in [*self.objects_by_uid.values()]]
 
     def up(self, tls: ssl.SSLContext | None = None) -> None:
-        handlers = [(evt.EVT_C_STORE, self._store), (evt.EVT_N_ACTION, self._action)]
-        self._ae.start_server(("127.0.0.1", self.port), block=False, evt_handlers=handlers, ssl_context=tls)
+        """Start to listen, on the same port each time."""
+        handlers: list[Any] = [
+            (evt.EVT_C_STORE, self._store),
+            (evt.EVT_N_ACTION, self._action),
+            (evt.EVT_PDU_SENT, self._sent),
+        ]
+        listener = self._ae.start_server(("127.0.0.1", self._port), block=False, evt_handlers=handlers, ssl_context=tls)
+        assert listener is not None and listener.socket is not None
+        self._port = int(listener.socket.getsockname()[1])
 
     def down(self) -> None:
+        """Stop listening and abort all associations."""
         self._ae.shutdown()
-        for answer in self._answers:
-            answer.join(10)
+        for report in self._reports:
+            report.join(LIMIT_S)
 
-    def only(self, ae_title: str) -> None:
-        """Lets nobody else call."""
+    def accept_only(self, ae_title: str) -> None:
+        """Reject all other callers."""
         self._ae.require_calling_aet = [ae_title]
 
     def _store(self, event: Any) -> int:
@@ -128,65 +158,66 @@ class Pacs:
         if status is not None and status < 0xB000:
             return status
         self.stores.append(str(dataset.SOPInstanceUID))
-        self.kept.setdefault(str(dataset.SOPInstanceUID), event.encoded_dataset())
+        self.objects_by_uid.setdefault(str(dataset.SOPInstanceUID), event.encoded_dataset())
         if self.hangs_up:
             self.hangs_up = False
-            self._answers.append(threading.Timer(0.02, event.assoc.abort))  # type: ignore[arg-type]
-            self._answers[-1].start()
+            self._after_response[event.assoc] = lambda: event.assoc.abort(block=False)
         return status or 0
 
     def _action(self, event: Any) -> tuple[int, None]:
-        said = event.action_information
-        self.asked.append(said.TransactionUID)
-        self._said = said
+        request = event.action_information
+        self.requests.append(request.TransactionUID)
+        self._last_request = request
         if self.commits == "stuck":
             event.assoc._reactor_checkpoint.clear()
         elif self.commits not in ("never", "later"):
-            target = self._anew if self.commits == "anew" else self._same
-            thread = threading.Thread(target=target, args=(event.assoc, self._report(said)))
-            self._answers.append(thread)
-            thread.start()
+            report = self._report_anew if self.commits == "anew" else self._send_report
+            thread = threading.Thread(target=report, args=(event.assoc, self._report(request)))
+            self._reports.append(thread)
+            self._after_response[event.assoc] = thread.start
         return 0, None
 
-    def _report(self, said: Dataset) -> Dataset:
+    def _sent(self, event: Any) -> None:
+        """Continue after a response is sent."""
+        if isinstance(event.pdu, P_DATA_TF) and (callback := self._after_response.pop(event.assoc, None)):
+            callback()
+
+    def _report(self, request: Dataset) -> Dataset:
         report = Dataset()
-        report.TransactionUID = said.TransactionUID
-        there, failed = [], []
-        for item in said.ReferencedSOPSequence:
-            if item.ReferencedSOPInstanceUID in self.kept and self.commits != "failed":
-                there.append(item)
+        report.TransactionUID = request.TransactionUID
+        committed, failed = [], []
+        for item in request.ReferencedSOPSequence:
+            if item.ReferencedSOPInstanceUID in self.objects_by_uid and self.commits != "failed":
+                committed.append(item)
             else:
                 item.FailureReason = 0x0112
                 failed.append(item)
-        if there:
-            report.ReferencedSOPSequence = there
+        if committed:
+            report.ReferencedSOPSequence = committed
         if failed:
             report.FailedSOPSequence = failed
         return report
 
-    def answer_now(self, transaction: str | None = None) -> None:
-        """To that, or the last that was asked for, in an association of its own."""
-        report = self._report(self._said)
+    def report_now(self, transaction: str | None = None) -> None:
+        """Report on a transaction, by default on the last one, in a new association."""
+        report = self._report(self._last_request)
         report.TransactionUID = transaction or report.TransactionUID
-        self._anew(None, report)
+        self._report_anew(None, report)
 
-    def _same(self, association: Any, report: Dataset) -> None:
-        time.sleep(0.05)  # after the answer to what was asked
-        self._tell(association, report)
-
-    def _anew(self, _: Any, report: Dataset) -> None:
+    def _report_anew(self, _: Any, report: Dataset) -> None:
+        wait_until(lambda: self.gateway)  # a gateway that is being opened has no address yet
         host, port = self.gateway.split(":")
         ae = AE(self.reporter)
         ae.add_requested_context(StorageCommitmentPushModel)
         role = build_role(StorageCommitmentPushModel, scp_role=True)
         association = ae.associate(host, int(port), ae_title="CAMSERVE", ext_neg=[role] * self.selects_role)
         if association.is_established:
-            self._tell(association, report)
+            self._send_report(association, report)
             association.release()
 
     @staticmethod
-    def _tell(association: Any, report: Dataset) -> None:
-        with contextlib.suppress(RuntimeError):  # who asked may have been killed
+    def _send_report(association: Any, report: Dataset) -> None:
+        with contextlib.suppress(RuntimeError):  # the gateway may have been killed
             association.send_n_event_report(
                 report,
                 2 if "FailedSOPSequence" in report else 1,
@@ -197,7 +228,7 @@ class Pacs:
 
 @contextmanager
 def listening() -> Iterator[Pacs]:
-    """A PACS that is up."""
+    """Run a PACS."""
     pacs = Pacs()
     pacs.up()
     try:
@@ -206,9 +237,17 @@ def listening() -> Iterator[Pacs]:
         pacs.down()
 
 
-def until(true: Callable[[], object], timeout_s: float = 30.0) -> None:
-    """Waits for it. Raises AssertionError."""
-    end = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.02)
+def wait_until(condition: Callable[[], object], interval_s: float = 0.02) -> None:
+    """Wait until a condition is true.
+
+    Args:
+        condition: Called until it returns a true value.
+        interval_s: Seconds between two calls.
+
+    Raises:
+        AssertionError: If the condition stays false for LIMIT_S.
+    """
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true"
+        time.sleep(interval_s)

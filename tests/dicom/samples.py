@@ -1,4 +1,4 @@
-"""DICOM images made for tests, and explanations of them."""
+"""Synthetic DICOM images, and explanations of them without a server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STUDY, SERIES, INSTANCE = (
     "1.2.826.0.1.3680043.8.498.7002",
     "1.2.826.0.1.3680043.8.498.7003",
 )
-# What is in the header and must not leave.
+# Values of the header that must not be sent or logged.
 SECRETS = {
     "PatientName": "Wintersohn^Amelie",
     "PatientID": "PID-4711-0815",
@@ -42,7 +42,12 @@ SECRETS = {
 
 
 def image(pixels: np.ndarray, **attributes: Any) -> Dataset:
-    """A CT of uint8 or (u)int16 pixels [H, W] or [frames, H, W], or a colour image [H, W, 3], as read from a file."""
+    """Return a DICOM image as read from a file.
+
+    Args:
+        pixels: uint8, uint16 or int16 pixels [H, W] or [frames, H, W] of a CT, or a colour image [H, W, 3].
+        **attributes: Attributes to set; None removes one.
+    """
     colour = pixels.ndim == 3 and pixels.shape[-1] == 3
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
@@ -80,7 +85,7 @@ def image(pixels: np.ndarray, **attributes: Any) -> Dataset:
 
 
 def data_of(dataset: Dataset) -> bytes:
-    """The file."""
+    """Return the dataset as a file."""
     file = io.BytesIO()
     dataset.save_as(file, enforce_file_format=True)
     return file.getvalue()
@@ -90,7 +95,7 @@ needs_dciodvfy = pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="ne
 
 
 def errors(dataset: Dataset, folder: Path) -> list[str]:
-    """What dciodvfy finds wrong with the object."""
+    """Return the errors that dciodvfy reports for an object."""
     path = folder / "checked.dcm"
     path.write_bytes(data_of(dataset))
     checked = subprocess.run(["dciodvfy", path], capture_output=True, text=True, errors="replace", check=False)
@@ -98,21 +103,21 @@ def errors(dataset: Dataset, folder: Path) -> list[str]:
 
 
 def ramp(height: int = 20, width: int = 30) -> np.ndarray:
-    """uint16, no two pixels alike."""
+    """Return uint16 pixels [H, W] that all differ."""
     return np.arange(height * width, dtype=np.uint16).reshape(height, width) * 7
 
 
 def stored(name: str) -> str:
-    """A real image that comes with pydicom-data."""
+    """Return the path of an image of pydicom-data."""
     path = get_testdata_file(name, download=False)
-    assert path, f"{name} comes with pydicom-data"
+    assert path, f"pydicom-data has {name}"
     return str(path)
 
 
 def explanation(
     pixels: np.ndarray, *, insertion: float = 0.7, request_id: str = "one", index: int = 3, **receipt: Any
 ) -> answers.Explanation:
-    """As a server would answer: a map [32, 32] that is 0 in most places and 1 in one."""
+    """Return an explanation as the client makes it: a map [32, 32] that is 1 in one place and 0 in most others."""
     y, x = np.mgrid[0:32, 0:32] / 32
     saliency = np.exp(-((x - 0.4) ** 2 + (y - 0.6) ** 2) / 0.02).astype("<f4")
     saliency[saliency < 0.1] = 0

@@ -1,4 +1,4 @@
-"""From a DICOM image to its objects, over a real channel: nothing of the header goes along."""
+"""Explanations of DICOM images over a real channel: the request has no value of the header."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import asyncio
 import json
 import logging
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,11 @@ from camserve.errors import InvalidArgument
 from camserve.images import MAX_MESSAGE_BYTES
 from camserve.v1 import explain_pb2 as pb
 from camserve_cli.app import app
+from camserve_dicom import explaining
 from camserve_server.service.server import Server
+from tests.client.fake_server import Servicer
 from tests.dicom.samples import INSTANCE, SECRETS, SERIES, STUDY, data_of, image, ramp
+from tests.processes import CAMSERVE, LIMIT_S, completed
 
 UIDS = [INSTANCE, SERIES, STUDY, "1.2.826.0.1.3680043.8.498.7004"]
 
@@ -42,8 +43,8 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def strings(dataset: Dataset) -> set[str]:
-    """Every text of the header that is long enough to be told from chance."""
+def header_texts(dataset: Dataset) -> set[str]:
+    """Return all texts of the header that are too long to occur by chance."""
     values = {str(part) for each in dataset.iterall() if each.VR != "SQ" for part in str(each.value).split("\\")}
     values |= {part for value in values for part in re.split(r"[\^=, ]", value)}
     return {value for value in values if len(value) >= 4 and not re.fullmatch(r"[\d.+\-\[\]]{0,5}", value)}
@@ -52,28 +53,28 @@ def strings(dataset: Dataset) -> set[str]:
 # ---- the wire -------------------------------------------------------------------------------------------------------
 
 
-class Tapped(grpc.GenericRpcHandler):
-    """Keeps each request as the bytes and the metadata that came, and answers none."""
+class RecordingHandler(grpc.GenericRpcHandler):
+    """Record the bytes and the metadata of each Explain request, and refuse it."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[bytes, str]] = []
 
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         if not details.method.endswith("/Explain"):
             return None
 
         def refuse(request: bytes, context: grpc.ServicerContext) -> bytes:
             self.calls.append((request, f"{details.method} {details.invocation_metadata}"))
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "seen")
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "refused")
             raise AssertionError
 
         return grpc.unary_unary_rpc_method_handler(refuse)
 
 
-def test_pixels_and_a_request_id_are_all_that_is_sent(file):
-    tapped = Tapped()
+def test_request_has_only_pixels_and_an_id(file: Path) -> None:
+    recorder = RecordingHandler()
     server = grpc.server(
-        ThreadPoolExecutor(2), handlers=[tapped], options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+        ThreadPoolExecutor(2), handlers=[recorder], options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
     )
     health = HealthServicer()
     health.set(SERVICE, HealthCheckResponse.SERVING)
@@ -81,19 +82,19 @@ def test_pixels_and_a_request_id_are_all_that_is_sent(file):
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        with camserve.Client(f"127.0.0.1:{port}", timeout=20) as client:
+        with camserve.Client(f"127.0.0.1:{port}", timeout=LIMIT_S) as client:
             for _ in range(2):
-                with pytest.raises(camserve.CamserveError, match="seen"):
+                with pytest.raises(camserve.CamserveError, match="refused"):
                     dicom.explain(client, file, method="grad-cam", target=3)
     finally:
         server.stop(None).wait()
-    assert len(tapped.calls) == 2
+    assert len(recorder.calls) == 2
     source = pydicom.dcmread(file)
-    secrets = strings(source)
+    secrets = header_texts(source)
     assert {*SECRETS.values(), *UIDS, "Wintersohn"} <= secrets
     ids = set()
-    for sent, about in tapped.calls:
-        request = pb.ExplainRequest.FromString(sent)
+    for data, metadata in recorder.calls:
+        request = pb.ExplainRequest.FromString(data)
         ids.add(request.request_id)
         grey = dicom.read(file).pixels
         assert request.image.pixels.data == np.repeat(grey[..., None], 3, axis=2).tobytes()
@@ -107,17 +108,19 @@ def test_pixels_and_a_request_id_are_all_that_is_sent(file):
             metric.ClearField("parameters")
         assert request == rest
         for encoding in ("utf-8", "latin-1", "utf-16-le"):
-            found = [each for each in secrets if each.encode(encoding, "replace") in sent]
-            assert found == []
-        assert [each for each in secrets if each in about] == []
+            leaked = [each for each in secrets if each.encode(encoding, "replace") in data]
+            assert leaked == []
+        assert [each for each in secrets if each in metadata] == []
     assert all(re.fullmatch("[0-9a-f]{32}", each) for each in ids)
     assert len(ids) == 2
 
 
-def test_a_very_large_image_is_made_smaller_to_be_sent():
-    rendered = dicom.read(image(np.tile(np.arange(5000, dtype=np.uint16), (4500, 1))))
+def test_very_large_image_is_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 3 * explaining.MAX_PIXELS < MAX_MESSAGE_BYTES, "an image of the maximum size fits into a message"
+    monkeypatch.setattr(explaining, "MAX_PIXELS", 200_000)
+    rendered = dicom.read(image(np.tile(np.arange(500, dtype=np.uint16), (450, 1))))
     small = dicom.request_pixels(rendered)
-    assert small.shape == (2250, 2500)
+    assert small.shape == (225, 250)
     np.testing.assert_allclose(small[0], rendered.pixels[0].reshape(-1, 2).mean(1), atol=1)
     assert dicom.request_pixels(dicom.read(image(ramp()))).shape == ramp().shape
 
@@ -125,7 +128,7 @@ def test_a_very_large_image_is_made_smaller_to_be_sent():
 # ---- the clients ----------------------------------------------------------------------------------------------------
 
 
-def test_an_explanation_with_its_objects(client, servicer, file, tmp_path):
+def test_explain_makes_objects(client: camserve.Client, servicer: Servicer, file: Path, tmp_path: Path) -> None:
     made = dicom.explain(client, file, outputs=("sr", "sc", "pm"), check=None, metrics={"insertion": {"steps": 5}})
     assert list(made.objects) == ["sc", "sr", "pm"]
     assert made.explanation.target.probability == 0.75
@@ -143,17 +146,17 @@ def test_an_explanation_with_its_objects(client, servicer, file, tmp_path):
     assert other.objects["sc"].SOPInstanceUID != made.objects["sc"].SOPInstanceUID
 
 
-def test_the_awaited_client_does_the_same(client, address, file):
-    async def awaited() -> dicom.DicomExplanation:
-        async with camserve.aio.Client(address, timeout=20) as client:
+def test_explain_async_makes_the_same_objects(client: camserve.Client, address: str, file: Path) -> None:
+    async def explain_with_aio() -> dicom.DicomExplanation:
+        async with camserve.aio.Client(address, timeout=LIMIT_S) as client:
             return await dicom.explain_async(client, file, check=None)
 
-    made = asyncio.run(awaited())
+    made = asyncio.run(explain_with_aio())
     blocking = dicom.explain(client, file, check=None)
     assert {k: data_of(v) for k, v in made.objects.items()} == {k: data_of(v) for k, v in blocking.objects.items()}
 
 
-def test_what_is_wrong_is_said_before_anything_is_sent(client, servicer, file):
+def test_invalid_arguments_are_refused_before_sending(client: camserve.Client, servicer: Servicer, file: Path) -> None:
     with pytest.raises(InvalidArgument, match="needs the metric deletion") as wrong:
         dicom.explain(client, file, metrics=["insertion"])
     assert wrong.value.field == "check"
@@ -164,8 +167,8 @@ def test_what_is_wrong_is_said_before_anything_is_sent(client, servicer, file):
     assert servicer.requests == []
 
 
-def test_a_real_server_explains_twice_alike(tiny: Server, file):
-    with camserve.Client(tiny.address, timeout=60) as client:
+def test_real_server_gives_the_same_objects_twice(tiny: Server, file: Path) -> None:
+    with camserve.Client(tiny.address, timeout=LIMIT_S) as client:
         first, second = (
             dicom.explain(client, file, method="grad-cam", outputs=dicom.KINDS, check="insertion>=0") for _ in range(2)
         )
@@ -182,31 +185,32 @@ def test_a_real_server_explains_twice_alike(tiny: Server, file):
 
 
 def run(*arguments: object) -> Any:
+    """Run `camserve dicom explain` in this process."""
     return CliRunner().invoke(app, ["dicom", "explain", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
-def test_the_command_writes_objects(address, file, tmp_path):
+def test_command_writes_objects(address: str, file: Path, tmp_path: Path) -> None:
     other = tmp_path / "more" / file.name
     other.parent.mkdir()
     other.write_bytes(data_of(image(ramp(), SOPInstanceUID=INSTANCE + ".1")))
     photo = tmp_path / "photo.jpg"
-    photo.write_bytes(b"no DICOM" * 100)
+    photo.write_bytes(b"not DICOM" * 100)
     out = tmp_path / "out"
-    given = (file, photo, other, "--address", address, "--out", out, "--check", "none", "--outputs", "sc,gsps")
-    ran = run(*given)
+    arguments = (file, photo, other, "--address", address, "--out", out, "--check", "none", "--outputs", "sc,gsps")
+    ran = run(*arguments)
     assert ran.exit_code == 1
     assert f"error: {photo}: the file is not DICOM" in ran.stderr
     stem = file.stem
     names = [f"{stem}-2.gsps.dcm", f"{stem}-2.sc.dcm", f"{stem}.gsps.dcm", f"{stem}.sc.dcm"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert pydicom.dcmread(out / f"{stem}.sc.dcm").StudyInstanceUID == STUDY
-    lines = [json.loads(line) for line in run(*given, "--json").stdout.splitlines()]
+    lines = [json.loads(line) for line in run(*arguments, "--json").stdout.splitlines()]
     assert [each["file"] for each in lines] == [str(file), str(other)]
     assert lines[0]["target"]["index"] == 281
     assert lines[0]["objects"] == [str(out / f"{stem}.{kind}.dcm") for kind in ("sc", "gsps")]
 
 
-def test_no_object_replaces_what_is_explained(address, file, tmp_path):
+def test_command_does_not_replace_its_input(address: str, file: Path, tmp_path: Path) -> None:
     result = tmp_path / f"{file.stem}.sc.dcm"
     result.write_bytes(data_of(image(ramp())))
     before = result.read_bytes()
@@ -216,8 +220,10 @@ def test_no_object_replaces_what_is_explained(address, file, tmp_path):
     assert (tmp_path / f"{file.stem}-2.sc.dcm").exists()
 
 
-def test_a_withheld_overlay_is_said(address, file, tmp_path):
-    ran = run(file, "--address", address, "--out", tmp_path / "out")  # both scores are 0.25 here
+def test_command_reports_a_withheld_overlay(address: str, file: Path, tmp_path: Path) -> None:
+    ran = run(
+        file, "--address", address, "--out", tmp_path / "out"
+    )  # the fake server returns the same value for both scores
     assert ran.exit_code == 0
     assert "check insertion > deletion failed" in ran.stderr
     assert [path.suffixes for path in (tmp_path / "out").iterdir()] == [[".sr", ".dcm"]]
@@ -226,27 +232,24 @@ def test_a_withheld_overlay_is_said(address, file, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value"), [("--window", "40"), ("--regions", "keep"), ("--outputs", "pdf"), ("--check", "insertion")]
 )
-def test_options_that_are_wrong(address, file, tmp_path, option, value):
+def test_invalid_options(address: str, file: Path, tmp_path: Path, option: str, value: str) -> None:
     ran = run(file, "--address", address, "--out", tmp_path / "out", option, value)
     assert ran.exit_code in (1, 2)
     assert option.lstrip("-") in ran.stderr
 
 
-def test_the_command_says_nothing_of_the_header(address, tmp_path):
-    """Even where pydicom would quote it, of values that break the standard."""
+def test_command_prints_no_header_values(address: str, tmp_path: Path) -> None:
+    """pydicom quotes values that violate the standard in warnings."""
     odd = image(ramp(), PatientWeight="63.25", PatientSize="1.7125")
     data = data_of(odd).replace(b"20240229", b"2024-02-").replace(b"19520317", b"1952X317")
     data = data.replace(b"63.25", b"63,25").replace(b"1.7125", b"1.712m")
     data = data.replace(UIDS[-1].encode(), UIDS[-1][:-1].encode() + b"X")
     path = tmp_path / "case.dcm"
     path.write_bytes(data)
-    ran = subprocess.run(
-        [sys.executable, "-m", "camserve_cli", "dicom", "explain", path, "--address", address,
-         "--out", tmp_path / "out", "--outputs", "sc,sr,pm,seg,gsps", "--check", "none", "--json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    arguments = ["--out", tmp_path / "out", "--outputs", "sc,sr,pm,seg,gsps", "--check", "none", "--json"]
+    ran = completed([*CAMSERVE, "dicom", "explain", path, "--address", address, *map(str, arguments)])
     assert ran.returncode == 0, ran.stderr
-    said = ran.stdout + ran.stderr
+    output = ran.stdout + ran.stderr
     assert len(list((tmp_path / "out").iterdir())) == 5
     secrets = {
         *SECRETS.values(),
@@ -259,10 +262,10 @@ def test_the_command_says_nothing_of_the_header(address, tmp_path):
         "Wintersohn",
         "Amelie",
     }
-    assert [each for each in secrets if each in said] == []
+    assert [each for each in secrets if each in output] == []
 
 
-def test_the_library_logs_nothing_of_the_header(client, file, caplog):
+def test_log_has_no_header_values(client: camserve.Client, file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         dicom.explain(client, file, check=None)
     assert [each for each in [*SECRETS.values(), *UIDS] if each in caplog.text] == []

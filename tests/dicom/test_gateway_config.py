@@ -1,10 +1,9 @@
-"""What a gateway is told, and how it says what is wrong with it."""
+"""The configuration of the gateway and its error messages."""
 
 from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ import trustme
 from pydantic import BaseModel
 
 from camserve_dicom.gateway.config import Config, ConfigError, PacsConfig, Rule, ServerConfig, TLSConfig, read
-from tests.dicom.gateways import ROOT
+from tests.processes import CAMSERVE, ROOT, completed
 
-LEAST = """
+MINIMAL = """
 spool = "spool"
 callers = ["MODALITY"]
 
@@ -26,26 +25,26 @@ PAGE = (ROOT / "docs" / "pacs.md").read_text(encoding="utf-8")
 
 
 def stow(url: str) -> tuple[str, str]:
-    """The change of LEAST that sends results to this DICOMweb URL."""
+    """Return the change of MINIMAL that stores results at a DICOMweb URL."""
     return 'address = "127.0.0.1:104"', f'stow_url = "{url}"'
 
 
-def command(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "camserve_cli", "dicom", "gateway", "--config", str(path), *more]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+def check(path: Path) -> subprocess.CompletedProcess[str]:
+    """Run `camserve dicom gateway --check`."""
+    return completed([*CAMSERVE, "dicom", "gateway", "--config", str(path), "--check"])
 
 
-def test_check_shows_what_is_understood_and_does_nothing(tmp_path: Path) -> None:
+def test_check_option_shows_the_configuration_and_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "gateway.toml"
-    path.write_text(LEAST)
-    ran = command(path, "--check")
+    path.write_text(MINIMAL)
+    ran = check(path)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert re.search(r"^pacs.address +\"127.0.0.1:104\" *$", ran.stdout, re.MULTILINE)
     assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (("spool", "spol"), "spool: Field required\nspol: Extra inputs"),
         (('callers = ["MODALITY"]', "callers = []"), "callers: List should have at least 1 item"),
@@ -83,25 +82,31 @@ def test_check_shows_what_is_understood_and_does_nothing(tmp_path: Path) -> None
         (("[pacs]", "[pacs"), "gateway.toml: "),
     ],
 )
-def test_errors_name_the_key(tmp_path: Path, change: tuple[str, str], says: str) -> None:
+def test_error_messages_begin_with_the_key(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     path = tmp_path / "gateway.toml"
-    path.write_text(LEAST.replace(*change))
-    if says.startswith(("tls", "server.token")):  # of files, which are looked at last
-        ran = command(path, "--check")
-        assert ran.returncode == 2
-        assert f"error: {says}" in ran.stderr
-        return
-    with pytest.raises(ConfigError, match=re.escape(says)):
-        read(path)
+    path.write_text(MINIMAL.replace(*change))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read(path).check_files()
 
 
-def test_metrics_may_be_reached_where_images_may_not(tmp_path: Path) -> None:
+def test_command_prints_a_line_for_each_fault(tmp_path: Path) -> None:
     path = tmp_path / "gateway.toml"
-    path.write_text(LEAST.replace("[pacs]", 'monitor_insecure = true\nmonitor_listen = "0.0.0.0:80"\n[pacs]'))
+    path.write_text(MINIMAL.replace("[pacs]", 'listen = "0.0.0.0:104"\nmonitor_listen = "0.0.0.0:80"\n[pacs]'))
+    ran = check(path)
+    assert ran.returncode == 2
+    assert [line.partition(" 0.0.0.0")[0] for line in ran.stderr.splitlines()] == [
+        "error: listen:",
+        "error: monitor_listen:",
+    ]
+
+
+def test_monitor_insecure_does_not_require_insecure(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_text(MINIMAL.replace("[pacs]", 'monitor_insecure = true\nmonitor_listen = "0.0.0.0:80"\n[pacs]'))
     assert read(path).monitor_listen == "0.0.0.0:80"
 
 
-def test_keys_that_do_not_fit_are_said(tmp_path: Path) -> None:
+def test_tls_errors_name_the_key(tmp_path: Path) -> None:
     ca, certificate, other = trustme.CA(), trustme.CA().issue_cert("localhost"), trustme.CA().issue_cert("localhost")
     ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
@@ -125,11 +130,11 @@ def test_every_key_is_documented_with_its_default(kind: type[BaseModel]) -> None
                 assert f"`{str(value).lower()}`" in defaults, name
             case str() | int() | float() as value:
                 assert {f"`{value}`", f'`"{value}"`'} & {*defaults}, name
-            case _:  # required, or nothing
+            case _:  # required, or without a default value
                 pass
 
 
-def test_configurations_in_the_documentation_are_read(tmp_path: Path) -> None:
+def test_configurations_of_the_documentation_are_valid(tmp_path: Path) -> None:
     found = re.findall(r"^```toml\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     assert found
     for i, text in enumerate([*found, (ROOT / "deploy" / "orthanc" / "gateway.toml").read_text()]):

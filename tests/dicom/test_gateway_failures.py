@@ -1,4 +1,4 @@
-"""What goes wrong with an object on its way through the gateway, and what becomes of it."""
+"""Failures of the PACS, the server, the disk and the process, and how the gateway continues."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from camserve.errors import InternalError
-from camserve_dicom.gateway import pacs as archive
+from camserve_dicom import explain
+from camserve_dicom.gateway import pacs as pacs_module
 from camserve_dicom.gateway import steps, workers
-from tests.dicom.gateways import RULE, Opened, nobody
-from tests.dicom.pacs import Pacs, image, send, until
+from tests.dicom.conftest import LogLines
+from tests.dicom.gateways import RULE, UNREACHABLE_SERVER, OpenGateway
+from tests.dicom.pacs import Pacs, image, send, wait_until
+from tests.processes import LIMIT_S
 
 pytestmark = [
     pytest.mark.usefixtures("broken_associations"),
@@ -27,221 +29,218 @@ pytestmark = [
 ]
 
 
-def put_off(log: list[MutableMapping[str, Any]]) -> list[str]:
-    """Return the reasons of temporary failures."""
+def temporary_failures(log: LogLines) -> list[str]:
+    """Return the reasons of temporary failures in the log."""
     return [line["reason"] for line in log if line["event"] == "later"]
 
 
-def test_a_pacs_that_is_down_for_a_while(gateway: Opened, pacs: Pacs) -> None:
+def test_storage_is_retried_while_the_pacs_is_down(gateway: OpenGateway, pacs: Pacs) -> None:
     pacs.down()
     with gateway() as running:
         assert send(running.address, image(0), image(1)) == [0, 0]
-        until(lambda: len(running.entries("outbox")) == 2)
+        wait_until(lambda: len(running.entries("outbox")) == 2)
         pacs.up()
-        until(lambda: running.events().count("committed") == 2)
-        assert len(pacs.kept) == 2
+        wait_until(lambda: running.events().count("committed") == 2)
+        assert len(pacs.objects_by_uid) == 2
         assert running.dead() == []
 
 
-def test_what_the_pacs_answers(gateway: Opened, pacs: Pacs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_status(gateway: OpenGateway, pacs: Pacs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "POLL_INTERVAL_S", 0.1)
     answers = iter([0xA701, 0xB000])
     pacs.before = lambda dataset: next(answers, None)
     with gateway() as running:
         assert send(running.address, image(0)) == [0]
-        until(lambda: "committed" in running.events())
+        wait_until(lambda: "committed" in running.events())
         assert [line["status"] for line in running.audit() if line["event"] == "stored"] == ["0xb000"]
         pacs.before = lambda dataset: 0xC123
         assert send(running.address, image(1)) == [0]
-        until(running.dead)
+        wait_until(running.dead)
         assert [(each["stage"], each["reason"]) for each in running.dead()] == [("outbox", "status 0xc123")]
-        # Moved back by hand, it is tried again.
+        # The step is repeated after an operator moves the entry back.
         pacs.before = lambda dataset: 0x0111
         [dead] = running.entries("dead")
         dead.rename(running.spool / "outbox" / dead.name)
-        until(lambda: len(pacs.asked) == 2, 20)
+        wait_until(lambda: len(pacs.requests) == 2)
 
 
-def test_a_pacs_that_knows_the_gateway_not(gateway: Opened, pacs: Pacs) -> None:
-    pacs.only("SOMEBODY")
+def test_rejected_association_is_a_permanent_failure(gateway: OpenGateway, pacs: Pacs) -> None:
+    pacs.accept_only("OTHER")
     with gateway() as running:
         assert send(running.address, image()) == [0]
-        until(running.dead)
+        wait_until(running.dead)
         assert "rejects the association" in running.dead()[0]["reason"]
 
 
-def test_a_pacs_that_hangs_up_between_two_objects(gateway: Opened, pacs: Pacs) -> None:
+def test_pacs_aborts_between_two_objects(gateway: OpenGateway, pacs: Pacs) -> None:
     pacs.hangs_up = True
     with gateway(rules=[{**RULE, "outputs": ["sc", "sr"]}]) as running:
         assert send(running.address, image()) == [0]
-        until(running.idle)
-        assert len(pacs.kept) == 2
+        wait_until(running.idle)
+        assert len(pacs.objects_by_uid) == 2
         assert running.dead() == []
 
 
-@pytest.mark.usefixtures("no_answers_in_the_same")
-def test_what_the_pacs_lacks_is_not_forgotten_by_a_kill(gateway: Opened, pacs: Pacs) -> None:
-    """The process was killed when it had taken back what the PACS did not commit itself to, but not moved it on."""
+@pytest.mark.usefixtures("no_report_in_same_association")
+def test_interrupted_return_of_a_missing_result_continues(gateway: OpenGateway, pacs: Pacs) -> None:
+    """The process was killed after it moved a result back to results/, and before it moved the entry to outbox."""
     pacs.commits = "never"
     with gateway() as running:
         assert send(running.address, image()) == [0]
-        until(lambda: pacs.asked)
+        wait_until(lambda: pacs.requests)
     [entry] = running.entries("stored")
     [sent] = (entry / "sent").iterdir()
     sent.rename(entry / "results" / sent.name)
     pacs.commits = "anew"
     with gateway() as running:
-        until(running.idle)
+        wait_until(running.idle)
         assert len(pacs.stores) == 2
         assert running.events()[-1] == "committed"
 
 
-def test_a_fault_of_the_server_passes_or_is_given_up(
-    gateway: Opened, pacs: Pacs, monkeypatch: pytest.MonkeyPatch
+def test_internal_server_errors_are_retried_ten_times(
+    gateway: OpenGateway, pacs: Pacs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    explain, times = steps.explain, 0
+    times = 0
 
-    def faulty(*given: Any, **options: Any) -> Any:
+    def failing(*arguments: Any, **options: Any) -> Any:
         nonlocal times
         times += 1
         if times <= faults:
-            raise InternalError("a fault")
-        return explain(*given, **options)
+            raise InternalError("an internal error")
+        return explain(*arguments, **options)
 
-    monkeypatch.setattr(steps, "explain", faulty)
+    monkeypatch.setattr(steps, "explain", failing)
     monkeypatch.setattr(workers, "MAX_RETRY_S", 0.02)
     faults = 3
     with gateway() as running:
         assert send(running.address, image()) == [0]
-        until(running.idle)
-        assert len(pacs.kept) == 1
+        wait_until(running.idle)
+        assert len(pacs.objects_by_uid) == 1
         faults, times = 99, 0
         assert send(running.address, image(1)) == [0]
-        until(running.dead)
+        wait_until(running.dead)
         assert (running.dead()[0]["reason"], times) == ("InternalError", 10)
 
 
-def test_nobody_fills_the_memory_by_a_single_message(gateway: Opened) -> None:
-    with gateway() as running, socket.create_connection(parsed(running.address), timeout=10) as peer:
+def test_too_long_pdu_is_not_read(gateway: OpenGateway) -> None:
+    with gateway() as running, socket.create_connection(host_and_port(running.address), timeout=LIMIT_S) as peer:
         peer.sendall(struct.pack(">BBL", 1, 0, 1 << 31) + bytes(4096))
         with contextlib.suppress(ConnectionResetError):
-            assert peer.recv(1) == b"", "the gateway hangs up before it has read it"
+            assert peer.recv(1) == b"", "the gateway closes the connection"
 
 
-def parsed(address: str) -> tuple[str, int]:
+def host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     return host, int(port)
 
 
-def test_no_new_results_where_there_is_hardly_room_for_old_ones(
-    gateway: Opened, pacs: Pacs, log: list[MutableMapping[str, Any]]
-) -> None:
-    with gateway(server=nobody()) as running:
+def test_full_disk_stops_explanations(gateway: OpenGateway, pacs: Pacs, log: LogLines) -> None:
+    with gateway(server=UNREACHABLE_SERVER) as running:
         assert send(running.address, image()) == [0]
     with gateway(min_free_bytes=1 << 60) as running:
-        until(lambda: "the disk is full" in put_off(log))
+        wait_until(lambda: "the disk is full" in temporary_failures(log))
         assert len(running.entries("inbox")) == 1
         assert "explained" not in running.events()
     with gateway() as running:
-        until(running.idle)
-        assert len(pacs.kept) == 1
+        wait_until(running.idle)
+        assert len(pacs.objects_by_uid) == 1
 
 
-def test_no_commitment_no_end(gateway: Opened, pacs: Pacs) -> None:
-    """Results that the PACS has not after all are stored again, and given up in the end."""
+def test_failed_commitments_are_retried_three_times(gateway: OpenGateway, pacs: Pacs) -> None:
+    """Results are stored again after a failed commitment; the third failure is permanent."""
     pacs.commits = "failed"
     with gateway() as running:
         assert send(running.address, image()) == [0]
-        until(running.dead, 60)
+        wait_until(running.dead)
         assert running.dead()[0]["reason"] == "the PACS reported a failed commitment 3 times"
         assert running.events().count("stored") == len(pacs.stores) == 3
         assert [line["reasons"] for line in running.audit() if line["event"] == "not committed"] == [["0x0112"]] * 3
 
 
-@pytest.mark.usefixtures("no_answers_in_the_same")
+@pytest.mark.usefixtures("no_report_in_same_association")
 @pytest.mark.parametrize("commits", ["never", "stuck"])
-def test_a_commitment_that_is_not_answered_is_asked_for_again(
-    gateway: Opened, pacs: Pacs, commits: str, monkeypatch: pytest.MonkeyPatch
+def test_commitment_request_without_report_is_repeated(
+    gateway: OpenGateway, pacs: Pacs, commits: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archive, "RELEASE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(pacs_module, "RELEASE_TIMEOUT_S", 0.2)
     pacs.commits = commits
     with gateway(pacs={"commitment_timeout_s": 0.2}) as running:
         assert send(running.address, image()) == [0]
-        until(lambda: len(pacs.asked) == 2)
-        assert len(set(pacs.asked)) == 2
+        wait_until(lambda: len(pacs.requests) == 2)
+        assert len(set(pacs.requests)) == 2
         assert len(pacs.stores) == 1
         pacs.commits = "anew"
-        until(lambda: "committed" in running.events())
+        wait_until(lambda: "committed" in running.events())
 
 
-@pytest.mark.usefixtures("no_answers_in_the_same")
-def test_an_archive_may_answer_what_was_asked_first(gateway: Opened, pacs: Pacs) -> None:
+@pytest.mark.usefixtures("no_report_in_same_association")
+def test_late_report_on_an_earlier_request(gateway: OpenGateway, pacs: Pacs) -> None:
     pacs.commits = "later"
     with gateway(pacs={"commitment_timeout_s": 0.2}) as running:
-        pacs.gateway = running.address
         assert send(running.address, image()) == [0]
-        until(lambda: len(pacs.asked) == 2)
-        pacs.answer_now(pacs.asked[0])
-        until(lambda: "committed" in running.events())
-        until(running.idle)
+        wait_until(lambda: len(pacs.requests) == 2)
+        pacs.report_now(pacs.requests[0])
+        wait_until(lambda: "committed" in running.events())
+        wait_until(running.idle)
 
 
-def test_what_cannot_be_explained_is_given_up_with_the_reason(gateway: Opened, pacs: Pacs) -> None:
+def test_unexplainable_object_is_a_permanent_failure(gateway: OpenGateway, pacs: Pacs) -> None:
     with gateway() as running:
         assert send(running.address, image(0, BurnedInAnnotation="YES"), image(1)) == [0, 0]
-        until(lambda: running.dead() and "committed" in running.events())
+        wait_until(lambda: running.dead() and "committed" in running.events())
         [why] = running.dead()
         assert (why["stage"], why["reason"]) == ("inbox", "BURNED_IN_ANNOTATION")
-        assert len(pacs.kept) == 1, "others are explained"
+        assert len(pacs.objects_by_uid) == 1, "the other object is explained"
 
 
-def test_what_ends_the_process_does_not_do_so_for_ever(gateway: Opened, tmp_path: Path) -> None:
-    with gateway(server=nobody()) as running:
+def test_object_that_crashes_the_process_is_a_permanent_failure(gateway: OpenGateway, tmp_path: Path) -> None:
+    with gateway(server=UNREACHABLE_SERVER) as running:
         assert send(running.address, image()) == [0]
     [entry] = running.entries("inbox")
     (entry / "begun.json").write_text('{"times": 10}')
     with gateway() as running:
-        until(running.dead)
+        wait_until(running.dead)
         assert running.dead()[0]["reason"] == "the process ended 10 times while it explained the object"
 
 
-def test_what_may_end_the_process_is_explained_alone(
-    gateway: Opened, pacs: Pacs, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_objects_are_explained_alone(
+    gateway: OpenGateway, pacs: Pacs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process ended while it explained two: the next start tells by whose fault."""
+    """The process ended while it explained two objects. The next start explains each of them alone."""
     images = [image(number) for number in range(4)]
-    with gateway(server=nobody()) as running:
+    with gateway(server=UNREACHABLE_SERVER) as running:
         assert send(running.address, *images) == [0] * 4
     by_age = sorted(running.entries("inbox"), key=lambda entry: (entry / "source.dcm").stat().st_mtime)
     suspects = {entry.name for entry in by_age[:2]}
     for name in suspects:
         (running.spool / "inbox" / name / "begun.json").write_text('{"times": 1}')
-    explain, now, together = steps.explain, set[str](), threading.Barrier(2)
+    running_now, together = set[str](), threading.Barrier(2)
 
-    def watched(client: Any, source: Path, **asked: Any) -> Any:
-        now.add(source.parent.name)
+    def observed(client: Any, source: Path, **arguments: Any) -> Any:
+        running_now.add(source.parent.name)
         try:
             if source.parent.name in suspects:
-                time.sleep(0.1)
-                assert len(now) == 1
+                time.sleep(0.1)  # time for another worker to begin by mistake
+                assert len(running_now) == 1
             else:
-                together.wait(20)
-            return explain(client, source, **asked)
+                together.wait(LIMIT_S)
+            return explain(client, source, **arguments)
         finally:
-            now.discard(source.parent.name)
+            running_now.discard(source.parent.name)
 
-    monkeypatch.setattr(steps, "explain", watched)
+    monkeypatch.setattr(steps, "explain", observed)
     with gateway() as running:
-        until(running.idle)
+        wait_until(running.idle)
         assert running.dead() == []
-    assert len(pacs.kept) == 4
+    assert len(pacs.objects_by_uid) == 4
 
 
 @pytest.mark.parametrize("broken", ["audit.jsonl", "sent"])
-def test_what_the_pacs_has_taken_is_stored_once(
-    gateway: Opened, pacs: Pacs, broken: str, log: list[MutableMapping[str, Any]]
+def test_stored_result_is_not_stored_again_after_a_write_error(
+    gateway: OpenGateway, pacs: Pacs, broken: str, log: LogLines
 ) -> None:
-    """Though nothing can be written then: neither the audit trail, nor a folder."""
+    """The audit trail or the folder sent/ cannot be written when the PACS has stored the first result."""
     with gateway(rules=[{**RULE, "outputs": ["sc", "sr"]}]) as running:
         trail, blocked = running.spool / "audit.jsonl", list[Path]()
 
@@ -257,20 +256,20 @@ def test_what_the_pacs_has_taken_is_stored_once(
 
         pacs.before = block
         assert send(running.address, image()) == [0]
-        until(lambda: len(put_off(log)) > 1)
+        wait_until(lambda: len(temporary_failures(log)) > 1)
         if broken == "sent":
             blocked[0].unlink()
         else:
             trail.rmdir()
             blocked[0].rename(trail)
-        until(running.idle)
-        assert len(pacs.stores) == len(pacs.kept) == 2
+        wait_until(running.idle)
+        assert len(pacs.stores) == len(pacs.objects_by_uid) == 2
         assert running.events().count("stored") == 2
 
 
-def test_what_is_deleted_is_said_once(gateway: Opened) -> None:
-    """Though the process was killed between the two."""
-    with gateway(server=nobody()) as running:
+def test_interrupted_deletion_is_recorded_once(gateway: OpenGateway) -> None:
+    """The process was killed after it wrote the audit trail, and before it deleted the entry."""
+    with gateway(server=UNREACHABLE_SERVER) as running:
         assert send(running.address, image()) == [0]
     [entry] = running.entries("inbox")
     entry = entry.rename(running.spool / "dead" / entry.name)
@@ -283,12 +282,12 @@ def test_what_is_deleted_is_said_once(gateway: Opened) -> None:
         assert running.events() == ["received", "deleted"]
 
 
-def test_nothing_is_kept_for_ever(gateway: Opened) -> None:
-    with gateway(server=nobody()) as running:
+def test_retention(gateway: OpenGateway) -> None:
+    with gateway(server=UNREACHABLE_SERVER) as running:
         assert send(running.address, image(0), image(1)) == [0, 0]
     old, young = running.entries("inbox")
     os.utime(old / "source.dcm", (0, 0))
-    with gateway(server=nobody()) as running:
+    with gateway(server=UNREACHABLE_SERVER) as running:
         assert running.entries("inbox") == [young]
         [dead] = running.entries("dead")
         assert dead.name == old.name
@@ -296,4 +295,4 @@ def test_nothing_is_kept_for_ever(gateway: Opened) -> None:
     with gateway(rules=[{"ignore": True}]) as running:
         assert running.entries("dead") == []
         assert "deleted" in running.events()
-        until(running.idle)  # its rule is gone
+        wait_until(running.idle)  # no rule matches the remaining object

@@ -1,8 +1,7 @@
-"""The gateway between a modality, a camserve server and a real Orthanc, as docs/pacs.md sets them up."""
+"""The gateway with a camserve server and a real Orthanc, set up as docs/pacs.md describes."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,46 +10,39 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from tests.dicom.gateways import ROOT
+from tests.processes import ROOT, completed
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
-# Debian's Orthanc listens on every address of the machine, whatever it is told: here it sees no other machine.
-ALONE = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+# Debian's Orthanc listens on all addresses of the machine, whatever its configuration is. The namespace hides it.
+NAMESPACE = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
 
 
-def why_not() -> str:
+def missing_requirement() -> str:
+    """Return the reason why the test cannot run on this machine, or an empty text."""
     if not (shutil.which("Orthanc") and PLUGIN.exists()):
         return "needs Debian's orthanc and orthanc-dicomweb"
     if not shutil.which("curl"):
         return "needs curl"
-    if not shutil.which("unshare") or subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode:
-        return "needs the right to make a network namespace"
+    if not shutil.which("unshare") or subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
+        return "needs the right to create a network namespace"
     return ""
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(why_not()), reason=why_not() or "none")
-def test_orthanc_as_the_page_sets_it_up(tmp_path: Path) -> None:
+@pytest.mark.skipif(bool(missing_requirement()), reason=missing_requirement() or "none")
+def test_set_up_with_orthanc(tmp_path: Path) -> None:
     folder = tmp_path / "orthanc"
     shutil.copytree(ROOT / "deploy" / "orthanc", folder)
-    ran = subprocess.run(
-        [*ALONE, sys.executable, "-m", "tests.dicom.orthanc", str(folder)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    ran = completed([*NAMESPACE, sys.executable, "-m", "tests.dicom.orthanc", str(folder)], cwd=ROOT)
     logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in folder.glob("*.log"))
     assert ran.returncode == 0, ran.stdout + ran.stderr + logs
     assert ran.stdout.splitlines() == [
         "the page's commands run",
-        "results read back are those that the same image has here",
-        "Orthanc has committed itself",
-        "no loop",
-        "Orthanc was down, the gateway killed, and nothing is lost or double",
-        "the same by STOW-RS",
+        "results in Orthanc equal those of camserve_dicom.explain",
+        "Orthanc reports the commitment",
+        "the gateway drops its own results",
+        "nothing is lost or stored twice after Orthanc was down and the gateway was killed",
+        "STOW-RS stores the results, too",
     ]
     with PIL.Image.open(folder / "overlay.png") as overlay:
         assert overlay.mode == "RGB"

@@ -1,4 +1,4 @@
-"""Parts of the gateway by themselves: how long it waits, and what it says."""
+"""Retry delays and the audit trail of the gateway."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from camserve_dicom.gateway import workers
 from camserve_dicom.gateway.audit import Audit
 
 
-def test_waits_grow_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often it has failed: a PACS may be away for weeks."""
+def test_retry_delay_doubles_up_to_a_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The delay is valid for any number of failures, because a PACS may be down for weeks."""
     monkeypatch.setattr(workers, "FIRST_RETRY_S", 1.0)
-    waits = [workers.retry_delay_s(tried) for tried in (0, 1, 2, 8, 9, 1023, 1024, 10**6)]
-    assert waits == [1.0, 2.0, 4.0, 256.0, 300.0, 300.0, 300.0, 300.0]
+    delays = [workers.retry_delay_s(failures) for failures in (0, 1, 2, 8, 9, 1023, 1024, 10**6)]
+    assert delays == [1.0, 2.0, 4.0, 256.0, 300.0, 300.0, 300.0, 300.0]
 
 
-def test_a_line_is_whole_or_not_there(tmp_path: Path) -> None:
-    """Where the disk takes a part of it, the next line begins on its own."""
+def test_audit_line_is_complete_or_missing(tmp_path: Path) -> None:
+    """After a partial write, the next line begins on a line of its own."""
     audit = Audit(tmp_path / "audit.jsonl", CollectorRegistry())
     audit.write("received", object="a")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -36,7 +36,7 @@ def test_a_line_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [json.loads(line)["event"] for line in lines] == ["received", "stored"]
 
 
-def test_a_step_that_was_cut_short_is_said_once(tmp_path: Path) -> None:
+def test_write_once_skips_the_last_line_of_the_object(tmp_path: Path) -> None:
     audit = Audit(tmp_path / "audit.jsonl", CollectorRegistry())
     for result in ("x", "x", "y", "x"):
         audit.write_once("stored", object="a", result=result)

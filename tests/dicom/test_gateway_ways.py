@@ -1,4 +1,4 @@
-"""Other ways in and out of the gateway: TLS, and STOW-RS."""
+"""The gateway with TLS, and with a PACS that takes results by STOW-RS."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import trustme
 
 from camserve_dicom.gateway.config import Config
 from camserve_server.service.server import Server
-from tests.dicom.gateways import RULE, Spooled, opened
-from tests.dicom.pacs import Pacs, image, send, until
+from tests.dicom.gateways import RULE, Spooled, config, opened
+from tests.dicom.pacs import Pacs, image, send, wait_until
 
 pytestmark = [
     pytest.mark.usefixtures("broken_associations"),
@@ -32,7 +32,7 @@ def ca() -> trustme.CA:
 
 
 def context(ca: trustme.CA, protocol: int, *, shown: bool = True) -> ssl.SSLContext:
-    """Of a modality or a PACS, with a certificate of the CA if one is to be shown."""
+    """Return the TLS context of a modality or a PACS, with a certificate of the CA if it is shown."""
     made = ssl.SSLContext(protocol)
     made.verify_mode = ssl.CERT_REQUIRED
     ca.configure_trust(made)
@@ -41,8 +41,8 @@ def context(ca: trustme.CA, protocol: int, *, shown: bool = True) -> ssl.SSLCont
     return made
 
 
-def files(ca: trustme.CA, folder: Path) -> dict[str, Path]:
-    """What `[tls]` names."""
+def tls_files(ca: trustme.CA, folder: Path) -> dict[str, Path]:
+    """Write the files of `[tls]`, and return their paths by key."""
     mine = ca.issue_cert("localhost", "127.0.0.1")
     ca.cert_pem.write_to_path(str(folder / "ca.pem"))
     mine.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
@@ -50,63 +50,62 @@ def files(ca: trustme.CA, folder: Path) -> dict[str, Path]:
     return {"certificate": folder / "cert.pem", "key": folder / "key.pem", "ca": folder / "ca.pem"}
 
 
-def test_tls_both_ways(tmp_path: Path, tiny: Server, ca: trustme.CA) -> None:
+def test_tls_of_listener_and_pacs(tmp_path: Path, tiny: Server, ca: trustme.CA) -> None:
     pacs = Pacs()
     pacs.up(context(ca, ssl.PROTOCOL_TLS_SERVER))
-    config = Config(
-        spool=tmp_path / "spool",
-        listen="127.0.0.1:0",
-        callers=["MODALITY"],
-        min_free_bytes=0,
-        tls=files(ca, tmp_path),
-        server={"address": tiny.address},
-        pacs={"ae_title": "PACS", "address": pacs.address, "tls": True},
-        rules=[RULE],
-    )
+    tls = tls_files(ca, tmp_path)
+    given = config(tmp_path, tiny, pacs, tls=tls, pacs={"tls": True})
     try:
-        with opened(config) as running:
+        with opened(given, pacs) as running:
             host, _, port = running.address.partition(":")
-            # Who connects and says nothing does not keep others waiting.
+            # An idle connection does not block others.
             with socket.create_connection((host, int(port))):
                 mutual = context(ca, ssl.PROTOCOL_TLS_CLIENT)
                 assert send(running.address, image(), tls=(mutual, "127.0.0.1")) == [0]
-                until(lambda: "committed" in running.events())
+                wait_until(lambda: "committed" in running.events())
             assert send(running.address, image(1)) == []
-            nobody = context(ca, ssl.PROTOCOL_TLS_CLIENT, shown=False)
-            assert send(running.address, image(1), tls=(nobody, "127.0.0.1")) == []
+            anonymous = context(ca, ssl.PROTOCOL_TLS_CLIENT, shown=False)
+            assert send(running.address, image(1), tls=(anonymous, "127.0.0.1")) == []
             stranger = context(trustme.CA(), ssl.PROTOCOL_TLS_CLIENT)
             ca.configure_trust(stranger)
             assert send(running.address, image(1), tls=(stranger, "127.0.0.1")) == []
             assert running.idle()
     finally:
         pacs.down()
-    assert len(pacs.kept) == 1
+    assert len(pacs.objects_by_uid) == 1
 
 
 class Web:
-    """DICOMweb's STOW-RS, which answers what it is told to. `came` holds what was posted, with its headers."""
+    """A STOW-RS service with prepared responses.
+
+    Attributes:
+        responses: HTTP status and JSON body of the next responses.
+        requests: Headers and body of each request.
+        url: URL of the service.
+    """
 
     def __init__(self) -> None:
-        self.answers: list[tuple[int, Any]] = []
-        self.came: list[tuple[dict[str, str], bytes]] = []
+        self.responses: list[tuple[int, Any]] = []
+        self.requests: list[tuple[dict[str, str], bytes]] = []
         self.url = ""
 
 
 @pytest.fixture
 def web() -> Iterator[Web]:
-    found = Web()
+    """Run a STOW-RS service."""
+    service = Web()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            found.came.append(({**self.headers}, body))
-            status, said = found.answers.pop(0)
+            service.requests.append(({**self.headers}, body))
+            status, response = service.responses.pop(0)
             instance = body[body.index(b"2.25.") :].split(b"\0")[0].decode()
-            answer = json.dumps(said).replace("INSTANCE", instance).encode()
+            content = json.dumps(response).replace("INSTANCE", instance).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(answer)))
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(answer)
+            self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
             pass
@@ -114,70 +113,77 @@ def web() -> Iterator[Web]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    found.url = f"http://127.0.0.1:{server.server_port}/dicom-web/studies"
-    yield found
+    service.url = f"http://127.0.0.1:{server.server_port}/dicom-web/studies"
+    yield service
     server.shutdown()
     server.server_close()
     thread.join()
 
 
-def said(sequence: str, reason: str, value: int) -> dict[str, Any]:
-    """DICOM JSON: an item of the sequence with the reason, for the object that was posted."""
+def statuses(sequence: str, reason: str, value: int) -> dict[str, Any]:
+    """Return a DICOM JSON response with a reason for the object of the request."""
     instance = {"vr": "UI", "Value": ["INSTANCE"]}
     return {sequence: {"vr": "SQ", "Value": [{"00081155": instance, reason: {"vr": "US", "Value": [value]}}]}}
 
 
 @contextmanager
-def storing(tmp_path: Path, tiny: Server, web: Web) -> Iterator[Spooled]:
+def gateway_with_stow(tmp_path: Path, tiny: Server, web: Web) -> Iterator[Spooled]:
+    """Run a gateway that stores by STOW-RS, and send it an image."""
     (tmp_path / "authorization").write_text("Bearer open-sesame\n")
-    config = Config(
-        spool=tmp_path / "spool",
-        listen="127.0.0.1:0",
-        callers=["MODALITY"],
-        min_free_bytes=0,
-        server={"address": tiny.address},
-        pacs={"stow_url": web.url, "stow_authorization_file": tmp_path / "authorization"},
-        rules=[RULE],
+    destination = {"stow_url": web.url, "stow_authorization_file": tmp_path / "authorization"}
+    given = Config.model_validate(
+        {
+            "spool": tmp_path / "spool",
+            "listen": "127.0.0.1:0",
+            "callers": ["MODALITY"],
+            "min_free_bytes": 0,
+            "server": {"address": tiny.address},
+            "pacs": destination,
+            "rules": [RULE],
+        }
     )
-    with opened(config) as running:
+    with opened(given) as running:
         assert send(running.address, image()) == [0]
         yield running
 
 
 @pytest.mark.parametrize(
-    "answers",
+    "responses",
     [
         [(503, {}), (200, {})],
-        [(409, said("00081198", "00081197", 0xA700)), (202, said("00081199", "00081196", 0xB000))],
-        [(409, said("00081198", "00081197", 0x0111))],
+        [(409, statuses("00081198", "00081197", 0xA700)), (202, statuses("00081199", "00081196", 0xB000))],
+        [(409, statuses("00081198", "00081197", 0x0111))],
     ],
-    ids=["stored", "with a warning", "there already"],
+    ids=["stored", "stored with a warning", "duplicate"],
 )
-def test_stow_stores_in_the_end(tmp_path: Path, tiny: Server, web: Web, answers: list[tuple[int, Any]]) -> None:
-    web.answers = [*answers]
-    with storing(tmp_path, tiny, web) as running:
-        until(lambda: "stored" in running.events() and running.idle())
+def test_stow_stores_results(tmp_path: Path, tiny: Server, web: Web, responses: list[tuple[int, Any]]) -> None:
+    web.responses = [*responses]
+    with gateway_with_stow(tmp_path, tiny, web) as running:
+        wait_until(lambda: "stored" in running.events() and running.idle())
         assert running.dead() == []
-    assert len(web.came) == len(answers)
-    for headers, body in web.came:
+    assert len(web.requests) == len(responses)
+    for headers, body in web.requests:
         assert headers["Authorization"] == "Bearer open-sesame"
         assert headers["Content-Type"].startswith('multipart/related; type="application/dicom"; boundary=')
         boundary = headers["Content-Type"].partition("boundary=")[2]
         assert body.startswith(f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode())
         assert body.endswith(f"\r\n--{boundary}--\r\n".encode())
-    assert len({body.split(b"\r\n\r\n", 1)[1].rpartition(b"\r\n--")[0] for _, body in web.came}) == 1, "the same bytes"
+    files = {body.split(b"\r\n\r\n", 1)[1].rpartition(b"\r\n--")[0] for _, body in web.requests}
+    assert len(files) == 1, "the files are sent unchanged"
 
 
 @pytest.mark.parametrize(
-    ("status", "answer", "reason"),
+    ("status", "response", "reason"),
     [
         (400, {}, "HTTP 400"),
         (409, {}, "HTTP 409; the archive gave no reason"),
-        (202, said("00081198", "00081197", 0x0110), "status 0x0110"),
+        (202, statuses("00081198", "00081197", 0x0110), "status 0x0110"),
     ],
 )
-def test_stow_is_given_up(tmp_path: Path, tiny: Server, web: Web, status: int, answer: Any, reason: str) -> None:
-    web.answers = [(status, answer)]
-    with storing(tmp_path, tiny, web) as running:
-        until(running.dead)
+def test_stow_permanent_failures(
+    tmp_path: Path, tiny: Server, web: Web, status: int, response: Any, reason: str
+) -> None:
+    web.responses = [(status, response)]
+    with gateway_with_stow(tmp_path, tiny, web) as running:
+        wait_until(running.dead)
         assert running.dead()[0]["reason"] == reason

@@ -1,4 +1,4 @@
-"""What results take over from their source, and what they say where it says nothing."""
+"""Attributes of results that are copied from the source, and those that are set without one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import importlib.resources
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,23 +17,23 @@ from pydicom import Dataset
 from pydicom.datadict import dictionary_VR
 
 import camserve_dicom as dicom
-from camserve_dicom import KINDS, DicomError
+from camserve_dicom import KINDS, DicomError, secondary_capture
 from tests.dicom.samples import data_of, errors, explanation, image, needs_dciodvfy, ramp, stored
 
-AS_IT_IS = {"regions": "ignore", "burned_in": "ignore"}
-NO_PLACE = dict.fromkeys(
+AS_IT_IS: dict[str, Any] = {"regions": "ignore", "burned_in": "ignore"}
+NO_PLANE = dict.fromkeys(
     ("ImagePositionPatient", "ImageOrientationPatient", "FrameOfReferenceUID", "PositionReferenceIndicator")
 )
 
 
-def made(source: Any, *, label: str = "effusion", frame: int = 0, kinds: Any = KINDS) -> dict[str, Dataset]:
+def make_objects(source: Any, *, label: str = "effusion", frame: int = 0, kinds: Any = KINDS) -> dict[str, Dataset]:
     rendered = dicom.read(source, frame=frame, **AS_IT_IS)
     answer = explanation(rendered.pixels)
     answer = dataclasses.replace(answer, target=dataclasses.replace(answer.target, label=label))
     return dicom.objects(answer, rendered, kinds, check=None)
 
 
-def named(result: Dataset, keyword: str) -> list[Any]:
+def values_of(result: Dataset, keyword: str) -> list[Any]:
     return [element.value for element in result.iterall() if element.keyword == keyword]
 
 
@@ -49,31 +50,31 @@ def named(result: Dataset, keyword: str) -> list[Any]:
         ("\\\n", "class 3"),
     ],
 )
-def test_any_label_makes_objects(label, said, tmp_path):
-    objects = made(image(ramp(40, 60)), label=label)
+def test_labels_are_cleaned_and_shortened(label: str, said: str, tmp_path: Path) -> None:
+    objects = make_objects(image(ramp(40, 60)), label=label)
     for kind, each in objects.items():
         assert errors(each, tmp_path) == [], kind
-    assert named(objects["seg"], "SegmentLabel") == [said[:64]]
+    assert values_of(objects["seg"], "SegmentLabel") == [said[:64]]
     assert said in objects["gsps"].GraphicAnnotationSequence[0].TextObjectSequence[0].UnformattedTextValue
-    assert objects["sc"].DerivationDescription.endswith("percentile")  # after model and method
+    assert objects["sc"].DerivationDescription.endswith("percentile")
 
 
 # ---- the study ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def modules() -> dict[str, list[str]]:
-    """Attributes of the standard's modules, as highdicom lists them."""
+def copied_modules() -> dict[str, list[str]]:
+    """Return the attributes of each copied module, from highdicom's list of the standard."""
     listed = importlib.resources.files("highdicom").joinpath("_standard/module_attribute_map.json")
-    taken_over = ("patient", "clinical-trial-subject", "clinical-trial-study", "general-study", "patient-study")
+    names = ("patient", "clinical-trial-subject", "clinical-trial-study", "general-study", "patient-study")
     found = json.loads(listed.read_text())
-    return {module: [each["keyword"] for each in found[module] if not each["path"]] for module in taken_over}
+    return {module: [each["keyword"] for each in found[module] if not each["path"]] for module in names}
 
 
-@pytest.mark.parametrize("module", modules())
-def test_modules_of_patient_trial_and_study_are_taken_over(module):
+@pytest.mark.parametrize("module", copied_modules())
+def test_patient_trial_and_study_modules_are_copied(module: str) -> None:
     source = image(ramp())
-    for keyword in modules()[module]:
+    for keyword in copied_modules()[module]:
         vr = dictionary_VR(keyword)
         if vr == "SQ":
             item = Dataset()
@@ -82,8 +83,8 @@ def test_modules_of_patient_trial_and_study_are_taken_over(module):
         elif keyword not in source:
             value = {"DA": "20240102", "TM": "1112", "AS": "050Y", "US": 4, "FD": 1.5, "UI": "1.2.3", "DT": "2024"}
             setattr(source, keyword, value.get(vr, "1"))
-    for kind, each in made(source).items():
-        different = [name for name in modules()[module] if each.get(name) != source.get(name)]
+    for kind, each in make_objects(source).items():
+        different = [name for name in copied_modules()[module] if each.get(name) != source.get(name)]
         assert different == [], kind
 
 
@@ -97,28 +98,28 @@ def test_modules_of_patient_trial_and_study_are_taken_over(module):
         ("ISO_IR 100", "Müller", "Müll", "ISO_IR 100"),
     ],
 )
-def test_labels_stay_what_they_are_in_any_character_set(charset, name, label, written):
-    for kind, each in made(image(ramp(), SpecificCharacterSet=charset, PatientName=name), label=label).items():
+def test_labels_in_any_character_set(charset: Any, name: str, label: str, written: Any) -> None:
+    for kind, each in make_objects(image(ramp(), SpecificCharacterSet=charset, PatientName=name), label=label).items():
         reread = pydicom.dcmread(io.BytesIO(data_of(each)))
         assert (reread.SpecificCharacterSet, str(reread.PatientName)) == (written, name), kind
         if kind == "sc":
             assert label in reread.DerivationDescription
 
 
-# ---- side, place and time -------------------------------------------------------------------------------------------
+# ---- laterality, geometry and dates ---------------------------------------------------------------------------------
 
 
 @needs_dciodvfy
 @pytest.mark.parametrize(("side", "part"), [("R", "HAND"), ("L", "BREAST"), ("B", "BREAST"), ("U", "HEAD")])
-def test_sides_are_those_that_a_series_can_have(side, part, tmp_path):
-    objects = made(image(ramp(40, 60), ImageLaterality=side, BodyPartExamined=part))
+def test_laterality_of_series_and_images(side: str, part: str, tmp_path: Path) -> None:
+    objects = make_objects(image(ramp(40, 60), ImageLaterality=side, BodyPartExamined=part))
     for kind, each in objects.items():
         assert errors(each, tmp_path) == [], kind
     assert objects["gsps"].get("Laterality", "absent") == {"B": "", "U": "absent"}.get(side, side)
     assert objects["sc"].ImageLaterality == side
 
 
-def enhanced() -> Dataset:
+def enhanced_image() -> Dataset:
     anatomy, measures, shared = Dataset(), Dataset(), Dataset()
     anatomy.FrameLaterality = "R"
     measures.PixelSpacing = [0.25, 0.25]
@@ -131,8 +132,8 @@ def enhanced() -> Dataset:
     )
 
 
-def test_side_and_spacing_may_be_those_of_a_frame():
-    objects = made(enhanced(), frame=1)
+def test_laterality_and_spacing_of_a_frame() -> None:
+    objects = make_objects(enhanced_image(), frame=1)
     assert objects["sc"].ImageLaterality == objects["pm"].ImageLaterality == "R"
     assert objects["gsps"].Laterality == "R"
     assert [*objects["sc"].PixelSpacing] == [pytest.approx(0.25 / 7)] * 2
@@ -148,8 +149,8 @@ def test_side_and_spacing_may_be_those_of_a_frame():
         ({"PixelSpacing": None}, [1, 1]),
     ],
 )
-def test_a_place_that_is_made_up_has_the_spacing_of_the_header(attributes, spacing, tmp_path):
-    for kind, each in made(image(ramp(40, 60), **NO_PLACE, **attributes), kinds=["pm", "seg"]).items():
+def test_synthetic_geometry_has_the_spacing_of_the_header(attributes: Any, spacing: Any, tmp_path: Path) -> None:
+    for kind, each in make_objects(image(ramp(40, 60), **NO_PLANE, **attributes), kinds=["pm", "seg"]).items():
         [measures] = each.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
         assert [*measures.PixelSpacing] == spacing
         assert "SYNTHETIC GEOMETRY" in each.ImageComments
@@ -158,8 +159,8 @@ def test_a_place_that_is_made_up_has_the_spacing_of_the_header(attributes, spaci
 
 @needs_dciodvfy
 @pytest.mark.parametrize("thickness", [None, 0, 2])
-def test_a_thickness_that_is_not_known_is_not_made_up_where_it_need_not_be(thickness, tmp_path):
-    objects = made(image(ramp(40, 60), SliceThickness=thickness), kinds=["pm", "seg"])
+def test_unknown_slice_thickness_is_only_set_in_segmentations(thickness: Any, tmp_path: Path) -> None:
+    objects = make_objects(image(ramp(40, 60), SliceThickness=thickness), kinds=["pm", "seg"])
     for kind, each in objects.items():
         [measures] = each.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
         assert "SpacingBetweenSlices" not in measures
@@ -178,8 +179,10 @@ def test_a_thickness_that_is_not_known_is_not_made_up_where_it_need_not_be(thick
         (["0"] * 6, False),
     ],
 )
-def test_directions_have_a_length_of_1_or_are_none(directions, written, tmp_path):
-    for kind, each in made(image(ramp(40, 60), ImageOrientationPatient=directions), kinds=["pm", "seg"]).items():
+def test_directions_are_normalised_or_replaced(directions: list[str], written: Any, tmp_path: Path) -> None:
+    for kind, each in make_objects(
+        image(ramp(40, 60), ImageOrientationPatient=directions), kinds=["pm", "seg"]
+    ).items():
         [orientation] = each.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
         found = np.reshape(np.array(orientation.ImageOrientationPatient, float), (2, 3))
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
@@ -187,37 +190,37 @@ def test_directions_have_a_length_of_1_or_are_none(directions, written, tmp_path
         assert errors(each, tmp_path) == [], kind
 
 
-def test_reference_points_and_how_spacing_was_calibrated_are_kept():
+def test_position_reference_and_spacing_calibration_are_copied() -> None:
     calibrated = {"PixelSpacingCalibrationType": "FIDUCIAL", "PixelSpacingCalibrationDescription": "a coin"}
-    capture = made(image(ramp(), PositionReferenceIndicator="XIPHOID", **calibrated), kinds=["sc"])["sc"]
+    capture = make_objects(image(ramp(), PositionReferenceIndicator="XIPHOID", **calibrated), kinds=["sc"])["sc"]
     assert capture.PositionReferenceIndicator == "XIPHOID"
     assert {name: capture[name].value for name in calibrated} == calibrated
 
 
 @needs_dciodvfy
-def test_of_an_image_without_a_date_no_more_is_dated_than_must_be(tmp_path):
-    for kind, each in made(image(ramp(40, 60), StudyDate=None, StudyTime=None)).items():
+def test_image_without_a_date_gives_only_required_dates(tmp_path: Path) -> None:
+    for kind, each in make_objects(image(ramp(40, 60), StudyDate=None, StudyTime=None)).items():
         dated = {element.keyword for element in each.iterall() if element.value == "19000101"}
         needed = {"sc": set(), "gsps": {"PresentationCreationDate"}}
         assert dated == needed.get(kind, {"ContentDate"}), kind
         assert errors(each, tmp_path) == [], kind
 
 
-def test_what_was_compressed_with_a_loss_says_so():
+def test_lossy_compression_is_declared() -> None:
     source = pydicom.dcmread(stored("SC_rgb_jpeg_dcmtk.dcm"))
     for name in ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"):
         source.pop(name, None)
-    objects = made(source, kinds=["sc", "pm", "seg"])
+    objects = make_objects(source, kinds=["sc", "pm", "seg"])
     assert {each.LossyImageCompression for each in objects.values()} == {"01"}
     assert "LossyImageCompression" not in source
-    assert made(image(ramp()), kinds=["pm"])["pm"].LossyImageCompression == "00"
+    assert make_objects(image(ramp()), kinds=["pm"])["pm"].LossyImageCompression == "00"
 
 
 # ---- references -----------------------------------------------------------------------------------------------------
 
 
-def test_references_say_what_for_and_series_name_whole_instances():
-    objects = made(enhanced(), frame=1)
+def test_references_to_the_source() -> None:
+    objects = make_objects(enhanced_image(), frame=1)
     for kind in ("sc", "pm", "seg"):
         [source] = objects[kind].SourceImageSequence
         assert source.PurposeOfReferenceCodeSequence[0].CodeValue == "121322"
@@ -227,38 +230,40 @@ def test_references_say_what_for_and_series_name_whole_instances():
     assert objects["gsps"].ReferencedSeriesSequence[0].ReferencedImageSequence[0].ReferencedFrameNumber == 2
 
 
-def test_one_finding_has_one_tracking_uid_and_dimensions_have_two():
-    objects = made(image(ramp()))
+def test_tracking_and_dimension_uids() -> None:
+    objects = make_objects(image(ramp()))
     [segment] = objects["seg"].SegmentSequence
-    assert segment.TrackingUID in named(objects["sr"], "UID")
-    assert segment.TrackingID in named(objects["sr"], "TextValue")
-    first, second = ({*named(objects[kind], "DimensionOrganizationUID")} for kind in ("pm", "seg"))
+    assert segment.TrackingUID in values_of(objects["sr"], "UID")
+    assert segment.TrackingID in values_of(objects["sr"], "TextValue")
+    first, second = ({*values_of(objects[kind], "DimensionOrganizationUID")} for kind in ("pm", "seg"))
     assert len(first) == len(second) == len(first ^ second) / 2 == 1
 
 
-def test_our_own_codes_say_whose_they_are():
-    [scheme] = made(image(ramp()), kinds=["sr"])["sr"].CodingSchemeIdentificationSequence
+def test_coding_scheme_is_identified() -> None:
+    [scheme] = make_objects(image(ramp()), kinds=["sr"])["sr"].CodingSchemeIdentificationSequence
     assert scheme.CodingSchemeDesignator == "99CAMSERVE"
 
 
-# ---- what is none ---------------------------------------------------------------------------------------------------
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sc", "pm", "seg"])
-def test_a_result_is_no_source(kind):
-    result = made(image(ramp(40, 60)), kinds=[kind])[kind]
-    with pytest.raises(DicomError, match="camserve has made") as wrong:
+def test_results_are_not_sources(kind: str) -> None:
+    result = make_objects(image(ramp(40, 60)), kinds=[kind])[kind]
+    with pytest.raises(DicomError, match="camserve has make_objects") as wrong:
         dicom.read(result, **AS_IT_IS)
     assert wrong.value.reason == "OWN_RESULT"
 
 
-def test_what_does_not_fit_into_an_object_is_an_error_of_that_image():
+def test_values_that_do_not_fit_into_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
     rendered = dicom.read(image(ramp()))
     answer = explanation(rendered.pixels, method="a\\b")
     with pytest.raises(DicomError, match="no pm can be made") as wrong:
         dicom.objects(answer, rendered, ["pm"], check=None)
     assert wrong.value.reason == "UNWRITABLE_RESULT"
-    tall = dicom.read(image(np.tile(np.arange(65500, dtype=np.uint16)[:, None], (1, 2))))
-    with pytest.raises(DicomError, match="expected at most 65535") as wrong:
+    assert np.iinfo(np.uint16).max == secondary_capture.MAX_ROWS
+    monkeypatch.setattr(secondary_capture, "MAX_ROWS", 700)
+    tall = dicom.read(image(np.tile(np.arange(690, dtype=np.uint16)[:, None], (1, 2))))
+    with pytest.raises(DicomError, match="expected at most 700") as wrong:
         dicom.objects(explanation(tall.pixels), tall, ["sc"], check=None)
     assert wrong.value.reason == "UNSUPPORTED_PIXELS"

@@ -1,14 +1,13 @@
-"""The objects that explanations become."""
+"""The DICOM objects that camserve_dicom.objects makes."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import io
-import os
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,15 @@ from tests.dicom.samples import (
     ramp,
     stored,
 )
+from tests.processes import ROOT, completed, environment
 
-ROOT = Path(__file__).parents[2]
-PNG_LIKE = {"regions": "ignore", "burned_in": "ignore"}
+AS_IT_IS: dict[str, Any] = {"regions": "ignore", "burned_in": "ignore"}
 
 
-def made(
+def make_objects(
     source: Any, *, frame: int = 0, kinds: Any = KINDS, check: str | None = None, **given: Any
 ) -> dict[str, Dataset]:
-    rendered = dicom.read(source, frame=frame, **PNG_LIKE)
+    rendered = dicom.read(source, frame=frame, **AS_IT_IS)
     return dicom.objects(explanation(rendered.pixels, **given), rendered, kinds, check=check)
 
 
@@ -52,7 +51,7 @@ def texts(dataset: Dataset) -> str:
     return "\n".join(str(element.value) for element in dataset.iterall() if element.VR != "SQ")
 
 
-# ---- what a PACS has to take ----------------------------------------------------------------------------------------
+# ---- conformance ----------------------------------------------------------------------------------------------------
 
 
 def multi_frame() -> Dataset:
@@ -68,7 +67,7 @@ def multi_frame() -> Dataset:
     )
 
 
-SOURCES = {
+SOURCES: dict[str, Callable[[], Any]] = {
     "CR, MONOCHROME1": lambda: stored("RG1_UNCR.dcm"),
     "CR, other hand": lambda: stored("RG3_UNCR.dcm"),
     "CT": lambda: stored("CT_small.dcm"),
@@ -81,17 +80,17 @@ SOURCES = {
 
 @needs_dciodvfy
 @pytest.mark.parametrize("name", SOURCES)
-def test_dciodvfy_finds_no_error(name, tmp_path):
-    for kind, each in made(SOURCES[name](), frame=1 if "frames" in name else 0).items():
+def test_dciodvfy_accepts_results(name: str, tmp_path: Path) -> None:
+    for kind, each in make_objects(SOURCES[name](), frame=1 if "frames" in name else 0).items():
         assert errors(each, tmp_path) == [], f"{kind} of {name}"
 
 
-def test_results_belong_to_the_study_and_to_series_of_their_own():
+def test_results_are_new_series_of_the_study() -> None:
     source = image(ramp(), IssuerOfPatientID="Klinikum-Nordwest", BodyPartExamined="CHEST", LossyImageCompression="01")
-    objects = made(source)
+    objects = make_objects(source)
     for each in objects.values():
         for name in (*SECRETS, "StudyInstanceUID", "TimezoneOffsetFromUTC", "PatientSex", "BodyPartExamined"):
-            if name not in ("InstitutionName", "StationName"):  # of the scanner
+            if name not in ("InstitutionName", "StationName"):  # attributes of the scanner
                 assert each[name].value == source[name].value, name
         assert each.file_meta.ImplementationClassUID == dicom.IMPLEMENTATION_UID
         [equipment] = each.ContributingEquipmentSequence
@@ -117,15 +116,15 @@ def test_results_belong_to_the_study_and_to_series_of_their_own():
         (None, "Mueller^Juergen", None),
     ],
 )
-def test_names_stay_what_they_are_in_any_character_set(charset, name, written):
+def test_patient_names_in_any_character_set(charset: Any, name: str, written: Any) -> None:
     source = image(ramp(), **({"SpecificCharacterSet": charset} if charset else {}), PatientName=name)
-    for kind, each in made(source).items():
+    for kind, each in make_objects(source).items():
         reread = pydicom.dcmread(io.BytesIO(data_of(each)))
         assert str(reread.PatientName) == name, kind
         assert reread.get("SpecificCharacterSet") == written, kind
 
 
-def test_a_name_outside_of_the_declared_characters_makes_it_utf8():
+def test_label_outside_of_the_character_set_changes_it_to_utf8() -> None:
     source = image(ramp(), SpecificCharacterSet="ISO_IR 100", PatientName="Müller")
     rendered = dicom.read(source)
     answer = explanation(rendered.pixels)
@@ -135,50 +134,41 @@ def test_a_name_outside_of_the_declared_characters_makes_it_utf8():
     assert "肺炎" in texts(each)
 
 
-# ---- the same, always -----------------------------------------------------------------------------------------------
+# ---- reproducibility ------------------------------------------------------------------------------------------------
 
 
 def digests() -> str:
-    objects = made(image(ramp(40, 50))) | {f"us {k}": v for k, v in made(stored("US1_UNCR.dcm")).items()}
+    objects = make_objects(image(ramp(40, 50))) | {
+        f"us {k}": v for k, v in make_objects(stored("US1_UNCR.dcm")).items()
+    }
     return "\n".join(f"{kind} {hashlib.sha256(data_of(each)).hexdigest()}" for kind, each in objects.items())
 
 
-def test_the_same_bytes_in_any_process():
-    environment = os.environ | {
-        "TZ": "Asia/Tokyo",
-        "LC_ALL": "tr_TR.UTF-8",
-        "PYTHONHASHSEED": "7",
-        "PYTHONPATH": str(ROOT),
-    }
+def test_other_process_makes_the_same_bytes() -> None:
+    variables = environment(TZ="Asia/Tokyo", LC_ALL="tr_TR.UTF-8", PYTHONHASHSEED="7")
     code = "from tests.dicom import test_objects as t; print(t.digests())"
-    other = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert other.stdout.strip() == digests()
+    other = completed([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=variables)
+    assert other.stdout.strip() == digests(), other.stderr
 
 
-def test_the_request_and_its_cost_change_nothing_and_what_is_asked_changes_all():
+def test_uids_depend_on_the_request_but_not_on_its_id_and_cost() -> None:
     source = image(ramp())
 
     def uids(**given: Any) -> dict[str, str]:
-        return {kind: str(each.SOPInstanceUID) for kind, each in made(source, **given).items()}
+        return {kind: str(each.SOPInstanceUID) for kind, each in make_objects(source, **given).items()}
 
-    first = made(source)
-    again = made(source, request_id="another", batch_sizes={"score": 4}, device="cuda")
+    first = make_objects(source)
+    again = make_objects(source, request_id="another", batch_sizes={"score": 4}, device="cuda")
     assert {k: data_of(v) for k, v in first.items()} == {k: data_of(v) for k, v in again.items()}
-    for kind, uid in uids().items():
-        assert re.fullmatch(r"2\.25\.\d{1,39}", uid)
-        for other in ({"index": 4}, {"method": "grad-cam"}, {"seed": 1}, {"model_digest": "sha256:00"}, {"budget": 9}):
-            assert uids(**other)[kind] != uid, other
+    original = uids()
+    assert all(re.fullmatch(r"2\.25\.\d{1,39}", uid) for uid in original.values())
+    for other in ({"index": 4}, {"method": "grad-cam"}, {"seed": 1}, {"model_digest": "sha256:00"}, {"budget": 9}):
+        changed = uids(**other)
+        assert all(changed[kind] != uid for kind, uid in original.items()), other
     windowed = dicom.read(source, window=(1000, 2000))
     assert (
         str(dicom.objects(explanation(windowed.pixels), windowed, ["sc"], check=None)["sc"].SOPInstanceUID)
-        != uids()["sc"]
+        != original["sc"]
     )
 
 
@@ -186,14 +176,14 @@ def test_the_request_and_its_cost_change_nothing_and_what_is_asked_changes_all()
 
 
 @pytest.mark.parametrize(("height", "width", "scale"), [(500, 600, 1), (90, 128, 4), (900, 60, 1)])
-def test_the_overlay_leaves_the_image_as_it_is_where_the_map_is_nothing(height, width, scale):
+def test_overlay_does_not_change_pixels_where_the_map_is_zero(height: int, width: int, scale: int) -> None:
     pixels = np.random.default_rng(2).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    capture = made(image(pixels), kinds=["sc"])["sc"]
+    capture = make_objects(image(pixels), kinds=["sc"])["sc"]
     overlay = capture.pixel_array
     shown = overlay[: height * scale, : width * scale]
     rendered = dicom.read(image(pixels))
     saliency = maps.map_on_source_grid(Derivation(explanation(pixels), rendered))
-    for row in range(scale):  # each pixel of an enlarged image is the same block
+    for row in range(scale):  # each pixel of an enlarged image is a block
         for column in range(scale):
             block = shown[row::scale, column::scale]
             far = saliency == 0
@@ -216,7 +206,7 @@ def test_the_overlay_leaves_the_image_as_it_is_where_the_map_is_nothing(height, 
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (900, 60), (60, 900)])
-def test_the_legend_is_large_enough_and_all_of_it_is_there(height, width):
+def test_legend_is_readable_and_complete(height: int, width: int) -> None:
     rendered = dicom.read(image(ramp(height, width)))
     of = explanation(rendered.pixels)
     long = dataclasses.replace(of, target=dataclasses.replace(of.target, label="Very_long_name_of_a_finding_" * 5))
@@ -225,21 +215,21 @@ def test_the_legend_is_large_enough_and_all_of_it_is_there(height, width):
     assert not legend[:, :margin].any()
     assert not legend[:, -margin:].any()
     assert len(second) > len(first)
-    assert second.shape[1] > height / 2  # a screen shows the whole of it
+    assert second.shape[1] > height / 2  # a screen shows the complete image
 
 
-def test_results_name_the_frame():
-    objects = made(multi_frame(), frame=2)
+def test_results_reference_the_frame() -> None:
+    objects = make_objects(multi_frame(), frame=2)
     assert objects["sc"].SourceImageSequence[0].ReferencedFrameNumber == 3
     for kind in ("sr", "pm", "seg", "gsps"):
-        numbers = {e.value for e in objects[kind].iterall() if e.keyword == "ReferencedFrameNumber"}
-        assert numbers == {3}, kind
+        measurements = {e.value for e in objects[kind].iterall() if e.keyword == "ReferencedFrameNumber"}
+        assert measurements == {3}, kind
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-def numbers(report: Dataset) -> dict[str, tuple[float, str]]:
+def measurements(report: Dataset) -> dict[str, tuple[float, str]]:
     found = {}
 
     def walk(item: Dataset) -> None:
@@ -256,11 +246,11 @@ def numbers(report: Dataset) -> dict[str, tuple[float, str]]:
     return found
 
 
-def test_the_report_has_the_numbers_and_says_what_made_them():
-    report = made(image(ramp(64, 64)), kinds=["sr"])["sr"]
+def test_report_has_scores_and_algorithm() -> None:
+    report = make_objects(image(ramp(64, 64)), kinds=["sr"])["sr"]
     assert report.Modality == "SR"
     assert report.ContentTemplateSequence[0].TemplateIdentifier == "1500"
-    found = numbers(report)
+    found = measurements(report)
     share = found.pop("saliency-in-content")
     assert found == {
         "probability": (0.875, "1"),
@@ -274,22 +264,22 @@ def test_the_report_has_the_numbers_and_says_what_made_them():
         assert part in said
 
 
-def test_saliency_outside_of_the_content_is_counted():
+def test_share_of_saliency_inside_the_content() -> None:
     pixels = np.zeros((64, 64), np.uint8)
     pixels[:, 32:] = 200  # the map is on the left
     rendered = dicom.read(image(pixels), window=(128, 256))
     assert rendered.content == (32, 0, 64, 64)
     report = dicom.objects(explanation(rendered.pixels), rendered, ["sr"], check=None)["sr"]
-    assert numbers(report)["saliency-in-content"][0] < 0.4
+    assert measurements(report)["saliency-in-content"][0] < 0.4
 
 
-def test_a_check_that_fails_withholds_all_but_a_report_that_says_so():
+def test_failed_check_gives_only_a_report() -> None:
     source = image(ramp())
-    assert set(made(source, check="insertion>deletion")) == set(KINDS)
-    assert set(made(source, check="insertion>=0.9", kinds=["sc"])) == {"sr"}
-    report = made(source, check="insertion>deletion", insertion=0.125)["sr"]
+    assert set(make_objects(source, check="insertion>deletion")) == set(KINDS)
+    assert set(make_objects(source, check="insertion>=0.9", kinds=["sc"])) == {"sr"}
+    report = make_objects(source, check="insertion>deletion", insertion=0.125)["sr"]
     assert "check insertion > deletion failed (0.125 and 0.25)" in texts(report)
-    assert set(made(source, check=None, insertion=0.125)) == set(KINDS)
+    assert set(make_objects(source, check=None, insertion=0.125)) == set(KINDS)
 
 
 @pytest.mark.parametrize(
@@ -300,24 +290,24 @@ def test_a_check_that_fails_withholds_all_but_a_report_that_says_so():
         (">1", "expected a comparison"),
     ],
 )
-def test_a_check_that_cannot_be_made(check, said):
+def test_invalid_check(check: str, said: str) -> None:
     with pytest.raises(InvalidArgument, match=said) as wrong:
-        made(image(ramp()), check=check)
+        make_objects(image(ramp()), check=check)
     assert wrong.value.field == "check"
 
 
-def test_outputs_that_are_unknown():
+def test_unknown_outputs() -> None:
     for wrong in (["sc", "pdf"], "sc", []):
         with pytest.raises(InvalidArgument, match="expected a list of one or several of sc, sr, pm, seg, gsps"):
-            made(image(ramp()), kinds=wrong)
+            make_objects(image(ramp()), kinds=wrong)
 
 
 # ---- maps -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_map_lies_where_the_image_lies():
+def test_map_and_segmentation_have_the_plane_of_the_image() -> None:
     source = image(ramp(40, 60))
-    objects = made(source)
+    objects = make_objects(source)
     for each in (objects["pm"], objects["seg"]):
         assert each.FrameOfReferenceUID == source.FrameOfReferenceUID
         assert (each.Rows, each.Columns) == (40, 60)
@@ -337,26 +327,26 @@ def test_the_map_lies_where_the_image_lies():
     assert (quantity.CodeValue, quantity.CodingSchemeDesignator) == ("130404", "DCM")
 
 
-def test_a_map_is_shown_in_all_its_greys():
-    each = made(image(ramp(40, 60)), kinds=["pm"])["pm"]
+def test_window_of_the_parametric_map() -> None:
+    each = make_objects(image(ramp(40, 60)), kinds=["pm"])["pm"]
     [window] = each.SharedFunctionalGroupsSequence[0].FrameVOILUTSequence
     assert (window.WindowCenter, window.WindowWidth, window.VOILUTFunction) == (0.5, 1, "LINEAR_EXACT")
 
 
 @pytest.mark.parametrize(("method", "code"), [("grad-cam", "130403"), ("cam", "130402"), ("rise", "130404")])
-def test_the_quantity_is_the_methods(method, code):
-    each = made(image(ramp()), kinds=["pm"], method=method)["pm"]
+def test_quantity_of_the_method(method: str, code: str) -> None:
+    each = make_objects(image(ramp()), kinds=["pm"], method=method)["pm"]
     assert {e.value for e in each.iterall() if e.keyword == "CodeValue"} >= {code}
 
 
-def test_geometry_that_is_made_up_is_said_to_be():
+def test_synthetic_geometry_is_declared() -> None:
     for kind in ("pm", "seg"):
-        each = made(multi_frame(), kinds=[kind])[kind]
+        each = make_objects(multi_frame(), kinds=[kind])[kind]
         assert "SYNTHETIC GEOMETRY" in each.ImageComments
         assert "SYNTHETIC GEOMETRY" in each.DerivationDescription
 
 
-def test_what_was_cropped_away_has_no_saliency():
+def test_map_is_zero_outside_of_the_crop() -> None:
     region = Dataset()
     region.RegionLocationMinX0, region.RegionLocationMinY0 = 20, 10
     region.RegionLocationMaxX1, region.RegionLocationMaxY1, region.RegionSpatialFormat = 51, 41, 1
@@ -375,9 +365,9 @@ def test_what_was_cropped_away_has_no_saliency():
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_the_outline_goes_around_what_stands_out(photometric):
+def test_outline_surrounds_the_highest_values(photometric: str) -> None:
     source = image(ramp(40, 60), PhotometricInterpretation=photometric, WindowCenter=100, WindowWidth=200)
-    state = made(source, kinds=["gsps"])["gsps"]
+    state = make_objects(source, kinds=["gsps"])["gsps"]
     [annotation] = state.GraphicAnnotationSequence
     assert "RESEARCH USE ONLY" in annotation.TextObjectSequence[0].UnformattedTextValue
     points = np.array(annotation.GraphicObjectSequence[0].GraphicData).reshape(-1, 2)
@@ -387,7 +377,7 @@ def test_the_outline_goes_around_what_stands_out(photometric):
     assert state.SoftcopyVOILUTSequence[0].WindowCenter == 100
 
 
-def test_a_map_of_nothing_makes_objects_too():
+def test_map_of_zeros() -> None:
     rendered = dicom.read(image(ramp()))
     answer = explanation(rendered.pixels)
     answer.saliency[:] = 0
@@ -397,13 +387,13 @@ def test_a_map_of_nothing_makes_objects_too():
     assert objects["sc"].StudyInstanceUID == STUDY
 
 
-def test_which_side_it_is_is_kept():
-    for kind, each in made(image(ramp(), BodyPartExamined="BREAST", ImageLaterality="R")).items():
+def test_laterality_is_copied() -> None:
+    for kind, each in make_objects(image(ramp(), BodyPartExamined="BREAST", ImageLaterality="R")).items():
         if kind in ("sc", "pm"):
             assert (each.ImageLaterality, "Laterality" in each) == ("R", False)
 
 
-def test_another_label_is_another_object():
+def test_label_changes_the_uid() -> None:
     source = image(ramp())
     rendered = dicom.read(source)
     of = explanation(rendered.pixels)
@@ -412,26 +402,28 @@ def test_another_label_is_another_object():
     assert len(uids) == 2
 
 
-def test_nothing_of_a_header_is_in_what_is_printed():
+def test_repr_has_no_header_values() -> None:
     rendered = dicom.read(image(ramp()))
     assert SECRETS["PatientName"] not in repr(rendered)
 
 
 @pytest.mark.parametrize("spacing", [["0.5"], ["0", "0.5"]])
-def test_odd_spacing_is_none(spacing):
-    each = made(image(ramp(), PixelSpacing=spacing))["sc"]
+def test_invalid_spacing_is_ignored(spacing: Any) -> None:
+    each = make_objects(image(ramp(), PixelSpacing=spacing))["sc"]
     assert "PixelSpacing" not in each
 
 
-def test_a_presentation_state_shows_pixels_as_wide_as_they_are():
-    [area] = made(image(ramp(), PixelSpacing=["0.5", "1"]))["gsps"].DisplayedAreaSelectionSequence
+def test_presentation_state_has_the_pixel_aspect_ratio() -> None:
+    [area] = make_objects(image(ramp(), PixelSpacing=["0.5", "1"]))["gsps"].DisplayedAreaSelectionSequence
     assert [*area.PresentationPixelAspectRatio] == [500, 1000]
-    [area] = made(image(ramp()))["gsps"].DisplayedAreaSelectionSequence
+    [area] = make_objects(image(ramp()))["gsps"].DisplayedAreaSelectionSequence
     assert [*area.PresentationPixelAspectRatio] == [1, 1]
 
 
-def test_a_class_is_one_of_a_model():
-    found = [item for item in made(image(ramp()))["sr"].iterall() if item.value == "class-3"]
+def test_class_code_has_the_model_digest_as_version() -> None:
+    found = [item for item in make_objects(image(ramp()))["sr"].iterall() if item.value == "class-3"]
     assert found
-    versions = [item.value for item in made(image(ramp()))["sr"].iterall() if item.keyword == "CodingSchemeVersion"]
+    versions = [
+        item.value for item in make_objects(image(ramp()))["sr"].iterall() if item.keyword == "CodingSchemeVersion"
+    ]
     assert "ab" * 8 in versions
