@@ -221,9 +221,8 @@ def test_command_does_not_replace_its_input(address: str, file: Path, tmp_path: 
 
 
 def test_command_reports_a_withheld_overlay(address: str, file: Path, tmp_path: Path) -> None:
-    ran = run(
-        file, "--address", address, "--out", tmp_path / "out"
-    )  # the fake server returns the same value for both scores
+    # The fake server returns the same value for insertion and deletion.
+    ran = run(file, "--address", address, "--out", tmp_path / "out")
     assert ran.exit_code == 0
     assert "check insertion > deletion failed" in ran.stderr
     assert [path.suffixes for path in (tmp_path / "out").iterdir()] == [[".sr", ".dcm"]]

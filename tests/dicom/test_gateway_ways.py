@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import socket
 import ssl
 import threading
@@ -100,8 +101,9 @@ def web() -> Iterator[Web]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             service.requests.append(({**self.headers}, body))
             status, response = service.responses.pop(0)
-            instance = body[body.index(b"2.25.") :].split(b"\0")[0].decode()
-            content = json.dumps(response).replace("INSTANCE", instance).encode()
+            uid = re.search(rb"2\.25\.\d+", body)  # the first is Media Storage SOP Instance UID
+            assert uid is not None
+            content = json.dumps(response).replace("INSTANCE", uid[0].decode()).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()

@@ -250,7 +250,7 @@ def test_coding_scheme_is_identified() -> None:
 @pytest.mark.parametrize("kind", ["sc", "pm", "seg"])
 def test_results_are_not_sources(kind: str) -> None:
     result = make_objects(image(ramp(40, 60)), kinds=[kind])[kind]
-    with pytest.raises(DicomError, match="camserve has make_objects") as wrong:
+    with pytest.raises(DicomError, match="camserve has made") as wrong:
         dicom.read(result, **AS_IT_IS)
     assert wrong.value.reason == "OWN_RESULT"
 
