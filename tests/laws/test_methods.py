@@ -303,8 +303,9 @@ def check_published(entry: registry.Entry) -> None:
     assert "\n" not in entry.summary
     for text in (entry.summary, entry.equations, entry.advice, *(p.description for p in entry.parameters)):
         assert not any(section in text for section in SECTIONS), "sections do not leak into published texts"
-    for parameter in entry.parameters:
-        assert parameter.description.endswith("."), f"{parameter.name}: {parameter.description!r}"
+    assert all(parameter.description for parameter in entry.parameters)
+    if entry.plan.__module__.startswith("camserve_server."):
+        assert all(parameter.description.endswith(".") for parameter in entry.parameters)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -313,7 +314,9 @@ def test_method_publishes_its_texts(method: str) -> None:
     check_published(entry)
     assert entry.paper.startswith(("arXiv:", "doi:"))
     assert "=" in entry.equations
-    assert entry.advice.startswith(("Use it", "A control"))
+    assert entry.advice.endswith(".")
+    if entry.plan.__module__.startswith("camserve_server."):
+        assert entry.advice.startswith(("Use it", "A control"))
     assert "[T, " in (entry.plan.__doc__ or ""), "the docstring states the shapes of the maps"
 
 
