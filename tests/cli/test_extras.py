@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-# Each command that needs an extra, the extra, and the packages of the extra that the command imports first or last.
+# Each command that needs an extra, with its arguments, the extra, and packages that the test hides one at a time.
 COMMANDS = [
     ("camserve", [], "cli", ["typer", "rich"]),
-    ("camserve serve", [], "server", ["torch", "pydantic_settings", "structlog", "grpc_health"]),
-    ("camserve config check", [], "server", ["torch", "pydantic_settings"]),
-    ("camserve dicom explain", ["image.dcm", "--out", "out"], "dicom", ["pydicom", "highdicom", "contourpy"]),
+    ("camserve serve", [], "server", ["torch", "pydantic_settings"]),
+    ("camserve config check", [], "server", ["pydantic_settings"]),
+    ("camserve dicom explain", ["image.dcm", "--out", "out"], "dicom", ["pydicom", "highdicom"]),
     (
         "camserve dicom gateway",
         ["--config", "gateway.toml"],
         "gateway",
-        ["pynetdicom", "prometheus_client", "pydicom"],
+        ["pynetdicom", "pydicom"],
     ),
     (
         "camserve evaluate --report",
@@ -25,7 +25,7 @@ COMMANDS = [
         "report",
         ["jinja2", "matplotlib"],
     ),
-    ("camserve bench --report", ["report.html"], "report", ["jinja2", "matplotlib"]),
+    ("camserve bench --report", ["report.html"], "report", ["jinja2"]),
 ]
 
 
