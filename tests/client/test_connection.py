@@ -227,7 +227,7 @@ def test_server_permits_the_ping_interval_of_the_client() -> None:
     from camserve_server.service import server
 
     options = dict(server.KEEPALIVE)
-    assert options["grpc.http2.min_recv_ping_interval_without_data_ms"] < connection.KEEPALIVE_MS
+    assert options["grpc.http2.min_ping_interval_without_data_ms"] < connection.KEEPALIVE_MS
     assert options["grpc.keepalive_permit_without_calls"] == 1
 
 

@@ -37,7 +37,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 EXCLUSIVE_PORT = ("grpc.so_reuseport", 0)  # binding fails if another server uses the port
 KEEPALIVE = (  # clients ping every 30 s; by default, gRPC closes connections with more than one ping in five minutes
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # The server pings clients, too, to end the calls of clients that have disappeared without closing the connection.
     ("grpc.keepalive_time_ms", 60_000),
