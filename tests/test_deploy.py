@@ -1,11 +1,9 @@
-"""What is in deploy/kubernetes and the Dockerfile fits the API, the configuration and the server; `camserve health`."""
+"""Checks that deploy/kubernetes and the Dockerfile agree with the Kubernetes API and the server; `camserve health`."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,14 @@ import yaml
 from grpc_health.v1.health import HealthServicer
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from typer.testing import CliRunner
 
+from camserve_cli.app import app
 from camserve_server.config import Config, ModelConfig, TLSConfig, read_config
 from camserve_server.service.server import SERVICE, Server
 from tests.conftest import serving
 from tests.credentials import certify
+from tests.processes import CAMSERVE, completed
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "deploy" / "kubernetes" / "base"
@@ -55,7 +56,7 @@ def image_environment() -> dict[str, str]:
 
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch) -> Config:
-    """As a pod reads it: the file, and the environment of the image and the deployment."""
+    """Read the configuration as a pod does: from the file and the environment of the image and the deployment."""
     given = {each["name"]: each.get("value", "4") for each in container()["env"]}
     for name, value in {**image_environment(), **given}.items():
         assert name.removeprefix("CAMSERVE_").lower() in Config.model_fields
@@ -67,25 +68,27 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_manifests_are_of_the_api(name: str) -> None:
+def test_manifests_match_the_api(name: str) -> None:
     kubernetes_validate.validate(MANIFESTS[name], "1.37", strict=True)
 
 
-def test_the_check_is_strict() -> None:
+def test_unknown_keys_of_manifests_are_errors() -> None:
     with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
         wrong = {**MANIFESTS["deployment"], "spec": {**MANIFESTS["deployment"]["spec"], "replica": 1}}
         kubernetes_validate.validate(wrong, "1.37", strict=True)
 
 
-def test_all_manifests_are_applied() -> None:
+def test_kustomization_lists_all_manifests() -> None:
     assert {Path(name).stem for name in KUSTOMIZATION["resources"]} == MANIFESTS.keys()
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl, which has kustomize in it")
-@pytest.mark.parametrize("which", ["base", "gpu"], ids="for {}".format)  # the bare word is a marker
-def test_what_kustomize_makes_is_of_the_api(which: str) -> None:
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl with kustomize")
+@pytest.mark.parametrize(
+    "which", ["base", "gpu"], ids="for {}".format
+)  # without the prefix, pytest would take "gpu" for the marker
+def test_output_of_kustomize_matches_the_api(which: str) -> None:
     command = ["kubectl", "kustomize", str(BASE.parent / which)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    made = completed(command).stdout
     manifests = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(made)}
     for manifest in manifests.values():
         kubernetes_validate.validate(manifest, "1.37", strict=True)
@@ -99,32 +102,32 @@ def test_what_kustomize_makes_is_of_the_api(which: str) -> None:
     assert (
         ("CAMSERVE_DEVICE" in known) == ("nvidia.com/gpu" in made_container["resources"]["limits"]) == (which == "gpu")
     )
-    assert made_container["resources"]["limits"]["cpu"] == "4", "threads follow it"
+    assert made_container["resources"]["limits"]["cpu"] == "4", "the number of threads follows this limit"
 
 
-# ---- and the server --------------------------------------------------------------------------------------------------
+# ---- the manifests and the server ------------------------------------------------------------------------------------
 
 
-def test_the_ports_are_those_that_the_server_listens_on(config: Config) -> None:
+def test_ports_are_those_of_the_server(config: Config) -> None:
     ports = {each["name"]: each["containerPort"] for each in container()["ports"]}
     listens = {"grpc": config.listen, "health": config.health_listen, "metrics": config.metrics_listen}
     assert {name: f"0.0.0.0:{port}" for name, port in ports.items()} == listens
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert container()[probe]["grpc"]["port"] == ports["health"]
     assert container()["readinessProbe"]["grpc"]["service"] == SERVICE
-    assert "service" not in container()["livenessProbe"]["grpc"], "one that is busy loading is alive"
+    assert "service" not in container()["livenessProbe"]["grpc"], "a server that loads its models is alive"
     assert MANIFESTS["deployment"]["spec"]["template"]["metadata"]["annotations"]["prometheus.io/port"] == "9464"
     assert ports["metrics"] == 9464
     allowed = [port["port"] for rule in MANIFESTS["networkpolicy"]["spec"]["ingress"] for port in rule["ports"]]
     assert [*allowed, MANIFESTS["service"]["spec"]["ports"][0]["targetPort"]] == ["grpc", "metrics", "grpc"]
 
 
-def test_there_is_time_to_drain(config: Config) -> None:
+def test_termination_period_allows_draining(config: Config) -> None:
     before = container()["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert before + config.grace_s + 5 <= pod()["terminationGracePeriodSeconds"]
 
 
-def test_what_the_configuration_names_is_mounted(config: Config) -> None:
+def test_files_of_the_configuration_are_mounted(config: Config) -> None:
     mounted = {each["mountPath"]: each["name"] for each in container()["volumeMounts"]}
     assert config.tls is not None
     for path in (config.tls.certificate, config.tls.key, config.tls.client_ca):
@@ -136,19 +139,19 @@ def test_what_the_configuration_names_is_mounted(config: Config) -> None:
     assert KUSTOMIZATION["configMapGenerator"][0]["files"] == [Path(path).name]
 
 
-def test_the_user_is_that_of_the_image() -> None:
+def test_user_is_that_of_the_image() -> None:
     user = pod()["securityContext"]["runAsUser"]
     assert f"\nUSER {user}:{user}\n" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
-def test_the_autoscaler_asks_for_a_metric_that_there_is() -> None:
+def test_autoscaler_uses_a_documented_metric() -> None:
     [metric] = MANIFESTS["horizontalpodautoscaler"]["spec"]["metrics"]
     name = metric["pods"]["metric"]["name"]
     assert f"| `{name}` | gauge |" in (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
     assert name in (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
 
 
-def test_the_image_alone_does_not_serve_strangers_in_plaintext() -> None:
+def test_image_does_not_allow_plaintext_beyond_loopback() -> None:
     assert "CAMSERVE_INSECURE" not in image_environment()
     assert image_environment()["CAMSERVE_HEALTH_LISTEN"].startswith("127.0.0.1:")
 
@@ -157,16 +160,17 @@ def test_the_image_alone_does_not_serve_strangers_in_plaintext() -> None:
 
 
 def health(address: str, *options: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "camserve_cli", "health", "--address", address, *options]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    return ran.returncode, ran.stdout + ran.stderr
+    """Run `camserve health` in this process; return its exit status and its output."""
+    result = CliRunner().invoke(app, ["health", "--address", address, *options])
+    return result.exit_code, result.output
 
 
-def test_a_server_that_is_ready(server: Server) -> None:
-    assert health(server.address) == (0, "ready\n")
+def test_health_of_a_ready_server(server: Server) -> None:
+    ran = completed([*CAMSERVE, "health", "--address", server.address])
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "ready\n", "")
 
 
-def test_a_server_that_is_not() -> None:
+def test_health_of_servers_that_are_not_ready() -> None:
     states = HealthServicer()
     other = grpc.server(ThreadPoolExecutor(1))
     add_HealthServicer_to_server(states, other)
@@ -183,8 +187,8 @@ def test_a_server_that_is_not() -> None:
     assert len(said.splitlines()) == 1
 
 
-def test_a_server_that_wants_certificates(tmp_path: Path) -> None:
-    """By its listener for probes anybody may ask, by the other one who has a certificate."""
+def test_health_of_a_server_that_requires_certificates(tmp_path: Path) -> None:
+    """The health listener requires no certificate, and the other listener does."""
     ca = trustme.CA()
     for name in ("server", "client"):
         certify(ca, tmp_path, name)

@@ -1,11 +1,10 @@
-"""The documentation does what it says: its code runs, its links lead somewhere, and it leaves nothing out."""
+"""Checks of the documentation: its code runs, its links are valid, and it is complete."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,12 +15,15 @@ import pytest
 import skimage
 from pydantic import BaseModel
 from pydicom.data import get_testdata_file
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from camserve_cli.app import app
 from camserve_server import registry
 from camserve_server.config import Config, ModelConfig, TLSConfig, read_config
 from camserve_server.service.server import Server
+from tests.processes import ROOT, completed
 
-ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 DOCUMENTED_ADDRESS = "127.0.0.1:50051"
 # Pages of the documentation site refer to other files of the repository by their address.
@@ -31,7 +33,7 @@ registry.discover()
 
 
 def blocks(language: str, pages: Sequence[Path] = PAGES) -> list[object]:
-    """Every fenced block of the language, named by its page and place."""
+    """Return each fenced block of the language as a parameter named after its page and position."""
     fence = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
     return [
         pytest.param(text, id=f"{path.relative_to(ROOT)}:{i}")
@@ -45,14 +47,14 @@ def page(name: str) -> str:
 
 
 def section(name: str, of: str) -> str:
-    """The page's section that speaks of `name`: from the first heading below which it stands in backticks."""
+    """Return the first section of the page that contains `name` in backticks."""
     sections = re.split(r"^(?=#{1,2} )", page(of), flags=re.MULTILINE)
     return next(text for text in sections[2:] if f"`{name}`" in text and "| [`" not in text)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of a reader: a photograph and a CT lie in it."""
+    """Change to a working directory with the files that the documentation uses: a photograph and a CT image."""
     photograph = Path(skimage.__file__).parent / "data" / "chelsea.png"
     (tmp_path / "dog.jpg").write_bytes(photograph.read_bytes())
     (tmp_path / "image.dcm").write_bytes(Path(str(get_testdata_file("CT_small.dcm", download=False))).read_bytes())
@@ -60,61 +62,44 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# ---- what runs -------------------------------------------------------------------------------------------------------
+# ---- code and commands -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs_as_it_stands(code: str, server: Server, folder: Path) -> None:
+def test_python_blocks_run(code: str, server: Server, folder: Path) -> None:
     assert DOCUMENTED_ADDRESS in code
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code.replace(DOCUMENTED_ADDRESS, server.address)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    ran = completed([sys.executable, "-W", "error", "-c", code.replace(DOCUMENTED_ADDRESS, server.address)])
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout or (folder / "overlay.png").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # ten processes, one after the other
-def test_commands_run_as_they_stand(server: Server, folder: Path) -> None:
+def test_commands_run(server: Server, folder: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8") + page("quickstart.md")
     commands = re.findall(r"^\$ camserve ((?:list|explain|evaluate|replay|dicom explain) .*)$", text, re.MULTILINE)
     assert {command.split()[0] for command in commands} == {"list", "explain", "evaluate", "replay", "dicom"}
     for command in commands:
-        ran = subprocess.run(
-            [sys.executable, "-m", "camserve_cli", *shlex.split(command), "--address", server.address],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert ran.returncode == 0, ran.stderr
+        result = CliRunner().invoke(app, [*shlex.split(command), "--address", server.address])
+        assert result.exit_code == 0, f"{command}: {result.output}"
     assert (folder / "maps" / "dog.npy").exists()
     assert (folder / "maps" / "dog.png").exists()
     assert (folder / "results" / "image.sr.dcm").exists()
 
 
 @pytest.mark.parametrize("text", blocks("console"))
-def test_options_of_commands_exist(text: str) -> None:
-    from typer.main import get_command
-
-    from camserve_cli.app import app
-
-    known = get_command(app).commands  # type: ignore[attr-defined]
+def test_commands_use_existing_options(text: str) -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
     for line in re.findall(r"^\$ camserve (.*)$", text.replace("\\\n", " "), re.MULTILINE):
         name, *arguments = shlex.split(line, comments=True)
-        command = known[name]
+        command = commands[name]
         if hasattr(command, "commands"):
             command = command.commands[arguments[0]]
         options = {option for parameter in command.params for option in parameter.opts}
         assert {a for a in arguments if a.startswith("--")} <= options
 
 
-def test_promises_name_tests_that_there_are() -> None:
+def test_operations_page_names_existing_tests() -> None:
     named = re.findall(r"`(tests/\S+\.py)::(\w+)`", page("operations.md"))
     assert len(named) > 30
     for path, name in named:
@@ -124,19 +109,19 @@ def test_promises_name_tests_that_there_are() -> None:
 @pytest.mark.parametrize(
     "text", blocks("toml", [path for path in PAGES if path.name not in ("add-a-method.md", "pacs.md")])
 )
-def test_toml_is_a_configuration(text: str, tmp_path: Path) -> None:
+def test_toml_blocks_are_valid_configurations(text: str, tmp_path: Path) -> None:
     path = tmp_path / "camserve.toml"
     path.write_text(text, encoding="utf-8")
     assert read_config(path).models
 
 
-def test_the_default_configuration_in_full_is_the_default(tmp_path: Path) -> None:
+def test_documented_default_configuration_is_the_default(tmp_path: Path) -> None:
     path = tmp_path / "camserve.toml"
     path.write_text(re.findall(r"```toml\n(.*?)```", page("configuration.md"), re.DOTALL)[0], encoding="utf-8")
     assert read_config(path).model_dump() == read_config().model_dump()
 
 
-def test_environment_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_environment_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     [line] = re.findall(r"^\$ export (CAMSERVE_DEVICE.*)$", page("configuration.md"), re.MULTILINE)
     [models] = re.findall(r"^\$ export (CAMSERVE_MODELS.*)$", page("configuration.md"), re.MULTILINE)
     for assignment in [*shlex.split(line), *shlex.split(models)]:
@@ -145,11 +130,11 @@ def test_environment_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None
     assert (config.device, config.threads, config.grace_s, config.models[0].name) == ("cpu", 4, 10.0, "vgg16")
 
 
-# ---- what is complete ------------------------------------------------------------------------------------------------
+# ---- completeness ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [Config, ModelConfig, TLSConfig])
-def test_every_key_is_documented_with_its_default(kind: type[BaseModel]) -> None:
+def test_each_key_is_documented_with_its_default(kind: type[BaseModel]) -> None:
     for name, field in kind.model_fields.items():
         rows = [line for line in page("configuration.md").splitlines() if line.startswith(f"| `{name}` |")]
         assert len(rows) == 1, name
@@ -161,20 +146,20 @@ def test_every_key_is_documented_with_its_default(kind: type[BaseModel]) -> None
                 assert default in (f"`{value}`", f'`"{value}"`'), name
             case tuple() as values:
                 assert default == f"`{json.dumps(values)}`", name
-            case _:  # required, or found by itself
+            case _:  # required, or the server determines it
                 assert not default.startswith("`"), name
 
 
-def test_the_page_of_methods_is_what_they_say_of_themselves(tmp_path: Path) -> None:
+def test_page_of_methods_is_up_to_date(tmp_path: Path) -> None:
     made = tmp_path / "methods.md"
     command = [sys.executable, str(ROOT / "examples" / "methods_page.py"), "--out", str(made)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ran = completed(command)
     assert ran.returncode == 0, ran.stderr
     assert made.read_text(encoding="utf-8") == page("methods.md"), "docs/methods.md is out of date: run make docs"
 
 
 @pytest.mark.parametrize("name", sorted(registry.METHODS))
-def test_every_method_has_a_picture_or_a_reason_why_not(name: str) -> None:
+def test_each_method_has_an_image_or_a_reason_for_having_none(name: str) -> None:
     text = page("methods.md").partition(f"\n### `{name}`\n")[2].partition("\n### ")[0]
     picture = ROOT / "docs" / "pictures" / f"{name}.jpg"
     if "No image: " in text:
@@ -187,19 +172,19 @@ def test_every_method_has_a_picture_or_a_reason_why_not(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(registry.METHODS))
-def test_the_readme_says_what_every_method_is_for(name: str) -> None:
+def test_readme_lists_each_method(name: str) -> None:
     table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Methods\n")[2].partition("\n## ")[0]
     assert f"`{name}`" in table
 
 
-def test_every_picture_is_shown() -> None:
+def test_each_image_is_used() -> None:
     for path in (ROOT / "docs" / "pictures").iterdir():
         where = "benchmarks.md" if path.name.startswith("bench-") else "methods.md"
         assert f"(pictures/{path.name})" in page(where)
 
 
 @pytest.mark.parametrize("name", sorted(registry.METRICS))
-def test_every_metric_is_documented_with_its_parameters(name: str) -> None:
+def test_each_metric_is_documented_with_its_parameters(name: str) -> None:
     metric = registry.METRICS[name]
     assert f"| [`{name}`](#" in page("metrics.md")
     text = section(name, "metrics.md")
@@ -211,8 +196,8 @@ def test_every_metric_is_documented_with_its_parameters(name: str) -> None:
         assert not missing
 
 
-def test_what_is_quoted_stands_in_the_file() -> None:
-    """On docs/add-a-method.md each block of code is of the file that is linked last before it."""
+def test_quoted_code_is_part_of_the_linked_file() -> None:
+    """On docs/add-a-method.md, each block of code quotes the file of the last link before it."""
     quoted = re.findall(
         rf"\]\({REPOSITORY}([\w./]+\.(?:py|toml))\)[^\]`]*?```(?:py|toml)\n(.*?)```", page("add-a-method.md"), re.DOTALL
     )
@@ -223,7 +208,7 @@ def test_what_is_quoted_stands_in_the_file() -> None:
         )
 
 
-def test_every_error_is_documented() -> None:
+def test_each_error_is_documented() -> None:
     from camserve import errors
 
     for kind in errors.CamserveError.__subclasses__():
@@ -231,17 +216,17 @@ def test_every_error_is_documented() -> None:
         assert kind.code.name in page("client.md")
 
 
-def test_every_decision_is_listed() -> None:
+def test_each_decision_is_listed() -> None:
     listed = page("decisions/README.md")
     for decision in (ROOT / "docs" / "decisions").glob("[0-9]*.md"):
         assert f"({decision.name})" in listed
 
 
-# ---- what leads somewhere --------------------------------------------------------------------------------------------
+# ---- links -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_are_valid(path: Path) -> None:
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if in_repository := re.match(REPOSITORY, link):
@@ -263,9 +248,10 @@ def test_files_named_on_the_design_page_exist() -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """Of the page's headings, as GitHub makes them."""
+    """Return the anchors that GitHub makes for the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    found, seen = set(), Counter[str]()
+    found: set[str] = set()
+    seen: Counter[str] = Counter()
     for heading in headings:
         plain = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
         found.add(f"{plain}-{seen[plain]}" if seen[plain] else plain)
