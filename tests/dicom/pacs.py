@@ -116,6 +116,8 @@ class Pacs:
         self.gateway = ""
         self._port = 0  # of the first `up`, and of each later one
         self._ae = AE("PACS")
+        # Under load, a response to a report can be lost between two threads of pynetdicom. The default is 30 s.
+        self._ae.dimse_timeout = 5
         self._ae.supported_contexts = AllStoragePresentationContexts
         self._ae.add_supported_context(Verification)
         self._ae.add_supported_context(StorageCommitmentPushModel)
