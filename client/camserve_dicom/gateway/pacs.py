@@ -30,9 +30,9 @@ __all__ = ["DimsePacs", "Pacs", "StowPacs", "check_storage_status", "sop_referen
 # A PACS that is sending a commitment report answers the release of the association late.
 RELEASE_TIMEOUT_S = 5.0
 REJECTED_PERMANENT = 1  # result field of A-ASSOCIATE-RJ (PS3.8 9.3.4)
-RESOURCE_LIMITATION = 0x0213  # PS3.7 C.5.15
+RESOURCE_LIMITATION = 0x0213  # PS3.7 C.5
 # The PACS has the object already. Its UID is derived from its content, so it is the same object.
-DUPLICATE_SOP_INSTANCE = 0x0111  # PS3.7 C.5.6
+DUPLICATE_SOP_INSTANCE = 0x0111  # PS3.7 C.5
 
 
 class Pacs(Protocol):

@@ -45,9 +45,9 @@ __all__ = ["Receiver", "modality_and_body_part"]
 
 log = structlog.get_logger()
 
-# Status codes (PS3.4 B.2.3, PS3.7 C).
+# Status codes (PS3.4 B.2.3, PS3.7 C.5).
 SUCCESS = 0x0000
-INVALID_ATTRIBUTE_VALUE = 0x0115
+INVALID_ARGUMENT_VALUE = 0x0115
 NOT_AUTHORISED = 0x0124
 OUT_OF_RESOURCES = 0xA700
 DATASET_MISMATCH = 0xA900
@@ -271,7 +271,7 @@ class Receiver:
             for item in report.get("FailedSOPSequence", [])
         }
         accepted = self._handle_report(str(report.get("TransactionUID", "")), committed, failed)
-        return SUCCESS if accepted else INVALID_ATTRIBUTE_VALUE
+        return SUCCESS if accepted else INVALID_ARGUMENT_VALUE
 
 
 def modality_and_body_part(header: Dataset) -> tuple[str, str]:
