@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ import pytest
 import skimage
 from numpy.typing import NDArray
 
+from camserve_server.service.server import Server
 from tests.processes import completed, environment
 from tests.test_demo import children, mark
 
@@ -21,6 +26,27 @@ pytestmark = pytest.mark.slow
 
 def figure(out: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return completed([sys.executable, FIGURE, "--out", out, *arguments], env=environment(**variables))
+
+
+@pytest.fixture
+def figure_in_process(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Return a function that runs examples/figure.py with the shared server, and returns its exit status and output.
+
+    The start of a server with the embedded network takes many seconds of CPU time.
+    """
+    monkeypatch.syspath_prepend(FIGURE.parent)
+    module = importlib.import_module("figure")
+    monkeypatch.setattr(module.demo, "serving", lambda log, console: nullcontext(server.address))
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(out: Path, *arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["figure.py", "--out", str(out), *arguments])
+        return module.main(), capsys.readouterr().out
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 def pixels(path: Path) -> NDArray[np.float64]:
@@ -53,15 +79,19 @@ def test_figure_has_a_row_of_maps_with_titles(tmp_path: Path) -> None:
     assert titled == [False, True, True]
 
 
-def test_single_images_have_the_names_of_their_methods(tmp_path: Path) -> None:
-    ran = figure(tmp_path, "--single", "--methods", "cam", "grad-cam++")
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+def test_single_images_have_the_names_of_their_methods(
+    tmp_path: Path, figure_in_process: Callable[..., tuple[int, str]]
+) -> None:
+    status, output = figure_in_process(tmp_path, "--single", "--methods", "cam", "grad-cam++")
+    assert status == 0, output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cam.jpg", "grad-cam++.jpg"]
     assert pixels(tmp_path / "cam.jpg").shape == (200, 300, 3)
 
 
-def test_method_that_the_network_cannot_serve_is_an_error(tmp_path: Path) -> None:
-    ran = figure(tmp_path, "--photographs", "coffee", "--methods", "raw-attention")
-    assert ran.returncode == 1
-    assert "self-attention" in ran.stdout
+def test_method_that_the_network_cannot_serve_is_an_error(
+    tmp_path: Path, figure_in_process: Callable[..., tuple[int, str]]
+) -> None:
+    status, output = figure_in_process(tmp_path, "--photographs", "coffee", "--methods", "raw-attention")
+    assert status == 1
+    assert "self-attention" in output
     assert not [*tmp_path.iterdir()]
