@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camserve_server import registry
@@ -93,8 +94,8 @@ def test_maps_have_the_right_shape_range_and_targets(model: Model, method: str, 
     assert result.targets.index == tuple(likeliest)
     assert result.share == 1
     assert float(result.maps[0].max()) > 0
-    said = [warning.partition(" and ")[0] for warning in result.warnings[0]]
-    assert said == ["degenerate: the map is nearly even"] * (method == "fake-cam"), "other maps have no warnings"
+    warnings = [warning.partition(" and ")[0] for warning in result.warnings[0]]
+    assert warnings == ["degenerate: the map is nearly even"] * (method == "fake-cam"), "other maps have no warnings"
     alike = torch.equal(result.maps[0], result.maps[1])
     assert alike == registry.METHODS[method].class_agnostic, "only class-agnostic methods have equal maps"
 
@@ -282,15 +283,15 @@ def test_network_with_nan_logits_gives_valid_maps(network: str, method: str, x: 
 @each
 def test_rows_do_not_exceed_the_announced_number(model: Model, method: str, x: Tensor) -> None:
     """Admission relies on `rows`."""
-    asked = quick(model, method)
+    method_call = quick(model, method)
     with running() as engine:
-        job = submit(engine, model, x, asked, [1, 2])
+        job = submit(engine, model, x, method_call, [1, 2])
         job.future.result(timeout=120)
-    assert 1 <= job.rows <= rows_needed(model, asked, (), 2).most
+    assert 1 <= job.rows <= rows_needed(model, method_call, (), 2).most
     entry = registry.METHODS[method]
-    sizes = registry.Sizes([layer.channels for layer in asked.layers], 2, model.preprocessing.size)
+    sizes = registry.Sizes([layer.channels for layer in method_call.layers], 2, model.preprocessing.size)
     if entry.min_rows is not None:
-        assert 1 <= entry.min_rows(sizes, **asked.parameters) <= entry.rows(sizes, **asked.parameters)
+        assert 1 <= entry.min_rows(sizes, **method_call.parameters) <= entry.rows(sizes, **method_call.parameters)
 
 
 SECTIONS = ("Args:", "Returns:", "Raises:", "Equations:", "Advice:")
@@ -362,14 +363,14 @@ def test_metric_values_lie_in_their_range(model: Model, name: str) -> None:
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_metric_depends_only_on_the_seed_and_keeps_the_announced_rows(model: Model, name: str, x: Tensor) -> None:
-    asked, entry = quick(model, "smooth-grad"), registry.METRICS[name]
+    method_call, entry = quick(model, "smooth-grad"), registry.METRICS[name]
     with running() as engine:
 
         def score(seed: int) -> MetricResult:
             scored = [metric(name, seed=seed, **QUICK_METRICS.get(name, {}))]
-            job = submit(engine, model, x, asked, [1], scored)
+            job = submit(engine, model, x, method_call, [1], scored)
             result = job.future.result(timeout=120)
-            assert job.rows <= rows_needed(model, asked, scored, 1).most
+            assert job.rows <= rows_needed(model, method_call, scored, 1).most
             return result.scores[0][0]
 
         first, again, other = score(1), score(1), score(2)
@@ -383,36 +384,43 @@ def test_map_cut_by_a_deadline_can_be_reproduced() -> None:
     model = as_model(net)
     assert net.c3.bias is not None
     nn.init.constant_(net.c3.bias, -1e9)
-    x, asked = noise(3, 32, 32), call(model, "poly-cam")
+    x, method_call = noise(3, 32, 32), call(model, "poly-cam")
     with running() as engine:
-        plan = plan_request(model, model.image(x), [2], asked, ())
+        plan = plan_request(model, model.image(x), [2], method_call, ())
         late = engine.submit(plan, model, rows=100, limits=Limits(until=time.monotonic()))
         cut = late.future.result(timeout=60)
-        again = submit(engine, model, x, asked, [2], budget=late.cut_at).future.result(timeout=60)
+        again = submit(engine, model, x, method_call, [2], budget=late.cut_at).future.result(timeout=60)
     assert 0 < cut.share < 1
     assert torch.equal(cut.maps, again.maps)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("signs", [1, -1])
-def test_road_ends_for_extreme_pixels(signs: int) -> None:
-    """One step per pixel would take minutes."""
+def test_road_ends_for_extreme_pixels(signs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an early end, the solver would take one step per pixel, 50,176 steps."""
+    steps, pad = 0, F.pad
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return pad(*args, **kwargs)
+
+    monkeypatch.setattr(F, "pad", counted)
     x = torch.full((3, 224, 224), 3e38)
     x[:, ::2] *= signs
     missing = noise(224, 224) < 0
     assert imputed(x, missing).shape == x.shape
     assert imputed(noise(3, 224, 224), missing).isfinite().all()
+    assert 0 < steps < 2_000
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("method", METHODS)
 def test_no_parameter_blocks_the_engine_before_the_first_row(method: str) -> None:
     """All callers wait while a plan computes, so it must yield soon even with the largest parameters."""
     entry, model = registry.METHODS[method], as_model(nets.tiny_vit() if "attention" in method else nets.tiny_cnn())
     most = {p.name: int(p.range.maximum) for p in entry.parameters if type(p.default) is int and p.range}
     with running() as engine:
-        begun = time.monotonic()
+        begun = time.process_time()  # Other processes must not fail the test.
         job = submit(engine, model, noise(3, 32, 32), call(model, method, None, **most))
-        submit(engine, model, noise(3, 32, 32), call(model, "grad-cam"), 1).future.result(timeout=60)
+        submit(engine, model, noise(3, 32, 32), call(model, "grad-cam"), 1).future.result(timeout=240)
         engine.cancel(job)
-        assert time.monotonic() - begun < 15
+        assert time.process_time() - begun < 15

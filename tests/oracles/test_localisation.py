@@ -48,13 +48,13 @@ def score(name: str, S: Tensor, truth: Truth | None = None, **parameters: Any) -
     return measured(name, S, truth, **parameters).value
 
 
-def at(*given: Box) -> Truth:
-    return boxes.make_truth(given, None, SIZE)
+def at(*located: Box) -> Truth:
+    return boxes.make_truth(located, None, SIZE)
 
 
-def filled(*given: Box, value: float = 1.0) -> Tensor:
+def filled(*located: Box, value: float = 1.0) -> Tensor:
     S = torch.zeros(SIZE)
-    for left, top, right, bottom in given:
+    for left, top, right, bottom in located:
         S[int(top) : int(bottom), int(left) : int(right)] = value
     return S
 
@@ -194,14 +194,14 @@ def test_random_maps_agree_with_the_oracle(seed: int) -> None:
     random = np.random.default_rng(seed)
     grid = torch.from_numpy(random.random((1, 1, 6, 5)) ** 2)
     S = F.interpolate(grid, SIZE, mode="bilinear")[0, 0].float() if seed % 2 else noise(*SIZE, seed=seed).sigmoid()
-    given = []
+    located = []
     for _ in range(1 + seed % 3):
         (left, right), (top, bottom) = np.sort(random.choice(6 * W, 2)) / 6, np.sort(random.choice(6 * H, 2)) / 6
-        given.append((float(left), float(top), float(right) + 1 / 6, float(bottom) + 1 / 6))
-    truth, values = at(*given), S.double().numpy()
+        located.append((float(left), float(top), float(right) + 1 / 6, float(bottom) + 1 / 6))
+    truth, values = at(*located), S.double().numpy()
     mask = truth.mask.numpy()
     near = pytest.approx
-    assert score("localisation-error", S, truth) == near(oracle.localisation_error(values, given))
+    assert score("localisation-error", S, truth) == near(oracle.localisation_error(values, located))
     assert score("pixel-f1", S, truth) == near(oracle.pixel_f1(values, mask))
     assert score("energy-pointing-game", S, truth) == near(oracle.energy(values, mask))
     for tolerance in (0, 1, 7, 15):
