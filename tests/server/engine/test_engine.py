@@ -198,6 +198,7 @@ def test_plan_that_runs_out_of_memory_fails_with_out_of_memory(model: Model) -> 
         engine.submit(plan_without_memory(model), model, rows=1).future.result(TIMEOUT_S)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan", [plan_with_a_bug, plan_that_leaves_grad_mode_on, plan_with_a_wrong_row, plan_with_a_bug_in_a_term]
 )

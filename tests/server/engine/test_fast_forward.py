@@ -49,6 +49,7 @@ def compiled() -> Model:
     return load_small(compile=True)
 
 
+@pytest.mark.slow
 @compiler
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_network_gives_the_same_maps(compiled: Model, method: str) -> None:
@@ -59,6 +60,7 @@ def test_compiled_network_gives_the_same_maps(compiled: Model, method: str) -> N
     torch.testing.assert_close(maps(compiled, method), maps(load_small(), method), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @compiler
 def test_bits_do_not_depend_on_requests_with_hooks_in_other_batches(compiled: Model) -> None:
     """Queries with hooks run on the module itself, queries without hooks on the compiled network."""

@@ -55,6 +55,7 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "parameters", "rows"), LONG, ids=[method for method, *_ in LONG])
 def test_memory_is_bounded_by_the_batch(method: str, parameters: dict[str, Any], rows: int) -> None:
     model = as_model(MemoryProbe(), SIZE, batch_size=BATCH)

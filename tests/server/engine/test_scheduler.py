@@ -52,6 +52,7 @@ def check(batch: Batch[str], size: int, plans: dict[int, Plan]) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_thousand_plans_with_cancellations_and_failures(seed: int) -> None:
     rng = random.Random(seed)

@@ -152,6 +152,7 @@ def test_folding_keeps_digest_and_layers_of_the_embedded_network(lite0: tuple[Mo
     assert [*folded.spatial] == [name for name in plain.spatial if name not in folded.folded]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "layers"),
     [("grad-cam", None), ("grad-cam++", None), ("poly-cam", ["blocks.1.0.bn1"])],
@@ -162,6 +163,7 @@ def test_maps_are_the_same(lite0: tuple[Model, Model], method: str, layers: list
     torch.testing.assert_close(maps[1], maps[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_input_gradients_are_the_same_in_double_precision() -> None:
     """The gradient jumps where an input of ReLU6 crosses 0 or 6, and single precision rounds some inputs across."""
     models = load_lite0("fp64")

@@ -136,6 +136,7 @@ TRANSFORMERS: list[tuple[str, dict[str, Any], tuple[int, int], tuple[str, str, i
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "size", "single", "gap", "attention"), TRANSFORMERS)
 def test_layers_of_transformers(
     name: str,
@@ -245,6 +246,7 @@ NETWORKS: list[tuple[str, list[str], str, str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "several", "single", "gap"), NETWORKS)
 @pytest.mark.parametrize("size", [(64, 96), (96, 64)])
 def test_layers_of_convolutional_networks(
