@@ -1,8 +1,8 @@
 """The set-up with Orthanc that docs/pacs.md describes, executed command by command.
 
 The test runs this module as a process in a network namespace of its own: `python -m tests.dicom.orthanc FOLDER`. FOLDER
-is a copy of deploy/orthanc. The commands are those of the page, except that the server has a small model. The process
-prints a line after each part.
+is a copy of deploy/orthanc. The commands are those of the page, except that the server has a small model and the
+gateway requests one metric. The process prints a line after each part.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Folder:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         (folder / "tiny.toml").write_text(MODEL)
         config = folder / "gateway.toml"
-        config.write_text(config.read_text() + 'check = "insertion>=0"\n')
+        config.write_text(config.read_text() + 'metrics = ["insertion"]\ncheck = "insertion>=0"\n')
 
     def run(self, command: str) -> str:
         """Run a command of the page until it ends, and return its output. With & it continues in the background."""
@@ -176,8 +176,9 @@ def main(folder: Path) -> None:
         wait_for_commitments(1)
         found = results(0)
         (folder / "overlay.png").write_bytes(preview(found["OT"]))
-        with camserve.Client("127.0.0.1:50051") as client:
-            made = camserve_dicom.explain(client, folder / "image.dcm", check="insertion>=0").objects
+        with camserve.Client("127.0.0.1:50051", timeout=LIMIT_S) as client:
+            source = folder / "image.dcm"
+            made = camserve_dicom.explain(client, source, metrics=["insertion"], check="insertion>=0").objects
         assert found == {"OT": made["sc"], "SR": made["sr"]}
         print("results in Orthanc equal those of camserve_dicom.explain")
         print("Orthanc reports the commitment")
