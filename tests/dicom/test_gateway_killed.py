@@ -16,6 +16,7 @@ from tests.dicom.pacs import NAME, Pacs, free_port, image, send, wait_until
 from tests.processes import LIMIT_S
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("broken_associations"),
     pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning"),
 ]

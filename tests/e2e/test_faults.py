@@ -51,6 +51,7 @@ def tricky() -> nn.Module:
     return Tricky()
 
 
+@pytest.mark.slow
 def test_process_ends_when_the_device_thread_dies(tmp_path: Path) -> None:
     """Waiting requests get an error, and the exit status is 1."""
     config = tmp_path / "camserve.toml"
@@ -66,6 +67,7 @@ def test_process_ends_when_the_device_thread_dies(tmp_path: Path) -> None:
         assert "the engine died; the server ends" in server.stderr()
 
 
+@pytest.mark.slow
 def test_exception_in_the_network_fails_one_request(tmp_path: Path) -> None:
     model = ModelConfig(name="tricky", source=SOURCE, input_size=(32, 32), batch_size=4)
     config = Config(listen="127.0.0.1:0", device="cpu", models=[model])

@@ -155,6 +155,7 @@ def batches_during_health_checks(address: str, engine: Engine, checks: int = 200
 # ---- at the end ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_draining_server_refuses_new_requests_and_finishes_running_ones(config: Path) -> None:
     with (
         served(config) as server,
@@ -181,6 +182,7 @@ def test_draining_server_refuses_new_requests_and_finishes_running_ones(config: 
         assert server.process.wait(LIMIT_S) == 0, "the open Watch call does not delay the end by the grace period"
 
 
+@pytest.mark.slow
 def test_request_that_exceeds_the_grace_period_fails(config: Path) -> None:
     with served(config, CAMSERVE_GRACE_S="0.2") as server, grpc.insecure_channel(server.address) as channel:
         stream = running_stream(ExplainServiceStub(channel), steps=10_000)

@@ -71,6 +71,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_line_about_a_request_has_its_id(folder: Path) -> None:
     with (
         served(folder / "camserve.toml", PYTHONPATH=f"{ROOT}:{folder}") as server,

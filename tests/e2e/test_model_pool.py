@@ -92,6 +92,7 @@ def states(client: camserve.Client) -> dict[str, str]:
     return {model.name: model.state for model in client.models()}
 
 
+@pytest.mark.slow
 def test_unloading_waits_for_running_requests(tmp_path: Path) -> None:
     with running(write(tmp_path, "a", "b")) as (server, client, admin):
         weight = weakref.ref(next(server.models["b"].module.parameters()))
@@ -116,6 +117,7 @@ def test_unloading_waits_for_running_requests(tmp_path: Path) -> None:
         assert np.array_equal(again.saliency, explanation.saliency)
 
 
+@pytest.mark.slow
 def test_requests_before_and_after_a_reload_use_their_own_weights(tmp_path: Path) -> None:
     """Both kinds of requests run at the same time."""
     arguments: dict[str, Any] = {"method": "rise", "parameters": {"masks": 600}}

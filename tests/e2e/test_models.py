@@ -125,6 +125,7 @@ def test_listed_methods_are_served_and_others_refused(server: Server, name: str)
             assert explanation.cost.rows <= (BUDGET if method.anytime else 2 + method.rows)
 
 
+@pytest.mark.slow
 def test_methods_of_each_architecture(server: Server) -> None:
     with patient_client(server.address) as client:
         models = {model.name: model for model in client.models()}
@@ -142,6 +143,7 @@ def test_methods_of_each_architecture(server: Server) -> None:
     assert (models["one"].classes, models["one"].head) == (1, "sigmoid")
 
 
+@pytest.mark.slow
 def test_sigmoid_probabilities_are_independent(server: Server) -> None:
     with patient_client(server.address) as client:
         explanation = client.explain(IMAGE, model="grey", method="grad-cam", top_k=4)
@@ -157,6 +159,7 @@ def test_sigmoid_probabilities_are_independent(server: Server) -> None:
     assert len(explanation.maps) == 4
 
 
+@pytest.mark.slow
 def test_layer_can_name_one_call_of_a_repeated_module(server: Server) -> None:
     with patient_client(server.address) as client:
         by_call = client.explain(IMAGE, model="resnet", method="grad-cam", layers=["layer4.1.relu#2"])

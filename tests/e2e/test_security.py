@@ -138,6 +138,7 @@ def test_admin_address_beyond_loopback_requires_authentication() -> None:
 # ---- TLS -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_configuration_file_sets_tls_subjects_and_tokens(tmp_path: Path, ca: trustme.CA) -> None:
     """A server process finds the files beside its configuration."""
     certify(ca, tmp_path)

@@ -57,6 +57,7 @@ def config(tmp_path: Path) -> Path:
 # ---- the end ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_lets_running_requests_finish(config: Path, number: signal.Signals) -> None:
     with served(config) as server, patient_client(server.address) as client:
@@ -81,6 +82,7 @@ def ignored(*numbers: signal.Signals) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_second_signal_ends_a_server_at_once(config: Path) -> None:
     """The server starts as under `nohup camserve serve &` in a script, with SIGHUP and SIGINT ignored."""
     with ExitStack() as stack:
@@ -190,6 +192,7 @@ def test_port_in_use_is_an_error(config: Path, serve: Any, server: Server) -> No
     assert f"cannot bind {server.address}" in errors
 
 
+@pytest.mark.slow
 def test_process_exits_with_status_2_for_a_wrong_configuration(config: Path) -> None:
     change, message = WRONG[0]
     config.write_text(config.read_text().replace(*change))
@@ -199,6 +202,7 @@ def test_process_exits_with_status_2_for_a_wrong_configuration(config: Path) -> 
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_options_override_the_environment_and_that_the_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text(config.read_text().replace("127.0.0.1:0", "no-address"))
     # Only root could bind port 1. The server must not try.

@@ -65,6 +65,7 @@ def corrupted(draw: st.DrawFn) -> bytes:
     return bytes(data[: draw(st.integers(2, len(data)))] if draw(st.booleans()) else data)
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=600)
 @given(corrupted())
 def test_corrupted_image_is_decoded_or_refused(data: bytes) -> None:
@@ -78,6 +79,7 @@ def test_random_bytes_are_refused(start: bytes, rest: bytes) -> None:
     assert outcome(start + rest) != ""
 
 
+@pytest.mark.slow
 def test_hostile_images_need_little_time_and_memory() -> None:
     """A process with limited memory decodes images that would need gigabytes or minutes without the server's limits."""
     ran = completed([sys.executable, "-W", "ignore", "-m", "tests.fuzz.test_images"], cwd=ROOT)

@@ -130,18 +130,21 @@ def check(request: Message) -> None:
         assert len(error.message.encode()) <= 1000
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=500)
 @given(EXPLAIN)
 def test_explain_requests_are_parsed_or_refused(request: pb.ExplainRequest) -> None:
     check(request)
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=300)
 @given(EVALUATE)
 def test_evaluate_requests_are_parsed_or_refused(request: pb.EvaluateRequest) -> None:
     check(request)
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=300)
 @given(EXPLAIN | EVALUATE, st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=4)), max_size=5), st.booleans())
 def test_corrupted_messages_are_parsed_or_refused(

@@ -56,7 +56,14 @@ def served(method: str, network: str) -> bool:
 
 # Every method on each network that can serve it.
 CASES = [(network, method) for network in NETWORKS for method in METHODS if served(method, network)]
-each = pytest.mark.parametrize(("network", "method"), CASES)
+# `make test-fast` runs each method on one network.
+each = pytest.mark.parametrize(
+    ("network", "method"),
+    [
+        pytest.param(network, method, marks=[pytest.mark.slow] if network == "vit" and served(method, "cnn") else [])
+        for network, method in CASES
+    ],
+)
 
 
 @pytest.fixture

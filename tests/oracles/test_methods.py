@@ -37,6 +37,8 @@ from tests.oracles.poly_cam import poly_cam
 from tests.oracles.score_cam import score_cam
 from tests.support import IMAGENET_MEAN, IMAGENET_STD, as_model, call, explained, metric, noise, running, submit
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parent / "data"
 # In these files, the official weights of some level contain only the rounding between batches of 1 and of 32 rows.
 ROUNDING = {"tiny_jump4__m", "tiny_odd__m"}
