@@ -164,6 +164,7 @@ class EnoughRows(threading.Event):
         return super().is_set() or line_count(self.path) >= 8
 
 
+@pytest.mark.slow
 def test_killed_run_can_be_resumed_to_identical_files(server: Server, folder: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ran = run(server, folder, "--csv", whole / "scores.csv", "--npz", whole / "maps.npz")

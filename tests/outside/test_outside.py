@@ -86,6 +86,7 @@ def activation_attention(A: NDArray[np.float64], power: float) -> NDArray[np.flo
     return S
 
 
+@pytest.mark.slow
 def test_method_of_another_package_is_listed_and_served(installed: Path) -> None:
     x = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(1))
     with serving(installed) as address, camserve.Client(address) as client:
@@ -137,6 +138,7 @@ def test_laws_find_the_method_of_another_package(installed: Path) -> None:
     assert int(passed[1]) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "message"),
     [
