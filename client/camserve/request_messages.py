@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from camserve import answers, catalogue, images, request_fields
+from camserve import catalogue, images, request_fields, responses
 from camserve.answers import Evaluation, Explanation, Level, Progress, Randomised, Replay
 from camserve.catalogue import Method, Metric, Model
 from camserve.errors import InvalidArgument
@@ -69,7 +69,7 @@ class StreamableCall(PreparedCall[ResultT], Generic[ResultT, EventT]):
     def as_stream(self) -> PreparedCall[EventT | None]:
         """Return the same call for the streaming RPC. Its parser returns None for unknown kinds of events."""
         request_type = {"Explain": pb.ExplainStreamRequest, "Evaluate": pb.EvaluateStreamRequest}[self.rpc]
-        parse_event: Callable[[Any], Any] = functools.partial(answers.event, parse_result=self.parse_response)
+        parse_event: Callable[[Any], Any] = functools.partial(responses.event, parse_result=self.parse_response)
         return PreparedCall(f"{self.rpc}Stream", request_type(request=self.request), parse_event, self.timeout)
 
 
@@ -164,7 +164,7 @@ def explain(
         truth=request_fields.truth_message(boxes, mask, image_message),
     )
     images.check_size(request.ByteSize(), "the request")
-    parse = functools.partial(answers.explanation, image=image_message)
+    parse = functools.partial(responses.explanation, image=image_message)
     return StreamableCall("Explain", request, parse, timeout)
 
 
@@ -249,7 +249,7 @@ def evaluate(
         truth=request_fields.truth_message(boxes, mask, image_message),
     )
     images.check_size(request.ByteSize(), "the request")
-    return StreamableCall("Evaluate", request, functools.partial(answers.evaluation, image=image_message), timeout)
+    return StreamableCall("Evaluate", request, functools.partial(responses.evaluation, image=image_message), timeout)
 
 
 def replay(
@@ -312,7 +312,7 @@ def replay(
     )
 
     def parse(response: pb.ExplainResponse) -> Replay:
-        return answers.replay(receipt, now=call.parse_response(response))
+        return responses.replay(receipt, now=call.parse_response(response))
 
     return StreamableCall(call.rpc, call.request, parse, call.timeout)
 

@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 from numpy.typing import NDArray
 
 import camserve
-from camserve import answers, errors
+from camserve import errors, responses
 from camserve.v1 import explain_pb2 as pb
 from tests.client.fake_server import Servicer
 
@@ -125,8 +125,8 @@ def test_message_of_a_loading_server_is_kept(servicer: Servicer, client: camserv
 
 def test_response_without_a_map_raises_internal_error() -> None:
     cases: list[tuple[Callable[..., object], object]] = [
-        (answers.explanation, pb.ExplainResponse(request_id="r")),
-        (answers.evaluation, pb.EvaluateResponse(request_id="r")),
+        (responses.explanation, pb.ExplainResponse(request_id="r")),
+        (responses.evaluation, pb.EvaluateResponse(request_id="r")),
     ]
     for parse, response in cases:
         with pytest.raises(camserve.InternalError, match="no saliency map") as caught:

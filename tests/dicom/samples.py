@@ -16,7 +16,8 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from camserve import answers, images
+from camserve import images, responses
+from camserve.answers import Explanation
 from camserve.v1 import explain_pb2 as pb
 
 STUDY, SERIES, INSTANCE = (
@@ -116,7 +117,7 @@ def stored(name: str) -> str:
 
 def explanation(
     pixels: np.ndarray, *, insertion: float = 0.7, request_id: str = "one", index: int = 3, **receipt: Any
-) -> answers.Explanation:
+) -> Explanation:
     """Return an explanation as the client makes it: a map [32, 32] that is 1 in one place and 0 in most others."""
     y, x = np.mgrid[0:32, 0:32] / 32
     saliency = np.exp(-((x - 0.4) ** 2 + (y - 0.6) ** 2) / 0.02).astype("<f4")
@@ -155,4 +156,4 @@ def explanation(
         "map_digests": ["sha256:" + "ef" * 32],
     }
     answer.receipt.CopyFrom(pb.Receipt(**given | receipt))
-    return answers.explanation(answer, images.to_wire(pixels))
+    return responses.explanation(answer, images.to_wire(pixels))
