@@ -34,7 +34,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Prediction:
-    """Class with the output of the model for it.
+    """A class with its probability and logit.
 
     Attributes:
         index: Class index, from 0.
@@ -78,8 +78,9 @@ class Cost:
     Attributes:
         rows: Number of model inputs that were processed for the request.
         batches: Number of device batches that contained these rows.
-        queue_ms: Milliseconds from the arrival of the request to its first batch.
-        compute_ms: Milliseconds from the first batch to the response. Other requests may have shared the batches.
+        queue_ms: Milliseconds from the submission to the engine, after decoding, to the first batch.
+        compute_ms: Milliseconds from the first batch to the result, before encoding. Other requests may have shared the
+            batches.
     """
 
     rows: int

@@ -51,7 +51,7 @@ class Model:
         layer: Name of the default layer of methods that use one layer.
         precision: Default arithmetic, such as "fp32".
         device: Device of the model.
-        batch_sizes: Batch size of each lane.
+        batch_sizes: Batch size of each kind of lane.
         methods: Names of the methods that the model supports.
         random_weights: True if the configuration requests random weights.
         input_channels: Number of channels of the input: 3, or 1 for a grey-scale model.

@@ -1,4 +1,4 @@
-"""Blocking client."""
+"""The blocking client of a camserve server."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 CamserveError
 ├── InvalidArgument      INVALID_ARGUMENT     an argument is invalid; `field` names it (also a ValueError)
 ├── NotFound             NOT_FOUND            no such model, method or metric; `metadata` lists the known names
-├── FailedPrecondition   FAILED_PRECONDITION  the model does not support the method
+├── FailedPrecondition   FAILED_PRECONDITION  the model does not support the method, is unloaded, or cannot be loaded
 ├── ResourceExhausted    RESOURCE_EXHAUSTED   server busy (retry after `retry_after_s`) or request too large
 ├── Unavailable          UNAVAILABLE          server unreachable, loading its models, or shutting down
 ├── DeadlineExceeded     DEADLINE_EXCEEDED    no response within the timeout
@@ -92,7 +92,7 @@ class NotFound(CamserveError):
 
 
 class FailedPrecondition(CamserveError):
-    """The model does not support the method."""
+    """The model does not support the method, is unloaded, or cannot be loaded."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 

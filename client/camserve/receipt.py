@@ -17,7 +17,9 @@ __all__ = ["Receipt", "differences"]
 
 @dataclass(frozen=True)
 class Receipt:
-    """All data that is needed to compute the same maps again.
+    """Data from which the maps of a response can be computed again.
+
+    It does not contain the CPU or the number of threads.
 
     Attributes:
         request_id: Name of the request.
@@ -30,7 +32,8 @@ class Receipt:
         seed: Seed of all random numbers of the method.
         precision: Arithmetic of the model: "fp32", "tf32", "bf16" or "fp64".
         device: Kind of device, such as "cpu" or "cuda".
-        batch_sizes: Batch size of each lane. The same sizes on the same machine give bitwise identical maps.
+        batch_sizes: Batch size of each kind of lane. The same sizes give bitwise identical maps on the
+            same CPU with the same number of threads.
         preprocessing: Conversion of the image to the model's input, or "as given" for a tensor.
         versions: Versions of Python and of the packages that affect the maps, by name.
         budget: Number of rows after which a budget or a deadline stopped the method early; 0 if it was not stopped.

@@ -72,8 +72,8 @@ def target_message(target: TargetLike) -> pb.Target:
 
 
 def batch_sizes(sizes: Mapping[str, int] | None) -> dict[str, int]:
-    """Return the batch size of each lane, each at least 1."""
-    return {lane: positive_or_unset(size, "batch_sizes") for lane, size in (sizes or {}).items()}
+    """Return the batch size of each kind of lane, each at least 1."""
+    return {kind: positive_or_unset(size, "batch_sizes") for kind, size in (sizes or {}).items()}
 
 
 def truth_message(boxes: BoxesLike | None, mask: object, image: pb.Image) -> pb.Truth | None:

@@ -112,11 +112,11 @@ def explain(
         budget: Maximum number of rows (inputs of the model), metrics included, at least 1. Methods that can stop early
             do so, and `share` of the map says which part of the work is complete. The server refuses other methods if
             they need more rows. None means no limit.
-        batch_sizes: Batch size of each lane of the server, each at least 1, as in a receipt. The same batch sizes give
-            bitwise identical maps on the same machine.
+        batch_sizes: Batch size of each kind of lane of the server, each at least 1, as in a receipt. The same sizes
+            give bitwise identical maps on the same CPU with the same number of threads.
         precision: Arithmetic of the model, one of its `precisions`, such as "bf16". None selects the model's default.
         priority: "low", "normal" or "high". It affects when the server processes the request, not the result. None
-            means "normal", or the highest priority that the caller is allowed to use.
+            means "normal", or "low" if the caller may use only "low".
         boxes: Position of the target for localisation metrics: (left, top, right, bottom), or a sequence of such boxes,
             in pixels of the upright image. The right and bottom edges are exclusive.
         mask: Position of the target as booleans or values in [0, 1], [H, W], where 1 marks the target. The mask covers
@@ -137,7 +137,7 @@ def explain(
         TypeError: An argument has an unsupported type.
         InvalidArgument: An argument has an invalid value; `field` names it.
         NotFound: The server has no such model, method or metric.
-        FailedPrecondition: The model does not support the method.
+        FailedPrecondition: The model does not support the method, is unloaded, or cannot be loaded.
         ResourceExhausted: The server is busy (`retry_after_s` is set), or the request is too large.
         DeadlineExceeded: The call did not finish within the timeout.
         Unavailable: The server cannot be reached, is loading its models, or is shutting down.
@@ -202,9 +202,10 @@ def evaluate(
         seed: Seed of all random numbers of the metrics and the method, 0 to 2⁶⁴ − 1.
         budget: Maximum number of rows (inputs of the model), metrics included, at least 1, as for `explain`. None means
             no limit.
-        batch_sizes: Batch size of each lane of the server, each at least 1, as in a receipt.
+        batch_sizes: Batch size of each kind of lane of the server, each at least 1, as in a receipt.
         precision: Arithmetic of the model, one of its `precisions`. None selects the model's default.
-        priority: "low", "normal" or "high". None means "normal", or the highest priority that the caller may use.
+        priority: "low", "normal" or "high". None means "normal", or "low" if the caller may use only
+            "low".
         boxes: Position of the target for localisation metrics, as boxes in pixels, as for `explain`.
         mask: Position of the target for localisation metrics, as a mask [H, W], as for `explain`.
         request_id: Name of the request in logs and errors, at most 128 printable characters. None lets the server
@@ -219,7 +220,7 @@ def evaluate(
         TypeError: An argument has an unsupported type.
         InvalidArgument: An argument has an invalid value; `field` names it.
         NotFound: The server has no such model, method or metric.
-        FailedPrecondition: The model does not support the method.
+        FailedPrecondition: The model does not support the method, is unloaded, or cannot be loaded.
         ResourceExhausted: The server is busy (`retry_after_s` is set), or the request is too large.
         DeadlineExceeded: The call did not finish within the timeout.
         Unavailable: The server cannot be reached, is loading its models, or is shutting down.
@@ -279,7 +280,7 @@ def replay(
         TypeError: The image has an unsupported type.
         InvalidArgument: The receipt has no method or no map digests, or the image is invalid.
         NotFound: The server does not have the model or the method of the receipt.
-        FailedPrecondition: The model does not support the method.
+        FailedPrecondition: The model does not support the method, is unloaded, or cannot be loaded.
         ResourceExhausted: The server is busy (`retry_after_s` is set), or the request is too large.
         DeadlineExceeded: The call did not finish within the timeout.
         Unavailable: The server cannot be reached, is loading its models, or is shutting down.

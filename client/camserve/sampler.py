@@ -24,13 +24,14 @@ log = logging.getLogger("camserve")
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of images that a sampler has processed.
+    """Counts of the images that a sampler has received and processed.
 
     Attributes:
         offered: Images passed to `offer`.
         explained: Images that were explained.
         failed: Images whose request or callback failed.
-        dropped: Selected images that were not explained because the queue was full or the sampler was closed.
+        dropped: Selected images that were not explained because the queue was full, or because `close(wait=False)`
+            removed them from the queue.
     """
 
     offered: int = 0

@@ -325,8 +325,8 @@ class ExplainRequest(_message.Message):
     precision: _builtins.str
     """Arithmetic of the model, one of its `precisions`. Empty: the model's default."""
     priority: _builtins.str
-    """"low", "normal" or "high". It affects when the server processes the rows, not the map. Empty: "normal", or the
-    highest priority that the caller may use.
+    """"low", "normal" or "high". It affects when the server processes the rows, not the map. Empty: "normal",
+    or "low" if the caller may use only "low".
     """
     @_builtins.property
     def image(self) -> Global___Image:
@@ -346,8 +346,8 @@ class ExplainRequest(_message.Message):
 
     @_builtins.property
     def batch_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Batch size of each lane, 1 to 1024, as in a receipt. The same sizes give bitwise identical maps on the same machine.
-        Empty: the server's batch sizes.
+        """Batch size of each kind of lane ("forward", "gradient" or "ascend"), 1 to 1024, as in a receipt. The same sizes give
+        bitwise identical maps on the same CPU with the same number of threads. Empty: the server's batch sizes.
         """
 
     @_builtins.property
@@ -704,9 +704,9 @@ class Cost(_message.Message):
     batches: _builtins.int
     """Number of device batches that contained these rows."""
     queue_ms: _builtins.float
-    """Milliseconds from the arrival of the request to its first batch."""
+    """Milliseconds from the submission to the engine, after decoding, to the first batch."""
     compute_ms: _builtins.float
-    """Milliseconds from the first batch to the response. Other requests may have shared the batches."""
+    """Milliseconds from the first batch to the result, before encoding. Other requests may have shared the batches."""
     def __init__(
         self,
         *,
@@ -725,7 +725,7 @@ Global___Cost: _TypeAlias = Cost  # noqa: Y015
 
 @_typing.final
 class Receipt(_message.Message):
-    """All data that is needed to compute the same maps again."""
+    """Data from which the maps of a response can be computed again. It does not contain the CPU or the number of threads."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -823,11 +823,13 @@ class Receipt(_message.Message):
 
     @_builtins.property
     def batch_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Fixed batch size of each lane. The same sizes on the same machine give bitwise identical maps."""
+        """Fixed batch size of each kind of lane. The same sizes give bitwise identical maps on the same CPU with
+        the same number of threads.
+        """
 
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Versions of camserve, torch, torchvision, timm and Python, by name."""
+        """Versions of camserve, torch, torchvision, timm, Pillow, NumPy and Python, by name."""
 
     @_builtins.property
     def map_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1266,7 +1268,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def batch_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Batch size of each lane."""
+        """Batch size of each kind of lane."""
 
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

@@ -39,7 +39,7 @@ class ExplainServiceStub:
     Status codes:
     - INVALID_ARGUMENT: unreadable image, unknown target, layer or parameter, or a value out of range.
     - NOT_FOUND: unknown model, method or metric. ErrorInfo lists the known names.
-    - FAILED_PRECONDITION: the model does not support the method.
+    - FAILED_PRECONDITION: the model does not support the method, is unloaded, or cannot be loaded.
     - RESOURCE_EXHAUSTED: the queue is full (with RetryInfo), or the request is too large or does not fit into memory.
     - UNAVAILABLE: the server is loading its models or shutting down.
     - DEADLINE_EXCEEDED: the deadline expired before the method could produce a map.
@@ -82,7 +82,7 @@ class ExplainServiceAsyncStub(ExplainServiceStub):
     Status codes:
     - INVALID_ARGUMENT: unreadable image, unknown target, layer or parameter, or a value out of range.
     - NOT_FOUND: unknown model, method or metric. ErrorInfo lists the known names.
-    - FAILED_PRECONDITION: the model does not support the method.
+    - FAILED_PRECONDITION: the model does not support the method, is unloaded, or cannot be loaded.
     - RESOURCE_EXHAUSTED: the queue is full (with RetryInfo), or the request is too large or does not fit into memory.
     - UNAVAILABLE: the server is loading its models or shutting down.
     - DEADLINE_EXCEEDED: the deadline expired before the method could produce a map.
@@ -121,7 +121,7 @@ class ExplainServiceServicer(metaclass=_abc_1.ABCMeta):
     Status codes:
     - INVALID_ARGUMENT: unreadable image, unknown target, layer or parameter, or a value out of range.
     - NOT_FOUND: unknown model, method or metric. ErrorInfo lists the known names.
-    - FAILED_PRECONDITION: the model does not support the method.
+    - FAILED_PRECONDITION: the model does not support the method, is unloaded, or cannot be loaded.
     - RESOURCE_EXHAUSTED: the queue is full (with RetryInfo), or the request is too large or does not fit into memory.
     - UNAVAILABLE: the server is loading its models or shutting down.
     - DEADLINE_EXCEEDED: the deadline expired before the method could produce a map.
