@@ -7,7 +7,7 @@ BUF_VERSION := 1.75.0
 MERMAID_VERSION := 12.3.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast bench docs pictures figure lint site proto proto-check dist audit clean
+.PHONY: help install demo test test-fast bench methods-page pictures figure lint site proto proto-check dist audit clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,7 +35,7 @@ test-fast: install  ## run the tests that are not marked slow, while you work on
 bench: install  ## run the benchmarks, which takes 15 minutes, and write docs/benchmarks.md
 	$(BIN)/python -m benchmarks
 
-docs: install  ## write docs/methods.md from the docstrings of the methods
+methods-page: install  ## write docs/methods.md from the docstrings of the methods
 	$(BIN)/python examples/methods_page.py
 
 pictures: install  ## draw the map of each method for docs/methods.md, which takes some minutes
