@@ -20,6 +20,7 @@ from tests.client.conftest import address, client, servicer
 from tests.conftest import serving
 from tests.dicom.gateways import OpenGateway, config, opened
 from tests.dicom.pacs import Pacs, listening
+from tests.processes import LIMIT_S
 
 __all__ = ["address", "client", "servicer"]
 
@@ -52,14 +53,18 @@ def broken_associations() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let listeners of socketserver stop within 10 ms instead of 500 ms, and retry failed steps soon."""
+    """Let listeners of socketserver stop within 10 ms instead of 500 ms, and retry failed steps soon.
+
+    The wait for a commitment report is long: it ends with the report, however slow the machine is.
+    """
     monkeypatch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.01,))
     monkeypatch.setattr(workers, "FIRST_RETRY_S", 0.1)
     monkeypatch.setattr(workers, "POLL_INTERVAL_S", 0.1)
+    monkeypatch.setattr(steps, "REPORT_WAIT_S", LIMIT_S)
 
 
 @pytest.fixture
-def no_report_in_same_association(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_report_in_same_association(short_waits: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not wait in the association of a commitment request for a report that comes in another one, or never."""
     monkeypatch.setattr(steps, "REPORT_WAIT_S", 0.02)
 
