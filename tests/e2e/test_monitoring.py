@@ -126,7 +126,7 @@ def test_expired_requests_are_not_counted_as_cancelled(
 ) -> None:
     # gRPC reports an expired deadline to the server as a cancellation, which can arrive before the server's own
     # deadline. How much earlier depends on the delay with which the call arrived, and so on the machine.
-    monkeypatch.setattr(servicer, "CLOCK_TOLERANCE_S", LIMIT_S)
+    monkeypatch.setattr(servicer, "EXPIRED_SHARE", 1.0)
 
     def ended(code: str) -> float:
         return Scrape(watched).sum("camserve_requests_total", rpc="Explain", method="occlusion", code=code)

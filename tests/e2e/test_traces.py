@@ -142,7 +142,7 @@ def test_trace_of_a_long_request_contains_sixteen_batches(collector: Collector, 
 def test_traces_of_failures_contain_no_message(
     collector: Collector, client: camserve.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(servicer, "CLOCK_TOLERANCE_S", LIMIT_S)  # so that a cancellation at the deadline counts as late
+    monkeypatch.setattr(servicer, "EXPIRED_SHARE", 1.0)  # so that a cancellation at the deadline counts as late
     with pytest.raises(camserve.InvalidArgument, match="secret-label"):
         client.explain(CAT, method="grad-cam", target="secret-label", request_id="failed")
     curves = {"insertion": {"steps": 10_000}, "deletion": {"steps": 10_000}}
