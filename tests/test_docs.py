@@ -211,7 +211,7 @@ def test_quoted_code_is_part_of_the_linked_file() -> None:
     quoted = re.findall(
         rf"\]\({REPOSITORY}([\w./]+\.(?:py|toml))\)[^\]`]*?```(?:py|toml)\n(.*?)```", page("add-a-method.md"), re.DOTALL
     )
-    assert len(quoted) == len(re.findall(r"^```(?:py|toml)$", page("add-a-method.md"), re.MULTILINE)) == 3
+    assert len(quoted) == len(re.findall(r"^```(?:py|toml)$", page("add-a-method.md"), re.MULTILINE)) == 4
     for file, code in quoted:
         assert code in (ROOT / file).read_text(encoding="utf-8"), (
             f"docs/add-a-method.md quotes {file}: bring it up to date"
