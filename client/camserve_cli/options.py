@@ -62,8 +62,8 @@ Budget = Annotated[
     typer.Option(
         metavar="ROWS",
         min=1,
-        help="Maximum number of rows (inputs of the network) for each map. Methods that can stop early return a "
-        "partial map, and others are refused if they need more.",
+        help="Maximum number of rows (inputs of the network) for each request, metrics included. Methods that can "
+        "stop early return a partial map, and others are refused if they need more.",
     ),
 ]
 Priority = Annotated[

@@ -89,13 +89,16 @@ def warn(image: Path, result: SaliencyMap) -> None:
     """Print the warnings of a map on stderr."""
     where = f"{image}: {result.target}"
     if result.share < 1:
-        typer.echo(f"warning: {where}: the method stopped early, after {result.share:.4g} of the whole", err=True)
+        typer.echo(
+            f"warning: {where}: the method stopped early; the map contains {100 * result.share:.4g} % of the full sum",
+            err=True,
+        )
     if result.left_out:
         channels, rows = (sum(getattr(each, name) for each in result.left_out) for name in ("channels", "rows"))
         error = max(each.error for each in result.left_out)
         typer.echo(
             f"note: {where}: the tolerance left out {channels} channels, which saved {rows} rows; "
-            f"the sum of a layer is off by at most {error:.2g} of its maximum",
+            f"the sum of a layer has an error of at most {error:.2g} of its maximum",
             err=True,
         )
     for warning in result.warnings:

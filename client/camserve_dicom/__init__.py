@@ -1,6 +1,6 @@
 """Explanations of DICOM images as DICOM objects that a PACS can store.
 
-The functions send only pixels to the server. The header of the image stays on this machine, and the results are
+Of the DICOM object, the functions send only pixels to the server. The header stays on this machine, and the results are
 objects of the same study:
 
     with camserve.Client("127.0.0.1:50051") as client:

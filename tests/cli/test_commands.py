@@ -116,7 +116,7 @@ def test_map_of_a_method_that_stopped_early_has_a_warning(
 ) -> None:
     arguments = ("explain", photo, "--address", address, "--out", out, "--budget", 7)
     assert (
-        f"warning: {photo}: tabby, cat (281): the method stopped early, after 0.25 of the whole\n"
+        f"warning: {photo}: tabby, cat (281): the method stopped early; the map contains 25 % of the full sum\n"
         in run(*arguments).stderr
     )
     assert servicer.requests[-1].budget == 7

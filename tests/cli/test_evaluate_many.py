@@ -347,7 +347,7 @@ def test_ctrl_c_keeps_finished_results(address: str, servicer: Servicer, folder:
     _, message = process.communicate(timeout=WAIT_S)
     assert process.returncode == 130
     assert message == (
-        f"{tmp_path / 's.csv'} contains the finished rows; continue with the same command and --resume\ncancelled\n"
+        f"{tmp_path / 's.csv'} contains the finished lines; continue with the same command and --resume\ncancelled\n"
     )
     assert servicer.cancelled.wait(WAIT_S)
     assert [row["image"][-6:] for row in table(tmp_path / "s.csv")] == ["00.png"]

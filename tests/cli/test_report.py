@@ -239,7 +239,7 @@ def test_page_shows_warnings_failures_layers_and_provenance(text: str) -> None:
         "Limits of average drop and average increase",
         "better and ▼ worse than poly-cam on the same images",
         "stopped early: 50% of its sum",
-        "left out 9 channels and 18 rows; the sum of a layer is off by at most 12.5%",
+        "left out 9 channels and 18 rows; the sum of a layer has an error of at most 12.5%",
         "degenerate: nearly even 12 fake-cam (12)",
         "tabby, cat (281), probability 0.750",
         "steps of randomisation, from the last layer",

@@ -110,12 +110,12 @@ def explain(
 ) -> None:
     """Explain DICOM images and write DICOM objects that a PACS can store.
 
-    Only pixels are sent to the server. The objects of an image are:
+    Of the DICOM object, only pixels are sent to the server. The result objects of an image are:
 
     - DIR/STEM.sc.dcm: the overlay (Secondary Capture)
     - DIR/STEM.sr.dcm: the report with the scores (Structured Report)
     - DIR/STEM.pm.dcm: the map (Parametric Map), if requested
-    - DIR/STEM.seg.dcm: the pixels above half of the maximum (Segmentation), if requested
+    - DIR/STEM.seg.dcm: the pixels of at least half of the maximum (Segmentation), if requested
     - DIR/STEM.gsps.dcm: the outline of these pixels (Presentation State), if requested
 
     STEM is the stem of the file name, followed by -2, -3 and so on if another file has the same stem. If the same image

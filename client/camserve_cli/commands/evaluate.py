@@ -101,7 +101,7 @@ def evaluate(
         ),
     ] = None,
     csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a CSV file with one row for each map.")
+        Path | None, typer.Option(metavar="FILE", help="Write a CSV file with one line for each map.")
     ] = None,
     npz: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --csv: also write the maps to an npz file.")
@@ -110,8 +110,8 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE.html",
-            help="Write an HTML page with tables, curves and all maps. Without --csv and --npz, their files are "
-            "FILE.csv and FILE.npz beside it.",
+            help="Write an HTML page with tables, curves and the maps of up to 200 images. Without --csv "
+            "and --npz, their files are FILE.csv and FILE.npz beside it.",
         ),
     ] = None,
     against: Annotated[
@@ -122,15 +122,15 @@ def evaluate(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue with existing files, and make only what is missing in them.")
+        bool, typer.Option("--resume", help="Continue with existing files, and compute only missing maps.")
     ] = False,
     in_flight: Annotated[int, typer.Option(metavar="N", min=1, help="With --csv: number of pending requests.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Score saliency maps: one from a file, or those that methods make.
+    """Score a map from a file, or the maps of one or more methods.
 
     With --csv, the command scores the maps of all images by all methods on all models, and ends with the mean scores.
-    Each row is written as soon as it is finished, and a failure becomes a row with its error. The same command with
+    Each line is written as soon as it is finished, and a failure becomes a line with its error. The same command with
     --resume continues an interrupted run and tries failures again. The finished file is sorted.
 
     With --report, the command also writes one HTML page that needs no other file and no network. The page is made from
@@ -170,14 +170,14 @@ def evaluate(
             )
         return
     if saliency or as_json or not variants:
-        raise typer.BadParameter("needs --method, and excludes --saliency and --json", param_hint="--csv")
+        raise typer.BadParameter("--csv and --report need --method and cannot be used with --saliency or --json")
     if labels and chosen is not None:
-        raise typer.BadParameter("--target and --labels exclude each other; give one of them", param_hint="--labels")
+        raise typer.BadParameter("--target and --labels cannot be used together; give one of them")
     if against is not None and (report is None or against not in [each.label for each in variants]):
-        raise typer.BadParameter("needs --report, and must be one of the values of --method", param_hint="--against")
+        raise typer.BadParameter("--against needs --report and one of the values of --method")
     if report:
         if report in (csv, npz):
-            raise typer.BadParameter("must be another file than those of --csv and --npz", param_hint="--report")
+            raise typer.BadParameter("--report names the same file as --csv or --npz; choose another file")
         with needs_extra("report", "camserve evaluate --report"):
             import camserve_cli.report  # noqa: F401
     by_layer_variants = [read_variant(each, parameters, layer, seed) for each in dict.fromkeys(per_layer or [])]
@@ -211,9 +211,10 @@ def _require_single(
     """Raise typer.BadParameter for options and arguments that need --csv."""
     for name, value in options.items():
         if value:
-            raise typer.BadParameter("needs --csv", param_hint=name)
+            needed = "--report" if name == "--against" else "--csv or --report"
+            raise typer.BadParameter(f"{name} needs {needed}")
     if len(images) > 1 or images[0].is_dir() or len(methods) > 1 or len(models or []) > 1:
-        raise typer.BadParameter("several images, methods or models need a file for their scores", param_hint="--csv")
+        raise typer.BadParameter("several images, methods or models need --csv or --report, a file for their scores")
 
 
 def _evaluate_one(client: Client, image: Path, *, as_json: bool, **options: Any) -> None:
@@ -230,7 +231,7 @@ def _evaluate_one(client: Client, image: Path, *, as_json: bool, **options: Any)
 
 
 def _evaluate_many(run: StudyRun, in_flight: int) -> list[score_csv.Row]:
-    """Make the maps that are missing, and return the rows of the CSV file."""
+    """Compute the missing maps, and return the lines of the CSV file."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -255,7 +256,7 @@ def _evaluate_many(run: StudyRun, in_flight: int) -> list[score_csv.Row]:
                 bar.update(task, advance=1, failed=failed)
         return run.finish()
     except KeyboardInterrupt:
-        typer.echo(f"{run.csv} contains the finished rows; continue with the same command and --resume", err=True)
+        typer.echo(f"{run.csv} contains the finished lines; continue with the same command and --resume", err=True)
         raise
 
 

@@ -39,7 +39,7 @@ def replay(
 
     RECEIPT is a STEM.json file of `camserve explain`, a line that `camserve explain --json` or
     `camserve evaluate --json` printed, or a receipt alone. The request has the model, method, parameters, layers,
-    targets, seed, budget and batch sizes of the receipt.
+    targets, seed, precision, budget and batch sizes of the receipt.
 
     The exit status is 0 if the map is the same bit for bit. Otherwise it is 1, and the command shows the differences
     between the receipts. If the saved map is available, it also shows how far the two maps differ. A saved map is

@@ -40,7 +40,7 @@ def read_counters(url: str) -> RowCounts:
 
 
 def parse_counters(text: str) -> RowCounts:
-    """Add up the row counters of all lanes.
+    """Add up the row counters of all kinds of lane.
 
     Args:
         text: A page in Prometheus' text format.
