@@ -141,9 +141,9 @@ def _whole(rows: int, batch: int) -> int:
     return max(2, rows // batch) * batch
 
 
-def to_run(a: Tensor, dead: bool) -> int:
+def to_run(a: Tensor, include_zero: bool) -> int:
     """Return the number of channels of a [K, h, w] that a method must run."""
-    return len(select_channels(a, dead=dead))
+    return len(select_channels(a, include_zero=include_zero))
 
 
 def poly_agreement(subject: Subject, n: int) -> float:
@@ -154,7 +154,7 @@ def poly_agreement(subject: Subject, n: int) -> float:
     )
     x = subject.image.tensor[None]
     (a,) = subject.activations([layer])
-    chosen = a[select_channels(a, dead=False).indices[:n]]
+    chosen = a[select_channels(a, include_zero=False).indices[:n]]
     theirs = peers.poly_cam(subject.made, x, [chosen], timed_job.result.targets.index[0])
     return float((timed_job.result.maps[0] - theirs.cpu()).abs().max())
 
@@ -298,7 +298,7 @@ def best_size(side: Callable[[int, int], Timed], channels: int, sizes: Sequence[
 def score_agreement(subject: Subject, cam: Library, a: Tensor, n: int) -> float:
     """Return the correlation with the map of a library, both computed from the n strongest channels."""
     timed_job = engine_runs.run(subject.model, subject.x, subject.call("score-cam"), budget=2 + n)
-    chosen = a[select_channels(a, dead=True).indices[:n]]
+    chosen = a[select_channels(a, include_zero=True).indices[:n]]
     explained: RequestResult = timed_job.result
     w = cam.weights(chosen, explained.targets.index[0], n)
     S = torch.einsum("k,khw->hw", w, chosen).relu()

@@ -117,7 +117,8 @@ def _rows(findings: Findings, subject: Subject) -> None:
     layers = subject.model.layers
     A = run_on_thread(subject.activations, layers)
     all_, live = (
-        2 * sum(counts) for counts in zip(*((len(a), len(select_channels(a, dead=False))) for a in A), strict=True)
+        2 * sum(counts)
+        for counts in zip(*((len(a), len(select_channels(a, include_zero=False))) for a in A), strict=True)
     )
     findings.rows += [
         _counted(subject, "no rows for channels that are zero everywhere", all_, live),

@@ -74,12 +74,12 @@ class SelectedChannels:
         return float((self.to_all_channels(ones)[:, 0] * self.strength).sum() / total) if total > 0 else 1.0
 
 
-def select_channels(A: Tensor, *, dead: bool) -> SelectedChannels:
+def select_channels(A: Tensor, *, include_zero: bool) -> SelectedChannels:
     """Select the channels of a layer that need rows.
 
     Args:
         A: Activations [K, h, w].
-        dead: If True, channels that are zero everywhere are represented, too. If False, they need no row.
+        include_zero: If True, channels that are zero everywhere are represented, too. If False, they need no row.
 
     Returns:
         The selected channels.
@@ -89,6 +89,6 @@ def select_channels(A: Tensor, *, dead: bool) -> SelectedChannels:
     constant = flat.amin(dim=1) == flat.amax(dim=1)
     order = strength.argsort(descending=True, stable=True)
     varying = order[~constant[order]]  # Includes channels that are not finite: the map must show them.
-    if not dead:
+    if not include_zero:
         constant &= strength > 0
     return SelectedChannels(torch.cat([constant.nonzero()[:1, 0], varying]), strength, constant)

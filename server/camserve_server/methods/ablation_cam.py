@@ -19,7 +19,7 @@ from camserve_server.registry import method
     min_rows=lambda sizes: 2,
 )
 def ablation_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
-    """Activations weighted by the fall of the logit without each of them: one forward pass per channel.
+    """Activations weighted by the decrease of the logit when the channel is set to zero: one forward pass per channel.
 
     Args:
         x: Image [3, H, W].

@@ -75,19 +75,19 @@ def is_cam(
         Use it to repeat a comparison that includes it. It is similar to Score-CAM and costs N times as much.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
-    run = select_channels(A, dead=True)
-    yield from ReleaseRows(steps * (len(A) - len(run)))
+    selected = select_channels(A, include_zero=True)
+    yield from ReleaseRows(steps * (len(A) - len(selected)))
     scales = [i / steps for i in range(1, steps + 1)]
-    masked = Masked(x, A[run.indices])
+    masked = Masked(x, A[selected.indices])
     if variant == "torchcam":
         scales = [*accumulate(scales)]
-        masked = Masked(x, A[run.indices], _scaled_first)
+        masked = Masked(x, A[selected.indices], _scaled_first)
     scores = yield from Score(Scaled(masked, scales), c, min_rows=steps)
     done = len(scores.logits) // steps
     y = scores.logits[: done * steps].reshape(done, steps, -1).mean(dim=1)  # [channels, T]
-    w = run.to_all_channels(y, missing=-torch.inf).softmax(dim=0)
+    w = selected.to_all_channels(y, missing=-torch.inf).softmax(dim=0)
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()
-    return SaliencyMaps(S, share=run.share(done))
+    return SaliencyMaps(S, share=selected.share(done))
 
 
 def _scaled_first(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -69,11 +69,11 @@ def opti_cam(
         All u start equal. The paper's own stopping rule practically never applies, so it is left out.
 
     Advice:
-        Use it to see which parts the network needs for a high score. It optimises what average gain measures, so that
-        metric favours it, but it need not be the best at insertion and deletion. Its iterates diverge in float32: the
-        official code differs from itself by up to 0.25 per pixel between one thread and two, although the objective
-        hardly changes. Therefore do not compare maps of two machines pixel by pixel. On one server, maps are bitwise
-        reproducible.
+        Use it to see which parts the network needs for a high score. Its objective is similar to average gain, so
+        this metric favours it, but it need not be the best at insertion and deletion. Its iterates diverge in float32:
+        the official code differs from itself by up to 0.25 per pixel between one thread and two, although the objective
+        hardly changes. Therefore do not compare maps of two machines pixel by pixel. On a CPU, one server gives bitwise
+        identical maps.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     if relu:

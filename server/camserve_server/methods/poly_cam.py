@@ -122,7 +122,7 @@ def poly_cam(
 def poly_cam_plus(
     x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
 ) -> Plan[SaliencyMaps]:
-    """High-resolution map from several layers; channels are weighted by the probability when only they are revealed.
+    """High-resolution map; each channel is weighted by the probability when only its region is visible.
 
     Args:
         x: Image [3, H, W].
@@ -159,7 +159,7 @@ def poly_cam_plus(
 def poly_cam_minus(
     x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
 ) -> Plan[SaliencyMaps]:
-    """High-resolution map from several layers; channels are weighted by the fall of the probability when hidden.
+    """High-resolution map; each channel is weighted by the decrease of the probability when its region is hidden.
 
     Args:
         x: Image [3, H, W].
@@ -207,28 +207,28 @@ def _poly_cam(
         for l in reversed(range(len(layers)))
         if variant == "official" or l + 1 == len(layers) or A[l].shape[-2:] != A[l + 1].shape[-2:]
     ]
-    run = {l: select_channels(A[l], dead=False) for l in levels}
-    yield from ReleaseRows(len(parts) * (sum(map(len, A)) - sum(map(len, run.values()))))
+    selected = {l: select_channels(A[l], include_zero=False) for l in levels}
+    yield from ReleaseRows(len(parts) * (sum(map(len, A)) - sum(map(len, selected.values()))))
 
     official = variant == "official"
     finish = _percentile if official else None
     P: Tensor | None = None
     share, left_out = 0.0, []
-    begun = False  # True after the first level with rows. A level with only dead channels has none.
+    has_rows = False  # True after the first level with rows. A level with only zero channels has none.
     for index, l in enumerate(levels):
-        masked = Masked(x, A[l][run[l].indices], _percentile if official else resize_minmax, parts)
+        masked = Masked(x, A[l][selected[l].indices], _percentile if official else resize_minmax, parts)
         rule = None
         if tolerance and A[l].min() >= 0:
-            rule = StoppingRule(run[l].merge(A[l]), partial(weights, c), len(parts), bound, tolerance)
-        w, done = yield from channel_weights(c, masked, run[l], weights, 0 if begun else len(parts), rule)
-        if begun and done < len(run[l]) and not done:  # Cut short: the result is the map of the levels so far.
+            rule = StoppingRule(selected[l].merge(A[l]), partial(weights, c), len(parts), bound, tolerance)
+        w, done = yield from channel_weights(c, masked, selected[l], weights, 0 if has_rows else len(parts), rule)
+        if has_rows and not done and len(selected[l]):  # Stopped early: the result is the map of the levels so far.
             break
-        begun |= done > 0
-        if rule is not None and rule.error is not None and done < len(run[l]):
-            channels_left = len(run[l]) - done
+        has_rows |= done > 0
+        if rule is not None and rule.error is not None and done < len(selected[l]):
+            channels_left = len(selected[l]) - done
             left_out.append(LeftOut(layers[l], channels_left, len(parts) * channels_left, rule.error))
-            done = len(run[l])
-        share += run[l].share(done) / len(levels)
+            done = len(selected[l])
+        share += selected[l].share(done) / len(levels)
         S = torch.einsum("kt,khw->thw", w.to(A[l].dtype), A[l]).relu()  # eq. 2
         P = S if P is None else _lnorm(S, P.shape[-2:], official) * resize(P, (S.shape[-2], S.shape[-1]))  # eq. 3
         yield from Report(Level(index, len(levels), layers[l], SaliencyMaps(P, finish)))
@@ -289,14 +289,14 @@ class StoppingRule:
 
 
 def channel_weights(
-    c: Targets, masked: Masked, run: SelectedChannels, weights: Weights, min_rows: int, rule: StoppingRule | None
+    c: Targets, masked: Masked, selected: SelectedChannels, weights: Weights, min_rows: int, rule: StoppingRule | None
 ) -> Plan[tuple[Tensor, int]]:
     """Plan of the channel weights of one level, by eq. 4, 5 or 6.
 
     Args:
         c: T target classes.
         masked: Masked images of the selected channels.
-        run: Selected channels.
+        selected: Selected channels.
         weights: Function that returns the weights of the probabilities.
         min_rows: Minimum number of rows.
         rule: Stopping rule, or None.
@@ -305,13 +305,13 @@ def channel_weights(
         The weights w [K, T] and the number of channels that were run.
     """
     if not len(masked):
-        return c.p.new_zeros(len(run.strength), len(c)), 0
+        return c.p.new_zeros(len(selected.strength), len(c)), 0
     scores = yield from Score(masked, c, min_rows, rule)
     P = len(masked.parts)
     done = len(scores.probabilities) // P
     if rule is not None and rule.error is not None:
         done = rule.done  # The last batch may contain further rows.
-    return run.to_all_channels(weights(c, [scores.probabilities[i : P * done : P] for i in range(P)])), done
+    return selected.to_all_channels(weights(c, [scores.probabilities[i : P * done : P] for i in range(P)])), done
 
 
 def _lnorm(S: Tensor, coarse: Sequence[int], official: bool) -> Tensor:

@@ -57,11 +57,15 @@ def score_cam(
         same number of passes for a finer map.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
-    run = select_channels(A, dead=True)
-    yield from ReleaseRows(len(A) - len(run))
-    scores = yield from Score(Masked(x, A[run.indices]), c, min_rows=1)  # algorithm 1, lines 6 to 11
+    selected = select_channels(A, include_zero=True)
+    yield from ReleaseRows(len(A) - len(selected))
+    scores = yield from Score(Masked(x, A[selected.indices]), c, min_rows=1)  # algorithm 1, lines 6 to 11
     y = scores.logits if score == "logit" else scores.probabilities
     # algorithm 1, line 13
-    w = run.to_all_channels(y, missing=-torch.inf).softmax(dim=0) if channel_softmax else run.to_all_channels(y)
+    w = (
+        selected.to_all_channels(y, missing=-torch.inf).softmax(dim=0)
+        if channel_softmax
+        else selected.to_all_channels(y)
+    )
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()  # eq. 6
-    return SaliencyMaps(S, share=run.share(len(y)))
+    return SaliencyMaps(S, share=selected.share(len(y)))

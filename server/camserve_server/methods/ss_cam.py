@@ -86,11 +86,11 @@ def ss_cam(
         and it costs 35 times as much as Score-CAM.
     """
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
-    run = select_channels(A, dead=True)
-    yield from ReleaseRows(samples * (len(A) - len(run)))
-    scores = yield from Score(Noisy(x, A[run.indices], samples, sigma, seed), c, min_rows=1)
+    selected = select_channels(A, include_zero=True)
+    yield from ReleaseRows(samples * (len(A) - len(selected)))
+    scores = yield from Score(Noisy(x, A[selected.indices], samples, sigma, seed), c, min_rows=1)
     y = scores.logits  # [rows, T]
-    mean = torch.stack([y[k :: len(run)].mean(dim=0) for k in range(min(len(y), len(run)))])
-    w = run.to_all_channels(mean, missing=-torch.inf).softmax(dim=0)
+    mean = torch.stack([y[k :: len(selected)].mean(dim=0) for k in range(min(len(y), len(selected)))])
+    w = selected.to_all_channels(mean, missing=-torch.inf).softmax(dim=0)
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()
-    return SaliencyMaps(S, share=len(y) / (samples * len(run)))
+    return SaliencyMaps(S, share=len(y) / (samples * len(selected)))

@@ -94,8 +94,8 @@ def test_layer_with_negative_activations_leaves_out_nothing(x: Tensor) -> None:
 
 def test_constant_channels_are_merged() -> None:
     A = torch.stack([torch.full((4, 4), 2.0), noise(4, 4).abs(), torch.full((4, 4), 3.0), torch.zeros(4, 4)])
-    run = select_channels(A, dead=False)
-    assert torch.equal(run.merge(A), torch.stack([torch.full((4, 4), 5.0), A[1]]))
+    selected = select_channels(A, include_zero=False)
+    assert torch.equal(selected.merge(A), torch.stack([torch.full((4, 4), 5.0), A[1]]))
 
 
 def test_budget_that_cuts_the_map_leaves_out_nothing(model: Model, x: Tensor) -> None:
