@@ -1,1 +1,1 @@
-"""The server: plans ask the model questions, one engine a device answers them in full batches."""
+"""The server: plans yield queries, and one engine for each device answers them in batches."""

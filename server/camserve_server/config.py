@@ -114,7 +114,8 @@ class ModelConfig(_Table):
         Field(description="Compile the forward pass with torch.compile at load; on a CPU, this needs a C++ compiler."),
     ] = False
     batch_size: Annotated[
-        int | None, Field(ge=1, le=1024, description="Batch size of every lane; measured at warm-up if omitted.")
+        int | None,
+        Field(ge=1, le=1024, description="Batch size of every kind of lane; measured at warm-up if omitted."),
     ] = None
 
     @model_validator(mode="before")

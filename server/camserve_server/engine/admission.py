@@ -109,8 +109,8 @@ class Admission:
         rows_before = _rows_before(self._owed.values(), claim.rows, weight)
         if rows_before and rows_before + claim.rows > self._max_rows_owed:
             raise QueueFull(
-                f"{rows_before} rows run before the {claim.rows} rows of this request; the limit is "
-                f"{self._max_rows_owed} rows; try again later",
+                f"this request and the rows before it are {rows_before + claim.rows} rows; max_rows_owed is "
+                f"{self._max_rows_owed}; try again later",
                 retry_after_s=_wait_s(rows_before + claim.rows - self._max_rows_owed, rows_per_s),
             )
         if claim.deadline is not None and claim.rows_per_s:

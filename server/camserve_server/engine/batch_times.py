@@ -10,7 +10,7 @@ from camserve_server.models.model import LaneKind
 
 
 class BatchTimes:
-    """The rate of an engine and the longest recent batch of each lane.
+    """The rate of an engine and the longest recent batch of each model and kind of lane.
 
     Attributes:
         rows_per_s: A moving average of the rows that run each second, with the time that plans take between batches;

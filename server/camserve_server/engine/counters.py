@@ -1,4 +1,4 @@
-"""Counters of the batches that an engine has run, by lane."""
+"""Counters of the batches that an engine has run, by kind of lane."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BatchRecord:
 
 @dataclass
 class LaneCounters:
-    """Totals of the batches of one lane.
+    """Totals of the batches of one kind of lane on one model.
 
     Attributes:
         rows: The rows of requests.
@@ -54,10 +54,10 @@ class Counters:
     """Totals of an engine since its start.
 
     Attributes:
-        batches: The batches of all lanes.
+        batches: All batches.
         rows: The rows of requests.
         padding: The padding rows.
-        lanes: The totals of each lane by the model's name, the precision and the kind of the lane.
+        lanes: The totals by the model's name, the precision and the kind of lane.
     """
 
     batches: int = 0

@@ -55,9 +55,9 @@ class Reservation:
         """Start the plan of the request. The reserved rows belong to the returned job from then on.
 
         Args:
-            plan: A generator that takes at most about as many rows as were reserved.
+            plan: A generator that usually takes at most as many rows as were reserved.
             model: The model that answers the queries of the plan.
-            batch_sizes: Batch sizes by lane that replace those of the model.
+            batch_sizes: Batch sizes by kind of lane that replace those of the model.
             notify: Receives the events of the request on the engine's thread; it must not block.
 
         Returns:

@@ -1,4 +1,7 @@
-"""Warm-up of a model: it measures the batch size of each lane and runs everything that is slow the first time."""
+"""Warm-up of a model.
+
+The warm-up measures the batch size of each kind of lane and runs everything that is slow the first time.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,8 @@ def warm_up(model: Model, batch_size: int | None = None) -> None:
 
     Args:
         model: Model to warm up.
-        batch_size: Number of rows of a batch in all lanes. If None, each lane gets the smallest size whose throughput
-            is close enough to the best (`MIN_THROUGHPUT_SHARE`).
+        batch_size: Number of rows of a batch for all kinds of lane. If None, each kind gets the smallest size whose
+            throughput is close enough to the best (`MIN_THROUGHPUT_SHARE`).
     """
     for _ in warm_up_steps(model, batch_size):
         pass
@@ -57,8 +60,8 @@ def warm_up_steps(model: Model, batch_size: int | None = None) -> Iterator[None]
         try:
             seconds = partial(_batch_seconds, model, query, SHORT_MEASURE_S if batch_size else MEASURE_S)
             size, model.rows_per_s[kind] = yield from best_batch_size(seconds, sizes, MIN_THROUGHPUT_SHARE[kind])
-        except Unservable as error:  # methods of the other lanes can still be served
-            log.warning("a lane cannot be served", model=model.name, lane=kind, reason=error.message)
+        except Unservable as error:  # methods that use the other kinds of lane can still be served
+            log.warning("a kind of lane cannot be served", model=model.name, lane=kind, reason=error.message)
             size = model.batch_sizes["forward"]
         model.batch_sizes[kind] = size
     yield

@@ -46,7 +46,10 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     module = build_network(config, where).eval().requires_grad_(False)
     config = with_network_defaults(config, module)
     if len(config.mean) != len(config.std):
-        raise ConfigError(f"{where}.std: {len(config.std)} numbers where mean has {len(config.mean)}; set both")
+        raise ConfigError(
+            f"{where}.std: std has {len(config.std)} numbers and mean has {len(config.mean)}; "
+            "give both the same number of values"
+        )
     digest = state_digest(module)
     precision, *others = dict.fromkeys(config.precision)
     if "tf32" in config.precision and device.type != "cuda":

@@ -50,8 +50,8 @@ class Model:
         precision: Precision of the network's arithmetic.
         others: The same model at other precisions.
         serial: Number that differs each time a model is loaded.
-        batch_sizes: Batch size of each lane in rows, set at warm-up.
-        rows_per_s: Throughput of each lane in rows per second, set at warm-up if it was measured.
+        batch_sizes: Batch size of each kind of lane in rows, set at warm-up.
+        rows_per_s: Throughput of each kind of lane in rows per second, set at warm-up if it was measured.
         compile: True if the configuration requests torch.compile.
         fast_forward: Faster forward pass for batches of `fast_forward_size` rows without hooks, set at warm-up if there
             is one.
@@ -242,7 +242,8 @@ class Model:
         """
         if many and not self.layers:
             raise Unservable(
-                f"{self.name} has no layer [N, K, h, w] that is non-negative or made by an activation; name the layers"
+                f"{self.name} has no default layers (no output [N, K, h, w] is non-negative or comes from an "
+                "activation); name the layers in the request"
             )
         if not many and self.layer is None:
             raise Unservable(f"{self.name} has no layer with a spatial output; choose a method that uses no layer")
@@ -264,4 +265,4 @@ def describe_missing_layer(name: str, spatial: Mapping[str, Layer]) -> str:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3)
-    return f"; the nearest: {', '.join(close)}" if close else ""
+    return f"; similar names: {', '.join(close)}" if close else ""

@@ -17,7 +17,10 @@ def unsupported_reason(method: registry.Method, model: Model) -> str:
         The end of a sentence such as "m cannot serve cam: it …"; an empty string if the model can serve the method.
     """
     if method.layers == "many" and not model.layers:
-        return "it has no layer [N, K, h, w] that is non-negative or made by an activation; name the layers"
+        return (
+            "it has no default layers (no output [N, K, h, w] is non-negative or comes from an activation); "
+            "name the layers in the request"
+        )
     if method.layers == "one" and model.layer is None:
         return "it has no layer with a spatial output"
     has: dict[registry.Needs, bool] = {"": True, "gap": model.gap is not None, "attention": bool(model.attention)}

@@ -178,7 +178,7 @@ def _timm(name: str, config: ModelConfig, download: str | None, where: str) -> n
     except (AssertionError, TypeError, ValueError) as error:
         if not options:
             raise
-        raise ConfigError(f"{where}.input_size: {name} cannot be made for it: {error!r}") from error
+        raise ConfigError(f"{where}.input_size: timm cannot build {name} for this input size: {error!r}") from error
     return _with_weights_file(module, config, where)
 
 
@@ -229,7 +229,10 @@ def _download(config: ModelConfig, known: list[str], example: str, where: str) -
         return None
     if config.weights not in known:
         kind = config.source.partition(":")[0]
-        raise ConfigError(f"{where}.weights: neither a file nor one of {kind}'s: {', '.join(known)}")
+        raise ConfigError(
+            f"{where}.weights: {config.weights!r} is neither a file nor a known name; expected a file or a name of "
+            f"{kind}: {', '.join(known)}"
+        )
     return config.weights
 
 
@@ -252,7 +255,10 @@ def _read_weights(config: ModelConfig, where: str) -> Mapping[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ConfigError(f"{where}.weights: {path} cannot be read without unpickling code: {error}") from error
+        raise ConfigError(
+            f"{where}.weights: {path} cannot be read; expected a safetensors file, or a state dict that "
+            f"torch.load reads with weights_only=True: {error}"
+        ) from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(f"{where}.weights: {path} contains no state dict; save one with torch.save or safetensors")

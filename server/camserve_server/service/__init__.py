@@ -1,1 +1,1 @@
-"""The edge: wire ↔ domain. The only folder that knows grpc and protobuf."""
+"""The gRPC service. Only this package imports grpc and protobuf."""

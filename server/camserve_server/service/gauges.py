@@ -94,7 +94,9 @@ class Gauges(Collector):
         memory = GaugeMetricFamily(
             "camserve_model_weight_bytes", "Bytes of the weights of a loaded model.", labels=["model"]
         )
-        sizes = GaugeMetricFamily("camserve_batch_size", "Number of rows in a full batch of the lane.", labels=LANE)
+        sizes = GaugeMetricFamily(
+            "camserve_batch_size", "Number of rows in a full batch of the kind of lane.", labels=LANE
+        )
         loads = CounterMetricFamily(
             "camserve_model_loads", "Number of loads of a model by result.", labels=["model", "result"]
         )

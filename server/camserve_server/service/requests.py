@@ -1,4 +1,4 @@
-"""Requests as protobuf messages, checked and converted before the engine sees them.
+"""Check and convert request messages.
 
 A request is parsed in two steps. `parse_explain` and `parse_evaluate` read every field but the pixels. This is cheap
 and gives the rows that the request needs, so that the engine can refuse it. `decode_pixels` then decodes the image, and
@@ -54,14 +54,14 @@ class ParsedRequest:
         rows: The rows that the request can take.
         seed: The seed of methods and metrics that use random numbers.
         budget: The most rows that the caller allows; 0 for no budget.
-        batch_sizes: The requested batch sizes by lane.
+        batch_sizes: The requested batch sizes by kind of lane.
         priority: The requested priority; None if the request does not name one.
         image: The image as it was sent.
         boxes: Boxes around the target, in pixels of the model's input.
         mask: A mask of the target; None if there is none.
         saliency: The map to score; None if a method makes the maps.
         top_k: The number of predictions in the response; 0 for the default.
-        raw: Return the maps before they are resized and scaled, too.
+        raw: Also return the maps before resizing and scaling.
     """
 
     model: Model
@@ -240,10 +240,10 @@ def _batch_sizes(sizes: Mapping[str, int], model: Model) -> dict[LaneKind, int]:
     All other requests wait while a batch runs. A receipt of this machine never has a larger size, and a receipt of
     another machine gives other bits in any case. The receipt of the response contains the sizes that were used.
     """
-    for lane, size in sizes.items():
-        if lane not in get_args(LaneKind) or not 1 <= size <= MAX_BATCH_SIZE:
+    for kind, size in sizes.items():
+        if kind not in get_args(LaneKind) or not 1 <= size <= MAX_BATCH_SIZE:
             raise OutOfRange(
-                f"the batch size of {lane} is {size}; expected 1 to {MAX_BATCH_SIZE} for the lanes "
+                f"the batch size of {kind} is {size}; expected 1 to {MAX_BATCH_SIZE} for the kinds of lane "
                 f"{', '.join(get_args(LaneKind))}",
                 field="batch_sizes",
             )

@@ -1,4 +1,4 @@
-"""Results converted to protobuf messages."""
+"""Convert results to protobuf messages."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _authenticate(call: grpc.HandlerCallDetails, tokens: Collection[TokenConfig]
     values = [str(value) for key, value in call.invocation_metadata if key == "authorization"]
     scheme, _, secret = values[0].partition(" ") if len(values) == 1 else ("", "", "")
     if scheme.lower() != "bearer":
-        raise Unauthenticated("the call has no token; send the metadata `authorization: Bearer TOKEN`")
+        raise Unauthenticated("the call has no single bearer token; send the metadata `authorization: Bearer TOKEN`")
     digest = hashlib.sha256(secret.strip().encode()).hexdigest()
     match = None
     for token in tokens:  # comparing with every token keeps the time independent of the result

@@ -263,7 +263,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         except CamserveError as error:
             failure = error
         except Exception:
-            log.exception("bug", rpc=rpc)
+            log.exception("unexpected exception", rpc=rpc)
             failure = InternalError("an internal error; the server's log describes it under this request_id")
         except BaseException:  # gRPC cancels the task for an expired deadline and for a cancelled call alike
             late = deadline is not None and time.monotonic() >= deadline - EXPIRED_SHARE * (deadline - call.started)

@@ -1,4 +1,4 @@
-"""Errors converted to a gRPC status with google.rpc details (AIP-193)."""
+"""Convert errors to a gRPC status with google.rpc details (AIP-193)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_owed_rows_count_by_their_priority() -> None:
     admission = Admission(100)
     admission.admit(1, Claim(10_000, priority="low"), 0.0)
     admission.admit(2, Claim(32, priority="high"), 0.0)  # 32 / 256 rows of the first request run before it
-    with pytest.raises(QueueFull, match="36 rows run before the 65"):
+    with pytest.raises(QueueFull, match="this request and the rows before it are 101 rows; max_rows_owed is 100;"):
         admission.admit(3, Claim(65), 0.0)  # 65 / 16 rows of the first request and all rows of the second run before it
     admission.release(2)
     admission.admit(3, Claim(65), 0.0)

@@ -109,7 +109,7 @@ def test_technique_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, break
         "RuntimeError: this network cannot be compiled" if breaks else "its logits differ from those of the network"
     )
     assert [(log["event"], log["way"], log["reason"]) for log in logs] == [
-        ("the network runs without", "torch.compile", reason)
+        ("a faster forward pass is not used", "torch.compile", reason)
     ]
     assert torch.isfinite(maps(model, "score-cam")).all()
 

@@ -142,12 +142,20 @@ def test_head_is_configured_or_depends_on_the_number_of_logits() -> None:
     [
         ("timm:nix", {}, "models.m.source: timm has no model 'nix'"),
         ("timm:test_vit", {"allow_random_weights": False}, 'models.m.weights: give a file or "pretrained"'),
-        ("timm:test_vit", {"weights": "none.pt"}, "models.m.weights: neither a file nor one of timm's: pretrained"),
-        ("timm:mvitv2_tiny", {"input_size": (64, 80)}, "models.m.input_size: mvitv2_tiny cannot be made for it"),
+        (
+            "timm:test_vit",
+            {"weights": "none.pt"},
+            "models.m.weights: 'none.pt' is neither a file nor a known name; expected .* timm: pretrained",
+        ),
+        (
+            "timm:mvitv2_tiny",
+            {"input_size": (64, 80)},
+            "models.m.input_size: timm cannot build mvitv2_tiny for this input size",
+        ),
         ("torchvision:vit_b_16", {"input_size": (64, 80)}, "models.m.input_size: .* takes squares, not 64x80"),
         ("torchvision:vit_b_16", {"input_size": (65, 65)}, "models.m.input_size: "),
         ("torchvision:resnet18", {"input_size": (1, 1), "layer": "x"}, "models.m.layer: there is no layer 'x'"),
-        ("timm:test_resnet", {"layer": "layer1.0.nix"}, "models.m.layer: .* the nearest: layer1.0"),
+        ("timm:test_resnet", {"layer": "layer1.0.nix"}, "models.m.layer: .* similar names: layer1.0"),
         ("torchvision:resnet18", {"layer": "layer2.0.relu"}, r"models.m.layer: .* such as layer2\.0\.relu#2"),
         ("torchvision:resnet18", {"layers": ["layer2", "nix"]}, "models.m.layers: there is no layer 'nix'"),
         (
@@ -157,7 +165,7 @@ def test_head_is_configured_or_depends_on_the_number_of_logits() -> None:
         ),
         ("timm:test_resnet", {"token_grid": (5, 5)}, "models.m.token_grid: "),
         (f"{HERE}:one_logit", {"head": "softmax"}, "models.m.head: the softmax of a single logit is always 1"),
-        (f"{HERE}:one_logit", {"mean": [0.5]}, "models.m.std: 3 numbers where mean has 1; set both"),
+        (f"{HERE}:one_logit", {"mean": [0.5]}, "models.m.std: std has 3 numbers and mean has 1; give both"),
         (f"{HERE}:one_logit", {"mean": [0.5], "std": [1]}, "models.m.mean: the network's input has 3 channels"),
         (f"{HERE}:grey", {"mean": [0.5] * 3}, "models.m.mean: the network's input has one channel"),
         (f"{HERE}:grey", {"std": [0.5] * 3}, "models.m.mean: the network's input has one channel"),

@@ -1,1 +1,1 @@
-"""Lanes: how queries run on the device."""
+"""Execution of queries on the device, by kind of lane."""

@@ -1,4 +1,4 @@
-"""The ascend lane: iterations of Adam through the network, for several variables at once."""
+"""Lanes of the kind "ascend": iterations of Adam through the network, for several variables at once."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class AscendQuery:
 
 
 def run_ascend(model: Model, slices: Sequence[BatchSlice], size: int) -> None:
-    """Run one batch of the ascend lane: a forward pass, a backward pass and an update of Adam for each row.
+    """Run one batch of a lane of the kind "ascend": a forward pass, a backward pass and an update of Adam for each row.
 
     Args:
         model: Network to run.

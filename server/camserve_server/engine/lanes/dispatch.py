@@ -1,7 +1,7 @@
 """Choice of the lane of a query, and the run of one batch.
 
-A *lane* is a stream of batches: queries of one lane can share a batch. Each lane runs one fixed batch size and fills
-incomplete batches with padding rows, so that the arithmetic of a row does not depend on the other rows.
+A *lane* is a key: queries with the same lane can share a batch. Each lane has one fixed batch size, and incomplete
+batches are filled with padding rows, so that the arithmetic of a row does not depend on the other rows.
 
 On a CPU, only the engine's thread may compute on large tensors. A second thread would start an OpenMP team of its own.
 With more threads than cores, the waits of libgomp block in the kernel, and the process permanently loses a third of its

@@ -100,7 +100,9 @@ def _accelerated(model: Model, X: Tensor) -> ForwardPass | None:
         except Exception as error:  # a network may contain code that cannot be compiled or recorded
             reason = f"{type(error).__name__}: {error}"
         if reason:
-            log.warning("the network runs without", model=model.name, way=name, reason=reason.partition("\n")[0])
+            log.warning(
+                "a faster forward pass is not used", model=model.name, way=name, reason=reason.partition("\n")[0]
+            )
         else:
             forward = faster
     return None if forward is plain else forward

@@ -1,4 +1,4 @@
-"""The forward lane: predictions, activations, attention, and scores of rows."""
+"""Lanes of the kind "forward": predictions, activations, attention, and scores of rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from camserve_server.rows import to_device
 
 @dataclass(eq=False)
 class ForwardQuery:
-    """Base class of the queries of the forward lane.
+    """Base class of the queries of lanes of the kind "forward".
 
     A query receives the logits of its rows. It can also read and replace the outputs of `layers`.
 
@@ -77,7 +77,7 @@ class ForwardQuery:
             self.done = stop
 
     def store_logits(self, start: int, stop: int, logits: Tensor) -> None:
-        """Store what the answer needs of the logits [stop − start, classes] of rows [start, stop)."""
+        """Store the part of the logits [stop − start, classes] of rows [start, stop) that the answer needs."""
         raise NotImplementedError
 
 
@@ -213,7 +213,7 @@ class ScoreQuery(ForwardQuery):
 
 
 def run_forward(model: Model, slices: Sequence[BatchSlice], size: int) -> None:
-    """Run one batch of the forward lane.
+    """Run one batch of a lane of the kind "forward".
 
     Args:
         model: Network to run.

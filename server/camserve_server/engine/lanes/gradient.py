@@ -1,4 +1,4 @@
-"""The gradient lane: one forward and one backward pass for each row, for the requested layers."""
+"""Lanes of the kind "gradient": one forward and one backward pass for each row, for the requested layers."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _row(batch: Gradients, i: int) -> Gradients:
 
 
 def run_gradient(model: Model, slices: Sequence[BatchSlice], size: int) -> None:
-    """Run one batch of the gradient lane.
+    """Run one batch of a lane of the kind "gradient".
 
     Args:
         model: Network to run.
