@@ -50,7 +50,7 @@ class DicomExplanation:
         explanation: The server's response: map, scores, target and receipt.
         image: The rendered image that was explained.
         objects: Result objects by kind, see `camserve_dicom.KINDS`.
-        withheld: The check that failed, in which case `objects` has only a report. Empty if the check passed.
+        withheld: The reason why only a report was made; empty if the check passed.
     """
 
     explanation: Explanation

@@ -94,6 +94,7 @@ def _make_object(kind: str, derivation: Derivation) -> Dataset:
         raise
     except Exception as error:  # an unusual header can raise any exception in highdicom and pydicom
         raise DicomError(
-            f"no {kind} can be made: a value of the header or of the explanation does not fit into the object",
+            f"the object of kind {kind} cannot be made: a value of the header or of the explanation does not fit into "
+            "it",
             "UNWRITABLE_RESULT",
         ) from error

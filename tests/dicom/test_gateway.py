@@ -138,7 +138,10 @@ def test_full_disk_or_queue_refuses_objects(gateway: OpenGateway) -> None:
     with gateway(min_free_bytes=1 << 60) as running:
         assert send(running.address, image(1)) == [0xA700]
         status, body = request(running, "/health")
-        assert (status, json.loads(body)["wrong"]) == (503, ["the spool's disk is full"])
+        assert (status, json.loads(body)["wrong"]) == (
+            503,
+            ["the spool's disk has less free space than min_free_bytes"],
+        )
 
 
 def test_too_large_object_is_aborted(gateway: OpenGateway) -> None:

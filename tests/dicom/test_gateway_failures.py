@@ -31,7 +31,7 @@ pytestmark = [
 
 def temporary_failures(log: LogLines) -> list[str]:
     """Return the reasons of temporary failures in the log."""
-    return [line["reason"] for line in log if line["event"] == "later"]
+    return [line["reason"] for line in log if line["event"] == "step will be retried"]
 
 
 def test_storage_is_retried_while_the_pacs_is_down(gateway: OpenGateway, pacs: Pacs) -> None:
@@ -139,7 +139,7 @@ def test_full_disk_stops_explanations(gateway: OpenGateway, pacs: Pacs, log: Log
     with gateway(server=UNREACHABLE_SERVER) as running:
         assert send(running.address, image()) == [0]
     with gateway(min_free_bytes=1 << 60) as running:
-        wait_until(lambda: "the disk is full" in temporary_failures(log))
+        wait_until(lambda: "the disk has less free space than min_free_bytes" in temporary_failures(log))
         assert len(running.entries("inbox")) == 1
         assert "explained" not in running.events()
     with gateway() as running:

@@ -120,7 +120,9 @@ class PacsConfig(_Table):
     ae_title: Annotated[AETitle | None, Field(description="AE title of the PACS; required with `address`.")] = None
     address: Annotated[Address | None, Field(description="HOST:PORT of the DIMSE listener of the PACS.")] = None
     tls: Annotated[bool, Field(description="Connect with TLS, with the files of [tls].")] = False
-    commitment: Annotated[bool, Field(description="Request storage commitment, and keep results until then.")] = True
+    commitment: Annotated[
+        bool, Field(description="Request storage commitment, and keep results until the PACS has committed.")
+    ] = True
     commitment_timeout_s: Annotated[float, Field(gt=0, description="Seconds until the request is repeated.")] = 3600.0
     commitment_ae_title: Annotated[
         AETitle | None, Field(description="AE title that reports commitments, if it differs from `ae_title`.")

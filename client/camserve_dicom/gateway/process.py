@@ -141,13 +141,13 @@ class Gateway:
                     else:
                         move_to_dead(self._spool, self._audit, entry, "the entry is older than retention_h")
                 except OSError as error:  # a step moved the entry at the same time
-                    log.info("not tidied", object=entry.name, errno=error.errno)
+                    log.info("entry not cleaned up", object=entry.name, errno=error.errno)
 
     def _problems(self) -> list[str]:
         """Return a text for each condition that keeps the gateway from working."""
         problems = []
         if self._spool.free_bytes() < self._config.min_free_bytes:
-            problems.append("the spool's disk is full")
+            problems.append("the spool's disk has less free space than min_free_bytes")
         if self._spool.count(Stage.inbox) >= self._config.max_waiting:
             problems.append("too many objects wait")
         if not all(thread.is_alive() for workers in self._workers for thread in workers.threads):

@@ -211,7 +211,7 @@ class Receiver:
                 return DATASET_MISMATCH
             return self._add_to_spool(header, part10, caller)
         except OSError as error:
-            log.error("no object can be taken", errno=error.errno)
+            log.error("cannot write the object", errno=error.errno)
             return OUT_OF_RESOURCES
 
     def _inflates_too_large(self, event: evt.Event) -> bool:
@@ -230,13 +230,13 @@ class Receiver:
         if drop_reason is None:
             queue_full = self._spool.count(Stage.inbox) >= self._config.max_waiting
             if queue_full or self._spool.free_bytes() < self._config.min_free_bytes + len(part10):
-                log.warning("no room", queue=queue_full)
+                log.warning("spool is full", queue=queue_full)
                 return OUT_OF_RESOURCES
             self._audit.write("received", object=name, peer=caller, bytes=len(part10))
             entry = json.dumps({"caller": caller}).encode()
             if self._spool.add(name, {"source.dcm": part10, "entry.json": entry}):
                 return SUCCESS
-            drop_reason = "under way already"
+            drop_reason = "in progress already"
         self._audit.write("dropped", object=name, peer=caller, reason=drop_reason)
         return SUCCESS
 

@@ -63,7 +63,9 @@ class ExplanationStep:
             PermanentFailure: If the object cannot be explained.
         """
         if self._spool.free_bytes() < self._config.min_free_bytes:
-            raise TemporaryFailure("the disk is full")  # the rest is reserved for steps of other entries
+            raise TemporaryFailure(
+                "the disk has less free space than min_free_bytes"
+            )  # the rest is reserved for steps of other entries
         interruptions = int(read_json(entry / BEGUN).get("times", 0))
         if interruptions >= MAX_INTERRUPTIONS:
             (entry / BEGUN).unlink()  # an operator may move the entry back
@@ -123,7 +125,7 @@ def was_interrupted(entry: Path) -> bool:
 
 
 class StorageStep:
-    """Stores the results of an entry, and moves the entry from outbox to stored, or removes it without commitment."""
+    """Stores the results of an entry and moves it to stored, or removes it if storage commitment is not requested."""
 
     def __init__(self, config: Config, spool: Spool, audit: Audit, pacs: Pacs) -> None:
         self._requests_commitment = config.pacs.requests_commitment
@@ -208,7 +210,7 @@ class CommitmentStep:
             raise TemporaryFailure("waiting for the commitment report of the PACS", left_s)
         transaction = str(generate_uid(None))
         write_file(entry / "transaction.json", {"transaction": transaction, "time": time.time()})
-        with self._lock:  # earlier transactions of the entry remain, because an archive may report late
+        with self._lock:  # earlier transactions of the entry remain, because the PACS may report late
             self._transactions[transaction] = entry
         files = sorted((entry / "sent").glob("*.dcm"))
         try:

@@ -177,7 +177,9 @@ class StageWorkers:
             delay = retry_delay_s(failures) if retry_after_s is None else retry_after_s
             # A delay that the step requested is not a failure.
             self._retries[entry.name] = (time.monotonic() + delay, failures + (retry_after_s is None))
-        log.info("later", object=entry.name, stage=self._stage.value, reason=reason, wait_s=round(delay, 1))
+        log.info(
+            "step will be retried", object=entry.name, stage=self._stage.value, reason=reason, wait_s=round(delay, 1)
+        )
 
     def _fail(self, entry: Path, reason: str, details: str) -> None:
         """Move an entry to `dead`, or try it again later if that is not possible."""
