@@ -10,8 +10,8 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import structlog
 import torch
@@ -22,55 +22,11 @@ from camserve_server.engine.warmup import warm_up_steps
 from camserve_server.errors import CamserveError, ConfigError, InvalidArgument, NotFound, OutOfMemory, Unservable
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
+from camserve_server.pool_entries import LoadedModel, Loads, ModelEntry, ModelUsers, State
 from camserve_server.torch_setup.threads import in_own_thread
-
-State = Literal["ready", "waiting", "unloaded"]
 
 log = structlog.get_logger()
 T = TypeVar("T")
-
-
-@dataclass
-class Loads:
-    """Counters of the loads of one model.
-
-    Attributes:
-        done: The successful loads.
-        failed: The failed loads.
-        seconds: The time that all loads took, with warm-up.
-    """
-
-    done: int = 0
-    failed: int = 0
-    seconds: float = 0.0
-
-
-class _Users:
-    """The requests that use a model or wait for it."""
-
-    def __init__(self) -> None:
-        self._users: set[object] = set()
-        self._one_left = asyncio.Event()
-
-    def __len__(self) -> int:
-        return len(self._users)
-
-    def join(self) -> Callable[[], None]:
-        """Add a user. The returned function removes it; further calls of the function have no effect."""
-        user = object()
-        self._users.add(user)
-
-        def leave() -> None:
-            self._users.discard(user)
-            self._one_left.set()
-
-        return leave
-
-    async def all_left(self) -> None:
-        """Wait until there are no users."""
-        while self._users:
-            self._one_left.clear()
-            await self._one_left.wait()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,34 +40,6 @@ class Lease:
 
     model: Model
     release: Callable[[], None]
-
-
-@dataclass(eq=False)
-class _LoadedModel:
-    """A model in memory. `used_at` numbers the latest lease, in the order of all leases."""
-
-    model: Model
-    weight_bytes: int
-    users: _Users
-    used_at: int = 0
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A configured model. Requests cannot load it while it is `closed` by an operator."""
-
-    config: ModelConfig
-    loaded: _LoadedModel | None = None
-    closed: bool = False
-    loading: asyncio.Task[_LoadedModel] | None = None
-    waiting: _Users = field(default_factory=_Users)  # they become the users of the model that is being loaded
-    weight_bytes: int = 0  # of the most recent load
-
-    @property
-    def state(self) -> State:
-        if self.closed:
-            return "unloaded"
-        return "ready" if self.loaded else "waiting"
 
 
 class ModelPool:
@@ -135,7 +63,7 @@ class ModelPool:
         self._config = config
         self._engine = engine
         self._device = device
-        self._entries = {settings.name: _Entry(settings) for settings in config.models}
+        self._entries = {settings.name: ModelEntry(settings) for settings in config.models}
         self._leases = itertools.count(1)
         self._one_at_a_time = asyncio.Lock()
 
@@ -152,7 +80,7 @@ class ModelPool:
             if self._weight_bytes() + model.weight_bytes > self._max_bytes:
                 log.info("no room at the start, loaded on demand", model=entry.config.name)
                 continue
-            entry.loaded = await self._warm(entry.config, model, _Users())
+            entry.loaded = await self._warm(entry.config, model, ModelUsers())
 
     def all(self) -> Iterator[tuple[ModelConfig, State, Model | None]]:
         """Yield the configuration, the state and, if it is ready, the model of each entry, in the configured order."""
@@ -246,7 +174,7 @@ class ModelPool:
     async def _load_current(self, name: str, *, only_if_unloaded: bool = False) -> Model:
         settings = self._current_settings(name)
         async with self._one_at_a_time:
-            entry = self._entries.get(name) or _Entry(settings)
+            entry = self._entries.get(name) or ModelEntry(settings)
             old = entry.loaded
             if old is None or not only_if_unloaded:
                 if old is None:
@@ -261,7 +189,7 @@ class ModelPool:
         await self._wait_until_unused(replaced)
         return new.model
 
-    async def _close(self, entry: _Entry) -> None:
+    async def _close(self, entry: ModelEntry) -> None:
         async with self._one_at_a_time:  # this entry may be loading
             removed = [entry.loaded] if entry.loaded else []
             entry.loaded, entry.closed = None, True
@@ -280,12 +208,12 @@ class ModelPool:
     def _max_bytes(self) -> float:
         return self._config.max_model_bytes or float("inf")
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> ModelEntry:
         if name not in self._entries:
             raise _unknown(name, self._entries)
         return self._entries[name]
 
-    async def _load_once(self, entry: _Entry) -> _LoadedModel:
+    async def _load_once(self, entry: ModelEntry) -> LoadedModel:
         """Load a model in a task that all waiting requests share and that their cancellation does not end."""
         if entry.loading is None:
             entry.loading = asyncio.create_task(self._load_for_requests(entry))
@@ -293,7 +221,7 @@ class ModelPool:
             entry.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(entry.loading)
 
-    async def _load_for_requests(self, entry: _Entry) -> _LoadedModel:
+    async def _load_for_requests(self, entry: ModelEntry) -> LoadedModel:
         try:
             async with self._one_at_a_time:
                 if entry.loaded is None:  # an operator may have loaded it meanwhile
@@ -304,11 +232,11 @@ class ModelPool:
         finally:
             entry.loading = None
 
-    async def _load_entry(self, settings: ModelConfig, entry: _Entry) -> _LoadedModel:
+    async def _load_entry(self, settings: ModelConfig, entry: ModelEntry) -> LoadedModel:
         """Load a model and hand the waiting requests over to it. Raises ConfigError and OutOfMemory."""
         model = await self._read(settings)
         loaded = await self._warm(settings, model, entry.waiting)
-        entry.weight_bytes, entry.waiting = model.weight_bytes, _Users()
+        entry.weight_bytes, entry.waiting = model.weight_bytes, ModelUsers()
         return loaded
 
     async def _read(self, settings: ModelConfig) -> Model:
@@ -320,7 +248,7 @@ class ModelPool:
             )
         return model
 
-    async def _warm(self, settings: ModelConfig, model: Model, users: _Users) -> _LoadedModel:
+    async def _warm(self, settings: ModelConfig, model: Model, users: ModelUsers) -> LoadedModel:
         async def warm() -> None:
             for each in model.precisions.values():
                 steps = warm_up_steps(each, settings.batch_size)
@@ -337,7 +265,7 @@ class ModelPool:
                 device=self._device.type,
                 batch_sizes=each.batch_sizes,
             )
-        return _LoadedModel(model, model.weight_bytes, users)
+        return LoadedModel(model, model.weight_bytes, users)
 
     async def _counted(self, settings: ModelConfig, work: Coroutine[Any, Any, T]) -> T:
         """Await a part of a load, count its time and its failure. Raises ConfigError or CamserveError."""
@@ -361,12 +289,12 @@ class ModelPool:
     def _weight_bytes(self) -> int:
         return sum(entry.loaded.weight_bytes for entry in self._entries.values() if entry.loaded)
 
-    async def _make_room(self, entry: _Entry) -> None:
+    async def _make_room(self, entry: ModelEntry) -> None:
         """Unload other models, idle and least recently used ones first, until the entry fits."""
         others = [each for each in self._entries.values() if each.loaded and each is not entry]
         others.sort(key=lambda each: (len(each.loaded.users) > 0, each.loaded.used_at) if each.loaded else ())
         needed = 0 if entry.loaded else entry.weight_bytes
-        removed = list[_LoadedModel]()
+        removed = list[LoadedModel]()
         for other in others:
             if self._weight_bytes() + needed <= self._max_bytes or other.loaded is None:
                 break
@@ -374,7 +302,7 @@ class ModelPool:
             other.loaded = None
         await self._wait_until_unused(removed)
 
-    async def _wait_until_unused(self, removed: list[_LoadedModel]) -> None:
+    async def _wait_until_unused(self, removed: list[LoadedModel]) -> None:
         """Wait until no request uses these models, and empty the list so that their weights are freed."""
         if not removed:
             return

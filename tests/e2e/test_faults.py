@@ -64,7 +64,7 @@ def test_process_ends_when_the_device_thread_dies(tmp_path: Path) -> None:
         with pytest.raises((camserve.InternalError, camserve.Unavailable)):
             list(waiting)
         assert server.process.wait(LIMIT_S) == 1
-        assert "the engine died; the server ends" in server.stderr()
+        assert "the engine's thread failed; the server ends" in server.stderr()
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_exception_in_the_network_fails_one_request(tmp_path: Path) -> None:
             request = health_pb2.HealthCheckRequest(service="camserve.v1.ExplainService")
             assert health_pb2_grpc.HealthStub(channel).Check(request).status == health_pb2.HealthCheckResponse.SERVING
         assert server.engine is not None
-        assert not server.engine.died.done()
+        assert not server.engine.ended.done()
 
 
 def _explain_with_broken_requests(client: camserve.Client) -> Iterator[camserve.Explanation]:

@@ -203,11 +203,13 @@ def test_budget_limits_the_rows(model: Model, method: str, x: Tensor) -> None:
         assert half.rows <= whole.rows // 2
         assert 0 < cut.share < 1
         check(cut, model.preprocessing.size)
-        again = submit(engine, model, x, quick(model, method), [2], budget=half.cut_at).future.result(timeout=120)
+        again = submit(engine, model, x, quick(model, method), [2], budget=half.rows_at_early_stop).future.result(
+            timeout=120
+        )
         assert torch.equal(cut.maps, again.maps), "the budget of the receipt reproduces the map"
         enough = submit(engine, model, x, quick(model, method), [2], budget=whole.rows)
         assert torch.equal(enough.future.result(timeout=120).maps, full.maps)
-        assert enough.cut_at == 0
+        assert enough.rows_at_early_stop == 0
         with pytest.raises(OutOfRange, match="at least"):
             submit(engine, model, x, quick(model, method), [2], budget=1)
 
@@ -394,9 +396,9 @@ def test_map_cut_by_a_deadline_can_be_reproduced() -> None:
     x, method_call = noise(3, 32, 32), call(model, "poly-cam")
     with running() as engine:
         plan = plan_request(model, model.image(x), [2], method_call, ())
-        late = engine.submit(plan, model, rows=100, limits=Limits(until=time.monotonic()))
+        late = engine.submit(plan, model, rows=100, limits=Limits(answer_early_from=time.monotonic()))
         cut = late.future.result(timeout=60)
-        again = submit(engine, model, x, method_call, [2], budget=late.cut_at).future.result(timeout=60)
+        again = submit(engine, model, x, method_call, [2], budget=late.rows_at_early_stop).future.result(timeout=60)
     assert 0 < cut.share < 1
     assert torch.equal(cut.maps, again.maps)
 

@@ -34,17 +34,17 @@ def test_a_method_that_can_stop_early_keeps_time_for_metrics_and_the_response(mo
     now = time.monotonic()
     bounded = limits(model, rise, rows, deadline=now + 10)
     assert bounded.deadline == now + 10
-    assert bounded.until == pytest.approx(
+    assert bounded.answer_early_from == pytest.approx(
         now + 10 - 1.5 * 20 / 100 - 0.1 * 10, abs=0.1 * (time.monotonic() - now) + 1e-6
     )
-    assert (bounded.reserved, bounded.least, bounded.rows_per_s) == (20, rows.least, 100.0)
+    assert (bounded.metric_rows, bounded.least, bounded.rows_per_s) == (20, rows.least, 100.0)
 
 
 def test_a_method_that_cannot_stop_early_runs_until_its_deadline(model: Model) -> None:
     model.rows_per_s["forward"] = 100.0
     occlusion = call(model, "occlusion")
     bounded = limits(model, occlusion, rows_needed(model, occlusion, [], 1), deadline=time.monotonic() + 10)
-    assert bounded.until is None
+    assert bounded.answer_early_from is None
 
 
 def test_a_budget_below_the_fewest_rows_is_refused(model: Model) -> None:

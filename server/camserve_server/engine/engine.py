@@ -1,4 +1,4 @@
-"""The engine of one device: it holds all running plans, answers their queries in full batches, and steps them.
+"""The engine of one device: it holds all running plans, runs their queries in batches, and resumes them.
 
 All work on models and plans happens on the thread of the engine. Other threads submit plans and receive events and
 results through callbacks on the engine's thread. These callbacks must not block.
@@ -25,18 +25,12 @@ from camserve_server.engine.batch_times import BatchTimes
 from camserve_server.engine.counters import BatchRecord, Counters
 from camserve_server.engine.job import NO_LIMITS, Event, Job, Limits, Progress
 from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, LaneQuery, start_query
+from camserve_server.engine.outcomes import expired, notify_job, set_outcome, shut_down
 from camserve_server.engine.random_copies import RandomCopyPool
 from camserve_server.engine.reservation import Reservation, ignore_event
 from camserve_server.engine.scheduler import Batch, Scheduler
 from camserve_server.engine.steps import Steps
-from camserve_server.errors import (
-    CamserveError,
-    Cancelled,
-    Expired,
-    InternalError,
-    OutOfMemory,
-    Unavailable,
-)
+from camserve_server.errors import Cancelled, InternalError
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.randomise import weighted_layers
 from camserve_server.plan import (
@@ -67,7 +61,7 @@ class Engine:
 
     Attributes:
         counters: The totals of all batches.
-        died: Done when the engine's thread has ended; it carries an exception if the thread failed.
+        ended: Done when the engine's thread has ended; it carries an exception if the thread failed.
     """
 
     def __init__(
@@ -92,7 +86,7 @@ class Engine:
         self._closed = False
         self._closing = threading.Lock()  # no submission may enter the inbox after the command that ends the thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.died: Future[None] = Future()
+        self.ended: Future[None] = Future()
 
     # ---- called from any thread --------------------------------------------------------------------------------------
 
@@ -171,7 +165,7 @@ class Engine:
             if not self._closed:
                 return self._steps.start(steps)
         refused: Future[None] = Future()
-        refused.set_exception(_shut_down())
+        refused.set_exception(shut_down())
         return refused
 
     def close(self) -> None:
@@ -190,7 +184,7 @@ class Engine:
     def _enqueue(self, job: Job[Any]) -> None:
         with self._closing:
             if self._closed:
-                raise _shut_down()
+                raise shut_down()
             job.future.set_running_or_notify_cancel()  # only the engine sets the result
             self._arriving[job.id] = job
             self._inbox.put(lambda: self._begin(job))
@@ -210,18 +204,18 @@ class Engine:
                     else:
                         self._times.idle()
         except BaseException as error:  # a bug of the engine; no caller may wait for a result that never comes
-            log.exception("engine died")
+            log.exception("the engine's thread failed")
             self._admission.close()
             with self._closing:
                 self._closed = True
             self._jobs |= self._arriving
             for job in [*self._jobs.values()]:
                 self._finish(job, error=InternalError("the engine failed; the server's log contains the cause"))
-            self.died.set_exception(error)
+            self.ended.set_exception(error)
         else:
-            self.died.set_result(None)
+            self.ended.set_result(None)
         finally:
-            self._steps.fail(_shut_down())
+            self._steps.fail(shut_down())
 
     def _read_inbox(self) -> None:
         """Run the commands of other threads. Wait for a command if no row is owed."""
@@ -234,27 +228,23 @@ class Engine:
     def _halt(self) -> None:
         self._stop = True
         for job in [*self._jobs.values()]:
-            self._end(job, error=_shut_down())
+            self._end(job, error=shut_down())
 
     def _drop_expired(self) -> None:
         now = time.monotonic()
         for job in [j for j in self._jobs.values() if j.limits.deadline is not None and j.limits.deadline <= now]:
-            waited = 1e3 * (now - job.submitted)
-            self._end(
-                job,
-                error=Expired(
-                    f"the deadline passed {waited:.0f} ms after the submission, when {job.rows} of about "
-                    f"{job.rows + job.rows_left} rows were done; allow more time or request fewer rows",
-                    metadata={"queue_ms": f"{job.queue_ms:.0f}", "rows_done": str(job.rows)},
-                ),
-            )
+            self._end(job, error=expired(job, now))
 
     def _stop_early(self) -> None:
         """Answer a query that has `min_rows` if its request could not use the result of another batch in time."""
-        if all(job.limits.until is None for job in self._jobs.values()):
+        if all(job.limits.answer_early_from is None for job in self._jobs.values()):
             return
         soon = self._times.next_end({job.lane for job in self._jobs.values() if job.lane and job.query})
-        for job in [job for job in self._jobs.values() if job.limits.until is not None and soon >= job.limits.until]:
+        for job in [
+            job
+            for job in self._jobs.values()
+            if job.limits.answer_early_from is not None and soon >= job.limits.answer_early_from
+        ]:
             query = job.query
             if query is not None and query.min_rows is not None and job.query_done >= query.min_rows:
                 self._answer(job, query)
@@ -297,9 +287,9 @@ class Engine:
                 return partial(self._randomise, job, query)
             case ReleaseRows(rows):
                 self._set_rows_owed(job, job.rows_owed - rows)
-                _notify(job, Progress(job.rows, job.rows + job.rows_left))
+                notify_job(job, Progress(job.rows, job.rows + job.rows_left))
             case Report(event):
-                _notify(job, event)
+                notify_job(job, event)
             case _:
                 return None
         return _no_value
@@ -322,14 +312,12 @@ class Engine:
         lane, started = start_query(query, job.network, job.batch_sizes, copy)
         job.query_rows, job.query_done = started.rows, 0
         if started.min_rows is not None:
-            if job.limits.budget is not None:
-                job.query_rows = min(started.rows, job.limits.budget - job.limits.reserved - job.rows)
-            if job.limits.until is not None and self._times.next_end([lane]) >= job.limits.until:
-                job.query_rows = 0
-            job.query_rows = min(started.rows, max(started.min_rows, job.query_rows))
+            early_from = job.limits.answer_early_from
+            late = early_from is not None and self._times.next_end([lane]) >= early_from
+            job.query_rows = job.permitted_rows(started.rows, started.min_rows, late=late)
         if not job.query_rows:
             self._set_rows_owed(job, job.rows_owed - started.rows)
-            job.cut_at = job.rows if started.rows else job.cut_at
+            job.rows_at_early_stop = job.rows if started.rows else job.rows_at_early_stop
             return started.answer
         job.lane, job.query = lane, started
         self._scheduler.add(
@@ -363,15 +351,17 @@ class Engine:
             self._advance(job, each, failures.get(id(each)))
 
     def _halve(self, model: Model, kind: LaneKind, size: int) -> None:
-        """Reduce the batch size of a lane for all later batches, and note it in the receipts of running requests."""
+        """Reduce the size of later batches of a kind of lane, and note it in the receipts of running requests."""
         model.batch_sizes[kind] = min(model.batch_sizes[kind], size)
         for job in [job for job in self._jobs.values() if job.model.lane_key == model.lane_key]:
             job.batch_sizes[kind] = min(job.batch_sizes[kind], size)
             job.context.run(log.warning, "out of memory, batch halved", model=model.name, lane=kind, size=size)
             if job.rows:
-                _notify(
+                notify_job(
                     job,
-                    MapWarning(f"memory ran out; later batches have {size} rows, so that a replay may give other bits"),
+                    MapWarning(
+                        f"memory ran out; later batches have {size} rows; a replay may therefore give different bits"
+                    ),
                 )
 
     def _advance(self, job: Job[Any], rows_run: BatchSlice, failure: Exception | None) -> None:
@@ -384,7 +374,7 @@ class Engine:
         job.batches += 1
         query = self._query(job)
         self._set_rows_owed(job, job.rows_owed - rows)
-        _notify(job, Progress(job.rows, job.rows + job.rows_left))
+        notify_job(job, Progress(job.rows, job.rows + job.rows_left))
         if query.is_complete() or rows_run.stop >= job.query_rows:
             self._answer(job, query)
 
@@ -392,7 +382,7 @@ class Engine:
         """Send the answer to the plan. Rows of the query that have not run are no longer owed."""
         left = query.rows - job.query_done
         if not query.is_complete():
-            job.cut_at = job.rows
+            job.rows_at_early_stop = job.rows
         self._set_rows_owed(job, job.rows_owed - left)
         self._scheduler.remove(job.id)
         job.query = None
@@ -416,18 +406,7 @@ class Engine:
         del self._jobs[job.id]
         self._admission.release(job.id)
         job.finished = time.monotonic()
-        if error is None:
-            job.future.set_result(result)
-        elif isinstance(error, CamserveError):
-            job.future.set_exception(error)
-        elif isinstance(error, torch.OutOfMemoryError):  # raised by the plan itself; batches handle their own
-            message = f"the intermediate results for {job.model.name} do not fit into the device's memory"
-            job.future.set_exception(OutOfMemory(message))
-        else:
-            job.context.run(log.error, "plan failed", exc_info=error)
-            job.future.set_exception(InternalError("an internal error; the server's log contains the cause"))
-            if job.model.device.type == "cuda":  # raises and ends the engine if the CUDA context is broken
-                torch.cuda.synchronize(job.model.device)
+        set_outcome(job, result, error)
 
     def _query(self, job: Job[Any]) -> LaneQuery:
         assert job.query is not None, "a job with rows in a batch has a query"
@@ -444,14 +423,3 @@ class Engine:
 
 def _no_value() -> None:
     return None
-
-
-def _shut_down() -> Unavailable:
-    return Unavailable("the server has shut down; try another one", retry_after_s=1.0)
-
-
-def _notify(job: Job[Any], event: Event) -> None:
-    try:
-        job.notify(event)
-    except Exception:  # the receiver may be gone, which must not affect other requests
-        job.context.run(log.debug, "event not delivered")

@@ -39,18 +39,19 @@ class Limits:
 
     Attributes:
         deadline: The time at which the request fails; None for no deadline.
-        until: The time from which a query that has `min_rows` is answered with the rows that have run; None for never.
+        answer_early_from: The time from which a query that has `min_rows` is answered with the rows that have run; None
+            for never.
         budget: The most rows that the request may take; None for no budget. A query that has `min_rows` is answered
-            early when all of the budget but `reserved` is used.
-        reserved: The rows of the budget that are kept for metrics.
+            early when all of the budget but `metric_rows` is used.
+        metric_rows: The rows of the budget that are kept for metrics.
         least: The fewest rows with which the request can be answered.
         rows_per_s: The best measured rate of the model; 0 if it is unknown.
     """
 
     deadline: float | None = None
-    until: float | None = None
+    answer_early_from: float | None = None
     budget: int | None = None
-    reserved: int = 0
+    metric_rows: int = 0
     least: int = 0
     rows_per_s: float = 0.0
 
@@ -77,7 +78,7 @@ class Job(Generic[T]):
         rows_owed: The current upper bound of the rows that the request will still take, without its budget.
         limits: The limits of the request.
         submitted: The time of the submission, on the clock of `time.monotonic()`.
-        batch_sizes: The batch size of each lane; a size shrinks when memory runs out.
+        batch_sizes: The batch size of each kind of lane; a size shrinks when memory runs out.
         weight: The factor by which the scheduler multiplies the owed rows.
         rows: The rows that have run.
         batches: The batches in which these rows ran.
@@ -88,7 +89,7 @@ class Job(Generic[T]):
         copy: The job's copy of the network with random weights; while it exists, it answers the job's queries.
         query_rows: The rows that `query` may take.
         query_done: The rows of `query` that have run.
-        cut_at: The value of `rows` when a query was last answered early; 0 if none was.
+        rows_at_early_stop: The value of `rows` when a query was last answered early; 0 if none was.
         batch_records: The first batches of the job, each with the number of the job's rows in it.
         context: The context variables of the submitter; log lines about the job carry them.
     """
@@ -112,7 +113,7 @@ class Job(Generic[T]):
     copy: RandomCopy | None = None
     query_rows: int = 0
     query_done: int = 0
-    cut_at: int = 0
+    rows_at_early_stop: int = 0
     batch_records: list[tuple[BatchRecord, int]] = field(default_factory=list)
     context: Context = field(default_factory=copy_context)
 
@@ -125,6 +126,24 @@ class Job(Generic[T]):
     def rows_left(self) -> int:
         """The current upper bound of the rows that the request will still take, within its budget."""
         return self.limits.within_budget(self.rows_owed, used=self.rows)
+
+    def permitted_rows(self, rows: int, min_rows: int, *, late: bool) -> int:
+        """Return how many rows of a query that can be answered early may run.
+
+        Args:
+            rows: All rows of the query.
+            min_rows: The rows after which the query can be answered.
+            late: True if the result of another batch would come too late.
+
+        Returns:
+            `min_rows` to `rows`.
+        """
+        permitted = rows
+        if self.limits.budget is not None:
+            permitted = min(rows, self.limits.budget - self.limits.metric_rows - self.rows)
+        if late:
+            permitted = 0
+        return min(rows, max(min_rows, permitted))
 
     @property
     def queue_ms(self) -> float:

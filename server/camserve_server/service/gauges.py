@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from camserve_server.engine.counters import BATCH_BOUNDS_S
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Job
-from camserve_server.model_pool import State
+from camserve_server.pool_entries import State
 from camserve_server.service.servicer import Servicer
 
 LANE = ["model", "precision", "lane"]
@@ -41,7 +41,7 @@ class Gauges(Collector):
 
     def _server(self) -> Iterator[Metric]:
         draining = self._servicer.draining
-        ready = self._servicer.models is not None and not draining and not self._engine.died.done()
+        ready = self._servicer.models is not None and not draining and not self._engine.ended.done()
         yield GaugeMetricFamily("camserve_ready", "1 if the server accepts requests, else 0.", ready)
         yield GaugeMetricFamily(
             "camserve_draining", "1 if the server finishes running calls before it ends, else 0.", draining

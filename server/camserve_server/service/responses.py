@@ -223,7 +223,7 @@ def _receipt(
         batch_sizes=_batch_sizes(job.batch_sizes),
         preprocessing="as given" if parsed.image.HasField("tensor") else str(model.preprocessing),
         versions=versions(),
-        budget=job.cut_at,
+        budget=job.rows_at_early_stop,
         input_digest=_digest(image.tensor),
         map_digests=[_digest(saliency) for saliency in result.maps],
     )

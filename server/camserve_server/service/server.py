@@ -195,10 +195,10 @@ async def run(config: Config, ready: Callable[[Server], None]) -> int:
         raise ConfigError(str(error)) from error
     _on_signals(loop, signals, stopping.set)
     ready(server)
-    server.engine.died.add_done_callback(lambda _: loop.call_soon_threadsafe(stopping.set))
+    server.engine.ended.add_done_callback(lambda _: loop.call_soon_threadsafe(stopping.set))
     await stopping.wait()
-    if server.engine.died.done():
-        log.error("the engine died; the server ends")
+    if server.engine.ended.done():
+        log.error("the engine's thread failed; the server ends")
         await server.stop(0)
         return 1
     for number in signals:

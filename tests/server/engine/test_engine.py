@@ -76,7 +76,7 @@ def test_job_records_the_batch_sizes_that_it_ran_with(
     for job in (halved, after):
         assert (job.batch_sizes["forward"], job.batch_sizes["gradient"]) == (2, 2)
     assert [event.text for event in events if isinstance(event, MapWarning)] == [
-        "memory ran out; later batches have 2 rows, so that a replay may give other bits"
+        "memory ran out; later batches have 2 rows; a replay may therefore give different bits"
     ], "only the first job had run rows before the batch size changed"
 
 
@@ -237,7 +237,7 @@ def test_deadline_cancellation_and_close_end_requests(monkeypatch: pytest.Monkey
     with pytest.raises(Unavailable):
         submit(engine, model, X, long)
     assert engine.rows_owed() == 0
-    assert engine.died.result(TIMEOUT_S) is None
+    assert engine.ended.result(TIMEOUT_S) is None
 
 
 def test_engine_that_breaks_fails_all_requests(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
@@ -247,7 +247,7 @@ def test_engine_that_breaks_fails_all_requests(monkeypatch: pytest.MonkeyPatch, 
     job = submit(engine, model, X, call(model, "grad-cam"))
     with pytest.raises(InternalError):
         job.future.result(TIMEOUT_S)
-    assert isinstance(engine.died.exception(TIMEOUT_S), ZeroDivisionError)
+    assert isinstance(engine.ended.exception(TIMEOUT_S), ZeroDivisionError)
     with pytest.raises(Unavailable):
         submit(engine, model, X, call(model, "grad-cam"))
 

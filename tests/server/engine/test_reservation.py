@@ -117,7 +117,7 @@ def test_a_failing_engine_fails_jobs_that_it_has_not_begun(monkeypatch: pytest.M
     engine.start()
     with pytest.raises(InternalError):
         job.future.result(TIMEOUT_S)
-    assert isinstance(engine.died.exception(TIMEOUT_S), ZeroDivisionError)
+    assert isinstance(engine.ended.exception(TIMEOUT_S), ZeroDivisionError)
     assert engine.rows_owed() == 0
 
 

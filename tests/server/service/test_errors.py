@@ -407,7 +407,7 @@ def test_method_that_can_stop_early_returns_a_partial_map(server: Server, monkey
     compute_limits = request_plan.limits
 
     def stop_soon(*args: Any, **kwargs: Any) -> Limits:
-        return replace(compute_limits(*args, **kwargs), until=time.monotonic() + 1)
+        return replace(compute_limits(*args, **kwargs), answer_early_from=time.monotonic() + 1)
 
     with camserve.Client(server.address, timeout=TIMEOUT_S) as client:
         with monkeypatch.context() as patch:

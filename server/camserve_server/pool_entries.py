@@ -1,0 +1,85 @@
+"""Models of the pool in memory, their users, and counters of loads. All methods run on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from camserve_server.config import ModelConfig
+from camserve_server.models.model import Model
+
+State = Literal["ready", "waiting", "unloaded"]
+
+
+@dataclass
+class Loads:
+    """Counters of the loads of one model.
+
+    Attributes:
+        done: The successful loads.
+        failed: The failed loads.
+        seconds: The time that all loads took, with warm-up.
+    """
+
+    done: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+
+class ModelUsers:
+    """The requests that use a model or wait for it."""
+
+    def __init__(self) -> None:
+        self._users: set[object] = set()
+        self._one_left = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def join(self) -> Callable[[], None]:
+        """Add a user. The returned function removes it; further calls of the function have no effect."""
+        user = object()
+        self._users.add(user)
+
+        def leave() -> None:
+            self._users.discard(user)
+            self._one_left.set()
+
+        return leave
+
+    async def all_left(self) -> None:
+        """Wait until there are no users."""
+        while self._users:
+            self._one_left.clear()
+            await self._one_left.wait()
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A model in memory. `used_at` numbers the latest lease, in the order of all leases."""
+
+    model: Model
+    weight_bytes: int
+    users: ModelUsers
+    used_at: int = 0
+
+
+@dataclass(eq=False)
+class ModelEntry:
+    """A configured model. Requests cannot load it while it is `closed` by an operator."""
+
+    config: ModelConfig
+    loaded: LoadedModel | None = None
+    closed: bool = False
+    loading: asyncio.Task[LoadedModel] | None = None
+    waiting: ModelUsers = field(default_factory=ModelUsers)  # they become the users of the model that is being loaded
+    weight_bytes: int = 0  # of the most recent load
+
+    @property
+    def state(self) -> State:
+        """The state of the model, as operators see it."""
+        if self.closed:
+            return "unloaded"
+        return "ready" if self.loaded else "waiting"
