@@ -178,7 +178,7 @@ def test_stow_stores_results(tmp_path: Path, tiny: Server, web: Web, responses: 
     ("status", "response", "reason"),
     [
         (400, {}, "HTTP 400"),
-        (409, {}, "HTTP 409; the PACS gave no reason"),
+        (409, {}, "HTTP 409; the archive gave no reason"),
         (202, statuses("00081198", "00081197", 0x0110), "status 0x0110"),
     ],
 )

@@ -207,7 +207,7 @@ class StowPacs:
             raise PermanentFailure(f"HTTP {status}")
         statuses = _parse_statuses(body)
         if status != 200 and not statuses:
-            raise PermanentFailure(f"HTTP {status}; the PACS gave no reason")
+            raise PermanentFailure(f"HTTP {status}; the archive gave no reason")
         failure: Exception | None = None
         for file in files:
             reason = statuses.get(sop_reference(file).ReferencedSOPInstanceUID, 0)
