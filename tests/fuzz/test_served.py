@@ -49,6 +49,8 @@ def reason(error: grpc.RpcError) -> tuple[str, str]:
     return info.reason, info.metadata["field"]
 
 
+# Hypothesis warns if the state of `random` changes while it draws. Other threads of the process may do that.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module", "ignore:Generating overly large repr")
 @FUZZ
 @given(request=EXPLAIN | EVALUATE)
 def test_requests_get_an_answer_or_a_documented_error(

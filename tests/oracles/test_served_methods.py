@@ -379,7 +379,8 @@ TRIED: Tried = {
         {"steps": 5, "relu": False, "rate": 0.3},
         {"steps": 5, "norm": "sigmoid", "mask_space": "normalised"},
         {"steps": 5, "norm": "max", "objective": "diff"},
-        {"steps": 8, "rate": 5.0, "stop": "official"},
+        # A larger rate amplifies rounding in float32 differently on each kind of CPU.
+        {"steps": 8, "rate": 2.0, "stop": "official"},
     ],
     "random": [{}],
     "rise": [{"masks": 60}, {"masks": 40, "cells": 5, "keep": 0.5}],
