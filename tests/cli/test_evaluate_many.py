@@ -258,6 +258,7 @@ def test_maps_of_a_single_method_are_named_by_image(server: Server, folder: Path
         assert sorted(maps) == ["00.png", "01.png"]
 
 
+@pytest.mark.slow
 def test_resume_rejects_the_file_of_another_run(server: Server, folder: Path, tmp_path: Path) -> None:
     arguments = (folder / "00.png", "--csv", tmp_path / "s.csv", "--method", "opti-cam", "--resume")
     first = evaluate(server, *arguments, "--param", "steps=2")
@@ -274,6 +275,7 @@ def test_resume_rejects_the_file_of_another_run(server: Server, folder: Path, tm
     assert (tmp_path / "s.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_unknown_names_fail_before_files_are_written(server: Server, folder: Path, tmp_path: Path) -> None:
     arguments = (folder, "--csv", tmp_path / "s.csv")
     for options in (
@@ -286,6 +288,7 @@ def test_unknown_names_fail_before_files_are_written(server: Server, folder: Pat
     assert not (tmp_path / "s.csv").exists()
 
 
+@pytest.mark.slow
 def test_localisation_metrics_require_boxes(server: Server, folder: Path, tmp_path: Path) -> None:
     arguments = (folder / "00.png", folder / "01.png", "--method", "cam", "--metric", "pointing-game")
     refused = evaluate(server, *arguments, "--csv", tmp_path / "s.csv")
@@ -307,6 +310,7 @@ def test_localisation_metrics_require_boxes(server: Server, folder: Path, tmp_pa
     assert re.search(r"pointing-game +1\b", one.stdout)
 
 
+@pytest.mark.slow
 def test_invalid_usage_exits_with_2(server: Server, folder: Path, tmp_path: Path) -> None:
     image, labels = folder / "00.png", tmp_path / "labels.csv"
     out = ("--csv", tmp_path / "s.csv")

@@ -258,7 +258,7 @@ def test_results_are_not_sources(kind: str) -> None:
 def test_values_that_do_not_fit_into_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
     rendered = dicom.read(image(ramp()))
     answer = explanation(rendered.pixels, method="a\\b")
-    with pytest.raises(DicomError, match="no pm can be made") as wrong:
+    with pytest.raises(DicomError, match="the object of kind pm cannot be made") as wrong:
         dicom.objects(answer, rendered, ["pm"], check=None)
     assert wrong.value.reason == "UNWRITABLE_RESULT"
     assert np.iinfo(np.uint16).max == secondary_capture.MAX_ROWS

@@ -340,6 +340,7 @@ def test_command_line_options_apply_to_models_loaded_later(tmp_path: Path) -> No
         assert AdminServiceStub(channel).ReloadModel(pb.ReloadModelRequest(model="a")).model.state == "ready"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ticks", range(8))
 def test_cancelled_wait_for_a_model_blocks_no_other(tmp_path: Path, ticks: int) -> None:
     """A task that waits for a model is cancelled before, while and after it gets the model, for each number of ticks.

@@ -106,6 +106,7 @@ def test_second_signal_ends_a_server_at_once(config: Path) -> None:
 # ---- files and the log -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_labels_and_log(config: Path, tmp_path: Path) -> None:
     """Weights and labels come from files, and the log contains neither labels nor paths of images."""
     pixels = skimage.data.chelsea()

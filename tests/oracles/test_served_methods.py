@@ -354,7 +354,10 @@ def parametrise(tried: Tried, one: Sequence[str], many: Sequence[tuple[str, ...]
 
 # ---- small networks: every parameter, three classes ------------------------------------------------------------------
 
-in_both = pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 1e-4), (F64, 1e-6)], ids=["float32", "float64"])
+in_both = pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [pytest.param(F32, 1e-4, id="float32"), pytest.param(F64, 1e-6, id="float64", marks=pytest.mark.slow)],
+)
 
 TRIED: Tried = {
     "ablation-cam": [{}],
