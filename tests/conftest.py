@@ -6,12 +6,14 @@ from tests import inherited_state  # noqa: F401, isort: skip  # before packages 
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pytest
+import structlog
 import torch
 
 from camserve_server.config import Config, ModelConfig, embedded_model
@@ -19,6 +21,12 @@ from camserve_server.service.server import Server
 from tests.processes import LIMIT_S
 
 torch.set_num_threads(1)
+# By default, structlog lists the local variables of each frame, which takes seconds for a traceback.
+structlog.configure(
+    processors=[structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)],
+    # Not stdout, which tests of commands read.
+    logger_factory=structlog.WriteLoggerFactory(sys.__stderr__),
+)
 if torch.cuda.is_available():
     os.environ["CAMSERVE_DEVICE"] = "cpu"  # tests with the mark `gpu` name their device
 

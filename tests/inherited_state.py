@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 _PREFIXES = ("CAMSERVE_", "OTEL_")
 # Terminal settings. GITHUB_ACTIONS makes typer print colours, for example.
@@ -21,6 +22,9 @@ def _reset_environment() -> None:
             del os.environ[name]
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", "::1"]))
+    # Otherwise pytest and each of the hundred processes of the tests compile all modules again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     os.environ["OMP_NUM_THREADS"] = "1"  # several pytest processes must not compete for the cores
 
 
