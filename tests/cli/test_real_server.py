@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,23 +13,23 @@ import numpy as np
 import PIL.Image
 import pytest
 from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
 
 import camserve
 from camserve import Receipt
 from camserve_cli import sanity_image
+from camserve_cli.app import app
 from camserve_server.config import Config, ModelConfig
 from camserve_server.service.server import Server
 from tests import nets
 from tests.conftest import serving
 
 
-def command(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `camserve` as a separate process, because the server logs to the stdout of this process."""
-    line = [sys.executable, "-m", "camserve_cli", *map(str, arguments)]
-    env = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=60, env=env, input=stdin)
+def command(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "200"}, input=stdin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -47,11 +44,11 @@ def test_replayed_map_is_bitwise_identical(
 ) -> None:
     arguments = ("--address", server.address)
     explained = command("explain", photo, *arguments, "--model", "tiny", "--out", tmp_path, *options)
-    assert explained.returncode == 0, explained.stderr
+    assert explained.exit_code == 0, explained.stderr
     result = command("replay", tmp_path / "cat.json", photo, *arguments)
-    assert (result.returncode, result.stdout.partition(",")[2]) == (0, " bit for bit\n"), result
+    assert (result.exit_code, result.stdout.partition(",")[2]) == (0, " bit for bit\n"), result
     result = command("replay", tmp_path / "cat.json", other_photo, *arguments)
-    assert (result.returncode, result.stdout[:13]) == (1, "different inp"), result
+    assert (result.exit_code, result.stdout[:13]) == (1, "different inp"), result
     assert "largest difference" in result.stdout
 
 
@@ -68,7 +65,7 @@ def test_replay_reports_a_modified_digest(server: Server, photo: Path, tmp_path:
     record = json.loads((tmp_path / "cat.json").read_text())
     record["receipt"]["map_digests"] = ["sha256:" + "0" * 64]
     result = command("replay", "-", photo, "--address", server.address, stdin=json.dumps(record))
-    assert (result.returncode, result.stdout[:17]) == (1, "not the same map\n")
+    assert (result.exit_code, result.stdout[:17]) == (1, "not the same map\n")
     assert re.search(r"map_digests\.\d +sha256:000000000000… +sha256:", result.stdout)
     assert len(result.stdout.splitlines()) == 4, "only the digest differs"
 
@@ -97,17 +94,19 @@ def server_with_seed(seed: int, folder: Path) -> Iterator[str]:
         yield running.address
 
 
+@pytest.mark.slow
 def test_replay_reports_other_weights(photo: Path, tmp_path: Path) -> None:
     with server_with_seed(1, tmp_path) as address:
         command("explain", photo, "--address", address, "--out", tmp_path, "--method", "grad-cam", "--target", 2)
     with server_with_seed(2, tmp_path) as address:
         result = command("replay", tmp_path / "cat.json", photo, "--address", address)
-    assert result.returncode == 1
+    assert result.exit_code == 1
     assert result.stdout.startswith("not the same map\n")
     differs = [line.split()[0] for line in result.stdout.split("\n\n")[1].splitlines()[1:]]
     assert differs == ["model_digest", "map_digests.2"]
 
 
+@pytest.mark.slow
 def test_sanity_writes_an_image_and_prints_a_table(server: Server, photo: Path, tmp_path: Path) -> None:
     image_path = tmp_path / "checks" / "cat.png"
     arguments = (
@@ -123,7 +122,7 @@ def test_sanity_writes_an_image_and_prints_a_table(server: Server, photo: Path, 
         image_path,
     )
     result = command("sanity", photo, *arguments)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     *_, mean, path = result.stdout.splitlines()
     assert path == str(image_path)
     steps = [line.split() for line in result.stdout.splitlines() if line[:1].isdigit()]
@@ -137,6 +136,6 @@ def test_sanity_writes_an_image_and_prints_a_table(server: Server, photo: Path, 
         assert (np.abs(pixels - colour).sum(axis=2) == 0).sum() > 100
 
     alone = command("sanity", photo, *arguments[:-1], tmp_path / "alone.png", "--order", "independent")
-    assert alone.returncode == 0 and alone.stdout.splitlines()[-2] != mean
+    assert alone.exit_code == 0 and alone.stdout.splitlines()[-2] != mean
     refused = command("sanity", photo, "--address", server.address, "--model", "tiny", "--method", "raw-attention")
-    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and not refused.stdout
+    assert refused.exit_code == 1 and refused.stderr.startswith("error: ") and not refused.stdout
