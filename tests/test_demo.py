@@ -17,6 +17,8 @@ import pytest
 
 from tests.processes import LIMIT_S, completed, environment, started
 
+# The embedded network with a given batch size, so that the server does not measure it when it starts.
+MODELS = '[{"name": "efficientnet-lite0", "source": "embedded:efficientnet-lite0", "batch_size": 8}]'
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
 
@@ -82,8 +84,9 @@ def test_demo_writes_images_and_a_page_and_stops_its_server(tmp_path: Path) -> N
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc to find processes")
 def test_interrupted_demo_stops_its_server(tmp_path: Path) -> None:
     marker = mark()
-    command: list[str | Path] = [sys.executable, DEMO, "--out", tmp_path]
-    with started(command, stdout=subprocess.DEVNULL, env=environment(CAMSERVE_TEST_MARKER=marker)) as demo:
+    command: list[str | Path] = [sys.executable, DEMO, "--quick", "--out", tmp_path]
+    variables = environment(CAMSERVE_TEST_MARKER=marker, CAMSERVE_MODELS=MODELS)
+    with started(command, stdout=subprocess.DEVNULL, env=variables) as demo:
 
         def has_answered_grad_cam() -> bool:
             return demo.poll() is not None or any(

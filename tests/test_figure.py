@@ -20,6 +20,8 @@ from camserve_server.service.server import Server
 from tests.processes import completed, environment
 from tests.test_demo import children, mark
 
+# The embedded network with a small input, and with a given batch size, so that the server does not measure it.
+MODELS = '[{"name": "lite0", "source": "embedded:efficientnet-lite0", "input_size": [96, 96], "batch_size": 8}]'
 FIGURE = Path(__file__).parent.parent / "examples" / "figure.py"
 pytestmark = pytest.mark.slow
 
@@ -57,7 +59,7 @@ def pixels(path: Path) -> NDArray[np.float64]:
 def test_figure_has_a_row_of_maps_with_titles(tmp_path: Path) -> None:
     marker = mark()
     arguments = ("--photographs", "chelsea", "--methods", "grad-cam", "occlusion")
-    ran = figure(tmp_path, *arguments, CAMSERVE_TEST_MARKER=marker)
+    ran = figure(tmp_path, *arguments, CAMSERVE_TEST_MARKER=marker, CAMSERVE_MODELS=MODELS)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert children(marker) == set()
     assert [path.name for path in tmp_path.iterdir()] == ["figure.jpg"]
