@@ -59,6 +59,7 @@ def bench(subject: Subject) -> Iterator[Bench]:
     small.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "section",
     [
@@ -83,6 +84,7 @@ def test_section_gives_a_complete_result(section: object, bench: Bench, tmp_path
         assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
+@pytest.mark.slow
 def test_service_and_engine_give_identical_maps(bench: Bench, subject: Subject) -> None:
     findings = Findings()
     with serving(Config(listen="127.0.0.1:0", models=[TINY])) as server:
@@ -90,6 +92,7 @@ def test_service_and_engine_give_identical_maps(bench: Bench, subject: Subject) 
     assert [claim.agree for claim in findings.claims] == ["maps within 0e+00", "maps within 0e+00"]
 
 
+@pytest.mark.slow
 def test_sections_of_two_runs_are_combined_into_one_page(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +120,7 @@ def test_sections_of_two_runs_are_combined_into_one_page(
 # ---- agreement of the compared implementations -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_separate_process_runs_the_same_network(bench: Bench, subject: Subject) -> None:
     net, x = subject.made, subject.image.tensor[None]
     torch.testing.assert_close(torch.from_numpy(bench.separate(_logits, TINY)), net(x), rtol=0, atol=0)
@@ -216,6 +220,7 @@ def test_results_of_another_machine_are_ignored(tmp_path: Path) -> None:
         assert page.read(path, _facts(**other)) == {}
 
 
+@pytest.mark.slow
 def test_page_gives_each_reason_once(tmp_path: Path) -> None:
     missed = Claim("a", "peer", 1.0, 2.0, because="so slow")
     claims = [missed, replace(missed, what="b"), Claim("c", "peer", 3.0, 2.0)]

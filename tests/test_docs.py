@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import PIL.Image
@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from camserve_cli.app import app
 from camserve_server import registry
-from camserve_server.config import Config, ModelConfig, TLSConfig, read_config
+from camserve_server.config import Config, ModelConfig, TLSConfig, embedded_model, read_config
 from camserve_server.service.server import Server
+from tests.conftest import serving
 from tests.processes import ROOT, completed
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -60,6 +61,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "image.dcm").write_bytes(Path(str(get_testdata_file("CT_small.dcm", download=False))).read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """Run a server with the embedded network and a small input; Poly-CAM reads two of its five layers.
+
+    The three coarsest layers have nine tenths of all channels, and each channel takes two rows.
+    """
+    layers = ["blocks.1.0.bn1", "blocks.2.0.bn1"]
+    model = embedded_model().model_copy(update={"input_size": (96, 96), "batch_size": 4, "layers": layers})
+    with serving(Config(listen="127.0.0.1:0", models=[model])) as running:
+        yield running
 
 
 # ---- code and commands -----------------------------------------------------------------------------------------------
@@ -150,6 +163,7 @@ def test_each_key_is_documented_with_its_default(kind: type[BaseModel]) -> None:
                 assert not default.startswith("`"), name
 
 
+@pytest.mark.slow
 def test_page_of_methods_is_up_to_date(tmp_path: Path) -> None:
     made = tmp_path / "methods.md"
     command = [sys.executable, str(ROOT / "examples" / "methods_page.py"), "--out", str(made)]

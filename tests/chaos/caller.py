@@ -30,7 +30,7 @@ VALID: list[tuple[float, dict[str, Any]]] = [
     (0.5, {"method": "grad-cam"}),
     (0.2, {"method": "score-cam", "metrics": ["average-gain"]}),
     (0.15, {"method": "opti-cam", "parameters": {"steps": 8}}),
-    (0.15, {"method": "poly-cam", "parameters": {}, "metrics": ["insertion"]}),
+    (0.15, {"method": "poly-cam", "metrics": {"insertion": {"steps": 28}}}),
 ]
 IMAGES = 4
 THREADS = 4

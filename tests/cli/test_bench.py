@@ -44,6 +44,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
+@pytest.mark.slow
 def test_mix_is_written_as_tables_csv_and_page(address: str, servicer: Servicer, photo: Path, tmp_path: Path) -> None:
     path, page = tmp_path / "out.csv", tmp_path / "out.html"
     ran = bench(
@@ -75,6 +76,7 @@ def test_mix_is_written_as_tables_csv_and_page(address: str, servicer: Servicer,
     assert (again.exit_code, f"{path} exists" in again.stderr) == (1, True)
 
 
+@pytest.mark.slow
 def test_json_contains_the_whole_result(address: str) -> None:
     ran = bench(
         "--address", address, "--method", "fake-cam", "--in-flight", 2, "--json", "--duration", 0.5, "--warmup", 0
@@ -89,6 +91,7 @@ def test_json_contains_the_whole_result(address: str) -> None:
     assert (result["knee"], result["steps"], result["fill"]) == (None, [], None)
 
 
+@pytest.mark.slow
 def test_knee_of_a_server_that_answers_one_request_at_a_time(address: str, servicer: Servicer, tmp_path: Path) -> None:
     busy = threading.Lock()
 
@@ -120,6 +123,7 @@ def test_knee_of_a_server_that_answers_one_request_at_a_time(address: str, servi
     assert ran.stderr.count("/s: p99 ") == len(met)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_load_and_reports_the_results(address: str, servicer: Servicer, tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     line = [*CAMSERVE, "bench", "--address", address, "--method", "fake-cam"]
@@ -168,6 +172,7 @@ def test_unknown_names_are_reported_before_the_load(
     assert not [each for each in servicer.requests if hasattr(each, "image")]
 
 
+@pytest.mark.slow
 def test_share_of_real_rows_is_read_from_the_server() -> None:
     tiny = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
     config = Config(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", models=[tiny])
@@ -201,6 +206,7 @@ def test_metrics_page_without_the_counters_raises() -> None:
 # ---- locust ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="locust is not installed")
 def test_locust_reports_calls_and_errors(address: str, servicer: Servicer) -> None:
     calls = itertools.count()

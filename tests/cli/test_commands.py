@@ -219,6 +219,7 @@ def test_evaluate_scores_a_file_or_a_method(
     assert [metric.name for metric in servicer.requests[-1].metrics] == ["average-gain"]
 
 
+@pytest.mark.slow
 def test_evaluate_reports_errors_in_one_line(address: str, photo: Path, tmp_path: Path, ramp: np.ndarray) -> None:
     (tmp_path / "map.npy").write_bytes(b"no array")
     np.savez(tmp_path / "maps.npz", a=ramp)
@@ -359,6 +360,7 @@ def test_list_json(address: str, what: str) -> None:
     assert [json.loads(line)["name"] for line in one.stdout.splitlines()] == names[-1:]
 
 
+@pytest.mark.slow
 def test_connection_errors_are_one_line(photo: Path, out: Path) -> None:
     for command in (("list", "models"), ("evaluate", photo, "--method", "x"), ("explain", photo, "--out", out)):
         result = run(*command, "--address", "127.0.0.1:1")
@@ -381,6 +383,7 @@ def test_version() -> None:
     assert run("--version").stdout.strip() == f"camserve {camserve.__version__}"
 
 
+@pytest.mark.slow
 def test_ctrl_c_cancels_the_request_and_exits_with_status_130(
     address: str, servicer: Servicer, photo: Path, out: Path
 ) -> None:

@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 import PIL.Image
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import camserve
 from camserve.v1 import explain_pb2 as pb
@@ -234,7 +234,7 @@ def test_files_contain_the_results_of_explain(server: Server, folder: Path, tmp_
             assert json.loads(row["curves"]) == {"insertion": pytest.approx(e.scores["insertion"].curve, rel=1e-5)}
 
 
-def evaluate(server: Server, *arguments: object) -> subprocess.CompletedProcess[str]:
+def evaluate(server: Server, *arguments: object) -> Result:
     """Run `camserve evaluate` with one fast metric."""
     line = [
         "evaluate",
@@ -246,14 +246,12 @@ def evaluate(server: Server, *arguments: object) -> subprocess.CompletedProcess[
         "--metric",
         "average-drop",
     ]
-    return subprocess.run(
-        [sys.executable, "-m", "camserve_cli", *line], capture_output=True, text=True, check=False, timeout=60
-    )
+    return CliRunner().invoke(app, line)
 
 
 def test_maps_of_a_single_method_are_named_by_image(server: Server, folder: Path, tmp_path: Path) -> None:
     arguments = (folder / "00.png", folder / "01.png", "--csv", tmp_path / "s.csv", "--npz", tmp_path / "m.npz")
-    assert evaluate(server, *arguments, "--method", "grad-cam").returncode == 0
+    assert evaluate(server, *arguments, "--method", "grad-cam").exit_code == 0
     with np.load(tmp_path / "m.npz") as maps:
         assert sorted(maps) == ["00.png", "01.png"]
 
@@ -262,7 +260,7 @@ def test_maps_of_a_single_method_are_named_by_image(server: Server, folder: Path
 def test_resume_rejects_the_file_of_another_run(server: Server, folder: Path, tmp_path: Path) -> None:
     arguments = (folder / "00.png", "--csv", tmp_path / "s.csv", "--method", "opti-cam", "--resume")
     first = evaluate(server, *arguments, "--param", "steps=2")
-    assert first.returncode == 0, first.stderr
+    assert first.exit_code == 0, first.stderr
     before = (tmp_path / "s.csv").read_bytes()
     for options, message in [
         (("--param", "steps=2", "--metric", "insertion"), "has the metrics average-drop; this run uses insertion"),
@@ -270,7 +268,7 @@ def test_resume_rejects_the_file_of_another_run(server: Server, folder: Path, tm
         (("--param", "steps=2", "--seed", 4), "the existing row uses seed 0; this run uses 4"),
     ]:
         again = evaluate(server, *arguments, *options)
-        assert again.returncode == 1
+        assert again.exit_code == 1
         assert message in again.stderr
     assert (tmp_path / "s.csv").read_bytes() == before
 
@@ -284,7 +282,7 @@ def test_unknown_names_fail_before_files_are_written(server: Server, folder: Pat
         ("--method", "cam", "--model", "no"),
     ):
         ran = evaluate(server, *arguments, *options)
-        assert (ran.returncode, ran.stderr[:15]) == (1, "error: there is")
+        assert (ran.exit_code, ran.stderr[:15]) == (1, "error: there is")
     assert not (tmp_path / "s.csv").exists()
 
 
@@ -292,18 +290,18 @@ def test_unknown_names_fail_before_files_are_written(server: Server, folder: Pat
 def test_localisation_metrics_require_boxes(server: Server, folder: Path, tmp_path: Path) -> None:
     arguments = (folder / "00.png", folder / "01.png", "--method", "cam", "--metric", "pointing-game")
     refused = evaluate(server, *arguments, "--csv", tmp_path / "s.csv")
-    assert (refused.returncode, refused.stdout) == (1, "")
+    assert (refused.exit_code, refused.stdout) == (1, "")
     assert refused.stderr.startswith("error: the metric pointing-game needs the position of the target; give --boxes")
     assert not (tmp_path / "s.csv").exists()
     (tmp_path / "boxes.csv").write_text("00.png,0,0,36,40\n01.png,35,39,36,40\n")
     ran = evaluate(server, *arguments, "--csv", tmp_path / "s.csv", "--boxes", tmp_path / "boxes.csv")
-    assert (ran.returncode, ran.stderr) == (0, "")
+    assert (ran.exit_code, ran.stderr) == (0, "")
     assert [float(row["pointing-game"]) for row in table(tmp_path / "s.csv")] == [1, 0]
     again = ("--csv", tmp_path / "s.csv", "--resume", "--boxes")
-    assert evaluate(server, *arguments, *again, tmp_path / "boxes.csv").returncode == 0
+    assert evaluate(server, *arguments, *again, tmp_path / "boxes.csv").exit_code == 0
     (tmp_path / "others.csv").write_text("00.png,0,0,36,39\n01.png,35,39,36,40\n")
     other = evaluate(server, *arguments, *again, tmp_path / "others.csv")
-    assert other.returncode == 1
+    assert other.exit_code == 1
     existing, current = "boxes [[0.0, 0.0, 36.0, 40.0]]", "[[0.0, 0.0, 36.0, 39.0]]"
     assert f"00.png by cam: the existing row uses {existing}; this run uses {current}" in other.stderr
     one = evaluate(server, arguments[0], *arguments[2:], "--boxes", tmp_path / "boxes.csv")
@@ -325,11 +323,12 @@ def test_invalid_usage_exits_with_2(server: Server, folder: Path, tmp_path: Path
         (image, "--method", "cam", "--json", *out),
         (image, "--method", "cam", "--target", 1, "--labels", labels, *out),
     ]:
-        assert evaluate(server, *wrong).returncode == 2, wrong
+        assert evaluate(server, *wrong).exit_code == 2, wrong
     missing = evaluate(server, image, "--method", "cam", "--labels", labels, *out)
-    assert (missing.returncode, missing.stderr) == (1, f"error: No such file or directory: {labels}\n")
+    assert (missing.exit_code, missing.stderr) == (1, f"error: No such file or directory: {labels}\n")
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_results(address: str, servicer: Servicer, folder: Path, tmp_path: Path) -> None:
     def block_the_second(context: Any) -> None:
         if len([each for each in servicer.requests if isinstance(each, pb.ExplainRequest)]) == 2:

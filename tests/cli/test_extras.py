@@ -47,6 +47,7 @@ def run_command_without(package: str, *arguments: str) -> subprocess.CompletedPr
     return run_without(package, f"sys.argv = {line!r}\nfrom camserve_cli.__main__ import main\nmain()")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "arguments", "extra", "package"),
     [
@@ -67,6 +68,7 @@ def test_missing_extra_is_reported_with_its_installation(
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "arguments", "module"),
     [
@@ -88,6 +90,7 @@ def test_missing_module_of_camserve_is_not_reported_as_an_extra(
     assert "pip install" not in done.stderr
 
 
+@pytest.mark.slow
 def test_help_needs_only_the_cli_extra() -> None:
     hidden = ("torch", "structlog", "pydicom", "pynetdicom", "jinja2", "matplotlib", "prometheus_client")
     code = (

@@ -223,6 +223,7 @@ class Stall:
         time.sleep(max(0.0, self.until - time.perf_counter()))
 
 
+@pytest.mark.slow
 def test_open_loop_measures_a_stall_of_the_server(address: str, servicer: Servicer) -> None:
     servicer.before = Stall(1.0)
     found = measured(address, lambda load: measure.run_open_loop(load, 40, even=True), seconds=1.5)
@@ -236,6 +237,7 @@ def test_open_loop_measures_a_stall_of_the_server(address: str, servicer: Servic
     assert sum(each.latency_s > 0.45 for each in few.records) < 10
 
 
+@pytest.mark.slow
 def test_latency_includes_delays_of_the_sender(address: str) -> None:
     stalled: list[float] = []
 
@@ -288,6 +290,7 @@ def test_closed_loop_keeps_requests_pending_on_all_connections(address: str, ser
     assert {(each.queue_ms, each.compute_ms) for each in answered} == {(1.5, 20.25)}
 
 
+@pytest.mark.slow
 def test_refused_requests_are_counted_and_not_retried(address: str, servicer: Servicer) -> None:
     calls = itertools.count()
 

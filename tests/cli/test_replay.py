@@ -44,6 +44,7 @@ def test_replay_prints_differences_from_saved_maps(
     assert "difference" not in run(*arguments).stdout
 
 
+@pytest.mark.slow
 def test_replay_compares_several_saved_maps(
     address: str, servicer: Servicer, photo: Path, tmp_path: Path, ramp: NDArray[np.float32]
 ) -> None:

@@ -260,6 +260,7 @@ def test_page_shows_warnings_failures_layers_and_provenance(text: str) -> None:
     assert text.count('<li class="item"') == 12
 
 
+@pytest.mark.slow
 def test_same_files_give_the_same_bytes(written: Path, folder: Path) -> None:
     files: dict[str, Any] = {"csv": folder / "s.csv", "npz": folder / "s.npz"}
     report.write(
@@ -281,6 +282,7 @@ def test_files_that_are_not_a_study_raise(folder: Path, written: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_maps_are_shown_if_images_are_missing(tmp_path: Path) -> None:
     files = write_study(tmp_path, images=2)
     for image in tmp_path.glob("*.png"):
@@ -292,6 +294,7 @@ def test_maps_are_shown_if_images_are_missing(tmp_path: Path) -> None:
     assert text.count('alt="Map by') == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("models", "tables"), [("ab", 1), ("abc", 3)])
 def test_models_share_a_table_if_they_fit(tmp_path: Path, models: str, tables: int) -> None:
     report.write(tmp_path / "r.html", **write_study(tmp_path, images=2, models=models), **catalogue_of_study())
@@ -339,6 +342,7 @@ def shown(page: Page) -> list[str]:
     return [name.strip() for name in page.locator(".item h3").all_inner_texts()]
 
 
+@pytest.mark.slow
 def test_page_loads_nothing_and_escapes_names(visit: Visit, written: Path) -> None:
     page = visit.page
     assert [url for url in visit.urls if not url.startswith("data:")] == [written.as_uri()]
@@ -347,6 +351,7 @@ def test_page_loads_nothing_and_escapes_names(visit: Visit, written: Path) -> No
     assert HOSTILE in shown(page)
 
 
+@pytest.mark.slow
 def test_keyboard_sorts_images_and_announces_the_order(page: Page) -> None:
     original = shown(page)
     page.locator("#sort-method").focus()
@@ -395,6 +400,7 @@ def test_text_has_sufficient_contrast(page: Page, scheme: Literal["light", "dark
     assert min(ratios) >= 4.5
 
 
+@pytest.mark.slow
 def test_page_fits_a_narrow_screen_and_a_printer(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -418,6 +424,7 @@ def evaluate(address: str, *options: object) -> Any:
     return CliRunner().invoke(app, line, env={"COLUMNS": "200"})
 
 
+@pytest.mark.slow
 def test_report_is_written_beside_its_files_and_again_with_resume(
     address: str, servicer: Servicer, photo: Path, other_photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,7 @@ def test_loopback_hosts_are_localhost_or_ip_addresses(address: str) -> None:
             assert not port or port.isalnum()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
 def test_grpc_does_not_connect_to_the_port_of_an_unbracketed_ipv6_address() -> None:
     """Show why "::1:5005" is not loopback: gRPC does not reach the server that listens on port 5005 of ::1."""

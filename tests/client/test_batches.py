@@ -92,6 +92,7 @@ def test_methods_can_be_names_mappings_or_variants(client: camserve.Client, pixe
         assert (result.model, result.method, result.receipt.model) == ("first", "grad-cam", "first")
 
 
+@pytest.mark.slow
 def test_failed_request_returns_its_error_and_does_not_stop_others(
     client: camserve.Client, pixels: NDArray[np.uint8]
 ) -> None:

@@ -73,6 +73,7 @@ def test_busy_server_receives_at_most_four_attempts(
     assert len(servicer.requests) == 4
 
 
+@pytest.mark.slow
 def test_retry_waits_for_the_delay_of_the_server(
     servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]
 ) -> None:
@@ -110,6 +111,7 @@ def test_permanent_errors_are_not_retried(
     assert len(servicer.requests) == 2
 
 
+@pytest.mark.slow
 def test_retries_end_at_the_timeout(servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8]) -> None:
     client.models()  # Connect first, so that the timeout applies only to the request and its retries.
     refuse(servicer, QueueFull("too many rows are owed", retry_after_s=10 * WAIT_S), 9)
@@ -158,6 +160,7 @@ def test_waits_of_evaluate_many_do_not_count_towards_the_timeout(
 # ---- several servers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_calls_are_distributed_over_ready_servers() -> None:
     servicers, healths = [Servicer(), Servicer()], [Health(), Health()]
     with contextlib.ExitStack() as stack:
@@ -208,6 +211,7 @@ def test_dns_names_are_resolved() -> None:
                 assert client.models()
 
 
+@pytest.mark.slow
 def test_keepalive_detects_a_lost_connection(servicer: Servicer, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "KEEPALIVE_MS", 200)
     monkeypatch.setattr(connection, "KEEPALIVE_TIMEOUT_MS", 300)
@@ -259,6 +263,7 @@ def test_tls_with_a_token(
         assert servicer.metadata["authorization"] == "Bearer other"
 
 
+@pytest.mark.slow
 def test_mutual_tls(
     servicer: Servicer, authority: trustme.CA, certificate: tuple[bytes, bytes], pixels: NDArray[np.uint8]
 ) -> None:
@@ -275,6 +280,7 @@ def test_mutual_tls(
             client.explain(pixels)
 
 
+@pytest.mark.slow
 def test_failed_tls_handshake_suggests_a_remedy(
     servicer: Servicer, authority: trustme.CA, certificate: tuple[bytes, bytes], address: str
 ) -> None:

@@ -51,6 +51,7 @@ ALL = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", CLASSES, ids=lambda code: code.name)
 def test_status_code_maps_to_its_class_with_details(
     servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8], code: grpc.StatusCode
@@ -109,6 +110,7 @@ def test_error_without_message_contains_the_code(servicer: Servicer, client: cam
         client.models()
 
 
+@pytest.mark.slow
 def test_unreachable_server_error_names_the_address(pixels: NDArray[np.uint8]) -> None:
     with camserve.Client("127.0.0.1:1") as client:
         with pytest.raises(camserve.Unavailable, match=r"no response from a camserve server at 127\.0\.0\.1:1: "):
@@ -117,6 +119,7 @@ def test_unreachable_server_error_names_the_address(pixels: NDArray[np.uint8]) -
             next(client.explain_stream(pixels))
 
 
+@pytest.mark.slow
 def test_message_of_a_loading_server_is_kept(servicer: Servicer, client: camserve.Client) -> None:
     servicer.before = abort(grpc.StatusCode.UNAVAILABLE, "loading", *ALL)
     with pytest.raises(camserve.Unavailable, match=r"^loading"):

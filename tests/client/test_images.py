@@ -105,6 +105,7 @@ def test_missing_file_and_unsupported_type_raise_builtin_errors(client: camserve
         client.explain([1, 2])  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_too_large_image_raises_before_a_request_is_sent(
     servicer: Servicer, client: camserve.Client, tmp_path: Path
 ) -> None:

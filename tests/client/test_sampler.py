@@ -77,6 +77,7 @@ def test_offer_does_not_block_while_the_server_hangs(
     assert [type(result.error) for result in results] == [camserve.Cancelled] * 2
 
 
+@pytest.mark.slow
 def test_callback_errors_are_logged_and_counted(
     servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -43,8 +43,8 @@ RULE: dict[str, Any] = {
     "model": "tiny",
     "method": "grad-cam",
     "outputs": ["sc"],
-    "metrics": ["insertion"],
-    "check": "insertion>=0",
+    "metrics": ["average-gain"],
+    "check": "average-gain>=0",
 }
 # Nothing listens on port 1 of the loopback address.
 UNREACHABLE_SERVER: dict[str, Any] = {"address": "127.0.0.1:1", "timeout_s": 0.3}

@@ -54,7 +54,7 @@ class Folder:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         (folder / "tiny.toml").write_text(MODEL)
         config = folder / "gateway.toml"
-        config.write_text(config.read_text() + 'metrics = ["insertion"]\ncheck = "insertion>=0"\n')
+        config.write_text(config.read_text() + 'metrics = ["average-gain"]\ncheck = "average-gain>=0"\n')
 
     def run(self, command: str) -> str:
         """Run a command of the page until it ends, and return its output. With & it continues in the background."""
@@ -178,7 +178,7 @@ def main(folder: Path) -> None:
         (folder / "overlay.png").write_bytes(preview(found["OT"]))
         with camserve.Client("127.0.0.1:50051", timeout=LIMIT_S) as client:
             source = folder / "image.dcm"
-            made = camserve_dicom.explain(client, source, metrics=["insertion"], check="insertion>=0").objects
+            made = camserve_dicom.explain(client, source, metrics=["average-gain"], check="average-gain>=0").objects
         assert found == {"OT": made["sc"], "SR": made["sr"]}
         print("results in Orthanc equal those of camserve_dicom.explain")
         print("Orthanc reports the commitment")

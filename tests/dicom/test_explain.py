@@ -167,6 +167,7 @@ def test_invalid_arguments_are_refused_before_sending(client: camserve.Client, s
     assert servicer.requests == []
 
 
+@pytest.mark.slow
 def test_real_server_gives_the_same_objects_twice(tiny: Server, file: Path) -> None:
     with camserve.Client(tiny.address, timeout=LIMIT_S) as client:
         first, second = (
@@ -189,6 +190,7 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["dicom", "explain", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
+@pytest.mark.slow
 def test_command_writes_objects(address: str, file: Path, tmp_path: Path) -> None:
     other = tmp_path / "more" / file.name
     other.parent.mkdir()
@@ -237,6 +239,7 @@ def test_invalid_options(address: str, file: Path, tmp_path: Path, option: str, 
     assert option.lstrip("-") in ran.stderr
 
 
+@pytest.mark.slow
 def test_command_prints_no_header_values(address: str, tmp_path: Path) -> None:
     """pydicom quotes values that violate the standard in warnings."""
     odd = image(ramp(), PatientWeight="63.25", PatientSize="1.7125")

@@ -66,6 +66,7 @@ def test_results_are_stored_and_committed(gateway: OpenGateway, pacs: Pacs, comm
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selects_role", [True, False])
 def test_commitment_report_of_another_ae_title(gateway: OpenGateway, pacs: Pacs, selects_role: bool) -> None:
     pacs.commits, pacs.reporter, pacs.selects_role = "anew", "ARCHIVE", selects_role
@@ -75,6 +76,7 @@ def test_commitment_report_of_another_ae_title(gateway: OpenGateway, pacs: Pacs,
         assert send(running.address, image(1), calling="ARCHIVE") == [0x0124], "it may only report commitments"
 
 
+@pytest.mark.slow
 def test_entry_ends_after_storage_without_commitment(gateway: OpenGateway, pacs: Pacs) -> None:
     with gateway(pacs={"commitment": False}) as running:
         assert send(running.address, image()) == [0]
@@ -82,6 +84,7 @@ def test_entry_ends_after_storage_without_commitment(gateway: OpenGateway, pacs:
         assert (len(pacs.objects_by_uid), pacs.requests) == (1, [])
 
 
+@pytest.mark.slow
 def test_results_and_other_objects_are_dropped(gateway: OpenGateway, pacs: Pacs) -> None:
     """The gateway accepts and drops its own results, derived and raw images, and objects without pixels."""
     with gateway() as running:
@@ -100,6 +103,7 @@ def test_results_and_other_objects_are_dropped(gateway: OpenGateway, pacs: Pacs)
         assert running.events().count("explained") == 1
 
 
+@pytest.mark.slow
 def test_first_matching_rule_applies(gateway: OpenGateway, pacs: Pacs) -> None:
     rules = [
         {"modality": "CT", "ignore": True},
@@ -131,6 +135,7 @@ def test_unknown_ae_titles_are_rejected(gateway: OpenGateway, log: LogLines) -> 
         assert running.idle()
 
 
+@pytest.mark.slow
 def test_full_disk_or_queue_refuses_objects(gateway: OpenGateway) -> None:
     with gateway(max_waiting=1, server=UNREACHABLE_SERVER) as running:
         assert send(running.address, image(0), image(1)) == [0, 0xA700]
@@ -144,6 +149,7 @@ def test_full_disk_or_queue_refuses_objects(gateway: OpenGateway) -> None:
         )
 
 
+@pytest.mark.slow
 def test_too_large_object_is_aborted(gateway: OpenGateway) -> None:
     with gateway(max_object_bytes=100_000) as running:
         large = image(0, Rows=1000, Columns=1000, PixelData=bytes(2_000_000))
@@ -163,6 +169,7 @@ def test_object_that_inflates_too_large_is_refused(gateway: OpenGateway) -> None
         assert running.events()[:2] == ["too large", "received"]
 
 
+@pytest.mark.slow
 def test_limit_of_associations(gateway: OpenGateway) -> None:
     with gateway(max_associations=1) as running:
         with associated(running):
@@ -170,11 +177,13 @@ def test_limit_of_associations(gateway: OpenGateway) -> None:
         wait_until(lambda: send(running.address, image()) == [0])
 
 
+@pytest.mark.slow
 def test_idle_association_is_aborted(gateway: OpenGateway) -> None:
     with gateway(idle_s=0.5) as running, associated(running) as association:
         wait_until(lambda: association.is_aborted)
 
 
+@pytest.mark.slow
 def test_object_that_is_sent_twice_is_explained_once(gateway: OpenGateway, pacs: Pacs) -> None:
     with gateway(server=UNREACHABLE_SERVER) as running:
         assert send(running.address, image(), image()) == [0, 0]
@@ -206,6 +215,7 @@ def test_health_and_metrics(gateway: OpenGateway) -> None:
         assert request(running, "/other")[0] == 404
 
 
+@pytest.mark.slow
 def test_health_reports_an_unreadable_spool(gateway: OpenGateway, capfd: pytest.CaptureFixture[str]) -> None:
     with gateway() as running:
         (running.spool / "inbox").rename(running.spool / "away")
@@ -216,6 +226,7 @@ def test_health_reports_an_unreadable_spool(gateway: OpenGateway, capfd: pytest.
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_monitor_closes_idle_connections(gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     assert monitor.MonitorRequestHandler.timeout is not None
     monkeypatch.setattr(monitor.MonitorRequestHandler, "timeout", 0.1)
@@ -225,6 +236,7 @@ def test_monitor_closes_idle_connections(gateway: OpenGateway, monkeypatch: pyte
             assert idle.recv(1) == b""
 
 
+@pytest.mark.slow
 def test_spool_is_private_and_locked(gateway: OpenGateway, tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
     with gateway(server=UNREACHABLE_SERVER) as running:
         assert send(running.address, image()) == [0]

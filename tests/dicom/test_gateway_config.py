@@ -34,6 +34,7 @@ def check(path: Path) -> subprocess.CompletedProcess[str]:
     return completed([*CAMSERVE, "dicom", "gateway", "--config", str(path), "--check"])
 
 
+@pytest.mark.slow
 def test_check_option_shows_the_configuration_and_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "gateway.toml"
     path.write_text(MINIMAL)
@@ -89,6 +90,7 @@ def test_error_messages_begin_with_the_key(tmp_path: Path, change: tuple[str, st
         read(path).check_files()
 
 
+@pytest.mark.slow
 def test_command_prints_a_line_for_each_fault(tmp_path: Path) -> None:
     path = tmp_path / "gateway.toml"
     path.write_text(MINIMAL.replace("[pacs]", 'listen = "0.0.0.0:104"\nmonitor_listen = "0.0.0.0:80"\n[pacs]'))

@@ -34,6 +34,7 @@ def temporary_failures(log: LogLines) -> list[str]:
     return [line["reason"] for line in log if line["event"] == "step will be retried"]
 
 
+@pytest.mark.slow
 def test_storage_is_retried_while_the_pacs_is_down(gateway: OpenGateway, pacs: Pacs) -> None:
     pacs.down()
     with gateway() as running:
@@ -72,6 +73,7 @@ def test_rejected_association_is_a_permanent_failure(gateway: OpenGateway, pacs:
         assert "rejects the association" in running.dead()[0]["reason"]
 
 
+@pytest.mark.slow
 def test_pacs_aborts_between_two_objects(gateway: OpenGateway, pacs: Pacs) -> None:
     pacs.hangs_up = True
     with gateway(rules=[{**RULE, "outputs": ["sc", "sr"]}]) as running:
@@ -81,6 +83,7 @@ def test_pacs_aborts_between_two_objects(gateway: OpenGateway, pacs: Pacs) -> No
         assert running.dead() == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report_in_same_association")
 def test_interrupted_return_of_a_missing_result_continues(gateway: OpenGateway, pacs: Pacs) -> None:
     """The process was killed after it moved a result back to results/, and before it moved the entry to outbox."""
@@ -98,6 +101,7 @@ def test_interrupted_return_of_a_missing_result_continues(gateway: OpenGateway, 
         assert running.events()[-1] == "committed"
 
 
+@pytest.mark.slow
 def test_internal_server_errors_are_retried_ten_times(
     gateway: OpenGateway, pacs: Pacs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +139,7 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+@pytest.mark.slow
 def test_full_disk_stops_explanations(gateway: OpenGateway, pacs: Pacs, log: LogLines) -> None:
     with gateway(server=UNREACHABLE_SERVER) as running:
         assert send(running.address, image()) == [0]
@@ -147,6 +152,7 @@ def test_full_disk_stops_explanations(gateway: OpenGateway, pacs: Pacs, log: Log
         assert len(pacs.objects_by_uid) == 1
 
 
+@pytest.mark.slow
 def test_failed_commitments_are_retried_three_times(gateway: OpenGateway, pacs: Pacs) -> None:
     """Results are stored again after a failed commitment; the third failure is permanent."""
     pacs.commits = "failed"
@@ -158,6 +164,7 @@ def test_failed_commitments_are_retried_three_times(gateway: OpenGateway, pacs: 
         assert [line["reasons"] for line in running.audit() if line["event"] == "not committed"] == [["0x0112"]] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report_in_same_association")
 @pytest.mark.parametrize("commits", ["never", "stuck"])
 def test_commitment_request_without_report_is_repeated(
@@ -174,6 +181,7 @@ def test_commitment_request_without_report_is_repeated(
         wait_until(lambda: "committed" in running.events())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report_in_same_association")
 def test_late_report_on_an_earlier_request(gateway: OpenGateway, pacs: Pacs) -> None:
     pacs.commits = "later"
@@ -185,6 +193,7 @@ def test_late_report_on_an_earlier_request(gateway: OpenGateway, pacs: Pacs) -> 
         wait_until(running.idle)
 
 
+@pytest.mark.slow
 def test_unexplainable_object_is_a_permanent_failure(gateway: OpenGateway, pacs: Pacs) -> None:
     with gateway() as running:
         assert send(running.address, image(0, BurnedInAnnotation="YES"), image(1)) == [0, 0]
@@ -194,6 +203,7 @@ def test_unexplainable_object_is_a_permanent_failure(gateway: OpenGateway, pacs:
         assert len(pacs.objects_by_uid) == 1, "the other object is explained"
 
 
+@pytest.mark.slow
 def test_object_that_crashes_the_process_is_a_permanent_failure(gateway: OpenGateway, tmp_path: Path) -> None:
     with gateway(server=UNREACHABLE_SERVER) as running:
         assert send(running.address, image()) == [0]
@@ -204,6 +214,7 @@ def test_object_that_crashes_the_process_is_a_permanent_failure(gateway: OpenGat
         assert running.dead()[0]["reason"] == "the process ended 10 times while it explained the object"
 
 
+@pytest.mark.slow
 def test_interrupted_objects_are_explained_alone(
     gateway: OpenGateway, pacs: Pacs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +247,7 @@ def test_interrupted_objects_are_explained_alone(
     assert len(pacs.objects_by_uid) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["audit.jsonl", "sent"])
 def test_stored_result_is_not_stored_again_after_a_write_error(
     gateway: OpenGateway, pacs: Pacs, broken: str, log: LogLines
@@ -267,6 +279,7 @@ def test_stored_result_is_not_stored_again_after_a_write_error(
         assert running.events().count("stored") == 2
 
 
+@pytest.mark.slow
 def test_interrupted_deletion_is_recorded_once(gateway: OpenGateway) -> None:
     """The process was killed after it wrote the audit trail, and before it deleted the entry."""
     with gateway(server=UNREACHABLE_SERVER) as running:
@@ -282,6 +295,7 @@ def test_interrupted_deletion_is_recorded_once(gateway: OpenGateway) -> None:
         assert running.events() == ["received", "deleted"]
 
 
+@pytest.mark.slow
 def test_retention(gateway: OpenGateway) -> None:
     with gateway(server=UNREACHABLE_SERVER) as running:
         assert send(running.address, image(0), image(1)) == [0, 0]

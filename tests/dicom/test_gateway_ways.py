@@ -51,6 +51,7 @@ def tls_files(ca: trustme.CA, folder: Path) -> dict[str, Path]:
     return {"certificate": folder / "cert.pem", "key": folder / "key.pem", "ca": folder / "ca.pem"}
 
 
+@pytest.mark.slow
 def test_tls_of_listener_and_pacs(tmp_path: Path, tiny: Server, ca: trustme.CA) -> None:
     pacs = Pacs()
     pacs.up(context(ca, ssl.PROTOCOL_TLS_SERVER))
@@ -174,6 +175,7 @@ def test_stow_stores_results(tmp_path: Path, tiny: Server, web: Web, responses: 
     assert len(files) == 1, "the files are sent unchanged"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "response", "reason"),
     [

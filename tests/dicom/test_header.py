@@ -20,6 +20,8 @@ import camserve_dicom as dicom
 from camserve_dicom import KINDS, DicomError, secondary_capture
 from tests.dicom.samples import data_of, errors, explanation, image, needs_dciodvfy, ramp, stored
 
+pytestmark = pytest.mark.slow
+
 AS_IT_IS: dict[str, Any] = {"regions": "ignore", "burned_in": "ignore"}
 NO_PLANE = dict.fromkeys(
     ("ImagePositionPatient", "ImageOrientationPatient", "FrameOfReferenceUID", "PositionReferenceIndicator")

@@ -78,6 +78,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @needs_dciodvfy
 @pytest.mark.parametrize("name", SOURCES)
 def test_dciodvfy_accepts_results(name: str, tmp_path: Path) -> None:
@@ -144,6 +145,7 @@ def digests() -> str:
     return "\n".join(f"{kind} {hashlib.sha256(data_of(each)).hexdigest()}" for kind, each in objects.items())
 
 
+@pytest.mark.slow
 def test_other_process_makes_the_same_bytes() -> None:
     variables = environment(TZ="Asia/Tokyo", LC_ALL="tr_TR.UTF-8", PYTHONHASHSEED="7")
     code = "from tests.dicom import test_objects as t; print(t.digests())"
@@ -151,6 +153,7 @@ def test_other_process_makes_the_same_bytes() -> None:
     assert other.stdout.strip() == digests(), other.stderr
 
 
+@pytest.mark.slow
 def test_uids_depend_on_the_request_but_not_on_its_id_and_cost() -> None:
     source = image(ramp())
 
@@ -273,6 +276,7 @@ def test_share_of_saliency_inside_the_content() -> None:
     assert measurements(report)["saliency-in-content"][0] < 0.4
 
 
+@pytest.mark.slow
 def test_failed_check_gives_only_a_report() -> None:
     source = image(ramp())
     assert set(make_objects(source, check="insertion>deletion")) == set(KINDS)

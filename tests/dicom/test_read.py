@@ -273,6 +273,7 @@ def test_jpeg_images_are_decoded(name: str) -> None:
     assert dicom.read(stored(name), regions="ignore", burned_in="ignore").pixels.std() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plain", "compressed"), [("RG1_UNCR.dcm", "RG1_J2KR.dcm"), ("693_UNCR.dcm", "693_J2KR.dcm")])
 def test_real_images_with_and_without_compression(plain: str, compressed: str) -> None:
     first, second = (dicom.read(stored(name)) for name in (plain, compressed))

@@ -164,6 +164,7 @@ def test_map_of_the_embedded_model_shows_the_predicted_object() -> None:
     assert e.saliency[60:180, 60:160].mean() > 2 * e.saliency[:60, 160:].mean(), "the photographer, not the sky"
 
 
+@pytest.mark.slow
 def test_listing_reports_random_weights() -> None:
     net = ModelConfig(
         name="r18", source="torchvision:resnet18", allow_random_weights=True, input_size=(32, 32), batch_size=1

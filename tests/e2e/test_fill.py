@@ -10,6 +10,7 @@ from tests.conftest import serving
 from tests.processes import patient_client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "methods"), [(8, ["grad-cam", "poly-cam"]), (16, ["grad-cam", "integrated-gradients"])]
 )

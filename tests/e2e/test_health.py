@@ -76,6 +76,7 @@ def test_health_listener_serves_only_health() -> None:
         assert other.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+@pytest.mark.slow
 def test_cancelled_watch_does_not_end_other_watches() -> None:
     with serving(Config(listen="127.0.0.1:0", models=[MODEL])) as server:
         channel = grpc.insecure_channel(server.address)

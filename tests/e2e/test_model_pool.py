@@ -137,6 +137,7 @@ def test_requests_before_and_after_a_reload_use_their_own_weights(tmp_path: Path
         assert not np.array_equal(new.saliency, old.saliency)
 
 
+@pytest.mark.slow
 def test_a_model_added_to_the_file_can_be_loaded(tmp_path: Path) -> None:
     with running(write(tmp_path, "a")) as (_, client, admin):
         with pytest.raises(grpc.RpcError) as caught:
@@ -161,6 +162,7 @@ def test_failed_reload_keeps_the_loaded_model(tmp_path: Path) -> None:
         assert states(client) == {"a": "unloaded"}
 
 
+@pytest.mark.slow
 def test_least_recently_used_model_is_unloaded(tmp_path: Path) -> None:
     each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
     with running(write(tmp_path, "a", "b", "c", max_model_bytes=2 * each + 10)) as (server, client, _):
@@ -177,6 +179,7 @@ def test_least_recently_used_model_is_unloaded(tmp_path: Path) -> None:
         assert len({explanation.receipt.model_digest for explanation in first.values()}) == 3
 
 
+@pytest.mark.slow
 def test_callers_of_more_models_than_fit_are_all_answered(tmp_path: Path) -> None:
     """Only one model fits at a time."""
     each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
@@ -196,6 +199,7 @@ def test_callers_of_more_models_than_fit_are_all_answered(tmp_path: Path) -> Non
         assert sum(state == "ready" for state in states(client).values()) == 1
 
 
+@pytest.mark.slow
 def test_error_of_a_failed_load_hides_file_names_from_callers(tmp_path: Path) -> None:
     each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
     with running(write(tmp_path, "a", "b", max_model_bytes=each)) as (_, client, _):
@@ -209,6 +213,7 @@ def test_error_of_a_failed_load_hides_file_names_from_callers(tmp_path: Path) ->
         assert client.explain(IMAGE, model="b", method="grad-cam").maps, "the next request loads the model"
 
 
+@pytest.mark.slow
 def test_admin_commands_of_the_command_line(tmp_path: Path) -> None:
     with running(write(tmp_path, "a", "b")) as (server, client, _):
 
@@ -278,6 +283,7 @@ def paused_load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Paused
     paused.go_on.set()
 
 
+@pytest.mark.slow
 def test_load_continues_after_the_operator_disconnects(tmp_path: Path, paused_load: Callable[[], PausedLoad]) -> None:
     with running(write(tmp_path, "a", "b")) as (_, client, admin):
         admin.UnloadModel(pb.UnloadModelRequest(model="b"))
@@ -290,6 +296,7 @@ def test_load_continues_after_the_operator_disconnects(tmp_path: Path, paused_lo
         assert client.explain(IMAGE, model="b", method="grad-cam").maps
 
 
+@pytest.mark.slow
 def test_model_can_be_unloaded_while_it_is_loaded(tmp_path: Path, paused_load: Callable[[], PausedLoad]) -> None:
     with running(write(tmp_path, "a", "b")) as (_, client, admin):
         admin.UnloadModel(pb.UnloadModelRequest(model="b"))
@@ -318,6 +325,7 @@ def test_admin_calls_require_a_model_name(tmp_path: Path) -> None:
         assert states(client) == {"a": "ready"}
 
 
+@pytest.mark.slow
 def test_reload_of_a_model_that_was_removed_from_the_file_fails(tmp_path: Path) -> None:
     with running(write(tmp_path, "a", "b")) as (_, client, admin):
         write(tmp_path, "a")
@@ -333,6 +341,7 @@ def test_model_larger_than_the_limit_is_refused(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_command_line_options_apply_to_models_loaded_later(tmp_path: Path) -> None:
     path = write(tmp_path, "a")
     path.write_text(path.read_text().replace('device = "cpu"', 'device = "cuda:7"'))

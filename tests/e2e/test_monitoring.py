@@ -121,6 +121,7 @@ def test_labels_never_contain_unknown_names(watched: Server, client: camserve.Cl
     assert not [labels for _, labels in after if "made-up" in dict(labels).values()]
 
 
+@pytest.mark.slow
 def test_expired_requests_are_not_counted_as_cancelled(
     watched: Server, client: camserve.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +201,7 @@ def test_metrics_of_models_and_readiness(watched: Server) -> None:
     assert now.sum("process_resident_memory_bytes") > 1e8
 
 
+@pytest.mark.slow
 def test_unauthenticated_calls_are_counted() -> None:
     token = TokenConfig(name="someone", sha256=64 * "0")
     config = Config(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", models=[TINY], tokens=[token])
@@ -268,6 +270,7 @@ def test_metrics_port_in_use_names_the_key(watched: Server) -> None:
 # ---- the dashboard ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dashboard_uses_each_exported_metric_and_no_other() -> None:
     dashboard = json.loads((ROOT / "deploy" / "grafana" / "camserve.json").read_text(encoding="utf-8"))
     assert dashboard["title"]
@@ -293,6 +296,7 @@ def test_dashboard_uses_each_exported_metric_and_no_other() -> None:
         assert labels <= known, text
 
 
+@pytest.mark.slow
 def test_dashboard_panels_do_not_overlap() -> None:
     dashboard = json.loads((ROOT / "deploy" / "grafana" / "camserve.json").read_text(encoding="utf-8"))
     taken: set[tuple[int, int]] = set()

@@ -56,6 +56,7 @@ def running_stream(client: camserve.Client, **arguments: Any) -> Any:
     return stream
 
 
+@pytest.mark.slow
 def test_high_priority_request_ends_before_earlier_ones(server: Server) -> None:
     """All requests have the same length. The map is the same at each priority."""
     order: list[str] = []

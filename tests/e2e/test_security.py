@@ -218,6 +218,7 @@ def serial(certificate: trustme.LeafCert) -> int:
     return x509.load_pem_x509_certificate(certificate.cert_chain_pems[0].bytes()).serial_number
 
 
+@pytest.mark.slow
 def test_other_subjects_are_refused(tmp_path: Path, ca: trustme.CA) -> None:
     certify(ca, tmp_path)
     config = Config(**LOCAL, tls=mutual(tmp_path, allowed_subjects=["pacs", "triage.example"]))

@@ -209,6 +209,7 @@ def test_unreachable_collector_does_not_delay_requests(monkeypatch: pytest.Monke
         assert client.explain(CAT, method="grad-cam").cost.rows == 2
 
 
+@pytest.mark.slow
 def test_collector_that_never_answers_does_not_delay_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = threading.Event()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")

@@ -122,6 +122,7 @@ def test_other_targets_do_not_change_a_map(model: Model, method: str, x: Tensor)
     assert torch.allclose(together.maps[1], alone.maps[0], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_concurrent_requests_do_not_change_the_bits(network: str) -> None:
     """Requests of all methods run concurrently in random order, then one by one."""
@@ -226,6 +227,7 @@ def test_network_is_unchanged_after_a_request(network: str, method: str, x: Tens
     assert all(torch.equal(value, model.module.state_dict()[name]) for name, value in before.items())
 
 
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize("image", ["zeros", "constant", "one pixel", "huge", "overflowing"])
 def test_degenerate_images_give_valid_maps(model: Model, method: str, image: str) -> None:
@@ -351,6 +353,7 @@ RANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_metric_values_lie_in_their_range(model: Model, name: str) -> None:
@@ -369,6 +372,7 @@ def test_metric_values_lie_in_their_range(model: Model, name: str) -> None:
         assert all(min(low, 0) <= point <= 1 for point in score.curve)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_metric_depends_only_on_the_seed_and_keeps_the_announced_rows(model: Model, name: str, x: Tensor) -> None:

@@ -209,6 +209,7 @@ def test_random_maps_agree_with_the_oracle(seed: int) -> None:
         assert score("pointing-game", S, truth, tolerance=tolerance) == hit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_box_accuracy_agrees_with_the_oracle_at_every_threshold(seed: int) -> None:
     S = F.interpolate(noise(1, 1, 3, 4, seed=seed).sigmoid(), (8, 9), mode="bilinear")[0, 0]

@@ -59,7 +59,7 @@ POLY_CASES: dict[str, tuple[tuple[int, int], list[str]]] = {
     "tiny odd": ((37, 29), ["r1", "r2", "r3"]),
     "vgg16": ((32, 32), ["features.3", "features.8"]),
     "resnet50": ((32, 32), ["relu", "maxpool"]),
-    "efficientnet-lite0": ((96, 96), ["bn1", "blocks.2.0.bn1"]),
+    "efficientnet-lite0": ((64, 64), ["bn1", "blocks.2.0.bn1"]),
 }
 # The layer of Score-CAM.
 SCORE_LAYERS = {"tiny": "r3", "tiny odd": "r3", "resnet50": "relu", "efficientnet-lite0": "blocks.3.0.bn1"}
@@ -272,8 +272,8 @@ def test_opti_cam_in_float64(norm: Any, mask_space: Any, objective: Any, relu: b
 @pytest.mark.slow
 def test_opti_cam_in_float64_on_trained_weights() -> None:
     net = copy.deepcopy(network("efficientnet-lite0")).double()
-    model = as_model(net, (96, 96), dtype=torch.float64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    x = photograph((96, 96)).double()
+    model = as_model(net, (64, 64), dtype=torch.float64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    x = photograph((64, 64)).double()
     ours = opti_map(model, x, 281, "blocks.3.0.bn1", steps=10)
     (A,) = nets.activations(net, x[None], ["blocks.3.0.bn1"])
     theirs = opti_cam(net, x[None], A, 281, mean=(0.5,) * 3, std=(0.5,) * 3, steps=10)

@@ -46,6 +46,7 @@ def only(inputs: Any) -> Tensor:
     return tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["grad-cam", "smooth-grad", "occlusion"])
 def test_sensitivity_max_agrees_with_captum(method: str) -> None:
     def explain(inputs: Any, **_: object) -> tuple[Tensor]:

@@ -163,6 +163,7 @@ def run_opti(z: Any, image: int = 0, **options: Any) -> OptiCam:
     return opti_cam(net, x, A, int(z["c"][image]), **(defaults | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTI)
 def test_opti_cam_reproduces_the_stored_maps_in_float64(name: str) -> None:
     z = stored("opti-cam", name)
@@ -189,6 +190,7 @@ def test_opti_cam_matches_the_first_steps_in_float32() -> None:
     assert gap(run_opti(z).objective[:10], z["f_masked"][:10, 0]) < 1e-4
 
 
+@pytest.mark.slow
 def test_opti_cam_options_change_the_map() -> None:
     z = stored("opti-cam", "tiny_s0_norm_max_min_b1_float64")
     for option in (
@@ -200,6 +202,7 @@ def test_opti_cam_options_change_the_map() -> None:
         assert gap(run_opti(z, **option).saliency, z["saliency"][0, 0]) > 1e-3, option
 
 
+@pytest.mark.slow
 def test_opti_cam_masks_raw_pixels_of_a_normalised_input() -> None:
     """Normalising outside of the model gives the same map, masking the normalised image gives another."""
     z = stored("opti-cam", "tiny_s0_plain_max_min_b1_float64")

@@ -54,6 +54,7 @@ def test_ss_cam_agrees_with_torchcam_except_for_the_order_of_scaling(size: tuple
     assert gap(shared.scores[0], shared.scores[1]) == 0  # Dead and constant channels have the same rows.
 
 
+@pytest.mark.slow
 @on_sizes
 @on_layers
 def test_is_cam_differs_from_torchcam_which_accumulates_its_steps(size: tuple[int, int], layer: str) -> None:

@@ -410,6 +410,7 @@ def test_every_method_has_a_case() -> None:
     assert ours == TRIED.keys() | OF_CONVOLUTIONS.keys() | OF_TRANSFORMERS.keys()
 
 
+@pytest.mark.slow
 @parametrise(TRIED | OF_CONVOLUTIONS, ["r3", "r2"], [("r1", "r2", "r3"), ("r2", "r3"), ("r2",)])
 @in_both
 @pytest.mark.parametrize("name", ["tiny", "tiny odd"])
@@ -422,6 +423,7 @@ def test_methods_on_convolutional_networks(
     check(tiny, method, layers, parameters, [second, first, third], tolerance)
 
 
+@pytest.mark.slow
 @parametrise(TRIED | OF_TRANSFORMERS, ["blocks.2.norm1"], [("blocks.2.norm1",), ("blocks.1.norm1", "blocks.2.norm1")])
 @in_both
 def test_methods_on_a_transformer(

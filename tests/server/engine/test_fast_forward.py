@@ -79,6 +79,7 @@ def test_bits_do_not_depend_on_requests_with_hooks_in_other_batches(compiled: Mo
     assert among.scores == alone.scores
 
 
+@pytest.mark.slow
 @compiler
 def test_random_copy_does_not_use_the_compiled_weights(compiled: Model) -> None:
     check = metric("randomisation-spearman", steps=3)
@@ -114,6 +115,7 @@ def test_technique_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, break
     assert torch.isfinite(maps(model, "score-cam")).all()
 
 
+@pytest.mark.slow
 @compiler
 def test_only_batches_of_the_configured_size_use_fast_forward(compiled: Model) -> None:
     """Another batch size of a caller would need a compilation or a recording of its own."""

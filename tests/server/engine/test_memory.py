@@ -18,9 +18,9 @@ ROW_BYTES = 4 * 3 * 64 * 64  # one input in float32
 
 # Requests of hundreds to thousands of rows. All rows at once would take as many times ROW_BYTES.
 LONG: list[tuple[str, dict[str, Any], int]] = [
-    ("rise", {"masks": 6000}, 6000),
-    ("ss-cam", {"samples": 100}, 100 * 18),
-    ("is-cam", {"steps": 100}, 100 * 18),
+    ("rise", {"masks": 1500}, 1500),
+    ("ss-cam", {"samples": 40}, 40 * 18),
+    ("is-cam", {"steps": 40}, 40 * 18),
     ("smooth-grad", {"samples": 500}, 500),
     ("gradient-shap", {"samples": 500}, 500),
     ("integrated-gradients", {"steps": 500}, 500),

@@ -167,6 +167,7 @@ def test_three_metrics_share_rows_and_events(model: Model) -> None:
 # ---- the served network and other requests ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_copies_change_neither_the_served_network_nor_other_requests(
     model: Model, copies: list[weakref.ref[Any]]
 ) -> None:
@@ -216,6 +217,7 @@ def plan_that_holds_a_copy(model: Model, broken: threading.Event) -> Plan[None]:
     raise ValueError("a bug in a metric")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["cancelled", "late", "broken"])
 def test_request_that_ends_early_releases_its_copy(
     monkeypatch: pytest.MonkeyPatch, model: Model, copies: list[weakref.ref[Any]], end: str

@@ -144,6 +144,7 @@ def lite0() -> tuple[Model, Model]:
     return load_lite0("fp32")
 
 
+@pytest.mark.slow
 def test_folding_keeps_digest_and_layers_of_the_embedded_network(lite0: tuple[Model, Model]) -> None:
     plain, folded = lite0
     assert not [name for name, each in folded.module.named_modules() if type(each).__name__ == "Conv2dSame"]
@@ -172,6 +173,7 @@ def test_input_gradients_are_the_same_in_double_precision() -> None:
     torch.testing.assert_close(maps[1], maps[0], rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_folded_convolution_cannot_be_named() -> None:
     config = ModelConfig(name="r", source="torchvision:resnet18", allow_random_weights=True, input_size=(32, 32))
     with pytest.raises(

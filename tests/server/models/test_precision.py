@@ -121,6 +121,7 @@ def test_out_of_memory_halves_batches_of_its_own_precision_only(
     assert at.batch_sizes["forward"] == 2 and model.batch_sizes["forward"] == 4
 
 
+@pytest.mark.slow
 def test_embedded_network_in_bf16_agrees_with_fp32() -> None:
     model = load(embedded_model().model_copy(update={"precision": ("fp32", "bf16")}), CPU)
     x = model.preprocessing(from_pixels(skimage.data.chelsea()))
@@ -154,6 +155,7 @@ def served() -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.slow
 def test_requests_choose_a_precision(served: Server) -> None:
     image = skimage.data.chelsea()
     with camserve.Client(served.address) as client:

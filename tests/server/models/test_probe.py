@@ -158,6 +158,7 @@ def test_layers_of_transformers(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision:vit_b_16", "timm:vit_tiny_patch16_224"])
 def test_every_position_of_the_default_layer_of_a_transformer_has_a_gradient(name: str) -> None:
     net = build(name, **({"image_size": 64} if "torchvision" in name else {"img_size": 64}))
@@ -199,6 +200,7 @@ def test_attention_weights_are_not_a_layer() -> None:
     assert list(probe(Unnamed(), noise(1, 3, 32, 32)).spatial) == ["patches"]
 
 
+@pytest.mark.slow
 def test_windows_of_tokens_are_not_a_layer() -> None:
     net = build("timm:swin_tiny_patch4_window7_224", img_size=112)
     structure = probe(net, noise(1, 3, 112, 112))
@@ -206,6 +208,7 @@ def test_windows_of_tokens_are_not_a_layer() -> None:
     assert structure.spatial["layers.0.blocks.0"].form == "NHWC"
 
 
+@pytest.mark.slow
 def test_configured_token_grid_is_used() -> None:
     net, x = build("timm:vit_tiny_patch16_224", img_size=(32, 128)), noise(1, 3, 32, 128)
     layer = probe(net, x, token_grid=(2, 8)).spatial["norm"]
@@ -214,6 +217,7 @@ def test_configured_token_grid_is_used() -> None:
         assert "norm" not in probe(net, x, token_grid=wrong).spatial
 
 
+@pytest.mark.slow
 def test_tokens_in_another_order_are_not_a_layer() -> None:
     """The tokens of Hiera are ordered window by window; a map read row by row would be wrong."""
     net = build("timm:hiera_tiny_224", img_size=64)
@@ -341,6 +345,7 @@ def test_probe_removes_its_hooks() -> None:
 # ---- pooled heads ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [("torchvision:resnet18", (64, 96)), ("torchvision:swin_t", (64, 64)), ("timm:resnetv2_50x1_bit", (64, 64))],
@@ -383,6 +388,7 @@ def test_other_heads_are_not_a_linear_head_behind_average_pooling() -> None:
 # ---- naming ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_layer_name_selects_a_call_of_a_module() -> None:
     net, x = build("torchvision:resnet50"), noise(1, 3, 64, 64)
     model = as_model(net, (64, 64))
@@ -393,6 +399,7 @@ def test_layer_name_selects_a_call_of_a_module() -> None:
     assert model.find_layers(["layer2.0#1"], "layers") == (block,)
 
 
+@pytest.mark.slow
 def test_module_with_several_calls_needs_the_number_of_a_call() -> None:
     model = as_model(build("torchvision:resnet50"), (64, 64))
     with pytest.raises(InvalidArgument, match=r"it runs 3 times; name one call, such as layer2\.0\.relu#3") as caught:

@@ -72,6 +72,7 @@ def test_timm_network_loads_weights_from_a_file(tmp_path: Path) -> None:
     assert not model.random_weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["timm:test_vit", "torchvision:squeezenet1_1"])
 def test_classes_key_allows_weights_with_another_number_of_classes(source: str, tmp_path: Path) -> None:
     finetuned = load_model(source, classes=3)
@@ -101,6 +102,7 @@ def test_pretrained_weights_are_requested_from_timm(monkeypatch: pytest.MonkeyPa
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "size", "layer", "grid"),
     [
@@ -131,6 +133,7 @@ def test_configured_layers_replace_the_defaults() -> None:
     assert [layer.name for layer in model.default_layers(many=False)] == ["layer3"]
 
 
+@pytest.mark.slow
 def test_head_is_configured_or_depends_on_the_number_of_logits() -> None:
     assert load_model("timm:test_resnet").head == "softmax"
     assert load_model("timm:test_resnet", head="sigmoid").head == "sigmoid"

@@ -346,6 +346,7 @@ def test_evaluate_names_the_wrong_field(
     assert details(caught.value)["ErrorInfo"].metadata["field"] == field
 
 
+@pytest.mark.slow
 def test_message_over_the_size_limit_is_refused(stub: ExplainServiceStub) -> None:
     large = request(image=pb.Image(encoded=b"\x00" * (65 << 20)))
     with pytest.raises(grpc.RpcError) as caught:
@@ -381,6 +382,7 @@ def wait_until_idle(engine: Engine) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_deadline_that_passes_in_the_queue_costs_no_rows(server: Server) -> None:
     wait_until_idle(server.engine)
     rows_before = server.engine.counters.rows
@@ -402,6 +404,7 @@ def test_deadline_that_cannot_be_met_is_refused_at_once(server: Server, monkeypa
     assert server.engine.counters.rows == rows_before
 
 
+@pytest.mark.slow
 def test_method_that_can_stop_early_returns_a_partial_map(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time from which queries are answered early is set here; test_request_plan.py tests its computation."""
     compute_limits = request_plan.limits

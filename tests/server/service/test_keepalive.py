@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import grpc
+import pytest
 
 from camserve_server.service.server import KEEPALIVE
 
@@ -14,6 +15,7 @@ PING_MS = 1000
 INTERVAL = "grpc.http2.min_ping_interval_without_data_ms"
 
 
+@pytest.mark.slow
 def test_call_survives_more_pings_than_grpc_allows_by_default() -> None:
     """By default, gRPC closes a connection at the fifth ping within five minutes.
 

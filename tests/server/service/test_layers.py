@@ -19,6 +19,7 @@ PAPER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_default_layers_are_those_of_the_paper(name: str) -> None:
     net = torchvision.models.get_model(name, weights=None).eval()

@@ -219,6 +219,7 @@ def test_a_cancelled_call_releases_its_reservation_during_decoding(
     assert stub.Explain(explain_request(), timeout=TIMEOUT_S).maps, "the next request is admitted"
 
 
+@pytest.mark.slow
 def test_a_request_that_decodes_while_the_engine_closes_is_unavailable(decoding: BlockedDecoding) -> None:
     with serving(CONFIG) as server, grpc.insecure_channel(server.address) as channel:
         running = ExplainServiceStub(channel).Explain.future(explain_request(), timeout=TIMEOUT_S)

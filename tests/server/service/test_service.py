@@ -48,6 +48,7 @@ def test_explanation_has_map_predictions_scores_and_cost(client: camserve.Client
     assert e.request_id == "mine"
 
 
+@pytest.mark.slow
 def test_metrics_with_the_same_query_share_its_rows(client: camserve.Client) -> None:
     masked = ["average-drop", "average-increase", "average-gain"]
     *_, progress, e = client.explain_stream(CAT, method="grad-cam", metrics=masked)
@@ -60,6 +61,7 @@ def test_metrics_with_the_same_query_share_its_rows(client: camserve.Client) -> 
         assert alone.scores[metric] == e.scores[metric]
 
 
+@pytest.mark.slow
 def test_streams_contain_the_maps_of_randomised_networks(client: camserve.Client, server: Server) -> None:
     assert server.engine is not None
     model = next(iter(server.models.values()))
@@ -137,6 +139,7 @@ def test_stream_of_poly_cam_contains_its_levels_and_rising_progress(client: cams
     assert progress[-1].rows_done == progress[-1].rows_total == events[-1].cost.rows
 
 
+@pytest.mark.slow
 def test_map_and_method_get_the_same_scores(client: camserve.Client) -> None:
     explained = client.explain(CAT, method="grad-cam", metrics=["insertion", "deletion", "average-gain"])
     by_method = client.evaluate(CAT, method="grad-cam")
