@@ -70,7 +70,8 @@ class Client(Connection):
     Args:
         address: Address of the server, "host:port", or another gRPC name such as "dns:///host:port". If the name
             resolves to several servers, calls are distributed over those that are ready (round robin).
-        timeout: Default timeout of a call in seconds, retries included. None means no timeout.
+        timeout: Timeout of a call in seconds, retries included. None means no timeout. The default is 30, except for
+            each request of `explain_many` and `evaluate_many`, which have no timeout by default.
         tls: True to use TLS with the certificate authorities that gRPC trusts by default.
         ca: Certificate authorities to trust instead: a PEM file, or its content as bytes. Enables TLS.
         certificate: Certificate chain of the client: a PEM file, or its content as bytes. Requires `key`, enables TLS.
@@ -112,7 +113,8 @@ class Client(Connection):
 
     async def _run(self, call: request_messages.PreparedCall[ResultT], stub: Any = None) -> ResultT:
         try:
-            rpc = getattr(stub or self._stub, call.rpc)(call.request, **self._call_options(call))
+            options = self._call_options(call, one_of_many=stub is not None)
+            rpc = getattr(stub or self._stub, call.rpc)(call.request, **options)
             return call.parse_response(await rpc)
         except grpc.RpcError as error:
             raise self._translate(error, call) from error

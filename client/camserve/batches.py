@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from camserve import request_messages
 from camserve.answers import Cost, Explanation, Prediction, Score
-from camserve.errors import CamserveError, InvalidArgument, ResourceExhausted
+from camserve.errors import CamserveError, DeadlineExceeded, InvalidArgument, ResourceExhausted
 from camserve.images import ImageLike
 from camserve.receipt import Receipt
 from camserve.request_messages import DEFAULT_METRICS, BoxesLike, Parameters, TargetLike
@@ -32,6 +32,7 @@ __all__ = [
     "Variant",
     "evaluate_many",
     "explain_many",
+    "retry_wait_s",
 ]
 
 ResultT = TypeVar("ResultT")
@@ -130,6 +131,19 @@ class Result:
         return self.explanation.receipt
 
 
+def retry_wait_s(error: Failure) -> float | None:
+    """Return the seconds after which a busy server may accept the request that it refused with this error.
+
+    Returns:
+        The delay that the server names, or None if the error has another cause.
+    """
+    if isinstance(error, ResourceExhausted) or (
+        isinstance(error, DeadlineExceeded) and error.reason == "DEADLINE_UNREACHABLE"
+    ):
+        return None if error.retry_after_s is None else max(error.retry_after_s, MIN_RETRY_WAIT_S)
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class PendingRequest(Generic[ResultT]):
     """Request that is built shortly before it is sent, so that waiting requests do not hold their images in memory.
@@ -146,10 +160,10 @@ class PendingRequest(Generic[ResultT]):
 
     def retry(self, error: Failure) -> tuple[float, "PendingRequest[ResultT]"] | None:
         """Return the seconds to wait and the request to send then, or None if the error is final."""
-        wait_s = error.retry_after_s if isinstance(error, ResourceExhausted) else None
+        wait_s = retry_wait_s(error)
         if wait_s is None or self.failed_attempts == MAX_ATTEMPTS - 1:
             return None
-        return max(wait_s, MIN_RETRY_WAIT_S), replace(self, failed_attempts=self.failed_attempts + 1)
+        return wait_s, replace(self, failed_attempts=self.failed_attempts + 1)
 
     def prepare(self) -> request_messages.PreparedCall[Explanation]:
         """Read the image and build the request.
@@ -215,7 +229,8 @@ def evaluate_many(
         skip: Results to leave out, each as (index of the image, name of the model, method name or label of a
             `Variant`). The name of the model is empty if `models` is None.
         in_flight: Maximum number of requests that run at the same time, at least 1.
-        timeout: Timeout of each attempt in seconds. None means the timeout of the client.
+        timeout: Timeout of each attempt in seconds. None means the timeout that was passed to the client, or no timeout
+            if none was passed.
 
     Yields:
         One `Result` for each image, model and method, as soon as it is available.
@@ -303,7 +318,8 @@ def explain_many(
         predictions: Number of most probable classes to return for each image, 1 to 1000.
         raw: True to also return each map at its original resolution.
         in_flight: Maximum number of requests that run at the same time, at least 1.
-        timeout: Timeout of each attempt in seconds. None means the timeout of the client.
+        timeout: Timeout of each attempt in seconds. None means the timeout that was passed to the client, or no timeout
+            if none was passed.
 
     Yields:
         One `Result` for each image, as soon as it is available. Its `index` names the image.

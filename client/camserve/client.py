@@ -66,7 +66,8 @@ class Client(Connection):
     Args:
         address: Address of the server, "host:port", or another gRPC name such as "dns:///host:port". If the name
             resolves to several servers, calls are distributed over those that are ready (round robin).
-        timeout: Default timeout of a call in seconds, retries included. None means no timeout.
+        timeout: Timeout of a call in seconds, retries included. None means no timeout. The default is 30, except for
+            each request of `explain_many` and `evaluate_many`, which have no timeout by default.
         tls: True to use TLS with the certificate authorities that gRPC trusts by default.
         ca: Certificate authorities to trust instead: a PEM file, or its content as bytes. Enables TLS.
         certificate: Certificate chain of the client: a PEM file, or its content as bytes. Requires `key`, enables TLS.
@@ -106,7 +107,8 @@ class Client(Connection):
 
     def _start(self, stub: Any, call: request_messages.PreparedCall[Any]) -> Any:
         # A future, because the blocking form does not cancel the call on the server when it is interrupted.
-        return getattr(stub, call.rpc).future(call.request, **self._call_options(call))
+        options = self._call_options(call, one_of_many=stub is self._stub_for_many)
+        return getattr(stub, call.rpc).future(call.request, **options)
 
     def _result(self, call: request_messages.PreparedCall[ResultT], rpc: Any) -> ResultT:
         try:

@@ -32,7 +32,16 @@ __all__ = [
 ]
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-DEFAULT_TIMEOUT_S = 30.0
+
+
+class DefaultTimeout(float):
+    """Timeout in seconds that the user did not choose. It does not apply to each of many requests.
+
+    Many requests wait for each other in the server's queue, so no fixed time fits all of them.
+    """
+
+
+DEFAULT_TIMEOUT_S = DefaultTimeout(30)
 
 # Path of a PEM file, or its content as bytes.
 Pem: TypeAlias = "str | PathLike[str] | bytes"
@@ -138,9 +147,11 @@ class Connection:
             return self._grpc.insecure_channel(self.address, options=options)
         return self._grpc.secure_channel(self.address, self._credentials, options=options)
 
-    def _call_options(self, call: request_messages.PreparedCall[Any]) -> dict[str, Any]:
+    def _call_options(self, call: request_messages.PreparedCall[Any], *, one_of_many: bool = False) -> dict[str, Any]:
         """Return the timeout and the metadata of a call."""
-        timeout = self.timeout if call.timeout is None else call.timeout
+        timeout = call.timeout
+        if timeout is None and not (one_of_many and isinstance(self.timeout, DefaultTimeout)):
+            timeout = self.timeout
         return {"timeout": timeout, "metadata": (*self._headers, *_trace_headers())}
 
     def _translate(self, error: grpc.RpcError, call: request_messages.PreparedCall[Any]) -> errors.CamserveError:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import camserve
 from camserve import Variant, batches, request_messages
-from camserve_server.errors import QueueFull
+from camserve_server.errors import CamserveError, Expired, QueueFull
 from camserve_server.service import status
 from tests.client.fake_server import WAIT_S, Servicer
 
@@ -108,15 +108,20 @@ def test_failed_request_returns_its_error_and_does_not_stop_others(
     assert result.model == ""
 
 
+QUEUE_FULL = QueueFull("too many rows are owed", retry_after_s=0.01)
+UNREACHABLE = Expired("too many rows run before", reason="DEADLINE_UNREACHABLE", retry_after_s=0.01)
+
+
 class Busy:
     """Refuse the first requests with the error of a server whose queue is full."""
 
-    def __init__(self, refusals: int) -> None:
+    def __init__(self, refusals: int, error: CamserveError = QUEUE_FULL) -> None:
         self.refusals = iter(range(refusals))
+        self.error = error
 
     def __call__(self, context: Any) -> None:
         if next(self.refusals, None) is not None:
-            error = QueueFull("too many rows are owed", retry_after_s=0.01)
+            error = self.error
             context.set_trailing_metadata(status.trailing_metadata(error, "given"))
             context.abort(status.code(error), str(error))
 
@@ -146,6 +151,43 @@ def test_request_is_retried_while_the_server_is_busy(
     [result] = client.evaluate_many([pixels], methods="a")
     assert isinstance(result.error, camserve.ResourceExhausted)
     assert len(servicer.requests) == 3
+
+
+def test_request_whose_deadline_cannot_be_met_is_retried(
+    servicer: Servicer, client: camserve.Client, pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "MIN_RETRY_WAIT_S", 0.001)
+    servicer.before = Busy(2, UNREACHABLE)
+    [result] = client.explain_many([pixels])
+    assert result.error is None
+    assert len(servicer.requests) == 3
+    servicer.before = Busy(2, Expired("the deadline passed"))
+    [result] = client.explain_many([pixels])
+    assert isinstance(result.error, camserve.DeadlineExceeded)
+    assert len(servicer.requests) == 4
+
+
+def test_many_requests_have_a_timeout_only_if_the_user_sets_one(
+    servicer: Servicer, address: str, pixels: NDArray[np.uint8]
+) -> None:
+    left: list[float | None] = []
+    servicer.before = lambda context: left.append(context.time_remaining())
+
+    async def ask(**options: Any) -> None:
+        async with camserve.aio.Client(address) as client:
+            async for result in client.explain_many([pixels], **options):
+                assert result.error is None
+
+    with camserve.Client(address) as client, camserve.Client(address, timeout=50) as impatient:
+        list(client.explain_many([pixels]))
+        list(client.evaluate_many([pixels], methods="a"))
+        asyncio.run(ask())
+        assert [each is None or each > 1e6 for each in left] == [True] * 3
+        client.explain(pixels)
+        list(client.explain_many([pixels], timeout=40))
+        list(impatient.explain_many([pixels]))
+        asyncio.run(ask(timeout=20))
+        assert left[3:] == [pytest.approx(each, abs=10) for each in (30, 40, 50, 20)]
 
 
 def test_boxes_and_masks_belong_to_single_images(
