@@ -16,7 +16,7 @@ import typer
 from camserve.batches import Variant
 from camserve.catalogue import Layer, Method, Metric, Model
 from camserve.client import Client
-from camserve.connection import DEFAULT_ADDRESS
+from camserve.connection import DEFAULT_ADDRESS, DefaultTimeout
 from camserve.errors import NotFound
 
 __all__ = [
@@ -70,6 +70,8 @@ Priority = Annotated[
     str | None,
     typer.Option(metavar="low|normal|high", help="Order among waiting requests. It does not change the map."),
 ]
+# Longer than the default of the client library: a user sees the progress and can press Ctrl-C.
+DEFAULT_TIMEOUT_S = DefaultTimeout(300)
 Named = TypeVar("Named", Model, Layer, Method, Metric)
 Connected = TypeVar("Connected")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line on stdout instead of a table.")]
@@ -86,8 +88,10 @@ class Server:
     address: Annotated[str, _option(metavar="HOST:PORT", help="Address of the server.", envvar="CAMSERVE_ADDRESS")] = (
         DEFAULT_ADDRESS
     )
-    # Longer than the default of the client library: a user sees the progress and can press Ctrl-C.
-    timeout: Annotated[float, _option(metavar="SECONDS", min=0, help="Time limit of each call.")] = 300.0
+    timeout: Annotated[
+        float | None,
+        _option(metavar="SECONDS", min=0, help="Time limit of each call. Default: 300; none if there are many images."),
+    ] = None
     tls: Annotated[
         bool, _option("--tls", envvar="CAMSERVE_USE_TLS", help="Use TLS. --ca and --cert imply this option.")
     ] = False
@@ -115,22 +119,27 @@ class Server:
         ),
     ] = None
 
-    def client(self) -> Client:
+    def client(self, default_timeout: float | None = DEFAULT_TIMEOUT_S) -> Client:
         """Return a client for the server. The caller closes it.
+
+        Args:
+            default_timeout: Timeout in seconds if the user sets none; None means no timeout.
 
         Raises:
             OSError: A file cannot be read.
             InvalidArgument: The options contradict each other.
         """
-        return self.connection(Client)
+        return self.connection(Client, default_timeout)
 
-    def connection(self, kind: Callable[..., Connected]) -> Connected:
+    def connection(
+        self, kind: Callable[..., Connected], default_timeout: float | None = DEFAULT_TIMEOUT_S
+    ) -> Connected:
         """Return a connection of the class `kind`. It takes the arguments of `Client`, which `client` describes."""
         # There is no option for the token itself, because all users of a machine can read each other's command lines.
         token = self.token_file.read_text().strip() if self.token_file else os.environ.get("CAMSERVE_TOKEN")
         return kind(
             self.address,
-            timeout=self.timeout,
+            timeout=default_timeout if self.timeout is None else self.timeout,
             tls=self.tls,
             ca=self.ca,
             certificate=self.cert,

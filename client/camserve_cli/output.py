@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
 from camserve.answers import Level, Progress, Randomised, SaliencyMap
 from camserve.errors import CamserveError, InternalError
 
-__all__ = ["error_text", "errors_as_lines", "print_json", "show_progress", "warn"]
+__all__ = ["Failures", "error_text", "errors_as_lines", "print_json", "print_table", "show_progress", "warn"]
+
+
+_UNLIMITED = 100_000  # characters; wider than any table
 
 
 @contextmanager
@@ -41,6 +44,45 @@ def error_text(error: CamserveError | OSError) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}"
     return str(error).replace("target_top_k", "--top-k")  # the name of the field in the request
+
+
+class Failures:
+    """Failed requests of a run, which end it with one line for each kind of failure."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._kinds: dict[str, tuple[str, int]] = {}  # by kind: the text of the first failure, and their number
+
+    def add(self, subject: str, error: CamserveError | OSError) -> None:
+        """Add a failure.
+
+        Args:
+            subject: The request, such as the name of its image.
+            error: Its error.
+        """
+        kind = error.reason or error.code.name if isinstance(error, CamserveError) else type(error).__name__
+        first, number = self._kinds.get(kind, (f"{subject}: {error_text(error)}", 0))
+        self._kinds[kind] = first, number + 1
+        self.count += 1
+
+    def print_summary(self) -> None:
+        """Print the first failure of each kind on stderr, with the number of further ones."""
+        for kind, (first, number) in self._kinds.items():
+            more = f" ({number - 1} more: {kind})" if number > 1 else ""
+            typer.echo(f"error: {first}{more}", err=True)
+
+
+def print_table(*parts: RenderableType) -> None:
+    """Print tables on stdout. They are as wide as their contents, except on a terminal, where long values are wrapped.
+
+    Args:
+        parts: Tables and lines of text.
+    """
+    console = Console()
+    if not console.is_terminal:
+        unlimited = console.options.update(width=_UNLIMITED)
+        console.width = max(console.width, *(console.measure(part, options=unlimited).maximum for part in parts))
+    console.print(*parts)
 
 
 def show_progress(events: Iterable[Any], title: str) -> Any:

@@ -20,11 +20,13 @@ import rich.console
 from typer.testing import CliRunner, Result
 
 import camserve
-from camserve import catalogue
+from camserve import batches, catalogue
 from camserve.v1 import explain_pb2 as pb
 from camserve_cli import rich_tables
 from camserve_cli.app import app
 from camserve_cli.saved_maps import stems
+from camserve_server.errors import Expired
+from camserve_server.service import status
 from tests.client.fake_server import Servicer
 from tests.processes import CAMSERVE, LIMIT_S, started
 
@@ -168,6 +170,47 @@ def test_other_images_continue_after_a_failure(address: str, servicer: Servicer,
         "error: none.jpg: No such file or directory: none.jpg",
     ]
     assert [json.loads(line)["overlay"] for line in result.stdout.splitlines()] == [str(out / "dog-2.png")]
+
+
+def test_failures_of_the_same_kind_are_one_line(address: str, photo: Path, out: Path) -> None:
+    missing = [photo.with_name(f"{name}.jpg") for name in "abc"]
+    result = run("explain", *missing, photo, photo.parent, "--address", address, "--out", out)
+    assert result.exit_code == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        f"error: {missing[0]}: No such file or directory: {missing[0]} (2 more: FileNotFoundError)",
+        f"error: {photo.parent}: Is a directory: {photo.parent}",
+    ]
+
+
+def test_many_images_wait_for_a_busy_server_without_a_deadline(
+    address: str, servicer: Servicer, photo: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "MIN_RETRY_WAIT_S", 0.001)
+    error = Expired("too many rows run before", reason="DEADLINE_UNREACHABLE", retry_after_s=0.01)
+    left: list[float | None] = []
+
+    def refuse_six(context: Any) -> None:
+        left.append(context.time_remaining())
+        if len(left) <= 6:
+            context.set_trailing_metadata(status.trailing_metadata(error, "given"))
+            context.abort(status.code(error), str(error))
+
+    servicer.before = refuse_six
+    result = run("explain", photo, photo, "--address", address, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert all(each is None or each > 1e6 for each in left)
+    assert len(left) == 8
+    assert run("explain", photo, photo, "--address", address, "--out", out, "--timeout", 40).exit_code == 0
+    assert run("explain", photo, "--address", address, "--out", out).exit_code == 0
+    assert left[8:] == [pytest.approx(each, abs=10) for each in (40, 40, 300)]
+
+
+def test_tables_in_a_file_are_not_wrapped(address: str, photo: Path, tmp_path: Path) -> None:
+    out = tmp_path / ("long" * 30)
+    result = CliRunner().invoke(app, ["explain", str(photo), "--address", address, "--out", str(out)])
+    assert len(result.stdout.splitlines()) == 2, result.stdout
+    assert result.stdout.splitlines()[1].rstrip().endswith(str(out / "dog.png"))
 
 
 def test_stems_are_distinct_and_replace_no_image(tmp_path: Path) -> None:

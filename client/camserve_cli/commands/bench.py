@@ -42,7 +42,7 @@ from camserve_cli.options import (
     select_named,
     with_server_options,
 )
-from camserve_cli.output import errors_as_lines, print_json
+from camserve_cli.output import errors_as_lines, print_json, print_table
 from camserve_cli.study import image_files
 
 __all__ = ["bench"]
@@ -168,7 +168,7 @@ def bench(
                 "images": f"{len(images)} files" if images else "synthetic, 512 × 384 pixels",
                 "metrics": ", ".join(metric or []) or "none",
                 "budget": "none" if budget is None else f"{budget} rows",
-                "measured": f"{measured.seconds:.3g} s, after {warmup:g} s of warm-up",
+                "measured": f"{measured.seconds:.0f} s, after {warmup:g} s of warm-up",
                 "connections": str(connections),
                 "seed": str(seed),
                 **_facts(server.address, served),
@@ -180,7 +180,7 @@ def bench(
         if as_json:
             print_json(load_result.to_json(result))
         else:
-            Console().print(load_result.render_tables(result))
+            print_table(load_result.render_tables(result))
         for note in load_result.notes(result):
             typer.echo(f"note: {note}", err=True)
         if report:

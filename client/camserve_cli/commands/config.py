@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from camserve_cli.extras import needs_extra
+from camserve_cli.output import print_table
 from camserve_cli.rich_tables import plain_table
 
 __all__ = ["config"]
@@ -40,7 +40,7 @@ def check(
         table.columns[0].no_wrap = True
         for key, value in values:
             table.add_row(escape(key), escape(value))
-        Console().print(table)
+        print_table(table)
     for error in errors:
         typer.echo(f"error: {error}", err=True)
     raise typer.Exit(2 if errors else 0)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from camserve.errors import CamserveError
 from camserve_cli import rich_tables
@@ -28,7 +27,7 @@ from camserve_cli.options import (
     read_target,
     with_server_options,
 )
-from camserve_cli.output import error_text, errors_as_lines, print_json, warn
+from camserve_cli.output import error_text, errors_as_lines, print_json, print_table, warn
 
 if TYPE_CHECKING:
     from camserve_dicom import DicomExplanation
@@ -164,7 +163,7 @@ def explain(
                 if result.withheld:
                     typer.echo(f"warning: {file}: {result.withheld}", err=True)
     if table.row_count:
-        Console().print(table)
+        print_table(table)
     if failures:
         raise typer.Exit(1)
 

@@ -36,7 +36,7 @@ from camserve_cli.options import (
     select_named,
     with_server_options,
 )
-from camserve_cli.output import error_text, errors_as_lines, print_json, show_progress, warn
+from camserve_cli.output import Failures, errors_as_lines, print_json, print_table, show_progress, warn
 from camserve_cli.study import image_files, score_csv
 from camserve_cli.study.annotations import read_boxes, read_labels
 from camserve_cli.study.run import StudyRun, StudySpec, by_layer
@@ -198,7 +198,7 @@ def evaluate(
         )
         run = StudyRun(client, spec, csv, npz, resume)
         rows = _evaluate_many(run, in_flight)
-        Console().print(rich_tables.means(rows, metrics))
+        print_table(rich_tables.means(rows, metrics))
         if report:
             _write_report(client, report, run, order=[each.label for each in variants], against=against)
         if any(row["error"] for row in rows):
@@ -227,7 +227,7 @@ def _evaluate_one(client: Client, image: Path, *, as_json: bool, **options: Any)
     for name, score in evaluation.scores.items():
         table.add_row(name, f"{score:.4g}", "" if score.unit == "1" else score.unit)
     typer.echo(f"{image}: {evaluation.target}, probability {evaluation.target.probability:.3f}")
-    Console().print(table)
+    print_table(table)
 
 
 def _evaluate_many(run: StudyRun, in_flight: int) -> list[score_csv.Row]:
@@ -241,7 +241,7 @@ def _evaluate_many(run: StudyRun, in_flight: int) -> list[score_csv.Row]:
         TextColumn("left"),
     )
     console = Console(stderr=True)
-    failed = 0
+    failures = Failures()
     try:
         with ProgressBar(
             *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
@@ -249,15 +249,14 @@ def _evaluate_many(run: StudyRun, in_flight: int) -> list[score_csv.Row]:
             task = bar.add_task("evaluate", total=run.spec.count, completed=len(run.done), failed=0)
             for result in run.results(in_flight):
                 if result.error is not None:
-                    failed += 1
-                    name = run.names[result.index]
-                    text = f"error: {name}, {result.model}, {result.method}: {error_text(result.error)}"
-                    console.print(text, markup=False, highlight=False, soft_wrap=True)
-                bar.update(task, advance=1, failed=failed)
+                    failures.add(f"{run.names[result.index]}, {result.model}, {result.method}", result.error)
+                bar.update(task, advance=1, failed=failures.count)
         return run.finish()
     except KeyboardInterrupt:
         typer.echo(f"{run.csv} contains the finished lines; continue with the same command and --resume", err=True)
         raise
+    finally:
+        failures.print_summary()
 
 
 def _write_report(client: Client, path: Path, run: StudyRun, **options: Any) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from camserve.answers import Explanation
+from camserve.batches import MAX_ATTEMPTS, retry_wait_s
 from camserve.errors import CamserveError
 from camserve_cli import rich_tables, saved_maps
 from camserve_cli.options import (
+    DEFAULT_TIMEOUT_S,
     AsJson,
     Budget,
     Layers,
@@ -25,7 +29,7 @@ from camserve_cli.options import (
     read_target,
     with_server_options,
 )
-from camserve_cli.output import error_text, errors_as_lines, print_json, show_progress, warn
+from camserve_cli.output import Failures, errors_as_lines, print_json, print_table, show_progress, warn
 from camserve_cli.study.annotations import read_mask
 
 __all__ = ["explain"]
@@ -100,14 +104,16 @@ def explain(
     targets = [read_target(each) for each in target or []]
     metrics = list(dict.fromkeys(metric or []))
     table = rich_tables.plain_table("image", "class", "probability", "rows", "time", *metrics, "overlay")
-    failures = 0
-    with errors_as_lines(), server.client() as client:
+    failures = Failures()
+    many = len(images) > 1
+    with errors_as_lines(), server.client(None if many else DEFAULT_TIMEOUT_S) as client:
         parameters = read_parameters(param)
         boxes = [read_box(each) for each in box] if box else None
         truth_mask = None if mask is None else read_mask(mask)
         for image, stem in zip(images, saved_maps.stems(images, out), strict=True):
             try:
-                events = client.explain_stream(
+                start = partial(
+                    client.explain_stream,
                     image,
                     model=model,
                     method=method,
@@ -122,7 +128,7 @@ def explain(
                     boxes=boxes,
                     mask=truth_mask,
                 )
-                explanation: Explanation = show_progress(events, image.name)
+                explanation: Explanation = _wait_for(start, image.name, MAX_ATTEMPTS if many else 1)
                 written = saved_maps.save(image, explanation, out, stem)
                 for paths, result in zip(written, explanation.maps, strict=True):
                     if as_json:
@@ -133,9 +139,22 @@ def explain(
                         table.add_row(*rich_tables.map_row(image, paths[1], result, explanation, metrics))
                         warn(image, result)
             except (CamserveError, OSError) as error:
-                typer.echo(f"error: {image}: {error_text(error)}", err=True)
-                failures += 1
+                failures.add(str(image), error)
     if table.row_count:
-        Console().print(table)
-    if failures:
+        print_table(table)
+    failures.print_summary()
+    if failures.count:
         raise typer.Exit(1)
+
+
+def _wait_for(start: Callable[[], Iterator[Any]], title: str, attempts: int) -> Any:
+    """Send a request up to `attempts` times while the server is busy, show its progress, and return its answer."""
+    while True:
+        attempts -= 1
+        try:
+            return show_progress(start(), title)
+        except CamserveError as error:
+            wait_s = retry_wait_s(error)
+            if wait_s is None or not attempts:
+                raise
+        time.sleep(wait_s)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from camserve_cli.extras import needs_extra
+from camserve_cli.output import print_table
 from camserve_cli.rich_tables import plain_table
 
 __all__ = ["gateway"]
@@ -49,7 +49,7 @@ def _print_settings(settings: object) -> None:
     table.columns[0].no_wrap = True
     for key, value in _flatten("", json.loads(settings.model_dump_json())):  # type: ignore[attr-defined]
         table.add_row(escape(key), escape(value))
-    Console().print(table)
+    print_table(table)
 
 
 def _flatten(key: str, value: object) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import grpc
 import typer
 
 from camserve.connection import SERVICE, channel_credentials, proxy_options
-from camserve_cli.options import Server, with_server_options
+from camserve_cli.options import DEFAULT_TIMEOUT_S, Server, with_server_options
 from camserve_cli.output import errors_as_lines
 
 __all__ = ["health"]
@@ -35,7 +35,7 @@ def health(*, server: Server) -> None:
             "/grpc.health.v1.Health/Check", None, None
         )
         try:
-            ready = check(_REQUEST, timeout=server.timeout) == _SERVING
+            ready = check(_REQUEST, timeout=DEFAULT_TIMEOUT_S if server.timeout is None else server.timeout) == _SERVING
         except grpc.RpcError as error:
             typer.echo(f"error: {server.address}: {error.code().name}: {error.details()}", err=True)
             raise typer.Exit(1) from None

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from camserve.catalogue import Layer, Method, Metric, Model
 from camserve_cli import rich_tables
 from camserve_cli.options import AsJson, Server, select_model, select_named, with_server_options
-from camserve_cli.output import errors_as_lines, print_json
+from camserve_cli.output import errors_as_lines, print_json, print_table
 
 __all__ = ["list_"]
 
@@ -75,5 +75,7 @@ def list_(
     if as_json:
         for each in items:
             print_json(asdict(each))
-    else:
+    elif kind is Kind.methods and name:
         Console().print(table)
+    else:
+        print_table(table)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from camserve.answers import Replay
 from camserve.receipt import Receipt
 from camserve_cli import rich_tables, saved_maps
 from camserve_cli.options import Server, with_server_options
-from camserve_cli.output import errors_as_lines, show_progress
+from camserve_cli.output import errors_as_lines, print_table, show_progress
 
 __all__ = ["replay"]
 
@@ -59,7 +58,7 @@ def replay(
     if not result.same:
         deviations = rich_tables.deviations(result, saved)
         if deviations.row_count:
-            Console().print("", deviations)
+            print_table("", deviations)
         raise typer.Exit(1)
 
 
@@ -71,4 +70,4 @@ def _print_result(result: Replay) -> None:
     map_or_maps = "map" if len(result.explanation.maps) == 1 else "maps"
     typer.echo(f"the same {map_or_maps}, bit for bit" if result.same else f"not the same {map_or_maps}")
     if result.differences:
-        Console().print("", rich_tables.differences(result))
+        print_table("", rich_tables.differences(result))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from camserve.answers import Evaluation, Randomised
 from camserve_cli import rich_tables, sanity_image
@@ -22,7 +21,7 @@ from camserve_cli.options import (
     read_target,
     with_server_options,
 )
-from camserve_cli.output import errors_as_lines, show_progress, warn
+from camserve_cli.output import errors_as_lines, print_table, show_progress, warn
 
 __all__ = ["sanity"]
 
@@ -96,7 +95,7 @@ def sanity(
         layers = each.layers[0] if len(each.layers) == 1 else f"{each.layers[0]} … {each.layers[-1]}"
         table.add_row(f"{each.index + 1}", layers, *(f"{v:.3f}" for v in (each.spearman, each.ssim, each.hog)))
     table.add_row("mean", "", *(f"{checked.scores[name]:.3f}" for name in METRICS))
-    Console().print(table)
+    print_table(table)
     typer.echo(f"{out}")
 
 

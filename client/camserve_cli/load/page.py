@@ -69,7 +69,7 @@ def write(
 
 def _figures(records: Sequence[Record], seconds: float, methods: Sequence[str]) -> list[Figure]:
     series = stats.time_series(records, seconds)
-    interval = f"in intervals of {2 * series.middle_s[0]:.2g} s"
+    interval = f"in intervals of {2 * series.middle_s[0]:.4g} s"
     latencies = [
         Line("longest", series.middle_s, series.max_ms),
         Line("p99", series.middle_s, series.p99_ms),
