@@ -44,8 +44,10 @@ from camserve_server.plan import (
     Report,
     WeightedLayers,
 )
+from camserve_server.torch_setup.spinning import SpinControl, spin_control
 
 UNNAMED = Caller()
+CPU = torch.device("cpu")
 MAX_BATCH_RECORDS = 16  # per request; traces show these batches one by one
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -82,6 +84,7 @@ class Engine:
         self._steps = Steps(self._inbox.put)
         self._ids = itertools.count(1)
         self._times = BatchTimes()
+        self._spinning: SpinControl
         self._stop = False
         self._closed = False
         self._closing = threading.Lock()  # no submission may enter the inbox after the command that ends the thread
@@ -90,9 +93,18 @@ class Engine:
 
     # ---- called from any thread --------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Start the engine's thread."""
+    def start(self, device: torch.device = CPU) -> None:
+        """Start the engine's thread. Set the number of threads of torch before.
+
+        Args:
+            device: The device of the models.
+        """
+        self._spinning = spin_control(device)
         self._thread.start()
+
+    def machine_was_busy(self, since: float) -> bool:
+        """Return True if other processes slowed batches down after `since`, on the clock of `time.monotonic()`."""
+        return self._spinning.busy_at >= since
 
     @contextmanager
     def reserve(
@@ -163,7 +175,7 @@ class Engine:
         """
         with self._closing:
             if not self._closed:
-                return self._steps.start(steps)
+                return self._steps.start(self._observed(steps))
         refused: Future[None] = Future()
         refused.set_exception(shut_down())
         return refused
@@ -188,6 +200,14 @@ class Engine:
             job.future.set_running_or_notify_cancel()  # only the engine sets the result
             self._arriving[job.id] = job
             self._inbox.put(lambda: self._begin(job))
+
+    def _observed(self, steps: Iterator[None]) -> Iterator[None]:
+        ended = object()
+        while True:
+            with self._spinning.observing():
+                if next(steps, ended) is ended:
+                    return
+            yield
 
     # ---- called on the engine's thread -------------------------------------------------------------------------------
 
@@ -343,7 +363,8 @@ class Engine:
         slices = [
             BatchSlice(self._query(job), rows.start, rows.stop) for job, rows in zip(jobs, batch.ranges, strict=True)
         ]
-        failures = self._runner.run(model, batch.lane, slices)
+        with self._spinning.observing():
+            failures = self._runner.run(model, batch.lane, slices)
         record = self._record(model, batch.lane, sum(each.stop - each.start for each in slices), started)
         for job, each in zip(jobs, slices, strict=True):
             if len(job.batch_records) < MAX_BATCH_RECORDS:
@@ -417,7 +438,10 @@ class Engine:
         padding = self._runner.padding_rows(lane, rows)
         record = BatchRecord(self.counters.batches + 1, lane.kind, rows, padding, started, now)
         self.counters.count(model, record)
-        self._times.add(lane, rows, started, now)
+        busy = self._times.busy
+        seconds = self._times.add(lane, rows, started, now)
+        if busy or model.device.type == "cpu":  # a GPU receives the first batch without running it at once
+            model.throughput[lane.kind].observe(rows + padding, seconds)
         return record
 
 

@@ -123,7 +123,7 @@ class Server:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         registry.discover()
-        self.engine.start()
+        self.engine.start(device)
         models = ModelPool(self.config, self.engine, device)
         await models.load_all()
         self._servicer.models = models
