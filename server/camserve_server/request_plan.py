@@ -172,11 +172,11 @@ def limits(
             f"{subject} takes {at_least}{rows.least} rows here{metrics_too}{why}; the budget is {budget}",
             field="budget",
         )
-    answer_early_from, rate = None, model.rows_per_s.get("forward", 0.0)
-    if deadline is not None and rows.can_stop_early and rate:
+    answer_early_from, throughput = None, model.throughput["forward"]
+    if deadline is not None and rows.can_stop_early and throughput.average:
         # Keep time for the metrics, for the encoding of the response and for its transfer.
-        answer_early_from = deadline - 1.5 * rows.metrics / rate - 0.1 * (deadline - time.monotonic())
-    return Limits(deadline, answer_early_from, budget or None, rows.metrics, rows.least, rate)
+        answer_early_from = deadline - 1.5 * rows.metrics / throughput.average - 0.1 * (deadline - time.monotonic())
+    return Limits(deadline, answer_early_from, budget or None, rows.metrics, rows.least, throughput.best())
 
 
 def plan_request(

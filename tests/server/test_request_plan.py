@@ -28,7 +28,7 @@ def test_rows_needed_are_those_of_prediction_method_and_metrics(model: Model) ->
 
 
 def test_a_method_that_can_stop_early_keeps_time_for_metrics_and_the_response(model: Model) -> None:
-    model.rows_per_s["forward"] = 100.0
+    model.throughput["forward"].observe(100, 1.0)
     rise = call(model, "rise", masks=400)
     rows = rows_needed(model, rise, [metric("insertion", steps=20)], 1)
     now = time.monotonic()
@@ -41,7 +41,7 @@ def test_a_method_that_can_stop_early_keeps_time_for_metrics_and_the_response(mo
 
 
 def test_a_method_that_cannot_stop_early_runs_until_its_deadline(model: Model) -> None:
-    model.rows_per_s["forward"] = 100.0
+    model.throughput["forward"].observe(100, 1.0)
     occlusion = call(model, "occlusion")
     bounded = limits(model, occlusion, rows_needed(model, occlusion, [], 1), deadline=time.monotonic() + 10)
     assert bounded.answer_early_from is None

@@ -42,7 +42,7 @@ class Claim:
     Attributes:
         rows: The most rows that the request can take.
         least: The fewest rows with which the request can be answered.
-        rows_per_s: The best measured rate of the model; 0 if it is unknown.
+        rows_per_s: The highest recent rate of the model; 0 if it is unknown.
         deadline: The latest time of the answer, on the clock of `time.monotonic()`.
         caller: The sender of the request.
         priority: The priority that the scheduler applies.
@@ -122,9 +122,10 @@ class Admission:
                 if rows_before:
                     rows += f" and {rows_before} rows run before them"
                 raise Expired(
-                    f"{rows}; that takes at least {least_s:.2g} s, but the deadline is in {left_s:.2g} s; "
+                    f"{rows}; that takes at least {_seconds(least_s)} s, but the deadline is in {_seconds(left_s)} s; "
                     "allow more time or request fewer rows",
                     reason="DEADLINE_UNREACHABLE",
+                    retry_after_s=min(max(least_s - left_s, 0.1), LONGEST_RETRY_S),
                 )
 
     def set_rows_owed(self, request: int, rows: int) -> None:
@@ -163,3 +164,8 @@ def _rows_before(owed: Iterable[_Owed], rows: int, weight: float) -> int:
 
 def _wait_s(rows: int, rows_per_s: float) -> float:
     return min(rows / rows_per_s if rows_per_s else 1.0, LONGEST_RETRY_S)
+
+
+def _seconds(value: float) -> str:
+    """Return seconds with one decimal below ten, and without an exponent."""
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"

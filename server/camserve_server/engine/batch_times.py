@@ -22,13 +22,24 @@ class BatchTimes:
         self._busy_since: float | None = None  # the end of the last batch, or None if no row waited then
         self._longest_s: dict[tuple[str, LaneKind], float] = {}
 
-    def add(self, lane: Lane, rows: int, started: float, finished: float) -> None:
-        """Add a batch of `rows` rows. Times are on the clock of `time.monotonic()`."""
+    def add(self, lane: Lane, rows: int, started: float, finished: float) -> float:
+        """Add a batch of `rows` rows. Times are on the clock of `time.monotonic()`.
+
+        Returns:
+            The seconds since the end of the previous batch, or since the start of this one if no row waited then.
+        """
         key = (lane.model, lane.kind)
         self._longest_s[key] = max(finished - started, 0.9 * self._longest_s.get(key, 0.0))
-        rate = rows / max(finished - (self._busy_since or started), 1e-9)
+        seconds = max(finished - (self._busy_since or started), 1e-9)
+        rate = rows / seconds
         self._busy_since = finished
         self.rows_per_s = 0.9 * (self.rows_per_s or rate) + 0.1 * rate
+        return seconds
+
+    @property
+    def busy(self) -> bool:
+        """True if rows waited when the last batch ended."""
+        return self._busy_since is not None
 
     def idle(self) -> None:
         """Note that no row waits, so that the time until the next batch does not count."""

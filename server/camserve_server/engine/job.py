@@ -45,7 +45,7 @@ class Limits:
             early when all of the budget but `metric_rows` is used.
         metric_rows: The rows of the budget that are kept for metrics.
         least: The fewest rows with which the request can be answered.
-        rows_per_s: The best measured rate of the model; 0 if it is unknown.
+        rows_per_s: The highest recent rate of the model; 0 if it is unknown.
     """
 
     deadline: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from camserve_server.models.model import Head, Model, Precision, describe_missin
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.probe import ProbeResult, probe
 from camserve_server.models.sources import build_network, input_channels, with_network_defaults
+from camserve_server.models.throughput import Throughput
 
 # Data type that plans compute with, for each precision of the network.
 _DTYPES: dict[Precision, torch.dtype] = {
@@ -96,7 +98,8 @@ def load(config: ModelConfig, device: torch.device) -> Model:
 
 def _at_precision(model: Model, precision: Precision) -> Model:
     """Return the model at a precision; the network is copied only if its weights must be converted."""
-    changes: dict[str, Any] = {"precision": precision, "dtype": _DTYPES[precision], "batch_sizes": {}, "rows_per_s": {}}
+    changes: dict[str, Any] = {"precision": precision, "dtype": _DTYPES[precision], "batch_sizes": {}}
+    changes["throughput"] = defaultdict(Throughput)
     converted = replace(model, **changes)
     if converted.compute_dtype == model.dtype:
         return converted

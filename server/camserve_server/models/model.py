@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from camserve_server.errors import InvalidArgument, Unservable
 from camserve_server.models.layers import GapHead, Grid, Layer, calls_of, find_layer
 from camserve_server.models.pixels import Preprocessing
+from camserve_server.models.throughput import Throughput
 from camserve_server.plan import Image
 
 Head = Literal["softmax", "sigmoid"]
@@ -51,7 +53,7 @@ class Model:
         others: The same model at other precisions.
         serial: Number that differs each time a model is loaded.
         batch_sizes: Batch size of each kind of lane in rows, set at warm-up.
-        rows_per_s: Throughput of each kind of lane in rows per second, set at warm-up if it was measured.
+        throughput: Throughput of each kind of lane, first observed at warm-up.
         compile: True if the configuration requests torch.compile.
         fast_forward: Faster forward pass for batches of `fast_forward_size` rows without hooks, set at warm-up if there
             is one.
@@ -81,7 +83,7 @@ class Model:
     others: Mapping[Precision, Model] = field(default_factory=dict)
     serial: int = field(default_factory=itertools.count(1).__next__)
     batch_sizes: dict[LaneKind, int] = field(default_factory=dict)
-    rows_per_s: dict[LaneKind, float] = field(default_factory=dict)
+    throughput: defaultdict[LaneKind, Throughput] = field(default_factory=lambda: defaultdict(Throughput))
     compile: bool = False
     fast_forward: Callable[[Tensor], Tensor] | None = None
     fast_forward_size: int = 0

@@ -59,10 +59,25 @@ def test_deadline_that_earlier_rows_make_unreachable_is_refused() -> None:
     with pytest.raises(Expired, match="needs 600 rows and 600 rows run before them") as caught:
         admission.admit(2, Claim(600, 600, 1.0, deadline), 0.0)
     assert caught.value.reason == "DEADLINE_UNREACHABLE"
+    assert "at least 1200 s, but the deadline is in 1000 s" in caught.value.message
+    assert caught.value.retry_after_s == 60.0
     assert len(admission) == 1
     admission.admit(2, Claim(600, 600, 1.0, deadline, priority="high"), 0.0)
     admission.admit(3, Claim(600, 100, 1.0, deadline), 0.0)  # a request that can stop early
     admission.admit(4, Claim(600, 600, 0.0, deadline), 0.0)  # a model without a measured rate
+
+
+@pytest.mark.parametrize(
+    ("rows", "left_s", "message"),
+    [(300, 250, "300 s, but the deadline is in 250 s"), (2, 1.5, "2.0 s, but the deadline is in 1.5 s")],
+)
+def test_seconds_have_no_exponent_and_the_missing_time_is_the_retry_delay(
+    rows: int, left_s: float, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 5.0)
+    with pytest.raises(Expired, match=message) as caught:
+        Admission(1_000_000).admit(1, Claim(rows, rows, 1.0, 5.0 + left_s), 0.0)
+    assert caught.value.retry_after_s == pytest.approx(rows - left_s)
 
 
 def test_closed_admission_refuses_every_request() -> None:

@@ -327,7 +327,7 @@ def test_slow_model_does_not_shorten_requests_of_a_fast_model(monkeypatch: pytes
     """A request is cut short before its deadline by the time of one batch of its own lane."""
     clock = Clock().install(monkeypatch)
     slow, fast = (as_model(Timed(clock, s), name=name) for name, s in (("slow", 3.0), ("fast", 0.01)))
-    fast.rows_per_s["forward"] = 1000
+    fast.throughput["forward"].observe(1000, 1.0)
     with running() as engine:
         submit(engine, slow, X, call(slow, "fake-cam")).future.result(TIMEOUT_S)
         begun = time.monotonic()

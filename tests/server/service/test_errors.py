@@ -24,6 +24,7 @@ from camserve_server import request_plan
 from camserve_server.config import Config, ModelConfig
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Limits
+from camserve_server.models.throughput import Throughput
 from camserve_server.service import servicer
 from camserve_server.service.server import Server
 from tests.conftest import serving
@@ -396,7 +397,7 @@ def test_deadline_that_passes_in_the_queue_costs_no_rows(server: Server) -> None
 def test_deadline_that_cannot_be_met_is_refused_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     wait_until_idle(server.engine)
     rows_before = server.engine.counters.rows
-    monkeypatch.setitem(server.models["tiny"].rows_per_s, "forward", 1.0)
+    monkeypatch.setattr(Throughput, "best", lambda self: 1.0)
     with camserve.Client(server.address) as client:
         with pytest.raises(camserve.DeadlineExceeded, match="that takes at least") as caught:
             client.explain(IMAGE, model="tiny", method="integrated-gradients", timeout=40, parameters={"steps": 50})
