@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import structlog
 import torch
 
+from camserve_server.batch_sizes import BatchSizes
 from camserve_server.config import Config, ModelConfig
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.warmup import warm_up_steps
@@ -66,6 +67,7 @@ class ModelPool:
         self._entries = {settings.name: ModelEntry(settings) for settings in config.models}
         self._leases = itertools.count(1)
         self._one_at_a_time = asyncio.Lock()
+        self._batch_sizes = BatchSizes(engine)
 
     async def load_all(self) -> None:
         """Load the configured models in their order, as many as fit.
@@ -251,10 +253,13 @@ class ModelPool:
     async def _warm(self, settings: ModelConfig, model: Model, users: ModelUsers) -> LoadedModel:
         async def warm() -> None:
             for each in model.precisions.values():
-                steps = warm_up_steps(each, settings.batch_size)
+                steps = warm_up_steps(each, self._batch_sizes.known(settings, each))
                 await asyncio.wrap_future(self._engine.run_between_batches(steps))
 
+        started = time.monotonic()
         await self._counted(settings, warm())
+        if self._engine.machine_was_busy(started):
+            self._batch_sizes.measure_later(settings, model, users)
         self.loads[settings.name].done += 1
         for each in model.precisions.values():
             log.info(

@@ -6,7 +6,7 @@ The warm-up measures the batch size of each kind of lane and runs everything tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from typing import Any, get_args
 
@@ -32,45 +32,60 @@ MAX_BATCH_S = 2.0  # a batch that takes longer would make cancellation slow, eve
 
 
 def warm_up(model: Model, batch_size: int | None = None) -> None:
-    """Set `batch_sizes`, `rows_per_s`, `fast_forward` and `fast_forward_size` of the model.
+    """Set `batch_sizes`, `throughput`, `fast_forward` and `fast_forward_size` of the model.
 
     Args:
         model: Model to warm up.
         batch_size: Number of rows of a batch for all kinds of lane. If None, each kind gets the smallest size whose
             throughput is close enough to the best (`MIN_THROUGHPUT_SHARE`).
     """
-    for _ in warm_up_steps(model, batch_size):
+    for _ in warm_up_steps(model, dict.fromkeys(get_args(LaneKind), batch_size) if batch_size else {}):
         pass
 
 
-def warm_up_steps(model: Model, batch_size: int | None = None) -> Iterator[None]:
+def warm_up_steps(model: Model, known: Mapping[LaneKind, int]) -> Iterator[None]:
     """Warm up the model as `warm_up` does, and yield before each batch.
 
     The engine's thread runs batches of other requests between the steps.
 
     Args:
         model: Model to warm up.
-        batch_size: As in `warm_up`.
+        known: Batch sizes that are configured or were measured before. The others are measured.
 
     Yields:
         None, before each batch.
     """
-    for kind, query in _example_queries(model).items():
-        sizes = (batch_size,) if batch_size else SIZES[model.device.type]
-        try:
-            seconds = partial(_batch_seconds, model, query, SHORT_MEASURE_S if batch_size else MEASURE_S)
-            size, model.rows_per_s[kind] = yield from best_batch_size(seconds, sizes, MIN_THROUGHPUT_SHARE[kind])
-        except Unservable as error:  # methods that use the other kinds of lane can still be served
-            log.warning("a kind of lane cannot be served", model=model.name, lane=kind, reason=error.message)
-            size = model.batch_sizes["forward"]
-        model.batch_sizes[kind] = size
+    yield from measure_steps(model, known, model.batch_sizes)
     yield
     size = model.batch_sizes["forward"]
     model.fast_forward = build_fast_forward(model, size)
     if model.fast_forward is not None:
         model.fast_forward_size = size
         took = yield from _batch_seconds(model, _example_queries(model)["forward"], MEASURE_S, size)
-        model.rows_per_s["forward"] = size / took
+        model.throughput["forward"].observe(size, took)
+
+
+def measure_steps(model: Model, known: Mapping[LaneKind, int], sizes: dict[LaneKind, int]) -> Iterator[None]:
+    """Measure batch sizes of the model, which stays as it is, and yield before each batch.
+
+    Args:
+        model: Model to measure.
+        known: As in `warm_up_steps`.
+        sizes: Receives the batch size of each kind of lane.
+
+    Yields:
+        None, before each batch.
+    """
+    for kind, query in _example_queries(model).items():
+        tried = (known[kind],) if kind in known else SIZES[model.device.type]
+        try:
+            seconds = partial(_batch_seconds, model, query, SHORT_MEASURE_S if kind in known else MEASURE_S)
+            size, rows_per_s = yield from best_batch_size(seconds, tried, MIN_THROUGHPUT_SHARE[kind])
+            model.throughput[kind].observe(size, size / rows_per_s)
+        except Unservable as error:  # methods that use the other kinds of lane can still be served
+            log.warning("a kind of lane cannot be served", model=model.name, lane=kind, reason=error.message)
+            size = sizes["forward"]
+        sizes[kind] = size
 
 
 def best_batch_size(
