@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from benchmarks import (
     approximations,
+    busy_machine,
     channel_masking,
     insertion_deletion,
     limit,
@@ -45,6 +46,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Result], int]] = {
     "shortcuts": (approximations.section, 42),
     "service": (service.section, 24),
     "mixed": (mixed_load.section, 20),
+    "busy": (busy_machine.section, 30),
 }
 
 

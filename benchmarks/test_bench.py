@@ -18,6 +18,7 @@ from benchmarks import __main__ as bench_main
 from benchmarks import (
     approximations,
     bench_setup,
+    busy_machine,
     channel_masking,
     engine_runs,
     insertion_deletion,
@@ -71,6 +72,7 @@ def bench(subject: Subject) -> Iterator[Bench]:
         savings.section,
         approximations.section,
         mixed_load.section,
+        busy_machine.section,
     ],
 )
 def test_section_gives_a_complete_result(section: object, bench: Bench, tmp_path: Path) -> None:
