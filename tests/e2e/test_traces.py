@@ -58,6 +58,14 @@ def attributes(of: Any) -> dict[str, Any]:
     return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in of.attributes}
 
 
+@pytest.fixture(autouse=True)
+def _exporters_end() -> Iterator[None]:
+    """Wait until the test has left no thread of OpenTelemetry. It would draw random numbers during later tests."""
+    before = threading.enumerate()
+    yield
+    wait_until(lambda: not [new for new in {*threading.enumerate()} - {*before} if new.name.startswith("Otel")])
+
+
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
     """Run a collector and set its address in the environment."""
@@ -202,6 +210,7 @@ def test_protocols_other_than_grpc_are_refused(monkeypatch: pytest.MonkeyPatch) 
         tracer_from_environment()
 
 
+@pytest.mark.slow
 def test_unreachable_collector_does_not_delay_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(tracer, "LAST_SPANS_S", 0.1)
@@ -212,9 +221,15 @@ def test_unreachable_collector_does_not_delay_requests(monkeypatch: pytest.Monke
 @pytest.mark.slow
 def test_collector_that_never_answers_does_not_delay_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = threading.Event()
+    shutdown = TracerProvider.shutdown
+
+    def late_shutdown(provider: TracerProvider) -> None:
+        stopped.wait(2 * LIMIT_S)
+        shutdown(provider)
+
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(tracer, "LAST_SPANS_S", 0.1)
-    monkeypatch.setattr(TracerProvider, "shutdown", lambda self: stopped.wait(2 * LIMIT_S))
+    monkeypatch.setattr(TracerProvider, "shutdown", late_shutdown)
     try:
         with serving(Config(listen="127.0.0.1:0", models=[TINY])) as server, patient_client(server.address) as client:
             client.explain(CAT, method="grad-cam")
