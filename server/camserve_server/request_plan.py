@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeVar
+from functools import cached_property, partial
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from camserve_server.engine.job import Limits
@@ -78,27 +80,71 @@ class MetricCall:
 
 @dataclass(frozen=True, eq=False)
 class RequestResult:
-    """The result of a request, on the host. T is the number of targets.
+    """The result of a request. T is the number of targets.
+
+    The maps are resized, scaled and copied to the host when they are first read. This takes as long as many batches of
+    a small network, so the engine's thread does it only if a metric needs the maps.
 
     Attributes:
-        logits: [classes], the prediction for the image.
-        targets: The explained classes with their probabilities and logits.
-        maps: [T, H, W] float32 in [0, 1], at the input size of the model.
-        raw: [T, h, w], the maps before they are resized and scaled.
+        targets: The explained classes with their probabilities and logits, on the host.
         scores: The values of the requested metrics, for each target.
-        warnings: Texts for the reader of the map, for each target.
-        share: The part of the method's full sum that was computed, in (0, 1].
-        left_out: The channels that were skipped within the tolerance.
     """
 
-    logits: Tensor
     targets: Targets
-    maps: Tensor
-    raw: Tensor
     scores: tuple[tuple[MetricResult, ...], ...]
+    _logits: Tensor
+    _size: tuple[int, int]
+    _result: SaliencyMaps
+    _maps: FinishedMaps | None
+
+    @property
+    def share(self) -> float:
+        """The part of the method's full sum that was computed, in (0, 1]."""
+        return self._result.share
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """The channels that were skipped within the tolerance."""
+        return self._result.left_out
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The prediction for the image [classes], on the host."""
+        return self._logits.cpu()
+
+    @cached_property
+    def raw(self) -> Tensor:
+        """The maps [T, h, w] before they are resized and scaled, float32, on the host."""
+        return self._result.raw.float().cpu()
+
+    @property
+    def maps(self) -> Tensor:
+        """The maps [T, H, W] in [0, 1] at the input size of the model, float32, on the host."""
+        return self._finished.maps
+
+    @property
+    def warnings(self) -> tuple[tuple[str, ...], ...]:
+        """Texts for the reader of the map, for each target."""
+        return self._finished.warnings
+
+    @cached_property
+    def _finished(self) -> FinishedMaps:
+        result = replace(self._result, raw=self._result.raw.cpu())
+        maps, warnings = self._maps or finish_maps(result, self._size)
+        maps = maps.float().cpu()
+        return FinishedMaps(
+            maps,
+            tuple(
+                degenerate or concentration.degenerate_warnings(S) for S, degenerate in zip(maps, warnings, strict=True)
+            ),
+        )
+
+
+class FinishedMaps(NamedTuple):
+    """Maps [T, H, W] in [0, 1], and the warnings of each map."""
+
+    maps: Tensor
     warnings: tuple[tuple[str, ...], ...]
-    share: float = 1.0
-    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,19 +250,16 @@ def plan_request(
     at = torch.tensor(index, device=logits.device)
     c = Targets(index, model.probabilities(logits)[at], logits[at])
 
-    left_out: tuple[LeftOut, ...] = ()
+    finished = None
     if isinstance(subject, Tensor):
-        raw = subject[None].to(x.tensor)
-        maps = resize(raw, x.size).clamp(0, 1)
-        share, warnings = 1.0, [_constant_warning(maps[0])]
+        result = SaliencyMaps(subject[None].to(x.tensor))
+        maps = resize(result.raw, x.size).clamp(0, 1)
+        finished = FinishedMaps(maps, (_constant_warning(maps[0]),))
     else:
         yield from Report(Stage("explain"))
         result = yield from _method_plan(subject, x, c)
-        raw, share, left_out = result.raw, result.share, result.left_out
-        maps, warnings = finish_maps(result, x.size)
-    warnings = [
-        degenerate or concentration.degenerate_warnings(S) for S, degenerate in zip(maps, warnings, strict=True)
-    ]
+        if metrics:
+            finished = finish_maps(result, x.size)
 
     scores = []
     rows_of_another_map = _rows_of_another_map(model, subject if isinstance(subject, MethodCall) else None)
@@ -233,13 +276,11 @@ def plan_request(
                 "predicted": int(ranking[0]),
             }
             keywords = {name: from_request[name] for name in call.metric.request_keywords}
-            plan = call.metric.plan(x, one, maps[t], **call.parameters, **keywords)
+            assert finished is not None, "the maps are finished before they are scored"
+            plan = call.metric.plan(x, one, finished.maps[t], **call.parameters, **keywords)
             measured.append((yield from _answer_once(plan, answered)))
         scores.append(tuple(measured))
-    c = Targets(c.index, c.p.cpu(), c.y.cpu())
-    return RequestResult(
-        logits.cpu(), c, maps.float().cpu(), raw.float().cpu(), tuple(scores), tuple(warnings), share, left_out
-    )
+    return RequestResult(Targets(c.index, c.p.cpu(), c.y.cpu()), tuple(scores), logits, x.size, result, finished)
 
 
 def _method_plan(call: MethodCall, x: Image, c: Targets) -> Plan[SaliencyMaps]:
@@ -304,7 +345,7 @@ def _answer_once(plan: Plan[Any], answered: dict[Hashable, object]) -> Plan[Any]
             answer = yield query
 
 
-def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> tuple[Tensor, list[tuple[str, ...]]]:
+def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> FinishedMaps:
     """Resize and scale the maps of a method.
 
     Args:
@@ -315,12 +356,15 @@ def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> tuple[Tensor, li
         The maps [T, H, W] in [0, 1], and the warnings of each map. A map that is constant or not finite becomes zeros
         and has a warning.
     """
+    if result.finish is None and (fast := _resize_minmax_on_host(result.raw, size)) is not None:
+        return FinishedMaps(fast, ((),) * len(fast))
     maps = (result.finish or resize_minmax)(result.raw, size)
     finite = maps.isfinite().flatten(1).all(dim=1)
     low, high = maps.flatten(1).amin(dim=1), maps.flatten(1).amax(dim=1)
     constant = finite & (low == high)
     maps = torch.where((finite & ~constant)[:, None, None], maps.clamp(0, 1), 0.0)
-    return maps, [_degenerate_warning(*kind) for kind in zip(finite.tolist(), constant.tolist(), strict=True)]
+    warnings = [_degenerate_warning(*kind) for kind in zip(finite.tolist(), constant.tolist(), strict=True)]
+    return FinishedMaps(maps, tuple(warnings))
 
 
 def _constant_warning(S: Tensor) -> tuple[str, ...]:
@@ -331,3 +375,29 @@ def _degenerate_warning(finite: bool, constant: bool) -> tuple[str, ...]:
     if not finite:
         return ("degenerate: the map is not finite; zeros are returned",)
     return ("degenerate: the map is constant; zeros are returned",) if constant else ()
+
+
+def _resize_minmax_on_host(raw: Tensor, size: tuple[int, int]) -> Tensor | None:
+    """Return the same bits as `resize_minmax` in a quarter of the time, because it works in place.
+
+    Returns:
+        The maps, or None if they are not on the host, or if one of them is constant or not finite.
+    """
+    on_host = raw.device.type == "cpu" and raw.dtype in (torch.float32, torch.float64)
+    if not on_host or not _spans(raw.numpy()).all():
+        return None
+    maps = raw.clone() if raw.shape[-2:] == size else resize(raw, size)
+    values = maps.numpy()
+    spans = _spans(values)
+    if not spans.all():
+        return None
+    values -= values.min(axis=(-2, -1), keepdims=True)
+    values /= spans
+    return maps
+
+
+def _spans(values: NDArray[Any]) -> NDArray[Any]:
+    """Return maximum minus minimum of each map, [T, 1, 1]; 0 if the map is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        spans = values.max(axis=(-2, -1), keepdims=True) - values.min(axis=(-2, -1), keepdims=True)
+    return np.where(np.isfinite(spans), spans, 0)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 
 from camserve_server.errors import OutOfRange
 from camserve_server.models.model import Model
-from camserve_server.request_plan import limits, rows_needed
+from camserve_server.plan import SaliencyMaps
+from camserve_server.request_plan import finish_maps, limits, rows_needed
+from camserve_server.rows import resize_minmax
 from tests import nets
-from tests.support import as_model, call, metric
+from tests.support import as_model, call, metric, noise
 
 
 @pytest.fixture
@@ -54,3 +57,29 @@ def test_a_budget_below_the_fewest_rows_is_refused(model: Model) -> None:
         limits(model, occlusion, rows, budget=3)
     assert caught.value.field == "budget"
     assert limits(model, occlusion, rows, budget=rows.least).budget == rows.least
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("targets", "side"), [(1, 7), (3, 14), (2, 96)])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_maps_on_the_host_are_finished_with_the_same_bits(
+    dtype: torch.dtype, targets: int, side: int, scale: float
+) -> None:
+    raw = (noise(targets, side, side) * scale).to(dtype)
+    before = raw.clone()
+    maps, warnings = finish_maps(SaliencyMaps(raw), (96, 96))
+    general, _ = finish_maps(SaliencyMaps(raw, finish=resize_minmax), (96, 96))
+    assert torch.equal(maps, general)
+    assert torch.equal(raw, before), "the raw map of the response does not change"
+    assert warnings == ((),) * targets
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_constant_or_infinite_map_among_others_becomes_zeros(value: float) -> None:
+    raw = noise(3, 7, 7)
+    raw[1] = value
+    maps, warnings = finish_maps(SaliencyMaps(raw), (96, 96))
+    assert [bool(each.any()) for each in maps] == [True, False, True]
+    assert [len(each) for each in warnings] == [0, 1, 0]
+    alone, _ = finish_maps(SaliencyMaps(raw[:1]), (96, 96))
+    assert torch.equal(maps[0], alone[0])

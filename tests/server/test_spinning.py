@@ -157,3 +157,30 @@ def test_the_team_exists_until_it_is_released_and_changes_no_bit() -> None:
     """A process of its own, because the number of OpenMP threads of the process counts."""
     ran = completed([sys.executable, "-c", CODE])
     assert ran.stdout.split() == ["3", "ended"], ran.stderr
+
+
+ALONE = """
+import os, threading, torch
+torch.set_num_threads(2)
+from camserve_server.torch_setup.threads import compute_alone
+x = torch.randn(1, 1, 500, 500)
+def resized():
+    return torch.nn.functional.interpolate(x, (1000, 1000), mode="bilinear")
+together = resized()
+def work():
+    compute_alone()
+    before = len(os.listdir("/proc/self/task"))
+    assert torch.equal(resized(), together)
+    print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.slow
+@needs_libgomp
+def test_a_codec_thread_starts_no_team() -> None:
+    ran = completed([sys.executable, "-c", ALONE])
+    assert ran.stdout.splitlines() == ["0 1", "2"], ran.stderr

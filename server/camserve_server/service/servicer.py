@@ -35,6 +35,7 @@ from camserve_server.service.call import MAX_REQUEST_ID, Call, Context, checked_
 from camserve_server.service.event_stream import EventStream, StreamMessage
 from camserve_server.service.prometheus import Metrics
 from camserve_server.service.requests import ParsedRequest
+from camserve_server.torch_setup.threads import compute_alone
 
 if TYPE_CHECKING:  # the tracer imports opentelemetry, an optional dependency
     from camserve_server.service.tracer import Tracer
@@ -72,7 +73,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         self.draining = False
         self._config = config
         self._engine = engine
-        self._codec = ThreadPoolExecutor(max_workers=4, thread_name_prefix="codec")
+        self._codec = ThreadPoolExecutor(4, thread_name_prefix="codec", initializer=compute_alone)
         self._metrics = metrics
         self._tracer = tracer
 
@@ -194,7 +195,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 )
             self._follow(job, call, events, lease.release)
             call.facts |= {"model": parsed.model.name, "method": parsed.method.method.name if parsed.method else ""}
-            async for message in events.messages():
+            async for message in events.messages(self._in_codec_thread):
                 yield message
             call.facts |= {"rows": job.rows, "queue_ms": round(job.queue_ms), "compute_ms": round(job.compute_ms)}
             result = job.future.result()

@@ -144,12 +144,18 @@ def spin_control(device: torch.device) -> SpinControl:
     return SpinControl(torch.get_num_threads(), cores, _libgomp_team() if applies else None)
 
 
-def _libgomp_team() -> Callable[[int], None] | None:
-    """Return a function that starts a team of the libgomp that torch uses; None if torch uses another OpenMP."""
+def find_libgomp() -> ctypes.CDLL | None:
+    """Return the libgomp that torch uses; None if torch uses another OpenMP."""
     maps = Path("/proc/self/maps")
     found = re.search(r"\S*/libgomp[^/\s]*\.so\S*", maps.read_text()) if maps.exists() else None
-    if found is None:
+    return ctypes.CDLL(found[0]) if found else None
+
+
+def _libgomp_team() -> Callable[[int], None] | None:
+    """Return a function that starts a team of the libgomp that torch uses; None if torch uses another OpenMP."""
+    libgomp = find_libgomp()
+    if libgomp is None:
         return None
-    parallel = ctypes.CDLL(found[0]).GOMP_parallel
+    parallel = libgomp.GOMP_parallel
     nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # free(NULL) does nothing, on each thread
     return lambda size: parallel(nothing, None, ctypes.c_uint(size), ctypes.c_uint(0))

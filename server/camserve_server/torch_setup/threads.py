@@ -8,7 +8,21 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
+from camserve_server.torch_setup.spinning import find_libgomp
+
 T = TypeVar("T")
+
+
+def compute_alone() -> None:
+    """Let torch start no OpenMP team on the calling thread, so that it does not compete with the engine's team.
+
+    `torch.set_num_threads` is not enough: it would also apply to the engine.
+    """
+    torch.get_num_threads()  # torch initialises the setting of a thread at the first use, which must not come later
+    if (libgomp := find_libgomp()) is not None:
+        libgomp.omp_set_num_threads(1)
 
 
 async def in_own_thread(work: Callable[[], T]) -> T:

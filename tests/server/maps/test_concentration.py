@@ -81,3 +81,23 @@ def test_peak_of_one_position_gets_no_warning(grid: int, side: int) -> None:
 @pytest.mark.parametrize(("method", "warned"), [("fake-cam", True), ("random", False), ("center-gaussian", False)])
 def test_warnings_of_controls(model: Model, method: str, warned: bool) -> None:
     assert bool(explained(model, noise(3, *SIZE), call(model, method)).warnings[0]) == warned
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (64, 64), (37, 29)])
+def test_warnings_use_the_values_of_the_metrics(size: tuple[int, int]) -> None:
+    """Warnings are computed with NumPy, metrics with torch."""
+    for S in (noise(*size).abs(), noise(*size).abs() ** 8, torch.zeros(size), torch.ones(size)):
+        values = S.numpy().astype(np.float64).ravel()
+        assert concentration._entropy(values) == pytest.approx(concentration.entropy(S), abs=1e-12)
+        assert concentration._top_decile_mass(values) == pytest.approx(concentration.top_decile_mass(S), abs=1e-12)
+
+
+def test_lower_bound_of_the_entropy_holds() -> None:
+    for size in ((4, 5), (64, 64)):
+        for power in (0.1, 1, 4, 16):
+            values = (noise(*size).abs() ** power).numpy().astype(np.float64).ravel()
+            top = concentration._top_decile_mass(values)
+            assert concentration._least_entropy(top, len(values)) <= concentration._entropy(values) + 1e-12
+    spike = np.full(4096, 1e-9)
+    spike[0] = 1
+    assert concentration._least_entropy(concentration._top_decile_mass(spike), 4096) < 0.01

@@ -15,7 +15,7 @@ import pytest
 
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
-from camserve_server import registry
+from camserve_server import registry, request_plan
 from camserve_server.config import Config, ModelConfig
 from camserve_server.engine.admission import Admission
 from camserve_server.service import requests, responses, security
@@ -252,3 +252,27 @@ def test_intermediate_maps_are_encoded_only_for_calls_that_return_them(
         rpc == "ExplainStream" and each.WhichOneof("event") == "level" for each in messages
     )
     assert (calls.counts["responses.level"] > 0, calls.counts["responses.randomised"] > 0) == (levels, randomised)
+
+
+def test_maps_are_finished_on_the_engines_thread_only_for_metrics(
+    stub: ExplainServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    finish = request_plan.finish_maps
+
+    def spy(*args: Any) -> Any:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return finish(*args)
+
+    for module in (request_plan, responses):
+        monkeypatch.setattr(module, "finish_maps", spy)
+    alone = stub.Explain(explain_request(), timeout=TIMEOUT_S)
+    assert threads == ["codec"]
+    request = explain_request()
+    request.metrics.add(name="average-drop")
+    scored = stub.Explain(request, timeout=TIMEOUT_S)
+    assert threads == ["codec", "engine"]
+    assert scored.maps[0].saliency == alone.maps[0].saliency
+    streamed = call(stub, "ExplainStream", explain_request("poly-cam"), evaluate_request())
+    assert set(threads[2:]) == {"codec"}, "levels, too"
+    assert len(threads[2:]) == 1 + sum(message.HasField("level") for message in streamed)
