@@ -6,6 +6,7 @@ import io
 import re
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -64,11 +65,21 @@ class Preprocessing:
         height, width = self.size
         resample = PIL.Image.Resampling[self.interpolation.upper()]
         image = image.convert("L") if self.channels == 1 else image
-        values = np.asarray(image.resize((width, height), resample), dtype=np.float32)
-        pixels = np.atleast_3d(values).transpose(2, 0, 1) / 255
-        mean, std = (self.column(values).numpy() for values in (self.mean, self.std))
+        pixels = np.ascontiguousarray(
+            np.atleast_3d(np.asarray(image.resize((width, height), resample))).transpose(2, 0, 1)
+        )
         # NumPy and not torch, because this code does not run on the engine's thread (engine/lanes/dispatch.py).
-        return torch.from_numpy(np.ascontiguousarray((pixels - mean) / std, dtype=np.float32))
+        values = np.empty((self.channels, height, width), np.float32)
+        for channel, table in enumerate(self._tables):
+            np.take(table, pixels[channel], out=values[channel], mode="clip")  # other modes copy the result
+        return torch.from_numpy(values)
+
+    @cached_property
+    def _tables(self) -> NDArray[np.float32]:
+        """The normalised value of each of the 256 values of a pixel, for each channel [C, 256]."""
+        values = np.arange(256, dtype=np.float32)[None] / 255
+        mean, std = (np.array(each, dtype=np.float64)[:, None] for each in (self.mean, self.std))
+        return ((values - mean) / std).astype(np.float32)
 
     @staticmethod
     def column(values: tuple[float, ...]) -> Tensor:
