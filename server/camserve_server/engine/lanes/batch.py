@@ -24,13 +24,22 @@ def padded_batch(model: Model, rows: list[Tensor], size: int) -> Tensor:
     Returns:
         The batch [size, C, H, W] in channels-last memory format. The padding rows are zeros and come last.
     """
-    missing = size - sum(map(len, rows))
-    if missing:
-        rows = [*rows, rows[0].new_zeros(missing, *rows[0].shape[1:])]
-    together = torch.cat(rows) if len(rows) > 1 else rows[0]
-    # A single tensor is copied too, because the network may work in place on its input.
-    alone = len(rows) == 1
-    return together.to(model.device, model.compute_dtype, copy=alone, memory_format=torch.channels_last)
+    if any(each.requires_grad for each in rows):  # an ascent differentiates its rows
+        padding = rows[0].new_zeros(size - sum(map(len, rows)), *rows[0].shape[1:])
+        together = torch.cat([*rows, padding])
+        return together.to(model.device, model.compute_dtype, memory_format=torch.channels_last)
+    batch = torch.empty(  # one pass over the rows, without an intermediate batch in another memory format
+        (size, *rows[0].shape[1:]),
+        dtype=model.compute_dtype,
+        device=model.device,
+        memory_format=torch.channels_last,
+    )
+    start = 0
+    for each in rows:
+        batch[start : start + len(each)] = each
+        start += len(each)
+    batch[start:] = 0
+    return batch
 
 
 def batch_spans(slices: Sequence[BatchSlice]) -> list[tuple[int, int]]:
