@@ -20,6 +20,7 @@ from benchmarks import (
     approximations,
     busy_machine,
     channel_masking,
+    host,
     insertion_deletion,
     limit,
     mixed_load,
@@ -47,6 +48,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Result], int]] = {
     "service": (service.section, 24),
     "mixed": (mixed_load.section, 20),
     "busy": (busy_machine.section, 30),
+    "host": (host.section, 8),
 }
 
 
