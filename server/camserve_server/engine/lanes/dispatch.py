@@ -3,9 +3,9 @@
 A *lane* is a key: queries with the same lane can share a batch. Each lane has one fixed batch size, and incomplete
 batches are filled with padding rows, so that the arithmetic of a row does not depend on the other rows.
 
-On a CPU, only the engine's thread may compute on large tensors. A second thread would start an OpenMP team of its own.
-With more threads than cores, the waits of libgomp block in the kernel, and the process permanently loses a third of its
-speed (`docs/decisions/0009-one-thread-does-arithmetic.md`).
+On a CPU, only the engine's thread may have an OpenMP team (`torch_setup.threads.compute_alone`). With more threads than
+cores, the waits of libgomp block in the kernel, and the process loses a third of its speed
+(`docs/decisions/0009-one-thread-does-arithmetic.md`).
 """
 
 from __future__ import annotations
