@@ -1,1 +1,1 @@
-"""Metrics, one paper per file. A file contains equations: it yields queries, and the engine answers them."""
+"""Metrics, one paper or topic per file. A file contains equations: it yields queries, and the engine answers them."""
