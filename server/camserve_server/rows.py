@@ -111,7 +111,7 @@ class Repeated:
 
     def make(self, start: int, stop: int) -> Tensor:
         """Make rows [start, stop) [n, 3, H, W]."""
-        return self.x.tensor.expand(stop - start, -1, -1, -1)
+        return self.x.row.expand(stop - start, -1, -1, -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -162,6 +162,8 @@ def decode_pixels(parsed: ParsedRequest, config: Config) -> Pixels:
     """
     model = parsed.model
     image = model.image(decode_image(parsed.image, model, config.max_image_pixels))
+    if model.device.type == "cpu":
+        _ = image.row  # made here, because the engine's thread has no time for it
     saliency = None if parsed.saliency is None else decode_saliency(parsed.saliency)
     truth = None
     if parsed.boxes or parsed.mask is not None:

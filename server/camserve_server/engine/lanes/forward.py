@@ -90,7 +90,7 @@ class PredictQuery(ForwardQuery):
 
     def make(self, start: int, stop: int) -> Tensor:
         """Return the image as [1, C, H, W]."""
-        return self._x.tensor[None]
+        return self._x.row
 
     def store_logits(self, start: int, stop: int, logits: Tensor) -> None:
         """Keep the logits in float64."""
@@ -111,7 +111,7 @@ class CaptureQuery(ForwardQuery):
 
     def make(self, start: int, stop: int) -> Tensor:
         """Return the image as [1, C, H, W]."""
-        return self._x.tensor[None]
+        return self._x.row
 
     def on_layer_output(self, layer: str, start: int, stop: int, output: Tensor) -> None:
         """Copy the activations of the layer."""
@@ -137,7 +137,7 @@ class CaptureAttentionQuery(ForwardQuery):
 
     def make(self, start: int, stop: int) -> Tensor:
         """Return the image as [1, C, H, W]."""
-        return self._x.tensor[None]
+        return self._x.row
 
     def on_layer_output(self, layer: str, start: int, stop: int, output: Tensor) -> None:
         """Compute the attention weights [heads, L, L] from the input of the attention module."""
