@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -120,9 +120,11 @@ def quota(pid: int, cores: float) -> Iterator[bool]:
             yield True
         finally:
             (folder.parent / "cgroup.procs").write_text(str(pid))
-            time.sleep(0.1)  # the group is empty a moment later
-    if folder.exists():
-        folder.rmdir()
+    end = time.monotonic() + 10
+    while folder.exists() and time.monotonic() < end:
+        with suppress(OSError):  # the group is empty a moment later
+            folder.rmdir()
+        time.sleep(0.1)
 
 
 def section(bench: Bench) -> Result:
