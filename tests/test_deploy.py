@@ -82,6 +82,7 @@ def test_kustomization_lists_all_manifests() -> None:
     assert {Path(name).stem for name in KUSTOMIZATION["resources"]} == MANIFESTS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl with kustomize")
 @pytest.mark.parametrize(
     "which", ["base", "gpu"], ids="for {}".format
@@ -187,6 +188,7 @@ def test_health_of_servers_that_are_not_ready() -> None:
     assert len(said.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_health_of_a_server_that_requires_certificates(tmp_path: Path) -> None:
     """The health listener requires no certificate, and the other listener does."""
     ca = trustme.CA()

@@ -183,6 +183,7 @@ def test_failures_of_the_same_kind_are_one_line(address: str, photo: Path, out: 
     ]
 
 
+@pytest.mark.slow
 def test_many_images_wait_for_a_busy_server_without_a_deadline(
     address: str, servicer: Servicer, photo: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,7 @@ def test_help_needs_only_the_cli_extra() -> None:
     assert "gateway" in done.stdout
 
 
+@pytest.mark.slow
 def test_importing_the_client_imports_no_optional_package() -> None:
     optional = ("torch", "torchvision", "typer", "rich", "camserve_server", "google.rpc", "grpc_status", "skimage")
     done = run_without("", f"import camserve; print([name for name in {optional!r} if name in sys.modules])")

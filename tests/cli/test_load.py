@@ -91,6 +91,7 @@ def test_synthetic_image_resembles_a_photograph() -> None:
 # ---- statistics -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300))
 def test_percentiles_are_measured_values(values: list[float]) -> None:
     ordered = sorted(values)

@@ -52,6 +52,7 @@ def test_replayed_map_is_bitwise_identical(
     assert "largest difference" in result.stdout
 
 
+@pytest.mark.slow
 def test_receipt_digests_match_the_saved_maps(server: Server, photo: Path, tmp_path: Path) -> None:
     command("explain", photo, "--address", server.address, "--model", "tiny", "--out", tmp_path, "--top-k", 2)
     receipt = Receipt.from_json((tmp_path / "cat.json").read_bytes())
@@ -60,6 +61,7 @@ def test_receipt_digests_match_the_saved_maps(server: Server, photo: Path, tmp_p
     assert list(receipt.map_digests) == digests
 
 
+@pytest.mark.slow
 def test_replay_reports_a_modified_digest(server: Server, photo: Path, tmp_path: Path) -> None:
     command("explain", photo, "--address", server.address, "--model", "tiny", "--out", tmp_path)
     record = json.loads((tmp_path / "cat.json").read_text())
@@ -70,6 +72,7 @@ def test_replay_reports_a_modified_digest(server: Server, photo: Path, tmp_path:
     assert len(result.stdout.splitlines()) == 4, "only the digest differs"
 
 
+@pytest.mark.slow
 def test_list_prints_models_layers_and_methods(server: Server) -> None:
     with camserve.Client(server.address) as client:
         tiny, methods = client.models()[1], client.methods("tiny")

@@ -27,6 +27,7 @@ def record(address: str, photo: Path, tmp_path: Path) -> Path:
     return tmp_path / "cat.json"
 
 
+@pytest.mark.slow
 def test_replay_prints_differences_from_saved_maps(
     address: str, servicer: Servicer, record: Path, photo: Path, tmp_path: Path, ramp: NDArray[np.float32]
 ) -> None:
@@ -62,6 +63,7 @@ def test_replay_compares_several_saved_maps(
     assert "tabby" not in run(*arguments).stdout
 
 
+@pytest.mark.slow
 def test_replay_reads_receipts_from_files_and_stdin(address: str, record: Path, photo: Path, tmp_path: Path) -> None:
     arguments = ("--address", address)
     line = run("explain", photo, *arguments, "--out", tmp_path / "new", "--json").stdout
@@ -72,6 +74,7 @@ def test_replay_reads_receipts_from_files_and_stdin(address: str, record: Path, 
         assert (result.exit_code, result.stdout) == (0, "the same map, bit for bit\n")
 
 
+@pytest.mark.slow
 def test_replay_reports_another_input_first(
     address: str, servicer: Servicer, record: Path, photo: Path, other_photo: Path
 ) -> None:
@@ -90,6 +93,7 @@ def test_replay_reports_another_input_first(
     assert "different input" not in run(*arguments).stdout
 
 
+@pytest.mark.slow
 def test_replay_reports_invalid_arguments(
     address: str, record: Path, photo: Path, tmp_path: Path, ramp: NDArray[np.float32]
 ) -> None:

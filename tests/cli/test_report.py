@@ -373,6 +373,7 @@ def test_keyboard_sorts_images_and_announces_the_order(page: Page) -> None:
     assert shown(page) == original
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_sufficient_contrast(page: Page, scheme: Literal["light", "dark"]) -> None:
     page.emulate_media(color_scheme=scheme)
@@ -449,6 +450,7 @@ def test_report_is_written_beside_its_files_and_again_with_resume(
     assert not any(hasattr(request, "image") for request in servicer.requests[count:])
 
 
+@pytest.mark.slow
 def test_wrong_usage_is_reported_before_any_request(address: str, servicer: Servicer, photo: Path) -> None:
     path = photo.parent / "r.html"
     for options, code, message in [

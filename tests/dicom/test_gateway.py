@@ -126,6 +126,7 @@ def test_first_matching_rule_applies(gateway: OpenGateway, pacs: Pacs) -> None:
 # ---- callers and limits ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_unknown_ae_titles_are_rejected(gateway: OpenGateway, log: LogLines) -> None:
     with gateway() as running:
         assert send(running.address, image(), calling="STRANGER") == []

@@ -65,6 +65,7 @@ def test_storage_status(gateway: OpenGateway, pacs: Pacs, monkeypatch: pytest.Mo
         wait_until(lambda: len(pacs.requests) == 2)
 
 
+@pytest.mark.slow
 def test_rejected_association_is_a_permanent_failure(gateway: OpenGateway, pacs: Pacs) -> None:
     pacs.accept_only("OTHER")
     with gateway() as running:

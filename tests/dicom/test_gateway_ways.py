@@ -150,6 +150,7 @@ def gateway_with_stow(tmp_path: Path, tiny: Server, web: Web) -> Iterator[Spoole
         yield running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "responses",
     [

@@ -107,6 +107,7 @@ def test_results_are_new_series_of_the_study() -> None:
     assert objects["pm"].ContentQualification == "RESEARCH"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("charset", "name", "written"),
     [
@@ -417,6 +418,7 @@ def test_invalid_spacing_is_ignored(spacing: Any) -> None:
     assert "PixelSpacing" not in each
 
 
+@pytest.mark.slow
 def test_presentation_state_has_the_pixel_aspect_ratio() -> None:
     [area] = make_objects(image(ramp(), PixelSpacing=["0.5", "1"]))["gsps"].DisplayedAreaSelectionSequence
     assert [*area.PresentationPixelAspectRatio] == [500, 1000]
@@ -424,6 +426,7 @@ def test_presentation_state_has_the_pixel_aspect_ratio() -> None:
     assert [*area.PresentationPixelAspectRatio] == [1, 1]
 
 
+@pytest.mark.slow
 def test_class_code_has_the_model_digest_as_version() -> None:
     found = [item for item in make_objects(image(ramp()))["sr"].iterall() if item.value == "class-3"]
     assert found

@@ -205,6 +205,7 @@ RENDERINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, (3000, 4000)])
 @pytest.mark.parametrize("name", RENDERINGS)
 def test_presentation_state_displays_the_rendered_pixels(name: str, window: Any) -> None:
@@ -214,6 +215,7 @@ def test_presentation_state_displays_the_rendered_pixels(name: str, window: Any)
     np.testing.assert_allclose(apply_presentation_state(state, pixels), rendered.pixels, atol=1)
 
 
+@pytest.mark.slow
 @needs_dciodvfy
 @pytest.mark.parametrize("name", RENDERINGS)
 def test_dciodvfy_accepts_presentation_states(name: str, tmp_path: Path) -> None:

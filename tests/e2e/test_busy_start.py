@@ -58,6 +58,7 @@ def ask(client: camserve.Client) -> None:
     client.explain(IMAGE, method="occlusion", parameters={"stride": 1, "window": 1}, timeout=10)
 
 
+@pytest.mark.slow
 def test_short_requests_correct_the_throughput_that_the_start_measured(slow_start: Server) -> None:
     with patient_client(slow_start.address) as client:
         with pytest.raises(camserve.DeadlineExceeded) as caught:
@@ -70,6 +71,7 @@ def test_short_requests_correct_the_throughput_that_the_start_measured(slow_star
         ask(client)
 
 
+@pytest.mark.slow
 def test_refusals_end_without_any_observation(slow_start: Server) -> None:
     """If every request were refused, no batch would correct the throughput."""
     with patient_client(slow_start.address) as client:
@@ -80,6 +82,7 @@ def test_refusals_end_without_any_observation(slow_start: Server) -> None:
         ask(client)
 
 
+@pytest.mark.slow
 def test_batch_sizes_are_measured_again_for_the_next_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_sizes, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(warmup, "MEASURE_S", 0)

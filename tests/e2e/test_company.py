@@ -90,6 +90,7 @@ def test_concurrent_answers_equal_answers_alone_bitwise(server: Server) -> None:
     wait_until_idle(server)
 
 
+@pytest.mark.slow
 def test_short_request_is_answered_while_a_long_one_runs(server: Server) -> None:
     """A Grad-CAM request that arrives while PCAM± runs is answered within three batches."""
     engine = engine_of(server)

@@ -149,6 +149,7 @@ def test_a_model_added_to_the_file_can_be_loaded(tmp_path: Path) -> None:
         assert client.explain(IMAGE, model="b", method="grad-cam").maps
 
 
+@pytest.mark.slow
 def test_failed_reload_keeps_the_loaded_model(tmp_path: Path) -> None:
     with running(write(tmp_path, "a")) as (_, client, admin):
         (tmp_path / "a.safetensors").write_bytes(b"nonsense")
@@ -241,6 +242,7 @@ def test_admin_commands_of_the_command_line(tmp_path: Path) -> None:
         assert "is not the server's admin listener; use the address of admin_listen" in done.stderr
 
 
+@pytest.mark.slow
 def test_failed_load_changes_nothing(tmp_path: Path) -> None:
     """The server uses a new model, or new settings of a model, only after they have loaded."""
     path = write(tmp_path, "a")
@@ -311,6 +313,7 @@ def test_model_can_be_unloaded_while_it_is_loaded(tmp_path: Path, paused_load: C
         assert states(client) == {"a": "ready", "b": "unloaded"}
 
 
+@pytest.mark.slow
 def test_admin_calls_require_a_model_name(tmp_path: Path) -> None:
     with running(write(tmp_path, "a")) as (_, client, admin):
         calls: list[tuple[Any, Any]] = [

@@ -78,6 +78,7 @@ def idle(server: Server) -> bool:
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_metrics_of_one_request(watched: Server, client: camserve.Client) -> None:
     wait_until(lambda: idle(watched))
     before = Scrape(watched)

@@ -170,6 +170,7 @@ def test_configuration_file_sets_tls_subjects_and_tokens(tmp_path: Path, ca: tru
         assert secret not in log
 
 
+@pytest.mark.slow
 def test_connections_without_a_trusted_certificate_fail(tmp_path: Path, ca: trustme.CA) -> None:
     certify(ca, tmp_path)
     ours, theirs = ca.issue_cert("pacs.example"), trustme.CA().issue_cert("pacs.example")
@@ -187,6 +188,7 @@ def test_connections_without_a_trusted_certificate_fail(tmp_path: Path, ca: trus
             assert code(refused) == "UNAVAILABLE"
 
 
+@pytest.mark.slow
 def test_changed_certificates_are_used_without_a_restart(tmp_path: Path, ca: trustme.CA) -> None:
     def served_serial() -> int:
         trusts = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())

@@ -94,6 +94,7 @@ def client(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> It
         yield client
 
 
+@pytest.mark.slow
 def test_a_request_is_traced_from_the_caller_to_the_batch(collector: Collector, client: camserve.Client) -> None:
     callers_tracer = TracerProvider(shutdown_on_exit=False).get_tracer("caller")
     with callers_tracer.start_as_current_span("caller") as caller:
@@ -173,6 +174,7 @@ def test_unsampled_request_is_not_traced(collector: Collector, client: camserve.
     assert not [span for span in collector.spans if span.trace_id == (0xABC).to_bytes(16, "big")]
 
 
+@pytest.mark.slow
 def test_service_name_comes_from_the_environment(
     collector: Collector, client: camserve.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

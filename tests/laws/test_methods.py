@@ -148,6 +148,7 @@ def test_concurrent_requests_do_not_change_the_bits(network: str) -> None:
         assert one.scores == other.scores
 
 
+@pytest.mark.slow
 @each
 def test_batch_size_does_not_change_the_map(network: str, method: str, x: Tensor) -> None:
     maps = []
@@ -158,6 +159,7 @@ def test_batch_size_does_not_change_the_map(network: str, method: str, x: Tensor
         assert torch.allclose(maps[0], other_map, atol=1e-4)
 
 
+@pytest.mark.slow
 @each
 def test_batch_sizes_of_a_receipt_reproduce_its_bits(network: str, method: str, x: Tensor) -> None:
     """Lanes with different batch sizes can run in one engine."""

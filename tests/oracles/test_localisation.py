@@ -152,6 +152,7 @@ def test_box_of_a_constant_map_is_the_whole_image() -> None:
         assert score("saliency-metric", S) == pytest.approx(-math.log(p), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_box_accuracy_at_one_overlap() -> None:
     truth = at((8.0, 5.0, 26.0, 11.0))  # 18 of 24 columns: IoU ¾.
     found = [score("box-accuracy", filled(WIDE), truth, iou=iou) for iou in ("0.3", "0.5", "0.7", "all")]
@@ -189,6 +190,7 @@ def test_only_the_saliency_metric_needs_a_row() -> None:
 # ---- against the oracle ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_random_maps_agree_with_the_oracle(seed: int) -> None:
     random = np.random.default_rng(seed)

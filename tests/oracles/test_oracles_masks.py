@@ -32,6 +32,7 @@ def normal(*shape: int, seed: int = 3) -> Tensor:
 # --- SS-CAM and IS-CAM ---
 
 
+@pytest.mark.slow
 @on_sizes
 @on_layers
 def test_ss_cam_agrees_with_torchcam_except_for_the_order_of_scaling(size: tuple[int, int], layer: str) -> None:

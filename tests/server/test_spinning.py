@@ -107,12 +107,14 @@ def test_one_thread_waits_for_no_other() -> None:
     assert control.busy_at == pytest.approx(machine.now, abs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
 def test_the_setting_of_a_user_is_not_changed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1000")
     assert_never_busy(spinning.spin_control(torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_a_gpu_is_not_observed() -> None:
     assert_never_busy(spinning.spin_control(torch.device("cuda")))
 
@@ -123,6 +125,7 @@ def assert_never_busy(control: SpinControl) -> None:
     assert control.busy_at == float("-inf")
 
 
+@pytest.mark.slow
 @needs_libgomp
 def test_a_thread_without_a_core_is_on_a_busy_machine() -> None:
     control = spinning.spin_control(torch.device("cpu"))

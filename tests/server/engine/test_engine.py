@@ -323,6 +323,7 @@ class Timed(nn.Module):
         return self.net(x)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_slow_model_does_not_shorten_requests_of_a_fast_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request is cut short before its deadline by the time of one batch of its own lane."""
     clock = Clock().install(monkeypatch)

@@ -201,6 +201,7 @@ def copy_counts(monkeypatch: pytest.MonkeyPatch, copies: list[weakref.ref[Any]])
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 3])
 def test_number_of_copies_never_exceeds_the_limit(model: Model, copy_counts: list[int], limit: int) -> None:
     with running(max_copies=limit) as engine:

@@ -124,6 +124,7 @@ def test_network_is_built_for_the_configured_size(
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_configured_layers_replace_the_defaults() -> None:
     model = load_model("torchvision:resnet18", input_size=(64, 64), layers=["layer1.0.relu#2", "layer2"])
     assert [layer.name for layer in model.default_layers(many=True)] == ["layer1.0.relu#2", "layer2"]
@@ -140,6 +141,7 @@ def test_head_is_configured_or_depends_on_the_number_of_logits() -> None:
     assert load_model(f"{HERE}:one_logit").head == "sigmoid"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "keys", "message"),
     [

@@ -433,6 +433,7 @@ class Flat:
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
 
 
+@pytest.mark.slow
 def test_methods_that_a_model_cannot_serve_are_refused_and_listed() -> None:
     flat = ModelConfig(
         name="flat", source="python:tests.server.service.test_errors:Flat", input_size=(8, 8), batch_size=2
