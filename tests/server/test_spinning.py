@@ -64,6 +64,21 @@ def test_threads_sleep_while_the_machine_is_busy_and_spin_afterwards() -> None:
     assert idle_teams() == 0
 
 
+def test_a_machine_counts_as_busy_until_it_is_found_idle() -> None:
+    """A measurement that ends before the next probe must not count as one of an idle machine."""
+    machine = Machine()
+    control = machine.control()
+    machine.share = 0.6
+    machine.run(control, WINDOW_S + BATCH_S)
+    started = machine.now + BATCH_S / 2
+    machine.run(control, 1)
+    assert control.busy_at < started
+    assert control.was_busy(started)
+    machine.share = 1.0
+    machine.run(control, FIRST_PROBE_S + WINDOW_S + BATCH_S)
+    assert not control.was_busy(machine.now)
+
+
 def test_a_machine_that_stays_busy_is_probed_less_and_less() -> None:
     machine = Machine()
     control = machine.control()

@@ -104,7 +104,7 @@ class Engine:
 
     def machine_was_busy(self, since: float) -> bool:
         """Return True if other processes slowed batches down after `since`, on the clock of `time.monotonic()`."""
-        return self._spinning.busy_at >= since
+        return self._spinning.was_busy(since)
 
     @contextmanager
     def reserve(

@@ -99,6 +99,10 @@ class SpinControl:
         """True if waiting threads sleep, because the machine is busy."""
         return self._team is not None
 
+    def was_busy(self, since: float) -> bool:
+        """Return True if the machine was found busy after `since`, a time on the clock, or has not been idle again."""
+        return self.sleeps or self.busy_at >= since
+
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Observe the work inside of the context, which is one batch, and decide how the threads wait afterwards."""
