@@ -82,7 +82,7 @@ class MetricCall:
 class RequestResult:
     """The result of a request. T is the number of targets.
 
-    The maps are resized, scaled and copied to the host when they are first read. This takes as long as many batches of
+    The maps are resized, scaled and copied to the host when they are first read. It takes much longer than a batch of
     a small network, so the engine's thread does it only if a metric needs the maps.
 
     Attributes:
@@ -378,7 +378,7 @@ def _degenerate_warning(finite: bool, constant: bool) -> tuple[str, ...]:
 
 
 def _resize_minmax_on_host(raw: Tensor, size: tuple[int, int]) -> Tensor | None:
-    """Return the same bits as `resize_minmax` in a quarter of the time, because it works in place.
+    """Return the same bits as `resize_minmax`, faster because it works in place.
 
     Returns:
         The maps, or None if they are not on the host, or if one of them is constant or not finite.

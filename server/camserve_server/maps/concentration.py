@@ -60,7 +60,7 @@ def top_decile_mass(S: Tensor) -> float:
 def degenerate_warnings(S: Tensor) -> tuple[str, ...]:
     """Return warnings about a map that is nearly even or concentrated in a few pixels.
 
-    NumPy computes them, in a fifth of the time that torch takes for a single map.
+    NumPy computes them, because it is faster than torch for a single map.
 
     Args:
         S: Map [H, W], ≥ 0, on the host.

@@ -25,8 +25,8 @@ import torch
 # If a user sets one of these, the process must not change how its threads wait.
 _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 WINDOW_S = 0.4  # time of the batches that one decision is based on
-# Least share of the time of a batch in which the calling thread has a core. On two cores it is 0.95 to 1 on an idle
-# machine, 0.56 beside one busy process and 0.35 beside two.
+# Least share of the time of a batch in which the calling thread has a core. It is nearly 1 on an idle machine, and at
+# most 2/3 on two cores beside one busy process.
 MIN_CPU_SHARE = 0.85
 FIRST_PROBE_S, LAST_PROBE_S = 5.0, 60.0
 
