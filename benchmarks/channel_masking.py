@@ -20,7 +20,7 @@ from benchmarks.subjects import Subject
 from benchmarks.timing import Rates, Timed, run_on_thread
 from camserve_server.maps.channels import select_channels
 from camserve_server.models.layers import Layer
-from camserve_server.request_plan import RequestResult
+from camserve_server.request_result import RequestResult
 
 LOOP, KEPT = "official loop", "official loop, camserve's allocator"
 SHARE_AIM = 0.95

@@ -17,7 +17,8 @@ from benchmarks.timing import Timed, clock
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Event, Job, Progress
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.request_plan import MethodCall, MetricCall, RequestResult, limits, plan_request, rows_needed
+from camserve_server.request_plan import MethodCall, MetricCall, limits, plan_request, rows_needed
+from camserve_server.request_result import RequestResult
 
 # Phases of the engine's work by the names of their functions. No function of the list calls another one.
 PHASES = {

@@ -21,7 +21,8 @@ from camserve_server.models.model import Head, LaneKind, Model
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.probe import probe
 from camserve_server.plan import Truth
-from camserve_server.request_plan import MethodCall, MetricCall, RequestResult, limits, plan_request, rows_needed
+from camserve_server.request_plan import MethodCall, MetricCall, limits, plan_request, rows_needed
+from camserve_server.request_result import RequestResult
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -21,7 +21,8 @@ from camserve_server.metrics.road import imputed
 from camserve_server.models.model import Model
 from camserve_server.models.servable import unsupported_reason
 from camserve_server.plan import MetricResult
-from camserve_server.request_plan import MethodCall, RequestResult, plan_request, rows_needed
+from camserve_server.request_plan import MethodCall, plan_request, rows_needed
+from camserve_server.request_result import RequestResult
 from tests import nets
 from tests.support import as_model, call, explained, metric, noise, running, submit
 

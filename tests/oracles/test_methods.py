@@ -25,7 +25,7 @@ from camserve_server.methods import poly_cam as served_poly_cam
 from camserve_server.models.model import Model
 from camserve_server.plan import Level, SaliencyMaps, Targets
 from camserve_server.registry import METHODS
-from camserve_server.request_plan import RequestResult, finish_maps
+from camserve_server.request_result import RequestResult, finish_maps
 from tests import nets
 from tests.oracles.average import average_of_one
 from tests.oracles.comparison import gap, unit

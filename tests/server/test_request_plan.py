@@ -10,7 +10,8 @@ import torch
 from camserve_server.errors import OutOfRange
 from camserve_server.models.model import Model
 from camserve_server.plan import SaliencyMaps
-from camserve_server.request_plan import finish_maps, limits, rows_needed
+from camserve_server.request_plan import limits, rows_needed
+from camserve_server.request_result import finish_maps
 from camserve_server.rows import resize_minmax
 from tests import nets
 from tests.support import as_model, call, metric, noise

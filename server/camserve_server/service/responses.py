@@ -22,7 +22,8 @@ from camserve_server.models.layers import Layer
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.servable import unsupported_reason
 from camserve_server.plan import Image, Level, Randomised
-from camserve_server.request_plan import MethodCall, RequestResult, finish_maps, rows_needed
+from camserve_server.request_plan import MethodCall, rows_needed
+from camserve_server.request_result import RequestResult, finish_maps
 from camserve_server.service.requests import ParsedRequest
 
 TOP_K = 5

@@ -29,7 +29,8 @@ from camserve_server.model_pool import ModelPool
 from camserve_server.models.model import Model
 from camserve_server.plan import Image
 from camserve_server.registry import method_label
-from camserve_server.request_plan import RequestResult, limits, plan_request
+from camserve_server.request_plan import limits, plan_request
+from camserve_server.request_result import RequestResult
 from camserve_server.service import bounds, requests, responses, security, status, trace_context
 from camserve_server.service.call import MAX_REQUEST_ID, Call, Context, checked_request_id
 from camserve_server.service.event_stream import EventStream, StreamMessage

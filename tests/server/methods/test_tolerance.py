@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from camserve_server.maps.channels import select_channels
 from camserve_server.models.model import Model
-from camserve_server.request_plan import RequestResult
+from camserve_server.request_result import RequestResult
 from tests import nets
 from tests.support import as_model, call, explained, noise, running, submit
 

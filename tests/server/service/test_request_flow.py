@@ -15,7 +15,7 @@ import pytest
 
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
-from camserve_server import registry, request_plan
+from camserve_server import registry, request_plan, request_result
 from camserve_server.config import Config, ModelConfig
 from camserve_server.engine.admission import Admission
 from camserve_server.service import requests, responses, security
@@ -258,13 +258,13 @@ def test_maps_are_finished_on_the_engines_thread_only_for_metrics(
     stub: ExplainServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[str] = []
-    finish = request_plan.finish_maps
+    finish = request_result.finish_maps
 
     def spy(*args: Any) -> Any:
         threads.append(threading.current_thread().name.partition("_")[0])
         return finish(*args)
 
-    for module in (request_plan, responses):
+    for module in (request_plan, request_result, responses):
         monkeypatch.setattr(module, "finish_maps", spy)
     alone = stub.Explain(explain_request(), timeout=TIMEOUT_S)
     assert threads == ["codec"]
