@@ -12,6 +12,7 @@ from torch import Tensor
 
 from camserve_server.maps import concentration
 from camserve_server.models.model import Model
+from camserve_server.rows import resize_minmax
 from tests import nets
 from tests.support import as_model, call, explained, metric, noise
 
@@ -90,6 +91,32 @@ def test_warnings_use_the_values_of_the_metrics(size: tuple[int, int]) -> None:
         values = S.numpy().astype(np.float64).ravel()
         assert concentration._entropy(values) == pytest.approx(concentration.entropy(S), abs=1e-12)
         assert concentration._top_decile_mass(values) == pytest.approx(concentration.top_decile_mass(S), abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [(20, 20), (64, 64), (224, 224), (51, 17)])
+def test_bounds_of_the_top_decile_mass_hold_and_are_close(size: tuple[int, int]) -> None:
+    for power in (0.1, 1, 4, 16):
+        for S in (noise(*size).abs() ** power, resize_minmax(noise(1, 7, 7).abs() ** power, size)[0]):
+            exact = concentration.top_decile_mass(S)
+            least, most = concentration._bounds_of_top_decile_mass(S.numpy().ravel())
+            assert least <= exact <= most
+            if size[1] % concentration.SAMPLE_STEP:  # otherwise, the sample is one column
+                assert most - least < 0.35 * exact
+    for flat in (torch.zeros(size), torch.ones(size), torch.full(size, torch.inf)):
+        least, most = concentration._bounds_of_top_decile_mass(flat.numpy().ravel())
+        assert least <= 0.1 <= most
+
+
+def test_fast_decision_about_warnings_is_that_of_the_exact_values() -> None:
+    """Maps around both thresholds: the bounds are not sharp enough there, so the exact values decide."""
+    chance = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
+    for even in torch.linspace(0, 3, 40):
+        S = chance + even
+        warned = concentration.top_decile_mass(S) < concentration.MIN_TOP_DECILE_MASS
+        assert bool(concentration.degenerate_warnings(S)) == warned
+    for power in torch.linspace(1, 60, 40):
+        S = chance**power
+        assert bool(concentration.degenerate_warnings(S)) == (concentration.entropy(S) < concentration.MIN_ENTROPY)
 
 
 def test_lower_bound_of_the_entropy_holds() -> None:
