@@ -17,7 +17,6 @@ from benchmarks.subjects import Subject
 from benchmarks.timing import Side, Timed, run_on_thread
 from camserve_server.engine.warmup import warm_up
 from camserve_server.models.model import Model
-from camserve_server.models.pixels import from_pixels
 from camserve_server.registry import METHODS, METRICS
 from camserve_server.request_plan import MethodCall, MetricCall
 
@@ -107,7 +106,7 @@ def _precision(bench: Bench, findings: Findings, subject: Subject) -> None:
 def _effects(bench: Bench, subject: Subject) -> dict[str, list[Effect]]:
     findings: dict[str, list[Effect]] = {}
     for name in PHOTOGRAPHS:
-        x = subject.model.preprocessing(from_pixels(getattr(skimage.data, name)()))
+        x = subject.model.preprocessing.convert_pixels(getattr(skimage.data, name)())
         bench.step(f"{name}: the whole map")
         whole = _run(subject.model, x)
         index, S = whole.result.targets.index, whole.result.maps[0]

@@ -32,7 +32,6 @@ from benchmarks.timing import Timed, percentile
 from camserve_server.config import ModelConfig
 from camserve_server.engine.engine import Engine
 from camserve_server.models.model import LaneKind
-from camserve_server.models.pixels import from_pixels
 
 AIM = 0.97
 MODEL = "efficientnet-lite0"
@@ -177,7 +176,7 @@ def _subject(config: str, device: str) -> Subject:
 
 def _request(running: Engine, subject: Subject, load: Load) -> int:
     """Run one request, including the preprocessing that the service does."""
-    x = subject.model.preprocessing(from_pixels(np.asarray(photograph())))
+    x = subject.model.preprocessing.convert_pixels(np.asarray(photograph()))
     timed_job = _submitted(running, subject, x, load)
     timed_job.wait()
     return timed_job.rows

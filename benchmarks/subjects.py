@@ -21,7 +21,7 @@ from camserve_server.engine.warmup import warm_up
 from camserve_server.models.layers import Layer
 from camserve_server.models.load import load
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.models.pixels import Preprocessing, from_pixels
+from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.sources import build_network
 from camserve_server.plan import Image
 from camserve_server.registry import METHODS, Value
@@ -88,7 +88,7 @@ class Subject:
 
 def photograph() -> PIL.Image.Image:
     """Return the photograph of a cat from scikit-image (CC0)."""
-    return from_pixels(skimage.data.chelsea())
+    return PIL.Image.fromarray(skimage.data.chelsea())
 
 
 def resnet50() -> nn.Module:
@@ -140,5 +140,4 @@ def made(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.f
     """Return the original network in contiguous format and the photograph as its input."""
     net = build_network(config, "models").eval().requires_grad_(False).to(device, dtype)
     preprocessing = Preprocessing(config.input_size, config.mean, config.std, config.interpolation)
-    columns = (Preprocessing.column(values) for values in (config.mean, config.std))
-    return net, Image(*(values.to(device, dtype) for values in (preprocessing(photograph()), *columns)))
+    return net, Image(*(values.to(device, dtype) for values in (preprocessing(photograph()), *preprocessing.columns)))

@@ -7,6 +7,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -148,8 +149,12 @@ class Model:
 
     def image(self, tensor: Tensor) -> Image:
         """Return a preprocessed image [C, H, W] with its normalisation, on the model's device and in its `dtype`."""
-        values = (tensor, Preprocessing.column(self.preprocessing.mean), Preprocessing.column(self.preprocessing.std))
-        return Image(*(self._moved(value.to(self.dtype)) for value in values))
+        return Image(self._moved(tensor.to(self.dtype)), *self._columns)
+
+    @cached_property
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        mean, std = (self._moved(values.to(self.dtype)) for values in self.preprocessing.columns)
+        return mean, std
 
     def _moved(self, values: Tensor) -> Tensor:
         """Copy to the device. From pinned memory, the copy does not wait for the batches that run there."""

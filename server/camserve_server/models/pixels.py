@@ -65,13 +65,27 @@ class Preprocessing:
         height, width = self.size
         resample = PIL.Image.Resampling[self.interpolation.upper()]
         image = image.convert("L") if self.channels == 1 else image
-        pixels = np.ascontiguousarray(
-            np.atleast_3d(np.asarray(image.resize((width, height), resample))).transpose(2, 0, 1)
-        )
-        # NumPy and not torch, because this code does not run on the engine's thread (engine/lanes/dispatch.py).
-        values = np.empty((self.channels, height, width), np.float32)
+        return self._normalised(np.atleast_3d(np.asarray(image.resize((width, height), resample))))
+
+    def convert_pixels(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Convert RGB pixels [h, w, 3] to the model's input [C, H, W], float32, on the CPU.
+
+        Pixels of the input's size need no resize. They are not copied to an image first.
+        """
+        if self.channels == 3 and pixels.shape[:2] == self.size:
+            return self._normalised(pixels)
+        return self(PIL.Image.fromarray(pixels))
+
+    def _normalised(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Return the model's input [C, H, W] for pixels [H, W, C].
+
+        NumPy and not torch computes it, because this code does not run on the engine's thread
+        (engine/lanes/dispatch.py).
+        """
+        channels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        values = np.empty(channels.shape, np.float32)
         for channel, table in enumerate(self._tables):
-            np.take(table, pixels[channel], out=values[channel], mode="clip")  # other modes copy the result
+            np.take(table, channels[channel], out=values[channel], mode="clip")  # other modes copy the result
         return torch.from_numpy(values)
 
     @cached_property
@@ -81,10 +95,11 @@ class Preprocessing:
         mean, std = (np.array(each, dtype=np.float64)[:, None] for each in (self.mean, self.std))
         return ((values - mean) / std).astype(np.float32)
 
-    @staticmethod
-    def column(values: tuple[float, ...]) -> Tensor:
-        """Return one number for each channel as [C, 1, 1], float64, which broadcasts over an image."""
-        return torch.tensor(values, dtype=torch.float64).view(-1, 1, 1)
+    @cached_property
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel as [C, 1, 1], float64, which broadcast over an image."""
+        mean, std = (torch.tensor(each, dtype=torch.float64).view(-1, 1, 1) for each in (self.mean, self.std))
+        return mean, std
 
 
 def decode(data: bytes, *, max_pixels: int, field: str) -> PIL.Image.Image:
@@ -218,8 +233,3 @@ def check_size(width: int, height: int, max_pixels: int, field: str) -> None:
             "send a smaller image",
             field=field,
         )
-
-
-def from_pixels(pixels: NDArray[np.uint8]) -> PIL.Image.Image:
-    """Return an RGB image made of pixels [H, W, 3], uint8."""
-    return PIL.Image.fromarray(pixels)

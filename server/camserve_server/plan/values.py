@@ -72,7 +72,13 @@ class Image:
 
         Values are those of `tensor`. Reductions over this tensor could give other bits.
         """
-        return self.tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]  # channels last
+        if self.tensor.device.type != "cpu":
+            return self.tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]
+        channels, height, width = self.tensor.shape
+        row = self.tensor.new_empty(height, width, channels)
+        for i, channel in enumerate(self.tensor.numpy()):  # NumPy takes less than half of the time of torch
+            row.numpy()[..., i] = channel
+        return row.permute(2, 0, 1)[None]
 
 
 @dataclass(frozen=True, eq=False)

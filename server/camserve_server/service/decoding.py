@@ -13,7 +13,7 @@ from torch import Tensor
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.errors import InvalidArgument, OutOfRange
 from camserve_server.models.model import Model
-from camserve_server.models.pixels import check_size, decode, from_pixels
+from camserve_server.models.pixels import check_size, decode
 
 
 def check_image(image: pb.Image, model: Model, max_pixels: int) -> None:
@@ -76,7 +76,7 @@ def decode_image(image: pb.Image, model: Model, max_pixels: int) -> Tensor:
         case "pixels":
             pixels = image.pixels
             values = np.frombuffer(pixels.data, np.uint8).reshape(pixels.height, pixels.width, 3)
-            return model.preprocessing(from_pixels(values))
+            return model.preprocessing.convert_pixels(values)
         case _:
             return torch.from_numpy(_values(image.tensor, "image.tensor"))
 

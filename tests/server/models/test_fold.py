@@ -15,7 +15,6 @@ from camserve_server.errors import InvalidArgument
 from camserve_server.models.fold import fold_batch_norm, fold_padding
 from camserve_server.models.load import load
 from camserve_server.models.model import Model, Precision
-from camserve_server.models.pixels import from_pixels
 from camserve_server.torch_setup import torchvision_ops  # noqa: F401  (timm imports torchvision)
 from tests.support import call, explained, noise
 
@@ -159,7 +158,7 @@ def test_folding_keeps_digest_and_layers_of_the_embedded_network(lite0: tuple[Mo
     [("grad-cam", None), ("grad-cam++", None), ("poly-cam", ["blocks.1.0.bn1"])],
 )
 def test_maps_are_the_same(lite0: tuple[Model, Model], method: str, layers: list[str] | None) -> None:
-    x = lite0[0].preprocessing(from_pixels(skimage.data.chelsea()))
+    x = lite0[0].preprocessing.convert_pixels(skimage.data.chelsea())
     maps = [explained(each, x, call(each, method, layers), [285]).maps for each in lite0]
     torch.testing.assert_close(maps[1], maps[0], rtol=0, atol=1e-5)
 
@@ -168,7 +167,7 @@ def test_maps_are_the_same(lite0: tuple[Model, Model], method: str, layers: list
 def test_input_gradients_are_the_same_in_double_precision() -> None:
     """The gradient jumps where an input of ReLU6 crosses 0 or 6, and single precision rounds some inputs across."""
     models = load_lite0("fp64")
-    x = models[0].preprocessing(from_pixels(skimage.data.chelsea()))
+    x = models[0].preprocessing.convert_pixels(skimage.data.chelsea())
     maps = [explained(each, x, call(each, "input-x-gradient"), [285]).maps for each in models]
     torch.testing.assert_close(maps[1], maps[0], rtol=0, atol=1e-9)
 

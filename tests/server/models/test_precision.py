@@ -16,7 +16,6 @@ from camserve_server.config import Config, ModelConfig, embedded_model, read_con
 from camserve_server.errors import ConfigError, Unservable
 from camserve_server.models.load import load
 from camserve_server.models.model import Model, Precision
-from camserve_server.models.pixels import from_pixels
 from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.support import TIMEOUT_S, call, explained, metric, noise, running, submit
@@ -124,7 +123,7 @@ def test_out_of_memory_halves_batches_of_its_own_precision_only(
 @pytest.mark.slow
 def test_embedded_network_in_bf16_agrees_with_fp32() -> None:
     model = load(embedded_model().model_copy(update={"precision": ("fp32", "bf16")}), CPU)
-    x = model.preprocessing(from_pixels(skimage.data.chelsea()))
+    x = model.preprocessing.convert_pixels(skimage.data.chelsea())
     maps = []
     for at in model.precisions.values():
         at.batch_sizes = {"forward": 2, "gradient": 2, "ascend": 2}
