@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from importlib import metadata
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from google.protobuf.struct_pb2 import Struct, Value
@@ -47,17 +48,17 @@ def explain_response(
         result: The result of the plan.
         engine_warnings: Warnings of the engine; they are added to those of each map.
     """
-    maps = [_map(parsed, result, t, engine_warnings) for t in range(len(result.targets))]
+    response = pb.ExplainResponse(request_id=request_id, cost=_cost(job))
+    for t in range(len(result.targets)):
+        _outline(response.maps.add(), parsed, result, t)
+    _add_predictions(response, parsed.model, result.logits, parsed.top_k or TOP_K)
+    _add_receipt(response.receipt, request_id, parsed, job, result)
+    add_maps(response.maps, response.receipt, result, engine_warnings)
+    response.receipt.input_digest = digest(image.tensor)
     if parsed.raw:
-        for message, raw in zip(maps, result.raw, strict=True):
-            message.raw.CopyFrom(tensor(raw))
-    return pb.ExplainResponse(
-        request_id=request_id,
-        maps=maps,
-        predictions=_predictions(parsed.model, result.logits, parsed.top_k or TOP_K),
-        cost=_cost(job),
-        receipt=_receipt(request_id, parsed, image, job, result),
-    )
+        for message, raw in zip(response.maps, result.raw, strict=True):
+            set_tensor(message.raw, raw)
+    return response
 
 
 def evaluate_response(
@@ -69,12 +70,31 @@ def evaluate_response(
     engine_warnings: Sequence[str],
 ) -> pb.EvaluateResponse:
     """Return the response to Evaluate. The arguments are those of `explain_response`."""
-    return pb.EvaluateResponse(
-        request_id=request_id,
-        map=_map(parsed, result, 0, engine_warnings),
-        cost=_cost(job),
-        receipt=_receipt(request_id, parsed, image, job, result),
-    )
+    response = pb.EvaluateResponse(request_id=request_id, cost=_cost(job))
+    _outline(response.map, parsed, result, 0)
+    _add_receipt(response.receipt, request_id, parsed, job, result)
+    add_maps([response.map], response.receipt, result, engine_warnings)
+    response.receipt.input_digest = digest(image.tensor)
+    return response
+
+
+def add_maps(
+    messages: Iterable[pb.SaliencyMap], receipt: pb.Receipt, result: RequestResult, engine_warnings: Sequence[str]
+) -> None:
+    """Add the finished maps, their warnings and their digests to a response.
+
+    The large fields of a response are set in place, because protobuf copies a message that becomes part of another one.
+
+    Args:
+        messages: The message of each map.
+        receipt: The receipt of the response.
+        result: The result of the plan, which finishes its maps now if no metric needed them.
+        engine_warnings: Warnings of the engine; they follow those of each map.
+    """
+    for message, saliency, warnings in zip(messages, result.maps, result.warnings, strict=True):
+        set_tensor(message.saliency, saliency)
+        message.warnings.extend((*warnings, *engine_warnings))
+        receipt.map_digests.append(digest(saliency))
 
 
 def level(event: Level, model: Model) -> pb.Level:
@@ -98,8 +118,16 @@ def randomised(event: Randomised) -> pb.Randomised:
 
 def tensor(values: Tensor) -> pb.Tensor:
     """Return the message for a tensor of any shape: float32, little-endian."""
+    message = pb.Tensor()
+    set_tensor(message, values)
+    return message
+
+
+def set_tensor(message: pb.Tensor, values: Tensor) -> None:
+    """Set the fields of a message to a tensor of any shape: float32, little-endian."""
     array = values.cpu().numpy().astype("<f4", copy=False)
-    return pb.Tensor(shape=array.shape, data=array.tobytes())
+    message.shape.extend(array.shape)
+    message.data = array.tobytes()
 
 
 def model_message(config: ModelConfig, state: str, model: Model | None) -> pb.Model:
@@ -175,61 +203,69 @@ def metric_message(metric: registry.Metric) -> pb.Metric:
     )
 
 
-def _map(parsed: ParsedRequest, result: RequestResult, t: int, engine_warnings: Sequence[str]) -> pb.SaliencyMap:
+def _outline(message: pb.SaliencyMap, parsed: ParsedRequest, result: RequestResult, t: int) -> None:
+    """Set all fields of the message of a map but the map, its warnings and its raw values."""
     targets = result.targets
-    return pb.SaliencyMap(
-        target=_prediction(parsed.model, targets.index[t], float(targets.p[t]), float(targets.y[t])),
-        saliency=tensor(result.maps[t]),
-        scores=[
-            pb.Score(metric=call.metric.name, value=score.value, unit=call.metric.unit, curve=score.curve)
-            for call, score in zip(parsed.metrics, result.scores[t], strict=True)
-        ],
-        warnings=[*result.warnings[t], *engine_warnings],
-        share=result.share,
-        left_out=[
-            pb.LeftOut(layer=each.layer, channels=each.channels, rows=each.rows, error=each.error[t])
-            for each in result.left_out
-        ],
-    )
+    _set_prediction(message.target, parsed.model, targets.index[t], float(targets.p[t]), float(targets.y[t]))
+    message.share = result.share
+    for call, score in zip(parsed.metrics, result.scores[t], strict=True):
+        message.scores.add(metric=call.metric.name, value=score.value, unit=call.metric.unit, curve=score.curve)
+    for each in result.left_out:
+        message.left_out.add(layer=each.layer, channels=each.channels, rows=each.rows, error=each.error[t])
 
 
-def _predictions(model: Model, logits: Tensor, top_k: int) -> list[pb.Prediction]:
+def _add_predictions(response: pb.ExplainResponse, model: Model, logits: Tensor, top_k: int) -> None:
     p = model.probabilities(logits)
     best = p.argsort(descending=True, stable=True)[:top_k]
     values = zip(best.tolist(), p[best].tolist(), logits[best].tolist(), strict=True)
-    return [_prediction(model, *each) for each in values]
+    for each in values:
+        _set_prediction(response.predictions.add(), model, *each)
 
 
-def _prediction(model: Model, index: int, probability: float, logit: float) -> pb.Prediction:
-    return pb.Prediction(index=index, label=model.label(index), probability=probability, logit=logit)
+def _set_prediction(message: pb.Prediction, model: Model, index: int, probability: float, logit: float) -> None:
+    message.index, message.label = index, model.label(index)
+    message.probability, message.logit = probability, logit
 
 
 def _cost(job: Job[Any]) -> pb.Cost:
     return pb.Cost(rows=job.rows, batches=job.batches, queue_ms=job.queue_ms, compute_ms=job.compute_ms)
 
 
-def _receipt(
-    request_id: str, parsed: ParsedRequest, image: Image, job: Job[RequestResult], result: RequestResult
-) -> pb.Receipt:
+def _add_receipt(
+    receipt: pb.Receipt, request_id: str, parsed: ParsedRequest, job: Job[RequestResult], result: RequestResult
+) -> None:
+    """Set all fields of a receipt but the digests of the input and of the maps."""
     model, call = parsed.model, parsed.method
-    return pb.Receipt(
-        request_id=request_id,
-        model=model.name,
-        model_digest=model.digest,
-        method=call.method.name if call else "",
-        parameters=_struct(call.parameters if call else {}),
-        layers=[layer.name for layer in call.layers] if call else [],
-        targets=result.targets.index,
-        seed=parsed.seed,
-        precision=model.precision,
-        device=model.device.type,
-        batch_sizes=_batch_sizes(job.batch_sizes),
-        preprocessing="as given" if parsed.image.HasField("tensor") else str(model.preprocessing),
-        versions=versions(),
-        budget=job.rows_at_early_stop,
-        input_digest=_digest(image.tensor),
-        map_digests=[_digest(saliency) for saliency in result.maps],
-    )
+    receipt.CopyFrom(_constant_receipt(model))
+    receipt.request_id = request_id
+    if call is not None:
+        receipt.method = call.method.name
+        receipt.layers.extend(layer.name for layer in call.layers)
+    receipt.parameters.CopyFrom(_struct(call.parameters if call else {}))
+    receipt.targets.extend(result.targets.index)
+    receipt.seed = parsed.seed
+    receipt.batch_sizes.update(_batch_sizes(job.batch_sizes))
+    if parsed.image.HasField("tensor"):
+        receipt.preprocessing = "as given"
+    receipt.budget = job.rows_at_early_stop
+
+
+_constant_receipts: WeakKeyDictionary[Model, pb.Receipt] = WeakKeyDictionary()
+
+
+def _constant_receipt(model: Model) -> pb.Receipt:
+    """Return the fields of a receipt that all requests for a model have in common."""
+    receipt = _constant_receipts.get(model)
+    if receipt is None:
+        receipt = _constant_receipts[model] = pb.Receipt(
+            model=model.name,
+            model_digest=model.digest,
+            precision=model.precision,
+            device=model.device.type,
+            preprocessing=str(model.preprocessing),
+            versions=versions(),
+        )
+    return receipt
 
 
 @cache
@@ -240,7 +276,8 @@ def versions() -> Mapping[str, str]:
     return {**installed, "python": platform.python_version()}
 
 
-def _digest(values: Tensor) -> str:
+def digest(values: Tensor) -> str:
+    """Return the digest of a tensor that receipts contain: "sha256:…" of its values, float32, little-endian."""
     array = np.ascontiguousarray(values.cpu().numpy(), "<f4")
     return f"sha256:{hashlib.sha256(array.data).hexdigest()}"
 
