@@ -45,6 +45,11 @@ class RequestResult:
         """The channels that were skipped within the tolerance."""
         return self._result.left_out
 
+    @property
+    def own_scaling(self) -> bool:
+        """True if the method resizes and scales its maps itself."""
+        return self._result.finish is not None
+
     @cached_property
     def logits(self) -> Tensor:
         """The prediction for the image [classes], on the host."""

@@ -36,6 +36,7 @@ def seeds() -> dict[str, bytes]:
             batch_sizes={"forward": 4},
             truth=truth,
             precision="fp32",
+            map_format=pb.MapFormat(dtype="uint8", native=bool(i)),
         ).SerializeToString(deterministic=True)
         found[f"evaluate-{name}"] = b"v" + pb.EvaluateRequest(
             image=pb.Image(encoded=VALID["png-16-bit"]),
@@ -44,6 +45,7 @@ def seeds() -> dict[str, bytes]:
             metrics=[metric],
             seed=7,
             truth=truth,
+            map_format=pb.MapFormat(dtype="float16"),
         ).SerializeToString(deterministic=True)
     return found
 

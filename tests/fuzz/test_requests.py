@@ -59,7 +59,7 @@ def tensors(draw: st.DrawFn) -> pb.Tensor:
         size = min(abs(size * side), 4 * 3 * 32 * 32)
     value = draw(st.sampled_from([b"\x00\x00\x00\x00", b"\x00\x00\x80\x3f", b"\x00\x00\xc0\x7f", b"\x00\x00\x80\xff"]))
     data = value * (size // 4) if draw(st.booleans()) else draw(st.binary(max_size=64))
-    return pb.Tensor(shape=shape, data=data)
+    return pb.Tensor(shape=shape, data=data, dtype=draw(st.just("") | st.sampled_from(["float32", "uint8"]) | TEXT))
 
 
 def images() -> st.SearchStrategy[pb.Image]:
@@ -96,6 +96,8 @@ SHARED: dict[str, Any] = {
     "batch_sizes": st.dictionaries(st.sampled_from(["forward", "gradient", "ascend"]) | TEXT, INT32, max_size=2),
     "truth": st.none() | TRUTH,
     "precision": st.just("") | st.just("fp64") | TEXT,
+    "map_format": st.none()
+    | st.builds(pb.MapFormat, dtype=st.sampled_from(["", "uint8"]) | TEXT, native=st.booleans()),
 }
 EXPLAIN = st.builds(
     pb.ExplainRequest,

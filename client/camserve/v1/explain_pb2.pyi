@@ -89,14 +89,19 @@ Global___Pixels: _TypeAlias = Pixels  # noqa: Y015
 
 @_typing.final
 class Tensor(_message.Message):
-    """float32 values in little-endian, row-major order."""
+    """Values in little-endian, row-major order."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SHAPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """4 bytes for each value. All values must be finite."""
+    """4 bytes for each float32 value, 2 for float16, 1 for uint8. All values must be finite."""
+    dtype: _builtins.str
+    """"float32", "float16" (IEEE 754 half precision) or "uint8" (round(255·v) for a value v in [0, 1]). Empty: "float32".
+    Tensors in requests must be float32. Only maps whose request has a `map_format` have another type.
+    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Size of each dimension, at least 1."""
@@ -106,14 +111,47 @@ class Tensor(_message.Message):
         *,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         data: _builtins.bytes = ...,
+        dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
+
+@_typing.final
+class MapFormat(_message.Message):
+    """Format in which a response contains maps. It reduces the size of the response and does not change scores or receipts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DTYPE_FIELD_NUMBER: _builtins.int
+    NATIVE_FIELD_NUMBER: _builtins.int
+    dtype: _builtins.str
+    """Type of the values: "float32", "float16" or "uint8". Empty: "float32". It does not affect `raw`."""
+    native: _builtins.bool
+    """True to return the maps of a method at its native resolution [h, w], scaled to [0, 1], for example [7, 7]. The
+    caller resizes each map to `input_size`, bilinearly without aligned corners and without antialiasing, and scales it
+    to [0, 1] again by its minimum and maximum. A map that would then differ by more than 1e-6 before the conversion to
+    `dtype` is returned at the input size. The server refuses methods and parameters that scale maps in another way,
+    such as the official variant of Poly-CAM. It has no effect on maps that the caller supplied or that randomisation
+    metrics compute.
+    """
+    def __init__(
+        self,
+        *,
+        dtype: _builtins.str = ...,
+        native: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "native", b"native"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MapFormat: _TypeAlias = MapFormat  # noqa: Y015
 
 @_typing.final
 class Target(_message.Message):
@@ -307,6 +345,7 @@ class ExplainRequest(_message.Message):
     TRUTH_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    MAP_FORMAT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name of the request (AIP-155), at most 128 printable characters. Empty: the server chooses one."""
     model: _builtins.str
@@ -354,6 +393,10 @@ class ExplainRequest(_message.Message):
     def truth(self) -> Global___Truth:
         """Position of the targets. Required by localisation metrics."""
 
+    @_builtins.property
+    def map_format(self) -> Global___MapFormat:
+        """Format of the maps in the response, levels included. Absent: float32 at the model's input size."""
+
     def __init__(
         self,
         *,
@@ -371,10 +414,11 @@ class ExplainRequest(_message.Message):
         truth: Global___Truth | None = ...,
         precision: _builtins.str = ...,
         priority: _builtins.str = ...,
+        map_format: Global___MapFormat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method", "truth", b"truth"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "map_format", b"map_format", "method", b"method", "truth", b"truth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "precision", b"precision", "priority", b"priority", "raw", b"raw", "request_id", b"request_id", "target_top_k", b"target_top_k", "targets", b"targets", "top_k", b"top_k", "truth", b"truth"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "map_format", b"map_format", "method", b"method", "metrics", b"metrics", "model", b"model", "precision", b"precision", "priority", b"priority", "raw", b"raw", "request_id", b"request_id", "target_top_k", b"target_top_k", "targets", b"targets", "top_k", b"top_k", "truth", b"truth"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -439,6 +483,7 @@ class EvaluateRequest(_message.Message):
     TRUTH_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    MAP_FORMAT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name of the request (AIP-155), at most 128 printable characters. Empty: the server chooses one."""
     model: _builtins.str
@@ -479,6 +524,10 @@ class EvaluateRequest(_message.Message):
     def truth(self) -> Global___Truth:
         """Position of the target. Required by localisation metrics."""
 
+    @_builtins.property
+    def map_format(self) -> Global___MapFormat:
+        """As in ExplainRequest."""
+
     def __init__(
         self,
         *,
@@ -495,10 +544,11 @@ class EvaluateRequest(_message.Message):
         truth: Global___Truth | None = ...,
         precision: _builtins.str = ...,
         priority: _builtins.str = ...,
+        map_format: Global___MapFormat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "method", b"method", "saliency", b"saliency", "subject", b"subject", "target", b"target", "truth", b"truth"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "map_format", b"map_format", "method", b"method", "saliency", b"saliency", "subject", b"subject", "target", b"target", "truth", b"truth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "method", b"method", "metrics", b"metrics", "model", b"model", "precision", b"precision", "priority", b"priority", "request_id", b"request_id", "saliency", b"saliency", "seed", b"seed", "subject", b"subject", "target", b"target", "truth", b"truth"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "image", b"image", "map_format", b"map_format", "method", b"method", "metrics", b"metrics", "model", b"model", "precision", b"precision", "priority", b"priority", "request_id", b"request_id", "saliency", b"saliency", "seed", b"seed", "subject", b"subject", "target", b"target", "truth", b"truth"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["saliency", "method"]  # noqa: Y015
     _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
@@ -573,6 +623,7 @@ class SaliencyMap(_message.Message):
     WARNINGS_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     LEFT_OUT_FIELD_NUMBER: _builtins.int
+    INPUT_SIZE_FIELD_NUMBER: _builtins.int
     share: _builtins.float
     """Completed part of the method's full sum, in [0, 1]. Less than 1 if a budget or a deadline stopped the method early."""
     @_builtins.property
@@ -581,7 +632,7 @@ class SaliencyMap(_message.Message):
 
     @_builtins.property
     def saliency(self) -> Global___Tensor:
-        """float32 [H, W] in [0, 1] at the model's input size."""
+        """[H, W] in [0, 1] at the model's input size, or [h, w] if the request asked for the native resolution."""
 
     @_builtins.property
     def raw(self) -> Global___Tensor:
@@ -599,6 +650,12 @@ class SaliencyMap(_message.Message):
     def left_out(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeftOut]:
         """Channels that a method skipped because of its `tolerance`, for each layer."""
 
+    @_builtins.property
+    def input_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """[H, W], the model's input size, if the request asked for the native resolution. If `saliency` has another shape, the
+        caller resizes and scales it as `MapFormat.native` describes.
+        """
+
     def __init__(
         self,
         *,
@@ -609,10 +666,11 @@ class SaliencyMap(_message.Message):
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         share: _builtins.float = ...,
         left_out: _abc.Iterable[Global___LeftOut] | None = ...,
+        input_size: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["raw", b"raw", "saliency", b"saliency", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_out", b"left_out", "raw", b"raw", "saliency", b"saliency", "scores", b"scores", "share", b"share", "target", b"target", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_size", b"input_size", "left_out", b"left_out", "raw", b"raw", "saliency", b"saliency", "scores", b"scores", "share", b"share", "target", b"target", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -833,7 +891,9 @@ class Receipt(_message.Message):
 
     @_builtins.property
     def map_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """"sha256:…" of each map: float32 [H, W], little-endian."""
+        """"sha256:…" of each map: float32 [H, W] at the model's input size, little-endian. The format of the maps in the
+        response does not affect it.
+        """
 
     def __init__(
         self,
@@ -947,6 +1007,7 @@ class Level(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     LAYER_FIELD_NUMBER: _builtins.int
     SALIENCY_FIELD_NUMBER: _builtins.int
+    INPUT_SIZE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Number of the level, from 0 (the coarsest) to `count` − 1."""
     count: _builtins.int
@@ -955,7 +1016,11 @@ class Level(_message.Message):
     """Name of the layer of this level."""
     @_builtins.property
     def saliency(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
-        """float32 [H, W] in [0, 1] for each target."""
+        """[H, W] in [0, 1] for each target, or [h, w] if the request asked for the native resolution."""
+
+    @_builtins.property
+    def input_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in SaliencyMap."""
 
     def __init__(
         self,
@@ -964,10 +1029,11 @@ class Level(_message.Message):
         count: _builtins.int = ...,
         layer: _builtins.str = ...,
         saliency: _abc.Iterable[Global___Tensor] | None = ...,
+        input_size: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "index", b"index", "layer", b"layer", "saliency", b"saliency"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "index", b"index", "input_size", b"input_size", "layer", b"layer", "saliency", b"saliency"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1010,7 +1076,7 @@ class Randomised(_message.Message):
 
     @_builtins.property
     def saliency(self) -> Global___Tensor:
-        """float32 [H, W] in [0, 1]."""
+        """[H, W] in [0, 1] at the model's input size."""
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ def _rows(sizes: Sizes, *, steps: int = 100, **_: object) -> int:
     paper="arXiv:2301.07002",
     rows=_rows,
     min_rows=lambda sizes, **_: 1 + sizes.targets,
+    own_scaling=lambda norm, **_: norm != "range",
 )
 def opti_cam(
     x: Image,
@@ -100,7 +101,8 @@ def opti_cam(
         share = 1.0 if all(ascent.ended) else done / (steps * len(c))
     else:
         yield from ReleaseRows(steps * len(c))
-    return SaliencyMaps(torch.stack([S(u_t) for u_t in u]), _NORMS[norm], share)
+    finish = None if norm == "range" else _NORMS[norm]  # None stands for the same function
+    return SaliencyMaps(torch.stack([S(u_t) for u_t in u]), finish, share)
 
 
 def _has_fallen(period: int, history: Sequence[float]) -> bool:

@@ -58,6 +58,10 @@ def _min_rows(masks: int, sizes: Sizes, **_: object) -> int:
     return 1 + masks
 
 
+def _has_own_scaling(variant: str, **_: object) -> bool:
+    return variant == "official"
+
+
 def _increase(c: Targets, p: Sequence[Tensor]) -> Tensor:
     """Channel-wise Increase of Confidence, eq. 4 with f_c(X_b) = 0."""
     return p[0]
@@ -79,6 +83,7 @@ def _variation(c: Targets, p: Sequence[Tensor]) -> Tensor:
     paper="arXiv:2204.13359",
     rows=partial(_rows, 2),
     min_rows=partial(_min_rows, 2),
+    own_scaling=_has_own_scaling,
 )
 def poly_cam(
     x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
@@ -118,6 +123,7 @@ def poly_cam(
     paper="arXiv:2204.13359",
     rows=partial(_rows, 1),
     min_rows=partial(_min_rows, 1),
+    own_scaling=_has_own_scaling,
 )
 def poly_cam_plus(
     x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0
@@ -155,6 +161,7 @@ def poly_cam_plus(
     paper="arXiv:2204.13359",
     rows=partial(_rows, 1),
     min_rows=partial(_min_rows, 1),
+    own_scaling=_has_own_scaling,
 )
 def poly_cam_minus(
     x: Image, c: Targets, layers: Sequence[str], *, variant: Variant = "paper", tolerance: Tolerance = 0.0

@@ -170,6 +170,7 @@ class Method(Entry):
             can cut the method short after them. None if it cannot stop early.
         seeded: True if the map depends on the seed.
         class_agnostic: True if the map is the same for every class.
+        own_scaling: Function of the parameters that returns True if the method resizes and scales its maps itself.
     """
 
     layers: Layers
@@ -177,6 +178,7 @@ class Method(Entry):
     min_rows: Callable[..., int] | None
     seeded: bool
     class_agnostic: bool
+    own_scaling: Callable[..., bool]
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def method(
     min_rows: Callable[..., int] | None = None,
     needs: Needs = "",
     class_agnostic: bool = False,
+    own_scaling: Callable[..., bool] = lambda **_: False,
 ) -> Callable[[F], F]:
     """Register a method.
 
@@ -46,6 +47,7 @@ def method(
             early.
         needs: Property that the model must have.
         class_agnostic: True if the map is the same for every class.
+        own_scaling: Function of the parameters that returns True if the maps have a `finish` function.
 
     Returns:
         A decorator that registers a function and returns it unchanged.
@@ -66,6 +68,7 @@ def method(
             min_rows=min_rows,
             seeded="seed" in arguments,
             class_agnostic=class_agnostic,
+            own_scaling=own_scaling,
         )
         return plan
 

@@ -155,7 +155,12 @@ def decode_mask(mask: pb.Tensor, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def check_shape(tensor: pb.Tensor, field: str) -> tuple[int, ...]:
-    """Return the shape of a tensor. Raises InvalidArgument if the data do not match it."""
+    """Return the shape of a tensor. Raises InvalidArgument if it is not float32, or the data do not match the shape."""
+    if tensor.dtype not in ("", "float32"):
+        raise InvalidArgument(
+            f"the tensor has the type {tensor.dtype!r}; requests must contain float32 values; convert it",
+            field=f"{field}.dtype",
+        )
     shape = tuple(tensor.shape)
     if not 1 <= len(shape) <= 3 or min(shape) < 1 or len(tensor.data) != 4 * math.prod(shape):
         raise InvalidArgument(

@@ -12,6 +12,7 @@ from camserve_server.engine.job import Event, Progress
 from camserve_server.models.model import Model
 from camserve_server.plan import Level, MapWarning, Randomised, Stage
 from camserve_server.service import responses
+from camserve_server.service.map_format import MapFormat
 
 PROGRESS_EVERY_S = 0.1
 HEARTBEAT_S = 15.0
@@ -26,15 +27,17 @@ class EventStream:
 
     Args:
         model: The model of the request.
+        map_format: The format of the maps.
         kinds: The kinds of messages that the call returns; empty for a unary call. Maps of other kinds are not encoded.
 
     Attributes:
         warnings: The warnings of the engine; complete at the end of `messages`.
     """
 
-    def __init__(self, model: Model, kinds: Collection[type[StreamMessage]]) -> None:
+    def __init__(self, model: Model, map_format: MapFormat, kinds: Collection[type[StreamMessage]]) -> None:
         self.warnings: list[str] = []
         self._model = model
+        self._map_format = map_format
         self._kinds = kinds
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Progress | Stage | Level | Randomised | None] = asyncio.Queue()
@@ -89,6 +92,6 @@ class EventStream:
                         sent = now
                         yield progress
                 case Level():
-                    yield await encode(responses.level, item, self._model)
+                    yield await encode(responses.level, item, self._model, self._map_format)
                 case Randomised():
-                    yield await encode(responses.randomised, item)
+                    yield await encode(responses.randomised, item, self._map_format)

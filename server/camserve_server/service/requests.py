@@ -25,6 +25,7 @@ from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.servable import unsupported_reason
 from camserve_server.plan import Box, Image, Truth
 from camserve_server.request_plan import MethodCall, MetricCall, RowsNeeded, rows_needed
+from camserve_server.service import map_format
 from camserve_server.service.decoding import (
     check_image,
     check_mask,
@@ -33,6 +34,7 @@ from camserve_server.service.decoding import (
     decode_mask,
     decode_saliency,
 )
+from camserve_server.service.map_format import MapFormat
 
 MAX_TARGETS = 64
 MAX_METRICS = 64
@@ -59,6 +61,7 @@ class ParsedRequest:
         image: The image as it was sent.
         boxes: Boxes around the target, in pixels of the model's input.
         mask: A mask of the target; None if there is none.
+        map_format: The format of the maps in the response.
         saliency: The map to score; None if a method makes the maps.
         top_k: The number of predictions in the response; 0 for the default.
         raw: Also return the maps before resizing and scaling.
@@ -76,6 +79,7 @@ class ParsedRequest:
     image: pb.Image
     boxes: tuple[Box, ...]
     mask: pb.Tensor | None
+    map_format: MapFormat
     saliency: pb.Tensor | None = None
     top_k: int = 0
     raw: bool = False
@@ -200,6 +204,7 @@ def _parse_shared(
         image=request.image,
         boxes=target_boxes,
         mask=mask,
+        map_format=map_format.parse(request.map_format, method),
     )
 
 

@@ -25,6 +25,7 @@ from camserve_server.models.servable import unsupported_reason
 from camserve_server.plan import Image, Level, Randomised
 from camserve_server.request_plan import MethodCall, rows_needed
 from camserve_server.request_result import RequestResult, finish_maps
+from camserve_server.service.map_format import MapFormat, native_maps, set_tensor, tensor
 from camserve_server.service.requests import ParsedRequest
 
 TOP_K = 5
@@ -53,7 +54,7 @@ def explain_response(
         _outline(response.maps.add(), parsed, result, t)
     _add_predictions(response, parsed.model, result.logits, parsed.top_k or TOP_K)
     _add_receipt(response.receipt, request_id, parsed, job, result)
-    add_maps(response.maps, response.receipt, result, engine_warnings)
+    add_maps(response.maps, response.receipt, result, parsed.map_format, engine_warnings)
     response.receipt.input_digest = digest(image.tensor)
     if parsed.raw:
         for message, raw in zip(response.maps, result.raw, strict=True):
@@ -73,13 +74,17 @@ def evaluate_response(
     response = pb.EvaluateResponse(request_id=request_id, cost=_cost(job))
     _outline(response.map, parsed, result, 0)
     _add_receipt(response.receipt, request_id, parsed, job, result)
-    add_maps([response.map], response.receipt, result, engine_warnings)
+    add_maps([response.map], response.receipt, result, parsed.map_format, engine_warnings)
     response.receipt.input_digest = digest(image.tensor)
     return response
 
 
 def add_maps(
-    messages: Iterable[pb.SaliencyMap], receipt: pb.Receipt, result: RequestResult, engine_warnings: Sequence[str]
+    messages: Iterable[pb.SaliencyMap],
+    receipt: pb.Receipt,
+    result: RequestResult,
+    map_format: MapFormat,
+    engine_warnings: Sequence[str],
 ) -> None:
     """Add the finished maps, their warnings and their digests to a response.
 
@@ -89,21 +94,35 @@ def add_maps(
         messages: The message of each map.
         receipt: The receipt of the response.
         result: The result of the plan, which finishes its maps now if no metric needed them.
+        map_format: The format of the maps. It does not affect their digests.
         engine_warnings: Warnings of the engine; they follow those of each map.
     """
-    for message, saliency, warnings in zip(messages, result.maps, result.warnings, strict=True):
-        set_tensor(message.saliency, saliency)
+    maps = result.maps
+    returned = native_maps(result.raw, maps, own_scaling=result.own_scaling) if map_format.native else maps
+    for message, saliency, full, warnings in zip(messages, returned, maps, result.warnings, strict=True):
+        set_tensor(message.saliency, saliency, map_format.dtype)
+        message.input_size.extend(full.shape if map_format.native else ())
         message.warnings.extend((*warnings, *engine_warnings))
-        receipt.map_digests.append(digest(saliency))
+        receipt.map_digests.append(digest(full))
 
 
-def level(event: Level, model: Model) -> pb.Level:
+def level(event: Level, model: Model, map_format: MapFormat) -> pb.Level:
     """Return the message for a level of Poly-CAM, resized and scaled like the final map."""
-    maps, _ = finish_maps(replace(event.maps, raw=event.maps.raw.cpu()), model.preprocessing.size)
-    return pb.Level(index=event.index, count=event.count, layer=event.layer, saliency=[tensor(m) for m in maps])
+    on_host = replace(event.maps, raw=event.maps.raw.cpu())
+    size = model.preprocessing.size
+    maps, _ = finish_maps(on_host, size)
+    native = map_format.native
+    returned = native_maps(on_host.raw, maps, own_scaling=on_host.finish is not None) if native else maps
+    return pb.Level(
+        index=event.index,
+        count=event.count,
+        layer=event.layer,
+        saliency=[tensor(each, map_format.dtype) for each in returned],
+        input_size=size if native else (),
+    )
 
 
-def randomised(event: Randomised) -> pb.Randomised:
+def randomised(event: Randomised, map_format: MapFormat) -> pb.Randomised:
     """Return the message for the map of a network with random weights and its similarity to the original map."""
     return pb.Randomised(
         order=event.order,
@@ -112,22 +131,8 @@ def randomised(event: Randomised) -> pb.Randomised:
         layers=event.layers,
         target=event.target,
         **asdict(event.similarity),
-        saliency=tensor(event.saliency),
+        saliency=tensor(event.saliency, map_format.dtype),
     )
-
-
-def tensor(values: Tensor) -> pb.Tensor:
-    """Return the message for a tensor of any shape: float32, little-endian."""
-    message = pb.Tensor()
-    set_tensor(message, values)
-    return message
-
-
-def set_tensor(message: pb.Tensor, values: Tensor) -> None:
-    """Set the fields of a message to a tensor of any shape: float32, little-endian."""
-    array = values.cpu().numpy().astype("<f4", copy=False)
-    message.shape.extend(array.shape)
-    message.data = array.tobytes()
 
 
 def model_message(config: ModelConfig, state: str, model: Model | None) -> pb.Model:
