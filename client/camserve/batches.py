@@ -205,6 +205,8 @@ def evaluate_many(
     masks: Iterable[object] | None = None,
     budget: int | None = None,
     priority: str | None = None,
+    map_dtype: str | None = None,
+    native_maps: bool = False,
     skip: Container[ResultKey] = (),
     in_flight: int = 8,
     timeout: float | None = None,
@@ -226,6 +228,8 @@ def evaluate_many(
         masks: Mask of each image for localisation metrics, as for `explain`, in the order of the images.
         budget: Maximum number of rows of each request, at least 1, as for `explain`. None means no limit.
         priority: Priority of each request: "low", "normal" or "high".
+        map_dtype: Type in which the server sends the maps, as for `explain`.
+        native_maps: True to receive the maps at the resolution of the method, as for `explain`.
         skip: Results to leave out, each as (index of the image, name of the model, method name or label of a
             `Variant`). The name of the model is empty if `models` is None.
         in_flight: Maximum number of requests that run at the same time, at least 1.
@@ -267,6 +271,8 @@ def evaluate_many(
                         budget=budget,
                         priority=priority,
                         predictions=1,
+                        map_dtype=map_dtype,
+                        native_maps=native_maps,
                         timeout=timeout,
                     )
                     yield PendingRequest(build_call, functools.partial(_result, index, image, model, variant.label))
@@ -291,6 +297,8 @@ def explain_many(
     priority: str | None = None,
     predictions: int = 5,
     raw: bool = False,
+    map_dtype: str | None = None,
+    native_maps: bool = False,
     in_flight: int = 8,
     timeout: float | None = None,
 ) -> ConcurrentRequests[Result]:
@@ -317,6 +325,8 @@ def explain_many(
         priority: Priority of each request: "low", "normal" or "high".
         predictions: Number of most probable classes to return for each image, 1 to 1000.
         raw: True to also return each map at its original resolution.
+        map_dtype: Type in which the server sends the maps, as for `explain`.
+        native_maps: True to receive the maps at the resolution of the method, as for `explain`.
         in_flight: Maximum number of requests that run at the same time, at least 1.
         timeout: Timeout of each attempt in seconds. None means the timeout that was passed to the client, or no timeout
             if none was passed.
@@ -350,6 +360,8 @@ def explain_many(
                 priority=priority,
                 predictions=predictions,
                 raw=raw,
+                map_dtype=map_dtype,
+                native_maps=native_maps,
                 timeout=timeout,
             )
             yield PendingRequest(build_call, functools.partial(_result, index, image, model, method))

@@ -13,7 +13,7 @@ import PIL.Image
 import PIL.ImageOps
 from numpy.typing import NDArray
 
-from camserve.errors import InvalidArgument, ResourceExhausted
+from camserve.errors import InternalError, InvalidArgument, ResourceExhausted
 from camserve.v1 import explain_pb2 as pb
 
 __all__ = [
@@ -36,6 +36,9 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 # Pillow would clip the values of these modes to [0, 255] without a warning.
 _DEEP_MODES = ("I", "F")
+
+# NumPy types of the types of tensor messages.
+_DTYPES = {"": "<f4", "float32": "<f4", "float16": "<f2", "uint8": "u1"}
 
 # The EXIF orientations from 5 to 8 exchange width and height.
 _FIRST_TRANSPOSED_ORIENTATION = 5
@@ -201,9 +204,18 @@ def from_wire(tensor: pb.Tensor) -> NDArray[np.float32]:
         tensor: The message.
 
     Returns:
-        A new float32 array of the shape of the tensor.
+        A new float32 array of the shape of the tensor. uint8 values are divided by 255.
+
+    Raises:
+        InternalError: The type of the values is unknown.
     """
-    return np.frombuffer(tensor.data, "<f4").astype(np.float32).reshape(tuple(tensor.shape))
+    if tensor.dtype not in _DTYPES:
+        raise InternalError(
+            f"the response contains a tensor of type {tensor.dtype!r}, which this version of camserve cannot read; "
+            "install a newer version, or request another type"
+        )
+    values = np.frombuffer(tensor.data, _DTYPES[tensor.dtype]).astype(np.float32).reshape(tuple(tensor.shape))
+    return values / np.float32(255) if tensor.dtype == "uint8" else values
 
 
 def to_pillow(image: pb.Image) -> PIL.Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from camserve import images, wire
+from camserve import images, map_format, wire
 from camserve.answers import (
     Cost,
     Evaluation,
@@ -111,7 +111,8 @@ def event(
             return wire.to_dataclass(Progress, response.progress)
         case "level":
             level: pb.Level = response.level  # type: ignore[union-attr] # Only ExplainStreamResponse has levels.
-            return wire.to_dataclass(Level, level, maps=tuple(images.from_wire(each) for each in level.saliency))
+            maps = tuple(map_format.from_wire(each, level.input_size) for each in level.saliency)
+            return wire.to_dataclass(Level, level, maps=maps)
         case "randomised":
             randomised = response.randomised
             return wire.to_dataclass(Randomised, randomised, saliency=images.from_wire(randomised.saliency))
@@ -124,7 +125,7 @@ def event(
 def _saliency_map(message: pb.SaliencyMap, image: pb.Image) -> SaliencyMap:
     return SaliencyMap(
         target=wire.to_dataclass(Prediction, message.target),
-        saliency=images.from_wire(message.saliency),
+        saliency=map_format.from_wire(message.saliency, message.input_size),
         raw=images.from_wire(message.raw) if message.HasField("raw") else None,
         scores={each.metric: Score(each.value, each.unit, each.curve) for each in message.scores},
         warnings=tuple(message.warnings),

@@ -392,10 +392,12 @@ def test_every_request_field_has_an_argument() -> None:
         method_fields - {"name"}
     )
     assert set(pb.MethodSpec.DESCRIPTOR.fields_by_name) == method_fields
-    truth = set(pb.Truth.DESCRIPTOR.fields_by_name)
-    assert set(inspect.signature(request_messages.explain).parameters) == fields - {"truth"} | truth | {"timeout"}
+    assert set(pb.MapFormat.DESCRIPTOR.fields_by_name) == {"dtype", "native"}
+    messages = {"truth", "map_format"}
+    others = set(pb.Truth.DESCRIPTOR.fields_by_name) | {"map_dtype", "native_maps", "timeout"}
+    assert set(inspect.signature(request_messages.explain).parameters) == fields - messages | others
     fields = set(pb.EvaluateRequest.DESCRIPTOR.fields_by_name) | (method_fields - {"name"})
-    assert set(inspect.signature(request_messages.evaluate).parameters) == fields - {"truth"} | truth | {"timeout"}
+    assert set(inspect.signature(request_messages.evaluate).parameters) == fields - messages | others
 
 
 RESPONSES = [
@@ -420,4 +422,5 @@ def test_every_response_field_has_an_attribute(name: str) -> None:
 
 def test_every_saliency_map_field_has_an_attribute() -> None:
     fields = {field.name for field in dataclasses.fields(camserve.SaliencyMap)}
-    assert fields == set(pb.SaliencyMap.DESCRIPTOR.fields_by_name) | {"_image"}
+    # The client uses `input_size` to resize the map.
+    assert fields == set(pb.SaliencyMap.DESCRIPTOR.fields_by_name) - {"input_size"} | {"_image"}

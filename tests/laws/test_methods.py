@@ -8,21 +8,24 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from camserve.map_format import restored
 from camserve_server import registry
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Job, Limits
-from camserve_server.errors import OutOfRange
+from camserve_server.errors import InvalidArgument, OutOfRange
 from camserve_server.metrics.road import imputed
 from camserve_server.models.model import Model
 from camserve_server.models.servable import unsupported_reason
 from camserve_server.plan import MetricResult
 from camserve_server.request_plan import MethodCall, plan_request, rows_needed
 from camserve_server.request_result import RequestResult
+from camserve_server.service.map_format import native_maps
 from tests import nets
 from tests.support import as_model, call, explained, metric, noise, running, submit
 
@@ -245,6 +248,25 @@ def test_degenerate_images_give_valid_maps(model: Model, method: str, image: str
     if image == "overflowing":  # A tensor is not preprocessed.
         x = noise(3, *size).clamp(-1, 1) * 3e38
     check(explained(model, x, quick(model, method), [1]), size)
+
+
+@each
+def test_map_is_restored_from_its_native_resolution_or_refused(model: Model, method: str, x: Tensor) -> None:
+    entry = registry.METHODS[method]
+    size = model.preprocessing.size
+    variants: list[dict[str, Any]] = [{p.name: choice} for p in entry.parameters for choice in p.choices]
+    for parameters in variants or [{}]:
+        method_call = quick(model, method, **parameters)
+        result = explained(model, x, method_call, 2)
+        assert entry.own_scaling(**method_call.parameters) == result.own_scaling
+        if result.own_scaling:
+            with pytest.raises(InvalidArgument, match=r"map_format\.native"):
+                native_maps(result.raw, result.maps, own_scaling=True)
+            continue
+        for native, S in zip(native_maps(result.raw, result.maps, own_scaling=False), result.maps, strict=True):
+            assert native.shape in (result.raw.shape[-2:], size)
+            back = native.numpy() if native.shape == size else restored(native.numpy(), size)
+            np.testing.assert_allclose(back, S, rtol=0, atol=1e-6)
 
 
 class OnePixel(nn.Module):
