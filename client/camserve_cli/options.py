@@ -23,7 +23,9 @@ __all__ = [
     "AsJson",
     "Budget",
     "Layers",
+    "MapDtype",
     "ModelName",
+    "NativeMaps",
     "Parameters",
     "Priority",
     "Seed",
@@ -69,6 +71,22 @@ Budget = Annotated[
 Priority = Annotated[
     str | None,
     typer.Option(metavar="low|normal|high", help="Order among waiting requests. It does not change the map."),
+]
+MapDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float32|float16|uint8",
+        help="Type in which the server sends maps. The smaller types save network traffic and round the values. "
+        "Default: float32.",
+    ),
+]
+NativeMaps = Annotated[
+    bool,
+    typer.Option(
+        "--native-maps",
+        help="Receive maps at the resolution of the method, for example 7 × 7. The client resizes them to the same "
+        "values within 1e-6.",
+    ),
 ]
 # Longer than the default of the client library: a user sees the progress and can press Ctrl-C.
 DEFAULT_TIMEOUT_S = DefaultTimeout(300)

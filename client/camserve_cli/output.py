@@ -43,7 +43,8 @@ def error_text(error: CamserveError | OSError) -> str:
     """Return the message of an error, in which options have the names that the user typed."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}"
-    return str(error).replace("target_top_k", "--top-k")  # the name of the field in the request
+    # The names of fields in the request.
+    return str(error).replace("target_top_k", "--top-k").replace("map_format.native", "--native-maps")
 
 
 class Failures:

@@ -77,6 +77,21 @@ def test_error_names_the_option_that_the_user_typed(address: str, servicer: Serv
     assert result.stderr == f"error: {photo}: --top-k must lie in [0, 5], not 9\n"
 
 
+def test_format_of_maps_is_sent(address: str, servicer: Servicer, photo: Path, out: Path) -> None:
+    arguments = ("--address", address, "--map-dtype", "uint8", "--native-maps")
+    for command in (
+        ("explain", photo, "--out", out),
+        ("evaluate", photo, "--method", "opti-cam"),
+        ("evaluate", photo, "--method", "opti-cam", "--metric", "insertion", "--csv", out / "scores.csv"),
+        ("bench", "--method", "fake-cam", "--image", photo, "--in-flight", 1, "--warmup", 0, "--duration", 0.1),
+    ):
+        out.mkdir(exist_ok=True)
+        result = run(*command, *arguments)
+        assert result.exit_code == 0, result.output
+        formats = [each.map_format for each in servicer.requests if hasattr(each, "map_format")]
+        assert formats[-1] == pb.MapFormat(dtype="uint8", native=True), command
+
+
 def test_explain_writes_files_and_prints_a_table(
     address: str, servicer: Servicer, photo: Path, out: Path, ramp: np.ndarray
 ) -> None:

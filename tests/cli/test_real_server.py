@@ -53,6 +53,24 @@ def test_replayed_map_is_bitwise_identical(
 
 
 @pytest.mark.slow
+def test_map_of_a_small_response_can_be_replayed(server: Server, photo: Path, tmp_path: Path) -> None:
+    arguments = ("--address", server.address, "--model", "tiny", "--out")
+    for folder, options in (("large", ()), ("small", ("--map-dtype", "uint8", "--native-maps"))):
+        explained = command("explain", photo, *arguments, tmp_path / folder, "--method", "grad-cam", *options)
+        assert explained.exit_code == 0, explained.stderr
+    large, small = (np.load(tmp_path / folder / "cat.npy") for folder in ("large", "small"))
+    assert small.dtype == np.float32
+    np.testing.assert_allclose(small, large, rtol=0, atol=0.01)
+    assert not np.array_equal(small, large)
+    result = command("replay", tmp_path / "small" / "cat.json", photo, "--address", server.address)
+    assert (result.exit_code, result.stdout) == (0, "the same map, bit for bit\n"), result
+    official = ("--method", "poly-cam", "--param", "variant=official", "--native-maps")
+    refused = command("explain", photo, *arguments, tmp_path, *official)
+    assert refused.exit_code == 1
+    assert "omit --native-maps" in refused.stderr
+
+
+@pytest.mark.slow
 def test_receipt_digests_match_the_saved_maps(server: Server, photo: Path, tmp_path: Path) -> None:
     command("explain", photo, "--address", server.address, "--model", "tiny", "--out", tmp_path, "--top-k", 2)
     receipt = Receipt.from_json((tmp_path / "cat.json").read_bytes())

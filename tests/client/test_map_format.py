@@ -27,7 +27,7 @@ def by_torch(native: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.f
     return scaled
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.tuples(SIDES, SIDES), st.tuples(SIZES, SIZES), st.integers(0, 2**32 - 1))
 def test_restored_map_equals_that_of_torch(shape: tuple[int, int], size: tuple[int, int], seed: int) -> None:
     native = np.random.default_rng(seed).random(shape, np.float32)

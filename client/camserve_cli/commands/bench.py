@@ -6,12 +6,12 @@ import asyncio
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,7 +34,9 @@ from camserve_cli.load.sender import LoadRun, Sender
 from camserve_cli.load.stats import Measurement
 from camserve_cli.options import (
     Budget,
+    MapDtype,
     ModelName,
+    NativeMaps,
     Seed,
     Server,
     read_variant,
@@ -80,6 +82,8 @@ def bench(
         list[str] | None, typer.Option(metavar="NAME", help="Metric that scores each map. May be repeated.")
     ] = None,
     budget: Budget = None,
+    map_dtype: MapDtype = None,
+    native_maps: NativeMaps = False,
     in_flight: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Closed loop: keep N requests pending. Default: 8, without --rate."),
@@ -146,8 +150,15 @@ def bench(
         with server.client() as client:
             served = _check_names(client, model, [variant for variant, _ in weighted], metric or [])
         images = image_files.find_images(image or [])
+        fields = {
+            "model": model,
+            "metrics": metric or [],
+            "budget": budget,
+            "map_dtype": map_dtype,
+            "native_maps": native_maps,
+        }
         mix = Mix(
-            [_prepare(variant, images or [photograph()], model, metric or [], budget) for variant, _ in weighted],
+            [_prepare(variant, images or [photograph()], fields) for variant, _ in weighted],
             [weight for _, weight in weighted],
         )
         with _LoadMonitor(warmup + duration) as monitor:
@@ -168,6 +179,7 @@ def bench(
                 "images": f"{len(images)} files" if images else "synthetic, 512 × 384 pixels",
                 "metrics": ", ".join(metric or []) or "none",
                 "budget": "none" if budget is None else f"{budget} rows",
+                "maps": f"{map_dtype or 'float32'}, {'native resolution' if native_maps else 'input size'}",
                 "measured": f"{measured.seconds:.0f} s, after {warmup:g} s of warm-up",
                 "connections": str(connections),
                 "seed": str(seed),
@@ -279,21 +291,17 @@ def _check_names(client: Client, name: str | None, variants: Sequence[Variant], 
     return model
 
 
-def _prepare(
-    variant: Variant, images: Sequence[ImageLike], model: str | None, metrics: Sequence[str], budget: int | None
-) -> list[PreparedRequest]:
+def _prepare(variant: Variant, images: Sequence[ImageLike], fields: Mapping[str, Any]) -> list[PreparedRequest]:
     """Return one request by the method for each image."""
     prepared = []
     for index, image in enumerate(images):
         call = request_messages.explain(
             image,
-            model=model,
             method=variant.method,
             parameters=variant.parameters,
-            metrics=metrics,
             seed=variant.seed,
-            budget=budget,
             predictions=1,
+            **fields,
         )
         prepared.append(PreparedRequest(variant.label, index, call.request.SerializeToString()))
     return prepared

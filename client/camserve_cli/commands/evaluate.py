@@ -25,6 +25,8 @@ from camserve_cli.options import (
     AsJson,
     Budget,
     Layers,
+    MapDtype,
+    NativeMaps,
     Parameters,
     Priority,
     Seed,
@@ -84,6 +86,8 @@ def evaluate(
     seed: Seed = 0,
     budget: Budget = None,
     priority: Priority = None,
+    map_dtype: MapDtype = None,
+    native_maps: NativeMaps = False,
     boxes: Annotated[
         Path | None,
         typer.Option(
@@ -166,6 +170,8 @@ def evaluate(
                 seed=seed,
                 budget=budget,
                 priority=priority,
+                map_dtype=map_dtype,
+                native_maps=native_maps,
                 boxes=read_boxes(boxes, images)[0] if boxes else None,
             )
         return
@@ -195,6 +201,8 @@ def evaluate(
             boxes=read_boxes(boxes, files) if boxes else None,
             budget=budget,
             priority=priority,
+            map_dtype=map_dtype,
+            native_maps=native_maps,
         )
         run = StudyRun(client, spec, csv, npz, resume)
         rows = _evaluate_many(run, in_flight)

@@ -19,7 +19,9 @@ from camserve_cli.options import (
     AsJson,
     Budget,
     Layers,
+    MapDtype,
     ModelName,
+    NativeMaps,
     Parameters,
     Priority,
     Seed,
@@ -77,6 +79,8 @@ def explain(
     seed: Seed = 0,
     budget: Budget = None,
     priority: Priority = None,
+    map_dtype: MapDtype = None,
+    native_maps: NativeMaps = False,
     out: Annotated[
         Path,
         typer.Option(metavar="DIR", help="Folder for the files. It is created if necessary. Default: this folder."),
@@ -125,6 +129,8 @@ def explain(
                     seed=seed,
                     budget=budget,
                     priority=priority,
+                    map_dtype=map_dtype,
+                    native_maps=native_maps,
                     boxes=boxes,
                     mask=truth_mask,
                 )

@@ -28,6 +28,8 @@ class StudySpec:
         boxes: The boxes of each image, or None.
         budget: Maximum number of rows for each map.
         priority: Priority of the requests.
+        map_dtype: Type in which the server sends the maps.
+        native_maps: Receive the maps at the resolution of the method.
     """
 
     images: Sequence[Path]
@@ -37,6 +39,8 @@ class StudySpec:
     boxes: Sequence[BoxesLike | None] | None = None
     budget: int | None = None
     priority: str | None = None
+    map_dtype: str | None = None
+    native_maps: bool = False
 
     @property
     def count(self) -> int:
@@ -153,6 +157,8 @@ class StudyRun:
                 boxes=self.spec.boxes,
                 budget=self.spec.budget,
                 priority=self.spec.priority,
+                map_dtype=self.spec.map_dtype,
+                native_maps=self.spec.native_maps,
                 skip=self.done,
                 in_flight=in_flight,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -76,7 +77,10 @@ def test_default_response_has_none_of_the_new_fields(stub: ExplainServiceStub) -
     assert [field.name for field, _ in answer.saliency.ListFields()] == ["shape", "data"]
 
 
-@pytest.mark.parametrize("method", ["grad-cam", "poly-cam", "occlusion", "random", "score-cam"])
+SLOW_METHODS = [pytest.param(name, marks=pytest.mark.slow) for name in ("poly-cam", "occlusion")]
+
+
+@pytest.mark.parametrize("method", ["grad-cam", "random", "score-cam", *SLOW_METHODS])
 def test_maps_and_receipts_of_all_formats_agree(client: camserve.Client, method: str) -> None:
     options: dict[str, Any] = {"model": "tiny", "method": method, "top_k": 2, "request_id": "same"}
     default = client.explain(IMAGE, **options)
@@ -91,6 +95,15 @@ def test_maps_and_receipts_of_all_formats_agree(client: camserve.Client, method:
             np.testing.assert_allclose(ours.saliency, theirs.saliency, rtol=0, atol=bound)
         if not native and dtype == "float32":
             assert np.array_equal(e.saliency, default.saliency)
+
+
+def test_asyncio_client_restores_maps(client: camserve.Client, server: Server) -> None:
+    async def explain() -> camserve.Explanation:
+        async with camserve.aio.Client(server.address, timeout=TIMEOUT_S) as client:
+            return await client.explain(IMAGE, model="tiny", method="grad-cam", native_maps=True)
+
+    default = client.explain(IMAGE, model="tiny", method="grad-cam")
+    np.testing.assert_allclose(asyncio.run(explain()).saliency, default.saliency, rtol=0, atol=1e-6)
 
 
 def test_receipt_of_any_format_can_be_replayed(client: camserve.Client) -> None:
