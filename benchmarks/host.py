@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,6 +25,7 @@ from benchmarks.results import Chart, Claim, Findings, Result, Table
 from benchmarks.timing import Side, Timed
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.config import Config, ModelConfig
+from camserve_server.service.logs import log_to_stderr
 
 AIM = 4.0  # at most this multiple of the CPU time of the echo
 SIDE_PX = 224
@@ -81,9 +85,12 @@ def _serve_camserve(connection: Connection) -> None:
     from camserve_server.torch_setup.allocator import keep_memory
     from tests.conftest import serving
 
+    config = Config(listen="127.0.0.1:0", device="cpu", log_level="info", models=[NULL])
+    sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # used until the process ends
+    log_to_stderr(config)
     keep_memory()
     torch.set_num_threads(2)
-    with serving(Config(listen="127.0.0.1:0", device="cpu", log_level="info", models=[NULL])) as server:
+    with serving(config) as server:
         connection.send(server.address)
         _answer_questions(connection)
 

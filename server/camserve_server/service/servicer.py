@@ -8,11 +8,9 @@ a codec thread). Nothing blocks the event loop, so Health answers while the devi
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -25,7 +23,7 @@ from camserve_server.config import Config
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Job
 from camserve_server.errors import CamserveError, Cancelled, Expired, InternalError, Unavailable
-from camserve_server.model_pool import ModelPool
+from camserve_server.model_pool import Lease, ModelPool
 from camserve_server.models.model import Model
 from camserve_server.plan import Image
 from camserve_server.registry import method_label
@@ -33,10 +31,10 @@ from camserve_server.request_plan import limits, plan_request
 from camserve_server.request_result import RequestResult
 from camserve_server.service import bounds, requests, responses, security, status, trace_context
 from camserve_server.service.call import MAX_REQUEST_ID, Call, Context, checked_request_id
+from camserve_server.service.codec import CodecThreads
 from camserve_server.service.event_stream import EventStream, StreamMessage
 from camserve_server.service.prometheus import Metrics
 from camserve_server.service.requests import ParsedRequest
-from camserve_server.torch_setup.threads import compute_alone
 
 if TYPE_CHECKING:  # the tracer imports opentelemetry, an optional dependency
     from camserve_server.service.tracer import Tracer
@@ -74,7 +72,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         self.draining = False
         self._config = config
         self._engine = engine
-        self._codec = ThreadPoolExecutor(4, thread_name_prefix="codec", initializer=compute_alone)
+        self._codec = CodecThreads()
         self._metrics = metrics
         self._tracer = tracer
 
@@ -184,7 +182,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 parsed.model, parsed.method, parsed.rows, budget=parsed.budget, deadline=_deadline(context)
             )
             with self._engine.reserve(parsed.rows.most, bounded, caller, priority) as reservation:
-                pixels = await self._in_codec_thread(requests.decode_pixels, parsed, self._config)
+                pixels = await self._codec.run(requests.decode_pixels, parsed, self._config)
                 subject = parsed.method if pixels.saliency is None else pixels.saliency
                 assert subject is not None, "a request without a map has a method"
                 events = EventStream(parsed.model, parsed.map_format, kinds)
@@ -194,34 +192,38 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                     batch_sizes=parsed.batch_sizes,
                     notify=events.notify,
                 )
-            self._follow(job, call, events, lease.release)
+            self._follow(job, call)
             call.facts |= {"model": parsed.model.name, "method": parsed.method.method.name if parsed.method else ""}
-            async for message in events.messages(self._in_codec_thread):
-                yield message
-            call.facts |= {"rows": job.rows, "queue_ms": round(job.queue_ms), "compute_ms": round(job.compute_ms)}
-            result = job.future.result()
-            yield await self._in_codec_thread(
-                respond, call.request_id, parsed, pixels.image, job, result, events.warnings
-            )
+            if kinds:
+                self._release_with(job, events, lease)
+                async for message in events.messages(self._codec.run):
+                    yield message
+            try:
+                yield await self._codec.run_after(
+                    job.future,
+                    lambda: respond(
+                        call.request_id, parsed, pixels.image, job, job.future.result(), tuple(events.warnings)
+                    ),
+                )
+            finally:
+                if job.future.done():  # a cancelled call ends before its job
+                    facts = {"rows": job.rows, "queue_ms": round(job.queue_ms), "compute_ms": round(job.compute_ms)}
+                    call.facts |= facts
 
-    def _follow(
-        self, job: Job[RequestResult], call: Call, events: EventStream, release_model: Callable[[], None]
-    ) -> None:
-        """Connect a job with its call: each of them ends the other, and the model is released with the job.
-
-        The model does not stay leased while a slow caller reads the response.
-        """
-        loop = asyncio.get_running_loop()
+    def _follow(self, job: Job[RequestResult], call: Call) -> None:
+        """Cancel a job when its call ends, and count its times. Cancelling a finished job has no effect."""
         call.job = job
         job.future.add_done_callback(lambda _: self._metrics.finished(job, call.method))
-        # Cancelling a finished job has no effect.
         call.context.add_done_callback(lambda *_: self._engine.cancel(job))  # type: ignore[arg-type]
-        job.future.add_done_callback(lambda _: events.end())
-        job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(release_model))
 
-    async def _in_codec_thread(self, work: Callable[..., T], *args: object) -> T:
-        context = contextvars.copy_context()  # log lines of the thread carry the identifier of the request
-        return await asyncio.get_running_loop().run_in_executor(self._codec, lambda: context.run(work, *args))
+    def _release_with(self, job: Job[RequestResult], events: EventStream, lease: Lease) -> None:
+        """End the events of a stream and the lease with the job.
+
+        The model does not stay leased while a slow caller reads the stream.
+        """
+        loop = asyncio.get_running_loop()
+        job.future.add_done_callback(lambda _: events.end())
+        job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(lease.release))
 
     # ---- all calls ---------------------------------------------------------------------------------------------------
 

@@ -25,14 +25,14 @@ def compute_alone() -> None:
         libgomp.omp_set_num_threads(1)
 
 
-async def in_own_thread(work: Callable[[], T]) -> T:
-    """Call a function in a new thread and return its result.
-
-    The OpenMP team of the thread ends with it: see engine/lanes/dispatch.py. The process does not wait for the thread
-    at its end.
+def settled_by(work: Callable[[], T]) -> tuple[asyncio.Future[T], Callable[[], None]]:
+    """Return a future of the running event loop, and a function for another thread that settles it.
 
     Args:
-        work: The function.
+        work: The function whose result or exception becomes that of the future.
+
+    Returns:
+        The future, and a function that calls `work`, unless the future has been cancelled.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
@@ -46,6 +46,8 @@ async def in_own_thread(work: Callable[[], T]) -> T:
             done.set_exception(error)
 
     def run() -> None:
+        if done.cancelled():
+            return
         result, error = None, None
         try:
             result = work()
@@ -54,5 +56,18 @@ async def in_own_thread(work: Callable[[], T]) -> T:
         with contextlib.suppress(RuntimeError):  # the loop may be closed by now
             loop.call_soon_threadsafe(settle, result, error)
 
+    return done, run
+
+
+async def in_own_thread(work: Callable[[], T]) -> T:
+    """Call a function in a new thread and return its result.
+
+    The OpenMP team of the thread ends with it: see engine/lanes/dispatch.py. The process does not wait for the thread
+    at its end.
+
+    Args:
+        work: The function.
+    """
+    done, run = settled_by(work)
     threading.Thread(target=run, name="load", daemon=True).start()
     return await done
