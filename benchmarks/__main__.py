@@ -87,6 +87,9 @@ def main() -> int:
     parser.add_argument(
         "--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="networks to measure (default: all)"
     )
+    parser.add_argument(
+        "--baseline", type=Path, metavar="CHECKOUT", help="checkout of another commit to compare the section host with"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page, its data and its charts")
     parser.add_argument("--render", action="store_true", help="only write the page from the stored results")
     arguments = parser.parse_args()
@@ -101,7 +104,7 @@ def main() -> int:
     device = pick_device(arguments.device)
     if device.type == "cpu":
         keep_memory()  # The server does the same.
-    bench = Bench(device, arguments.seconds, arguments.rounds, names=arguments.models)
+    bench = Bench(device, arguments.seconds, arguments.rounds, names=arguments.models, baseline=arguments.baseline)
     command = "make bench" if len(sys.argv) == 1 else f"python -m benchmarks {shlex.join(sys.argv[1:])}"
 
     here, data = facts(device), arguments.out / "benchmarks.json"

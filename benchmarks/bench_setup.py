@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,7 @@ class Bench:
         images: Number of concurrent images for Opti-CAM.
         callers: Number of concurrent callers of the service.
         names: Names of the networks.
+        baseline: Checkout of another commit, whose server the section "Host" also measures; None for none.
         step: Function that is called with a description before each step.
         loaded: Networks that are already loaded, by name.
     """
@@ -36,6 +38,7 @@ class Bench:
     images: int = 8
     callers: int = 16
     names: Sequence[str] = tuple(CONFIGS)
+    baseline: Path | None = None
     step: Callable[[str], None] = lambda text: None
     loaded: dict[str, Subject] = field(default_factory=dict)
 

@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
+import json
 import os
+import re
+import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
-import torch
 
 from benchmarks.bench_setup import Bench
+from benchmarks.machine import ROOT, commit
 from benchmarks.results import Chart, Claim, Findings, Result, Table
 from benchmarks.timing import Side, Timed
 from camserve.v1 import explain_pb2 as pb
-from camserve_server.config import Config, ModelConfig
-from camserve_server.service.logs import log_to_stderr
 
 AIM = 4.0  # at most this multiple of the CPU time of the echo
+BASELINE_AIM = 4.0  # at least this multiple of the requests per second of the baseline
 SIDE_PX = 224
 METHODS = ("cam", "grad-cam")
 ECHO, EXPLAIN = "/echo.Echo/Echo", "/camserve.v1.ExplainService/Explain"
-NULL = ModelConfig(name="null", source="python:tests.nets:null_net")
+CONFIG = """
+listen = "127.0.0.1:0"
+device = "cpu"
+[[models]]
+name = "null"
+source = "python:benchmarks.null_net:null_net"
+"""
 
 TEXT = (
     "{callers} callers send an image of 150 KB as pixels and receive a map of 200 KB, over gRPC on loopback. The "
     "network is one pooling, one 1 × 1 convolution and one linear layer, so nearly all of the time is the host's. "
     "*Echo*: a bare `grpc.aio` server that receives and returns messages of the same sizes. CPU time of the server's "
-    "process in milliseconds per request, by the thread that used it; *other* contains the threads of gRPC."
+    "process in milliseconds per request, by the thread that used it; *other* contains the threads of gRPC and OpenMP."
 )
 
 
@@ -48,6 +54,11 @@ class Measured:
     requests: int
     seconds: float
     cpu_s: Mapping[str, float]
+
+    @property
+    def rate(self) -> float:
+        """Requests per second."""
+        return self.requests / self.seconds
 
     @property
     def cpu_ms(self) -> float:
@@ -62,78 +73,50 @@ class Measured:
 # ---- servers, each in a process of its own ---------------------------------------------------------------------------
 
 
-def _cpu_s() -> dict[str, float]:
-    """Return the CPU seconds of this process and of each of its Python threads."""
-    used = {"process": time.process_time()}
-    for thread in threading.enumerate():
-        assert thread.ident is not None, "a running thread has an identifier"
-        used[thread.name] = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-    return used
-
-
-def _answer_questions(connection: Connection) -> None:
-    """Send the CPU times whenever the other process asks, until it closes the connection."""
-    while True:
-        try:
-            connection.recv()
-        except EOFError:
-            return
-        connection.send(_cpu_s())
-
-
-def _serve_camserve(connection: Connection) -> None:
-    from camserve_server.torch_setup.allocator import keep_memory
-    from tests.conftest import serving
-
-    config = Config(listen="127.0.0.1:0", device="cpu", log_level="info", models=[NULL])
-    sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # used until the process ends
-    log_to_stderr(config)
-    keep_memory()
-    torch.set_num_threads(2)
-    with serving(config) as server:
-        connection.send(server.address)
-        _answer_questions(connection)
-
-
-def _serve_echo(connection: Connection) -> None:
-    reply = bytes(4 * SIDE_PX * SIDE_PX)
-
-    async def echo(request: bytes, context: object) -> bytes:
-        return reply
-
-    async def life() -> None:
-        server = grpc.aio.server()
-        handler: Any = grpc.unary_unary_rpc_method_handler(echo)
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("echo.Echo", {"Echo": handler}),))
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        connection.send(f"127.0.0.1:{port}")
-        await asyncio.to_thread(_answer_questions, connection)
-        await server.stop(0)
-
-    asyncio.run(life())
-
-
 class ServerProcess:
-    """Server in a process of its own that reports the CPU time of its threads."""
+    """Server in a process of its own that reports the CPU time of its threads.
 
-    def __init__(self, serve: Any) -> None:
-        self._connection, theirs = multiprocessing.Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.address: str = self._connection.recv()
+    Args:
+        what: File of the configuration, or the number of bytes that an echo returns.
+        checkout: Folder of the project whose code the process runs.
+
+    Attributes:
+        address: HOST:PORT of the server.
+    """
+
+    def __init__(self, what: str, checkout: Path = ROOT) -> None:
+        folders = (checkout.resolve() / "client", checkout.resolve() / "server")  # the network is always this one
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.host_server", what],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # the server writes its log as usual
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
+            text=True,
+        )
+        ready = re.search(r"ready on (\S+:\d+)", self._line())
+        if ready is None:
+            raise RuntimeError(f"the server of {checkout} did not start; run it by hand to see why")
+        self.address = ready[1]
 
     def cpu_s(self) -> dict[str, float]:
         """Return the CPU seconds of the process and of its Python threads."""
-        self._connection.send(None)
-        used: dict[str, float] = self._connection.recv()
+        assert self._process.stdin is not None, "it is a pipe"
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        used: dict[str, float] = json.loads(self._line())
         return used
 
     def close(self) -> None:
-        """Stop the server and end the process."""
-        self._connection.close()
-        self._process.join()
+        """Stop the server and wait for the end of the process."""
+        with self._process:
+            assert self._process.stdin is not None, "it is a pipe"
+            self._process.stdin.close()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None, "it is a pipe"
+        return self._process.stdout.readline()
 
 
 # ---- callers ---------------------------------------------------------------------------------------------------------
@@ -177,20 +160,25 @@ def measure(server: ServerProcess, path: str, message: bytes, callers: int, seco
 
 
 @contextmanager
-def servers() -> Iterator[dict[str, ServerProcess]]:
-    """Run both servers."""
-    running = {"echo": ServerProcess(_serve_echo), "camserve": ServerProcess(_serve_camserve)}
-    try:
-        yield running
-    finally:
+def servers(baseline: Path | None) -> Iterator[dict[str, ServerProcess]]:
+    """Run the echo, the server and, if a checkout is given, the server of that checkout."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        config = Path(folder) / "camserve.toml"
+        config.write_text(CONFIG, encoding="utf-8")
+        running = {
+            "echo": ServerProcess(str(4 * SIDE_PX * SIDE_PX)),
+            "camserve": ServerProcess(str(config)),
+            **({"baseline": ServerProcess(str(config), baseline)} if baseline else {}),
+        }
         for each in running.values():
-            each.close()
+            stack.callback(each.close)
+        yield running
 
 
 def section(bench: Bench) -> Result:
     """Measure the CPU time per request of each method, and of the echo."""
     findings = Findings()
-    with servers() as running:
+    with servers(bench.baseline) as running:
         for method in METHODS:
             _measure(bench, findings, running, method)
     return Result(
@@ -219,23 +207,34 @@ def _measure(bench: Bench, findings: Findings, running: Mapping[str, ServerProce
 
     sides: dict[str, Side] = {name: partial(side, name) for name in running}
     rates = bench.alternate(f"{method}, {bench.callers} callers", sides)
-    share = rates["camserve"].over(rates["echo"])
-    for name in ("echo", "camserve") if method == METHODS[0] else ("camserve",):
-        each = sorted(measured[name], key=lambda one: one.cpu_ms)[len(measured[name]) // 2]
-        threads = [each.thread_ms(part) for part in ("engine", "codec", "server")]
-        other = each.cpu_ms - sum(threads)
-        times = f"{1 / rates['camserve'].over(rates['echo']):.1f}" if name == "camserve" else "1"
-        label = method if name == "camserve" else "echo"
-        cells = [f"{value:.2f}" for value in (*threads, other)] if name == "camserve" else ["–"] * 4
-        findings.rows.append([label, f"{each.requests / each.seconds:.0f}", f"{each.cpu_ms:.2f}", times, *cells])
+    medians = {name: sorted(each, key=lambda one: one.cpu_ms)[len(each) // 2] for name, each in measured.items()}
+    for name, each in medians.items():
+        if name == "echo" and method != METHODS[0]:
+            continue
+        threads = [each.thread_ms(part) for part in ("engine", "codec", "MainThread")]
+        parts = [*threads, each.cpu_ms - sum(threads)]
+        label = {"echo": "echo", "camserve": method}.get(name, f"{method}, {name}")
+        times = f"{1 / rates[name].over(rates['echo']):.1f}"
+        cells = ["–"] * 4 if name == "echo" else [f"{value:.2f}" for value in parts]
+        findings.rows.append([label, f"{each.rate:.0f}", f"{each.cpu_ms:.2f}", times, *cells])
     findings.bars[method] = {name: 1e3 / rate.rate for name, rate in rates.items()}
     findings.claims.append(
         Claim(
             f"Echo's CPU time per request, as a share of camserve's, {method}",
             "bare grpc.aio echo",
-            share,
+            rates["camserve"].over(rates["echo"]),
             1 / AIM,
             "share",
             because="see the table: the work of each thread",
         )
     )
+    if bench.baseline:
+        findings.claims.append(
+            Claim(
+                f"Requests per second, {method}",
+                f"commit {commit(bench.baseline)}",
+                medians["camserve"].rate / medians["baseline"].rate,
+                BASELINE_AIM,
+                because="the callers use the same cores",
+            )
+        )

@@ -25,10 +25,10 @@ def facts(device: torch.device) -> dict[str, str]:
     }
 
 
-def commit() -> str:
-    """Return the short name of the commit, with a remark if the working tree differs from it."""
-    name = _git("rev-parse", "--short", "HEAD") or "unknown"
-    changed = _git("status", "--porcelain", "--", "server", "client", "benchmarks")
+def commit(checkout: Path = ROOT) -> str:
+    """Return the short name of a checkout's commit, with a remark if its working tree differs from it."""
+    name = _git(checkout, "rev-parse", "--short", "HEAD") or "unknown"
+    changed = _git(checkout, "status", "--porcelain", "--", "server", "client", "benchmarks")
     return f"{name} with changes" if changed else name
 
 
@@ -40,6 +40,6 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+def _git(checkout: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=False)
     return done.stdout.strip()

@@ -28,24 +28,6 @@ class Normalise(nn.Module):
         return (x - self.mean) / self.std
 
 
-class NullNet(nn.Module):
-    """Network that computes almost nothing: a pooling, a 1 × 1 convolution, and a linear layer behind the mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool, self.conv, self.relu = nn.AvgPool2d(32), nn.Conv2d(3, 8, 1), nn.ReLU()
-        self.gap, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.gap(self.relu(self.conv(self.pool(x)))).flatten(1))
-        return logits
-
-
-def null_net() -> NullNet:
-    torch.manual_seed(0)
-    return NullNet().eval()
-
-
 class TinyPoly(nn.Module):
     """Network of seven classes with one activation at each of three resolutions: r1 (12 channels), r2 (16), r3 (20)."""
 
