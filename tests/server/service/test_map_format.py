@@ -211,15 +211,17 @@ def test_tensors_of_requests_must_be_float32(stub: ExplainServiceStub, field: st
         (torch.full((3, 4), 7.0), (3, 4)),
         (1000 + torch.arange(12.0).reshape(3, 4) / 100, (32, 32)),
         (torch.arange(12.0).reshape(3, 4).where(torch.eye(3, 4) == 0, torch.nan), (3, 4)),
+        (torch.arange(12.0).reshape(3, 4).where(torch.eye(3, 4) == 0, torch.inf), (3, 4)),
         (torch.arange(12.0, dtype=torch.float64).reshape(3, 4) * 1e300, (32, 32)),
         (torch.arange(40.0 * 50).reshape(40, 50), (32, 32)),
     ],
-    ids=["ramp", "constant", "low contrast", "not finite", "overflow in float32", "larger than the input"],
+    ids=["ramp", "constant", "low contrast", "NaN", "infinity", "overflow in float32", "larger than the input"],
 )
 def test_map_is_native_only_if_it_can_be_restored(raw: torch.Tensor, shape: tuple[int, int]) -> None:
     full = finish_maps(SaliencyMaps(raw[None]), (32, 32)).maps.float()
     (returned,) = native_maps(raw[None], full, own_scaling=False)
     assert tuple(returned.shape) == shape
+    assert returned.isfinite().all()
     if shape == (32, 32):
         assert torch.equal(returned, full[0])
     else:
