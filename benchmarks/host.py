@@ -43,7 +43,8 @@ TEXT = (
     "{callers} callers send an image of 150 KB as pixels and receive a map of 200 KB, over gRPC on loopback. The "
     "network is one pooling, one 1 × 1 convolution and one linear layer, so nearly all of the time is the host's. "
     "*Echo*: a bare `grpc.aio` server that receives and returns messages of the same sizes. CPU time of the server's "
-    "process in milliseconds per request, by the thread that used it; *other* contains the threads of gRPC and OpenMP."
+    "process in milliseconds per request, by the thread that used it: the engine's thread in forward passes (*network*) "
+    "and otherwise (*engine*, with backward passes), codec threads, event loop; *other* are threads of gRPC and OpenMP."
 )
 
 
@@ -188,7 +189,7 @@ def section(bench: Bench) -> Result:
         tables=[
             Table(
                 "Median of the rounds:",
-                ["method", "requests/s", "CPU ms", "÷ echo", "engine", "codec", "event loop", "other"],
+                ["method", "requests/s", "CPU ms", "÷ echo", "network", "engine", "codec", "event loop", "other"],
                 findings.rows,
             )
         ],
@@ -211,11 +212,12 @@ def _measure(bench: Bench, findings: Findings, running: Mapping[str, ServerProce
     for name, each in medians.items():
         if name == "echo" and method != METHODS[0]:
             continue
-        threads = [each.thread_ms(part) for part in ("engine", "codec", "MainThread")]
-        parts = [*threads, each.cpu_ms - sum(threads)]
+        engine, *others = [each.thread_ms(part) for part in ("engine", "codec", "MainThread")]
+        network = each.thread_ms("network")
+        parts = [network, engine - network, *others, each.cpu_ms - engine - sum(others)]
         label = {"echo": "echo", "camserve": method}.get(name, f"{method}, {name}")
         times = f"{1 / rates[name].over(rates['echo']):.1f}"
-        cells = ["–"] * 4 if name == "echo" else [f"{value:.2f}" for value in parts]
+        cells = ["–"] * 5 if name == "echo" else [f"{value:.2f}" for value in parts]
         findings.rows.append([label, f"{each.rate:.0f}", f"{each.cpu_ms:.2f}", times, *cells])
     findings.bars[method] = {name: 1e3 / rate.rate for name, rate in rates.items()}
     findings.claims.append(

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 
 class NullNet(nn.Module):
-    """A pooling, a 1 × 1 convolution, and a linear layer behind the mean."""
+    """A pooling, a 1 × 1 convolution, and a linear layer behind the mean.
+
+    Attributes:
+        cpu_s: CPU seconds of the calling threads in all forward passes of the process.
+    """
+
+    cpu_s: ClassVar[float] = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -16,7 +25,9 @@ class NullNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [N, 10] of images [N, 3, H, W]."""
+        start = time.thread_time()
         logits: Tensor = self.fc(self.gap(self.relu(self.conv(self.pool(x)))).flatten(1))
+        NullNet.cpu_s += time.thread_time() - start
         return logits
 
 

@@ -23,7 +23,7 @@ from camserve_server.models.load import load
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.sources import build_network
-from camserve_server.plan import Image
+from camserve_server.plan import Image, as_row
 from camserve_server.registry import METHODS, Value
 from camserve_server.request_plan import MethodCall
 
@@ -140,4 +140,5 @@ def made(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.f
     """Return the original network in contiguous format and the photograph as its input."""
     net = build_network(config, "models").eval().requires_grad_(False).to(device, dtype)
     preprocessing = Preprocessing(config.input_size, config.mean, config.std, config.interpolation)
-    return net, Image(*(values.to(device, dtype) for values in (preprocessing(photograph()), *preprocessing.columns)))
+    row = as_row(preprocessing(photograph()))
+    return net, Image(*(values.to(device, dtype) for values in (row, *preprocessing.columns)))
