@@ -5,8 +5,6 @@ Poppi, Cornia, Baraldi, Cucchiara 2021, arXiv:2104.10252.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -38,7 +36,7 @@ def adcc(x: Image, c: Targets, S: Tensor, *, explain: Explainer) -> Plan[MetricR
     scores = yield from Cached("masked", 1, lambda: iter(Score(Masked(x, S[None], mask=resize), c)))
     p, o = float(c.p[0]), float(scores.probabilities[0, 0])
     kept = 1 - max(p - o, 0.0) / p if p > 0 else 0.0
-    other = yield from explain(replace(x, tensor=x.tensor * S))
+    other = yield from explain(x.with_tensor(x.tensor * S))
     parts = [(1 + _correlation(S, other)) / 2, 1 - float(S.mean()), kept]
     return MetricResult(3 / sum(1 / part for part in parts) if min(parts) > 0 else 0.0)
 

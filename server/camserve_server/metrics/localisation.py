@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -219,7 +218,7 @@ def saliency_metric(x: Image, c: Targets, S: Tensor) -> Plan[MetricResult]:
     box = _box(_map(S))
     left, top, right, bottom = (int(side) for side in box)
     crop = F.interpolate(x.tensor[None, :, top:bottom, left:right], x.size, mode="bicubic", align_corners=False)[0]
-    scores = yield from Score(Repeated(replace(x, tensor=crop), 1), c)
+    scores = yield from Score(Repeated(x.with_tensor(crop), 1), c)
     p = max(float(scores.probabilities[0, 0]), sys.float_info.min)  # The logarithm of 0 does not exist.
     return MetricResult(math.log(max(0.05, area(box) / S.numel())) - math.log(p))
 

@@ -5,7 +5,6 @@ Yeh, Hsieh, Suggala, Inouye, Ravikumar 2019, arXiv:1901.09392; with the defaults
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -49,6 +48,6 @@ def sensitivity_max(
     most = 0.0
     for i in range(samples):
         noise = 2 * torch.rand(x.tensor.shape, generator=generator(seed, i)) - 1
-        other = yield from explain(replace(x, tensor=x.tensor + radius * noise.to(x.tensor)))
+        other = yield from explain(x.with_tensor(x.tensor + radius * noise.to(x.tensor)))
         most = max(most, float((other.double() - S).norm() / norm)) if norm > 0 else 0.0
     return MetricResult(most)

@@ -17,7 +17,7 @@ from camserve_server.errors import InvalidArgument, Unservable
 from camserve_server.models.layers import GapHead, Grid, Layer, calls_of, find_layer
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.throughput import Throughput
-from camserve_server.plan import Image
+from camserve_server.plan import Image, as_row
 
 Head = Literal["softmax", "sigmoid"]
 LaneKind = Literal["forward", "gradient", "ascend"]
@@ -149,7 +149,7 @@ class Model:
 
     def image(self, tensor: Tensor) -> Image:
         """Return a preprocessed image [C, H, W] with its normalisation, on the model's device and in its `dtype`."""
-        return Image(self._moved(tensor.to(self.dtype)), *self._columns)
+        return Image(self._moved(as_row(tensor.to(self.dtype))), *self._columns)
 
     @cached_property
     def _columns(self) -> tuple[Tensor, Tensor]:

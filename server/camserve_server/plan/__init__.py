@@ -55,6 +55,7 @@ from camserve_server.plan.values import (
     Sums,
     Targets,
     Truth,
+    as_row,
 )
 
 __all__ = [
@@ -97,4 +98,5 @@ __all__ = [
     "Targets",
     "Truth",
     "WeightedLayers",
+    "as_row",
 ]

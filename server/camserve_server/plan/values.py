@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -52,33 +52,43 @@ class Image:
     """Preprocessed image: the model's input.
 
     Attributes:
-        tensor: The normalised image [3, H, W] on the model's device.
+        row: The normalised image as a row [1, 3, H, W] on the model's device, in the memory format of batches
+            (`as_row`), so that it is copied faster. Reductions over this tensor could give other bits than `tensor`.
         mean: Mean [3, 1, 1] of the normalisation.
         std: Standard deviation [3, 1, 1] of the normalisation. `tensor * std + mean` are the pixels in [0, 1].
     """
 
-    tensor: Tensor
+    row: Tensor
     mean: Tensor
     std: Tensor
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """The normalised image [3, H, W] in contiguous memory.
+
+        It is made at the first use, because a request that waits for its first batch should not keep it twice.
+        """
+        return self.row[0].contiguous()
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width (H, W) in pixels."""
-        return (self.tensor.shape[-2], self.tensor.shape[-1])
+        return (self.row.shape[-2], self.row.shape[-1])
 
-    @cached_property
-    def row(self) -> Tensor:
-        """The image as a row [1, 3, H, W] in the memory format of batches, so that it is copied faster.
+    def with_tensor(self, tensor: Tensor) -> Image:
+        """Return an image with other normalised values [3, H, W] on the same device."""
+        return replace(self, row=as_row(tensor))
 
-        Values are those of `tensor`. Reductions over this tensor could give other bits.
-        """
-        if self.tensor.device.type != "cpu":
-            return self.tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]
-        channels, height, width = self.tensor.shape
-        row = self.tensor.new_empty(height, width, channels)
-        for i, channel in enumerate(self.tensor.numpy()):  # NumPy takes less than half of the time of torch
-            row.numpy()[..., i] = channel
-        return row.permute(2, 0, 1)[None]
+
+def as_row(tensor: Tensor) -> Tensor:
+    """Return a copy [1, 3, H, W] of an image [3, H, W] in the memory format "channels last"."""
+    if tensor.device.type != "cpu":
+        return tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]
+    channels, height, width = tensor.shape
+    row = tensor.new_empty(height, width, channels)
+    for i, channel in enumerate(tensor.numpy()):  # NumPy takes less than half of the time of torch
+        row.numpy()[..., i] = channel
+    return row.permute(2, 0, 1)[None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -79,6 +80,12 @@ def decode_image(image: pb.Image, model: Model, max_pixels: int) -> Tensor:
             return model.preprocessing.convert_pixels(values)
         case _:
             return torch.from_numpy(_values(image.tensor, "image.tensor"))
+
+
+def digest(values: Tensor) -> str:
+    """Return the digest of a tensor that receipts contain: "sha256:…" of its values, float32, little-endian."""
+    array = np.ascontiguousarray(values.cpu().numpy(), "<f4")
+    return f"sha256:{hashlib.sha256(array.data).hexdigest()}"
 
 
 def check_saliency(saliency: pb.Tensor) -> None:

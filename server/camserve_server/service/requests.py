@@ -33,6 +33,7 @@ from camserve_server.service.decoding import (
     decode_image,
     decode_mask,
     decode_saliency,
+    digest,
 )
 from camserve_server.service.map_format import MapFormat
 
@@ -91,11 +92,13 @@ class Pixels:
 
     Attributes:
         image: The preprocessed image on the model's device.
+        input_digest: The digest of the preprocessed image, for the receipt.
         saliency: The map [h, w] in [0, 1] to score; None if a method makes the maps.
         truth: The location of the targets; None if the request does not contain it.
     """
 
     image: Image
+    input_digest: str
     saliency: Tensor | None
     truth: Truth | None
 
@@ -165,16 +168,14 @@ def decode_pixels(parsed: ParsedRequest, config: Config) -> Pixels:
         CamserveError: The pixels cannot be read or have wrong values; the error names the field.
     """
     model = parsed.model
-    image = model.image(decode_image(parsed.image, model, config.max_image_pixels))
-    if model.device.type == "cpu":
-        _ = image.row  # made here, because the engine's thread has no time for it
+    values = decode_image(parsed.image, model, config.max_image_pixels)
     saliency = None if parsed.saliency is None else decode_saliency(parsed.saliency)
     truth = None
     if parsed.boxes or parsed.mask is not None:
         size = model.preprocessing.size
         mask = None if parsed.mask is None else decode_mask(parsed.mask, size)
         truth = boxes.make_truth([*parsed.boxes], mask, size)
-    return Pixels(image, saliency, truth)
+    return Pixels(model.image(values), digest(values), saliency, truth)
 
 
 def _parse_shared(

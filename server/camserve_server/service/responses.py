@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -11,7 +10,6 @@ from importlib import metadata
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 from google.protobuf.struct_pb2 import Struct, Value
 from torch import Tensor
 
@@ -22,9 +20,10 @@ from camserve_server.engine.job import Job
 from camserve_server.models.layers import Layer
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.servable import unsupported_reason
-from camserve_server.plan import Image, Level, Randomised
+from camserve_server.plan import Level, Randomised
 from camserve_server.request_plan import MethodCall, rows_needed
 from camserve_server.request_result import RequestResult, finish_maps
+from camserve_server.service.decoding import digest
 from camserve_server.service.map_format import MapFormat, native_maps, set_tensor, tensor
 from camserve_server.service.requests import ParsedRequest
 
@@ -34,7 +33,7 @@ TOP_K = 5
 def explain_response(
     request_id: str,
     parsed: ParsedRequest,
-    image: Image,
+    input_digest: str,
     job: Job[RequestResult],
     result: RequestResult,
     engine_warnings: Sequence[str],
@@ -44,7 +43,7 @@ def explain_response(
     Args:
         request_id: The identifier of the request.
         parsed: The fields of the request.
-        image: The preprocessed image, whose digest the receipt contains.
+        input_digest: The digest of the preprocessed image.
         job: The finished job, which contains the cost.
         result: The result of the plan.
         engine_warnings: Warnings of the engine; they are added to those of each map.
@@ -55,7 +54,7 @@ def explain_response(
     _add_predictions(response, parsed.model, result.logits, parsed.top_k or TOP_K)
     _add_receipt(response.receipt, request_id, parsed, job, result)
     add_maps(response.maps, response.receipt, result, parsed.map_format, engine_warnings)
-    response.receipt.input_digest = digest(image.tensor)
+    response.receipt.input_digest = input_digest
     if parsed.raw:
         for message, raw in zip(response.maps, result.raw, strict=True):
             set_tensor(message.raw, raw)
@@ -65,7 +64,7 @@ def explain_response(
 def evaluate_response(
     request_id: str,
     parsed: ParsedRequest,
-    image: Image,
+    input_digest: str,
     job: Job[RequestResult],
     result: RequestResult,
     engine_warnings: Sequence[str],
@@ -75,7 +74,7 @@ def evaluate_response(
     _outline(response.map, parsed, result, 0)
     _add_receipt(response.receipt, request_id, parsed, job, result)
     add_maps([response.map], response.receipt, result, parsed.map_format, engine_warnings)
-    response.receipt.input_digest = digest(image.tensor)
+    response.receipt.input_digest = input_digest
     return response
 
 
@@ -279,12 +278,6 @@ def versions() -> Mapping[str, str]:
     packages = ("camserve", "torch", "torchvision", "timm", "pillow", "numpy")
     installed = {name: metadata.version(name) for name in packages}
     return {**installed, "python": platform.python_version()}
-
-
-def digest(values: Tensor) -> str:
-    """Return the digest of a tensor that receipts contain: "sha256:…" of its values, float32, little-endian."""
-    array = np.ascontiguousarray(values.cpu().numpy(), "<f4")
-    return f"sha256:{hashlib.sha256(array.data).hexdigest()}"
 
 
 def _batch_sizes(sizes: Mapping[LaneKind, int]) -> dict[str, int]:

@@ -25,7 +25,6 @@ from camserve_server.engine.job import Job
 from camserve_server.errors import CamserveError, Cancelled, Expired, InternalError, Unavailable
 from camserve_server.model_pool import Lease, ModelPool
 from camserve_server.models.model import Model
-from camserve_server.plan import Image
 from camserve_server.registry import method_label
 from camserve_server.request_plan import limits, plan_request
 from camserve_server.request_result import RequestResult
@@ -48,7 +47,7 @@ T = TypeVar("T")
 Request = TypeVar("Request", pb.ExplainRequest, pb.EvaluateRequest)
 Response = TypeVar("Response", pb.ExplainResponse, pb.EvaluateResponse)
 Parse: TypeAlias = Callable[[Request, Model, Config], ParsedRequest]
-Respond: TypeAlias = Callable[[str, ParsedRequest, Image, "Job[RequestResult]", RequestResult, Sequence[str]], Response]
+Respond: TypeAlias = Callable[[str, ParsedRequest, str, "Job[RequestResult]", RequestResult, Sequence[str]], Response]
 
 
 class Servicer(explain_pb2_grpc.ExplainServiceServicer):
@@ -202,7 +201,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 yield await self._codec.run_after(
                     job.future,
                     lambda: respond(
-                        call.request_id, parsed, pixels.image, job, job.future.result(), tuple(events.warnings)
+                        call.request_id, parsed, pixels.input_digest, job, job.future.result(), tuple(events.warnings)
                     ),
                 )
             finally:
