@@ -43,8 +43,9 @@ TEXT = (
     "{callers} callers send an image of 150 KB as pixels and receive a map of 200 KB, over gRPC on loopback. The "
     "network is one pooling, one 1 × 1 convolution and one linear layer, so nearly all of the time is the host's. "
     "*Echo*: a bare `grpc.aio` server that receives and returns messages of the same sizes. CPU time of the server's "
-    "process in milliseconds per request, by the thread that used it: the engine's thread in forward passes (*network*) "
-    "and otherwise (*engine*, with backward passes), codec threads, event loop; *other* are threads of gRPC and OpenMP."
+    "process in milliseconds per request, by the thread that used it: the engine's thread in forward passes "
+    "(*network*) and otherwise (*engine*, with backward passes), codec threads, event loop; *other* are threads of "
+    "gRPC and OpenMP."
 )
 
 

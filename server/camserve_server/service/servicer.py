@@ -191,13 +191,14 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                     batch_sizes=parsed.batch_sizes,
                     notify=events.notify,
                 )
-            self._follow(job, call)
+            call.job = job
+            context.add_done_callback(lambda *_: self._engine.cancel(job))  # type: ignore[arg-type]
             call.facts |= {"model": parsed.model.name, "method": parsed.method.method.name if parsed.method else ""}
-            if kinds:
-                self._release_with(job, events, lease)
-                async for message in events.messages(self._codec.run):
-                    yield message
             try:
+                if kinds:
+                    self._release_with(job, events, lease)
+                    async for message in events.messages(self._codec.run):
+                        yield message
                 yield await self._codec.run_after(
                     job.future,
                     lambda: respond(
@@ -205,15 +206,11 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                     ),
                 )
             finally:
-                if job.future.done():  # a cancelled call ends before its job
+                # Not earlier, so that the engine's thread does it only for a cancelled call, which ends before its job.
+                job.future.add_done_callback(lambda _: self._metrics.finished(job, call.method))
+                if job.future.done():
                     facts = {"rows": job.rows, "queue_ms": round(job.queue_ms), "compute_ms": round(job.compute_ms)}
                     call.facts |= facts
-
-    def _follow(self, job: Job[RequestResult], call: Call) -> None:
-        """Cancel a job when its call ends, and count its times. Cancelling a finished job has no effect."""
-        call.job = job
-        job.future.add_done_callback(lambda _: self._metrics.finished(job, call.method))
-        call.context.add_done_callback(lambda *_: self._engine.cancel(job))  # type: ignore[arg-type]
 
     def _release_with(self, job: Job[RequestResult], events: EventStream, lease: Lease) -> None:
         """End the events of a stream and the lease with the job.
