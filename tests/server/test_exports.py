@@ -28,6 +28,7 @@ QUERIES = {
     "CaptureAttention",
     "ClassWeights",
     "Gradient",
+    "OnHost",
     "Predict",
     "Randomise",
     "ReleaseRows",

@@ -7,6 +7,7 @@ results through callbacks on the engine's thread. These callbacks must not block
 from __future__ import annotations
 
 import itertools
+import math
 import queue
 import threading
 import time
@@ -23,6 +24,7 @@ from camserve_server.engine.admission import Admission, Caller, Claim, Priority
 from camserve_server.engine.batch_runner import BatchRunner
 from camserve_server.engine.batch_times import BatchTimes
 from camserve_server.engine.counters import BatchRecord, Counters
+from camserve_server.engine.host_threads import HostThreads
 from camserve_server.engine.job import NO_LIMITS, Event, Job, Limits, Progress
 from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, LaneQuery, start_query
 from camserve_server.engine.outcomes import expired, notify_job, set_outcome, shut_down
@@ -37,6 +39,7 @@ from camserve_server.plan import (
     Answer,
     ClassWeights,
     MapWarning,
+    OnHost,
     Plan,
     Query,
     Randomise,
@@ -78,6 +81,7 @@ class Engine:
         self._runner = BatchRunner(padded=batch_invariant, on_halved=self._halve)
         self._copies = RandomCopyPool(max_copies)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._host = HostThreads(self._inbox.put, self._step)
         self._scheduler: Scheduler[Lane] = Scheduler(self._runner.batch_size)
         self._jobs: dict[int, Job[Any]] = {}
         self._arriving: dict[int, Job[Any]] = {}  # submitted, but not yet seen by the engine's thread
@@ -236,12 +240,20 @@ class Engine:
             self.ended.set_result(None)
         finally:
             self._steps.fail(shut_down())
+            self._host.close()
 
     def _read_inbox(self) -> None:
-        """Run the commands of other threads. Wait for a command if no row is owed."""
+        """Run the commands of other threads. If no row is owed, wait for a command or for the next deadline."""
+        deadlines = [job.limits.deadline for job in self._jobs.values() if job.limits.deadline is not None]
+        seconds = min(deadlines, default=math.inf) - time.monotonic()
+        timeout = min(max(0.0, seconds), threading.TIMEOUT_MAX)
         commands = max(self._inbox.qsize(), 0 if len(self._scheduler) else 1)
         for _ in range(commands):
-            self._inbox.get()()
+            try:
+                command = self._inbox.get(timeout=timeout)
+            except queue.Empty:
+                return
+            command()
             if self._stop:
                 return
 
@@ -276,7 +288,7 @@ class Engine:
         self._step(job, None)
 
     def _step(self, job: Job[Any], answer: Answer[Any] | None) -> None:
-        """Run the plan until a query needs rows, or until the plan ends."""
+        """Run the plan until a query needs rows or another thread, or until the plan ends."""
         while True:
             try:
                 # Python requires that the first value sent to a generator is None.
@@ -285,6 +297,9 @@ class Engine:
                     torch.set_grad_enabled(False)
                     raise RuntimeError("the plan left the grad mode on across a yield")
                 if isinstance(query, Randomise) and self._copies.enqueue_if_full(job, query):
+                    return
+                if isinstance(query, OnHost):
+                    self._host.call(job, query.function)
                     return
                 answer = self._answer_without_rows(job, query) or self._schedule(job, query)
                 if answer is None:
@@ -422,6 +437,7 @@ class Engine:
         self._finish(job, result=result, error=error)
 
     def _finish(self, job: Job[Any], *, result: Any = None, error: Exception | None = None) -> None:
+        self._host.abandon(job)
         if self._copies.release(job):
             self._inbox.put(self._grant_copies)  # deferred, because a plan may be running
         del self._jobs[job.id]

@@ -210,6 +210,24 @@ class Randomise(Query[None]):
     seed: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class OnHost(Query[T]):
+    """No rows. The answer is the result of a function that the engine calls on another thread.
+
+    All requests wait while a plan computes on the engine's thread. A plan uses this query for work on the host that
+    takes longer than about 10 ms, for example loops over pixels. The engine runs batches of other requests meanwhile.
+
+    The function runs to its end even if the request is cancelled. Divide work of more than a few tenths of a second
+    into several queries.
+
+    Attributes:
+        function: The function. It copies tensors of the device with `Tensor.cpu`. It runs without gradients, and torch
+            uses one CPU core for it. If it raises an exception, the exception is raised inside the plan.
+    """
+
+    function: Callable[[], T]
+
+
 @dataclass(frozen=True)
 class ReleaseRows(Query[None]):
     """No rows. Tells the engine that the plan needs fewer rows than its method or metric announced.
