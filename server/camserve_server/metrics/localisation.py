@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camserve_server.maps.boxes import area, largest_component_box, max_iou
-from camserve_server.plan import Box, Image, MetricResult, Plan, Score, Targets, Truth
+from camserve_server.plan import Box, Image, MetricResult, OnHost, Plan, Score, Targets, Truth
 from camserve_server.registry import Range, Sizes, metric
 from camserve_server.rows import Repeated
 
@@ -195,10 +197,15 @@ def box_accuracy(
     Returns:
         The mean of 1[max over τ of max IoU(τ) ≥ δ], in [0, 1].
     """
-    values = _map(S)
-    curve = tuple(max_iou(largest_component_box(values >= threshold), truth.boxes) for threshold in THRESHOLDS)
+    curve = yield from OnHost(partial(_overlaps, S, truth.boxes))
     deltas = DELTAS if iou == "all" else (iou,)
-    return _finished(sum(max(curve) >= float(delta) for delta in deltas) / len(deltas), curve)
+    return MetricResult(sum(max(curve) >= float(delta) for delta in deltas) / len(deltas), curve)
+
+
+def _overlaps(S: Tensor, boxes: Sequence[Box]) -> tuple[float, ...]:
+    """Return max IoU(τ) of each threshold. It takes about 25 ms for 224×224 pixels."""
+    values = _map(S)
+    return tuple(max_iou(largest_component_box(values >= threshold), boxes) for threshold in THRESHOLDS)
 
 
 @metric("saliency-metric", title="Saliency metric", paper="arXiv:1705.07857", rows=_one, higher_is_better=False)

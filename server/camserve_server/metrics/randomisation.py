@@ -6,6 +6,7 @@ Adebayo, Gilmer, Muelly, Goodfellow, Hardt, Kim 2018, arXiv:1810.03292, section 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ from camserve_server.plan import (
     Explainer,
     Image,
     MetricResult,
+    OnHost,
     Plan,
     Randomise,
     Randomised,
@@ -146,10 +148,16 @@ def _steps(
         for i, (start, stop) in enumerate(pairwise(bounds)):
             yield from Randomise(layers[0 if order == "cascading" else start : stop], seed)
             R = yield from explain(x)
-            similarity = Similarity(spearman(S, R), ssim(S, R), hog(S, R))
+            similarity = yield from OnHost(partial(_similarity, S, R))
             similarities.append(similarity)
             yield from Report(Randomised(order, i, count, layers[start:stop], c.index[0], similarity, R))
         yield from Randomise(())
         return similarities
 
     return (yield from Cached(("randomisation", order, steps), steps * explain.rows, all_steps))
+
+
+def _similarity(S: Tensor, R: Tensor) -> Similarity:
+    """Return the similarity of two maps [H, W]. It takes about 20 ms for 224×224 pixels."""
+    S, R = S.cpu(), R.cpu()
+    return Similarity(spearman(S, R), ssim(S, R), hog(S, R))
