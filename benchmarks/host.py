@@ -37,7 +37,11 @@ device = "cpu"
 [[models]]
 name = "null"
 source = "python:benchmarks.null_net:null_net"
+[[models]]
+name = "lite0"
+source = "embedded:efficientnet-lite0"
 """
+SHORT_CALLERS = 4  # of Grad-CAM, while one caller sends requests for PCAM±
 
 TEXT = (
     "{callers} callers send an image of 150 KB as pixels and receive a map of 200 KB, over gRPC on loopback. The "
@@ -124,11 +128,11 @@ class ServerProcess:
 # ---- callers ---------------------------------------------------------------------------------------------------------
 
 
-def request(method: str) -> bytes:
+def request(method: str, model: str = "null") -> bytes:
     """Return an Explain request for an image of 224 × 224 pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
     image = pb.Image(pixels=pb.Pixels(height=SIDE_PX, width=SIDE_PX, data=pixels.tobytes()))
-    return pb.ExplainRequest(image=image, method=pb.MethodSpec(name=method)).SerializeToString()
+    return pb.ExplainRequest(model=model, image=image, method=pb.MethodSpec(name=method)).SerializeToString()
 
 
 async def _call_for(address: str, path: str, message: bytes, callers: int, seconds: float) -> tuple[int, float]:
@@ -183,6 +187,8 @@ def section(bench: Bench) -> Result:
     with servers(bench.baseline) as running:
         for method in METHODS:
             _measure(bench, findings, running, method)
+        if bench.baseline:
+            _measure_waits(bench, findings, running, commit(bench.baseline))
     return Result(
         "Host",
         TEXT.format(callers=bench.callers),
@@ -241,3 +247,44 @@ def _measure(bench: Bench, findings: Findings, running: Mapping[str, ServerProce
                 because="the callers use the same cores",
             )
         )
+
+
+def _measure_waits(bench: Bench, findings: Findings, running: Mapping[str, ServerProcess], baseline: str) -> None:
+    """Compare the 99th percentile of Grad-CAM beside PCAM± with that of the baseline."""
+    waits: dict[str, list[float]] = {"camserve": [], "baseline": []}
+    for _ in range(bench.rounds):
+        for name in waits:
+            bench.step(f"grad-cam beside poly-cam: {name}")
+            waits[name] += asyncio.run(_latencies(running[name].address, 10 * bench.seconds))
+    p99 = {name: float(np.percentile(latencies, 99)) for name, latencies in waits.items()}
+    findings.claims.append(
+        Claim(
+            f"99th percentile of Grad-CAM while PCAM± runs on EfficientNet-Lite0 ({p99['camserve']:.2f} s)",
+            f"commit {baseline} ({p99['baseline']:.2f} s)",
+            p99["baseline"] / p99["camserve"],
+            1.0,
+        )
+    )
+
+
+async def _latencies(address: str, seconds: float) -> list[float]:
+    """Return the seconds of each Grad-CAM from several callers, while another caller sends requests for PCAM±."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        call: Any = channel.unary_unary(EXPLAIN)
+        latencies: list[float] = []
+        short, long = request("grad-cam", "lite0"), request("poly-cam", "lite0")
+        end = time.perf_counter() + seconds
+
+        async def caller() -> None:
+            while (start := time.perf_counter()) < end:
+                await call(short)
+                latencies.append(time.perf_counter() - start)
+
+        async def other() -> None:
+            while True:
+                await call(long)
+
+        beside = asyncio.create_task(other())
+        await asyncio.gather(*(caller() for _ in range(SHORT_CALLERS)))
+        beside.cancel()
+        return latencies

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 
 from camserve_server.torch_setup import spinning
-from camserve_server.torch_setup.spinning import FIRST_PROBE_S, LAST_PROBE_S, WINDOW_S, SpinControl
-from tests.processes import completed
+from camserve_server.torch_setup.spinning import FIRST_SLEEP_S, LAST_SLEEP_S, WINDOW_S, SpinControl
+from tests.processes import completed, started
 
 BATCH_S = 0.1
-needs_libgomp = pytest.mark.skipif(spinning._libgomp_team() is None, reason="torch does not use libgomp")
+needs_libgomp = pytest.mark.skipif(spinning.find_libgomp() is None, reason="torch does not use libgomp")
 
 
 class Machine:
-    """Clocks of a machine on which the thread of the batches gets a share of a core."""
+    """Clocks of a machine on which one of two threads lacks a core for a share of the time."""
 
     def __init__(self) -> None:
-        self.now = self.cpu = 0.0
-        self.share = 1.0
+        self.now = 0.0
+        self.waited = [0.0, 0.0]
+        self.spinning_share = self.sleeping_share = 0.0
         self.teams: list[int] = []
 
     def control(self, threads: int = 2, cores: int = 2) -> SpinControl:
-        return SpinControl(threads, cores, self.teams.append, lambda: self.now, lambda: self.cpu)
+        return SpinControl(threads, cores, self.teams.append, lambda: [*self.waited], lambda: self.now)
 
     def run(self, control: SpinControl, seconds: float) -> None:
         """Run batches for some seconds."""
         for _ in range(round(seconds / BATCH_S)):
             with control.observing():
                 self.now += BATCH_S
-                self.cpu += self.share * BATCH_S
+                self.waited[1] += BATCH_S * (self.sleeping_share if control.sleeps else self.spinning_share)
 
 
 def idle_teams() -> int:
@@ -52,52 +56,60 @@ def test_threads_spin_on_an_idle_machine() -> None:
 def test_threads_sleep_while_the_machine_is_busy_and_spin_afterwards() -> None:
     machine = Machine()
     control = machine.control()
-    machine.share = 0.6
+    machine.spinning_share, machine.sleeping_share = 0.4, 0.3
     machine.run(control, WINDOW_S + BATCH_S)
     assert control.sleeps
     assert control.busy_at == pytest.approx(machine.now, abs=2 * BATCH_S)
+    machine.run(control, 600)
+    assert machine.teams == [2], "threads that wait for cores while they sleep need not spin to see it"
     assert idle_teams() == 1
 
-    machine.share = 1.0
-    machine.run(control, FIRST_PROBE_S + WINDOW_S + BATCH_S)
+    machine.spinning_share = machine.sleeping_share = 0.0
+    machine.run(control, 2 * WINDOW_S)
     assert not control.sleeps
     assert idle_teams() == 0
 
 
 def test_a_machine_counts_as_busy_until_it_is_found_idle() -> None:
-    """A measurement that ends before the next probe must not count as one of an idle machine."""
+    """A measurement in this time must not count as one of an idle machine."""
     machine = Machine()
     control = machine.control()
-    machine.share = 0.6
+    machine.spinning_share = 0.4
     machine.run(control, WINDOW_S + BATCH_S)
     started = machine.now + BATCH_S / 2
-    machine.run(control, 1)
     assert control.busy_at < started
     assert control.was_busy(started)
-    machine.share = 1.0
-    machine.run(control, FIRST_PROBE_S + WINDOW_S + BATCH_S)
+    machine.spinning_share = 0.0
+    machine.run(control, FIRST_SLEEP_S + 2 * WINDOW_S)
     assert not control.was_busy(machine.now)
 
 
-def test_a_machine_that_stays_busy_is_probed_less_and_less() -> None:
+def test_threads_that_lack_cores_only_if_they_spin_do_so_less_and_less() -> None:
+    """Other threads of the process can be the reason: they find a core as soon as the OpenMP threads sleep."""
     machine = Machine()
     control = machine.control()
-    machine.share = 0.6
+    machine.spinning_share = 0.5
     machine.run(control, 600)
-    pauses = 5 + 10 + 20 + 40  # seconds between the first probes; then 60
-    assert len(machine.teams) == pytest.approx(5 + (600 - pauses) / LAST_PROBE_S, abs=2)
-    machine.share = 1.0
-    machine.run(control, LAST_PROBE_S + 1)
+    pauses = 5 + 10 + 20 + 40  # seconds of the first ones; then 60
+    assert len(machine.teams) == pytest.approx(5 + (600 - pauses) / LAST_SLEEP_S, abs=2)
+    machine.spinning_share = 0.0
+    machine.run(control, LAST_SLEEP_S + 1)
     assert not control.sleeps
+    machine.run(control, 2 * LAST_SLEEP_S)
+    machine.spinning_share = 0.5
+    machine.run(control, 2 * WINDOW_S)
+    machine.spinning_share = 0.0
+    machine.run(control, FIRST_SLEEP_S + 2 * WINDOW_S)
+    assert not control.sleeps, "a later loss of cores has nothing to do with the earlier ones"
 
 
-def test_a_short_pause_of_the_thread_is_not_a_busy_machine() -> None:
+def test_a_short_pause_of_a_thread_is_not_a_busy_machine() -> None:
     machine = Machine()
     control = machine.control()
     for _ in range(20):
-        machine.share = 0.5
+        machine.spinning_share = 0.5
         machine.run(control, BATCH_S)
-        machine.share = 1.0
+        machine.spinning_share = 0.0
         machine.run(control, WINDOW_S)
     assert not control.sleeps
 
@@ -107,7 +119,7 @@ def test_the_idle_team_exceeds_the_cores(threads: int, cores: int, team: int) ->
     """A team of n threads on a further thread adds n − 1 OpenMP threads."""
     machine = Machine()
     control = machine.control(threads, cores)
-    machine.share = 0.5
+    machine.spinning_share = 0.5
     machine.run(control, 1)
     assert machine.teams == [team]
     assert threads + team - 1 > cores
@@ -116,7 +128,7 @@ def test_the_idle_team_exceeds_the_cores(threads: int, cores: int, team: int) ->
 def test_one_thread_waits_for_no_other() -> None:
     machine = Machine()
     control = machine.control(threads=1)
-    machine.share = 0.5
+    machine.spinning_share = 0.5
     machine.run(control, 10)
     assert not control.sleeps
     assert control.busy_at == pytest.approx(machine.now, abs=1)
@@ -135,30 +147,54 @@ def test_a_gpu_is_not_observed() -> None:
 
 
 def assert_never_busy(control: SpinControl) -> None:
-    with control.observing():
-        time.sleep(WINDOW_S + 0.1)  # as if other processes had used the core of this thread
+    with other_processes():
+        compute(control, 4 * WINDOW_S)
     assert control.busy_at == float("-inf")
+
+
+@contextmanager
+def other_processes() -> Iterator[None]:
+    """Run two processes for each core, which need it all the time."""
+    with ExitStack() as stack:
+        for _ in range(2 * len(os.sched_getaffinity(0))):
+            stack.enter_context(started([sys.executable, "-c", "while True: pass"]))
+        yield
+
+
+def compute(control: SpinControl, seconds: float) -> None:
+    """Run batches on a further thread, as the engine does."""
+
+    def batches() -> None:
+        x, end = torch.randn(500, 500), time.monotonic() + seconds
+        while time.monotonic() < end:
+            with control.observing():
+                for _ in range(20):
+                    x @ x
+
+    thread = threading.Thread(target=batches)
+    thread.start()
+    thread.join()
 
 
 @pytest.mark.slow
 @needs_libgomp
-def test_a_thread_without_a_core_is_on_a_busy_machine() -> None:
+def test_threads_beside_processes_that_need_all_cores_are_on_a_busy_machine() -> None:
     control = spinning.spin_control(torch.device("cpu"))
-    with control.observing():
-        time.sleep(WINDOW_S + 0.1)
+    with other_processes():
+        compute(control, 4 * WINDOW_S)
     assert control.busy_at > time.monotonic() - 60
 
 
 CODE = """
 import torch
 torch.set_num_threads(2)
-from camserve_server.torch_setup.spinning import IdleTeam, _libgomp_team
+from camserve_server.torch_setup.spinning import IdleTeam, _libgomp_team, find_libgomp
 def threads():
     return len(__import__("os").listdir("/proc/self/task"))
 net, x = torch.nn.Conv2d(3, 64, 7).requires_grad_(False), torch.randn(4, 3, 128, 128)
 spinning = net(x)
 before = threads()
-team = IdleTeam(3, _libgomp_team())
+team = IdleTeam(3, _libgomp_team(find_libgomp()))
 print(threads() - before)
 assert torch.equal(net(x), spinning)
 team.release()

@@ -16,19 +16,21 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+_SCHEDSTAT = Path("/proc/self/schedstat")  # Linux: CPU time, time without a core, and number of time slices
 # If a user sets one of these, the process must not change how its threads wait.
 _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 WINDOW_S = 0.4  # time of the batches that one decision is based on
-# Least share of the time of a batch in which the calling thread has a core. It is nearly 1 on an idle machine, and at
-# most 2/3 on two cores beside one busy process.
-MIN_CPU_SHARE = 0.85
-FIRST_PROBE_S, LAST_PROBE_S = 5.0, 60.0
+# Share of the time of the batches in which one of the threads is ready to run and has no core: nearly 0 on an idle
+# machine, and at least 1/3 on two cores beside one busy process. Between the limits, the threads go on as before.
+BUSY_SHARE, IDLE_SHARE = 0.15, 0.05
+# Threads that find the machine busy as soon as they spin again sleep longer and longer.
+FIRST_SLEEP_S, LAST_SLEEP_S = 5.0, 60.0
 
 
 class IdleTeam:
@@ -60,9 +62,8 @@ class IdleTeam:
 class SpinControl:
     """Lets the OpenMP threads of this process spin while the machine is idle, and sleep while it is busy.
 
-    The machine counts as busy if the thread that runs the batches does not have a core all the time, although it spins
-    where it waits. This cannot be seen while it sleeps instead, so the threads spin again for a moment from time to
-    time.
+    The machine counts as busy if one of these threads often has no core when it could run. Other processes or a quota
+    can be the reason, and also other threads of this process.
 
     The methods belong to the thread that runs the batches.
 
@@ -70,8 +71,8 @@ class SpinControl:
         threads: Threads that compute.
         cores: Cores that the process may use.
         start_team: Starts an OpenMP team of a given size on the calling thread. If None, the control does nothing.
+        waits: Returns the seconds that each thread of the calling thread's team has been without a core so far.
         clock: Wall time in seconds.
-        cpu_clock: CPU time of the calling thread in seconds.
 
     Attributes:
         busy_at: Time at which the machine was last found busy, on the clock; minus infinity if never.
@@ -82,17 +83,18 @@ class SpinControl:
         threads: int,
         cores: int,
         start_team: Callable[[int], None] | None,
+        waits: Callable[[], Sequence[float]],
         clock: Callable[[], float] = time.monotonic,
-        cpu_clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self.busy_at = float("-inf")
         self._threads, self._team_size = threads, max(2, cores - threads + 2)
         self._start_team = start_team
-        self._clock, self._cpu_clock = clock, cpu_clock
-        self._wall_s = self._cpu_s = 0.0
+        self._waits, self._clock = waits, clock
+        self._wall_s = 0.0  # since `_waited` was read
+        self._waited: Sequence[float] | None = None
         self._team: IdleTeam | None = None
-        self._probe_at = 0.0
-        self._probe_after_s = FIRST_PROBE_S
+        self._spinning_since = float("-inf")
+        self._sleep_until, self._sleep_s = 0.0, FIRST_SLEEP_S
 
     @property
     def sleeps(self) -> bool:
@@ -109,43 +111,73 @@ class SpinControl:
         if self._start_team is None:
             yield
             return
-        if self._team is not None and self._clock() >= self._probe_at:
-            self._team.release()
-            self._team = None
-        started, cpu_started = self._clock(), self._cpu_clock()
+        if self._waited is None:
+            self._waited = self._waits()
+        started = self._clock()
         yield
-        if self._team is None:
-            self._wall_s += self._clock() - started
-            self._cpu_s += self._cpu_clock() - cpu_started
-            if self._wall_s >= WINDOW_S:
-                self._decide()
+        self._wall_s += self._clock() - started
+        if self._wall_s >= WINDOW_S:
+            waited = self._waits()
+            longest_s = max(now - before for now, before in zip(waited, self._waited, strict=True))
+            self._decide(longest_s / self._wall_s)
+            self._wall_s, self._waited = 0.0, waited
 
-    def _decide(self) -> None:
+    def _decide(self, share: float) -> None:
+        """Change how the threads wait if it does not fit the share of the time in which one of them had no core."""
         assert self._start_team is not None, "observing returns early without libgomp"
-        busy = self._cpu_s < MIN_CPU_SHARE * self._wall_s
-        self._wall_s = self._cpu_s = 0.0
-        if not busy:
-            self._probe_after_s = FIRST_PROBE_S
-            return
-        self.busy_at = self._clock()
-        if self._threads == 1:  # which waits for no other thread
-            return
-        self._probe_at = self.busy_at + self._probe_after_s
-        self._probe_after_s = min(2 * self._probe_after_s, LAST_PROBE_S)
-        self._team = IdleTeam(self._team_size, self._start_team)
+        now = self._clock()
+        if share >= BUSY_SHARE:
+            self.busy_at = now
+            if self._threads > 1 and self._team is None:  # one thread waits for no other
+                soon = now - self._spinning_since < self._sleep_s
+                self._sleep_s = min(2 * self._sleep_s, LAST_SLEEP_S) if soon else FIRST_SLEEP_S
+                self._sleep_until = now + self._sleep_s
+                self._team = IdleTeam(self._team_size, self._start_team)
+        elif share < IDLE_SHARE and self._team is not None and now >= self._sleep_until:
+            self._team.release()
+            self._team, self._spinning_since = None, now
 
 
 def spin_control(device: torch.device) -> SpinControl:
     """Return the control for the thread that runs the batches of a device.
 
-    It does nothing for a GPU, without libgomp, or if the user has chosen how threads wait.
+    It does nothing for a GPU, without libgomp, if the system does not measure how long threads wait, or if the user has
+    chosen how threads wait.
 
     Args:
         device: The device.
     """
-    applies = device.type == "cpu" and not any(name in os.environ for name in _SETTINGS)
+    applies = device.type == "cpu" and not any(name in os.environ for name in _SETTINGS) and _SCHEDSTAT.exists()
+    libgomp, threads = find_libgomp() if applies else None, torch.get_num_threads()
     cores = len(os.sched_getaffinity(0))
-    return SpinControl(torch.get_num_threads(), cores, _libgomp_team() if applies else None)
+    return SpinControl(threads, cores, _libgomp_team(libgomp), _TeamWaits(libgomp, threads))
+
+
+class _TeamWaits:
+    """Seconds that each thread of the calling thread's OpenMP team has been ready to run without a core.
+
+    Args:
+        libgomp: The libgomp that torch uses.
+        threads: Threads of the team.
+    """
+
+    def __init__(self, libgomp: ctypes.CDLL | None, threads: int) -> None:
+        self._libgomp, self._threads = libgomp, threads
+        self._files: list[Path] = []
+
+    def __call__(self) -> list[float]:
+        """Return the seconds of each thread since its start. Always call it on the same thread."""
+        if not self._files:
+            self._files = [Path(f"/proc/self/task/{each}/schedstat") for each in self._team()]
+        return [int(file.read_text().split()[1]) / 1e9 for file in self._files]
+
+    def _team(self) -> list[int]:
+        """Return the identifiers of the threads of the team, which libgomp keeps for later parallel sections."""
+        assert self._libgomp is not None, "SpinControl does nothing without libgomp"
+        found: list[int] = []
+        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: found.append(threading.get_native_id()))
+        self._libgomp.GOMP_parallel(function, None, ctypes.c_uint(self._threads), ctypes.c_uint(0))
+        return found
 
 
 def find_libgomp() -> ctypes.CDLL | None:
@@ -155,9 +187,8 @@ def find_libgomp() -> ctypes.CDLL | None:
     return ctypes.CDLL(found[0]) if found else None
 
 
-def _libgomp_team() -> Callable[[int], None] | None:
+def _libgomp_team(libgomp: ctypes.CDLL | None) -> Callable[[int], None] | None:
     """Return a function that starts a team of the libgomp that torch uses; None if torch uses another OpenMP."""
-    libgomp = find_libgomp()
     if libgomp is None:
         return None
     parallel = libgomp.GOMP_parallel
