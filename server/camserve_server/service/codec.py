@@ -21,7 +21,7 @@ class CodecThreads:
     """Threads for the pixels of requests and responses. Call all methods on the event loop."""
 
     def __init__(self) -> None:
-        threads = min(MOST_THREADS, max(LEAST_THREADS, os.cpu_count() or 1))
+        threads = min(MOST_THREADS, max(LEAST_THREADS, len(os.sched_getaffinity(0))))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="codec", initializer=compute_alone)
 
     def run(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
