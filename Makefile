@@ -56,17 +56,21 @@ lint: install node_modules/.installed  ## run ruff, mypy, import-linter and buf,
 site: install node_modules/.installed  ## build the documentation site in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-proto: install  ## generate the stubs from the files in proto/
-	$(BIN)/python -m grpc_tools.protoc --proto_path=proto \
+PROTOC = $(BIN)/python -m grpc_tools.protoc --proto_path=proto \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
-	  --python_out=$(OUT) --grpc_python_out=$(OUT) --mypy_out=$(OUT) --mypy_grpc_out=$(OUT) \
-	  camserve/v1/explain.proto camserve/v1/admin.proto
-OUT ?= client
+	  --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1)
+LINK := camserve_server/service/frontends
+
+proto: install  ## generate the stubs from the files in proto/
+	$(call PROTOC,$(OUT)client) camserve/v1/explain.proto camserve/v1/admin.proto
+	$(call PROTOC,$(OUT)server) $(LINK)/link.proto
+OUT ?=
 
 proto-check: install  # compare the committed stubs with newly generated ones
-	rm -rf build/stubs && mkdir -p build/stubs
-	$(MAKE) --no-print-directory proto OUT=build/stubs
-	for f in build/stubs/camserve/v1/*; do diff -u "client/camserve/v1/$${f##*/}" "$$f" || exit 1; done
+	rm -rf build/stubs && mkdir -p build/stubs/client build/stubs/server
+	$(MAKE) --no-print-directory proto OUT=build/stubs/
+	for f in client/camserve/v1/* server/$(LINK)/link_pb2*; do \
+	  case "$$f" in */__init__.py|*/__pycache__) continue; esac; diff -u "$$f" "build/stubs/$$f" || exit 1; done
 
 node_modules/.installed: Makefile
 	npm install --no-save --no-package-lock --silent @bufbuild/buf@$(BUF_VERSION) mermaid@$(MERMAID_VERSION)

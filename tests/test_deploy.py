@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from camserve_cli.app import app
 from camserve_server.config import Config, ModelConfig, TLSConfig, read_config
-from camserve_server.service.server import SERVICE, Server
+from camserve_server.service.listeners import SERVICE
+from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.credentials import certify
 from tests.processes import CAMSERVE, completed

@@ -219,6 +219,10 @@ class Config(BaseSettings):
     listen: Annotated[Address, Field(description="Address of the server, HOST:PORT; port 0 selects a free port.")] = (
         "127.0.0.1:50051"
     )
+    frontends: Annotated[
+        int,
+        Field(ge=1, le=64, description="Processes that accept connections, decode images and encode responses."),
+    ] = 1
     insecure: Annotated[bool, Field(description="Allow listeners without TLS that other machines can reach.")] = False
     tls: Annotated[TLSConfig | None, Field(description="Enables TLS, and client certificates if client_ca is set.")] = (
         None

@@ -208,7 +208,7 @@ def plan_request(
             plan = call.metric.plan(x, one, finished.maps[t], **call.parameters, **keywords)
             measured.append((yield from _answer_once(plan, answered)))
         scores.append(tuple(measured))
-    return RequestResult(Targets(c.index, c.p.cpu(), c.y.cpu()), tuple(scores), logits, x.size, result, finished)
+    return RequestResult(result, x.size, finished, Targets(c.index, c.p.cpu(), c.y.cpu()), tuple(scores), logits)
 
 
 def _method_plan(call: MethodCall, x: Image, c: Targets) -> Plan[SaliencyMaps]:

@@ -17,22 +17,15 @@ from camserve_server.rows import resize, resize_minmax
 
 
 @dataclass(frozen=True, eq=False)
-class RequestResult:
-    """The result of a request. T is the number of targets.
+class LazyMaps:
+    """The maps of a request, which are finished when they are first read. T is the number of targets.
 
-    The maps are resized, scaled and copied to the host when they are first read. It takes much longer than a batch of
-    a small network, so the engine's thread does it only if a metric needs the maps.
-
-    Attributes:
-        targets: The explained classes with their probabilities and logits, on the host.
-        scores: The values of the requested metrics, for each target.
+    To finish maps is to resize and scale them, and to copy them to the host. It takes much longer than a batch of a
+    small network, so the engine's thread does it only if a metric needs the maps.
     """
 
-    targets: Targets
-    scores: tuple[tuple[MetricResult, ...], ...]
-    _logits: Tensor
-    _size: tuple[int, int]
     _result: SaliencyMaps
+    _size: tuple[int, int]
     _maps: FinishedMaps | None
 
     @property
@@ -50,10 +43,10 @@ class RequestResult:
         """True if the method resizes and scales its maps itself."""
         return self._result.finish is not None
 
-    @cached_property
-    def logits(self) -> Tensor:
-        """The prediction for the image [classes], on the host."""
-        return self._logits.cpu()
+    @property
+    def unfinished(self) -> Tensor | None:
+        """The maps [T, h, w] from which all others can be computed, on the host; None if that is not possible."""
+        return None if self.own_scaling or self._maps is not None else self._result.raw.cpu()
 
     @cached_property
     def raw(self) -> Tensor:
@@ -81,6 +74,25 @@ class RequestResult:
                 degenerate or concentration.degenerate_warnings(S) for S, degenerate in zip(maps, warnings, strict=True)
             ),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class RequestResult(LazyMaps):
+    """The result of a request.
+
+    Attributes:
+        targets: The explained classes with their probabilities and logits, on the host.
+        scores: The values of the requested metrics, for each target.
+    """
+
+    targets: Targets
+    scores: tuple[tuple[MetricResult, ...], ...]
+    _logits: Tensor
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The prediction for the image [classes], on the host."""
+        return self._logits.cpu()
 
 
 class FinishedMaps(NamedTuple):

@@ -228,9 +228,9 @@ def test_keepalive_detects_a_lost_connection(servicer: Servicer, address: str, m
 
 
 def test_server_permits_the_ping_interval_of_the_client() -> None:
-    from camserve_server.service import server
+    from camserve_server.service import listeners
 
-    options = dict(server.KEEPALIVE)
+    options = dict(listeners.KEEPALIVE)
     assert options["grpc.http2.min_ping_interval_without_data_ms"] < connection.KEEPALIVE_MS
     assert options["grpc.keepalive_permit_without_calls"] == 1
 

@@ -22,7 +22,8 @@ from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from camserve_server.config import Config, ModelConfig
 from camserve_server.engine.engine import Engine
-from camserve_server.service.server import SERVICE, Server
+from camserve_server.service.listeners import SERVICE
+from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.processes import LIMIT_S, TINY, patient_client, served
 

@@ -352,7 +352,7 @@ def test_name_of_the_caller(
     handlers = {kind: getattr(grpc, f"{kind}_rpc_method_handler")(answer) for kind, answer in kinds.items()}
 
     async def call_each_kind() -> list[bytes]:
-        server = grpc.aio.server(interceptors=[security.Guard(config, Metrics())])
+        server = grpc.aio.server(interceptors=[security.Guard(config, Metrics().refused)])
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Who", handlers),))
         if config.tls:
             port = server.add_secure_port("127.0.0.1:0", credentials(config.tls))

@@ -60,9 +60,19 @@ def check() -> None:
         TooLarge: The message has too many bytes beside images, maps and masks.
         InvalidArgument: The message cannot be parsed.
     """
-    failure = _failure.get()
+    failure = refusal()
     if failure is not None:
         raise failure
+
+
+def refusal() -> CamserveError | None:
+    """Return the error about the message of the current call, if there is one. Call it in the task of the call."""
+    return _failure.get()
+
+
+def refuse(error: CamserveError) -> None:
+    """Let `check` raise an error in the current task. A front end has found it."""
+    _failure.set(error)
 
 
 def _parsed(kind: type[Message], data: bytes) -> Message:

@@ -14,7 +14,7 @@ from torch import Tensor
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.errors import InvalidArgument, OutOfRange
 from camserve_server.models.model import Model
-from camserve_server.models.pixels import check_size, decode
+from camserve_server.models.pixels import Preprocessing, check_size, decode
 
 
 def check_image(image: pb.Image, model: Model, max_pixels: int) -> None:
@@ -56,12 +56,12 @@ def check_image(image: pb.Image, model: Model, max_pixels: int) -> None:
             raise InvalidArgument("the image is missing; send encoded bytes, pixels or a tensor", field="image")
 
 
-def decode_image(image: pb.Image, model: Model, max_pixels: int) -> Tensor:
+def decode_image(image: pb.Image, preprocessing: Preprocessing, max_pixels: int) -> Tensor:
     """Decode and preprocess an image that `check_image` has accepted.
 
     Args:
         image: The image of the request. A tensor is used as it is.
-        model: The model whose preprocessing applies.
+        preprocessing: The preprocessing of the model.
         max_pixels: The most pixels of an encoded image.
 
     Returns:
@@ -73,11 +73,11 @@ def decode_image(image: pb.Image, model: Model, max_pixels: int) -> Tensor:
     """
     match image.WhichOneof("content"):
         case "encoded":
-            return model.preprocessing(decode(image.encoded, max_pixels=max_pixels, field="image.encoded"))
+            return preprocessing(decode(image.encoded, max_pixels=max_pixels, field="image.encoded"))
         case "pixels":
             pixels = image.pixels
             values = np.frombuffer(pixels.data, np.uint8).reshape(pixels.height, pixels.width, 3)
-            return model.preprocessing.convert_pixels(values)
+            return preprocessing.convert_pixels(values)
         case _:
             return torch.from_numpy(_values(image.tensor, "image.tensor"))
 

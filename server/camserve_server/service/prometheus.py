@@ -62,7 +62,7 @@ class Metrics:
         self._requests.labels(call.rpc, call.method, code).inc()
         self._duration.labels(call.rpc, call.method).observe(time.monotonic() - call.started)
 
-    def refused(self, rpc: str, code: str) -> None:
+    async def refused(self, rpc: str, code: str) -> None:
         """Count a call that was refused before its request was parsed.
 
         Args:

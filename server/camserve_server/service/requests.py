@@ -168,7 +168,7 @@ def decode_pixels(parsed: ParsedRequest, config: Config) -> Pixels:
         CamserveError: The pixels cannot be read or have wrong values; the error names the field.
     """
     model = parsed.model
-    values = decode_image(parsed.image, model, config.max_image_pixels)
+    values = decode_image(parsed.image, model.preprocessing, config.max_image_pixels)
     saliency = None if parsed.saliency is None else decode_saliency(parsed.saliency)
     truth = None
     if parsed.boxes or parsed.mask is not None:

@@ -22,7 +22,7 @@ from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.servable import unsupported_reason
 from camserve_server.plan import Level, Randomised
 from camserve_server.request_plan import MethodCall, rows_needed
-from camserve_server.request_result import RequestResult, finish_maps
+from camserve_server.request_result import LazyMaps, RequestResult, finish_maps
 from camserve_server.service.decoding import digest
 from camserve_server.service.map_format import MapFormat, native_maps, set_tensor, tensor
 from camserve_server.service.requests import ParsedRequest
@@ -48,12 +48,20 @@ def explain_response(
         result: The result of the plan.
         engine_warnings: Warnings of the engine; they are added to those of each map.
     """
+    response = explain_outline(request_id, parsed, input_digest, job, result)
+    add_maps(response.maps, response.receipt, result, parsed.map_format, engine_warnings)
+    return response
+
+
+def explain_outline(
+    request_id: str, parsed: ParsedRequest, input_digest: str, job: Job[RequestResult], result: RequestResult
+) -> pb.ExplainResponse:
+    """Return the response to Explain without what `add_maps` adds."""
     response = pb.ExplainResponse(request_id=request_id, cost=_cost(job))
     for t in range(len(result.targets)):
         _outline(response.maps.add(), parsed, result, t)
     _add_predictions(response, parsed.model, result.logits, parsed.top_k or TOP_K)
     _add_receipt(response.receipt, request_id, parsed, job, result)
-    add_maps(response.maps, response.receipt, result, parsed.map_format, engine_warnings)
     response.receipt.input_digest = input_digest
     if parsed.raw:
         for message, raw in zip(response.maps, result.raw, strict=True):
@@ -70,10 +78,18 @@ def evaluate_response(
     engine_warnings: Sequence[str],
 ) -> pb.EvaluateResponse:
     """Return the response to Evaluate. The arguments are those of `explain_response`."""
+    response = evaluate_outline(request_id, parsed, input_digest, job, result)
+    add_maps([response.map], response.receipt, result, parsed.map_format, engine_warnings)
+    return response
+
+
+def evaluate_outline(
+    request_id: str, parsed: ParsedRequest, input_digest: str, job: Job[RequestResult], result: RequestResult
+) -> pb.EvaluateResponse:
+    """Return the response to Evaluate without what `add_maps` adds."""
     response = pb.EvaluateResponse(request_id=request_id, cost=_cost(job))
     _outline(response.map, parsed, result, 0)
     _add_receipt(response.receipt, request_id, parsed, job, result)
-    add_maps([response.map], response.receipt, result, parsed.map_format, engine_warnings)
     response.receipt.input_digest = input_digest
     return response
 
@@ -81,7 +97,7 @@ def evaluate_response(
 def add_maps(
     messages: Iterable[pb.SaliencyMap],
     receipt: pb.Receipt,
-    result: RequestResult,
+    result: LazyMaps,
     map_format: MapFormat,
     engine_warnings: Sequence[str],
 ) -> None:
@@ -92,7 +108,7 @@ def add_maps(
     Args:
         messages: The message of each map.
         receipt: The receipt of the response.
-        result: The result of the plan, which finishes its maps now if no metric needed them.
+        result: The maps of the plan, which are finished now if no metric needed them.
         map_format: The format of the maps. It does not affect their digests.
         engine_warnings: Warnings of the engine; they follow those of each map.
     """

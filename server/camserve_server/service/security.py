@@ -18,15 +18,16 @@ from camserve_server.engine.admission import Caller, Priority
 from camserve_server.errors import CamserveError, PermissionDenied, Unauthenticated
 from camserve_server.service import status
 from camserve_server.service.call import checked_request_id
-from camserve_server.service.prometheus import Metrics
 
 PRIORITIES = get_args(Priority)  # in ascending order
 ADMIN_SERVICE = "camserve.v1.AdminService"
 
 log = structlog.get_logger()
 Context = grpc.aio.ServicerContext[Any, Any]
+CountRefusal = Callable[[str, str], Awaitable[None]]
 # gRPC runs the interceptors and the handler of a call in the same task.
 _token: ContextVar[TokenConfig | None] = ContextVar("token", default=None)
+_checked_subject: ContextVar[str] = ContextVar("checked_subject", default="")  # by a front end
 
 
 def caller(context: Context) -> str:
@@ -37,8 +38,30 @@ def caller(context: Context) -> str:
     Args:
         context: The context of the call.
     """
+    return token_name() or subject(context)
+
+
+def subject(context: Context) -> str:
+    """Return the subject of the client certificate; empty if there is none. Call it in the task of the call."""
+    return _checked_subject.get() or next(iter(_subjects(context)), "")
+
+
+def token_name() -> str:
+    """Return the name of the token of the current call; empty if it has none. Call it in the task of the call."""
     token = _token.get()
-    return token.name if token else next(iter(_subjects(context)), "")
+    return token.name if token else ""
+
+
+def trust(config: Config, token: str, subject: str) -> None:
+    """Take over the identity of a caller that a front end has checked. Call it in the task of the call.
+
+    Args:
+        config: The configuration of the server.
+        token: The name of the caller's token; empty if it has none.
+        subject: The subject of the caller's certificate; empty if it has none.
+    """
+    _token.set(next((each for each in config.tokens if each.name == token), None))
+    _checked_subject.set(subject)
 
 
 def rights(context: Context, config: Config, requested: Priority | None) -> tuple[Caller, Priority]:
@@ -70,11 +93,11 @@ class Guard(grpc.aio.ServerInterceptor):
 
     Args:
         config: The configuration, with the tokens and the allowed subjects.
-        metrics: Counts the refused calls.
+        count: Counts a refused call: the name of its RPC and of its status code.
     """
 
-    def __init__(self, config: Config, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, config: Config, count: CountRefusal) -> None:
+        self._count = count
         self._tokens = config.tokens
         self._allowed = config.tls.allowed_subjects if config.tls else None
 
@@ -96,9 +119,9 @@ class Guard(grpc.aio.ServerInterceptor):
                         f"the token of {token.name} is not an admin token; AdminService needs one with admin = true"
                     )
             except CamserveError as error:
-                return _refusal(error, rpc, self._metrics)
+                return _refusal(error, rpc, self._count)
             _token.set(token)
-        return handler if self._allowed is None else _only_for(handler, self._allowed, rpc, self._metrics)
+        return handler if self._allowed is None else _only_for(handler, self._allowed, rpc, self._count)
 
 
 def _authenticate(call: grpc.HandlerCallDetails, tokens: Collection[TokenConfig]) -> TokenConfig:
@@ -125,14 +148,14 @@ def _subjects(context: Context) -> list[str]:
 
 
 def _only_for(
-    handler: grpc.RpcMethodHandler[Any, Any], allowed: Collection[str], rpc: str, metrics: Metrics
+    handler: grpc.RpcMethodHandler[Any, Any], allowed: Collection[str], rpc: str, count: CountRefusal
 ) -> grpc.RpcMethodHandler[Any, Any]:
     """Restrict a handler to callers with an allowed subject, which only the context of a call contains."""
 
     async def check(context: Context) -> None:
         if not set(_subjects(context)) & set(allowed):
             error = PermissionDenied("the subject of the client certificate is not in allowed_subjects of this server")
-            await _refuse(error, rpc, metrics, context)
+            await _refuse(error, rpc, count, context)
 
     call_type = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
     respond: Any = getattr(handler, call_type)
@@ -159,17 +182,17 @@ def _arity(streaming: bool) -> str:
     return "stream" if streaming else "unary"
 
 
-def _refusal(error: CamserveError, rpc: str, metrics: Metrics) -> grpc.RpcMethodHandler[Any, Any]:
+def _refusal(error: CamserveError, rpc: str, count: CountRefusal) -> grpc.RpcMethodHandler[Any, Any]:
     """Return a handler that refuses a call. It is a streaming one so that gRPC does not read the request first."""
 
     async def refuse(_: object, context: Context) -> None:
-        await _refuse(error, rpc, metrics, context)
+        await _refuse(error, rpc, count, context)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-async def _refuse(error: CamserveError, rpc: str, metrics: Metrics, context: Context) -> None:
+async def _refuse(error: CamserveError, rpc: str, count: CountRefusal, context: Context) -> None:
     request_id = checked_request_id("")
     log.info("call", rpc=rpc, request_id=request_id, code=error.code)
-    metrics.refused(rpc, error.code)
+    await count(rpc, error.code)
     await context.abort(status.code(error), error.message, status.trailing_metadata(error, request_id))

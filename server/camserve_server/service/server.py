@@ -9,44 +9,37 @@ from collections.abc import Callable, Sequence
 import grpc
 import structlog
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2_grpc
 
-from camserve.v1 import admin_pb2_grpc, explain_pb2, explain_pb2_grpc
+from camserve.v1 import admin_pb2_grpc
 from camserve_server import registry
-from camserve_server.config import Config, TLSConfig
+from camserve_server.config import Config
 from camserve_server.engine.engine import Engine
 from camserve_server.errors import CamserveError, ConfigError
 from camserve_server.model_pool import ModelPool
 from camserve_server.models.model import Model
 from camserve_server.service.admin import AdminServicer
 from camserve_server.service.bounds import SizeLimits
+from camserve_server.service.frontends.supervisor import FrontEnds
 from camserve_server.service.gauges import Gauges
 from camserve_server.service.health import Health
+from camserve_server.service.listeners import (
+    EXCLUSIVE_PORT,
+    KEEPALIVE,
+    NOT_SERVING,
+    SERVICE,
+    SERVING,
+    STOP_GRACE_S,
+    OwnPort,
+    bind,
+    callers_server,
+)
 from camserve_server.service.prometheus import Listener, Metrics
 from camserve_server.service.security import Guard
 from camserve_server.service.servicer import Servicer
-from camserve_server.service.tls import credentials
 from camserve_server.service.trace_context import tracer_from_environment
 from camserve_server.torch_setup.allocator import keep_memory
 from camserve_server.torch_setup.device import pick_device
-
-SERVICE = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-EXCLUSIVE_PORT = ("grpc.so_reuseport", 0)  # binding fails if another server uses the port
-KEEPALIVE = (  # clients ping every 30 s; by default, gRPC closes connections with more than one ping in five minutes
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # The server pings clients, too, to end the calls of clients that have disappeared without closing the connection.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-# Clients find new replicas only when they connect again. Running calls are finished on the old connection.
-CONNECTION_AGE = ("grpc.max_connection_age_ms", 600_000)
-STOP_GRACE_S = 0.5  # for responses in transfer; watchers of Health would never end by themselves
 
 log = structlog.get_logger()
 
@@ -78,24 +71,15 @@ class Server:
         self._metrics.registry.register(Gauges(self._servicer, self.engine))
         self._metrics_listener: Listener | None = None
         self._health = Health()
-        self._grpc = grpc.aio.server(
-            interceptors=[Guard(config, self._metrics), SizeLimits()],
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                ("grpc.max_send_message_length", config.max_message_bytes),
-                EXCLUSIVE_PORT,
-                *KEEPALIVE,
-                CONNECTION_AGE,
-            ],
+        self._callers: OwnPort | FrontEnds = (
+            OwnPort(callers_server(config, self._servicer, self._health, self._metrics.refused), config)
+            if config.frontends == 1
+            else FrontEnds(config, self._servicer, self._health, self._metrics)
         )
-        explain_pb2_grpc.add_ExplainServiceServicer_to_server(self._servicer, self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        if config.reflection:
-            reflection.enable_server_reflection([SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME], self._grpc)
         self._probes = grpc.aio.server(options=[EXCLUSIVE_PORT])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
         self._admin = grpc.aio.server(
-            interceptors=[Guard(config, self._metrics), SizeLimits()], options=[EXCLUSIVE_PORT, *KEEPALIVE]
+            interceptors=[Guard(config, self._metrics.refused), SizeLimits()], options=[EXCLUSIVE_PORT, *KEEPALIVE]
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._servicer), self._admin)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._admin)
@@ -107,18 +91,18 @@ class Server:
             ConfigError: An address cannot be bound, or a model cannot be loaded.
             CamserveError: A model does not fit into the device's memory.
         """
-        self.address = _bind(self._grpc, "listen", self.config.listen, self.config.tls)
+        self.address = self._callers.bind()
         self._health.set("", SERVING)
         self._health.set(SERVICE, NOT_SERVING)
         if self.config.health_listen is not None:
-            self.health_address = _bind(self._probes, "health_listen", self.config.health_listen)
+            self.health_address = bind(self._probes, "health_listen", self.config.health_listen)
             await self._probes.start()
         if self.config.metrics_listen is not None:
             self._metrics_listener = Listener(self._metrics.registry, self.config.metrics_listen)
             self.metrics_address = self._metrics_listener.address
         if self.config.admin_listen is not None:
-            self.admin_address = _bind(self._admin, "admin_listen", self.config.admin_listen, self.config.tls)
-        await self._grpc.start()
+            self.admin_address = bind(self._admin, "admin_listen", self.config.admin_listen, self.config.tls)
+        await self._callers.start()
         device = pick_device(self.config.device)
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
@@ -130,6 +114,7 @@ class Server:
         if self.config.admin_listen is not None:
             await self._admin.start()
         self._health.set(SERVICE, SERVING)
+        await self._callers.ready()
         log.info("ready", address=self.address, models=[*self.models], methods=sorted(registry.METHODS))
 
     @property
@@ -147,22 +132,10 @@ class Server:
         # The port stays open meanwhile, so that new calls receive an error with a retry delay.
         await self._servicer.drain(grace_s)
         await asyncio.to_thread(self.engine.close)
-        await asyncio.gather(*(each.stop(STOP_GRACE_S) for each in (self._grpc, self._probes, self._admin)))
+        await asyncio.gather(self._callers.stop(), *(each.stop(STOP_GRACE_S) for each in (self._probes, self._admin)))
         for part in (self._metrics_listener, self._tracer):
             if part is not None:
                 await asyncio.to_thread(part.close)
-
-
-def _bind(server: grpc.aio.Server, key: str, address: str, tls: TLSConfig | None = None) -> str:
-    """Bind an address and return it with the selected port. Raises ConfigError, whose message begins with the key."""
-    host = address.rpartition(":")[0]
-    try:
-        port = server.add_secure_port(address, credentials(tls)) if tls else server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"{key}: cannot bind {address}; check that the address belongs to this machine and that the port is free"
-        ) from error
-    return f"{host}:{port}"
 
 
 async def run(config: Config, ready: Callable[[Server], None]) -> int:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import structlog
+from google.protobuf.message import Message
 
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1 import explain_pb2_grpc
@@ -33,7 +34,7 @@ from camserve_server.service.call import MAX_REQUEST_ID, Call, Context, checked_
 from camserve_server.service.codec import CodecThreads
 from camserve_server.service.event_stream import EventStream, StreamMessage
 from camserve_server.service.prometheus import Metrics
-from camserve_server.service.requests import ParsedRequest
+from camserve_server.service.requests import ParsedRequest, Pixels
 
 if TYPE_CHECKING:  # the tracer imports opentelemetry, an optional dependency
     from camserve_server.service.tracer import Tracer
@@ -45,8 +46,9 @@ EXPIRED_SHARE = 0.1
 log = structlog.get_logger()
 T = TypeVar("T")
 Request = TypeVar("Request", pb.ExplainRequest, pb.EvaluateRequest)
-Response = TypeVar("Response", pb.ExplainResponse, pb.EvaluateResponse)
+Response = TypeVar("Response", bound=Message)
 Parse: TypeAlias = Callable[[Request, Model, Config], ParsedRequest]
+Decode: TypeAlias = Callable[[str, ParsedRequest], Awaitable[Pixels]]
 Respond: TypeAlias = Callable[[str, ParsedRequest, str, "Job[RequestResult]", RequestResult, Sequence[str]], Response]
 
 
@@ -63,6 +65,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         models: The pool of models; None until the configured models are loaded.
         running: The calls that have not ended.
         draining: The server refuses new calls because it shuts down.
+        codec: Decodes and encodes.
     """
 
     def __init__(self, config: Config, engine: Engine, metrics: Metrics, tracer: Tracer | None) -> None:
@@ -71,7 +74,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         self.draining = False
         self._config = config
         self._engine = engine
-        self._codec = CodecThreads()
+        self.codec = CodecThreads()
         self._metrics = metrics
         self._tracer = tracer
 
@@ -89,7 +92,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         self, request: pb.ExplainStreamRequest, context: Context
     ) -> AsyncIterator[pb.ExplainStreamResponse]:
         """Yield progress, intermediate maps and the response of Explain."""
-        async for message in self._run(
+        async for message in self.run(
             "ExplainStream",
             request.request,
             context,
@@ -104,7 +107,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                     yield pb.ExplainStreamResponse(level=message)
                 case pb.Randomised():
                     yield pb.ExplainStreamResponse(randomised=message)
-                case _:
+                case pb.ExplainResponse():
                     yield pb.ExplainStreamResponse(result=message)
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
@@ -115,7 +118,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         self, request: pb.EvaluateStreamRequest, context: Context
     ) -> AsyncIterator[pb.EvaluateStreamResponse]:
         """Yield progress, the maps of randomised networks and the response of Evaluate."""
-        async for message in self._run(
+        async for message in self.run(
             "EvaluateStream",
             request.request,
             context,
@@ -156,11 +159,11 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
     async def _unary(
         self, rpc: str, request: Request, context: Context, parse: Parse[Request], respond: Respond[Response]
     ) -> Response:
-        async for message in self._run(rpc, request, context, parse, respond):
+        async for message in self.run(rpc, request, context, parse, respond):
             response = message
         return response  # type: ignore[return-value]  # without kinds, the response is the only message
 
-    async def _run(
+    async def run(
         self,
         rpc: str,
         request: Request,
@@ -169,8 +172,25 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         respond: Respond[Response],
         *,
         kinds: Collection[type[StreamMessage]] = (),
+        decode: Decode | None = None,
+        delivered: Callable[[], Awaitable[None]] | None = None,
     ) -> AsyncIterator[StreamMessage | Response]:
-        """Run the plan of a request; yield the messages of the given kinds, and finally the response."""
+        """Run the plan of a request.
+
+        Args:
+            rpc: The name of the RPC.
+            request: The message of the caller.
+            context: The context of the call.
+            parse: Checks all fields of the request but its pixels.
+            respond: Makes the response; it runs in a codec thread.
+            kinds: The kinds of messages that the call returns before its response.
+            decode: Returns the pixels of a request, given the identifier of the request; by default, a codec thread
+                decodes them.
+            delivered: Returns when the receiver has the response; by default, the call ends with its response.
+
+        Yields:
+            The messages of the given kinds, and finally the response.
+        """
         async with (
             self.call(rpc, request.request_id, context, request.method.name) as call,
             self.loaded_models().lease(request.model) as lease,
@@ -181,7 +201,10 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 parsed.model, parsed.method, parsed.rows, budget=parsed.budget, deadline=_deadline(context)
             )
             with self._engine.reserve(parsed.rows.most, bounded, caller, priority) as reservation:
-                pixels = await self._codec.run(requests.decode_pixels, parsed, self._config)
+                if decode is None:
+                    pixels = await self.codec.run(requests.decode_pixels, parsed, self._config)
+                else:
+                    pixels = await decode(call.request_id, parsed)
                 subject = parsed.method if pixels.saliency is None else pixels.saliency
                 assert subject is not None, "a request without a map has a method"
                 events = EventStream(parsed.model, parsed.map_format, kinds)
@@ -197,14 +220,16 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             try:
                 if kinds:
                     self._release_with(job, events, lease)
-                    async for message in events.messages(self._codec.run):
+                    async for message in events.messages(self.codec.run):
                         yield message
-                yield await self._codec.run_after(
+                yield await self.codec.run_after(
                     job.future,
                     lambda: respond(
                         call.request_id, parsed, pixels.input_digest, job, job.future.result(), tuple(events.warnings)
                     ),
                 )
+                if delivered is not None:
+                    await delivered()
             finally:
                 # Not earlier, so that the engine's thread does it only for a cancelled call, which ends before its job.
                 job.future.add_done_callback(lambda _: self._metrics.finished(job, call.method))

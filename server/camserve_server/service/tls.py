@@ -37,7 +37,7 @@ def certificates(tls: TLSConfig) -> grpc.ServerCertificateConfiguration:
     Raises:
         ConfigError: A file cannot be read or is invalid; the message begins with its key.
     """
-    pem = {key: _read(path, key) for key, path in _paths(tls).items()}
+    pem = {key: _read(path, key) for key, path in paths(tls).items()}
     _check(tls)
     return grpc.ssl_server_certificate_configuration([(pem["key"], pem["certificate"])], pem.get("client_ca"))
 
@@ -65,7 +65,7 @@ class _Reload:
         return fresh
 
     def _stamps(self) -> list[tuple[int, int, int] | None]:
-        return [_stamp(path) for path in _paths(self._tls).values()]
+        return [_stamp(path) for path in paths(self._tls).values()]
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
@@ -76,7 +76,8 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
 
-def _paths(tls: TLSConfig) -> dict[str, Path]:
+def paths(tls: TLSConfig) -> dict[str, Path]:
+    """Return the configured files by their key."""
     files = {"certificate": tls.certificate, "key": tls.key, "client_ca": tls.client_ca}
     return {key: tls.resolve(path) for key, path in files.items() if path is not None}
 
@@ -90,21 +91,21 @@ def _read(path: Path, key: str) -> bytes:
 
 def _check(tls: TLSConfig) -> None:
     """Check the contents of the files. gRPC reports any invalid file only as a port that cannot be bound."""
-    trial, paths = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), _paths(tls)
-    for key in paths.keys() - {"key"}:
+    trial, files = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), paths(tls)
+    for key in files.keys() - {"key"}:
         try:
-            trial.load_verify_locations(paths[key])
+            trial.load_verify_locations(files[key])
         except ssl.SSLError as error:
-            raise ConfigError(f"tls.{key}: {paths[key]} contains no certificate; expected PEM format") from error
+            raise ConfigError(f"tls.{key}: {files[key]} contains no certificate; expected PEM format") from error
     try:
         trial.load_cert_chain(
-            paths["certificate"], paths["key"], password=lambda: ""
+            files["certificate"], files["key"], password=lambda: ""
         )  # without it, OpenSSL would prompt
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise ConfigError(
-                f"tls.key: {paths['key']} does not belong to tls.certificate; configure the key of this certificate"
+                f"tls.key: {files['key']} does not belong to tls.certificate; configure the key of this certificate"
             ) from error
         raise ConfigError(
-            f"tls.key: {paths['key']} contains no usable private key; expected PEM format without encryption"
+            f"tls.key: {files['key']} contains no usable private key; expected PEM format without encryption"
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from camserve_server.service.server import KEEPALIVE
+from camserve_server.service.listeners import KEEPALIVE
 
 CALL_S = 8
 PING_MS = 1000

@@ -18,7 +18,8 @@ import camserve
 import camserve.aio
 from camserve_server.models.load import state_digest
 from camserve_server.models.pixels import Preprocessing
-from camserve_server.service.server import SERVICE, Server
+from camserve_server.service.listeners import SERVICE
+from camserve_server.service.server import Server
 
 TIMEOUT_S = 240.0
 CAT = skimage.data.chelsea()

@@ -1,0 +1,1 @@
+"""Front ends: processes that accept connections, decode images and encode responses for the engine process."""

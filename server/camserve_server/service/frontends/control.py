@@ -1,0 +1,39 @@
+"""How the engine process controls a front end: by lines on its standard input.
+
+This module imports only the standard library, so that a front end can be stopped while it imports all others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+READY, STOP = "ready", "stop"  # the lines that a front end writes and reads
+
+
+class Control:
+    """Reads the settings, then follows the standard input on a thread, which works even if the event loop is blocked.
+
+    The end of the input means that the engine process has ended. Then this process ends at once.
+
+    Attributes:
+        settings: What the engine process has written in the first line.
+        stop: Is called when this front end must stop; until it is set, the process ends at once.
+    """
+
+    def __init__(self) -> None:
+        self.stop: Callable[[], object] = lambda: os._exit(0)
+        self.settings: dict[str, Any] = json.loads(sys.stdin.readline() or "{}")
+        threading.Thread(target=self._follow, name="control", daemon=True).start()
+
+    def _follow(self) -> None:
+        for line in sys.stdin:
+            if line.strip() == STOP:
+                self.stop()
+        shutil.rmtree(self.settings.get("folder", ""), ignore_errors=True)  # the engine process could not remove it
+        os._exit(1)

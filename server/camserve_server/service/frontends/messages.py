@@ -1,0 +1,179 @@
+"""Conversions between the messages of the link and the values of its two ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from camserve.v1 import explain_pb2 as pb
+from camserve_server import errors
+from camserve_server.errors import CamserveError
+from camserve_server.models.pixels import Preprocessing
+from camserve_server.plan import SaliencyMaps
+from camserve_server.request_result import LazyMaps
+from camserve_server.service.frontends import link_pb2
+from camserve_server.service.map_format import MapFormat
+from camserve_server.service.responses import add_maps
+
+
+def _kinds(kind: type[CamserveError]) -> Iterator[type[CamserveError]]:
+    yield kind
+    for each in kind.__subclasses__():
+        yield from _kinds(each)
+
+
+_KINDS = {kind.__name__: kind for kind in _kinds(errors.CamserveError)}
+
+
+def failure(error: CamserveError) -> link_pb2.Failure:
+    """Return the message for an error."""
+    return link_pb2.Failure(
+        kind=type(error).__name__,
+        message=error.message,
+        field=error.field,
+        reason=error.reason,
+        metadata=error.metadata,
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def error(failure: link_pb2.Failure) -> CamserveError:
+    """Return the error of a message."""
+    return _KINDS[failure.kind](
+        failure.message,
+        field=failure.field,
+        reason=failure.reason,
+        metadata=dict(failure.metadata),
+        retry_after_s=failure.retry_after_s if failure.HasField("retry_after_s") else None,
+    )
+
+
+def preprocessing(admitted: link_pb2.Admitted) -> Preprocessing:
+    """Return the preprocessing of an admitted request."""
+    height, width = admitted.size
+    return Preprocessing(
+        (height, width),
+        tuple(admitted.mean),
+        tuple(admitted.std),
+        admitted.interpolation,  # type: ignore[arg-type]  # the engine process sends one of the literals
+    )
+
+
+class Pixels:
+    """The image, the map and the mask of a request, as the caller sent them.
+
+    Args:
+        request: The request. Its data are removed, so that only the other fields are sent to the engine process.
+
+    Attributes:
+        image: The image.
+        saliency: The map; None if the request has none.
+        mask: The mask; None if the request has none.
+    """
+
+    def __init__(self, request: pb.ExplainRequest | pb.EvaluateRequest) -> None:
+        self.image = pb.Image()
+        self.saliency: pb.Tensor | None = None
+        self.mask: pb.Tensor | None = None
+        self.image.CopyFrom(request.image)
+        match request.image.WhichOneof("content"):
+            case "encoded":
+                request.image.encoded = b""
+            case "pixels":
+                request.image.pixels.data = b""
+            case "tensor":
+                request.image.tensor.data = b""
+        if isinstance(request, pb.EvaluateRequest) and request.HasField("saliency"):
+            self.saliency = _without_data(request.saliency)
+        if request.truth.HasField("mask"):
+            self.mask = _without_data(request.truth.mask)
+
+    def add_sizes(self, start: link_pb2.Start) -> None:
+        """Add the sizes of the removed data to the message that begins a call."""
+        match self.image.WhichOneof("content"):
+            case "pixels":
+                start.image_bytes = len(self.image.pixels.data)
+            case "tensor":
+                start.image_bytes = len(self.image.tensor.data)
+        start.saliency_bytes = len(self.saliency.data) if self.saliency is not None else 0
+        start.mask_bytes = len(self.mask.data) if self.mask is not None else 0
+
+
+def _without_data(tensor: pb.Tensor) -> pb.Tensor:
+    """Return a copy of a tensor, and remove the data of the original."""
+    copy = pb.Tensor()
+    copy.CopyFrom(tensor)
+    tensor.data = b""
+    return copy
+
+
+def restored_request(start: link_pb2.Start) -> pb.ExplainRequest | pb.EvaluateRequest:
+    """Return the request of a call with zeros for the removed data, because the checks need only their number."""
+    request: pb.ExplainRequest | pb.EvaluateRequest = (
+        start.explain if start.WhichOneof("request") == "explain" else start.evaluate
+    )
+    match request.image.WhichOneof("content"):
+        case "pixels":
+            request.image.pixels.data = bytes(start.image_bytes)
+        case "tensor":
+            request.image.tensor.data = bytes(start.image_bytes)
+    if start.saliency_bytes and isinstance(request, pb.EvaluateRequest):
+        request.saliency.data = bytes(start.saliency_bytes)
+    if start.mask_bytes:
+        request.truth.mask.data = bytes(start.mask_bytes)
+    return request
+
+
+def values(tensor: pb.Tensor) -> Tensor:
+    """Return the float32 values of a message."""
+    return torch.from_numpy(np.frombuffer(tensor.data, "<f4").astype(np.float32).reshape(tuple(tensor.shape)))
+
+
+def mask(data: bytes, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return the mask [H, W] of one byte for each pixel."""
+    return np.frombuffer(data, np.bool_).reshape(size)
+
+
+def set_unfinished(
+    message: link_pb2.UnfinishedMaps, raw: Tensor, map_format: MapFormat, warnings: Sequence[str]
+) -> None:
+    """Set the fields of a message.
+
+    Args:
+        message: An empty message.
+        raw: The maps [T, h, w] of a method, float32 or float64, on the host.
+        map_format: The format of the response.
+        warnings: Warnings of the engine.
+    """
+    array = raw.numpy()
+    message.shape.extend(array.shape)
+    message.dtype, message.data = array.dtype.str, array.tobytes()
+    message.format.dtype, message.format.native = map_format.dtype, map_format.native
+    message.warnings.extend(warnings)
+
+
+def finish(result: link_pb2.RunResponse, size: tuple[int, int], input_digest: str) -> None:
+    """Add what is missing in a result: the digest of the input and, unless the engine process finished them, the maps.
+
+    Args:
+        result: The result of Explain or Evaluate.
+        size: (H, W), the input size of the model.
+        input_digest: The digest of the input.
+    """
+    response = result.explained if result.HasField("explained") else result.evaluated
+    response.receipt.input_digest = input_digest
+    if not result.HasField("unfinished"):
+        return
+    given = result.unfinished
+    raw = torch.from_numpy(np.frombuffer(given.data, given.dtype).reshape(tuple(given.shape)).copy())
+    add_maps(
+        response.maps if isinstance(response, pb.ExplainResponse) else [response.map],
+        response.receipt,
+        LazyMaps(SaliencyMaps(raw), size, None),
+        MapFormat(given.format.dtype, given.format.native),
+        given.warnings,
+    )

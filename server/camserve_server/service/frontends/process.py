@@ -1,0 +1,58 @@
+"""The process of a front end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import torch
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+
+from camserve_server.config import Config
+from camserve_server.service.frontends.callers import FrontEndServicer
+from camserve_server.service.frontends.control import READY, Control
+from camserve_server.service.frontends.shared_memory import SharedMemory
+from camserve_server.service.health import Health
+from camserve_server.service.listeners import ANY_SIZE, SERVICE, SHARED_PORT, STOP_GRACE_S, bind, callers_server
+from camserve_server.service.logs import log_to_stderr
+from camserve_server.torch_setup.allocator import keep_memory
+
+
+def serve(control: Control) -> None:
+    """Serve callers until the engine process stops this front end.
+
+    Args:
+        control: The settings of the front end, and its end.
+    """
+    keep_memory()
+    torch.set_num_threads(1)
+    config = Config(**control.settings["config"])
+    log_to_stderr(config)
+    asyncio.run(_serve(config, control))
+
+
+async def _serve(config: Config, control: Control) -> None:
+    loop, stopping, settings = asyncio.get_running_loop(), asyncio.Event(), control.settings
+    control.stop = lambda: loop.call_soon_threadsafe(stopping.set)
+    health = Health()
+    async with grpc.aio.insecure_channel(f"unix:{settings['folder']}/link", ANY_SIZE) as channel:
+        servicer = FrontEndServicer(config, settings["identifier"], channel, SharedMemory(settings["memory"]))
+        server = callers_server(config, servicer, health, servicer.count_refusal, port=SHARED_PORT)
+        known = {service: asyncio.Event() for service in ("", SERVICE)}
+        watchers = [asyncio.create_task(_copy_health(channel, health, *each)) for each in known.items()]
+        await asyncio.gather(*(each.wait() for each in known.values()))
+        bind(server, "listen", settings["address"], config.tls)
+        await server.start()
+        print(READY, flush=True)
+        await stopping.wait()
+        await server.stop(STOP_GRACE_S)
+        for each in watchers:
+            each.cancel()
+
+
+async def _copy_health(channel: grpc.aio.Channel, health: Health, service: str, known: asyncio.Event) -> None:
+    """Copy the states of a service from the engine process, and set `known` after the first one."""
+    async for answer in health_pb2_grpc.HealthStub(channel).Watch(HealthCheckRequest(service=service)):
+        health.set(service, answer.status)
+        known.set()

@@ -1,0 +1,113 @@
+"""The gRPC server for callers, which the engine process or the front ends run, and the binding of addresses."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_reflection.v1alpha import reflection
+
+from camserve.v1 import explain_pb2, explain_pb2_grpc
+from camserve_server.config import Config, TLSConfig
+from camserve_server.errors import ConfigError
+from camserve_server.service.bounds import SizeLimits
+from camserve_server.service.health import Health
+from camserve_server.service.security import CountRefusal, Guard
+from camserve_server.service.tls import credentials
+
+SERVICE = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+EXCLUSIVE_PORT = ("grpc.so_reuseport", 0)  # binding fails if another server uses the port
+SHARED_PORT = ("grpc.so_reuseport", 1)
+ANY_SIZE = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+KEEPALIVE = (  # clients ping every 30 s; by default, gRPC closes connections with more than one ping in five minutes
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # The server pings clients, too, to end the calls of clients that have disappeared without closing the connection.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+# Clients find new replicas only when they connect again. Running calls are finished on the old connection.
+CONNECTION_AGE = ("grpc.max_connection_age_ms", 600_000)
+STOP_GRACE_S = 0.5  # for responses in transfer; watchers of Health would never end by themselves
+
+
+def callers_server(
+    config: Config,
+    servicer: explain_pb2_grpc.ExplainServiceServicer,
+    health: Health,
+    count_refusal: CountRefusal,
+    *,
+    port: tuple[str, int] = EXCLUSIVE_PORT,
+) -> grpc.aio.Server:
+    """Return the gRPC server for callers, without a port.
+
+    Args:
+        config: The configuration.
+        servicer: Implements ExplainService.
+        health: Implements Health.
+        count_refusal: Counts calls whose token or certificate is not allowed.
+        port: Whether several processes share the port.
+    """
+    server = grpc.aio.server(
+        interceptors=[Guard(config, count_refusal), SizeLimits()],
+        options=[
+            ("grpc.max_receive_message_length", config.max_message_bytes),
+            ("grpc.max_send_message_length", config.max_message_bytes),
+            port,
+            *KEEPALIVE,
+            CONNECTION_AGE,
+        ],
+    )
+    explain_pb2_grpc.add_ExplainServiceServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    if config.reflection:
+        reflection.enable_server_reflection([SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME], server)
+    return server
+
+
+def bind(server: grpc.aio.Server, key: str, address: str, tls: TLSConfig | None = None) -> str:
+    """Bind an address and return it with the selected port. Raises ConfigError, whose message begins with the key."""
+    host = address.rpartition(":")[0]
+    try:
+        port = server.add_secure_port(address, credentials(tls)) if tls else server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise cannot_bind(key, address) from error
+    return f"{host}:{port}"
+
+
+def cannot_bind(key: str, address: str) -> ConfigError:
+    """Return the error about an address that cannot be bound."""
+    return ConfigError(
+        f"{key}: cannot bind {address}; check that the address belongs to this machine and that the port is free"
+    )
+
+
+class OwnPort:
+    """The port for callers in the engine's process.
+
+    Args:
+        server: Serves the callers.
+        config: The configuration.
+    """
+
+    def __init__(self, server: grpc.aio.Server, config: Config) -> None:
+        self._server = server
+        self._config = config
+
+    def bind(self) -> str:
+        """Bind the port and return its address. Raises ConfigError."""
+        return bind(self._server, "listen", self._config.listen, self._config.tls)
+
+    async def start(self) -> None:
+        """Accept connections."""
+        await self._server.start()
+
+    async def ready(self) -> None:
+        """Return, because connections are accepted since `start`."""
+
+    async def stop(self) -> None:
+        """Stop the server."""
+        await self._server.stop(STOP_GRACE_S)
