@@ -149,7 +149,11 @@ class Model:
 
     def image(self, tensor: Tensor) -> Image:
         """Return a preprocessed image [C, H, W] with its normalisation, on the model's device and in its `dtype`."""
-        return Image(self._moved(as_row(tensor.to(self.dtype))), *self._columns)
+        return self.image_of_row(as_row(tensor.to(self.dtype)))
+
+    def image_of_row(self, row: Tensor) -> Image:
+        """Return a preprocessed image [1, C, H, W] in the memory format of batches; it is copied only if necessary."""
+        return Image(self._moved(row.to(self.dtype)), *self._columns)
 
     @cached_property
     def _columns(self) -> tuple[Tensor, Tensor]:

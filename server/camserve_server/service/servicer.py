@@ -48,7 +48,7 @@ T = TypeVar("T")
 Request = TypeVar("Request", pb.ExplainRequest, pb.EvaluateRequest)
 Response = TypeVar("Response", bound=Message)
 Parse: TypeAlias = Callable[[Request, Model, Config], ParsedRequest]
-Decode: TypeAlias = Callable[[str, ParsedRequest], Awaitable[Pixels]]
+Decode: TypeAlias = Callable[[Call, ParsedRequest], Awaitable[Pixels]]
 Respond: TypeAlias = Callable[[str, ParsedRequest, str, "Job[RequestResult]", RequestResult, Sequence[str]], Response]
 
 
@@ -184,8 +184,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             parse: Checks all fields of the request but its pixels.
             respond: Makes the response; it runs in a codec thread.
             kinds: The kinds of messages that the call returns before its response.
-            decode: Returns the pixels of a request, given the identifier of the request; by default, a codec thread
-                decodes them.
+            decode: Returns the pixels of a request; by default, a codec thread decodes them.
             delivered: Returns when the receiver has the response; by default, the call ends with its response.
 
         Yields:
@@ -204,7 +203,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 if decode is None:
                     pixels = await self.codec.run(requests.decode_pixels, parsed, self._config)
                 else:
-                    pixels = await decode(call.request_id, parsed)
+                    pixels = await decode(call, parsed)
                 subject = parsed.method if pixels.saliency is None else pixels.saliency
                 assert subject is not None, "a request without a map has a method"
                 events = EventStream(parsed.model, parsed.map_format, kinds)

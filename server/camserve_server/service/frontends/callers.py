@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import ExitStack
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 import structlog
-import torch
 
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1 import explain_pb2_grpc
 from camserve_server.config import Config
 from camserve_server.errors import CamserveError, InternalError
 from camserve_server.models.pixels import Preprocessing
-from camserve_server.service import responses
 from camserve_server.service.call import Context
 from camserve_server.service.codec import CodecThreads
-from camserve_server.service.decoding import decode_image, decode_mask, decode_saliency
+from camserve_server.service.decoding import decode_image, decode_mask, decode_saliency, digest
 from camserve_server.service.frontends import identity, link_pb2, link_pb2_grpc, messages
 from camserve_server.service.frontends.shared_memory import SharedMemory, Slots
 from camserve_server.service.map_format import set_tensor
@@ -28,6 +26,7 @@ from camserve_server.service.map_format import set_tensor
 RELAYED = {"grpc-status-details-bin", "grpc-retry-pushback-ms"}
 
 log = structlog.get_logger()
+_waiting: set[asyncio.Task[None]] = set()
 T = TypeVar("T")
 LinkCall: TypeAlias = "grpc.aio.StreamStreamCall[link_pb2.RunRequest, link_pb2.RunResponse]"
 
@@ -136,8 +135,8 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
                 structlog.contextvars.bind_contextvars(request_id=admitted.request_id)
                 preprocessing = messages.preprocessing(admitted)
                 try:
-                    slot = ends.enter_context(_Slot(self._slots, preprocessing))
-                    decoded, digest = await self._codec.run(
+                    slot = ends.enter_context(_Slot(self._slots, preprocessing, self._wait_until_unused))
+                    decoded = await self._codec.run(
                         slot.write, self._memory, pixels, preprocessing, self._config.max_image_pixels
                     )
                 except Exception as error:
@@ -147,30 +146,45 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
                 while (message := await _receive(link)).WhichOneof("step") not in ("explained", "evaluated"):
                     yield message
                 try:
-                    await self._codec.run(messages.finish, message, preprocessing.size, digest)
+                    if message.HasField("unfinished"):
+                        await self._codec.run(messages.finish, message, preprocessing.size)
                 except Exception as error:
                     await _fail(link, error)
-                await link.done_writing()
+                await _send(link, link_pb2.RunRequest(finished=link_pb2.Finished()))
                 await link.read()  # returns at the end of the call, which the engine process then has logged
+                slot.unused = True
                 yield message
             except grpc.aio.AioRpcError as error:
                 await _relay(error, context)
 
+    async def _wait_until_unused(self, offset: int) -> None:
+        """Return when the engine process does not read an image any more."""
+        with contextlib.suppress(grpc.aio.AioRpcError):  # the engine process has ended
+            await self._link.WaitUntilUnused(link_pb2.WaitUntilUnusedRequest(front_end=self._identifier, offset=offset))
+
 
 class _Slot:
-    """A slot for the image of one call. It is free again when the call has ended and no thread writes to it.
+    """A slot for the image of one call. It is free again when no thread writes to it and the engine does not read it.
 
     All methods but `write` belong to the event loop.
 
     Args:
         slots: The slots of the front end.
         preprocessing: The preprocessing of the model.
+        wait_until_unused: Returns when the engine process does not read the slot any more.
+
+    Attributes:
+        unused: The call ended normally, so that the engine process does not read the slot any more.
     """
 
-    def __init__(self, slots: Slots, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, slots: Slots, preprocessing: Preprocessing, wait_until_unused: Callable[[int], Coroutine[Any, Any, None]]
+    ) -> None:
+        self.unused = False
+        self._wait_until_unused = wait_until_unused
         self._loop = asyncio.get_running_loop()
         self._slots = slots
-        self._shape = (preprocessing.channels, *preprocessing.size)
+        self._shape = (*preprocessing.size, preprocessing.channels)
         self._offset = slots.take(self._shape)
         self._users = 2  # the call, and the thread that writes
 
@@ -178,30 +192,36 @@ class _Slot:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._leave()
+        if self.unused:
+            self._leave()
+        else:
+            task = self._loop.create_task(self._wait_until_unused(self._offset))
+            _waiting.add(task)  # the loop has only weak references to tasks
+            task.add_done_callback(_waiting.discard)
+            task.add_done_callback(lambda _: self._leave())
 
     def write(
         self, memory: SharedMemory, pixels: messages.Pixels, preprocessing: Preprocessing, max_image_pixels: int
-    ) -> tuple[link_pb2.Decoded, str]:
+    ) -> link_pb2.Decoded:
         """Decode the pixels of a request, and write the image to the slot. Call it once, in a codec thread.
 
         Returns:
-            The message for the engine process, and the digest of the input.
+            The message for the engine process.
 
         Raises:
             CamserveError: The pixels cannot be read or have wrong values.
         """
         try:
-            image, row = memory.image(self._offset, self._shape)
-            image[:] = decode_image(pixels.image, preprocessing, max_image_pixels).numpy()
-            for i, channel in enumerate(image):
+            image = decode_image(pixels.image, preprocessing, max_image_pixels)
+            row = memory.image(self._offset, self._shape)
+            for i, channel in enumerate(image.numpy()):
                 row[..., i] = channel
-            decoded = link_pb2.Decoded(offset=self._offset)
+            decoded = link_pb2.Decoded(offset=self._offset, input_digest=digest(image))
             if pixels.saliency is not None:
                 set_tensor(decoded.saliency, decode_saliency(pixels.saliency))
             if pixels.mask is not None:
                 decoded.mask = decode_mask(pixels.mask, preprocessing.size).tobytes()
-            return decoded, responses.digest(torch.from_numpy(image))
+            return decoded
         finally:
             with contextlib.suppress(RuntimeError):  # the loop may be closed by now
                 self._loop.call_soon_threadsafe(self._leave)

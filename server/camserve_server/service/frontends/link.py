@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.config import Config
 from camserve_server.engine.job import Job
 from camserve_server.maps import boxes
-from camserve_server.plan import Image, Truth
+from camserve_server.plan import Truth
 from camserve_server.request_result import RequestResult
 from camserve_server.service import requests, responses
+from camserve_server.service.call import Call
 from camserve_server.service.codec import CodecThreads
 from camserve_server.service.event_stream import StreamMessage
 from camserve_server.service.frontends import link_pb2, link_pb2_grpc, messages
@@ -48,23 +52,42 @@ class LinkServicer(link_pb2_grpc.LinkServiceServicer):
 
     def __init__(self, config: Config, servicer: Servicer, metrics: Metrics) -> None:
         self.memories: dict[int, SharedMemory] = {}
+        # The call that reads an image, by front end and offset. An entry of a call that ended early is removed by
+        # WaitUntilUnused.
+        self._readers: dict[tuple[int, int], Call] = {}
         self._config = config
         self._servicer = servicer
         self._metrics = metrics
+
+    async def WaitUntilUnused(
+        self, request: link_pb2.WaitUntilUnusedRequest, context: Any
+    ) -> link_pb2.WaitUntilUnusedResponse:
+        """Return when no job reads an image any more, for example after the current batch of a cancelled call."""
+        call = self._readers.pop((request.front_end, request.offset), None)
+        if call is not None and call.job is not None:
+            ended, loop = asyncio.Event(), asyncio.get_running_loop()
+            call.job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
+            await ended.wait()
+        return link_pb2.WaitUntilUnusedResponse()
 
     async def CountRefusal(self, request: link_pb2.CountRefusalRequest, context: Any) -> link_pb2.CountRefusalResponse:
         """Count a call that a front end has refused."""
         await self._metrics.refused(request.rpc, request.code)
         return link_pb2.CountRefusalResponse()
 
+    def remove(self, front_end: int) -> None:
+        """Forget a front end that has ended. Its memory is unmapped when no job reads it any more."""
+        self.memories.pop(front_end, None)
+        for key in [key for key in self._readers if key[0] == front_end]:
+            del self._readers[key]
+
     async def Run(self, _: object, context: Context) -> None:  # type: ignore[override]  # the stubs know generators only
         """Run one call of Explain, Evaluate or their streams."""
-        first = await _read(context)
-        if first is None:
-            return
-        start = first.start
+        start = (await _read(context)).start
         request = messages.restored_request(start)
-        front_end = _FrontEnd(context, self.memories[start.front_end], self._servicer.codec)
+        front_end = _FrontEnd(
+            context, start.front_end, self.memories[start.front_end], self._servicer.codec, self._readers
+        )
         arguments: Any = (
             (request, context, requests.parse_explain, _explained)
             if isinstance(request, pb.ExplainRequest)
@@ -74,21 +97,29 @@ class LinkServicer(link_pb2_grpc.LinkServiceServicer):
             start.rpc, *arguments, kinds=_KINDS[start.rpc], decode=front_end.decode, delivered=front_end.finished
         ):
             await context.write(_response(message))
+        front_end.forget()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _FrontEnd:
     """The front end of one call."""
 
     context: Context
+    identifier: int
     memory: SharedMemory
     codec: CodecThreads
+    readers: dict[tuple[int, int], Call]
+    offset: int = -1
 
-    async def decode(self, request_id: str, parsed: ParsedRequest) -> Pixels:
+    def forget(self) -> None:
+        """Forget which call reads the image. The call has ended normally, and the front end knows it."""
+        self.readers.pop((self.identifier, self.offset), None)
+
+    async def decode(self, call: Call, parsed: ParsedRequest) -> Pixels:
         """Let the front end decode the pixels. Raises CamserveError."""
         wanted = parsed.model.preprocessing
         admitted = link_pb2.Admitted(
-            request_id=request_id,
+            request_id=call.request_id,
             size=wanted.size,
             mean=wanted.mean,
             std=wanted.std,
@@ -96,52 +127,43 @@ class _FrontEnd:
         )
         await self.context.write(link_pb2.RunResponse(admitted=admitted))
         answer = await _read(self.context)
-        assert answer is not None, "a front end closes its side after the result"
         if answer.HasField("failed"):
             raise messages.error(answer.failed)
         model, decoded = parsed.model, answer.decoded
-        shared = self.memory.image(decoded.offset, (wanted.channels, *wanted.size))
+        image = self.memory.image(decoded.offset, (*wanted.size, wanted.channels))
+        self.offset = decoded.offset
+        self.readers[self.identifier, decoded.offset] = call
         if model.device.type == "cpu" and model.dtype == torch.float32 and not (parsed.boxes or decoded.mask):
-            return self._pixels(parsed, decoded, *shared)  # copies nothing
-        return await self.codec.run(self._pixels, parsed, decoded, *shared)
+            return self._pixels(parsed, decoded, image)  # copies nothing
+        return await self.codec.run(self._pixels, parsed, decoded, image)
 
-    def _pixels(self, parsed: ParsedRequest, decoded: link_pb2.Decoded, tensor: Any, row: Any) -> Pixels:
-        model, size = parsed.model, parsed.model.preprocessing.size
-        image = model.image(torch.from_numpy(tensor))
-        if model.device.type == "cpu":
-            if model.dtype == torch.float32:
-                image = _with_row(image, torch.from_numpy(row))
-            else:
-                _ = image.row
+    def _pixels(self, parsed: ParsedRequest, decoded: link_pb2.Decoded, image: NDArray[np.float32]) -> Pixels:
+        """Return the pixels of a request whose image the front end has written to its slot."""
+        row = torch.from_numpy(image).permute(2, 0, 1)[None]  # channels last
         saliency = messages.values(decoded.saliency) if decoded.HasField("saliency") else None
         truth: Truth | None = None
         if parsed.boxes or decoded.mask:
+            size = parsed.model.preprocessing.size
             mask = messages.mask(decoded.mask, size) if decoded.mask else None
             truth = boxes.make_truth([*parsed.boxes], mask, size)
-        return Pixels(image, saliency, truth)
+        return Pixels(parsed.model.image_of_row(row), decoded.input_digest, saliency, truth)
 
     async def finished(self) -> None:
         """Wait until the front end has finished the response. Raises CamserveError if it cannot."""
         answer = await _read(self.context)
-        if answer is not None:
+        if answer.HasField("failed"):
             raise messages.error(answer.failed)
-
-
-def _with_row(image: Image, row: torch.Tensor) -> Image:
-    """Set the row of an image to the values that the front end has written, channels last [H, W, C]."""
-    vars(image)["row"] = row.permute(2, 0, 1)[None]  # the cached value of the property
-    return image
 
 
 def _explained(
     request_id: str,
     parsed: ParsedRequest,
-    _: Image,
+    input_digest: str,
     job: Job[RequestResult],
     result: RequestResult,
     warnings: Sequence[str],
 ) -> link_pb2.RunResponse:
-    response = responses.explain_outline(request_id, parsed, job, result)
+    response = responses.explain_outline(request_id, parsed, input_digest, job, result)
     message = link_pb2.RunResponse()
     if not _add_unfinished(message, parsed, result, warnings):
         responses.add_maps(response.maps, response.receipt, result, parsed.map_format, warnings)
@@ -152,12 +174,12 @@ def _explained(
 def _evaluated(
     request_id: str,
     parsed: ParsedRequest,
-    _: Image,
+    input_digest: str,
     job: Job[RequestResult],
     result: RequestResult,
     warnings: Sequence[str],
 ) -> link_pb2.RunResponse:
-    response = responses.evaluate_outline(request_id, parsed, job, result)
+    response = responses.evaluate_outline(request_id, parsed, input_digest, job, result)
     message = link_pb2.RunResponse()
     if not _add_unfinished(message, parsed, result, warnings):
         responses.add_maps([response.map], response.receipt, result, parsed.map_format, warnings)
@@ -189,7 +211,14 @@ def _response(message: StreamMessage | link_pb2.RunResponse) -> link_pb2.RunResp
             return message
 
 
-async def _read(context: Context) -> link_pb2.RunRequest | None:
-    """Return the next message of the front end; None if it has closed its side."""
+async def _read(context: Context) -> link_pb2.RunRequest:
+    """Return the next message of the front end.
+
+    Raises:
+        CancelledError: The call is cancelled. gRPC then also cancels the task, but possibly later.
+    """
     message: Any = await context.read()
-    return None if message is grpc.aio.EOF else message
+    if message is grpc.aio.EOF:
+        raise asyncio.CancelledError
+    request: link_pb2.RunRequest = message
+    return request

@@ -28,24 +28,28 @@ class RunRequest(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     DECODED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___Start: ...
     @_builtins.property
     def decoded(self) -> Global___Decoded: ...
     @_builtins.property
     def failed(self) -> Global___Failure: ...
+    @_builtins.property
+    def finished(self) -> Global___Finished: ...
     def __init__(
         self,
         *,
         start: Global___Start | None = ...,
         decoded: Global___Decoded | None = ...,
         failed: Global___Failure | None = ...,
+        finished: Global___Finished | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decoded", b"decoded", "failed", b"failed", "start", b"start", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decoded", b"decoded", "failed", b"failed", "finished", b"finished", "start", b"start", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decoded", b"decoded", "failed", b"failed", "start", b"start", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decoded", b"decoded", "failed", b"failed", "finished", b"finished", "start", b"start", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["start", "decoded", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["start", "decoded", "failed", "finished"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
 
@@ -104,12 +108,13 @@ class Decoded(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     SALIENCY_FIELD_NUMBER: _builtins.int
     MASK_FIELD_NUMBER: _builtins.int
+    INPUT_DIGEST_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
-    """Position of the image in the shared memory of the front end, in bytes: float32 [C, H, W], and from the next page the
-    same values as [H, W, C].
-    """
+    """Position of the image in the shared memory of the front end, in bytes: the model's input, float32 [H, W, C]."""
     mask: _builtins.bytes
     """The caller's mask at the input size, one byte for each pixel: 1 where the target is. Empty if there is none."""
+    input_digest: _builtins.str
+    """The digest of the input, as in the receipt."""
     @_builtins.property
     def saliency(self) -> _explain_pb2.Tensor:
         """The caller's map, if there is one."""
@@ -120,14 +125,30 @@ class Decoded(_message.Message):
         offset: _builtins.int = ...,
         saliency: _explain_pb2.Tensor | None = ...,
         mask: _builtins.bytes = ...,
+        input_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["saliency", b"saliency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask", "offset", b"offset", "saliency", b"saliency"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_digest", b"input_digest", "mask", b"mask", "offset", b"offset", "saliency", b"saliency"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Decoded: _TypeAlias = Decoded  # noqa: Y015
+
+@_typing.final
+class Finished(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Finished: _TypeAlias = Finished  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):
@@ -210,7 +231,7 @@ class RunResponse(_message.Message):
     def randomised(self) -> _explain_pb2.Randomised: ...
     @_builtins.property
     def explained(self) -> _explain_pb2.ExplainResponse:
-        """The result, without the digest of the input."""
+        """The result."""
 
     @_builtins.property
     def evaluated(self) -> _explain_pb2.EvaluateResponse: ...
@@ -358,3 +379,42 @@ class CountRefusalResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CountRefusalResponse: _TypeAlias = CountRefusalResponse  # noqa: Y015
+
+@_typing.final
+class WaitUntilUnusedRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRONT_END_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    front_end: _builtins.int
+    """The identifier of the front end."""
+    offset: _builtins.int
+    """Position of the image, as in Decoded."""
+    def __init__(
+        self,
+        *,
+        front_end: _builtins.int = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["front_end", b"front_end", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitUntilUnusedRequest: _TypeAlias = WaitUntilUnusedRequest  # noqa: Y015
+
+@_typing.final
+class WaitUntilUnusedResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitUntilUnusedResponse: _TypeAlias = WaitUntilUnusedResponse  # noqa: Y015

@@ -39,6 +39,11 @@ class LinkServiceStub(object):
                 request_serializer=camserve__server_dot_service_dot_frontends_dot_link__pb2.RunRequest.SerializeToString,
                 response_deserializer=camserve__server_dot_service_dot_frontends_dot_link__pb2.RunResponse.FromString,
                 _registered_method=True)
+        self.WaitUntilUnused = channel.unary_unary(
+                '/camserve_server.service.frontends.LinkService/WaitUntilUnused',
+                request_serializer=camserve__server_dot_service_dot_frontends_dot_link__pb2.WaitUntilUnusedRequest.SerializeToString,
+                response_deserializer=camserve__server_dot_service_dot_frontends_dot_link__pb2.WaitUntilUnusedResponse.FromString,
+                _registered_method=True)
         self.CountRefusal = channel.unary_unary(
                 '/camserve_server.service.frontends.LinkService/CountRefusal',
                 request_serializer=camserve__server_dot_service_dot_frontends_dot_link__pb2.CountRefusalRequest.SerializeToString,
@@ -52,7 +57,14 @@ class LinkServiceServicer(object):
     def Run(self, request_iterator, context):
         """Runs one call of Explain, Evaluate or their streams. The front end sends `start`, waits for `admitted`, and sends
         `decoded` or `failed`. The engine process sends the events and the result. The front end then finishes the response
-        and closes its side, or sends `failed`. A refused call ends with the status that the caller receives.
+        and sends `finished` or `failed`. A refused call ends with the status that the caller receives.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WaitUntilUnused(self, request, context):
+        """Returns when the engine process does not read an image any more. A call that ends early does not say so.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +84,11 @@ def add_LinkServiceServicer_to_server(servicer, server):
                     servicer.Run,
                     request_deserializer=camserve__server_dot_service_dot_frontends_dot_link__pb2.RunRequest.FromString,
                     response_serializer=camserve__server_dot_service_dot_frontends_dot_link__pb2.RunResponse.SerializeToString,
+            ),
+            'WaitUntilUnused': grpc.unary_unary_rpc_method_handler(
+                    servicer.WaitUntilUnused,
+                    request_deserializer=camserve__server_dot_service_dot_frontends_dot_link__pb2.WaitUntilUnusedRequest.FromString,
+                    response_serializer=camserve__server_dot_service_dot_frontends_dot_link__pb2.WaitUntilUnusedResponse.SerializeToString,
             ),
             'CountRefusal': grpc.unary_unary_rpc_method_handler(
                     servicer.CountRefusal,
@@ -106,6 +123,33 @@ class LinkService(object):
             '/camserve_server.service.frontends.LinkService/Run',
             camserve__server_dot_service_dot_frontends_dot_link__pb2.RunRequest.SerializeToString,
             camserve__server_dot_service_dot_frontends_dot_link__pb2.RunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WaitUntilUnused(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/camserve_server.service.frontends.LinkService/WaitUntilUnused',
+            camserve__server_dot_service_dot_frontends_dot_link__pb2.WaitUntilUnusedRequest.SerializeToString,
+            camserve__server_dot_service_dot_frontends_dot_link__pb2.WaitUntilUnusedResponse.FromString,
             options,
             channel_credentials,
             insecure,

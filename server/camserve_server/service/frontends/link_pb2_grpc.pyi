@@ -36,8 +36,10 @@ class LinkServiceStub:
     Run: _grpc.StreamStreamMultiCallable[_link_pb2.RunRequest, _link_pb2.RunResponse]
     """Runs one call of Explain, Evaluate or their streams. The front end sends `start`, waits for `admitted`, and sends
     `decoded` or `failed`. The engine process sends the events and the result. The front end then finishes the response
-    and closes its side, or sends `failed`. A refused call ends with the status that the caller receives.
+    and sends `finished` or `failed`. A refused call ends with the status that the caller receives.
     """
+    WaitUntilUnused: _grpc.UnaryUnaryMultiCallable[_link_pb2.WaitUntilUnusedRequest, _link_pb2.WaitUntilUnusedResponse]
+    """Returns when the engine process does not read an image any more. A call that ends early does not say so."""
     CountRefusal: _grpc.UnaryUnaryMultiCallable[_link_pb2.CountRefusalRequest, _link_pb2.CountRefusalResponse]
     """Counts a call that a front end has refused before its request was parsed."""
 
@@ -47,8 +49,10 @@ class LinkServiceAsyncStub(LinkServiceStub):
     Run: _aio.StreamStreamMultiCallable[_link_pb2.RunRequest, _link_pb2.RunResponse]  # type: ignore[assignment]
     """Runs one call of Explain, Evaluate or their streams. The front end sends `start`, waits for `admitted`, and sends
     `decoded` or `failed`. The engine process sends the events and the result. The front end then finishes the response
-    and closes its side, or sends `failed`. A refused call ends with the status that the caller receives.
+    and sends `finished` or `failed`. A refused call ends with the status that the caller receives.
     """
+    WaitUntilUnused: _aio.UnaryUnaryMultiCallable[_link_pb2.WaitUntilUnusedRequest, _link_pb2.WaitUntilUnusedResponse]  # type: ignore[assignment]
+    """Returns when the engine process does not read an image any more. A call that ends early does not say so."""
     CountRefusal: _aio.UnaryUnaryMultiCallable[_link_pb2.CountRefusalRequest, _link_pb2.CountRefusalResponse]  # type: ignore[assignment]
     """Counts a call that a front end has refused before its request was parsed."""
 
@@ -61,8 +65,16 @@ class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_link_pb2.RunResponse], _abc.AsyncIterator[_link_pb2.RunResponse]]:
         """Runs one call of Explain, Evaluate or their streams. The front end sends `start`, waits for `admitted`, and sends
         `decoded` or `failed`. The engine process sends the events and the result. The front end then finishes the response
-        and closes its side, or sends `failed`. A refused call ends with the status that the caller receives.
+        and sends `finished` or `failed`. A refused call ends with the status that the caller receives.
         """
+
+    @_abc_1.abstractmethod
+    def WaitUntilUnused(
+        self,
+        request: _link_pb2.WaitUntilUnusedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_link_pb2.WaitUntilUnusedResponse, _abc.Awaitable[_link_pb2.WaitUntilUnusedResponse]]:
+        """Returns when the engine process does not read an image any more. A call that ends early does not say so."""
 
     @_abc_1.abstractmethod
     def CountRefusal(

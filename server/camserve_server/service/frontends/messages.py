@@ -135,7 +135,7 @@ def values(tensor: pb.Tensor) -> Tensor:
 
 def mask(data: bytes, size: tuple[int, int]) -> NDArray[np.bool_]:
     """Return the mask [H, W] of one byte for each pixel."""
-    return np.frombuffer(data, np.bool_).reshape(size)
+    return np.frombuffer(data, np.bool_).reshape(size).copy()  # torch warns about arrays that are read-only
 
 
 def set_unfinished(
@@ -156,18 +156,14 @@ def set_unfinished(
     message.warnings.extend(warnings)
 
 
-def finish(result: link_pb2.RunResponse, size: tuple[int, int], input_digest: str) -> None:
-    """Add what is missing in a result: the digest of the input and, unless the engine process finished them, the maps.
+def finish(result: link_pb2.RunResponse, size: tuple[int, int]) -> None:
+    """Finish the maps of a result and add them.
 
     Args:
-        result: The result of Explain or Evaluate.
+        result: The result of Explain or Evaluate, with unfinished maps.
         size: (H, W), the input size of the model.
-        input_digest: The digest of the input.
     """
     response = result.explained if result.HasField("explained") else result.evaluated
-    response.receipt.input_digest = input_digest
-    if not result.HasField("unfinished"):
-        return
     given = result.unfinished
     raw = torch.from_numpy(np.frombuffer(given.data, given.dtype).reshape(tuple(given.shape)).copy())
     add_maps(

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from camserve_server.errors import QueueFull
 
 CAPACITY = 64 << 30  # address space in bytes, not memory
+Shape = tuple[int, int, int]
 KEPT = 64 << 20  # bytes of free slots that keep their memory; new pages cost time
 _MAP_NORESERVE = 0x4000  # mmap.MAP_NORESERVE is new in Python 3.13
 _NEVER_RESIZED = 0x2 | 0x4  # F_SEAL_SHRINK | F_SEAL_GROW of <linux/fcntl.h>
@@ -46,21 +47,14 @@ class SharedMemory:
     def __init__(self, file: int) -> None:
         self._map = mmap.mmap(file, CAPACITY, flags=mmap.MAP_SHARED | _MAP_NORESERVE)
 
-    def image(self, offset: int, shape: tuple[int, int, int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the arrays of one image, which share their memory with the other process.
+    def image(self, offset: int, shape: Shape) -> NDArray[np.float32]:
+        """Return the array [H, W, C] of one image, which shares its memory with the other process.
 
         Args:
             offset: The position of its slot in bytes.
-            shape: (C, H, W).
-
-        Returns:
-            The image [C, H, W], and the place for the same values as [H, W, C].
+            shape: (H, W, C).
         """
-        channels, height, width = shape
-        count, place = math.prod(shape), _page_multiple(4 * math.prod(shape))
-        image = np.frombuffer(self._map, np.float32, count, offset)
-        row = np.frombuffer(self._map, np.float32, count, offset + place)
-        return image.reshape(shape), row.reshape(height, width, channels)
+        return np.frombuffer(self._map, np.float32, math.prod(shape), offset).reshape(shape)
 
     def forget(self, offset: int, size: int) -> None:
         """Return the memory of a slot to the system. Its bytes become zeros."""
@@ -80,7 +74,7 @@ class Slots:
         self._kept = 0
         self._end = 0
 
-    def take(self, shape: tuple[int, int, int]) -> int:
+    def take(self, shape: Shape) -> int:
         """Reserve a slot for an image of this shape and return its offset.
 
         Raises:
@@ -95,7 +89,7 @@ class Slots:
         self._end += size
         return self._end - size
 
-    def release(self, offset: int, shape: tuple[int, int, int]) -> None:
+    def release(self, offset: int, shape: Shape) -> None:
         """Make a slot free. The engine may still read it for a cancelled request, whose result nobody receives."""
         size = slot_size(shape)
         if self._kept + size <= KEPT:
@@ -106,10 +100,6 @@ class Slots:
             self._free[size].insert(0, offset)
 
 
-def slot_size(shape: tuple[int, int, int]) -> int:
-    """Return the bytes of the slot of an image [C, H, W]."""
-    return 2 * _page_multiple(4 * math.prod(shape))
-
-
-def _page_multiple(size: int) -> int:
-    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+def slot_size(shape: Shape) -> int:
+    """Return the bytes of the slot of an image [H, W, C]: whole pages."""
+    return -(-4 * math.prod(shape) // mmap.PAGESIZE) * mmap.PAGESIZE

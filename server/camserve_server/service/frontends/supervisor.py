@@ -33,7 +33,7 @@ from camserve_server.service.health import Health
 from camserve_server.service.listeners import ANY_SIZE
 from camserve_server.service.prometheus import Metrics
 from camserve_server.service.servicer import Servicer
-from camserve_server.service.tls import paths
+from camserve_server.service.tls import credentials, paths
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.1, 30.0  # before a restart; the delay doubles while a front end keeps ending
 STABLE_S = 60.0  # after this time, the delay starts again from the first one
@@ -78,6 +78,8 @@ class FrontEnds:
         """
         if not (hasattr(socket, "SO_REUSEPORT") and hasattr(os, "memfd_create")):
             raise ConfigError("frontends: several front ends need Linux; set frontends = 1")
+        if self._config.tls is not None:
+            credentials(self._config.tls)  # raises ConfigError now, not in each front end
         self._port = SharedPort(self._config.listen)
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="camserve-"))  # with permissions for this user only
@@ -171,7 +173,7 @@ class FrontEnds:
             status = await process.wait()
         finally:
             self._processes.discard(process)
-            self._link.memories.pop(identifier, None)  # unmapped when the last request has ended
+            self._link.remove(identifier)
         if not self._stopping:
             log.error("front end ended", pid=process.pid, exit_code=status)
         return status
