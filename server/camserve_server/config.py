@@ -59,6 +59,12 @@ class ModelConfig(_Table):
         str | None,
         Field(description='A .safetensors, .pt or .pth file, a name of torchvision weights, or "pretrained" for timm.'),
     ] = None
+    weights_key: Annotated[
+        str | None,
+        Field(
+            description="Entry of a checkpoint, or first part of its keys, such as state_dict_ema; if omitted, found."
+        ),
+    ] = None
     weights_sha256: Annotated[
         Sha256 | None, Field(description="SHA-256 of the weights file in hexadecimal; any other file is refused.")
     ] = None

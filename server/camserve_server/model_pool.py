@@ -21,6 +21,7 @@ from camserve_server.config import Config, ModelConfig
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.warmup import warm_up_steps
 from camserve_server.errors import CamserveError, ConfigError, InvalidArgument, NotFound, OutOfMemory, Unservable
+from camserve_server.models.factories import check_code
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
 from camserve_server.pool_entries import LoadedModel, Loads, ModelEntry, ModelUsers, State
@@ -179,6 +180,7 @@ class ModelPool:
             entry = self._entries.get(name) or ModelEntry(settings)
             old = entry.loaded
             if old is None or not only_if_unloaded:
+                check_code(settings)
                 if old is None:
                     await self._make_room(entry)
                 entry.loaded = await self._load_entry(settings, entry)

@@ -164,6 +164,22 @@ def test_failed_reload_keeps_the_loaded_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_reload_of_changed_code_asks_for_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = tmp_path / "pool_factory.py"
+    code.write_text("from tests.nets import tiny_cnn\ndef make():\n    return tiny_cnn()\n", encoding="utf-8")
+    path = write(tmp_path, "a")
+    path.write_text(path.read_text(encoding="utf-8").replace("tests.nets:tiny_cnn", "pool_factory:make"))
+    with running(path) as (_, client, admin):
+        admin.ReloadModel(pb.ReloadModelRequest(model="a"))
+        code.write_text("from tests.nets import tiny_cnn\ndef make():\n    return tiny_cnn(1)\n", encoding="utf-8")
+        with pytest.raises(grpc.RpcError, match=r"models\.a\.source: .* restart the server") as caught:
+            admin.ReloadModel(pb.ReloadModelRequest(model="a"))
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert client.explain(IMAGE, method="grad-cam").maps
+
+
+@pytest.mark.slow
 def test_least_recently_used_model_is_unloaded(tmp_path: Path) -> None:
     each = sum(value.nbytes for value in nets.tiny_cnn().state_dict().values())
     with running(write(tmp_path, "a", "b", "c", max_model_bytes=2 * each + 10)) as (server, client, _):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Form = Literal["NCHW", "NHWC", "tokens"]
 Grid = tuple[int, int]  # (h, w)
@@ -74,13 +74,23 @@ class GapHead:
     weight: Tensor
 
 
-def find_layer(name: str, spatial: Mapping[str, Layer]) -> Layer | None:
+def module_aliases(module: nn.Module) -> dict[str, str]:
+    """Return the further names of modules that are registered several times, with the name that their layers have."""
+    first: dict[nn.Module, str] = {}
+    names = [(name, each, first.setdefault(each, name)) for name, each in module.named_modules(remove_duplicate=False)]
+    return {name: chosen for name, _, chosen in names if name != chosen}
+
+
+def find_layer(name: str, spatial: Mapping[str, Layer], aliases: Mapping[str, str]) -> Layer | None:
     """Return the layer of a name, or None.
 
     Args:
         name: Name of a layer. "NAME#1" also names a module that runs once.
         spatial: Layers by name.
+        aliases: Further names of modules (`module_aliases`).
     """
+    module, mark, call = name.partition("#")
+    name = aliases.get(module, module) + mark + call
     return spatial.get(name) or spatial.get(name.removesuffix("#1"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError
 from camserve_server.models.fold import fold_batch_norm, fold_padding
-from camserve_server.models.layers import Layer, find_layer
+from camserve_server.models.layers import Layer, find_layer, module_aliases
 from camserve_server.models.model import Head, Model, Precision, describe_missing_layer
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.probe import ProbeResult, probe
@@ -61,7 +62,9 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     example = _example(config, device, dtype)
     structure = _probe(module, example, config, where)
-    layers, layer = _default_layers(config, structure, where), _default_layer(config, structure, where)
+    aliases = module_aliases(module)
+    layers = _default_layers(config, structure, aliases, where)
+    layer = _default_layer(config, structure, aliases, where)
     if device.type == "cpu":  # the gain has been measured on CPUs only
         fold_padding(module, example)
     folded: dict[str, str] = {}
@@ -87,6 +90,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         attention_prefix=structure.attention_prefix,
         attention_grid=structure.attention_grid,
         folded=folded,
+        aliases=aliases,
         random_weights=config.allow_random_weights and config.weights is None,
         compile=config.compile,
     )
@@ -148,10 +152,12 @@ def _probe(module: nn.Module, example: Tensor, config: ModelConfig, where: str) 
     return structure
 
 
-def _default_layers(config: ModelConfig, structure: ProbeResult, where: str) -> tuple[Layer, ...]:
+def _default_layers(
+    config: ModelConfig, structure: ProbeResult, aliases: Mapping[str, str], where: str
+) -> tuple[Layer, ...]:
     if config.layers is None:
         return structure.layers
-    layers = tuple(_named_layer(name, structure, f"{where}.layers") for name in config.layers)
+    layers = tuple(_named_layer(name, structure, aliases, f"{where}.layers") for name in config.layers)
     sizes = [layer.positions for layer in layers]
     if sizes != sorted(sizes, reverse=True):
         raise ConfigError(
@@ -161,14 +167,16 @@ def _default_layers(config: ModelConfig, structure: ProbeResult, where: str) -> 
     return layers
 
 
-def _default_layer(config: ModelConfig, structure: ProbeResult, where: str) -> Layer | None:
+def _default_layer(config: ModelConfig, structure: ProbeResult, aliases: Mapping[str, str], where: str) -> Layer | None:
     if config.layer is not None:
-        return _named_layer(config.layer, structure, f"{where}.layer")
-    return structure.layer if config.layers is None else _named_layer(config.layers[-1], structure, f"{where}.layers")
+        return _named_layer(config.layer, structure, aliases, f"{where}.layer")
+    if config.layers is None:
+        return structure.layer
+    return _named_layer(config.layers[-1], structure, aliases, f"{where}.layers")
 
 
-def _named_layer(name: str, structure: ProbeResult, key: str) -> Layer:
-    layer = find_layer(name, structure.spatial)
+def _named_layer(name: str, structure: ProbeResult, aliases: Mapping[str, str], key: str) -> Layer:
+    layer = find_layer(name, structure.spatial, aliases)
     if layer is None:
         raise ConfigError(f"{key}: there is {describe_missing_layer(name, structure.spatial)}")
     return layer
@@ -209,6 +217,7 @@ def read_labels(path: Path, where: str) -> list[str]:
         ConfigError: The file cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        # Editors on Windows write a byte-order mark, and many files end with empty lines.
+        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}.labels: {error}; expected a UTF-8 text file with one label on each line") from error

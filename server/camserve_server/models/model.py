@@ -49,6 +49,7 @@ class Model:
         attention_grid: Grid (h, w) of the other tokens.
         folded: Names of the convolutions that also compute the batch norm after them, with the name of that batch norm.
             These convolutions are not layers.
+        aliases: Further names of modules that the network contains several times, with the name that their layers have.
         random_weights: True if the configuration allows random weights and names none.
         precision: Precision of the network's arithmetic.
         others: The same model at other precisions.
@@ -79,6 +80,7 @@ class Model:
     attention_prefix: int = 0
     attention_grid: Grid | None = None
     folded: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     random_weights: bool = False
     precision: Precision = "fp32"
     others: Mapping[Precision, Model] = field(default_factory=dict)
@@ -226,10 +228,11 @@ class Model:
         """
         layers: list[Layer] = []
         for i, name in enumerate(names):
-            layer = find_layer(name, self.spatial)
-            if name in self.folded:
+            layer = find_layer(name, self.spatial, self.aliases)
+            own = self.aliases.get(name, name)
+            if own in self.folded:
                 raise InvalidArgument(
-                    f"{self.name} computes {name} in one step with {self.folded[name]}; name that layer instead, or "
+                    f"{self.name} computes {name} in one step with {self.folded[own]}; name that layer instead, or "
                     "set fold_batch_norm = false in the model's configuration",
                     field=f"{field}[{i}]",
                 )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError
+from camserve_server.models.checkpoints import load_weights
+from camserve_server.models.factories import call_factory, check_module
+
+# Sizes of the output of timm's networks without a classifier. 0 stands for the features of the last layer; the others
+# are embeddings of images and text (CLIP, SigLIP, Perception Encoder). No weights of timm have as many classes.
+_EMBEDDING_SIZES = (0, 384, 512, 640, 768, 1024, 1152, 1280)
 
 
 def build_network(config: ModelConfig, where: str) -> nn.Module:
@@ -50,6 +53,11 @@ def check_source(config: ModelConfig, where: str) -> str | None:
     """
     download = _find_source(config, where)
     config.check_pin()
+    if config.weights_key is not None and config.weights_file is None:
+        raise ConfigError(
+            f"{where}.weights_key: it selects an entry of a weights file, but weights does not name an existing file; "
+            "set weights or remove weights_key"
+        )
     return download
 
 
@@ -99,7 +107,7 @@ def _find_source(config: ModelConfig, where: str) -> str | None:
         known = [w.name for w in torchvision.models.get_model_weights(name)]
         return _download(config, known, "a torchvision name such as IMAGENET1K_V1", where)
     if kind == "timm":
-        from camserve_server.torch_setup import torchvision_ops  # noqa: F401
+        from camserve_server.torch_setup import torchvision_ops
 
         import timm  # isort: skip
 
@@ -109,7 +117,10 @@ def _find_source(config: ModelConfig, where: str) -> str | None:
     if kind == "embedded" and name != "efficientnet-lite0":
         raise ConfigError(f"{where}.source: the only embedded model is efficientnet-lite0, not {name!r}")
     if kind == "python":
-        _check_module(name.partition(":")[0], where)
+        # The factory's code may import torchvision or timm.
+        from camserve_server.torch_setup import torchvision_ops  # noqa: F401
+
+        check_module(name.partition(":")[0], where)
         if config.weights is not None and config.weights_file is None:
             raise ConfigError(f"{where}.weights: there is no file {config.weights}")
     return None
@@ -172,6 +183,11 @@ def _timm(name: str, config: ModelConfig, download: str | None, where: str) -> n
     if timms is not None and timms.fixed_input_size and "input_size" in config.model_fields_set:
         options = {"img_size": config.input_size}
     options |= _classes(config, download, where)
+    if config.classes is None and timms is not None and timms.num_classes in _EMBEDDING_SIZES:
+        raise ConfigError(
+            f"{where}.classes: {config.source} has no classifier: its output is features; set classes, and weights to "
+            "a file of this network with a trained classifier"
+        )
     torch.manual_seed(0)
     try:
         module: nn.Module = timm.create_model(name, pretrained=download is not None, **options)
@@ -183,26 +199,7 @@ def _timm(name: str, config: ModelConfig, download: str | None, where: str) -> n
 
 
 def _python(path: str, config: ModelConfig, _download: str | None, where: str) -> nn.Module:
-    module_name, _, factory_name = path.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{where}.source: {error}; expected python:package.module:factory on PYTHONPATH") from error
-    module = factory()
-    if not isinstance(module, nn.Module):
-        raise ConfigError(
-            f"{where}.source: python:{path} returned a {type(module).__name__}; expected a torch.nn.Module"
-        )
-    return _with_weights_file(module, config, where)
-
-
-def _check_module(name: str, where: str) -> None:
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None:
-        raise ConfigError(f"{where}.source: no module {name}; expected python:package.module:factory on PYTHONPATH")
+    return _with_weights_file(call_factory(path, where), config, where)
 
 
 def _classes(config: ModelConfig, download: str | None, where: str) -> dict[str, object]:
@@ -238,28 +235,5 @@ def _download(config: ModelConfig, known: list[str], example: str, where: str) -
 
 def _with_weights_file(module: nn.Module, config: ModelConfig, where: str) -> nn.Module:
     if config.weights_file is not None:
-        try:
-            module.load_state_dict(_read_weights(config, where))
-        except RuntimeError as error:
-            raise ConfigError(f"{where}.weights: {error}") from error
+        load_weights(module, config.weights_file, config.weights_key, where)
     return module
-
-
-def _read_weights(config: ModelConfig, where: str) -> Mapping[str, Tensor]:
-    path = config.weights_file
-    assert path is not None
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(
-            f"{where}.weights: {path} cannot be read; expected a safetensors file, or a state dict that "
-            f"torch.load reads with weights_only=True: {error}"
-        ) from error
-    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"{where}.weights: {path} contains no state dict; save one with torch.save or safetensors")
-    return state

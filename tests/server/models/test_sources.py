@@ -42,6 +42,22 @@ def one_logit() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
 
 
+class Reused(nn.Module):
+    """Network that contains its activation and its head under two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU()
+        self.block = nn.Sequential(self.conv, self.act)
+        self.again = self.block
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.again(x).mean(dim=(2, 3)))
+        return y
+
+
 HERE = "python:tests.server.models.test_sources"
 
 
@@ -152,6 +168,8 @@ def test_head_is_configured_or_depends_on_the_number_of_logits() -> None:
             {"weights": "none.pt"},
             "models.m.weights: 'none.pt' is neither a file nor a known name; expected .* timm: pretrained",
         ),
+        ("timm:vit_small_patch14_dinov2", {}, "models.m.classes: .* has no classifier: .* set classes, and weights"),
+        ("timm:resnet50_clip.openai", {"weights": "pretrained"}, "models.m.classes: .* has no classifier"),
         (
             "timm:mvitv2_tiny",
             {"input_size": (64, 80)},
@@ -200,6 +218,26 @@ def test_error_of_a_value_names_its_key(line: str, message: str, tmp_path: Path)
     path.write_text(f'[[models]]\nname = "m"\nsource = "timm:test_vit"\n{line}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         read_config(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"a\nb\nc", b"a\nb\nc\n", b"a\r\nb\r\nc\r\n\r\n", b"\xef\xbb\xbfa\nb\nc\n", b"a\nb\nc\n\n \n"],
+)
+def test_label_files_of_other_editors_are_read(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_bytes(data)
+    assert load_model(f"{HERE}:grey", labels=str(tmp_path / "labels.txt")).labels == ("a", "b", "c")
+
+
+def test_layer_can_have_any_name_of_its_module() -> None:
+    keys = {"layers": ["again.1"], "layer": "again#1", "fold_batch_norm": False}
+    model = load_model(f"{HERE}:Reused", input_size=(16, 16), **keys)
+    assert [layer.name for layer in model.layers] == ["act"]
+    assert model.layer is not None
+    assert model.layer.name == "block"
+    assert [layer.name for layer in model.find_layers(["block.0", "again.1"], "layers")] == ["conv", "act"]
+    with pytest.raises(InvalidArgument, match="named twice"):
+        model.find_layers(["act", "again.1"], "layers")
 
 
 # ---- grey-scale ------------------------------------------------------------------------------------------------------
