@@ -106,7 +106,7 @@ def _precision(bench: Bench, findings: Findings, subject: Subject) -> None:
 def _effects(bench: Bench, subject: Subject) -> dict[str, list[Effect]]:
     findings: dict[str, list[Effect]] = {}
     for name in PHOTOGRAPHS:
-        x = subject.model.preprocessing.convert_pixels(getattr(skimage.data, name)())
+        x = subject.model.preprocessing(getattr(skimage.data, name)())
         bench.step(f"{name}: the whole map")
         whole = _run(subject.model, x)
         index, S = whole.result.targets.index, whole.result.maps[0]

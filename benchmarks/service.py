@@ -176,7 +176,7 @@ def _subject(config: str, device: str) -> Subject:
 
 def _request(running: Engine, subject: Subject, load: Load) -> int:
     """Run one request, including the preprocessing that the service does."""
-    x = subject.model.preprocessing.convert_pixels(np.asarray(photograph()))
+    x = subject.model.preprocessing(np.asarray(photograph()))
     timed_job = _submitted(running, subject, x, load)
     timed_job.wait()
     return timed_job.rows

@@ -12,6 +12,7 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from numpy.typing import NDArray
+from PIL import TiffImagePlugin
 
 from camserve.errors import InternalError, InvalidArgument, ResourceExhausted
 from camserve.v1 import explain_pb2 as pb
@@ -26,6 +27,7 @@ __all__ = [
     "size",
     "to_pillow",
     "to_wire",
+    "upright_rgb",
 ]
 
 # Path, bytes of an encoded file, Pillow image, uint8 [H, W, 3] or [H, W], or float32 [3, H, W] or [1, H, W].
@@ -240,4 +242,20 @@ def to_pillow(image: pb.Image) -> PIL.Image.Image:
             return PIL.Image.fromarray(np.rint(scaled * 255).astype(np.uint8))
         case _:
             with PIL.Image.open(io.BytesIO(image.encoded)) as file:
-                return PIL.ImageOps.exif_transpose(file).convert("RGB")
+                return upright_rgb(file)
+
+
+def upright_rgb(file: PIL.Image.Image) -> PIL.Image.Image:
+    """Convert an opened image file to an upright RGB image, with the same brightness as on the server.
+
+    Args:
+        file: The opened file. A grey-scale image may have up to 16 bits.
+    """
+    tags = getattr(file, "tag_v2", {})  # of a TIFF
+    upright = PIL.ImageOps.exif_transpose(file)
+    if upright.mode.startswith("I;16"):  # convert() would clip the values instead of scaling them
+        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+        values = np.asarray(upright, dtype=np.uint16) >> (bits - 8)
+        zero_is_white = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        upright = PIL.Image.fromarray((255 - values if zero_is_white else values).astype(np.uint8))
+    return upright.convert("RGB")

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 from numpy.typing import NDArray
 
-from camserve import heatmaps
+from camserve import heatmaps, images
 
 __all__ = ["SIDE_PX", "data_uri", "overlay", "small"]
 
@@ -25,7 +24,7 @@ def small(path: Path) -> PIL.Image.Image | None:
     try:
         with PIL.Image.open(path) as file:
             file.draft("RGB", (2 * SIDE_PX, 2 * SIDE_PX))
-            image = PIL.ImageOps.exif_transpose(file).convert("RGB")
+            image = images.upright_rgb(file)
     except (OSError, ValueError, PIL.Image.DecompressionBombError):
         return None
     image.thumbnail((SIDE_PX, SIDE_PX), PIL.Image.Resampling.LANCZOS)

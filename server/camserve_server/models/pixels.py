@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
 from numpy.typing import NDArray
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 from torch import Tensor
 
 from camserve_server.errors import InvalidArgument, TooLarge
@@ -57,27 +59,34 @@ class Preprocessing:
         """Number of channels C of the model's input: 1 or 3."""
         return len(self.mean)
 
-    def __call__(self, image: PIL.Image.Image) -> Tensor:
-        """Convert an RGB image to the model's input [C, H, W], float32, on the CPU.
+    def __call__(self, image: PIL.Image.Image | NDArray[np.uint8]) -> Tensor:
+        """Convert an image to the model's input [C, H, W], float32, on the CPU.
 
-        For a grey-scale model, colours are converted by the luma of ITU-R BT.601.
+        Args:
+            image: RGB image, or its pixels [h, w, 3].
         """
+        return self.normalised(self.resized(image))
+
+    def resized(self, image: PIL.Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the pixels [H, W, C] of the model's input before they are normalised.
+
+        For a grey-scale model, colours are converted by the luma of ITU-R BT.601. Pixels of the input's size need no
+        resize. They are not copied to an image first.
+
+        Args:
+            image: RGB image, or its pixels [h, w, 3].
+        """
+        if isinstance(image, np.ndarray):
+            if self.channels == 3 and image.shape[:2] == self.size:
+                return image
+            image = PIL.Image.fromarray(image)
         height, width = self.size
         resample = PIL.Image.Resampling[self.interpolation.upper()]
         image = image.convert("L") if self.channels == 1 else image
-        return self._normalised(np.atleast_3d(np.asarray(image.resize((width, height), resample))))
+        return np.atleast_3d(np.asarray(image.resize((width, height), resample)))
 
-    def convert_pixels(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Convert RGB pixels [h, w, 3] to the model's input [C, H, W], float32, on the CPU.
-
-        Pixels of the input's size need no resize. They are not copied to an image first.
-        """
-        if self.channels == 3 and pixels.shape[:2] == self.size:
-            return self._normalised(pixels)
-        return self(PIL.Image.fromarray(pixels))
-
-    def _normalised(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Return the model's input [C, H, W] for pixels [H, W, C].
+    def normalised(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Return the model's input [C, H, W], float32, on the CPU, for pixels [H, W, C].
 
         NumPy and not torch computes it, because this code does not run on the engine's thread
         (engine/lanes/dispatch.py).
@@ -116,7 +125,7 @@ def decode(data: bytes, *, max_pixels: int, field: str) -> PIL.Image.Image:
         The image as RGB, rotated by its EXIF orientation, without its alpha channel.
 
     Raises:
-        InvalidArgument: The image cannot be decoded or is empty.
+        InvalidArgument: The image cannot be decoded, is empty, or has signed, 32-bit or floating-point pixels.
         TooLarge: The image has too many pixels, or its file has too many parts.
     """
     # Pillow also applies its own limit to tiles and frames; it must not be below the configured one.
@@ -128,22 +137,79 @@ def decode(data: bytes, *, max_pixels: int, field: str) -> PIL.Image.Image:
             _check_tiff_tags(data, field)
         image: PIL.Image.Image = PIL.Image.open(_ImageFile(data, field), formats=FORMATS)
         check_size(image.width, image.height, max_pixels, field)
+        tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        _check_pixel_type(image.mode, tags, field)
         PIL.ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # convert() would clip the values instead of scaling them
-            image = PIL.Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
+            image = _scaled_to_8_bits(image, tags)
         return image.convert("RGB")
-    except TooLarge:
+    except (InvalidArgument, TooLarge):
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise TooLarge(
             f"the image has more pixels than this server accepts ({max_pixels}); send a smaller image", field=field
         ) from error
     except Exception as error:  # Pillow's decoders raise many kinds of exceptions on malformed data
+        hint = "; a TIFF must contain 8-bit or unsigned 16-bit values" if data.startswith((b"II", b"MM")) else ""
         raise InvalidArgument(
-            f"the image cannot be read ({type(error).__name__}); expected one of {', '.join(FORMATS)}",
+            f"the image cannot be read ({type(error).__name__}); expected one of {', '.join(FORMATS)}{hint}",
             field=field,
             reason="UNREADABLE_IMAGE",
         ) from error
+
+
+def _check_pixel_type(mode: str, tags: Mapping[int, Any], field: str) -> None:
+    """Refuse signed, 32-bit and floating-point pixels, whose values for black and white are not defined.
+
+    Pillow would clip them to [0, 255] without a warning.
+    """
+    signed = 2 in tags.get(SAMPLEFORMAT, ())
+    if mode in ("I", "F") or signed:
+        kind = "floating-point" if mode == "F" else "signed" if signed else "32-bit"
+        raise InvalidArgument(
+            f"the image has {kind} pixels, whose values for black and white are not defined; scale it to [0, 255] and "
+            "save it with 8 bits, or send a preprocessed tensor",
+            field=field,
+            reason="UNREADABLE_IMAGE",
+        )
+
+
+def _scaled_to_8_bits(image: PIL.Image.Image, tags: Mapping[int, Any]) -> PIL.Image.Image:
+    """Return a grey-scale image with up to 16 bits, mode "I;16…", as an 8-bit image.
+
+    Pillow inverts images of up to 8 bits whose file says that zero is white, but not this one.
+    """
+    bits = tags.get(BITSPERSAMPLE, (16,))[0]  # 16, or 12 in some TIFF files
+    values = np.asarray(image, dtype=np.uint16) >> (bits - 8)
+    zero_is_white = tags.get(PHOTOMETRIC_INTERPRETATION) == 0
+    return PIL.Image.fromarray((255 - values if zero_is_white else values).astype(np.uint8))
+
+
+# Fewest of the 256 levels that the middle 98% of the pixels of a channel span without a warning. Values of 12 bits that
+# a file stores in 16 bits without scaling span at most 16 levels.
+MIN_LEVELS = 17
+
+
+def contrast_warnings(pixels: NDArray[np.uint8]) -> tuple[str, ...]:
+    """Return a warning about an image that is nearly constant, or nothing.
+
+    Args:
+        pixels: Pixels of the model's input [H, W, C] before they are normalised.
+    """
+    levels = max(_levels(pixels[..., channel]) for channel in range(pixels.shape[2]))
+    if levels >= MIN_LEVELS:
+        return ()
+    return (
+        f"nearly constant image: 98% of its pixels are within {levels} of 256 levels in each channel; check its bit "
+        "depth and its scaling",
+    )
+
+
+def _levels(channel: NDArray[np.uint8]) -> int:
+    """Return the number of levels from the 1st to the 99th percentile of a channel [H, W]."""
+    counts = np.bincount(channel.ravel(), minlength=256).cumsum()
+    low, high = np.searchsorted(counts, (0.01 * channel.size, 0.99 * channel.size))
+    return int(high - low) + 1
 
 
 class _ImageFile(io.BytesIO):

@@ -14,7 +14,7 @@ from torch import Tensor
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.errors import InvalidArgument, OutOfRange
 from camserve_server.models.model import Model
-from camserve_server.models.pixels import Preprocessing, check_size, decode
+from camserve_server.models.pixels import Preprocessing, check_size, contrast_warnings, decode
 
 
 def check_image(image: pb.Image, model: Model, max_pixels: int) -> None:
@@ -56,7 +56,7 @@ def check_image(image: pb.Image, model: Model, max_pixels: int) -> None:
             raise InvalidArgument("the image is missing; send encoded bytes, pixels or a tensor", field="image")
 
 
-def decode_image(image: pb.Image, preprocessing: Preprocessing, max_pixels: int) -> Tensor:
+def decode_image(image: pb.Image, preprocessing: Preprocessing, max_pixels: int) -> tuple[Tensor, tuple[str, ...]]:
     """Decode and preprocess an image that `check_image` has accepted.
 
     Args:
@@ -65,7 +65,8 @@ def decode_image(image: pb.Image, preprocessing: Preprocessing, max_pixels: int)
         max_pixels: The most pixels of an encoded image.
 
     Returns:
-        The input [C, H, W] of the model, float32.
+        The input [C, H, W] of the model, float32, and warnings about the image. A tensor has no warnings, because its
+        range is not known.
 
     Raises:
         InvalidArgument: The image cannot be read, or a value is not finite.
@@ -73,13 +74,15 @@ def decode_image(image: pb.Image, preprocessing: Preprocessing, max_pixels: int)
     """
     match image.WhichOneof("content"):
         case "encoded":
-            return preprocessing(decode(image.encoded, max_pixels=max_pixels, field="image.encoded"))
+            decoded = decode(image.encoded, max_pixels=max_pixels, field="image.encoded")
+            resized = preprocessing.resized(decoded)
         case "pixels":
             pixels = image.pixels
             values = np.frombuffer(pixels.data, np.uint8).reshape(pixels.height, pixels.width, 3)
-            return preprocessing.convert_pixels(values)
+            resized = preprocessing.resized(values)
         case _:
-            return torch.from_numpy(_values(image.tensor, "image.tensor"))
+            return torch.from_numpy(_values(image.tensor, "image.tensor")), ()
+    return preprocessing.normalised(resized), contrast_warnings(resized)
 
 
 def digest(values: Tensor) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from typing import Any, TypeAlias
 
 from camserve.v1 import explain_pb2 as pb
@@ -29,13 +29,16 @@ class EventStream:
         model: The model of the request.
         map_format: The format of the maps.
         kinds: The kinds of messages that the call returns; empty for a unary call. Maps of other kinds are not encoded.
+        warnings: The warnings about the image.
 
     Attributes:
-        warnings: The warnings of the engine; complete at the end of `messages`.
+        warnings: The warnings about the image and of the engine; complete at the end of `messages`.
     """
 
-    def __init__(self, model: Model, map_format: MapFormat, kinds: Collection[type[StreamMessage]]) -> None:
-        self.warnings: list[str] = []
+    def __init__(
+        self, model: Model, map_format: MapFormat, kinds: Collection[type[StreamMessage]], warnings: Iterable[str] = ()
+    ) -> None:
+        self.warnings = [*warnings]
         self._model = model
         self._map_format = map_format
         self._kinds = kinds

@@ -95,12 +95,14 @@ class Pixels:
         input_digest: The digest of the preprocessed image, for the receipt.
         saliency: The map [h, w] in [0, 1] to score; None if a method makes the maps.
         truth: The location of the targets; None if the request does not contain it.
+        warnings: Warnings about the image, for the reader of the maps.
     """
 
     image: Image
     input_digest: str
     saliency: Tensor | None
     truth: Truth | None
+    warnings: tuple[str, ...] = ()
 
 
 def parse_explain(request: pb.ExplainRequest, model: Model, config: Config) -> ParsedRequest:
@@ -168,14 +170,14 @@ def decode_pixels(parsed: ParsedRequest, config: Config) -> Pixels:
         CamserveError: The pixels cannot be read or have wrong values; the error names the field.
     """
     model = parsed.model
-    values = decode_image(parsed.image, model.preprocessing, config.max_image_pixels)
+    values, warnings = decode_image(parsed.image, model.preprocessing, config.max_image_pixels)
     saliency = None if parsed.saliency is None else decode_saliency(parsed.saliency)
     truth = None
     if parsed.boxes or parsed.mask is not None:
         size = model.preprocessing.size
         mask = None if parsed.mask is None else decode_mask(parsed.mask, size)
         truth = boxes.make_truth([*parsed.boxes], mask, size)
-    return Pixels(model.image(values), digest(values), saliency, truth)
+    return Pixels(model.image(values), digest(values), saliency, truth, warnings)
 
 
 def _parse_shared(

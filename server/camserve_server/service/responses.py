@@ -36,7 +36,7 @@ def explain_response(
     input_digest: str,
     job: Job[RequestResult],
     result: RequestResult,
-    engine_warnings: Sequence[str],
+    further_warnings: Sequence[str],
 ) -> pb.ExplainResponse:
     """Return the response to Explain.
 
@@ -46,10 +46,10 @@ def explain_response(
         input_digest: The digest of the preprocessed image.
         job: The finished job, which contains the cost.
         result: The result of the plan.
-        engine_warnings: Warnings of the engine; they are added to those of each map.
+        further_warnings: Warnings about the image and of the engine; they are added to those of each map.
     """
     response = explain_outline(request_id, parsed, input_digest, job, result)
-    add_maps(response.maps, response.receipt, result, parsed.map_format, engine_warnings)
+    add_maps(response.maps, response.receipt, result, parsed.map_format, further_warnings)
     return response
 
 
@@ -75,11 +75,11 @@ def evaluate_response(
     input_digest: str,
     job: Job[RequestResult],
     result: RequestResult,
-    engine_warnings: Sequence[str],
+    further_warnings: Sequence[str],
 ) -> pb.EvaluateResponse:
     """Return the response to Evaluate. The arguments are those of `explain_response`."""
     response = evaluate_outline(request_id, parsed, input_digest, job, result)
-    add_maps([response.map], response.receipt, result, parsed.map_format, engine_warnings)
+    add_maps([response.map], response.receipt, result, parsed.map_format, further_warnings)
     return response
 
 
@@ -99,7 +99,7 @@ def add_maps(
     receipt: pb.Receipt,
     result: LazyMaps,
     map_format: MapFormat,
-    engine_warnings: Sequence[str],
+    further_warnings: Sequence[str],
 ) -> None:
     """Add the finished maps, their warnings and their digests to a response.
 
@@ -110,14 +110,14 @@ def add_maps(
         receipt: The receipt of the response.
         result: The maps of the plan, which are finished now if no metric needed them.
         map_format: The format of the maps. It does not affect their digests.
-        engine_warnings: Warnings of the engine; they follow those of each map.
+        further_warnings: Warnings about the image and of the engine; they follow those of each map.
     """
     maps = result.maps
     returned = native_maps(result.raw, maps, own_scaling=result.own_scaling) if map_format.native else maps
     for message, saliency, full, warnings in zip(messages, returned, maps, result.warnings, strict=True):
         set_tensor(message.saliency, saliency, map_format.dtype)
         message.input_size.extend(full.shape if map_format.native else ())
-        message.warnings.extend((*warnings, *engine_warnings))
+        message.warnings.extend((*warnings, *further_warnings))
         receipt.map_digests.append(digest(full))
 
 

@@ -206,7 +206,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                     pixels = await decode(call, parsed)
                 subject = parsed.method if pixels.saliency is None else pixels.saliency
                 assert subject is not None, "a request without a map has a method"
-                events = EventStream(parsed.model, parsed.map_format, kinds)
+                events = EventStream(parsed.model, parsed.map_format, kinds, pixels.warnings)
                 job = reservation.submit(
                     plan_request(parsed.model, pixels.image, parsed.targets, subject, parsed.metrics, pixels.truth),
                     parsed.model,

@@ -158,7 +158,7 @@ def test_folding_keeps_digest_and_layers_of_the_embedded_network(lite0: tuple[Mo
     [("grad-cam", None), ("grad-cam++", None), ("poly-cam", ["blocks.1.0.bn1"])],
 )
 def test_maps_are_the_same(lite0: tuple[Model, Model], method: str, layers: list[str] | None) -> None:
-    x = lite0[0].preprocessing.convert_pixels(skimage.data.chelsea())
+    x = lite0[0].preprocessing(skimage.data.chelsea())
     maps = [explained(each, x, call(each, method, layers), [285]).maps for each in lite0]
     torch.testing.assert_close(maps[1], maps[0], rtol=0, atol=1e-5)
 
@@ -167,7 +167,7 @@ def test_maps_are_the_same(lite0: tuple[Model, Model], method: str, layers: list
 def test_input_gradients_are_the_same_in_double_precision() -> None:
     """The gradient jumps where an input of ReLU6 crosses 0 or 6, and single precision rounds some inputs across."""
     models = load_lite0("fp64")
-    x = models[0].preprocessing.convert_pixels(skimage.data.chelsea())
+    x = models[0].preprocessing(skimage.data.chelsea())
     maps = [explained(each, x, call(each, "input-x-gradient"), [285]).maps for each in models]
     torch.testing.assert_close(maps[1], maps[0], rtol=0, atol=1e-9)
 

@@ -123,7 +123,7 @@ def test_out_of_memory_halves_batches_of_its_own_precision_only(
 @pytest.mark.slow
 def test_embedded_network_in_bf16_agrees_with_fp32() -> None:
     model = load(embedded_model().model_copy(update={"precision": ("fp32", "bf16")}), CPU)
-    x = model.preprocessing.convert_pixels(skimage.data.chelsea())
+    x = model.preprocessing(skimage.data.chelsea())
     maps = []
     for at in model.precisions.values():
         at.batch_sizes = {"forward": 2, "gradient": 2, "ascend": 2}

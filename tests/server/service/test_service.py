@@ -158,6 +158,16 @@ def test_constant_map_of_the_caller_is_scored_unchanged(client: camserve.Client)
     assert e.warnings[0].startswith("degenerate")
 
 
+def test_nearly_constant_image_has_a_warning(client: camserve.Client) -> None:
+    dark = CAT // 16
+    explained = client.explain(dark, method="center-gaussian")
+    for e in (explained, client.evaluate(dark, saliency=explained.saliency, metrics=["entropy"])):
+        assert e.warnings[0].startswith("nearly constant image: 98% of its pixels are within")
+    assert client.explain(CAT, method="center-gaussian").warnings == ()
+    tensor = LITE0(dark).numpy()
+    assert client.explain(tensor, method="center-gaussian").warnings == (), "the range of a tensor is not known"
+
+
 def test_lists_describe_models_methods_and_metrics(client: camserve.Client) -> None:
     lite0, tiny = client.models()
     assert (lite0.name, tiny.name) == ("efficientnet-lite0", "tiny")

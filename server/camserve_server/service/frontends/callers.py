@@ -212,11 +212,11 @@ class _Slot:
             CamserveError: The pixels cannot be read or have wrong values.
         """
         try:
-            image = decode_image(pixels.image, preprocessing, max_image_pixels)
+            image, warnings = decode_image(pixels.image, preprocessing, max_image_pixels)
             row = memory.image(self._offset, self._shape)
             for i, channel in enumerate(image.numpy()):
                 row[..., i] = channel
-            decoded = link_pb2.Decoded(offset=self._offset, input_digest=digest(image))
+            decoded = link_pb2.Decoded(offset=self._offset, input_digest=digest(image), warnings=warnings)
             if pixels.saliency is not None:
                 set_tensor(decoded.saliency, decode_saliency(pixels.saliency))
             if pixels.mask is not None:

@@ -146,7 +146,7 @@ class _FrontEnd:
             size = parsed.model.preprocessing.size
             mask = messages.mask(decoded.mask, size) if decoded.mask else None
             truth = boxes.make_truth([*parsed.boxes], mask, size)
-        return Pixels(parsed.model.image_of_row(row), decoded.input_digest, saliency, truth)
+        return Pixels(parsed.model.image_of_row(row), decoded.input_digest, saliency, truth, tuple(decoded.warnings))
 
     async def finished(self) -> None:
         """Wait until the front end has finished the response. Raises CamserveError if it cannot."""

@@ -109,6 +109,7 @@ class Decoded(_message.Message):
     SALIENCY_FIELD_NUMBER: _builtins.int
     MASK_FIELD_NUMBER: _builtins.int
     INPUT_DIGEST_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
     """Position of the image in the shared memory of the front end, in bytes: the model's input, float32 [H, W, C]."""
     mask: _builtins.bytes
@@ -119,6 +120,10 @@ class Decoded(_message.Message):
     def saliency(self) -> _explain_pb2.Tensor:
         """The caller's map, if there is one."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Warnings about the image."""
+
     def __init__(
         self,
         *,
@@ -126,10 +131,11 @@ class Decoded(_message.Message):
         saliency: _explain_pb2.Tensor | None = ...,
         mask: _builtins.bytes = ...,
         input_digest: _builtins.str = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["saliency", b"saliency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_digest", b"input_digest", "mask", b"mask", "offset", b"offset", "saliency", b"saliency"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_digest", b"input_digest", "mask", b"mask", "offset", b"offset", "saliency", b"saliency", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -284,7 +290,7 @@ class UnfinishedMaps(_message.Message):
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Warnings of the engine, which follow those of each map."""
+        """Warnings about the image and of the engine, which follow those of each map."""
 
     def __init__(
         self,

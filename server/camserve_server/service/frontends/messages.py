@@ -147,7 +147,7 @@ def set_unfinished(
         message: An empty message.
         raw: The maps [T, h, w] of a method, float32 or float64, on the host.
         map_format: The format of the response.
-        warnings: Warnings of the engine.
+        warnings: Warnings about the image and of the engine.
     """
     array = raw.numpy()
     message.shape.extend(array.shape)

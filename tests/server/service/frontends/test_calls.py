@@ -82,6 +82,7 @@ EXPLAIN: dict[str, dict[str, Any]] = {
     "a method with its own scaling": {"method": method("poly-cam", variant="official")},
     "constant maps": {"image": pb.Image(tensor=tensor(np.zeros((3, 32, 32)))), "method": method("input-x-gradient")},
     "warnings of the engine": {"method": method("ablation-cam"), "target_top_k": 7},
+    "a nearly constant image": {"image": pb.Image(pixels=pb.Pixels(height=8, width=8, data=bytes(192)))},
     "half precision": {"map_format": pb.MapFormat(dtype="float16")},
     "native resolution": {"map_format": pb.MapFormat(dtype="uint8", native=True), "raw": True},
     "double precision": {"model": "double"},
