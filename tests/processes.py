@@ -85,6 +85,12 @@ def completed(
     )
 
 
+def children(pid: int) -> set[int]:
+    """Return the identifiers of the child processes of a process."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return {int(child) for thread in threads for child in (thread / "children").read_text().split()}
+
+
 @dataclass
 class Served:
     """A `camserve serve` process that has reported that it is ready."""

@@ -1,7 +1,7 @@
 """Two replicas under a steady load from several client processes.
 
 Meanwhile one replica is killed, one is drained, a third of the requests is cancelled, a tenth is hostile, and the queue
-of one replica is filled. The test requires:
+of one replica is filled. If replicas have several front ends, one of them is killed, too. The test requires:
 
 - Each request ends with an answer or with a documented error.
 - Each answer is bitwise equal to the answer to the same request alone.
@@ -16,6 +16,7 @@ does not depend on the speed of the machine. The test prints how many requests h
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -37,12 +38,13 @@ from safetensors.torch import save_file
 import camserve
 from tests import nets
 from tests.chaos.caller import HOSTILE, IMAGES, TIMEOUT_S, VALID, digest, image, request_name
-from tests.processes import CAMSERVE, LIMIT_S, ROOT, environment
+from tests.processes import CAMSERVE, LIMIT_S, ROOT, children, environment
 
 CALLERS = 3
 CONFIG = """
 listen = "127.0.0.1:{port}"
 metrics_listen = "127.0.0.1:{metrics}"
+frontends = {frontends}
 device = "cpu"
 threads = 1
 grace_s = 120.0
@@ -79,10 +81,10 @@ def free_port() -> int:
 class Replica:
     """A server process that can be killed, drained and started again on its port."""
 
-    def __init__(self, folder: Path, number: int) -> None:
+    def __init__(self, folder: Path, number: int, frontends: int) -> None:
         self.port, self.metrics_port = free_port(), free_port()
         self._config = folder / f"{number}.toml"
-        self._config.write_text(CONFIG.format(port=self.port, metrics=self.metrics_port))
+        self._config.write_text(CONFIG.format(port=self.port, metrics=self.metrics_port, frontends=frontends))
         self._log = folder / f"{number}.log"
         self.start()
 
@@ -107,6 +109,12 @@ class Replica:
         with self.process:  # closes its stdout
             return self.process.wait(LIMIT_S)
 
+    def kill_a_front_end(self) -> None:
+        """Kill one of the front ends, and wait until another one has taken its place."""
+        before = children(self.process.pid)
+        os.kill(min(before), signal.SIGKILL)
+        wait_for(lambda: len(children(self.process.pid) - {min(before)}) == len(before), "a front end is missing")
+
     def client(self) -> camserve.Client:
         return camserve.Client(f"127.0.0.1:{self.port}", timeout=LIMIT_S)
 
@@ -121,10 +129,12 @@ class Replica:
         return dict(values)
 
     def resident_bytes(self) -> int:
-        """Return the memory of the process."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        (kib,) = re.findall(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
-        return int(kib) * 1024
+        """Return the memory of the process and of its front ends."""
+        kib = 0
+        for pid in (self.process.pid, *children(self.process.pid)):
+            (resident,) = re.findall(r"^VmRSS:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+            kib += int(resident)
+        return kib * 1024
 
 
 class Caller:
@@ -163,13 +173,13 @@ class Caller:
             self._reader.join()
 
 
-@pytest.fixture
-def replicas(tmp_path: Path) -> Iterator[list[Replica]]:
+@pytest.fixture(params=[1, 2], ids=["one process", "two front ends"])
+def replicas(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[list[Replica]]:
     save_file(nets.tiny_cnn(seed=5).state_dict(), tmp_path / "tiny.safetensors")
     with ExitStack() as ends:
         started = []
         for number in range(2):
-            started.append(Replica(tmp_path, number))
+            started.append(Replica(tmp_path, number, request.param))
             ends.callback(started[-1].end, signal.SIGKILL)
         for replica in started:
             replica.wait_until_ready()
@@ -223,6 +233,9 @@ def test_requests_get_right_answers_while_replicas_fail(
             ends.callback(callers[-1].kill)
         killed, drained = replicas
         wait_for_more(lines)
+        if children(drained.process.pid):
+            drained.kill_a_front_end()
+            wait_for_more(lines)
         memory = drained.resident_bytes()
         killed.end(signal.SIGKILL)
         wait_for_more(lines)

@@ -28,11 +28,15 @@ FUZZ = settings(
 GOOD_REQUEST = pb.ExplainRequest(image=pb.Image(encoded=VALID["png"]), method=pb.MethodSpec(name="grad-cam"))
 
 
-@pytest.fixture(scope="module")
-def channel() -> Iterator[grpc.Channel]:
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one process", "two front ends"]
+)
+def channel(request: pytest.FixtureRequest) -> Iterator[grpc.Channel]:
     tiny = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
     with (
-        serving(Config(listen="127.0.0.1:0", models=[tiny], max_image_pixels=1_000_000)) as server,
+        serving(
+            Config(listen="127.0.0.1:0", models=[tiny], max_image_pixels=1_000_000, frontends=request.param)
+        ) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         yield channel

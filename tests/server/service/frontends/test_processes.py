@@ -32,6 +32,7 @@ from tests.processes import (
     ROOT,
     TINY,
     Served,
+    children,
     completed,
     environment,
     patient_client,
@@ -67,13 +68,8 @@ def wait_until(condition: Callable[[], bool], message: str) -> None:
 
 
 def front_ends(server: Served) -> set[int]:
-    """Return the identifiers of the child processes that run."""
-    pid = server.process.pid
-    return {
-        int(child)
-        for thread in Path(f"/proc/{pid}/task").iterdir()
-        for child in (thread / "children").read_text().split()
-    }
+    """Return the identifiers of the front ends that run."""
+    return children(server.process.pid)
 
 
 def exists(pid: int) -> bool:
@@ -157,31 +153,31 @@ def test_front_ends_ignore_signals_to_the_group(config: Path) -> None:
 
 def test_nothing_is_left_when_the_engine_process_is_killed(config: Path) -> None:
     with serving(config) as server:
-        children = front_ends(server)
+        before = front_ends(server)
         (folder,) = (config.parent / "run").iterdir()
         assert folder.stat().st_mode & 0o777 == 0o700
         server.process.kill()
         server.process.wait(LIMIT_S)
-        wait_until(lambda: not any(map(exists, children)), "a front end goes on without its engine")
+        wait_until(lambda: not any(map(exists, before)), "a front end goes on without its engine")
         assert not folder.exists()
 
 
 def test_second_signal_ends_everything_at_once(config: Path) -> None:
     with serving(config) as server, grpc.insecure_channel(server.address) as channel:
-        children = front_ends(server)
+        before = front_ends(server)
         running = stream(ExplainServiceStub(channel), steps=10_000)
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "draining" in server.stderr(), "the server does not drain")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(LIMIT_S) == -signal.SIGTERM
-        wait_until(lambda: not any(map(exists, children)), "a front end goes on without its engine")
+        wait_until(lambda: not any(map(exists, before)), "a front end goes on without its engine")
         with pytest.raises(grpc.RpcError):
             list(running)
 
 
 def test_drain_finishes_running_calls_and_refuses_new_ones(config: Path) -> None:
     with serving(config) as server, grpc.insecure_channel(server.address) as channel:
-        children = front_ends(server)
+        before = front_ends(server)
         stub, health = ExplainServiceStub(channel), health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=LIMIT_S)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
@@ -198,7 +194,7 @@ def test_drain_finishes_running_calls_and_refuses_new_ones(config: Path) -> None
         *_, last = running
         assert last.HasField("result")
         assert server.process.wait(LIMIT_S) == 0
-        assert not any(map(exists, children))
+        assert not any(map(exists, before))
         assert not [*(config.parent / "run").iterdir()]
 
 
