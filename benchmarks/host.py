@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,17 @@ source = "python:benchmarks.null_net:null_net"
 [[models]]
 name = "lite0"
 source = "embedded:efficientnet-lite0"
+"""
+FRONT_ENDS = (1, 2, 4)
+# A fixed batch size, because a server that has started on a busy machine would measure it in the idle moments.
+FRONT_ENDS_CONFIG = """
+frontends = {count}
+listen = "127.0.0.1:0"
+device = "cpu"
+[[models]]
+name = "null"
+source = "python:benchmarks.null_net:null_net"
+batch_size = 16
 """
 SHORT_CALLERS = 4  # of Grad-CAM, while one caller sends requests for PCAM±
 
@@ -135,29 +146,39 @@ def request(method: str, model: str = "null") -> bytes:
     return pb.ExplainRequest(model=model, image=image, method=pb.MethodSpec(name=method)).SerializeToString()
 
 
-async def _call_for(address: str, path: str, message: bytes, callers: int, seconds: float) -> tuple[int, float]:
+async def _call_for(
+    address: str, path: str, message: bytes, callers: int, seconds: float, connections: int
+) -> tuple[int, float]:
     """Send the message from several callers, each after its previous response. Return requests and seconds."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        call: Any = channel.unary_unary(path)  # messages stay bytes, which saves the callers' CPU time
+    async with AsyncExitStack() as stack:
+        own_connection = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(address, own_connection))
+            for _ in range(connections)
+        ]
         done = 0
         end = time.perf_counter() + seconds
 
-        async def caller() -> None:
+        async def caller(number: int) -> None:
             nonlocal done
+            # Messages stay bytes, which saves the callers' CPU time.
+            call: Any = channels[number % connections].unary_unary(path)
             while time.perf_counter() < end:
                 await call(message)
                 done += 1
 
         start = time.perf_counter()
-        await asyncio.gather(*(caller() for _ in range(callers)))
+        await asyncio.gather(*(caller(number) for number in range(callers)))
         return done, time.perf_counter() - start
 
 
-def measure(server: ServerProcess, path: str, message: bytes, callers: int, seconds: float) -> Measured:
+def measure(
+    server: ServerProcess, path: str, message: bytes, callers: int, seconds: float, connections: int = 1
+) -> Measured:
     """Call a server for some seconds, after a warm-up."""
-    asyncio.run(_call_for(server.address, path, message, callers, seconds / 4))
+    asyncio.run(_call_for(server.address, path, message, callers, seconds / 4, connections))
     before = server.cpu_s()
-    requests, took = asyncio.run(_call_for(server.address, path, message, callers, seconds))
+    requests, took = asyncio.run(_call_for(server.address, path, message, callers, seconds, connections))
     after = server.cpu_s()
     return Measured(requests, took, {name: used - before.get(name, 0.0) for name, used in after.items()})
 
@@ -187,6 +208,7 @@ def section(bench: Bench) -> Result:
     with servers(bench.baseline) as running:
         for method in METHODS:
             _measure(bench, findings, running, method)
+        front_ends = _measure_front_ends(bench, running["echo"])
         if bench.baseline:
             _measure_waits(bench, findings, running, commit(bench.baseline))
     return Result(
@@ -198,7 +220,8 @@ def section(bench: Bench) -> Result:
                 "Median of the rounds:",
                 ["method", "requests/s", "CPU ms", "÷ echo", "network", "engine", "codec", "event loop", "other"],
                 findings.rows,
-            )
+            ),
+            front_ends,
         ],
         charts=[Chart("CPU time of the server per request", "milliseconds", findings.bars)],
     )
@@ -247,6 +270,41 @@ def _measure(bench: Bench, findings: Findings, running: Mapping[str, ServerProce
                 because="the callers use the same cores",
             )
         )
+
+
+def _measure_front_ends(bench: Bench, echo: ServerProcess) -> Table:
+    """Measure `METHODS[0]` with several front ends. Each caller has a connection, so that all front ends are used."""
+    message, seconds = request(METHODS[0]), 2 * bench.seconds
+    measured: dict[str, list[Measured]] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        running = {"echo": echo}
+        for count in FRONT_ENDS:
+            config = Path(folder) / f"{count}.toml"
+            config.write_text(FRONT_ENDS_CONFIG.format(count=count), encoding="utf-8")
+            running[str(count)] = ServerProcess(str(config))
+            stack.callback(running[str(count)].close)
+
+        def side(name: str) -> Timed:
+            path = ECHO if name == "echo" else EXPLAIN
+            one = measure(running[name], path, message, bench.callers, seconds, connections=bench.callers)
+            measured.setdefault(name, []).append(one)
+            return Timed(one.requests, one.cpu_s["process"])
+
+        sides: dict[str, Side] = {name: partial(side, name) for name in running}
+        rates = bench.alternate(f"{METHODS[0]}, {', '.join(map(str, FRONT_ENDS))} front ends", sides)
+    rows = []
+    for name in map(str, FRONT_ENDS):
+        one = sorted(measured[name], key=lambda each: each.cpu_ms)[len(measured[name]) // 2]
+        others = one.thread_ms("children")
+        times = 1 / rates[name].over(rates["echo"])
+        parts = [one.cpu_ms, times, one.cpu_ms - others, others]
+        rows.append([name, f"{one.rate:.0f}", *(f"{value:.2f}" for value in parts)])
+    return Table(
+        f"Front ends, {METHODS[0]}, each caller with a connection of its own. CPU time of all processes of the server, "
+        "and of these the engine's process and the others:",
+        ["front ends", "requests/s", "CPU ms", "÷ echo", "engine's process", "others"],
+        rows,
+    )
 
 
 def _measure_waits(bench: Bench, findings: Findings, running: Mapping[str, ServerProcess], baseline: str) -> None:

@@ -27,7 +27,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 CountRefusal = Callable[[str, str], Awaitable[None]]
 # gRPC runs the interceptors and the handler of a call in the same task.
 _token: ContextVar[TokenConfig | None] = ContextVar("token", default=None)
-_checked_subject: ContextVar[str] = ContextVar("checked_subject", default="")  # by a front end
+_checked_subject: ContextVar[str | None] = ContextVar("checked_subject", default=None)  # by a front end
 
 
 def caller(context: Context) -> str:
@@ -43,7 +43,8 @@ def caller(context: Context) -> str:
 
 def subject(context: Context) -> str:
     """Return the subject of the client certificate; empty if there is none. Call it in the task of the call."""
-    return _checked_subject.get() or next(iter(_subjects(context)), "")
+    checked = _checked_subject.get()
+    return next(iter(_subjects(context)), "") if checked is None else checked
 
 
 def token_name() -> str:

@@ -139,7 +139,7 @@ class _FrontEnd:
 
     def _pixels(self, parsed: ParsedRequest, decoded: link_pb2.Decoded, image: NDArray[np.float32]) -> Pixels:
         """Return the pixels of a request whose image the front end has written to its slot."""
-        row = torch.from_numpy(image).permute(2, 0, 1)[None]  # channels last
+        row = torch.from_numpy(image.transpose(2, 0, 1)[None])  # [1, C, H, W], channels last
         saliency = messages.values(decoded.saliency) if decoded.HasField("saliency") else None
         truth: Truth | None = None
         if parsed.boxes or decoded.mask:
