@@ -20,7 +20,15 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 EXCLUSIVE_PORT = ("grpc.so_reuseport", 0)  # binding fails if another server uses the port
 SHARED_PORT = ("grpc.so_reuseport", 1)
-ANY_SIZE = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+# Options of both ends of the link between front ends and engine process. The limits are those of the callers' server,
+# and the callers decide about retries.
+LINK = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_metadata_size", 64 << 10),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+]
 KEEPALIVE = (  # clients ping every 30 s; by default, gRPC closes connections with more than one ping in five minutes
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),

@@ -14,7 +14,7 @@ from camserve_server.service.frontends.callers import FrontEndServicer
 from camserve_server.service.frontends.control import READY, Control
 from camserve_server.service.frontends.shared_memory import SharedMemory
 from camserve_server.service.health import Health
-from camserve_server.service.listeners import ANY_SIZE, SERVICE, SHARED_PORT, STOP_GRACE_S, bind, callers_server
+from camserve_server.service.listeners import LINK, SERVICE, SHARED_PORT, STOP_GRACE_S, bind, callers_server
 from camserve_server.service.logs import log_to_stderr
 from camserve_server.torch_setup.allocator import keep_memory
 
@@ -36,7 +36,7 @@ async def _serve(config: Config, control: Control) -> None:
     loop, stopping, settings = asyncio.get_running_loop(), asyncio.Event(), control.settings
     control.stop = lambda: loop.call_soon_threadsafe(stopping.set)
     health = Health()
-    async with grpc.aio.insecure_channel(f"unix:{settings['folder']}/link", ANY_SIZE) as channel:
+    async with grpc.aio.insecure_channel(f"unix:{settings['folder']}/link", LINK) as channel:
         servicer = FrontEndServicer(config, settings["identifier"], channel, SharedMemory(settings["memory"]))
         server = callers_server(config, servicer, health, servicer.count_refusal, port=SHARED_PORT)
         known = {service: asyncio.Event() for service in ("", SERVICE)}

@@ -30,7 +30,7 @@ from camserve_server.service.frontends.link import LinkServicer
 from camserve_server.service.frontends.port import SharedPort
 from camserve_server.service.frontends.shared_memory import SharedMemory
 from camserve_server.service.health import Health
-from camserve_server.service.listeners import ANY_SIZE
+from camserve_server.service.listeners import LINK
 from camserve_server.service.prometheus import Metrics
 from camserve_server.service.servicer import Servicer
 from camserve_server.service.tls import credentials, paths
@@ -55,7 +55,7 @@ class FrontEnds:
     def __init__(self, config: Config, servicer: Servicer, health: Health, metrics: Metrics) -> None:
         self._config = config
         self._link = LinkServicer(config, servicer, metrics)
-        self._server = grpc.aio.server(interceptors=[TrustFrontEnds(config)], options=ANY_SIZE)
+        self._server = grpc.aio.server(interceptors=[TrustFrontEnds(config)], options=LINK)
         link_pb2_grpc.add_LinkServiceServicer_to_server(self._link, self._server)
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)

@@ -151,6 +151,15 @@ def test_front_ends_ignore_signals_to_the_group(config: Path) -> None:
         assert "front end ended" not in server.stderr()
 
 
+def test_trace_of_the_caller_is_in_the_log(config: Path) -> None:
+    with serving(config) as server, grpc.insecure_channel(server.address) as channel:
+        trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+        metadata = (("traceparent", f"00-{trace}-00f067aa0ba902b7-01"),)
+        assert ExplainServiceStub(channel).Explain(request(), timeout=LIMIT_S, metadata=metadata).maps
+        (line,) = [json.loads(line) for line in server.stderr().splitlines() if '"Explain"' in line]
+        assert line["trace_id"] == trace
+
+
 def test_nothing_is_left_when_the_engine_process_is_killed(config: Path) -> None:
     with serving(config) as server:
         before = front_ends(server)

@@ -1,0 +1,94 @@
+"""The messages of the link, and the time until which a slot is in use."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from camserve.v1 import explain_pb2 as pb
+from camserve_server import errors
+from camserve_server.config import Config
+from camserve_server.errors import CamserveError
+from camserve_server.service import status
+from camserve_server.service.call import Call
+from camserve_server.service.frontends import link_pb2, messages
+from camserve_server.service.frontends.link import LinkServicer
+from camserve_server.service.prometheus import Metrics
+
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CamserveError)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("retry_after_s", [None, 0.0, 2.5])
+def test_errors_are_the_same_after_the_link(kind: type[CamserveError], retry_after_s: float | None) -> None:
+    error = kind("a ☃", field="image", reason="R", metadata={"known": "x"}, retry_after_s=retry_after_s)
+    received = messages.error(link_pb2.Failure.FromString(messages.failure(error).SerializeToString()))
+    assert type(received) is kind
+    assert vars(received) == vars(error)
+    if kind is not CamserveError:  # which has no status code
+        assert status.trailing_metadata(received, "r") == status.trailing_metadata(error, "r")
+
+
+def test_pixels_stay_in_the_front_end() -> None:
+    """The engine process gets the sizes of the data, which its checks need."""
+    tensor = pb.Tensor(shape=[2, 3], data=np.ones(6, "<f4").tobytes())
+    request = pb.EvaluateRequest(
+        image=pb.Image(pixels=pb.Pixels(height=1, width=2, data=b"secret")),
+        saliency=tensor,
+        truth=pb.Truth(mask=tensor),
+    )
+    original = pb.EvaluateRequest()
+    original.CopyFrom(request)
+    pixels = messages.Pixels(request)
+    start = link_pb2.Start(evaluate=request)
+    pixels.add_sizes(start)
+    sent = start.SerializeToString()
+    assert b"secret" not in sent
+    assert tensor.data not in sent
+    assert (pixels.image, pixels.saliency, pixels.mask) == (original.image, tensor, tensor)
+    restored: Any = messages.restored_request(link_pb2.Start.FromString(sent))
+    assert restored.image.pixels.data == bytes(6)
+    assert restored.saliency.data == restored.truth.mask.data == bytes(24)
+    assert restored.saliency.shape == tensor.shape
+
+
+@pytest.mark.parametrize("content", ["encoded", "pixels", "tensor"])
+def test_kind_of_the_image_is_kept(content: str) -> None:
+    image = pb.Image()
+    match content:
+        case "encoded":
+            image.encoded = b"data"
+        case "pixels":
+            image.pixels.data = b"data"
+        case _:
+            image.tensor.data = b"data"
+    request = pb.ExplainRequest(image=image)
+    pixels = messages.Pixels(request)
+    start = link_pb2.Start(explain=request)
+    pixels.add_sizes(start)
+    assert messages.restored_request(start).image.WhichOneof("content") == content
+    assert pixels.image == image
+
+
+def test_slot_is_in_use_until_the_job_has_ended() -> None:
+    async def run() -> None:
+        link = LinkServicer(Config(), None, Metrics())  # type: ignore[arg-type]  # it runs no call here
+        call, future = Call("Explain", None, "r"), Future[None]()  # type: ignore[arg-type]  # the same
+        call.job = SimpleNamespace(future=future)  # type: ignore[assignment]
+        link._readers[1, 4096] = call
+        waiting = asyncio.create_task(
+            link.WaitUntilUnused(link_pb2.WaitUntilUnusedRequest(front_end=1, offset=4096), None)
+        )
+        other = link_pb2.WaitUntilUnusedRequest(front_end=2, offset=4096)
+        await link.WaitUntilUnused(other, None)  # which nobody reads
+        assert not waiting.done()
+        future.set_result(None)
+        await waiting
+        assert not link._readers
+
+    asyncio.run(run())
