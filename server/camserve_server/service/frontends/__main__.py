@@ -1,6 +1,5 @@
 """Entry point of a front-end process, which the engine process starts."""
 
-import os
 import signal
 
 from camserve_server.service.frontends.control import Control
@@ -14,7 +13,6 @@ def main() -> None:
     from camserve_server.service.frontends.process import serve  # takes a second
 
     serve(control)
-    os._exit(0)  # there is nothing to save, and the interpreter would take a second to free its modules
 
 
 if __name__ == "__main__":

@@ -215,10 +215,10 @@ async def _read(context: Context) -> link_pb2.RunRequest:
     """Return the next message of the front end.
 
     Raises:
-        CancelledError: The call is cancelled. gRPC then also cancels the task, but possibly later.
+        CancelledError: The call is cancelled.
     """
     message: Any = await context.read()
-    if message is grpc.aio.EOF:
-        raise asyncio.CancelledError
+    if message is grpc.aio.EOF:  # front ends do not close their side, so the call is cancelled
+        await asyncio.get_running_loop().create_future()  # gRPC cancels this task now
     request: link_pb2.RunRequest = message
     return request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import grpc
 import torch
@@ -36,19 +37,19 @@ async def _serve(config: Config, control: Control) -> None:
     loop, stopping, settings = asyncio.get_running_loop(), asyncio.Event(), control.settings
     control.stop = lambda: loop.call_soon_threadsafe(stopping.set)
     health = Health()
-    async with grpc.aio.insecure_channel(f"unix:{settings['folder']}/link", LINK) as channel:
-        servicer = FrontEndServicer(config, settings["identifier"], channel, SharedMemory(settings["memory"]))
-        server = callers_server(config, servicer, health, servicer.count_refusal, port=SHARED_PORT)
-        known = {service: asyncio.Event() for service in ("", SERVICE)}
-        watchers = [asyncio.create_task(_copy_health(channel, health, *each)) for each in known.items()]
-        await asyncio.gather(*(each.wait() for each in known.values()))
-        bind(server, "listen", settings["address"], config.tls)
-        await server.start()
-        print(READY, flush=True)
-        await stopping.wait()
-        await server.stop(STOP_GRACE_S)
-        for each in watchers:
-            each.cancel()
+    channel = grpc.aio.insecure_channel(f"unix:{settings['folder']}/link", LINK)
+    servicer = FrontEndServicer(config, settings["identifier"], channel, SharedMemory(settings["memory"]))
+    server = callers_server(config, servicer, health, servicer.count_refusal, port=SHARED_PORT)
+    known = {service: asyncio.Event() for service in ("", SERVICE)}
+    copies = [asyncio.create_task(_copy_health(channel, health, *each)) for each in known.items()]
+    await asyncio.gather(*(each.wait() for each in known.values()))
+    bind(server, "listen", settings["address"], config.tls)
+    await server.start()
+    print(READY, flush=True)
+    await asyncio.wait([asyncio.create_task(stopping.wait()), *copies], return_when=asyncio.FIRST_COMPLETED)
+    await server.stop(STOP_GRACE_S)
+    # Nothing is left to save. A complete end takes a second, and gRPC logs errors about watchers of Health.
+    os._exit(0)
 
 
 async def _copy_health(channel: grpc.aio.Channel, health: Health, service: str, known: asyncio.Event) -> None:
