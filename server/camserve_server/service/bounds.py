@@ -123,7 +123,7 @@ def _count(data: bytes, at: int, end: int, kind: Descriptor, path: str, count: i
         count += at - begin
         if at + length > end:
             raise IndexError("the message is truncated")
-        if field is not None and field.message_type is not None and _holds_bytes(field.message_type):
+        if field is not None and field.message_type is not None and holds_bytes(field.message_type):
             count = _count(data, at, at + length, field.message_type, f"{path}{field.name}.", count)
         elif field is None or field.type != FieldDescriptor.TYPE_BYTES:
             count += length
@@ -149,7 +149,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 @cache
-def _holds_bytes(kind: Descriptor) -> bool:
+def holds_bytes(kind: Descriptor) -> bool:
     """Return True if a message of this kind has a field of type bytes at any depth."""
     seen, left = set[str](), [kind]
     while left:

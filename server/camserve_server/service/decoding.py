@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
@@ -17,11 +18,34 @@ from camserve_server.models.model import Model
 from camserve_server.models.pixels import Preprocessing, check_size, contrast_warnings, decode
 
 
-def check_image(image: pb.Image, model: Model, max_pixels: int) -> None:
+@dataclass(frozen=True)
+class DataSizes:
+    """Bytes of the data of a request. A front end removes the data, and the checks need only their sizes.
+
+    Attributes:
+        image: The size of the pixels or of the tensor; 0 for an encoded image.
+        saliency: The size of the map; 0 if there is none.
+        mask: The size of the mask; 0 if there is none.
+    """
+
+    image: int = 0
+    saliency: int = 0
+    mask: int = 0
+
+    @classmethod
+    def of(cls, request: pb.ExplainRequest | pb.EvaluateRequest) -> DataSizes:
+        """Return the sizes of the data that a request contains."""
+        saliency = request.saliency.data if isinstance(request, pb.EvaluateRequest) else b""
+        image = request.image.tensor if request.image.HasField("tensor") else request.image.pixels
+        return cls(len(image.data), len(saliency), len(request.truth.mask.data))
+
+
+def check_image(image: pb.Image, data_bytes: int, model: Model, max_pixels: int) -> None:
     """Check the form, the size and the shape of an image without decoding it.
 
     Args:
         image: The image of the request.
+        data_bytes: The size of its pixels or of its tensor.
         model: The model that the request names.
         max_pixels: The most pixels that the server accepts.
 
@@ -36,15 +60,15 @@ def check_image(image: pb.Image, model: Model, max_pixels: int) -> None:
             pixels = image.pixels
             check_size(pixels.width, pixels.height, max_pixels, "image.pixels")
             expected = 3 * pixels.height * pixels.width
-            if len(pixels.data) != expected:
+            if data_bytes != expected:
                 raise InvalidArgument(
-                    f"the image has {len(pixels.data)} bytes; expected {expected}: {pixels.height}x{pixels.width} "
+                    f"the image has {data_bytes} bytes; expected {expected}: {pixels.height}x{pixels.width} "
                     "pixels of three bytes each",
                     field="image.pixels.data",
                     reason="WRONG_SHAPE",
                 )
         case "tensor":
-            shape = [*check_shape(image.tensor, "image.tensor")]
+            shape = [*check_shape(image.tensor, data_bytes, "image.tensor")]
             wanted = [model.preprocessing.channels, *model.preprocessing.size]
             if shape != wanted:
                 raise InvalidArgument(
@@ -91,9 +115,9 @@ def digest(values: Tensor) -> str:
     return f"sha256:{hashlib.sha256(array.data).hexdigest()}"
 
 
-def check_saliency(saliency: pb.Tensor) -> None:
+def check_saliency(saliency: pb.Tensor, data_bytes: int) -> None:
     """Check the shape of a map. Raises InvalidArgument unless it is [H, W]."""
-    shape = [*check_shape(saliency, "saliency")]
+    shape = [*check_shape(saliency, data_bytes, "saliency")]
     if len(shape) != 2:
         raise InvalidArgument(
             f"the saliency map has the shape {shape}; expected [H, W]", field="saliency.shape", reason="WRONG_SHAPE"
@@ -120,9 +144,9 @@ def decode_saliency(saliency: pb.Tensor) -> Tensor:
     return torch.from_numpy(values)
 
 
-def check_mask(mask: pb.Tensor) -> None:
+def check_mask(mask: pb.Tensor, data_bytes: int) -> None:
     """Check the shape of a mask. Raises InvalidArgument unless it is [H, W]."""
-    shape = [*check_shape(mask, "truth.mask")]
+    shape = [*check_shape(mask, data_bytes, "truth.mask")]
     if len(shape) != 2:
         raise InvalidArgument(
             f"the mask has the shape {shape}; expected [H, W]", field="truth.mask.shape", reason="WRONG_SHAPE"
@@ -164,7 +188,7 @@ def decode_mask(mask: pb.Tensor, size: tuple[int, int]) -> NDArray[np.bool_]:
     return target
 
 
-def check_shape(tensor: pb.Tensor, field: str) -> tuple[int, ...]:
+def check_shape(tensor: pb.Tensor, data_bytes: int, field: str) -> tuple[int, ...]:
     """Return the shape of a tensor. Raises InvalidArgument if it is not float32, or the data do not match the shape."""
     if tensor.dtype not in ("", "float32"):
         raise InvalidArgument(
@@ -172,9 +196,9 @@ def check_shape(tensor: pb.Tensor, field: str) -> tuple[int, ...]:
             field=f"{field}.dtype",
         )
     shape = tuple(tensor.shape)
-    if not 1 <= len(shape) <= 3 or min(shape) < 1 or len(tensor.data) != 4 * math.prod(shape):
+    if not 1 <= len(shape) <= 3 or min(shape) < 1 or data_bytes != 4 * math.prod(shape):
         raise InvalidArgument(
-            f"the tensor has {len(tensor.data)} bytes and the shape {[*shape]}; expected a shape of one to three "
+            f"the tensor has {data_bytes} bytes and the shape {[*shape]}; expected a shape of one to three "
             "numbers from 1 and four bytes (float32, little-endian) for each value",
             field=f"{field}.data",
             reason="WRONG_SHAPE",

@@ -27,6 +27,7 @@ from camserve_server.plan import Box, Image, Truth
 from camserve_server.request_plan import MethodCall, MetricCall, RowsNeeded, rows_needed
 from camserve_server.service import map_format
 from camserve_server.service.decoding import (
+    DataSizes,
     check_image,
     check_mask,
     check_saliency,
@@ -105,44 +106,54 @@ class Pixels:
     warnings: tuple[str, ...] = ()
 
 
-def parse_explain(request: pb.ExplainRequest, model: Model, config: Config) -> ParsedRequest:
+def parse_explain(
+    request: pb.ExplainRequest, model: Model, config: Config, sizes: DataSizes | None = None
+) -> ParsedRequest:
     """Check and convert all fields of a request but its pixels.
 
     Args:
         request: The message of the caller.
         model: The model that the request names.
         config: The configuration of the server.
+        sizes: The sizes of the data if they have been removed from the message.
 
     Raises:
         CamserveError: A field is wrong; the error names the field.
     """
+    sizes = sizes or DataSizes.of(request)
     if not 0 <= request.top_k <= MAX_TOP_K:
         raise OutOfRange(f"top_k is {request.top_k}; expected 0 to {MAX_TOP_K}", field="top_k")
     model = model.at(request.precision)
     targets = _targets(request, model)
     method = _method(request.method, model)
     seed = request.method.seed
-    parsed = _parse_shared(request, config, model=model, method=method, targets=targets, seed=seed, metrics_seed=seed)
+    parsed = _parse_shared(
+        request, config, sizes, model=model, method=method, targets=targets, seed=seed, metrics_seed=seed
+    )
     return replace(parsed, top_k=request.top_k, raw=request.raw)
 
 
-def parse_evaluate(request: pb.EvaluateRequest, model: Model, config: Config) -> ParsedRequest:
+def parse_evaluate(
+    request: pb.EvaluateRequest, model: Model, config: Config, sizes: DataSizes | None = None
+) -> ParsedRequest:
     """Check and convert all fields of a request but its pixels.
 
     Args:
         request: The message of the caller.
         model: The model that the request names.
         config: The configuration of the server.
+        sizes: The sizes of the data if they have been removed from the message.
 
     Raises:
         CamserveError: A field is wrong; the error names the field.
     """
+    sizes = sizes or DataSizes.of(request)
     model = model.at(request.precision)
     method, saliency = None, None
     match request.WhichOneof("subject"):
         case "saliency":
             saliency = request.saliency
-            check_saliency(saliency)
+            check_saliency(saliency, sizes.saliency)
         case "method":
             method = _method(request.method, model)
         case _:
@@ -152,7 +163,7 @@ def parse_evaluate(request: pb.EvaluateRequest, model: Model, config: Config) ->
     target = (_target(request.target, model, "target"),) if request.HasField("target") else 1
     seed = method.seed if method else request.seed
     parsed = _parse_shared(
-        request, config, model=model, method=method, targets=target, seed=seed, metrics_seed=request.seed
+        request, config, sizes, model=model, method=method, targets=target, seed=seed, metrics_seed=request.seed
     )
     return replace(parsed, saliency=saliency)
 
@@ -183,6 +194,7 @@ def decode_pixels(parsed: ParsedRequest, config: Config) -> Pixels:
 def _parse_shared(
     request: pb.ExplainRequest | pb.EvaluateRequest,
     config: Config,
+    sizes: DataSizes,
     *,
     model: Model,
     method: MethodCall | None,
@@ -192,8 +204,8 @@ def _parse_shared(
 ) -> ParsedRequest:
     """Check and convert the fields that both kinds of request have."""
     metrics = _metrics(request.metrics, metrics_seed, makes_maps=method is not None)
-    check_image(request.image, model, config.max_image_pixels)
-    target_boxes, mask = _truth(request, model)
+    check_image(request.image, sizes.image, model, config.max_image_pixels)
+    target_boxes, mask = _truth(request, sizes.mask, model)
     return ParsedRequest(
         model=model,
         method=method,
@@ -323,7 +335,9 @@ def _metrics(specs: Sequence[pb.MetricSpec], seed: int, *, makes_maps: bool) -> 
     return tuple(calls)
 
 
-def _truth(request: pb.ExplainRequest | pb.EvaluateRequest, model: Model) -> tuple[tuple[Box, ...], pb.Tensor | None]:
+def _truth(
+    request: pb.ExplainRequest | pb.EvaluateRequest, mask_bytes: int, model: Model
+) -> tuple[tuple[Box, ...], pb.Tensor | None]:
     """Return the boxes in pixels of the model's input and the mask; both are empty if no metric needs them."""
     if not request.HasField("truth"):
         for spec in request.metrics:
@@ -338,7 +352,7 @@ def _truth(request: pb.ExplainRequest | pb.EvaluateRequest, model: Model) -> tup
     found = tuple(_box(box, model, f"truth.boxes[{i}]") for i, box in enumerate(request.truth.boxes))
     if not request.truth.HasField("mask"):
         return found, None
-    check_mask(request.truth.mask)
+    check_mask(request.truth.mask, mask_bytes)
     return found, request.truth.mask
 
 

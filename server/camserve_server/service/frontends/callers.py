@@ -18,7 +18,7 @@ from camserve_server.errors import CamserveError, InternalError
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.service.call import Context
 from camserve_server.service.codec import CodecThreads
-from camserve_server.service.decoding import decode_image, decode_mask, decode_saliency, digest
+from camserve_server.service.decoding import DataSizes, decode_image, decode_mask, decode_saliency, digest
 from camserve_server.service.frontends import identity, link_pb2, link_pb2_grpc, messages
 from camserve_server.service.frontends.shared_memory import SharedMemory, Slots
 from camserve_server.service.map_format import set_tensor
@@ -119,13 +119,18 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
         self, rpc: str, request: pb.ExplainRequest | pb.EvaluateRequest, context: Context
     ) -> AsyncIterator[link_pb2.RunResponse]:
         """Run a call in the engine process; yield its events and finally its result."""
-        pixels = messages.Pixels(request)
-        start = link_pb2.Start(front_end=self._identifier, rpc=rpc)
-        pixels.add_sizes(start)
+        sizes = DataSizes.of(request)
+        start = link_pb2.Start(
+            front_end=self._identifier,
+            rpc=rpc,
+            image_bytes=sizes.image,
+            saliency_bytes=sizes.saliency,
+            mask_bytes=sizes.mask,
+        )
         if isinstance(request, pb.ExplainRequest):
-            start.explain.CopyFrom(request)
+            start.explain.CopyFrom(messages.without_data(request))
         else:
-            start.evaluate.CopyFrom(request)
+            start.evaluate.CopyFrom(messages.without_data(request))
         link: LinkCall = self._link.Run(timeout=context.time_remaining(), metadata=identity.metadata_of(context))
         with ExitStack() as ends:
             ends.callback(link.cancel)  # without effect if the call has ended
@@ -137,11 +142,10 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
                 try:
                     slot = ends.enter_context(_Slot(self._slots, preprocessing, self._wait_until_unused))
                     decoded = await self._codec.run(
-                        slot.write, self._memory, pixels, preprocessing, self._config.max_image_pixels
+                        slot.write, self._memory, request, preprocessing, self._config.max_image_pixels
                     )
                 except Exception as error:
                     await _fail(link, error)
-                del pixels
                 await _send(link, link_pb2.RunRequest(decoded=decoded))
                 while (message := await _receive(link)).WhichOneof("step") not in ("explained", "evaluated"):
                     yield message
@@ -201,7 +205,11 @@ class _Slot:
             task.add_done_callback(lambda _: self._leave())
 
     def write(
-        self, memory: SharedMemory, pixels: messages.Pixels, preprocessing: Preprocessing, max_image_pixels: int
+        self,
+        memory: SharedMemory,
+        request: pb.ExplainRequest | pb.EvaluateRequest,
+        preprocessing: Preprocessing,
+        max_image_pixels: int,
     ) -> link_pb2.Decoded:
         """Decode the pixels of a request, and write the image to the slot. Call it once, in a codec thread.
 
@@ -212,15 +220,15 @@ class _Slot:
             CamserveError: The pixels cannot be read or have wrong values.
         """
         try:
-            image, warnings = decode_image(pixels.image, preprocessing, max_image_pixels)
+            image, warnings = decode_image(request.image, preprocessing, max_image_pixels)
             row = memory.image(self._offset, self._shape)
             for i, channel in enumerate(image.numpy()):
                 row[..., i] = channel
             decoded = link_pb2.Decoded(offset=self._offset, input_digest=digest(image), warnings=warnings)
-            if pixels.saliency is not None:
-                set_tensor(decoded.saliency, decode_saliency(pixels.saliency))
-            if pixels.mask is not None:
-                decoded.mask = decode_mask(pixels.mask, preprocessing.size).tobytes()
+            if isinstance(request, pb.EvaluateRequest) and request.HasField("saliency"):
+                set_tensor(decoded.saliency, decode_saliency(request.saliency))
+            if request.truth.HasField("mask"):
+                decoded.mask = decode_mask(request.truth.mask, preprocessing.size).tobytes()
             return decoded
         finally:
             with contextlib.suppress(RuntimeError):  # the loop may be closed by now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from camserve_server.request_result import RequestResult
 from camserve_server.service import requests, responses
 from camserve_server.service.call import Call
 from camserve_server.service.codec import CodecThreads
+from camserve_server.service.decoding import DataSizes
 from camserve_server.service.event_stream import StreamMessage
 from camserve_server.service.frontends import link_pb2, link_pb2_grpc, messages
 from camserve_server.service.frontends.shared_memory import SharedMemory
@@ -84,14 +86,14 @@ class LinkServicer(link_pb2_grpc.LinkServiceServicer):
     async def Run(self, _: object, context: Context) -> None:  # type: ignore[override]  # the stubs know generators only
         """Run one call of Explain, Evaluate or their streams."""
         start = (await _read(context)).start
-        request = messages.restored_request(start)
+        sizes = DataSizes(start.image_bytes, start.saliency_bytes, start.mask_bytes)
         front_end = _FrontEnd(
             context, start.front_end, self.memories[start.front_end], self._servicer.codec, self._readers
         )
         arguments: Any = (
-            (request, context, requests.parse_explain, _explained)
-            if isinstance(request, pb.ExplainRequest)
-            else (request, context, requests.parse_evaluate, _evaluated)
+            (start.explain, context, partial(requests.parse_explain, sizes=sizes), _explained)
+            if start.HasField("explain")
+            else (start.evaluate, context, partial(requests.parse_evaluate, sizes=sizes), _evaluated)
         )
         async for message in self._servicer.run(
             start.rpc, *arguments, kinds=_KINDS[start.rpc], decode=front_end.decode, delivered=front_end.finished

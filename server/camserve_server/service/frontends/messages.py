@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,9 +18,12 @@ from camserve_server.errors import CamserveError
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.plan import SaliencyMaps
 from camserve_server.request_result import LazyMaps
+from camserve_server.service import bounds
 from camserve_server.service.frontends import link_pb2
 from camserve_server.service.map_format import MapFormat
 from camserve_server.service.responses import add_maps
+
+M = TypeVar("M", bound=Message)
 
 
 def _kinds(kind: type[CamserveError]) -> Iterator[type[CamserveError]]:
@@ -63,69 +69,20 @@ def preprocessing(admitted: link_pb2.Admitted) -> Preprocessing:
     )
 
 
-class Pixels:
-    """The image, the map and the mask of a request, as the caller sent them.
+def without_data(message: M) -> M:
+    """Return a copy of a message without the values of its fields of type bytes: images, maps and masks.
 
-    Args:
-        request: The request. Its data are removed, so that only the other fields are sent to the engine process.
-
-    Attributes:
-        image: The image.
-        saliency: The map; None if the request has none.
-        mask: The mask; None if the request has none.
+    The message itself keeps them, because protobuf frees no part of a message.
     """
-
-    def __init__(self, request: pb.ExplainRequest | pb.EvaluateRequest) -> None:
-        self.image = pb.Image()
-        self.saliency: pb.Tensor | None = None
-        self.mask: pb.Tensor | None = None
-        self.image.CopyFrom(request.image)
-        match request.image.WhichOneof("content"):
-            case "encoded":
-                request.image.encoded = b""
-            case "pixels":
-                request.image.pixels.data = b""
-            case "tensor":
-                request.image.tensor.data = b""
-        if isinstance(request, pb.EvaluateRequest) and request.HasField("saliency"):
-            self.saliency = _without_data(request.saliency)
-        if request.truth.HasField("mask"):
-            self.mask = _without_data(request.truth.mask)
-
-    def add_sizes(self, start: link_pb2.Start) -> None:
-        """Add the sizes of the removed data to the message that begins a call."""
-        match self.image.WhichOneof("content"):
-            case "pixels":
-                start.image_bytes = len(self.image.pixels.data)
-            case "tensor":
-                start.image_bytes = len(self.image.tensor.data)
-        start.saliency_bytes = len(self.saliency.data) if self.saliency is not None else 0
-        start.mask_bytes = len(self.mask.data) if self.mask is not None else 0
-
-
-def _without_data(tensor: pb.Tensor) -> pb.Tensor:
-    """Return a copy of a tensor, and remove the data of the original."""
-    copy = pb.Tensor()
-    copy.CopyFrom(tensor)
-    tensor.data = b""
+    copy = type(message)()
+    for field, value in message.ListFields():
+        if field.type == FieldDescriptor.TYPE_BYTES:
+            setattr(copy, field.name, b"")  # keeps the kind of an image
+        elif field.message_type is not None and bounds.holds_bytes(field.message_type):
+            getattr(copy, field.name).CopyFrom(without_data(value))
+        else:
+            copy.MergeFrom(type(message)(**{field.name: value}))
     return copy
-
-
-def restored_request(start: link_pb2.Start) -> pb.ExplainRequest | pb.EvaluateRequest:
-    """Return the request of a call with zeros for the removed data, because the checks need only their number."""
-    request: pb.ExplainRequest | pb.EvaluateRequest = (
-        start.explain if start.WhichOneof("request") == "explain" else start.evaluate
-    )
-    match request.image.WhichOneof("content"):
-        case "pixels":
-            request.image.pixels.data = bytes(start.image_bytes)
-        case "tensor":
-            request.image.tensor.data = bytes(start.image_bytes)
-    if start.saliency_bytes and isinstance(request, pb.EvaluateRequest):
-        request.saliency.data = bytes(start.saliency_bytes)
-    if start.mask_bytes:
-        request.truth.mask.data = bytes(start.mask_bytes)
-    return request
 
 
 def values(tensor: pb.Tensor) -> Tensor:
