@@ -15,9 +15,10 @@ from camserve_server import registry
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Event, Job
 from camserve_server.maps import boxes
+from camserve_server.models.heads import Head
 from camserve_server.models.layers import Layer
 from camserve_server.models.load import state_digest
-from camserve_server.models.model import Head, LaneKind, Model
+from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.probe import probe
 from camserve_server.plan import Truth

@@ -54,10 +54,15 @@ class Model:
         batch_sizes: Batch size of each kind of lane.
         methods: Names of the methods that the model supports.
         random_weights: True if the configuration requests random weights.
-        input_channels: Number of channels of the input: 3, or 1 for a grey-scale model.
-        head: Function that converts logits to probabilities: "softmax" or "sigmoid".
+        input_channels: Number of channels of the input: 3, or 1 for a grey-scale model. Models with other numbers take
+            tensors only.
+        head: Function that converts outputs to probabilities: "softmax", "sigmoid", or "probabilities" if the outputs
+            are probabilities.
         named_layers: All layers that requests can name, in the order of execution.
         precisions: All values of `precision` that requests can select, the default first.
+        unavailable: Kinds of passes that the network cannot run ("gradient" or "ascend"), with the reason. Methods that
+            need them are not in `methods`.
+        warnings: Sentences about limitations with which the model is served, such as a batch size of 1.
     """
 
     name: str
@@ -78,6 +83,8 @@ class Model:
     head: str
     named_layers: tuple[Layer, ...]
     precisions: tuple[str, ...]
+    unavailable: dict[str, str]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,8 @@ def model_table(models: Sequence[Model], methods: Sequence[Method]) -> Table:
             f"{', '.join(model.precisions)} on {model.device}",
             served_methods(model, methods),
             model.digest,
+            *(f"no {kind} passes: {reason}" for kind, reason in sorted(model.unavailable.items())),
+            *(f"warning: {sentence}" for sentence in model.warnings),
         ]
         layers = [layer.name for layer in model.layers]
         table.add_row(*(escape("\n".join(lines)) for lines in ([model.name], description, layers)))

@@ -21,15 +21,15 @@ Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def _one_or_three(values: tuple[float, ...]) -> tuple[float, ...]:
-    if len(values) not in (1, 3):
-        raise ValueError(f"{len(values)} numbers; expected three, or one for a network of grey-scale images")
+def _per_channel(values: tuple[float, ...]) -> tuple[float, ...]:
+    if not 1 <= len(values) <= 16:
+        raise ValueError(f"{len(values)} numbers; expected three, one for grey-scale images, or up to 16 for tensors")
     return values
 
 
 Address = Annotated[str, AfterValidator(require_host_port)]
-Numbers = Annotated[tuple[float, ...], AfterValidator(_one_or_three)]
-NumbersAbove0 = Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_one_or_three)]
+Numbers = Annotated[tuple[float, ...], AfterValidator(_per_channel)]
+NumbersAbove0 = Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_per_channel)]
 
 
 class _Table(BaseModel):
@@ -81,12 +81,14 @@ class ModelConfig(_Table):
         Field(description="[height, width] of a transformer's grid of patch tokens; detected if omitted."),
     ] = None
     head: Annotated[
-        Literal["softmax", "sigmoid"] | None,
-        Field(description="How logits become probabilities; if omitted, sigmoid for one logit, else softmax."),
+        Literal["softmax", "sigmoid", "probabilities"] | None,
+        Field(
+            description="How outputs become probabilities; if omitted, detected, else sigmoid for one, else softmax."
+        ),
     ] = None
     classes: Annotated[
         int | None,
-        Field(ge=1, description="Number of classes of a torchvision or timm network; its default if omitted."),
+        Field(ge=1, description="Number of classes of the network; that of the network if omitted."),
     ] = None
     labels: Annotated[str | None, Field(description='"imagenet", or a file with one label per line.')] = None
     input_size: Annotated[tuple[Positive, Positive], Field(description="[height, width] of the input in pixels.")] = (
@@ -137,10 +139,8 @@ class ModelConfig(_Table):
 
     @model_validator(mode="after")
     def _check_classes(self) -> Self:
-        if self.classes is not None and not self.source.startswith(("timm:", "torchvision:")):
-            raise ValueError(
-                "classes: the number of classes can be set for torchvision and timm networks only; remove it"
-            )
+        if self.classes is not None and self.source.startswith("embedded:"):
+            raise ValueError("classes: the embedded model has 1000 classes; remove the key")
         return self
 
     @property

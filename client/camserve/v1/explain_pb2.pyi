@@ -593,7 +593,7 @@ class Prediction(_message.Message):
     label: _builtins.str
     """Class label. Empty if the model has no labels."""
     probability: _builtins.float
-    """Softmax of the logits, or sigmoid of the logit for one-logit and multi-label models, in [0, 1]."""
+    """Softmax of the logits, sigmoid of the logit for one-logit and multi-label models, or the output itself, in [0, 1]."""
     logit: _builtins.float
     """Output of the model for the class."""
     def __init__(
@@ -1278,6 +1278,26 @@ class Model(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class UnavailableEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
@@ -1296,6 +1316,8 @@ class Model(_message.Message):
     HEAD_FIELD_NUMBER: _builtins.int
     NAMED_LAYERS_FIELD_NUMBER: _builtins.int
     PRECISIONS_FIELD_NUMBER: _builtins.int
+    UNAVAILABLE_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model in requests."""
     source: _builtins.str
@@ -1317,9 +1339,11 @@ class Model(_message.Message):
     random_weights: _builtins.bool
     """True if the configuration requests random weights."""
     input_channels: _builtins.int
-    """Number of channels of the input: 3, or 1 for a grey-scale model."""
+    """Number of channels of the input: 3, or 1 for a grey-scale model. Models with other numbers take tensors only."""
     head: _builtins.str
-    """Function that converts logits to probabilities: "softmax" or "sigmoid"."""
+    """Function that converts outputs to probabilities: "softmax", "sigmoid", or "probabilities" if the outputs are
+    probabilities.
+    """
     @_builtins.property
     def input_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """[height, width] of the input in pixels."""
@@ -1348,6 +1372,16 @@ class Model(_message.Message):
     def precisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """All values of `precision` that requests can select, the default first."""
 
+    @_builtins.property
+    def unavailable(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Kinds of passes that the network cannot run ("gradient" or "ascend"), with the reason. Methods that need them are not
+        in `methods`.
+        """
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sentences about limitations with which the model is served, such as a batch size of 1."""
+
     def __init__(
         self,
         *,
@@ -1369,10 +1403,12 @@ class Model(_message.Message):
         head: _builtins.str = ...,
         named_layers: _abc.Iterable[Global___Layer] | None = ...,
         precisions: _abc.Iterable[_builtins.str] | None = ...,
+        unavailable: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "classes", b"classes", "device", b"device", "digest", b"digest", "head", b"head", "input_channels", b"input_channels", "input_size", b"input_size", "labels", b"labels", "layer", b"layer", "layers", b"layers", "methods", b"methods", "name", b"name", "named_layers", b"named_layers", "precision", b"precision", "precisions", b"precisions", "random_weights", b"random_weights", "source", b"source", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "classes", b"classes", "device", b"device", "digest", b"digest", "head", b"head", "input_channels", b"input_channels", "input_size", b"input_size", "labels", b"labels", "layer", b"layer", "layers", b"layers", "methods", b"methods", "name", b"name", "named_layers", b"named_layers", "precision", b"precision", "precisions", b"precisions", "random_weights", b"random_weights", "source", b"source", "state", b"state", "unavailable", b"unavailable", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,6 +16,7 @@ import torch
 from camserve_server.engine.lanes.dispatch import BatchSlice, run_batch, start_query
 from camserve_server.engine.lanes.fast_forward import build_fast_forward
 from camserve_server.errors import Unservable
+from camserve_server.models.checks import describe
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import INPUT, Ascend, Gradient, Query, Score, Targets
 from camserve_server.rows import Repeated
@@ -78,14 +79,25 @@ def measure_steps(model: Model, known: Mapping[LaneKind, int], sizes: dict[LaneK
     """
     for kind, query in _example_queries(model).items():
         tried = (known[kind],) if kind in known else SIZES[model.device.type]
+        tried = (1,) if model.one_row else tried
         try:
-            seconds = partial(_batch_seconds, model, query, SHORT_MEASURE_S if kind in known else MEASURE_S)
+            seconds = partial(_batch_seconds, model, query, SHORT_MEASURE_S if len(tried) == 1 else MEASURE_S)
             size, rows_per_s = yield from best_batch_size(seconds, tried, MIN_THROUGHPUT_SHARE[kind])
             model.throughput[kind].observe(size, size / rows_per_s)
-        except Unservable as error:  # methods that use the other kinds of lane can still be served
-            log.warning("a kind of lane cannot be served", model=model.name, lane=kind, reason=error.message)
+        except (Unservable, NotImplementedError, RuntimeError, TypeError) as error:
+            if kind == "forward" or isinstance(error, torch.OutOfMemoryError) or _is_device_failure(error):
+                raise
+            # Methods that use the other kinds of lane can still be served.
+            reason = error.message if isinstance(error, Unservable) else describe(error)
+            log.warning("a kind of lane cannot be served", model=model.name, lane=kind, reason=reason)
+            model.unavailable[kind] = reason
             size = sizes["forward"]
         sizes[kind] = size
+
+
+def _is_device_failure(error: Exception) -> bool:
+    """Return True if the device and not the network is the reason of an error."""
+    return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
 
 
 def best_batch_size(

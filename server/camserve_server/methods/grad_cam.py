@@ -12,7 +12,7 @@ from camserve_server.registry import method
 from camserve_server.rows import Repeated
 
 
-@method("grad-cam", title="Grad-CAM", paper="arXiv:1610.02391", rows=lambda sizes: sizes.targets)
+@method("grad-cam", title="Grad-CAM", paper="arXiv:1610.02391", rows=lambda sizes: sizes.targets, passes="gradient")
 def grad_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
     """Activations weighted by the mean gradient of the class's logit: one forward and backward pass.
 

@@ -14,7 +14,9 @@ from camserve_server.registry import method
 from camserve_server.rows import Repeated
 
 
-@method("grad-cam++", title="Grad-CAM++", paper="arXiv:1710.11063", rows=lambda sizes, **_: sizes.targets)
+@method(
+    "grad-cam++", title="Grad-CAM++", paper="arXiv:1710.11063", rows=lambda sizes, **_: sizes.targets, passes="gradient"
+)
 def grad_cam_pp(
     x: Image,
     c: Targets,

@@ -25,6 +25,7 @@ def _rows(sizes: Sizes, *, samples: int = 50, **_: object) -> int:
     paper="arXiv:1705.07874",
     rows=_rows,
     min_rows=lambda sizes, **_: sizes.targets,
+    passes="gradient",
 )
 def gradient_shap(
     x: Image,

@@ -10,7 +10,7 @@ from camserve_server.registry import method
 from camserve_server.rows import Repeated
 
 
-@method("hires-cam", title="HiRes-CAM", paper="arXiv:2011.08891", rows=lambda sizes: sizes.targets)
+@method("hires-cam", title="HiRes-CAM", paper="arXiv:2011.08891", rows=lambda sizes: sizes.targets, passes="gradient")
 def hires_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
     """Gradient times activation at each position: one forward and backward pass.
 

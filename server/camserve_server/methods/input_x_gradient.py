@@ -10,7 +10,13 @@ from camserve_server.registry import method
 from camserve_server.rows import Repeated
 
 
-@method("input-x-gradient", title="Input × Gradient", paper="arXiv:1605.01713", rows=lambda sizes, **_: sizes.targets)
+@method(
+    "input-x-gradient",
+    title="Input × Gradient",
+    paper="arXiv:1605.01713",
+    rows=lambda sizes, **_: sizes.targets,
+    passes="gradient",
+)
 def input_x_gradient(x: Image, c: Targets, *, signed: bool = False) -> Plan[SaliencyMaps]:
     """The normalised image times the gradient of the class's logit: one forward and backward pass.
 

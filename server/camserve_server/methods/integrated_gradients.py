@@ -19,7 +19,7 @@ def _rows(sizes: Sizes, *, steps: int = 50, **_: object) -> int:
     return steps * sizes.targets
 
 
-@method("integrated-gradients", title="Integrated Gradients", paper="arXiv:1703.01365", rows=_rows)
+@method("integrated-gradients", title="Integrated Gradients", paper="arXiv:1703.01365", rows=_rows, passes="gradient")
 def integrated_gradients(
     x: Image,
     c: Targets,

@@ -16,7 +16,13 @@ from camserve_server.registry import Range, method
 from camserve_server.rows import Repeated, resize
 
 
-@method("layer-cam", title="Layer-CAM", paper="doi:10.1109/TIP.2021.3089943", rows=lambda sizes, **_: sizes.targets)
+@method(
+    "layer-cam",
+    title="Layer-CAM",
+    paper="doi:10.1109/TIP.2021.3089943",
+    rows=lambda sizes, **_: sizes.targets,
+    passes="gradient",
+)
 def layer_cam(
     x: Image,
     c: Targets,

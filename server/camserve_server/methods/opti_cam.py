@@ -28,6 +28,7 @@ def _rows(sizes: Sizes, *, steps: int = 100, **_: object) -> int:
     rows=_rows,
     min_rows=lambda sizes, **_: 1 + sizes.targets,
     own_scaling=lambda norm, **_: norm != "range",
+    passes="ascend",
 )
 def opti_cam(
     x: Image,

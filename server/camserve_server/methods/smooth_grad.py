@@ -19,7 +19,12 @@ def _rows(sizes: Sizes, *, samples: int = 50, **_: object) -> int:
 
 
 @method(
-    "smooth-grad", title="SmoothGrad", paper="arXiv:1706.03825", rows=_rows, min_rows=lambda sizes, **_: sizes.targets
+    "smooth-grad",
+    title="SmoothGrad",
+    paper="arXiv:1706.03825",
+    rows=_rows,
+    min_rows=lambda sizes, **_: sizes.targets,
+    passes="gradient",
 )
 def smooth_grad(
     x: Image,

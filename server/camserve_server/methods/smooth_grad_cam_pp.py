@@ -23,7 +23,14 @@ def _min_rows(sizes: Sizes, *, samples: int = 4, variant: str = "paper", **_: ob
     return 1 + (samples if variant == "torchcam" else 1) * sizes.targets
 
 
-@method("smooth-grad-cam++", title="Smooth Grad-CAM++", paper="arXiv:1908.01224", rows=_rows, min_rows=_min_rows)
+@method(
+    "smooth-grad-cam++",
+    title="Smooth Grad-CAM++",
+    paper="arXiv:1908.01224",
+    rows=_rows,
+    min_rows=_min_rows,
+    passes="gradient",
+)
 def smooth_grad_cam_pp(
     x: Image,
     c: Targets,

@@ -12,7 +12,7 @@ from camserve_server.registry import method
 from camserve_server.rows import Repeated
 
 
-@method("xgrad-cam", title="XGrad-CAM", paper="arXiv:2008.02312", rows=lambda sizes: sizes.targets)
+@method("xgrad-cam", title="XGrad-CAM", paper="arXiv:2008.02312", rows=lambda sizes: sizes.targets, passes="gradient")
 def xgrad_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
     """Activations weighted by the mean gradient where they are active: one forward and backward pass.
 

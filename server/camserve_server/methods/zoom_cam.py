@@ -15,7 +15,7 @@ from camserve_server.registry import method
 from camserve_server.rows import Repeated, resize
 
 
-@method("zoom-cam", title="Zoom-CAM", paper="arXiv:2010.08644", rows=lambda sizes: sizes.targets)
+@method("zoom-cam", title="Zoom-CAM", paper="arXiv:2010.08644", rows=lambda sizes: sizes.targets, passes="gradient")
 def zoom_cam(x: Image, c: Targets, layers: Sequence[str]) -> Plan[SaliencyMaps]:
     """Maximum over several layers of gradient times activation, scaled: one forward and backward pass.
 

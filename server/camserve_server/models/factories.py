@@ -26,6 +26,18 @@ _imported: dict[str, dict[Path, str]] = {}
 _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+class Scripted(nn.Module):
+    """Network of TorchScript in a module that runs hooks."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Run the network."""
+        return self.net(x)
+
+
 def check_module(name: str, where: str) -> None:
     """Check that the module of a factory exists. Raises ConfigError."""
     try:
@@ -104,9 +116,10 @@ def _copied(made: nn.Module, path: str, where: str) -> nn.Module:
         module = made
     for each in module.modules():
         _use_plain_forward(each)
-    return module
+    return Scripted(module) if isinstance(module, torch.jit.ScriptModule) else module
 
 
+@torch.no_grad()  # a copy of TorchScript with gradients would be a function of the original
 def _deep_copy(made: nn.Module) -> nn.Module:
     """Return a deep copy in which the module inside each wrapper of torch.compile takes the place of the wrapper."""
     memo: dict[int, Any] = {}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 Form = Literal["NCHW", "NHWC", "tokens"]
@@ -72,6 +73,11 @@ class GapHead:
 
     layer: Layer
     weight: Tensor
+
+
+def modules_with_hooks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that hooks can be registered on, with their names. TorchScript does not run hooks."""
+    return ((name, each) for name, each in module.named_modules() if not isinstance(each, torch.jit.ScriptModule))
 
 
 def module_aliases(module: nn.Module) -> dict[str, str]:

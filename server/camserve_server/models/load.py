@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError
+from camserve_server.models.checks import adapt, describe, prepare, require_hooks, set_memory_format
 from camserve_server.models.fold import fold_batch_norm, fold_padding
+from camserve_server.models.heads import Head
 from camserve_server.models.layers import Layer, find_layer, module_aliases
-from camserve_server.models.model import Head, Model, Precision, describe_missing_layer
+from camserve_server.models.model import Model, Precision, describe_missing_layer
+from camserve_server.models.outputs import two_classes
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.probe import ProbeResult, probe
-from camserve_server.models.sources import build_network, input_channels, with_network_defaults
+from camserve_server.models.sources import build_network, with_channels_of_first_convolution, with_network_defaults
 from camserve_server.models.throughput import Throughput
+
+log = structlog.get_logger()
 
 # Data type that plans compute with, for each precision of the network.
 _DTYPES: dict[Precision, torch.dtype] = {
@@ -46,7 +54,17 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         ConfigError: The model cannot be loaded. The message names the model and the configuration key.
     """
     where = f"models.{config.name}"
-    module = build_network(config, where).eval().requires_grad_(False)
+    module = build_network(config, where)
+    for name, weight in module.named_parameters():
+        if isinstance(weight, UninitializedParameter):
+            raise ConfigError(
+                f"{where}.source: the weight {name} of a lazy module has no values; set weights, or call the network "
+                "once in the factory"
+            )
+    with contextlib.suppress(NotImplementedError):  # an exported program has no modes
+        module.eval()
+    for weight in module.parameters():  # TorchScript has no module.requires_grad_
+        weight.requires_grad_(False)
     config = with_network_defaults(config, module)
     if len(config.mean) != len(config.std):
         raise ConfigError(
@@ -59,8 +77,17 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         raise ConfigError(f"{where}.precision: only GPUs compute in tf32; choose fp32, bf16 or fp64")
     dtype = _DTYPES[precision]
     # The layers are detected in full precision, even if the network is served at a lower one.
-    module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.to(device, dtype)
     example = _example(config, device, dtype)
+    adapt(module)
+    try:
+        prepared = prepare(module, example, config, where)
+    except ConfigError:
+        config = with_channels_of_first_convolution(config, module)
+        if len(config.mean) == example.shape[1]:
+            raise
+        example = _example(config, device, dtype)
+        prepared = prepare(module, example, config, where)
     structure = _probe(module, example, config, where)
     aliases = module_aliases(module)
     layers = _default_layers(config, structure, aliases, where)
@@ -71,6 +98,11 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     if config.fold_batch_norm:
         needed = [*layers, layer, structure.gap and structure.gap.layer]
         folded = fold_batch_norm(module, example, keep={each.module for each in needed if each})
+    if not prepared.channels_last:
+        set_memory_format(module, channels_last=False)  # padded convolutions are channels-last
+    spatial = {name: each for name, each in structure.spatial.items() if each.module not in folded}
+    require_hooks(module, example, [*spatial.values()], where)
+    classes, head = _classes_and_head(module, structure.classes, prepared.head, config, where)
     model = Model(
         name=config.name,
         source=config.source,
@@ -80,11 +112,15 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         dtype=dtype,
         preprocessing=Preprocessing(config.input_size, config.mean, config.std, config.interpolation),
         labels=_labels(config, structure.classes, where),
-        classes=structure.classes,
-        spatial={name: each for name, each in structure.spatial.items() if each.module not in folded},
+        classes=classes,
+        spatial=spatial,
         layers=layers,
         layer=layer,
-        head=_head(config, structure.classes, where),
+        head=head,
+        binary=structure.classes == 1,
+        channels_last=prepared.channels_last,
+        one_row=prepared.one_row,
+        warnings=tuple(prepared.warnings),
         gap=structure.gap,
         attention=structure.attention,
         attention_prefix=structure.attention_prefix,
@@ -94,6 +130,8 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         random_weights=config.allow_random_weights and config.weights is None,
         compile=config.compile,
     )
+    for sentence in model.warnings:
+        log.warning("a model is served with a limitation", model=model.name, reason=sentence)
     made: dict[Precision, Model] = {each: _at_precision(model, each) for each in (precision, *others)}
     main = made.pop(precision)
     main.others = made
@@ -120,10 +158,31 @@ def state_digest(module: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        values = value.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for part in _digest_parts(name, value):
+            digest.update(part)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _digest_parts(name: str, value: object) -> Iterator[bytes]:
+    """Yield the bytes that represent one entry of a state: a tensor, or other state as of quantised modules."""
+    match value:
+        case Tensor():
+            values = value.detach().cpu().contiguous()
+            yield f"{name} {values.dtype} {tuple(values.shape)}\n".encode()
+            if values.is_quantized:
+                yield str(values.dequantize().tolist()).encode()
+            else:
+                yield values.reshape(-1).view(torch.uint8).numpy().tobytes()
+        case Mapping():
+            for key, each in value.items():
+                yield from _digest_parts(f"{name}.{key}", each)
+        case list() | tuple():
+            for i, each in enumerate(value):
+                yield from _digest_parts(f"{name}.{i}", each)
+        case None | bool() | int() | float() | str() | bytes() | torch.dtype():
+            yield f"{name} {value!r}\n".encode()
+        case _:  # the text of other objects may contain an address
+            yield f"{name} {type(value).__qualname__}\n".encode()
 
 
 def _example(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -135,14 +194,9 @@ def _probe(module: nn.Module, example: Tensor, config: ModelConfig, where: str) 
     try:
         structure = probe(module, example, config.token_grid)
     except Exception as error:  # the code of a network can raise any exception
-        taken = input_channels(module)
-        if taken in (1, 3) and taken != len(config.mean):
-            raise ConfigError(
-                f"{where}.mean: the network's input has {'one channel' if taken == 1 else '3 channels'}, but mean has "
-                f"{len(config.mean)} numbers; set mean and std to one number for each channel"
-            ) from error
         raise ConfigError(
-            f"{where}.input_size: the network does not run on an input of shape {[*example.shape]}: {error}"
+            f"{where}.source: the layers of the network cannot be detected: {describe(error)}; return a network "
+            "from the factory that runs with hooks on its modules"
         ) from error
     if config.token_grid is not None and all(layer.form != "tokens" for layer in structure.spatial.values()):
         raise ConfigError(
@@ -182,17 +236,22 @@ def _named_layer(name: str, structure: ProbeResult, aliases: Mapping[str, str], 
     return layer
 
 
-def _head(config: ModelConfig, classes: int, where: str) -> Head:
-    if config.head == "softmax" and classes == 1:
+def _classes_and_head(module: nn.Module, outputs: int, head: Head, config: ModelConfig, where: str) -> tuple[int, Head]:
+    """Return the number of classes and the head, and let a network with one output return two classes, in place."""
+    if outputs > 1:
+        return outputs, head
+    if head == "softmax":
         raise ConfigError(
             f'{where}.head: the softmax of a single logit is always 1; set "sigmoid" or leave the key out'
         )
-    return config.head or ("sigmoid" if classes == 1 else "softmax")
+    two_classes(module, probabilities=head == "probabilities")
+    return 2, head
 
 
-def _labels(config: ModelConfig, classes: int, where: str) -> tuple[str, ...]:
+def _labels(config: ModelConfig, outputs: int, where: str) -> tuple[str, ...]:
+    """Return the label of each class; a network with one output has the positive class and then the negative one."""
     if config.labels is None:
-        return ()
+        return ("positive", "negative") if outputs == 1 else ()
     if config.labels == "imagenet":
         from camserve_server.torch_setup import torchvision_ops  # noqa: F401
 
@@ -201,8 +260,14 @@ def _labels(config: ModelConfig, classes: int, where: str) -> tuple[str, ...]:
         labels = list(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
     else:
         labels = read_labels(config.resolve(config.labels), where)
+    if outputs == 1 and len(labels) == 1:
+        labels.append(f"not {labels[0]}")
+    classes = max(outputs, 2)
     if len(labels) != classes:
-        raise ConfigError(f"{where}.labels: {len(labels)} labels for {classes} classes; give one label for each class")
+        raise ConfigError(
+            f"{where}.labels: {len(labels)} labels for {classes} classes; give one label for each class"
+            + (", first that of the positive class" if outputs == 1 else "")
+        )
     return tuple(labels)
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from camserve_server.errors import InvalidArgument, Unservable
+from camserve_server.models.heads import Head
 from camserve_server.models.layers import GapHead, Grid, Layer, calls_of, find_layer
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.throughput import Throughput
 from camserve_server.plan import Image, as_row
 
-Head = Literal["softmax", "sigmoid"]
 LaneKind = Literal["forward", "gradient", "ascend"]
 Precision = Literal["fp32", "tf32", "bf16", "fp64"]
 
@@ -50,6 +50,11 @@ class Model:
         folded: Names of the convolutions that also compute the batch norm after them, with the name of that batch norm.
             These convolutions are not layers.
         aliases: Further names of modules that the network contains several times, with the name that their layers have.
+        binary: True if the network has one logit y. It then has two classes with the logits y and −y.
+        channels_last: True if weights and batches have the memory format "channels last".
+        one_row: True if a batch must contain one row only.
+        warnings: Sentences about how the network is served.
+        unavailable: Kinds of lane that the network cannot run, with the reason, set at warm-up.
         random_weights: True if the configuration allows random weights and names none.
         precision: Precision of the network's arithmetic.
         others: The same model at other precisions.
@@ -81,6 +86,11 @@ class Model:
     attention_grid: Grid | None = None
     folded: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    binary: bool = False
+    channels_last: bool = True
+    one_row: bool = False
+    warnings: tuple[str, ...] = ()
+    unavailable: dict[LaneKind, str] = field(default_factory=dict)
     random_weights: bool = False
     precision: Precision = "fp32"
     others: Mapping[Precision, Model] = field(default_factory=dict)
@@ -95,6 +105,11 @@ class Model:
     def compute_dtype(self) -> torch.dtype:
         """Data type of the network's weights and activations; plans compute with `dtype`."""
         return torch.bfloat16 if self.precision == "bf16" else self.dtype
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Memory format of batches."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
     def lane_key(self) -> str:
@@ -171,7 +186,13 @@ class Model:
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probabilities [..., classes] of logits [..., classes], float64, so that 1 − p keeps its digits."""
         logits = logits.double()
-        return logits.sigmoid() if self.head == "sigmoid" else logits.softmax(dim=-1)
+        match self.head:
+            case "softmax":
+                return logits.softmax(dim=-1)
+            case "sigmoid":
+                return logits.sigmoid()
+            case "probabilities":
+                return logits
 
     def class_weights(self, index: Sequence[int]) -> tuple[str, Tensor]:
         """Return the layer name and the weights [T, K] of a linear head behind global average pooling.
@@ -180,7 +201,8 @@ class Model:
             index: T class indices.
         """
         assert self.gap is not None, "only models with a linear head receive a ClassWeights query"
-        return self.gap.layer.name, self.gap.weight[list(index)].to(self.dtype)
+        weight = torch.cat([self.gap.weight, -self.gap.weight]) if self.binary else self.gap.weight
+        return self.gap.layer.name, weight[list(index)].to(self.dtype)
 
     def label(self, index: int) -> str:
         """Return the label of a class; an empty string if the model has no labels."""

@@ -39,7 +39,8 @@ class Preprocessing:
 
     Attributes:
         size: Height and width (H, W) of the input in pixels.
-        mean: Mean of each channel: three numbers for colour, one for a grey-scale model.
+        mean: Mean of each channel: three numbers for colour, one for a grey-scale model. Models with other numbers of
+            channels receive tensors only.
         std: Standard deviation of each channel.
         interpolation: Resize filter.
     """
@@ -56,7 +57,7 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """Number of channels C of the model's input: 1 or 3."""
+        """Number of channels C of the model's input."""
         return len(self.mean)
 
     def __call__(self, image: PIL.Image.Image | NDArray[np.uint8]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from camserve_server.models.attention import attention_with_output, is_supported
-from camserve_server.models.layers import GapHead, Grid, Layer
+from camserve_server.models.layers import GapHead, Grid, Layer, modules_with_hooks
 
 # Largest number of tokens before the grid: class tokens, distillation tokens and registers. A larger limit would accept
 # wrong grids.
@@ -147,7 +147,7 @@ class _Trace:
     def _hooked(self) -> Iterator[None]:
         attention = _attention_modules(self.module)
         handles = []
-        for name, module in self.module.named_modules():
+        for name, module in modules_with_hooks(self.module):
             if name in attention:
                 handles.append(module.register_forward_pre_hook(self._attention_begins(name)))
                 handles.append(module.register_forward_hook(self._attention_ends))
@@ -175,7 +175,7 @@ class _Trace:
     def _module_ends(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             self.call_counts[name] += 1
-            if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != 1:
+            if not isinstance(output, Tensor) or output.is_quantized or output.ndim < 2 or len(output) != 1:
                 return
             if isinstance(module, nn.Conv2d) and output.ndim == 4:
                 self.grids.append((output.shape[2], output.shape[3]))
@@ -197,7 +197,8 @@ class _Trace:
         A = layer.grid(output)
         layer = replace(layer, signed=bool((A < 0).any()))
         mean, alive, fingerprint = A.mean(dim=(2, 3)), bool(A.any()), _fingerprint(A[0])
-        self.layer_calls.append(_LayerCall(layer, module, output, output._version, mean, alive, fingerprint))
+        version = 0 if output.is_inference() else output._version  # inference tensors have no version
+        self.layer_calls.append(_LayerCall(layer, module, output, version, mean, alive, fingerprint))
 
     def _layer(self, name: str, output: Tensor) -> Layer | None:
         """Return the layer with the detected layout of the output; None if the output is not spatial."""

@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from camserve_server.models.layers import modules_with_hooks
 from camserve_server.models.model import Model
 from camserve_server.rows import normal
 
@@ -65,7 +66,7 @@ def weighted_layers(model: Model) -> tuple[str, ...]:
     """
     entered: dict[str, int] = {}
     handles = []
-    for name, module in model.module.named_modules():
+    for name, module in modules_with_hooks(model.module):
 
         def enter(module: nn.Module, args: object, name: str = name) -> None:
             entered.setdefault(name, len(entered))

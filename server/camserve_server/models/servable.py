@@ -23,5 +23,10 @@ def unsupported_reason(method: registry.Method, model: Model) -> str:
         )
     if method.layers == "one" and model.layer is None:
         return "it has no layer with a spatial output"
+    # A method without layers differentiates the input. An ascent does, too, so it shows whether that is possible.
+    kinds = ("gradient", "ascend") if method.passes == "gradient" and method.layers == "none" else (method.passes,)
+    for kind in kinds:
+        if kind in model.unavailable:
+            return f"it has no {kind} passes: {model.unavailable[kind]}"
     has: dict[registry.Needs, bool] = {"": True, "gap": model.gap is not None, "attention": bool(model.attention)}
     return "" if has[method.needs] else f"it does not have {registry.NEEDS[method.needs]}"

@@ -13,6 +13,7 @@ from camserve_server.errors import ConfigError
 from camserve_server.models.checkpoints import load_weights
 from camserve_server.models.factories import call_factory, check_module
 
+MAX_CHANNELS = 16  # of images that callers send as tensors
 # Sizes of the output of timm's networks without a classifier. 0 stands for the features of the last layer; the others
 # are embeddings of images and text (CLIP, SigLIP, Perception Encoder). No weights of timm have as many classes.
 _EMBEDDING_SIZES = (0, 384, 512, 640, 768, 1024, 1152, 1280)
@@ -83,9 +84,25 @@ def with_network_defaults(config: ModelConfig, module: nn.Module) -> ModelConfig
     return config.model_copy(update={k: v for k, v in defaults.items() if k not in config.model_fields_set})
 
 
+def with_channels_of_first_convolution(config: ModelConfig, module: nn.Module) -> ModelConfig:
+    """Return the configuration with as many channels as the first convolution has, unless its keys are set.
+
+    A network that does not run on colour images is meant for tensors with other channels.
+
+    Args:
+        config: Configuration of the model.
+        module: The network that it names.
+    """
+    channels = input_channels(module)
+    if channels is None or channels > MAX_CHANNELS or {"mean", "std"} & config.model_fields_set:
+        return config
+    return config.model_copy(update={"mean": (0.5,) * channels, "std": (0.5,) * channels})
+
+
 def input_channels(module: nn.Module) -> int | None:
     """Return the number of input channels of the first convolution; None without convolutions."""
-    return next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    first = next((m for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
+    return first.in_channels if isinstance(first, nn.Conv2d) else None
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------

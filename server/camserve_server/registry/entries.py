@@ -18,6 +18,9 @@ Layers = Literal["none", "one", "many"]
 Needs = Literal["", "gap", "attention"]
 """Property that a model must have for a method."""
 
+Passes = Literal["forward", "gradient", "ascend"]
+"""Kind of passes through the network that a method cannot do without: the kind of lane of its queries."""
+
 NEEDS: dict[Needs, str] = {
     "": "",
     "gap": "global average pooling and one linear layer at its end",
@@ -171,6 +174,7 @@ class Method(Entry):
         seeded: True if the map depends on the seed.
         class_agnostic: True if the map is the same for every class.
         own_scaling: Function of the parameters that returns True if the method resizes and scales its maps itself.
+        passes: Kind of passes that it needs.
     """
 
     layers: Layers
@@ -179,6 +183,7 @@ class Method(Entry):
     seeded: bool
     class_agnostic: bool
     own_scaling: Callable[..., bool]
+    passes: Passes
 
 
 @dataclass(frozen=True)

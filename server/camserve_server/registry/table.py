@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from camserve_server.errors import ConfigError, NotFound
 from camserve_server.plan import MetricResult, Plan, SaliencyMaps
-from camserve_server.registry.entries import REQUEST_KEYWORDS, Entry, Layers, Method, Metric, Needs
+from camserve_server.registry.entries import REQUEST_KEYWORDS, Entry, Layers, Method, Metric, Needs, Passes
 from camserve_server.registry.published import parameters, texts
 
 METHODS: dict[str, Method] = {}
@@ -34,6 +34,7 @@ def method(
     needs: Needs = "",
     class_agnostic: bool = False,
     own_scaling: Callable[..., bool] = lambda **_: False,
+    passes: Passes = "forward",
 ) -> Callable[[F], F]:
     """Register a method.
 
@@ -48,6 +49,8 @@ def method(
         needs: Property that the model must have.
         class_agnostic: True if the map is the same for every class.
         own_scaling: Function of the parameters that returns True if the maps have a `finish` function.
+        passes: "gradient" for a method with `Gradient` queries, "ascend" for one with `Ascend` queries. A network that
+            cannot run these passes does not offer the method.
 
     Returns:
         A decorator that registers a function and returns it unchanged.
@@ -69,6 +72,7 @@ def method(
             seeded="seed" in arguments,
             class_agnostic=class_agnostic,
             own_scaling=own_scaling,
+            passes=passes,
         )
         return plan
 

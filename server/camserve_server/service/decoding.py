@@ -53,6 +53,13 @@ def check_image(image: pb.Image, data_bytes: int, model: Model, max_pixels: int)
         InvalidArgument: The image is missing, or its data do not match its shape.
         TooLarge: The image has more pixels than the server accepts.
     """
+    channels = model.preprocessing.channels
+    if channels not in (1, 3) and image.WhichOneof("content") in ("encoded", "pixels"):
+        raise InvalidArgument(
+            f"{model.name} takes {channels} channels, which images do not have; send a tensor "
+            f"[{channels}, height, width]",
+            field="image",
+        )
     match image.WhichOneof("content"):
         case "encoded":
             pass

@@ -269,7 +269,7 @@ def _batch_sizes(sizes: Mapping[str, int], model: Model) -> dict[LaneKind, int]:
                 f"{', '.join(get_args(LaneKind))}",
                 field="batch_sizes",
             )
-    most = max([SIZES[model.device.type][-1], *model.batch_sizes.values()])
+    most = 1 if model.one_row else max([SIZES[model.device.type][-1], *model.batch_sizes.values()])
     return {kind: min(sizes[kind], most) for kind in get_args(LaneKind) if kind in sizes}
 
 

@@ -175,6 +175,8 @@ def loaded_message(model: Model) -> pb.Model:
         random_weights=model.random_weights,
         input_channels=model.preprocessing.channels,
         head=model.head,
+        unavailable={str(kind): reason for kind, reason in model.unavailable.items()},
+        warnings=model.warnings,
         named_layers=[_layer(layer) for layer in model.spatial.values()],
     )
 

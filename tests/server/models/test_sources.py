@@ -203,7 +203,7 @@ def test_error_of_a_model_names_its_key(source: str, keys: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("mean = [0.5, 0.5]", "^models.m.mean: .*2 numbers; expected three, or one"),
+        (f"mean = {[0.5] * 17}", "^models.m.mean: .*17 numbers; expected three, one for"),
         ("std = [0.5, 0.0, 0.5]", "^models.m.std.1: .*greater than 0"),
         ("name = 'n'", "camserve.toml"),
         ("\n[[models]]\nsource = 'timm:test_vit'", "^models.1.name: "),

@@ -115,7 +115,7 @@ def run_ascend(model: Model, slices: Sequence[BatchSlice], size: int) -> None:
     with torch.enable_grad():
         X = padded_batch(model, [each.query.make(each.start, each.stop) for each in slices], size)
         logits = model.module(X).to(model.dtype)
-        check_differentiable(model, logits)
+        check_differentiable(model, logits.requires_grad)
         placed = zip(queries, slices, batch_spans(slices), strict=True)
         objectives = [
             o for query, each, (start, stop) in placed for o in query.objectives(each.start, logits[start:stop])

@@ -22,17 +22,17 @@ def padded_batch(model: Model, rows: list[Tensor], size: int) -> Tensor:
         size: Number of rows of the batch, at least the number of `rows`.
 
     Returns:
-        The batch [size, C, H, W] in channels-last memory format. The padding rows are zeros and come last.
+        The batch [size, C, H, W] in the memory format of the model. The padding rows are zeros and come last.
     """
     if any(each.requires_grad for each in rows):  # an ascent differentiates its rows
         padding = rows[0].new_zeros(size - sum(map(len, rows)), *rows[0].shape[1:])
         together = torch.cat([*rows, padding])
-        return together.to(model.device, model.compute_dtype, memory_format=torch.channels_last)
+        return together.to(model.device, model.compute_dtype, memory_format=model.memory_format)
     batch = torch.empty(  # one pass over the rows, without an intermediate batch in another memory format
         (size, *rows[0].shape[1:]),
         dtype=model.compute_dtype,
         device=model.device,
-        memory_format=torch.channels_last,
+        memory_format=model.memory_format,
     )
     start = 0
     for each in rows:
@@ -67,9 +67,9 @@ def tf32_if_configured(model: Model) -> Iterator[None]:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def check_differentiable(model: Model, logits: Tensor) -> None:
+def check_differentiable(model: Model, differentiable: bool) -> None:
     """Raise Unservable if the logits do not depend differentiably on the layer or input of the query."""
-    if not logits.requires_grad:
+    if not differentiable:
         raise Unservable(
             f"no gradient of the logits of {model.name} reaches the requested layer: the network computes it under "
             "no_grad or does not use it; name another layer or choose a method without gradients"

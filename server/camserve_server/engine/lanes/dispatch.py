@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch.utils.checkpoint import CheckpointError
+
 from camserve_server.engine.lanes.ascend import AscendQuery, run_ascend
 from camserve_server.engine.lanes.batch import tf32_if_configured
 from camserve_server.engine.lanes.forward import (
@@ -24,6 +27,8 @@ from camserve_server.engine.lanes.forward import (
 )
 from camserve_server.engine.lanes.gradient import GradientQuery, run_gradient
 from camserve_server.engine.lanes.lane_query import BatchSlice, Lane, LaneQuery
+from camserve_server.errors import Unservable
+from camserve_server.models.checks import describe
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Ablate, Ascend, Capture, CaptureAttention, Gradient, Predict, Query, Score, Sum
 
@@ -92,5 +97,18 @@ def run_batch(model: Model, lane: Lane, slices: Sequence[BatchSlice], size: int)
         slices: Rows of one or more queries.
         size: Number of rows of the batch; padding rows fill it up.
     """
-    with tf32_if_configured(model):
-        _RUN[lane.kind](model, slices, size)
+    try:
+        with tf32_if_configured(model):
+            _RUN[lane.kind](model, slices, size)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        # The warm-up found that the network cannot run these passes, or not for its default layer. Checkpoints without
+        # reentrance cannot run if a layer inside of them is read.
+        if lane.kind in model.unavailable or isinstance(error, CheckpointError):
+            raise Unservable(
+                f"{model.name} has no {lane.kind} passes for the requested layers: {describe(error)}; name other "
+                "layers or choose a method without gradients",
+                field="method.name",
+            ) from error
+        raise

@@ -80,7 +80,7 @@ def build_fast_forward(model: Model, size: int) -> ForwardPass | None:
         return None
     shape = (size, model.preprocessing.channels, *model.preprocessing.size)
     X = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    X = X.to(model.device, model.compute_dtype, memory_format=torch.channels_last)
+    X = X.to(model.device, model.compute_dtype, memory_format=model.memory_format)
     with tf32_if_configured(model):
         return _accelerated(model, X)
 

@@ -113,17 +113,20 @@ def run_gradient(model: Model, slices: Sequence[BatchSlice], size: int) -> None:
         if INPUT in layers:
             X = capture(INPUT, X)
         logits = model.module(X).to(model.dtype)
-        check_differentiable(model, logits)
+        check_differentiable(model, logits.requires_grad)
         spans = batch_spans(slices)
         chosen = logits.new_zeros(())
         for each, (start, stop) in zip(slices, spans, strict=True):
             assert isinstance(each.query, GradientQuery)
             index = to_device(logits.device, each.query.index[each.start : each.stop])
             chosen = chosen + logits[start:stop].gather(1, index[:, None]).sum()
-        # The gradient of a layer that the logits do not depend on is zero.
-        raw = torch.autograd.grad(
-            chosen, [outputs[layer] for layer in layers], allow_unused=True, materialize_grads=True
-        )
+        found = torch.autograd.grad(chosen, [outputs[layer] for layer in layers], allow_unused=True)
+    check_differentiable(model, any(gradient is not None for gradient in found))
+    # The gradient of a layer that the logits do not depend on is zero.
+    raw = [
+        torch.zeros_like(outputs[layer]) if gradient is None else gradient
+        for layer, gradient in zip(layers, found, strict=True)
+    ]
     grids = [model.spatial[layer].grid if layer != INPUT else _identity for layer in layers]
     activations = [grid(outputs[layer]) for grid, layer in zip(grids, layers, strict=True)]
     gradients = [grid(gradient) for grid, gradient in zip(grids, raw, strict=True)]
