@@ -152,6 +152,12 @@ class ConfigError(Exception):
     """The configuration is invalid. The message begins with the key."""
 
 
+def describe(error: Exception) -> str:
+    """Return the type and the first line of an error. Assertions often have no text."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def _clipped(text: str, max_bytes: int) -> str:
     """Return the text, shortened to `max_bytes` bytes of UTF-8."""
     encoded = text.encode(errors="replace")

@@ -140,7 +140,8 @@ def test_methods_of_each_architecture(server: Server) -> None:
         assert everything - set(models[name].methods) == {*several, *ATTENTION}, "they have no class token"
     assert [layer.prefix_tokens for layer in models["deit"].named_layers if layer.name == "blocks.11.norm1"] == [2]
     assert (models["grey"].input_channels, models["grey"].head) == (1, "sigmoid")
-    assert (models["one"].classes, models["one"].head) == (1, "sigmoid")
+    assert (models["one"].classes, models["one"].head) == (2, "sigmoid")
+    assert models["one"].labels == ("positive", "negative")
 
 
 @pytest.mark.slow

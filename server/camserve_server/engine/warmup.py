@@ -15,8 +15,7 @@ import torch
 
 from camserve_server.engine.lanes.dispatch import BatchSlice, run_batch, start_query
 from camserve_server.engine.lanes.fast_forward import build_fast_forward
-from camserve_server.errors import Unservable
-from camserve_server.models.checks import describe
+from camserve_server.errors import Unservable, describe
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import INPUT, Ascend, Gradient, Query, Score, Targets
 from camserve_server.rows import Repeated

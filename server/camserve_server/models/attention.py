@@ -8,10 +8,12 @@ supported.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
 
+_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 # timm moved the class from one module to the other. A subclass may compute something else, so the type must match.
 _TIMM = {("timm.layers.attention", "Attention"), ("timm.models.vision_transformer", "Attention")}
 
@@ -65,6 +67,11 @@ def is_supported(module: nn.Module) -> bool:
         own = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
         return bool(module.batch_first) and own
     return (type(module).__module__, type(module).__name__) in _TIMM
+
+
+def attention_kinds(module: nn.Module) -> list[str]:
+    """Return the class names of the attention modules in a network, supported or not."""
+    return sorted({type(each).__name__ for each in module.modules() if _ATTENTION.search(type(each).__name__)})
 
 
 def _timm(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:

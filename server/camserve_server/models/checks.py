@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from camserve_server.config import ModelConfig
-from camserve_server.errors import ConfigError
+from camserve_server.errors import ConfigError, describe
 from camserve_server.models.features import Ran, check_classifier
 from camserve_server.models.heads import FinalCalls, Head, choose_head
 from camserve_server.models.layers import Layer, modules_with_hooks
@@ -245,12 +245,6 @@ def _random_state() -> tuple[object, ...]:
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
-
-
-def describe(error: Exception) -> str:
-    """Return the type and the first line of an error. Assertions often have no text."""
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _reason(error: Exception, module: nn.Module, example: Tensor, config: ModelConfig) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from camserve_server.config import ModelConfig
-from camserve_server.errors import ConfigError
+from camserve_server.errors import ConfigError, describe
 
 # Files that the code of each factory consists of, with their SHA-256 when the factory was first used.
 _imported: dict[str, dict[Path, str]] = {}
@@ -110,7 +110,7 @@ def _copied(made: nn.Module, path: str, where: str) -> nn.Module:
         if made in _used:
             raise ConfigError(
                 f"{where}.source: python:{path} returns the same network each time, and the network cannot be copied "
-                f"({type(error).__name__}: {error}); create a new network in each call"
+                f"({describe(error)}); create a new network in each call"
             ) from error
         _used.add(made)
         module = made

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from camserve_server.config import ModelConfig
-from camserve_server.errors import ConfigError
-from camserve_server.models.checks import adapt, describe, prepare, require_hooks, set_memory_format
+from camserve_server.errors import ConfigError, describe
+from camserve_server.models.checks import adapt, prepare, require_hooks, set_memory_format
 from camserve_server.models.fold import fold_batch_norm, fold_padding
 from camserve_server.models.heads import Head
 from camserve_server.models.layers import Layer, find_layer, module_aliases

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from camserve_server import registry
+from camserve_server.models.attention import attention_kinds
 from camserve_server.models.model import Model
 
 
@@ -29,4 +30,12 @@ def unsupported_reason(method: registry.Method, model: Model) -> str:
         if kind in model.unavailable:
             return f"it has no {kind} passes: {model.unavailable[kind]}"
     has: dict[registry.Needs, bool] = {"": True, "gap": model.gap is not None, "attention": bool(model.attention)}
-    return "" if has[method.needs] else f"it does not have {registry.NEEDS[method.needs]}"
+    if has[method.needs]:
+        return ""
+    attention = attention_kinds(model.module) if method.needs == "attention" else []
+    if attention:
+        return (
+            f"its attention ({', '.join(attention)}) is not supported; it needs {registry.NEEDS['attention']}, in "
+            "torch.nn.MultiheadAttention or timm's Attention, and logits that depend on the class token alone"
+        )
+    return f"it does not have {registry.NEEDS[method.needs]}"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from camserve_server.config import ModelConfig
-from camserve_server.errors import ConfigError
+from camserve_server.errors import ConfigError, describe
 from camserve_server.models.checkpoints import load_weights
 from camserve_server.models.factories import call_factory, check_module
 
@@ -36,7 +36,9 @@ def build_network(config: ModelConfig, where: str) -> nn.Module:
     except ConfigError:
         raise
     except Exception as error:  # a factory or a download can raise any exception
-        raise ConfigError(f"{where}.source: {config.source} failed: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"{where}.source: {config.source} failed: {describe(error)}; correct the source, or its code"
+        ) from error
 
 
 def check_source(config: ModelConfig, where: str) -> str | None:
@@ -173,7 +175,9 @@ def _torchvision(name: str, config: ModelConfig, download: str | None, where: st
     except (AssertionError, ValueError) as error:
         if not options:
             raise
-        raise ConfigError(f"{where}.input_size: {error}") from error
+        raise ConfigError(
+            f"{where}.input_size: torchvision cannot build {name} for this input size: {describe(error)}; change it"
+        ) from error
     return _with_weights_file(module, config, where)
 
 
@@ -211,7 +215,9 @@ def _timm(name: str, config: ModelConfig, download: str | None, where: str) -> n
     except (AssertionError, TypeError, ValueError) as error:
         if not options:
             raise
-        raise ConfigError(f"{where}.input_size: timm cannot build {name} for this input size: {error!r}") from error
+        raise ConfigError(
+            f"{where}.input_size: timm cannot build {name} for this input size: {describe(error)}; set another one"
+        ) from error
     return _with_weights_file(module, config, where)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from camserve_server import registry
 from camserve_server.config import ModelConfig
 from camserve_server.engine import warmup
-from camserve_server.errors import Unservable
+from camserve_server.errors import ConfigError, Unservable
 from camserve_server.models.load import load, state_digest
 from camserve_server.models.model import Model
 from camserve_server.models.servable import unsupported_reason
@@ -236,3 +237,28 @@ def test_declared_passes_are_those_of_the_queries(monkeypatch: pytest.MonkeyPatc
     }
     model = load_model(lambda: Around(whole=inference), monkeypatch)
     assert not served(model) & names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("timm:test_vit", ""),
+        ("timm:test_resnet", "it does not have global self-attention and a class token"),
+        ("timm:swin_tiny_patch4_window7_224", r"its attention \(WindowAttention\) is not supported; it needs global"),
+    ],
+)
+def test_reason_tells_missing_attention_from_unsupported_attention(source: str, reason: str) -> None:
+    config = ModelConfig(name="m", source=source, allow_random_weights=True)
+    model = load(config, torch.device("cpu"))
+    assert re.match(reason or "^$", unsupported_reason(registry.METHODS["attention-rollout"], model))
+
+
+def failing() -> nn.Module:
+    raise AssertionError
+
+
+def test_failure_of_a_factory_names_the_exception_and_a_remedy() -> None:
+    config = ModelConfig(name="m", source=f"{HERE}:failing")
+    with pytest.raises(ConfigError, match=r"models\.m\.source: .*:failing failed: AssertionError; correct the source"):
+        load(config, torch.device("cpu"))

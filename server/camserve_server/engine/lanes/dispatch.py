@@ -27,8 +27,7 @@ from camserve_server.engine.lanes.forward import (
 )
 from camserve_server.engine.lanes.gradient import GradientQuery, run_gradient
 from camserve_server.engine.lanes.lane_query import BatchSlice, Lane, LaneQuery
-from camserve_server.errors import Unservable
-from camserve_server.models.checks import describe
+from camserve_server.errors import Unservable, describe
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Ablate, Ascend, Capture, CaptureAttention, Gradient, Predict, Query, Score, Sum
 
