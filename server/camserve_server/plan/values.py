@@ -76,12 +76,23 @@ class Image:
         return (self.row.shape[-2], self.row.shape[-1])
 
     def with_tensor(self, tensor: Tensor) -> Image:
-        """Return an image with other normalised values [3, H, W] on the same device."""
+        """Return an image with the same normalisation.
+
+        Args:
+            tensor: Other normalised values [3, H, W] on the same device.
+        """
         return replace(self, row=as_row(tensor))
 
 
 def as_row(tensor: Tensor) -> Tensor:
-    """Return a copy [1, 3, H, W] of an image [3, H, W] in the memory format "channels last"."""
+    """Return a copy of an image in the memory format "channels last".
+
+    Args:
+        tensor: Image [3, H, W].
+
+    Returns:
+        The row [1, 3, H, W] with the same values.
+    """
     if tensor.device.type != "cpu":
         return tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]
     channels, height, width = tensor.shape
