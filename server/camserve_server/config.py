@@ -51,8 +51,9 @@ class ModelConfig(_Table):
     source: Annotated[
         str,
         Field(
-            pattern=r"^(embedded|torchvision|timm|python):.+$",
-            description="embedded:efficientnet-lite0, torchvision:NAME, timm:NAME or python:package.module:factory.",
+            pattern=r"^(embedded|torchvision|timm|python|onnx|huggingface|torchscript|export):.+$",
+            description="embedded:efficientnet-lite0, torchvision:NAME, timm:NAME, python:package.module:factory, "
+            "onnx:FILE, huggingface:DIR_OR_NAME, torchscript:FILE or export:FILE.",
         ),
     ]
     weights: Annotated[
@@ -70,6 +71,9 @@ class ModelConfig(_Table):
     ] = None
     allow_random_weights: Annotated[
         bool, Field(description="Serve a torchvision or timm network with random weights.")
+    ] = False
+    allow_code: Annotated[
+        bool, Field(description="Load a file of torchscript: or export:, whose code then runs in the server.")
     ] = False
     layers: Annotated[
         list[str] | None,
@@ -143,6 +147,23 @@ class ModelConfig(_Table):
             raise ValueError("classes: the embedded model has 1000 classes; remove the key")
         return self
 
+    @model_validator(mode="after")
+    def _check_own_weights(self) -> Self:
+        kind = self.source.partition(":")[0]
+        if kind in ("onnx", "huggingface", "torchscript", "export"):
+            for key in ("weights", "weights_key", "allow_random_weights"):
+                if key in self.model_fields_set:
+                    raise ValueError(f"{key}: the source {kind}: contains its weights; remove the key")
+        if self.allow_code and kind not in ("torchscript", "export"):
+            raise ValueError("allow_code: only the sources torchscript: and export: need it; remove the key")
+        return self
+
+    @property
+    def source_file(self) -> Path | None:
+        """The file that contains the network with its weights; None for other sources."""
+        kind, _, name = self.source.partition(":")
+        return self.resolve(name) if kind in ("onnx", "torchscript", "export") else None
+
     @property
     def weights_file(self) -> Path | None:
         """The file that `weights` names, or None if it does not name an existing file."""
@@ -158,14 +179,14 @@ class ModelConfig(_Table):
         if self.weights_sha256 is None:
             return
         key = f"models.{self.name}.weights_sha256"
-        if self.weights_file is None:
+        path = self.source_file or self.weights_file
+        if path is None:
             raise ConfigError(f"{key}: it applies to a weights file, but weights does not name an existing file")
-        with self.weights_file.open("rb") as file:
+        with path.open("rb") as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
         if actual != self.weights_sha256:
-            raise ConfigError(
-                f"{key}: expected {self.weights_sha256}, but {self.weights} differs: its sha256 is {actual}"
-            )
+            named = self.weights or self.source.partition(":")[2]
+            raise ConfigError(f"{key}: expected {self.weights_sha256}, but {named} differs: its sha256 is {actual}")
 
 
 class TLSConfig(_Table):

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
+from camserve_server.errors import Unservable
 from camserve_server.maps.similarity import hog, spearman, ssim
 from camserve_server.plan import (
     Cached,
@@ -141,6 +142,11 @@ def _steps(
 
     def all_steps() -> Plan[Sequence[Similarity]]:
         layers = (yield from WeightedLayers())[::-1]
+        if not layers:
+            raise Unservable(
+                "the model has no weights that the server can make random; choose another metric",
+                field="metrics",
+            )
         count = min(steps, len(layers))
         bounds = [i * len(layers) // count for i in range(count + 1)]
         yield from ReleaseRows((steps - count) * explain.rows)

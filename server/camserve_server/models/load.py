@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         device=device,
         dtype=dtype,
         preprocessing=Preprocessing(config.input_size, config.mean, config.std, config.interpolation),
-        labels=_labels(config, structure.classes, where),
+        labels=_labels(config, structure.classes, getattr(module, "own_labels", ()), where),
         classes=classes,
         spatial=spatial,
         layers=layers,
@@ -248,11 +248,16 @@ def _classes_and_head(module: nn.Module, outputs: int, head: Head, config: Model
     return 2, head
 
 
-def _labels(config: ModelConfig, outputs: int, where: str) -> tuple[str, ...]:
-    """Return the label of each class; a network with one output has the positive class and then the negative one."""
-    if config.labels is None:
+def _labels(config: ModelConfig, outputs: int, own: Sequence[str], where: str) -> tuple[str, ...]:
+    """Return the label of each class; a network with one output has the positive class and then the negative one.
+
+    The labels of the network's files are used if the configuration has none.
+    """
+    if config.labels is None and not own:
         return ("positive", "negative") if outputs == 1 else ()
-    if config.labels == "imagenet":
+    if config.labels is None:
+        labels = [*own]
+    elif config.labels == "imagenet":
         from camserve_server.torch_setup import torchvision_ops  # noqa: F401
 
         import torchvision  # isort: skip

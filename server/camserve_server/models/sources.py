@@ -12,6 +12,9 @@ from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError, describe
 from camserve_server.models.checkpoints import load_weights
 from camserve_server.models.factories import call_factory, check_module
+from camserve_server.models.huggingface import build_huggingface, check_huggingface
+from camserve_server.models.onnx_files import build_onnx, check_onnx
+from camserve_server.models.programs import build_program, check_program
 
 MAX_CHANNELS = 16  # of images that callers send as tensors
 # Sizes of the output of timm's networks without a classifier. 0 stands for the features of the last layer; the others
@@ -30,7 +33,16 @@ def build_network(config: ModelConfig, where: str) -> nn.Module:
         ConfigError: The network cannot be built.
     """
     kind, _, rest = config.source.partition(":")
-    build = {"embedded": _embedded, "torchvision": _torchvision, "timm": _timm, "python": _python}[kind]
+    build = {
+        "embedded": _embedded,
+        "torchvision": _torchvision,
+        "timm": _timm,
+        "python": _python,
+        "onnx": _onnx,
+        "huggingface": _huggingface,
+        "torchscript": _program,
+        "export": _program,
+    }[kind]
     try:
         return build(rest, config, check_source(config, where), where)
     except ConfigError:
@@ -72,6 +84,8 @@ def with_network_defaults(config: ModelConfig, module: nn.Module) -> ModelConfig
         module: The network that it names.
     """
     defaults: dict[str, Any] = {}
+    if isinstance(found := getattr(module, "config_defaults", None), dict):
+        defaults = dict(found)
     if config.source.startswith("timm:"):
         timms: Any = module.pretrained_cfg
         defaults = {
@@ -81,7 +95,7 @@ def with_network_defaults(config: ModelConfig, module: nn.Module) -> ModelConfig
         }
         if timms["interpolation"] in ("bilinear", "bicubic"):
             defaults["interpolation"] = timms["interpolation"]
-    if input_channels(module) == 1 and not {"mean", "std"} & config.model_fields_set:
+    if "mean" not in defaults and input_channels(module) == 1 and not {"mean", "std"} & config.model_fields_set:
         defaults |= {"mean": (0.5,), "std": (0.5,)}
     return config.model_copy(update={k: v for k, v in defaults.items() if k not in config.model_fields_set})
 
@@ -133,6 +147,12 @@ def _find_source(config: ModelConfig, where: str) -> str | None:
         if not timm.is_model(name):
             raise ConfigError(f"{where}.source: timm has no model {name!r}; expected a name of timm.list_models()")
         return _download(config, ["pretrained"], '"pretrained"', where)
+    if kind == "onnx":
+        check_onnx(config.resolve(name), where)
+    if kind == "huggingface":
+        check_huggingface(where)
+    if kind in ("torchscript", "export"):
+        check_program(config.resolve(name), config, where)
     if kind == "embedded" and name != "efficientnet-lite0":
         raise ConfigError(f"{where}.source: the only embedded model is efficientnet-lite0, not {name!r}")
     if kind == "python":
@@ -223,6 +243,18 @@ def _timm(name: str, config: ModelConfig, download: str | None, where: str) -> n
 
 def _python(path: str, config: ModelConfig, _download: str | None, where: str) -> nn.Module:
     return _with_weights_file(call_factory(path, where), config, where)
+
+
+def _onnx(name: str, config: ModelConfig, _download: str | None, where: str) -> nn.Module:
+    return build_onnx(config.resolve(name), config, where)
+
+
+def _huggingface(name: str, config: ModelConfig, _download: str | None, where: str) -> nn.Module:
+    return build_huggingface(name, config, where)
+
+
+def _program(name: str, config: ModelConfig, _download: str | None, where: str) -> nn.Module:
+    return build_program(config.resolve(name), config, where)
 
 
 def _classes(config: ModelConfig, download: str | None, where: str) -> dict[str, object]:
