@@ -305,6 +305,8 @@ def test_list_models(address: str) -> None:
     result = run("list", "models", "--address", address)
     for message in ("first", "embedded:first", "3 × 8 × 9 → 3 classes, softmax", "deep[1]", "methods: opti-cam"):
         assert message in result.stdout
+    assert "no gradient passes: RuntimeError: no gradients" in result.stdout
+    assert "warning: camserve runs it with batch size 1" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,8 @@ class Servicer(ExplainServiceServicer):
             methods=["opti-cam"],
             input_channels=3,
             head="softmax",
+            unavailable={"gradient": "RuntimeError: no gradients"},
+            warnings=["camserve runs it with batch size 1"],
             named_layers=[pb.Layer(name="stem", channels=2048, height=8, width=9, signed=True), shallow, deep],
         )
         return pb.ListModelsResponse(models=[model])

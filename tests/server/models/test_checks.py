@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from structlog.testing import capture_logs
 from torch import Tensor, nn
 
-from camserve_server.config import ModelConfig
+from camserve.v1 import explain_pb2 as pb
+from camserve_server.config import Config, ModelConfig
 from camserve_server.engine import warmup
 from camserve_server.errors import ConfigError
 from camserve_server.models.load import load, state_digest
 from camserve_server.models.model import Model
+from camserve_server.service.requests import parse_explain
+from camserve_server.service.responses import loaded_message
 from tests.nets import tiny_cnn
 from tests.support import noise
 
@@ -97,6 +100,14 @@ def test_networks_that_depend_on_the_batch_run_one_image_at_a_time(name: str, mo
     monkeypatch.setattr(warmup, "MEASURE_S", 0)
     warmup.warm_up(model, 8)
     assert set(model.batch_sizes.values()) == {1}
+
+
+def test_requests_cannot_name_a_larger_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(ONE_AT_A_TIME["min-max"], monkeypatch)
+    image = pb.Image(pixels=pb.Pixels(height=16, width=16, data=bytes(3 * 16 * 16)))
+    request = pb.ExplainRequest(image=image, method=pb.MethodSpec(name="grad-cam"), batch_sizes={"forward": 8})
+    assert parse_explain(request, model, Config()).batch_sizes == {"forward": 1}
+    assert loaded_message(model).warnings == list(model.warnings)
 
 
 def test_configured_batch_size_must_be_1_for_such_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
