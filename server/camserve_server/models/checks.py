@@ -77,6 +77,10 @@ def prepare(module: nn.Module, example: Tensor, config: ModelConfig, where: str)
             y, channels_last = _run_somehow(module, example, ran)
     except Exception as error:  # the code of a network can raise any exception
         raise ConfigError(f"{where}.{_reason(error, module, example, config)}") from error
+    if bool(y.isnan().any()):
+        raise ConfigError(
+            f"{where}.source: the network returns NaN for normal noise; expected logits; correct the weights"
+        )
     drew = _random_state() != before
     if drew and any(not torch.equal(_run(module, example), y) for _ in range(_REPEATS)):
         raise ConfigError(
@@ -104,7 +108,11 @@ def prepare(module: nn.Module, example: Tensor, config: ModelConfig, where: str)
         check_classifier(module, ran, together, where)
     modules = [(each.name, each.module) for each in ran]
     outputs = torch.cat([y, together])
-    chosen = choose_head(module, lambda: _run(module, example), outputs, calls, modules, config.head, where)
+
+    def run(scale: float = 1) -> Tensor:
+        return _run(module, scale * example)
+
+    chosen = choose_head(module, run, outputs, calls, modules, config.head, where)
     return Prepared(chosen.head, channels_last, bool(problem), [*warnings, *chosen.warnings])
 
 

@@ -28,8 +28,6 @@ _FINAL: dict[Any, Final] = {
     Tensor.sigmoid_: "sigmoid",
     torch.special.expit: "sigmoid",
 }
-# Fewest values in [0, 1] that are a reason for a warning. That logits lie there by chance becomes unlikely.
-_MANY_VALUES = 8
 
 
 @dataclass(eq=False)
@@ -60,10 +58,6 @@ class FinalCalls(TorchFunctionMode):
     def made(self, y: Tensor) -> bool:
         """Return True if the last call computed the output y of the network."""
         return self.output is not None and torch.equal(self.output.reshape(-1), y.reshape(-1))
-
-    def has_size_of(self, y: Tensor) -> bool:
-        """Return True if the output of the last call has as many values as y."""
-        return self.output is not None and self.output.numel() == y.numel()
 
 
 class _Skip(TorchFunctionMode):
@@ -96,7 +90,7 @@ class ChosenHead:
 
 def choose_head(
     module: nn.Module,
-    run: Callable[[], Tensor],
+    run: Callable[[float], Tensor],
     y: Tensor,
     calls: FinalCalls,
     modules: Sequence[tuple[str, nn.Module]],
@@ -107,7 +101,7 @@ def choose_head(
 
     Args:
         module: Network.
-        run: Function that runs the network on the first images of `y`.
+        run: Function that runs the network on the first image of `y`, multiplied by a number.
         y: Outputs [N, classes] of the network for different images.
         calls: Calls of softmax and sigmoid in a forward pass on the first image.
         modules: Modules that ran in this pass, in the order of their ends.
@@ -118,7 +112,7 @@ def choose_head(
         ConfigError: The configured head contradicts the network.
     """
     classes = y.shape[1]
-    unit = bool(((y >= 0) & (y <= 1)).all()) and bool(y.any())  # all outputs of some untrained networks are 0
+    unit = _in_unit_interval(y)
     sums = unit and classes > 1 and bool(((y.sum(dim=1) - 1).abs() < 1e-3).all())
     if configured == "probabilities":
         if not unit:
@@ -155,23 +149,21 @@ def choose_head(
                 'head = "probabilities" to confirm, or return logits from the factory'
             ],
         )
-    if unit and calls.has_size_of(y[:1]) and configured is None and classes > 1:
-        return ChosenHead(
-            "probabilities",
-            [
-                f"the outputs of the network lie in [0, 1] and come from a {calls.kind}; they are used as "
-                'probabilities; set head = "probabilities" to confirm, or "softmax" or "sigmoid" if they are logits'
-            ],
+    # Logits leave [0, 1] for images of large or negative values.
+    if unit and all(_in_unit_interval(run(scale)) for scale in (-1000, -30, 30, 1000)):
+        warning = (
+            'the outputs of the network lie in [0, 1] for all images; set head = "probabilities" if they are '
+            "probabilities"
         )
-    if unit and y.numel() >= _MANY_VALUES and configured is None:
-        return ChosenHead(
-            default,
-            [
-                f"the outputs of the network lie in [0, 1]; they are used as logits with head = {default!r}; set head "
-                '= "probabilities" if they are probabilities'
-            ],
-        )
+        if configured is not None:
+            return ChosenHead(configured, [warning])
+        return ChosenHead("probabilities", [f"{warning}, as camserve assumes, or another head if they are logits"])
     return ChosenHead(default)
+
+
+def _in_unit_interval(y: Tensor) -> bool:
+    # All outputs of some untrained networks are 0.
+    return bool(((y >= 0) & (y <= 1)).all()) and bool(y.any())
 
 
 def _remove(
@@ -179,14 +171,14 @@ def _remove(
     kind: Final,
     number: int,
     modules: Sequence[tuple[str, nn.Module]],
-    run: Callable[[], Tensor],
+    run: Callable[[float], Tensor],
     y: Tensor,
 ) -> bool:
     """Remove the last softmax or sigmoid of the network, in place. Return False if that does not give the logits."""
 
     def gives_logits() -> bool:
         try:
-            z = run()
+            z = run(1)
         except Exception:  # the code of a network can raise any exception
             return False
         p = z.sigmoid() if kind == "sigmoid" else z.softmax(dim=1)

@@ -166,6 +166,11 @@ def test_outputs_that_change_from_call_to_call_are_refused(name: str, monkeypatc
         load_model(RANDOM[name], monkeypatch)
 
 
+def test_network_without_finite_outputs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"models\.m\.source: the network returns NaN"):
+        load_model(lambda: Classifier(Noisy(lambda x: x * float("nan"))), monkeypatch)
+
+
 def test_random_numbers_without_effect_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(lambda: Classifier(Noisy(lambda x: x + 0 * torch.rand(()))), monkeypatch)
     assert not model.one_row

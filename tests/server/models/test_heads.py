@@ -129,10 +129,23 @@ def test_methods_explain_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: Ensemble(torch.sigmoid), "probabilities"),
         (lambda: Ending(lambda y: y.exp() / y.exp().sum(1, keepdim=True)), "probabilities"),
         (lambda: Ending(lambda y: torch.sigmoid(y) * 0.8 + 0.1), "probabilities"),
-        (lambda: Ending(lambda y: y.tanh() / 2 + 0.5), "softmax"),
+        (lambda: Ending(lambda y: y.tanh() / 2 + 0.5), "probabilities"),
+        (lambda: Ending(F.hardsigmoid), "probabilities"),
+        (lambda: Ending(lambda y: torch.cat([y[:, :1].sigmoid(), y[:, 1:].sigmoid()], 1)), "probabilities"),
+        (lambda: Ending(lambda y: y.relu() / 50), "softmax"),
         (lambda: Ending(lambda y: y.log_softmax(1)), "softmax"),
     ],
-    ids=["mean of softmax", "mean of sigmoid", "written out", "calibrated", "unknown", "log softmax"],
+    ids=[
+        "mean of softmax",
+        "mean of sigmoid",
+        "written out",
+        "calibrated",
+        "tanh",
+        "hard sigmoid",
+        "two heads",
+        "relu",
+        "log softmax",
+    ],
 )
 def test_probabilities_that_cannot_be_undone(
     network: Callable[[], nn.Module], head: str, monkeypatch: pytest.MonkeyPatch
@@ -143,10 +156,11 @@ def test_probabilities_that_cannot_be_undone(
     if head == "probabilities":
         assert torch.allclose(model.probabilities(model.module(X)), p.double(), atol=1e-6)
         assert not load_model(network, monkeypatch, head="probabilities").warnings
-    if bool((p > 0).all()):
+    if head == "probabilities":
         assert any('head = "probabilities"' in sentence for sentence in model.warnings)
     else:
-        assert torch.allclose(model.probabilities(model.module(X)), p.exp().double())
+        expected = p.double().softmax(1)
+        assert torch.allclose(model.probabilities(model.module(X)), expected, atol=1e-6)
         assert not model.warnings
 
 
@@ -164,6 +178,16 @@ def test_head_that_contradicts_the_network_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"models\.m\.head: .*{message}"):
         load_model(network, monkeypatch, head=head)
+
+
+def test_sigmoid_inside_torchscript_is_recognised_by_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = plain(1).append(nn.Sigmoid()).eval()
+    with pytest.warns(DeprecationWarning):
+        script = torch.jit.script(net)
+    model = load_model(lambda: script, monkeypatch)
+    assert model.head == "probabilities"
+    assert torch.allclose(model.probabilities(model.module(X))[:, :1].float(), net(X), atol=1e-6)
+    assert any("lie in [0, 1] for all images" in sentence for sentence in model.warnings)
 
 
 def test_probabilities_can_be_explained_instead(monkeypatch: pytest.MonkeyPatch) -> None:
