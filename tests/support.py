@@ -62,6 +62,8 @@ def as_model(
         spatial=structure.spatial,
         layers=structure.layers,
         layer=structure.layer,
+        no_layer=structure.no_layer,
+        warnings=structure.warnings,
         head=head or ("sigmoid" if structure.classes == 1 else "softmax"),
         gap=structure.gap,
         precision="fp64" if dtype == torch.float64 else "fp32",

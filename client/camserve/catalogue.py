@@ -24,6 +24,8 @@ class Layer:
         signed: True if negative outputs have been observed.
         prefix_tokens: Number of tokens before the tokens of the grid, such as the class token of a transformer. Maps do
             not contain them.
+        cut: Cut value of a default layer: 0 if all information in the logits passes through it, 1 if none does. None if
+            it has not been measured, or if the logits are the same for all images.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Layer:
     width: int
     signed: bool
     prefix_tokens: int
+    cut: float | None = None
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def metrics(response: pb.ListMetricsResponse) -> list[Metric]:
 
 
 def _layers(layers: Iterable[pb.Layer]) -> tuple[Layer, ...]:
-    return tuple(wire.to_dataclass(Layer, each) for each in layers)
+    return tuple(wire.to_dataclass(Layer, each, cut=each.cut if each.HasField("cut") else None) for each in layers)
 
 
 def _parameters(owner: pb.Method | pb.Metric) -> tuple[Parameter, ...]:

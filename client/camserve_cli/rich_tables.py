@@ -173,10 +173,11 @@ def served_methods(model: Model, methods: Sequence[Method]) -> str:
 
 def layer_table(model: Model, layers: Sequence[Layer]) -> Table:
     """Return the table of `camserve list layers`."""
-    table = plain_table("name", "channels", "size", "signed", "prefix tokens", "default of")
+    table = plain_table("name", "channels", "size", "signed", "prefix tokens", "default of", "cut value")
     table.caption = escape(
         f"\nlayers of {model.name} in the order in which they run\n"
-        "default of: used by default by methods of one layer, or by methods of several layers"
+        "default of: used by default by methods of one layer, or by methods of several layers\n"
+        "cut value: 0 if all information in the logits passes through the layer, 1 if none does"
     )
     several = [each.name for each in model.layers]
     for layer in layers:
@@ -187,6 +188,7 @@ def layer_table(model: Model, layers: Sequence[Layer]) -> Table:
             "yes" if layer.signed else "",
             str(layer.prefix_tokens or ""),
             ", ".join(["one"] * (layer.name == model.layer) + ["several"] * (layer.name in several)),
+            "" if layer.cut is None else f"{layer.cut:.2f}",
         )
     return table
 

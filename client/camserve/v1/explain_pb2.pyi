@@ -1424,6 +1424,7 @@ class Layer(_message.Message):
     WIDTH_FIELD_NUMBER: _builtins.int
     SIGNED_FIELD_NUMBER: _builtins.int
     PREFIX_TOKENS_FIELD_NUMBER: _builtins.int
+    CUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the module. If a module runs several times in a forward pass, its second call has the suffix "#2", and so on."""
     channels: _builtins.int
@@ -1436,6 +1437,10 @@ class Layer(_message.Message):
     """True if negative outputs have been observed."""
     prefix_tokens: _builtins.int
     """Number of tokens before the tokens of the grid, such as the class token of a transformer. Maps do not contain them."""
+    cut: _builtins.float
+    """Cut value: 0 if all information in the logits passes through the layer, 1 if none does. Measured for default layers.
+    Absent if it has not been measured, or if the logits are the same for all images.
+    """
     def __init__(
         self,
         *,
@@ -1445,12 +1450,15 @@ class Layer(_message.Message):
         width: _builtins.int = ...,
         signed: _builtins.bool = ...,
         prefix_tokens: _builtins.int = ...,
+        cut: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cut", b"_cut", "cut", b"cut"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channels", b"channels", "height", b"height", "name", b"name", "prefix_tokens", b"prefix_tokens", "signed", b"signed", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cut", b"_cut", "channels", b"channels", "cut", b"cut", "height", b"height", "name", b"name", "prefix_tokens", b"prefix_tokens", "signed", b"signed", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__cut: _TypeAlias = _typing.Literal["cut"]  # noqa: Y015
+    _WhichOneofArgType__cut: _TypeAlias = _typing.Literal["_cut", b"_cut"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cut) -> _WhichOneofReturnType__cut | None: ...
 
 Global___Layer: _TypeAlias = Layer  # noqa: Y015
 

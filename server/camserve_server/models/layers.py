@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +24,13 @@ class Layer:
         height: Number of rows h of the grid.
         width: Number of columns w of the grid.
         signed: True if a negative value has been observed.
-        form: Layout of the output: [N, K, h, w] ("NCHW"), [N, h, w, K] ("NHWC") or [N, prefix + h·w, K] ("tokens").
-        prefix: Number of tokens before those of the grid, such as a class token.
+        form: Layout of the output: [N, K, h, w] ("NCHW"), [N, h, w, K] ("NHWC") or [N, L, K] ("tokens") with
+            L ≥ prefix + h·w.
+        prefix: Number of tokens before those of the grid, such as a class token. Further tokens may follow the grid.
+        batch_dim: Dimension of the batch: 0, or 1 for tokens [L, N, K]. The other attributes describe the output with
+            the batch in front, as the engine's hooks pass it on.
+        cut: Cut value: 0 if all information in the logits passes through the layer, 1 if none does; see
+            `cuts.CutMeter`. None if it has not been measured, or if the logits do not depend on the image.
     """
 
     name: str
@@ -35,6 +40,8 @@ class Layer:
     signed: bool = False
     form: Form = "NCHW"
     prefix: int = 0
+    batch_dim: int = 0
+    cut: float | None = None
 
     @property
     def module(self) -> str:
@@ -59,7 +66,8 @@ class Layer:
             case "NHWC":
                 return output.permute(0, 3, 1, 2)
             case "tokens":
-                return output[:, self.prefix :].transpose(1, 2).view(-1, self.channels, self.height, self.width)
+                tokens = output[:, self.prefix : self.prefix + self.positions]
+                return tokens.transpose(1, 2).view(-1, self.channels, self.height, self.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +93,17 @@ def module_aliases(module: nn.Module) -> dict[str, str]:
     first: dict[nn.Module, str] = {}
     names = [(name, each, first.setdefault(each, name)) for name, each in module.named_modules(remove_duplicate=False)]
     return {name: chosen for name, _, chosen in names if name != chosen}
+
+
+def has_aspect(grid: Grid, size: Sequence[int]) -> bool:
+    """Return True if the aspect ratio of a grid is that of the image, up to one row and one column.
+
+    Args:
+        grid: (h, w).
+        size: Size (H, W) of the image.
+    """
+    (h, w), (H, W) = grid, size
+    return (h - 1) * W <= (w + 1) * H and (w - 1) * H <= (h + 1) * W
 
 
 def find_layer(name: str, spatial: Mapping[str, Layer], aliases: Mapping[str, str]) -> Layer | None:

@@ -19,6 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError, describe
 from camserve_server.models.checks import adapt, prepare, require_hooks, set_memory_format
+from camserve_server.models.cuts import MAX_CUT, measure_cuts
 from camserve_server.models.fold import fold_batch_norm, fold_padding
 from camserve_server.models.heads import Head
 from camserve_server.models.layers import Layer, find_layer, module_aliases
@@ -92,6 +93,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     aliases = module_aliases(module)
     layers = _default_layers(config, structure, aliases, where)
     layer = _default_layer(config, structure, aliases, where)
+    layers, layer, warnings = _with_cut_values(module, example, structure, layers, layer)
     if device.type == "cpu":  # the gain has been measured on CPUs only
         fold_padding(module, example)
     folded: dict[str, str] = {}
@@ -100,7 +102,8 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         folded = fold_batch_norm(module, example, keep={each.module for each in needed if each})
     if not prepared.channels_last:
         set_memory_format(module, channels_last=False)  # padded convolutions are channels-last
-    spatial = {name: each for name, each in structure.spatial.items() if each.module not in folded}
+    measured = {each.name: each for each in (*layers, layer) if each}
+    spatial = {name: measured.get(name, each) for name, each in structure.spatial.items() if each.module not in folded}
     require_hooks(module, example, [*spatial.values()], where)
     classes, head = _classes_and_head(module, structure.classes, prepared.head, config, where)
     model = Model(
@@ -120,7 +123,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         binary=structure.classes == 1,
         channels_last=prepared.channels_last,
         one_row=prepared.one_row,
-        warnings=tuple(prepared.warnings),
+        warnings=(*prepared.warnings, *warnings),
         gap=structure.gap,
         attention=structure.attention,
         attention_prefix=structure.attention_prefix,
@@ -128,6 +131,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         folded=folded,
         aliases=aliases,
         random_weights=config.allow_random_weights and config.weights is None,
+        no_layer=structure.no_layer,
         compile=config.compile,
     )
     for sentence in model.warnings:
@@ -227,6 +231,31 @@ def _default_layer(config: ModelConfig, structure: ProbeResult, aliases: Mapping
     if config.layers is None:
         return structure.layer
     return _named_layer(config.layers[-1], structure, aliases, f"{where}.layers")
+
+
+def _with_cut_values(
+    module: nn.Module, example: Tensor, structure: ProbeResult, layers: tuple[Layer, ...], layer: Layer | None
+) -> tuple[tuple[Layer, ...], Layer | None, tuple[str, ...]]:
+    """Measure the cut values of configured layers.
+
+    Returns:
+        The layers with their cut values, and warnings about those that are not cuts.
+    """
+    chosen = dict.fromkeys(each for each in (*layers, layer) if each and each not in structure.defaults)
+    if not chosen:
+        return layers, layer, structure.warnings
+    measured = dict(zip(chosen, measure_cuts(module, example, chosen), strict=True))
+    warnings = [
+        f"only a part of the information in the logits passes through the configured layer {each.name} (cut value "
+        f"{each.cut:.2f}); name another layer or let the server choose"
+        for each in measured.values()
+        if each.cut is not None and each.cut > MAX_CUT
+    ]
+    return (
+        tuple(measured.get(each, each) for each in layers),
+        layer and measured.get(layer, layer),
+        (*(structure.warnings if layer in structure.defaults else ()), *warnings),
+    )
 
 
 def _named_layer(name: str, structure: ProbeResult, aliases: Mapping[str, str], key: str) -> Layer:

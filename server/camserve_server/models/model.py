@@ -41,6 +41,7 @@ class Model:
         spatial: All layers that can be named, in the order of the forward pass.
         layers: Default layers of methods that use several, from fine to coarse.
         layer: Default layer of methods that use one.
+        no_layer: Reason why there is no default layer: the end of a sentence such as "m cannot serve cam: it …".
         head: Function that turns logits into probabilities.
         gap: Linear head behind global average pooling, if the network has one.
         attention: Names of the global self-attention modules. The input of each has `attention_prefix` tokens (the
@@ -89,9 +90,10 @@ class Model:
     binary: bool = False
     channels_last: bool = True
     one_row: bool = False
-    warnings: tuple[str, ...] = ()
     unavailable: dict[LaneKind, str] = field(default_factory=dict)
     random_weights: bool = False
+    no_layer: str = "it has no layer with a spatial output"
+    warnings: tuple[str, ...] = ()
     precision: Precision = "fp32"
     others: Mapping[Precision, Model] = field(default_factory=dict)
     serial: int = field(default_factory=itertools.count(1).__next__)
@@ -276,14 +278,18 @@ class Model:
         Raises:
             Unservable: The model has no such layer.
         """
-        if many and not self.layers:
-            raise Unservable(
-                f"{self.name} has no default layers (no output [N, K, h, w] is non-negative or comes from an "
-                "activation); name the layers in the request"
-            )
-        if not many and self.layer is None:
-            raise Unservable(f"{self.name} has no layer with a spatial output; choose a method that uses no layer")
+        reason = self.why_no_default_layers(many)
+        if reason:
+            raise Unservable(f"{self.name} has no default layers: {reason}")
         return self.layers if many or self.layer is None else (self.layer,)
+
+    def why_no_default_layers(self, many: bool) -> str:
+        """Return the reason why `default_layers` raises an error, as the end of a sentence; empty if it does not."""
+        if not many:
+            return "" if self.layer else self.no_layer
+        if self.layers or (self.layer is None and self.no_layer):
+            return "" if self.layers else self.no_layer
+        return "all information in the logits passes through none of its layers; name the layers in the request"
 
 
 def describe_missing_layer(name: str, spatial: Mapping[str, Layer]) -> str:

@@ -17,13 +17,8 @@ def unsupported_reason(method: registry.Method, model: Model) -> str:
     Returns:
         The end of a sentence such as "m cannot serve cam: it …"; an empty string if the model can serve the method.
     """
-    if method.layers == "many" and not model.layers:
-        return (
-            "it has no default layers (no output [N, K, h, w] is non-negative or comes from an activation); "
-            "name the layers in the request"
-        )
-    if method.layers == "one" and model.layer is None:
-        return "it has no layer with a spatial output"
+    if method.layers != "none" and (reason := model.why_no_default_layers(method.layers == "many")):
+        return reason
     # A method without layers differentiates the input. An ascent does, too, so it shows whether that is possible.
     kinds = ("gradient", "ascend") if method.passes == "gradient" and method.layers == "none" else (method.passes,)
     for kind in kinds:

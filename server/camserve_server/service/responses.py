@@ -176,8 +176,8 @@ def loaded_message(model: Model) -> pb.Model:
         input_channels=model.preprocessing.channels,
         head=model.head,
         unavailable={str(kind): reason for kind, reason in model.unavailable.items()},
-        warnings=model.warnings,
         named_layers=[_layer(layer) for layer in model.spatial.values()],
+        warnings=model.warnings,
     )
 
 
@@ -310,6 +310,7 @@ def _layer(layer: Layer) -> pb.Layer:
         width=layer.width,
         signed=layer.signed,
         prefix_tokens=layer.prefix,
+        cut=layer.cut,
     )
 
 

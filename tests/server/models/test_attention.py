@@ -190,7 +190,7 @@ def test_attention_of_torchs_encoder_is_detected_on_its_fast_path() -> None:
     structure = probe(Net().eval(), noise(1, 3, 32, 24))
     assert structure.attention == ("encoder.layers.0.self_attn", "encoder.layers.1.self_attn")
     assert structure.layer is not None
-    assert structure.layer.name == "encoder.layers.1.norm1"
+    assert structure.layer.name == "encoder.layers.0"
 
 
 class Tokens(nn.Module):
@@ -223,7 +223,8 @@ def test_attention_is_detected_only_with_a_leading_class_token() -> None:
         assert probe(net, noise(1, 3, 32, 32)).attention == ()
 
 
-def test_tokens_with_a_trailing_class_token_are_not_a_layer() -> None:
-    """Every token would be read one position too late."""
+def test_tokens_before_a_trailing_class_token_are_a_layer() -> None:
     structure = probe(Tokens(-1, after=1).eval(), noise(1, 3, 32, 24))
-    assert (list(structure.spatial), structure.layer, structure.attention) == (["patches"], None, ())
+    layer = structure.spatial["norm"]
+    assert (layer.prefix, layer.height, layer.width) == (0, 4, 3)
+    assert structure.attention == ()

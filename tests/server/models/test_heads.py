@@ -155,7 +155,8 @@ def test_probabilities_that_cannot_be_undone(
     assert model.head == head
     if head == "probabilities":
         assert torch.allclose(model.probabilities(model.module(X)), p.double(), atol=1e-6)
-        assert not load_model(network, monkeypatch, head="probabilities").warnings
+        warnings = load_model(network, monkeypatch, head="probabilities").warnings
+        assert not [each for each in warnings if "probabilities" in each]
     if head == "probabilities":
         assert any('head = "probabilities"' in sentence for sentence in model.warnings)
     else:

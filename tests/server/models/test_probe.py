@@ -74,16 +74,16 @@ TRANSFORMERS: list[tuple[str, dict[str, Any], tuple[int, int], tuple[str, str, i
         "torchvision:vit_b_16",
         {"image_size": 64},
         (64, 64),
-        ("encoder.layers.encoder_layer_11.ln_1", "tokens", 1, 4, 4),
+        ("encoder.layers.encoder_layer_10", "tokens", 1, 4, 4),
         "",
         12,
     ),
-    ("timm:vit_tiny_patch16_224", {"img_size": (64, 96)}, (64, 96), ("blocks.11.norm1", "tokens", 1, 4, 6), "", 12),
+    ("timm:vit_tiny_patch16_224", {"img_size": (64, 96)}, (64, 96), ("blocks.10", "tokens", 1, 4, 6), "", 12),
     (
         "timm:deit_tiny_distilled_patch16_224",
         {"img_size": (64, 32)},
         (64, 32),
-        ("blocks.11.norm1", "tokens", 2, 4, 2),
+        ("blocks.10", "tokens", 2, 4, 2),
         "",
         12,
     ),
@@ -91,7 +91,7 @@ TRANSFORMERS: list[tuple[str, dict[str, Any], tuple[int, int], tuple[str, str, i
         "timm:vit_small_patch14_reg4_dinov2",
         {"img_size": 56, "num_classes": 3},
         (56, 56),
-        ("blocks.11.norm1", "tokens", 5, 4, 4),
+        ("blocks.10", "tokens", 5, 4, 4),
         "",
         12,
     ),
@@ -100,27 +100,27 @@ TRANSFORMERS: list[tuple[str, dict[str, Any], tuple[int, int], tuple[str, str, i
         "timm:vit_tiny_r_s16_p8_224",
         {"img_size": (64, 96)},
         (64, 96),
-        ("blocks.11.norm1", "tokens", 1, 2, 3),
+        ("blocks.10", "tokens", 1, 2, 3),
         "",
         12,
     ),
-    ("torchvision:swin_t", {}, (64, 96), ("features.7.1.norm1", "NHWC", 0, 2, 3), "permute", 0),
+    ("torchvision:swin_t", {}, (64, 96), ("norm", "NHWC", 0, 2, 3), "permute", 0),
     (
         "timm:swin_tiny_patch4_window7_224",
         {"img_size": (64, 96)},
         (64, 96),
-        ("layers.3.blocks.1.norm1", "NHWC", 0, 2, 3),
+        ("norm", "NHWC", 0, 2, 3),
         "norm",
         0,
     ),
     # unsupported attention: a relative position bias, rotary embeddings, pooling by attention
-    ("timm:beit_base_patch16_224", {"img_size": 32}, (32, 32), ("blocks.11.norm1", "tokens", 1, 2, 2), "", 0),
-    ("timm:vit_relpos_small_patch16_224", {"img_size": 32}, (32, 32), ("blocks.11.norm1", "tokens", 0, 2, 2), "", 0),
+    ("timm:beit_base_patch16_224", {"img_size": 32}, (32, 32), ("blocks.11", "tokens", 1, 2, 2), "", 0),
+    ("timm:vit_relpos_small_patch16_224", {"img_size": 32}, (32, 32), ("blocks.11", "tokens", 0, 2, 2), "", 0),
     (
         "timm:eva02_tiny_patch14_224",
         {"img_size": 28, "num_classes": 3},
         (28, 28),
-        ("blocks.11.norm1", "tokens", 1, 2, 2),
+        ("blocks.11", "tokens", 1, 2, 2),
         "",
         0,
     ),
@@ -150,7 +150,7 @@ def test_layers_of_transformers(
     assert structure.layer is not None
     layer = structure.layer
     assert (layer.name, layer.form, layer.prefix, layer.height, layer.width) == single
-    assert all(each.form == "NCHW" for each in structure.layers)
+    assert structure.layers[-1] == layer
     assert (structure.gap.layer.name if structure.gap else "") == gap
     assert len(structure.attention) == attention
     assert (structure.attention_prefix, structure.attention_grid) == (
@@ -235,18 +235,18 @@ NETWORKS: list[tuple[str, list[str], str, str]] = [
     ("timm:tf_efficientnet_lite0", ["blocks.5.0.bn1", "bn2"], "bn2", "bn2"),
     ("torchvision:efficientnet_b0", ["features.6.0.block.0", "features"], "features", "features"),
     ("torchvision:mobilenet_v3_small", ["features.9.block.0", "features"], "features", ""),
-    ("torchvision:convnext_tiny", [], "features", ""),
-    ("timm:convnext_atto", ["stages.2.blocks.5.mlp.norm", "stages.3.blocks.1.mlp.norm"], "stages", ""),
+    ("torchvision:convnext_tiny", ["features.6.0", "features"], "features", ""),
+    ("timm:convnext_atto", ["stages.3.downsample.0", "stages"], "stages", ""),
     (
         "torchvision:densenet121",
-        ["features.transition3.relu", "features.denseblock4.denselayer16.relu2"],
-        "features.denseblock4.denselayer16.relu2",
+        ["features.transition3.relu", "features"],
+        "features",
         "",  # its last ReLU is a function and not a module
     ),
     ("timm:densenet121", ["features.transition3.norm", "features"], "features", "features"),
     ("timm:mobilevit_xxs", ["stages.4.0.conv1_1x1", "final_conv"], "final_conv", "final_conv"),
-    ("timm:nfnet_l0", ["stages.3.0.act2", "final_act"], "final_act", "final_act"),
-    ("timm:resnetv2_50x1_bit", ["stages.3.blocks.0.norm2", "norm"], "norm", "norm"),  # its head is a 1×1 convolution
+    ("timm:nfnet_l0", ["stages.3.0.act1", "final_act"], "final_act", "final_act"),
+    ("timm:resnetv2_50x1_bit", ["stages.3.blocks.0.norm1", "norm"], "norm", "norm"),  # its head is a 1×1 convolution
 ]
 
 

@@ -122,11 +122,11 @@ def test_pretrained_weights_are_requested_from_timm(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("source", "size", "layer", "grid"),
     [
-        ("timm:test_vit", (64, 96), "blocks.5.norm1", (4, 6)),
-        ("timm:swin_tiny_patch4_window7_224", (64, 96), "layers.3.blocks.1.norm1", (2, 3)),
+        ("timm:test_vit", (64, 96), "blocks.4", (4, 6)),
+        ("timm:swin_tiny_patch4_window7_224", (64, 96), "norm", (2, 3)),
         ("timm:test_resnet", (64, 96), "layer4", (2, 3)),
-        ("torchvision:vit_b_32", (64, 64), "encoder.layers.encoder_layer_11.ln_1", (2, 2)),
-        ("torchvision:swin_t", (64, 96), "features.7.1.norm1", (2, 3)),
+        ("torchvision:vit_b_32", (64, 64), "encoder.layers.encoder_layer_10", (2, 2)),
+        ("torchvision:swin_t", (64, 96), "norm", (2, 3)),
     ],
 )
 def test_network_is_built_for_the_configured_size(

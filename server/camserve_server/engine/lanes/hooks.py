@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from camserve_server.models.layers import Layer
 from camserve_server.models.model import Model
 from camserve_server.plan import INPUT
 
@@ -24,17 +25,18 @@ def hooks(model: Model, layers: Iterable[str], on_output: OnOutput) -> Iterator[
         model: Model whose network runs.
         layers: Names of layers (`Model.spatial`). "NAME<input>" stands for the input of the module NAME, which
             `on_output` can read but not replace.
-        on_output: Callback. A tensor that it returns replaces the layer's output.
+        on_output: Callback. A tensor that it returns replaces the layer's output. The batch is the first dimension of
+            both.
     """
     handles = []
-    calls_by_module: dict[str, dict[int, str]] = {}  # module → call → layer
+    calls_by_module: dict[str, dict[int, Layer]] = {}  # module → call → layer
     for name in layers:
         if name.endswith(INPUT):
             module = model.module.get_submodule(name.removesuffix(INPUT))
             handles.append(module.register_forward_pre_hook(_input_hook(name, on_output)))
         else:
             layer = model.spatial[name]
-            calls_by_module.setdefault(layer.module, {})[layer.call] = name
+            calls_by_module.setdefault(layer.module, {})[layer.call] = layer
     for owner, calls in calls_by_module.items():
         handles.append(model.module.get_submodule(owner).register_forward_hook(_output_hook(calls, on_output)))
     try:
@@ -51,11 +53,14 @@ def _input_hook(name: str, on_output: OnOutput) -> Callable[..., None]:
     return hook
 
 
-def _output_hook(calls: Mapping[int, str], on_output: OnOutput) -> Callable[..., Any]:
+def _output_hook(calls: Mapping[int, Layer], on_output: OnOutput) -> Callable[..., Any]:
     count = itertools.count(1)
 
     def hook(module: object, args: object, output: Tensor) -> Tensor | None:
         layer = calls.get(next(count))
-        return on_output(layer, output) if layer else None
+        if layer is None or layer.batch_dim == 0:
+            return on_output(layer.name, output) if layer else None
+        changed = on_output(layer.name, output.transpose(0, layer.batch_dim))
+        return None if changed is None else changed.transpose(0, layer.batch_dim)
 
     return hook
