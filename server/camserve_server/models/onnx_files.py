@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError
-from camserve_server.models.onnx_graphs import convert, prepare_graph, remove_head
+from camserve_server.models.onnx_graphs import convert, keep_output, prepare_graph, remove_head
 
 log = structlog.get_logger()
 
 PACKAGES = ("onnx", "onnx2pytorch", "onnxruntime")
 # Largest difference between the converted network and ONNX Runtime, relative to the largest logit or to 1.
 TOLERANCE = 1e-4
+# Nodes of files with quantised activations.
+_QUANTISED = {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
 
 
 def check_onnx(path: Path, where: str) -> None:
@@ -73,14 +75,21 @@ def build_onnx(path: Path, config: ModelConfig, where: str) -> nn.Module:
         raise ConfigError(
             f"{where}.source: {path} cannot be read as ONNX: {type(error).__name__}: {_first_line(error)}"
         ) from error
+    quantised = sorted({node.op_type for node in model.graph.node} & _QUANTISED)
+    if quantised:
+        raise ConfigError(
+            f"{where}.source: the activations of the ONNX file are quantised ({', '.join(quantised)}), so its layers "
+            "are integers without gradients; use the file from before the quantisation"
+        )
     signature = _signature(model.graph, config, where)
     rows = np.random.default_rng(0).standard_normal((2, signature.channels, *signature.size)).astype(np.float32)
     reference = _Reference(model, signature, where)
     outputs = reference.run(rows)
     output = _only_logits(outputs, len(rows), where)
-    prepare_graph(model, output, signature.batch)
+    keep_output(model.graph, output)
     removed = "" if config.head == "probabilities" else remove_head(model.graph)
     try:
+        prepare_graph(model, signature.batch)
         network = convert(model, signature.layout)
     except Exception as error:
         operators = ", ".join(sorted({node.op_type for node in model.graph.node}))

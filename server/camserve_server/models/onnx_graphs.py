@@ -12,45 +12,60 @@ from torch import Tensor, fx, nn
 
 # Nodes after a softmax that keep its values, apart from their shape.
 _RESHAPING = ("Identity", "Flatten", "Reshape", "Squeeze")
+# Nodes without inputs or with a body of their own, which are not computed in advance.
+_NOT_CONSTANT = ("RandomNormal", "RandomUniform", "If", "Loop", "Scan")
 
 
 # ---- changes of the graph --------------------------------------------------------------------------------------------
 
 
-def prepare_graph(model: Any, output: str, batch: int) -> None:
-    """Make constants initializers, keep one output, and let a file with a fixed number of rows accept any number.
+def prepare_graph(model: Any, batch: int) -> None:
+    """Make constants initializers, and let a file with a fixed number of rows accept any number.
 
     Args:
-        model: ONNX model, which is changed.
-        output: Name of the output.
+        model: ONNX model with one output, which is changed.
         batch: Number of rows that the file fixes; 0 if it accepts any number.
     """
-    import onnx
-
     graph = model.graph
-    kept = [each for each in graph.output if each.name == output]
-    del graph.output[:]
-    graph.output.extend(kept)
-    same: dict[str, str] = {}  # names of values that are equal to an initializer
-    constants = {each.name for each in graph.initializer}
+    output = graph.output[0].name
+    same: dict[str, str] = {}  # names of values that are equal to another value
+    constants = {each.name: each for each in graph.initializer}
     nodes = []
     for node in graph.node:
         node.input[:] = [same.get(name, name) for name in node.input]
-        value = next((a.t for a in node.attribute if node.op_type == "Constant" and a.name == "value"), None)
-        if value is not None:
-            tensor = onnx.TensorProto()
-            tensor.CopyFrom(value)
-            tensor.name = node.output[0]
-            graph.initializer.append(tensor)
-            constants.add(tensor.name)
-        elif node.op_type == "Identity" and node.input[0] in constants and node.output[0] != output:
+        # onnx2pytorch does not know this attribute of batch norms.
+        inference = [a for a in node.attribute if not (a.name == "training_mode" and a.i == 0)]
+        del node.attribute[:]
+        node.attribute.extend(inference)
+        passes = node.op_type == "Dropout" or (node.op_type == "Identity" and node.input[0] in constants)
+        if passes and node.output[0] != output:
             same[node.output[0]] = node.input[0]
+        elif all(name in constants for name in node.input if name) and node.op_type not in _NOT_CONSTANT:
+            for tensor in _values(node, constants, model):
+                graph.initializer.append(tensor)
+                constants[tensor.name] = tensor
         else:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
     if batch:
         _free_batch(graph, batch)
+
+
+def _values(node: Any, constants: Mapping[str, Any], model: Any) -> list[Any]:
+    """Return the outputs of a node whose inputs are constants, as initializers. ONNX Runtime computes them."""
+    import onnxruntime
+    from onnx import helper, numpy_helper
+
+    names = [name for name in node.output if name]
+    outputs = [helper.make_empty_tensor_value_info(name) for name in names]
+    inputs = [constants[name] for name in dict.fromkeys(node.input) if name]
+    graph = helper.make_graph([node], "constant", [], outputs, inputs)
+    alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised, too
+    results = onnxruntime.InferenceSession(alone.SerializeToString(), options).run(None, {})
+    return [numpy_helper.from_array(value, name) for name, value in zip(names, results, strict=True)]
 
 
 def _free_batch(graph: Any, batch: int) -> None:
@@ -68,6 +83,18 @@ def _free_batch(graph: Any, batch: int) -> None:
             free = numpy_helper.from_array(values, f"{node.output[0]}:shape")
             graph.initializer.append(free)
             node.input[1] = free.name
+
+
+def keep_output(graph: Any, output: str) -> None:
+    """Remove all outputs of a graph but one.
+
+    Args:
+        graph: ONNX graph, which is changed.
+        output: Name of the output.
+    """
+    kept = [each for each in graph.output if each.name == output]
+    del graph.output[:]
+    graph.output.extend(kept)
 
 
 def remove_head(graph: Any) -> str:
@@ -171,11 +198,14 @@ def convert(model: Any, layout: str) -> fx.GraphModule:
     graph = tracer.trace(_Root(converted))
     parts: dict[str, Any] = dict(modules)
     buffers = {f"converted.{name}": value for name, value in converted.named_buffers(remove_duplicate=False)}
+    concatenations = (node for node in converted.onnx_model.graph.node if node.op_type == "Concat")
     for node in graph.nodes:
-        name = f"{'constant' if node.op == 'get_attr' else 'Concat'}_{len(parts)}"
         if node.op == "get_attr":
-            node.target, parts[name] = name, buffers[node.target]
+            value = buffers[node.target] if node.target in buffers else getattr(tracer.root, node.target)
+            node.target = f"constant_{len(parts)}"
+            parts[node.target] = value
         elif node.op == "call_function" and node.target is torch.cat:
+            name = _name(next(concatenations), parts)
             node.op, node.target, parts[name] = "call_module", name, _Concat(node.kwargs.get("dim", 0))
             node.kwargs = {}
     _fuse_silu(graph, parts)
@@ -184,14 +214,19 @@ def convert(model: Any, layout: str) -> fx.GraphModule:
 
 
 def _named(converted: Any) -> dict[str, nn.Module]:
-    """Return the module of each node by the node's name, in which "." is replaced, because it separates modules."""
+    """Return the module of each node by the name of the node."""
     named: dict[str, nn.Module] = {}
     for node in converted.onnx_model.graph.node:
         module = getattr(converted, converted.mapping[node.output[0]])
         if isinstance(module, nn.Module):
-            name = (node.name.lstrip("/") or f"{node.op_type}_{len(named)}").replace(".", "_")
-            named[name if name not in named else f"{name}_{len(named)}"] = module
+            named[_name(node, named)] = module
     return named
+
+
+def _name(node: Any, taken: Mapping[str, object]) -> str:
+    """Return the name of a node with "_" instead of ".", which separates modules. It is not among the taken names."""
+    name: str = (node.name.lstrip("/") or f"{node.op_type}_{len(taken)}").replace(".", "_")
+    return name if name not in taken else f"{name}_{len(taken)}"
 
 
 def _fuse_silu(graph: fx.Graph, parts: dict[str, Any]) -> None:

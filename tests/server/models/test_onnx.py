@@ -210,6 +210,53 @@ def test_weights_behind_constant_nodes_are_read(before: str, tmp_path: Path) -> 
     np.testing.assert_allclose(logits(load_onnx(path), x), ran(path, x.numpy()), atol=1e-5)
 
 
+def test_old_files_list_weights_as_inputs(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.onnx", classifier(), WEIGHTS)
+    model = onnx.load(path)
+    for weight in WEIGHTS:
+        model.graph.input.append(helper.make_tensor_value_info(weight.name, TensorProto.FLOAT, weight.dims))
+    onnx.save(model, path)
+    x = noise(2, 3, SIZE, SIZE)
+    np.testing.assert_allclose(logits(load_onnx(path), x), ran(path, x.numpy()), atol=1e-5)
+
+
+def test_weights_that_are_computed_from_constants_are_read(tmp_path: Path) -> None:
+    """Quantised weights, and weights in another layout."""
+    weight, *others = WEIGHTS
+    quantised = (numpy_helper.to_array(weight).transpose(2, 3, 1, 0) * 50).round().astype(np.int8)
+    constants = {"q": quantised, "scale": np.float32(0.02), "zero": np.int8(0)}
+    others += [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    first = [
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        helper.make_node("Transpose", ["d"], ["w"], perm=[3, 2, 0, 1]),
+    ]
+    path = write(tmp_path / "a.onnx", [*first, *classifier()], others)
+    x = noise(2, 3, SIZE, SIZE)
+    model = load_onnx(path)
+    np.testing.assert_allclose(logits(model, x), ran(path, x.numpy()), atol=1e-5)
+    assert "features_conv" in model.spatial
+
+
+def test_nodes_without_effect_at_inference_are_skipped(tmp_path: Path) -> None:
+    nodes = classifier()
+    nodes[1:2] = [
+        helper.make_node("BatchNormalization", ["c", "b", "b", "b", "v1"], ["n"], "norm", training_mode=0),
+        helper.make_node("Dropout", ["n"], ["o"], "drop"),
+        helper.make_node("Relu", ["o"], ["r"], "features.relu"),
+    ]
+    positive = numpy_helper.from_array(RNG.random(6).astype(np.float32) + 0.5, "v1")
+    path = write(tmp_path / "a.onnx", nodes, [*WEIGHTS, positive])
+    x = noise(2, 3, SIZE, SIZE)
+    np.testing.assert_allclose(logits(load_onnx(path), x), ran(path, x.numpy()), atol=1e-5)
+
+
+def test_softmax_is_kept_if_the_configuration_asks_for_it(tmp_path: Path) -> None:
+    ends = [helper.make_node("Softmax", ["l"], ["y"], "softmax")]
+    model = load_onnx(write(tmp_path / "a.onnx", classifier(ends=ends, output="l"), WEIGHTS), head="probabilities")
+    assert model.head == "probabilities"
+    np.testing.assert_allclose(logits(model, noise(2, 3, SIZE, SIZE)).sum(axis=1), 1, atol=1e-6)
+
+
 def test_grey_scale_file_gets_grey_scale_preprocessing(tmp_path: Path) -> None:
     path = write(tmp_path / "a.onnx", classifier(), [tensor("w", 6, 1, 3, 3), *WEIGHTS[1:]], ("N", 1, SIZE, SIZE))
     assert load_onnx(path).preprocessing.mean == (0.5,)
@@ -259,6 +306,17 @@ def test_other_inputs_are_refused(shape: tuple[Any, ...], kind: int, described: 
     path = tmp_path / "a.onnx"
     write(path, [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)], [], shape, kind)
     refused(path, f"the inputs of the ONNX file are {described}; expected one, float32")
+
+
+def test_quantised_activations_are_refused(tmp_path: Path) -> None:
+    first = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+    ]
+    values = {"scale": np.asarray(0.1, np.float32), "zero": np.asarray(0, np.int8)}
+    constants = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    path = write(tmp_path / "a.onnx", [*first, *classifier("d")], [*WEIGHTS, *constants])
+    refused(path, "activations of the ONNX file are quantised .QuantizeLinear., .*; use the file from before")
 
 
 def test_several_outputs_are_refused(tmp_path: Path) -> None:
