@@ -313,8 +313,10 @@ def test_quantised_activations_are_refused(tmp_path: Path) -> None:
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
     ]
-    values = {"scale": np.asarray(0.1, np.float32), "zero": np.asarray(0, np.int8)}
-    constants = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    constants = [
+        numpy_helper.from_array(np.array(0.1, np.float32), "scale"),
+        numpy_helper.from_array(np.array(0, np.int8), "zero"),
+    ]
     path = write(tmp_path / "a.onnx", [*first, *classifier("d")], [*WEIGHTS, *constants])
     refused(path, "activations of the ONNX file are quantised .QuantizeLinear., .*; use the file from before")
 
