@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from camserve_server.models.layers import Layer
+from camserve_server.models.model import Model
 from camserve_server.models.trace import Call, HeadCall, Trace, output_shapes
 
 # Largest cut value of a cut. In untrained networks, whose logits hardly differ between images, rounding can give 0.01.
 MAX_CUT = 0.05
-IMAGES = 3
+IMAGES = 2
 
 
 def cut_images(example: Tensor) -> Tensor:
@@ -29,16 +30,16 @@ def cut_images(example: Tensor) -> Tensor:
     """
     generator = torch.Generator().manual_seed(1)
     size = (int(example.shape[2]), int(example.shape[3]))
-    coarse = [torch.randn(1, example.shape[1], n, n, generator=generator) for n in (3, 8)[: IMAGES - 1]]
+    coarse = [torch.randn(1, example.shape[1], n, n, generator=generator) for n in range(3, 2 + IMAGES)]
     return torch.cat([example, *(F.interpolate(each, size, mode="bilinear").to(example) for each in coarse)])
 
 
 class CutMeter:
     """Measures the cut values of layers.
 
-    The cut value of a layer is ‖y(B with A's output) − y(A)‖ / ‖y(B) − y(A)‖, the maximum over three pairs of images A
-    and B: the logits for B, when the output of the layer is that for A, are compared with those for A. It is 0 if all
-    information in the logits passes through the layer, and 1 for a side branch without influence.
+    The cut value of a layer is ‖y(B with A's output) − y(A)‖ / ‖y(B) − y(A)‖: the logits for image B, when the output
+    of the layer is that for image A, are compared with those for A. It is the maximum over both orders of two images.
+    It is 0 if all information in the logits passes through the layer, and 1 for a side branch without influence.
 
     Args:
         module: Network in evaluation mode.
@@ -101,7 +102,7 @@ class CutMeter:
 
 
 def measure_cuts(module: nn.Module, example: Tensor, layers: Iterable[Layer]) -> Iterator[Layer]:
-    """Yield the layers with their cut values. Each takes one forward pass for three images.
+    """Yield the layers with their cut values. Each takes one forward pass for two images.
 
     Args:
         module: Network in evaluation mode.
@@ -111,6 +112,17 @@ def measure_cuts(module: nn.Module, example: Tensor, layers: Iterable[Layer]) ->
     meter = CutMeter(module, example)
     for layer in layers:
         yield replace(layer, cut=meter.value(layer))
+
+
+def layers_with_cuts(model: Model) -> Iterator[Layer]:
+    """Yield all layers of a loaded model with their cut values. Each takes one forward pass for two images.
+
+    Args:
+        model: Loaded model.
+    """
+    shape = [1, model.preprocessing.channels, *model.preprocessing.size]
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    yield from measure_cuts(model.module, example.to(model.device, model.compute_dtype), model.spatial.values())
 
 
 def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from camserve_server.config import ModelConfig
 from camserve_server.errors import Unservable
-from camserve_server.models.cuts import MAX_CUT, CutMeter, measure_cuts
+from camserve_server.models.cuts import MAX_CUT, CutMeter, layers_with_cuts, measure_cuts
 from camserve_server.models.load import load
 from camserve_server.models.probe import probe
 from tests import nets
@@ -112,6 +112,13 @@ def test_layers_in_a_side_branch_are_not_chosen() -> None:
     [relu] = measure_cuts(dense(), X, [found.spatial["relu"]])
     assert relu.cut is not None
     assert relu.cut > 0.5
+
+
+def test_cut_values_of_all_layers_of_a_model() -> None:
+    values = {layer.name: layer.cut for layer in layers_with_cuts(as_model(dense()))}
+    assert list(values) == ["stem", "act", "down", "branch", "relu", "norm"]
+    assert all(value is not None for value in values.values())
+    assert {name for name, value in values.items() if value is not None and value > MAX_CUT} == {"branch", "relu"}
 
 
 def test_non_negative_cuts_are_preferred_for_several_layers_only() -> None:
