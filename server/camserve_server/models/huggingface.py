@@ -142,12 +142,15 @@ def preprocessing(processor: Mapping[str, Any], where: str) -> dict[str, Any]:
     )
     if not height or not width:
         raise ConfigError(f"{where}.input_size: the image processor has no size; set the key to [height, width]")
-    # The processor computes (255 · pixel · factor − offset − mean) / std.
-    scale = 255 * (processor.get("rescale_factor") or 1 / 255) if processor.get("do_rescale", True) else 255.0
+    # The processor computes (255 · pixel · factor − offset − mean) / std. A key that is missing means no.
+    scale = 255 * (processor.get("rescale_factor") or 1 / 255) if processor.get("do_rescale") else 255.0
     offset = 1.0 if processor.get("rescale_offset") else 0.0
-    mean, std = (0.0,) * 3, (1.0,) * 3
-    if processor.get("do_normalize", True) and processor.get("image_mean") is not None:
+    mean: tuple[float, ...] = (0.0,) * 3
+    std: tuple[float, ...] = (1.0,) * 3
+    if processor.get("do_normalize"):
         mean, std = tuple(processor["image_mean"]), tuple(processor["image_std"])
+        if processor.get("include_top"):  # EfficientNet divides by the standard deviation twice
+            std = tuple(each**2 for each in std)
     return {
         "input_size": (int(height), int(width)),
         "mean": tuple((offset + each) / scale for each in mean),

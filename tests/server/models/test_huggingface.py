@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from structlog.testing import capture_logs
@@ -19,6 +20,7 @@ from camserve_server.models.model import Model
 from camserve_server.torch_setup import torchvision_ops  # noqa: F401  (transformers imports torchvision)
 from tests.support import call, explained, noise
 
+import transformers  # isort: skip
 from transformers import (  # isort: skip
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -132,26 +134,27 @@ def test_channels_in_reverse_order_are_exchanged(resnet: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("kind", "change"),
     [
-        {},
-        {"do_normalize": False},
-        {"rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False},
-        {"rescale_factor": 1 / 127.5, "rescale_offset": True},
-        {"do_rescale": False},
+        ("ViT", {}),
+        ("ViT", {"do_normalize": False}),
+        ("ViT", {"do_rescale": False}),
+        ("CLIP", {}),
+        ("EfficientNet", {}),
+        ("EfficientNet", {"include_top": False}),
+        ("EfficientNet", {"rescale_factor": 1 / 127.5, "rescale_offset": True}),
+        ("MobileViT", {}),
+        ("Levit", {}),
     ],
 )
-def test_preprocessing_computes_the_same_as_the_processor(change: dict[str, Any]) -> None:
-    processor: dict[str, Any] = PROCESSOR | change
-    pixels = np.arange(0.0, 256.0)[:, None]
-    values = pixels * processor["rescale_factor"] if processor["do_rescale"] else pixels
-    values = values - 1 if processor.get("rescale_offset") else values
-    if processor["do_normalize"]:
-        values = (values - processor["image_mean"]) / processor["image_std"]
-    keys = preprocessing(processor, "models.m")
-    np.testing.assert_allclose(
-        ((pixels / 255) - keys["mean"]) / keys["std"], np.broadcast_to(values, (256, 3)), atol=1e-9
-    )
+def test_preprocessing_computes_the_same_as_the_processor(kind: str, change: dict[str, Any]) -> None:
+    processor = getattr(transformers, f"{kind}ImageProcessor")(**change, image_std=[0.2, 0.3, 0.4])
+    keys = preprocessing(processor.to_dict(), "models.m")
+    pixels = np.random.default_rng(0).integers(0, 256, (*keys["input_size"], 3), dtype=np.uint8)
+    theirs = processor(PIL.Image.fromarray(pixels), return_tensors="np", do_resize=False, do_center_crop=False)
+    ours = ((pixels / 255 - np.array(keys["mean"])) / np.array(keys["std"])).transpose(2, 0, 1)
+    flipped = ours[::-1] if processor.to_dict().get("do_flip_channel_order") else ours
+    np.testing.assert_allclose(theirs["pixel_values"][0], flipped, rtol=1e-5, atol=1e-5)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
