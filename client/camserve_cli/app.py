@@ -18,6 +18,7 @@ from camserve_cli.commands.evaluate import evaluate
 from camserve_cli.commands.explain import explain
 from camserve_cli.commands.health import health
 from camserve_cli.commands.listing import list_
+from camserve_cli.commands.models import models
 from camserve_cli.commands.replay import replay
 from camserve_cli.commands.sanity import sanity
 from camserve_cli.commands.serve import serve
@@ -55,5 +56,6 @@ app.command("list")(list_)
 app.command()(token)
 app.command()(health)
 app.add_typer(config, name="config")
+app.add_typer(models, name="models")
 app.add_typer(admin, name="admin")
 app.add_typer(dicom, name="dicom")

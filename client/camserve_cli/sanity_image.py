@@ -16,7 +16,7 @@ import PIL.ImageFont
 from camserve import heatmaps
 from camserve.answers import Randomised, SaliencyMap
 
-__all__ = ["draw"]
+__all__ = ["draw", "write_text"]
 
 TILE, GAP, TEXT, CURVES = 160, 8, 13, 150
 INK, SOFT, LINE, PAPER = (25, 25, 35), (105, 105, 120), (215, 215, 222), (255, 255, 255)
@@ -49,11 +49,11 @@ def draw(result: SaliencyMap, steps: Sequence[Randomised], title: str) -> PIL.Im
     width, height = GAP + len(tiles) * (TILE + GAP), below + CURVES + 4 * TEXT
     page = PIL.Image.new("RGB", (max(width, 6 * (TILE + GAP)), height), PAPER)
     pen = PIL.ImageDraw.Draw(page)
-    _text(pen, (GAP, GAP), title, INK, size=TEXT + 2)
+    write_text(pen, (GAP, GAP), title, INK, size=TEXT + 2)
     at = [GAP + i * (TILE + GAP) for i in range(len(tiles))]
     for left, tile, label in zip(at, tiles, labels, strict=True):
         page.paste(tile, (left, top))
-        _text(pen, (left, top + image.height + 3), label, SOFT, most=TILE)
+        write_text(pen, (left, top + image.height + 3), label, SOFT, most=TILE)
     centres = [left + TILE / 2 for left in at[1:]]
     _axes(pen, centres, below)
     for row, (name, (meaning, colour, mark)) in enumerate(SERIES.items()):
@@ -64,7 +64,7 @@ def draw(result: SaliencyMap, steps: Sequence[Randomised], title: str) -> PIL.Im
             _mark(pen, point, colour, mark)
         y = below + 20 + row * 2 * TEXT
         _mark(pen, (GAP + 6, y), colour, mark)
-        _text(pen, (GAP + 16, y - TEXT / 2 - 2), meaning, INK, most=TILE - 16)
+        write_text(pen, (GAP + 16, y - TEXT / 2 - 2), meaning, INK, most=TILE - 16)
     return page
 
 
@@ -80,7 +80,7 @@ def _axes(pen: PIL.ImageDraw.ImageDraw, centres: Sequence[float], top: float) ->
     for value in (-1, 0, 1):
         y = _y(value, top)
         pen.line([(centres[0] - TILE / 4, y), (centres[-1] + TILE / 2, y)], fill=LINE)
-        _text(pen, (centres[0] - TILE / 4 - 18, y - TEXT / 2 - 2), f"{value}", SOFT)
+        write_text(pen, (centres[0] - TILE / 4 - 18, y - TEXT / 2 - 2), f"{value}", SOFT)
 
 
 def _mark(pen: PIL.ImageDraw.ImageDraw, at: Point, colour: tuple[int, int, int], mark: str) -> None:
@@ -94,7 +94,7 @@ def _mark(pen: PIL.ImageDraw.ImageDraw, at: Point, colour: tuple[int, int, int],
             pen.polygon([(x, y - 5), (x - 5, y + 4), (x + 5, y + 4)], fill=colour)
 
 
-def _text(
+def write_text(
     pen: PIL.ImageDraw.ImageDraw,
     at: Point,
     text: str,

@@ -12,6 +12,7 @@ COMMANDS = [
     ("camserve", [], "cli", ["typer", "rich"]),
     ("camserve serve", [], "server", ["torch", "pydantic_settings"]),
     ("camserve config check", [], "server", ["pydantic_settings"]),
+    ("camserve models probe", ["timm:resnet18"], "server", ["torch"]),
     ("camserve dicom explain", ["image.dcm", "--out", "out"], "dicom", ["pydicom", "highdicom"]),
     (
         "camserve dicom gateway",
@@ -75,6 +76,7 @@ def test_missing_extra_is_reported_with_its_installation(
         ("camserve", [], "camserve_cli.app"),
         ("camserve serve", [], "camserve_server.service.server"),
         ("camserve config check", [], "camserve_server.config"),
+        ("camserve models probe", ["timm:resnet18"], "camserve_server.config"),
         ("camserve dicom explain", ["image.dcm", "--out", "out"], "camserve_dicom.errors"),
         ("camserve dicom gateway", ["--config", "gateway.toml"], "camserve_dicom.gateway.config"),
         ("camserve evaluate --report", ["report.html", "image.jpg", "--method", "cam"], "camserve_cli.report.records"),
