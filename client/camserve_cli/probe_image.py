@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageOps
 
 from camserve import heatmaps
 from camserve_cli.sanity_image import GAP, INK, PAPER, SOFT, TEXT, write_text
@@ -28,8 +29,7 @@ def draw(report: ModelReport) -> PIL.Image.Image:
         An RGB image. Each map has the name of its layer, its size, its cut value, and "default" if it is one.
     """
     pixels = report.image[..., 0] if report.image.shape[-1] == 1 else report.image
-    image = PIL.Image.fromarray(pixels).convert("RGB")
-    image.thumbnail((TILE, TILE))
+    image = PIL.ImageOps.contain(PIL.Image.fromarray(pixels).convert("RGB"), (TILE, TILE))
     tiles = [(image, "image", "")]
     for each in report.layers:
         if each.map is not None:

@@ -52,7 +52,7 @@ def test_report_shows_layers_methods_and_agreement(tmp_path: Path) -> None:
     assert share
     assert float(share[1]) < 1e-5
     assert re.search(r"^methods +.*\bgrad-cam\b", done.stdout, re.MULTILINE)
-    assert "attention-rollout: it does not have global self-attention" in done.stdout
+    assert "attention-rollout, raw-attention: it does not have global self-attention" in done.stdout
     with PIL.Image.open(out) as picture:
         assert picture.width > 6 * 160, "a row of maps"
 
