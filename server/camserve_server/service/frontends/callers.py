@@ -14,8 +14,9 @@ import structlog
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1 import explain_pb2_grpc
 from camserve_server.config import Config
-from camserve_server.errors import CamserveError, InternalError
+from camserve_server.errors import CamserveError, InternalError, Unavailable
 from camserve_server.models.pixels import Preprocessing
+from camserve_server.service import status
 from camserve_server.service.call import Context
 from camserve_server.service.codec import CodecThreads
 from camserve_server.service.decoding import DataSizes, decode_image, decode_mask, decode_saliency, digest
@@ -270,7 +271,15 @@ async def _receive(link: LinkCall) -> link_pb2.RunResponse:
 
 
 async def _relay(error: grpc.aio.AioRpcError, context: Context) -> NoReturn:
-    """End the call of a caller with the status of the call on the link."""
+    """End the call of a caller with the status of the call on the link.
+
+    If the engine process cancels the call on the link, it stops. The caller can then try another server.
+    """
+    if error.code() is grpc.StatusCode.CANCELLED:
+        stopped = Unavailable("the server has shut down; try another one", retry_after_s=1.0)
+        request_id = structlog.contextvars.get_contextvars().get("request_id", "")
+        details = status.trailing_metadata(stopped, request_id, context.time_remaining())
+        await context.abort(status.code(stopped), stopped.message, details)
     metadata = tuple((key, value) for key, value in error.trailing_metadata() if key in RELAYED)
     await context.abort(error.code(), error.details() or "", metadata)
     raise AssertionError("abort raises")

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 from camserve.v1 import explain_pb2 as pb
+from camserve.v1 import explain_pb2_grpc
 from camserve_server import errors
 from camserve_server.config import Config
 from camserve_server.errors import CamserveError
 from camserve_server.service import status
 from camserve_server.service.call import Call
-from camserve_server.service.frontends import link_pb2, messages
+from camserve_server.service.frontends import link_pb2, link_pb2_grpc, messages, shared_memory
+from camserve_server.service.frontends.callers import FrontEndServicer
 from camserve_server.service.frontends.link import LinkServicer
+from camserve_server.service.frontends.shared_memory import SharedMemory
+from camserve_server.service.health import Health
+from camserve_server.service.listeners import callers_server
 from camserve_server.service.prometheus import Metrics
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CamserveError)]
@@ -82,3 +91,37 @@ def test_slot_is_in_use_until_the_job_has_ended() -> None:
         assert not link._readers
 
     asyncio.run(run())
+
+
+class Stopping(LinkServicer):
+    """The end of the link of an engine process that stops while a call runs."""
+
+    async def Run(self, _: object, context: Any) -> None:  # type: ignore[override]  # the stubs know generators only
+        await context.read()
+        await context.abort(grpc.StatusCode.CANCELLED, "")
+
+
+def test_caller_may_try_again_if_the_engine_process_stops(tmp_path: Path) -> None:
+    async def run() -> grpc.aio.AioRpcError:
+        config = Config()
+        link, memory = grpc.aio.server(), shared_memory.create()
+        link_pb2_grpc.add_LinkServiceServicer_to_server(Stopping(config, None, Metrics()), link)  # type: ignore[arg-type]
+        link.add_insecure_port(f"unix:{tmp_path}/link")
+        await link.start()
+        async with grpc.aio.insecure_channel(f"unix:{tmp_path}/link") as channel:
+            servicer = FrontEndServicer(config, 1, channel, SharedMemory(memory))
+            front = callers_server(config, servicer, Health(), servicer.count_refusal)
+            port = front.add_insecure_port("127.0.0.1:0")
+            await front.start()
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as callers:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await explain_pb2_grpc.ExplainServiceStub(callers).Explain(pb.ExplainRequest(request_id="r"))
+            await front.stop(0)
+        await link.stop(0)
+        os.close(memory)
+        return caught.value
+
+    error = asyncio.run(run())
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert error.details() == "the server has shut down; try another one"
+    assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
