@@ -114,6 +114,26 @@ def test_a_short_pause_of_a_thread_is_not_a_busy_machine() -> None:
     assert not control.sleeps
 
 
+def test_a_team_with_other_threads_is_observed_anew() -> None:
+    """libgomp ends threads that a smaller team does not need."""
+    machine = Machine()
+    ended = False
+
+    def waits() -> list[float]:
+        if ended:
+            raise FileNotFoundError
+        return [*machine.waited]
+
+    control = SpinControl(2, 2, machine.teams.append, waits, lambda: machine.now)
+    machine.spinning_share = 0.5
+    ended = True
+    machine.run(control, 4 * WINDOW_S)
+    assert not control.sleeps
+    ended = False
+    machine.run(control, 2 * WINDOW_S)
+    assert control.sleeps
+
+
 @pytest.mark.parametrize(("threads", "cores", "team"), [(2, 2, 2), (4, 16, 14), (64, 64, 2), (8, 2, 2)])
 def test_the_idle_team_exceeds_the_cores(threads: int, cores: int, team: int) -> None:
     """A team of n threads on a further thread adds n − 1 OpenMP threads."""

@@ -11,6 +11,7 @@ long as the machine is busy. They change neither the number of threads that comp
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -111,16 +112,21 @@ class SpinControl:
         if self._start_team is None:
             yield
             return
-        if self._waited is None:
-            self._waited = self._waits()
         started = self._clock()
         yield
         self._wall_s += self._clock() - started
-        if self._wall_s >= WINDOW_S:
-            waited = self._waits()
-            longest_s = max(now - before for now, before in zip(waited, self._waited, strict=True))
-            self._decide(longest_s / self._wall_s)
-            self._wall_s, self._waited = 0.0, waited
+        if self._waited is None or self._wall_s >= WINDOW_S:
+            self._end_window()
+
+    def _end_window(self) -> None:
+        """Decide by the waits since the last window, if the threads are the same, and begin a new window."""
+        before, wall_s = self._waited, self._wall_s
+        self._waited, self._wall_s = None, 0.0
+        with contextlib.suppress(OSError):  # libgomp has ended a thread of the team
+            self._waited = self._waits()
+        if before is not None and self._waited is not None:
+            longest_s = max(now - then for now, then in zip(self._waited, before, strict=True))
+            self._decide(longest_s / wall_s)
 
     def _decide(self, share: float) -> None:
         """Change how the threads wait if it does not fit the share of the time in which one of them had no core."""
@@ -166,10 +172,18 @@ class _TeamWaits:
         self._files: list[Path] = []
 
     def __call__(self) -> list[float]:
-        """Return the seconds of each thread since its start. Always call it on the same thread."""
+        """Return the seconds of each thread since its start. Always call it on the same thread.
+
+        Raises:
+            OSError: A thread has ended. The next call finds the new team.
+        """
         if not self._files:
             self._files = [Path(f"/proc/self/task/{each}/schedstat") for each in self._team()]
-        return [int(file.read_text().split()[1]) / 1e9 for file in self._files]
+        try:
+            return [int(file.read_text().split()[1]) / 1e9 for file in self._files]
+        except OSError:
+            self._files = []
+            raise
 
     def _team(self) -> list[int]:
         """Return the identifiers of the threads of the team, which libgomp keeps for later parallel sections."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import ExitStack
 from typing import Any, NoReturn, TypeAlias, TypeVar
@@ -142,9 +143,11 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
                 preprocessing = messages.preprocessing(admitted)
                 try:
                     slot = ends.enter_context(_Slot(self._slots, preprocessing, self._wait_until_unused))
-                    decoded = await self._codec.run(
+                    decoding = self._codec.run(
                         slot.write, self._memory, request, preprocessing, self._config.max_image_pixels
                     )
+                    decoding.add_done_callback(lambda _: slot.abandon())
+                    decoded = await decoding
                 except Exception as error:
                     await _fail(link, error)
                 await _send(link, link_pb2.RunRequest(decoded=decoded))
@@ -192,6 +195,7 @@ class _Slot:
         self._shape = (*preprocessing.size, preprocessing.channels)
         self._offset = slots.take(self._shape)
         self._users = 2  # the call, and the thread that writes
+        self._begun = threading.Lock()  # acquired by the thread that writes, or by `abandon`
 
     def __enter__(self) -> _Slot:
         return self
@@ -220,6 +224,8 @@ class _Slot:
         Raises:
             CamserveError: The pixels cannot be read or have wrong values.
         """
+        if not self._begun.acquire(blocking=False):
+            raise asyncio.CancelledError  # the call has ended, and the slot may belong to another one
         try:
             image, warnings = decode_image(request.image, preprocessing, max_image_pixels)
             row = memory.image(self._offset, self._shape)
@@ -234,6 +240,11 @@ class _Slot:
         finally:
             with contextlib.suppress(RuntimeError):  # the loop may be closed by now
                 self._loop.call_soon_threadsafe(self._leave)
+
+    def abandon(self) -> None:
+        """Prevent `write` from running if it has not begun."""
+        if self._begun.acquire(blocking=False):
+            self._leave()
 
     def _leave(self) -> None:
         self._users -= 1
@@ -273,9 +284,11 @@ async def _receive(link: LinkCall) -> link_pb2.RunResponse:
 async def _relay(error: grpc.aio.AioRpcError, context: Context) -> NoReturn:
     """End the call of a caller with the status of the call on the link.
 
-    If the engine process cancels the call on the link, it stops. The caller can then try another server.
+    A status without details is not one of camserve: the engine process stops, or has ended. The caller can then try
+    another server.
     """
-    if error.code() is grpc.StatusCode.CANCELLED:
+    ended = error.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+    if ended and all(key != "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ()):
         stopped = Unavailable("the server has shut down; try another one", retry_after_s=1.0)
         request_id = structlog.contextvars.get_contextvars().get("request_id", "")
         details = status.trailing_metadata(stopped, request_id, context.time_remaining())

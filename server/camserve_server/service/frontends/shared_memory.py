@@ -71,7 +71,7 @@ class Slots:
     def __init__(self, memory: SharedMemory) -> None:
         self._memory = memory
         self._free: defaultdict[int, list[int]] = defaultdict(list)  # size → offsets, those with memory last
-        self._kept = 0
+        self._kept: dict[int, int] = {}  # offset → size of the free slots that keep their memory
         self._end = 0
 
     def take(self, shape: Shape) -> int:
@@ -82,18 +82,19 @@ class Slots:
         """
         size = slot_size(shape)
         if self._free[size]:
-            self._kept = max(0, self._kept - size)
-            return self._free[size].pop()
+            offset = self._free[size].pop()
+            self._kept.pop(offset, None)
+            return offset
         if self._end + size > CAPACITY:
             raise QueueFull("too many requests run; try again", retry_after_s=1.0)
         self._end += size
         return self._end - size
 
     def release(self, offset: int, shape: Shape) -> None:
-        """Make a slot free. The engine may still read it for a cancelled request, whose result nobody receives."""
+        """Make a slot free."""
         size = slot_size(shape)
-        if self._kept + size <= KEPT:
-            self._kept += size
+        if sum(self._kept.values()) + size <= KEPT:
+            self._kept[offset] = size
             self._free[size].append(offset)
         else:
             self._memory.forget(offset, size)

@@ -62,7 +62,7 @@ class FrontEnds:
         self._identifiers = itertools.count(1)
         self._port: SharedPort | None = None
         self._folder: Path | None = None
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._keepers: list[asyncio.Task[None]] = []
         self._processes: set[Process] = set()
         self._ready: list[asyncio.Future[None]] = []
@@ -111,7 +111,7 @@ class FrontEnds:
 
     async def stop(self) -> None:
         """Stop the front ends and the link. Calls that still run get a moment to end."""
-        self._stopping = True
+        self._stopping.set()
         for process in self._processes:
             _tell(process, STOP)
         for ready in self._ready:
@@ -131,20 +131,21 @@ class FrontEnds:
     async def _keep(self, ready: asyncio.Future[None]) -> None:
         """Run a front end, and a new one whenever it ends."""
         delay_s = FIRST_DELAY_S
-        while not self._stopping:
+        while not self._stopping.is_set():
             started = time.monotonic()
             try:
                 result = f"ended with status {await self._run(next(self._identifiers), ready)}"
             except OSError as error:  # the system is out of processes, files or memory
                 log.error("front end cannot be started", reason=str(error))
                 result = f"cannot be started: {error}"
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             if not ready.done():
                 ready.set_exception(ConfigError(f"frontends: a front end {result}; see the log"))
                 return
             delay_s = FIRST_DELAY_S if time.monotonic() - started > STABLE_S else delay_s
-            await asyncio.sleep(delay_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay_s)
             delay_s = min(2 * delay_s, LAST_DELAY_S)
 
     async def _run(self, identifier: int, ready: asyncio.Future[None]) -> int:
@@ -159,12 +160,15 @@ class FrontEnds:
                 stdout=PIPE,
                 pass_fds=[memory],
             )
+        except OSError:
+            self._link.remove(identifier)
+            raise
         finally:
             os.close(memory)
         self._processes.add(process)
         try:
             _tell(process, json.dumps(self._settings(identifier, memory)))
-            if self._stopping:
+            if self._stopping.is_set():
                 _tell(process, STOP)
             assert process.stdout is not None
             while line := await process.stdout.readline():
@@ -174,7 +178,7 @@ class FrontEnds:
         finally:
             self._processes.discard(process)
             self._link.remove(identifier)
-        if not self._stopping:
+        if not self._stopping.is_set():
             log.error("front end ended", pid=process.pid, exit_code=status)
         return status
 

@@ -18,12 +18,13 @@ from camserve.v1 import explain_pb2_grpc
 from camserve_server import errors
 from camserve_server.config import Config
 from camserve_server.errors import CamserveError
+from camserve_server.models.pixels import Preprocessing
 from camserve_server.service import status
 from camserve_server.service.call import Call
 from camserve_server.service.frontends import link_pb2, link_pb2_grpc, messages, shared_memory
-from camserve_server.service.frontends.callers import FrontEndServicer
+from camserve_server.service.frontends.callers import FrontEndServicer, _Slot
 from camserve_server.service.frontends.link import LinkServicer
-from camserve_server.service.frontends.shared_memory import SharedMemory
+from camserve_server.service.frontends.shared_memory import SharedMemory, Slots
 from camserve_server.service.health import Health
 from camserve_server.service.listeners import callers_server
 from camserve_server.service.prometheus import Metrics
@@ -89,6 +90,27 @@ def test_slot_is_in_use_until_the_job_has_ended() -> None:
         future.set_result(None)
         await waiting
         assert not link._readers
+
+    asyncio.run(run())
+
+
+def test_slot_is_released_if_the_call_ends_before_it_is_written() -> None:
+    async def run() -> None:
+        file = shared_memory.create()
+        memory = SharedMemory(file)
+        slots, preprocessing = Slots(memory), Preprocessing((4, 4), (0.0,), (1.0,), "nearest")
+
+        async def unused(offset: int) -> None:
+            """Return at once."""
+
+        with _Slot(slots, preprocessing, unused) as slot:
+            slot.abandon()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert slots.take((4, 4, 1)) == 0, "the first slot is free again"
+        with pytest.raises(asyncio.CancelledError):
+            slot.write(memory, pb.ExplainRequest(), preprocessing, 1)
+        os.close(file)
 
     asyncio.run(run())
 
