@@ -28,7 +28,7 @@ T = TypeVar("T")
 SIZE = (224, 224)
 # Limits of the work between two queries, and of the work for one row. No metric does more than two thirds of it.
 MAX_CALLS = 1_500  # calls by Python code
-MAX_MAPS = 40  # values that operations of torch return, in multiples of the number of pixels
+MAX_MAPS = 70  # values that operations of torch return, in multiples of the number of pixels
 
 
 class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
