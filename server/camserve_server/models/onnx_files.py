@@ -68,9 +68,19 @@ def build_onnx(path: Path, config: ModelConfig, where: str) -> nn.Module:
     from camserve_server.torch_setup import torchvision_ops  # noqa: F401  (onnx2pytorch imports torchvision)
 
     import onnx  # isort: skip
+    from onnx.external_data_helper import uses_external_data
 
     try:
+        model = onnx.load(str(path), load_external_data=False)
+        external = any(uses_external_data(tensor) for tensor in model.graph.initializer)
+        if external and config.weights_sha256:
+            raise ConfigError(
+                f"{where}.weights_sha256: it would not pin {path}, which reads weights from other files; save the file "
+                "with its weights inside, or remove the key"
+            )
         model = onnx.load(str(path))
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"{where}.source: {path} cannot be read as ONNX: {type(error).__name__}: {_first_line(error)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -372,3 +373,12 @@ def test_file_that_runs_on_one_image_only_has_batch_size_1(tmp_path: Path) -> No
 def test_pinned_file_is_checked(tmp_path: Path) -> None:
     path = write(tmp_path / "a.onnx", classifier(), WEIGHTS)
     refused(path, "models.m.weights_sha256: expected 0000.* differs", weights_sha256="0" * 64)
+
+
+def test_pinned_file_must_contain_its_weights(net: Net, tmp_path: Path) -> None:
+    """The digest of the file would not cover weights in another file."""
+    path = export(net, tmp_path / "m.onnx")
+    onnx.save(onnx.load(str(path)), str(path), save_as_external_data=True, location="m.data", size_threshold=0)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    refused(path, "weights_sha256: .* reads weights from other files", weights_sha256=digest)
+    assert load_onnx(path).classes == load_original(net).classes
