@@ -73,16 +73,20 @@ def build_huggingface(name: str, config: ModelConfig, where: str) -> nn.Module:
     defaults: dict[str, Any] = {}
     if settings.problem_type == "multi_label_classification":
         defaults["head"] = "sigmoid"
-    if {"input_size", "mean", "std", "interpolation"} <= config.model_fields_set:
-        processor: Mapping[str, Any] = {}
-    else:
+    configured = {"input_size", "mean", "std", "interpolation"} <= config.model_fields_set
+    processor: Mapping[str, Any] = {}
+    try:
         processor = _load_processor(transformers, path, options, name, where)
+    except ConfigError:
+        if not configured:
+            raise
+    if not configured:
         defaults |= preprocessing(processor, where)
         if _crops(processor):
             log.warning("the image processor crops, but camserve resizes the whole image", model=config.name)
     if processor.get("do_flip_channel_order"):
         module.register_forward_pre_hook(_FlipChannels())
-        for key in ("mean", "std"):
+        for key in {"mean", "std"} & defaults.keys():  # configured values have the order of the image
             defaults[key] = defaults[key][::-1]
     module.config_defaults, module.own_labels = defaults, _labels(settings.id2label)
     network: nn.Module = module
