@@ -61,7 +61,7 @@ def load_weights(module: nn.Module, path: Path, key: str | None, where: str) -> 
         except Exception as again:
             raise ConfigError(_mismatch(state, module, path, where, again)) from again
     if steps:
-        log.info("loaded weights from a checkpoint", model=where.partition(".")[2], file=str(path), steps=steps)
+        log.info("loaded weights from a checkpoint", model=where.partition(".")[2], file=path.name, steps=steps)
 
 
 def _read(path: Path, where: str) -> object:
@@ -137,7 +137,7 @@ def _choose(states: Mapping[str, State], path: Path, key: str | None, where: str
         log.warning(
             "the checkpoint also contains averaged weights, which are not used; set weights_key to load them",
             model=where.partition(".")[2],
-            file=str(path),
+            file=path.name,
             averaged=sorted(averaged),
         )
     return name, ()
