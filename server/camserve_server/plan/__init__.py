@@ -8,8 +8,8 @@ callable that returns the answer or raises inside the plan, at the line of the q
 Rules for plans:
 
 - A plan uses no model, device or thread. It sends queries, and the engine runs the rows.
-- The engine steps plans on its own thread, under `torch.no_grad()`. Work on the host of more than
-  about 10 ms belongs into the query `OnHost`.
+- The engine steps plans on its own thread, under `torch.no_grad()`. A plan does work on the host
+  of more than about 10 ms through the query `OnHost`.
 - A plan holds nothing open across a `yield`: no `with` block, no lock and no grad mode.
 - A plan draws random numbers only from generators that it seeds itself (`camserve_server.rows.generator`).
 
