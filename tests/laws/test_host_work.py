@@ -26,9 +26,9 @@ from tests.support import TIMEOUT_S, as_model, call, metric, noise, running
 
 T = TypeVar("T")
 SIZE = (224, 224)
-# Limits of the work between two queries, and of the work for one row. No metric does more than two thirds of it.
+# Limits of the work between two queries, and of the work for one row.
 MAX_CALLS = 1_500  # calls by Python code
-MAX_MAPS = 70  # values that operations of torch return, in multiples of the number of pixels
+MAX_MAPS = 40  # values that operations of torch return, in multiples of the number of pixels
 
 
 class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -96,10 +96,12 @@ def as_row(tensor: Tensor) -> Tensor:
     if tensor.device.type != "cpu":
         return tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]
     channels, height, width = tensor.shape
-    row = tensor.new_empty(height, width, channels)
+    strides = (channels * height * width, 1, channels * width, channels)
+    row = tensor.new_empty_strided((1, channels, height, width), strides)
+    values = row.numpy()[0]
     for i, channel in enumerate(tensor.numpy()):  # NumPy takes less than half of the time of torch
-        row.numpy()[..., i] = channel
-    return row.permute(2, 0, 1)[None]
+        values[i] = channel
+    return row
 
 
 @dataclass(frozen=True, eq=False)
