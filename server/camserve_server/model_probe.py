@@ -51,7 +51,7 @@ class ProbedLayer:
 
 @dataclass(frozen=True, eq=False)
 class ModelReport:
-    """What a server would serve for a source.
+    """Description of the model that a server would serve for a source.
 
     Attributes:
         facts: Properties of the model by name, as texts.

@@ -29,7 +29,7 @@ _REPEATS = 8  # passes that compare the outputs of a network that draws random n
 
 @dataclass(eq=False)
 class Prepared:
-    """How a network must be run.
+    """Results of the checks of a network, which its runs must respect.
 
     Attributes:
         head: Function that turns its output into probabilities.

@@ -1,4 +1,4 @@
-"""How the engine process controls a front end: by lines on its standard input.
+"""Control of a front end by the engine process: lines on the standard input of the front end.
 
 This module imports only the standard library, so that a front end can be stopped while it imports all others.
 """

@@ -1,4 +1,4 @@
-"""What a front end has checked about a call: caller, trace and size, as metadata of the call on the link.
+"""Results of the checks of a front end (caller, trace and size), as metadata of the call on the link.
 
 The engine process trusts these metadata, because only the front ends can open the socket of the link. They contain no
 secret: the engine process does not need the token itself.
