@@ -57,7 +57,7 @@ _AXES = {
     "aopc": _Axes("perturbed regions", _PROBABILITY, lambda count: np.arange(count, dtype=float)),
     "road": _Axes(
         "pixels removed, %",
-        "½ (p least removed − p most removed)",
+        "½ (p least − p most removed)",
         lambda count: 100 * np.arange(1, count + 1) / (count + 1),
     ),
     "box-accuracy": _Axes("threshold of the map", "IoU with the target's box", lambda count: np.arange(count) / count),
