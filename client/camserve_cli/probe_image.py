@@ -34,7 +34,7 @@ def draw(report: ModelReport) -> PIL.Image.Image:
     for each in report.layers:
         if each.map is not None:
             layer = each.layer
-            cut = "" if layer.cut is None else f", cut {layer.cut:.2f}"
+            cut = "" if layer.cut is None else f", cut {round(layer.cut, 2):g}"  # short, so that "default" fits
             default = ", default" if each.default_of else ""
             # The font of Pillow has no multiplication sign.
             overlay = heatmaps.overlay(image, each.map, heatmaps.ALPHA)
