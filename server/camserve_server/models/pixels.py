@@ -197,9 +197,11 @@ def contrast_warnings(pixels: NDArray[np.uint8]) -> tuple[str, ...]:
     Args:
         pixels: Pixels of the model's input [H, W, C] before they are normalised.
     """
-    levels = max(_levels(pixels[..., channel]) for channel in range(pixels.shape[2]))
-    if levels >= MIN_LEVELS:
-        return ()
+    levels = 0
+    for channel in range(pixels.shape[2]):
+        levels = max(levels, _levels(pixels[..., channel]))
+        if levels >= MIN_LEVELS:  # usually the first channel
+            return ()
     return (
         f"nearly constant image: 98% of its pixels are within {levels} of 256 levels in each channel; check its bit "
         "depth and its scaling",
