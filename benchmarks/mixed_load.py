@@ -82,7 +82,7 @@ class FirstCome(Generic[Lane]):
 
 def first_come(engine: Engine) -> None:
     """Replace the scheduler of an engine that has not started."""
-    engine._scheduler = FirstCome(engine._runner.batch_size)  # type: ignore[assignment]
+    engine._loop._scheduler = FirstCome(engine._loop._runner.batch_size)  # type: ignore[assignment]
 
 
 def continuous(engine: Engine) -> None:
