@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
 from camserve.answers import Level, Progress, Randomised, SaliencyMap
 from camserve.errors import CamserveError, InternalError
 
-__all__ = ["Failures", "error_text", "errors_as_lines", "print_json", "print_table", "show_progress", "warn"]
+__all__ = [
+    "Failures",
+    "error_text",
+    "errors_as_lines",
+    "print_json",
+    "print_table",
+    "show_progress",
+    "step_bar",
+    "warn",
+]
 
 
 _UNLIMITED = 100_000  # characters; wider than any table
@@ -99,18 +108,10 @@ def show_progress(events: Iterable[Any], title: str) -> Any:
     Raises:
         InternalError: The stream ended without an answer.
     """
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
+    answer = None
+    with _bar(
         TextColumn("{task.completed:.0f} of {task.total:.0f} rows"),
         TextColumn("{task.fields[stage]}{task.fields[level]}", markup=False),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    answer = None
-    # With redirect_stdout, rich would write stdout to its own console, which is stderr.
-    with ProgressBar(
-        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
     ) as bar:
         task = bar.add_task(title, total=0, stage="", level="")
         for event in events:
@@ -126,6 +127,37 @@ def show_progress(events: Iterable[Any], title: str) -> Any:
     if answer is None:
         raise InternalError("the server ended the stream without an answer; see the log of the server")
     return answer
+
+
+@contextmanager
+def step_bar(title: str, steps: int) -> Iterator[Callable[[str], None]]:
+    """Show a progress bar on stderr for a number of steps.
+
+    Args:
+        title: Text before the bar.
+        steps: Number of steps.
+
+    Yields:
+        A function that takes the name of each step when it begins.
+    """
+    with _bar(TextColumn("{task.fields[step]}", markup=False)) as bar:
+        task = bar.add_task(title, total=steps, completed=-1, step="")  # no step has ended when the first one begins
+        yield lambda step: bar.update(task, advance=1, step=step)
+
+
+def _bar(*columns: ProgressColumn) -> ProgressBar:
+    """Return a progress bar on stderr, which is not shown without a terminal."""
+    console = Console(stderr=True)
+    return ProgressBar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=False,  # rich would write stdout to its own console, which is stderr
+    )
 
 
 def warn(image: Path, result: SaliencyMap) -> None:

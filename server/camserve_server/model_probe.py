@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from camserve_server import registry
 from camserve_server.config import Config, ModelConfig, read_config
 from camserve_server.engine.lanes.hooks import hooks
 from camserve_server.engine.warmup import warm_up
-from camserve_server.errors import CamserveError, ConfigError
+from camserve_server.errors import CamserveError, ConfigError, describe
 from camserve_server.models.checks import adapt
 from camserve_server.models.cuts import MAX_CUT, layers_with_cuts
 from camserve_server.models.layers import Layer
@@ -31,6 +32,7 @@ from camserve_server.service.logs import log_to_stderr
 from camserve_server.torch_setup.device import pick_device
 
 _NAME = "probe"
+STEPS = 5  # of `probe_source`
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class ProbedLayer:
         layer: The layer with its cut value.
         default_of: Kinds of methods that use it by default: "one" for those of one layer, "several" for the others.
         map: Mean absolute activation over the channels for the image, float32 [h, w], scaled to [0, 1]. None for layers
-            that are neither cuts nor defaults.
+            that are neither cuts nor defaults, and for layers with the same output as another layer with a map.
     """
 
     layer: Layer
@@ -68,16 +70,20 @@ class ModelReport:
     warnings: tuple[str, ...]
 
 
-def probe_source(source: str, keys: Mapping[str, Any], image: Path | None) -> ModelReport:
+def probe_source(
+    source: str, keys: Mapping[str, Any], image: Path | None, on_step: Callable[[str], object] = lambda _: None
+) -> ModelReport:
     """Load the model of a source, as a server does, and report what would be served.
 
     Args:
         source: Source of the model, such as "torchvision:resnet50".
         keys: Further keys of the model in the configuration.
         image: Image file for the maps of the layers; None for a generated one.
+        on_step: Receives the name of each of the STEPS steps when it begins.
 
     Raises:
-        ValueError: The model is refused, or the image cannot be read. Each line of the message begins with the key.
+        ValueError: The model is refused, its code fails, or the image cannot be read. Each line of the message begins
+            with the key.
     """
     table = {**keys, "name": _NAME, "source": source}
     try:
@@ -85,14 +91,20 @@ def probe_source(source: str, keys: Mapping[str, Any], image: Path | None) -> Mo
         log_to_stderr(settings)
         photograph = example_image() if image is None else _read_image(image, settings)
         [config] = settings.models
+        on_step("load")
         model = load(config, pick_device(settings.device))
+        on_step("warm-up")
         warm_up(model, batch_size=1)
+        return _report(model, config, photograph, on_step)
     except (ConfigError, CamserveError) as error:
         lines = str(error).splitlines()
         raise ValueError(
             "\n".join(line.removeprefix(f"models.{_NAME}.").removeprefix("models.0.") for line in lines)
         ) from error
-    return _report(model, config, photograph)
+    except Exception as error:  # the code of a network can raise any exception
+        raise ValueError(
+            f"source: the network failed while it was examined: {describe(error)}; correct its code"
+        ) from error
 
 
 def example_image() -> PIL.Image.Image:
@@ -170,9 +182,10 @@ def _read_image(path: Path, settings: Config) -> PIL.Image.Image:
     return decode(data, max_pixels=settings.max_image_pixels, field="image")
 
 
-def _report(model: Model, config: ModelConfig, image: PIL.Image.Image) -> ModelReport:
+def _report(model: Model, config: ModelConfig, image: PIL.Image.Image, on_step: Callable[[str], object]) -> ModelReport:
     registry.discover()
     x = input_of(model, image)
+    on_step("original network")
     _, channels, height, width = x.shape
     original = original_network(config, model)
     if original is None:
@@ -191,11 +204,13 @@ def _report(model: Model, config: ModelConfig, image: PIL.Image.Image) -> ModelR
     }
     pixels = model.preprocessing.resized(image)
     methods = {name: unsupported_reason(registry.METHODS[name], model) for name in sorted(registry.METHODS)}
-    return ModelReport(facts, pixels, _probed_layers(model, x), methods, model.warnings)
-
-
-def _probed_layers(model: Model, x: Tensor) -> tuple[ProbedLayer, ...]:
+    on_step("cut values")
     layers = [*layers_with_cuts(model)]
+    on_step("maps")
+    return ModelReport(facts, pixels, _probed_layers(model, layers, x), methods, model.warnings)
+
+
+def _probed_layers(model: Model, layers: Sequence[Layer], x: Tensor) -> tuple[ProbedLayer, ...]:
     several = {each.name for each in model.layers}
     one = model.layer.name if model.layer else ""
     default_of = {
@@ -203,20 +218,25 @@ def _probed_layers(model: Model, x: Tensor) -> tuple[ProbedLayer, ...]:
         for each in layers
     }
     shown = [each for each in layers if default_of[each.name] or (each.cut is not None and each.cut <= MAX_CUT)]
+    shown.sort(key=lambda each: not default_of[each.name])  # of equal outputs, the map of a default layer is kept
     maps = _maps(model, x, shown)
     return tuple(ProbedLayer(each, default_of[each.name], maps.get(each.name)) for each in layers)
 
 
-def _maps(model: Model, x: Tensor, layers: Iterable[Layer]) -> dict[str, NDArray[np.float32]]:
-    """Return the map of each layer for the input [1, C, H, W]."""
+def _maps(model: Model, x: Tensor, layers: Sequence[Layer]) -> dict[str, NDArray[np.float32]]:
+    """Return the map of each distinct output for the input [1, C, H, W], under the first layer that has it."""
     maps: dict[str, NDArray[np.float32]] = {}
+    digests: dict[str, bytes] = {}
 
     def keep(name: str, output: Tensor) -> None:
-        strength = model.spatial[name].grid(output)[0].float().abs().mean(dim=0)
+        values = model.spatial[name].grid(output)[0].float()
+        digests[name] = hashlib.sha256(values.cpu().numpy().tobytes()).digest()
+        strength = values.abs().mean(dim=0)
         strength = strength - strength.min()
         maps[name] = (strength / strength.max().clamp(min=1e-12)).cpu().numpy()
 
     batch = x.to(model.compute_dtype).contiguous(memory_format=model.memory_format)
     with torch.no_grad(), hooks(model, [each.name for each in layers], keep):
         model.module(batch)
-    return maps
+    first = {digests[each.name]: each.name for each in reversed(layers)}
+    return {name: maps[name] for name in first.values()}

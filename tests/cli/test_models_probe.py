@@ -10,8 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from camserve_server import model_probe
 from camserve_server.config import ModelConfig
-from camserve_server.model_probe import difference_to_original, example_image, input_of, original_network
+from camserve_server.model_probe import (
+    STEPS,
+    difference_to_original,
+    example_image,
+    input_of,
+    original_network,
+    probe_source,
+)
 from camserve_server.models.load import load
 from tests import nets
 from tests.processes import CAMSERVE, completed
@@ -89,6 +97,82 @@ def test_refused_source_is_an_error(source: str, options: list[str], message: st
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert not out.exists()
+
+
+class FailsAgain(nn.Module):
+    """Network that fails if this process has built two, as for the comparison with the original network."""
+
+    built = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nets.tiny_cnn()
+        type(self).built += 1
+        self.number = type(self).built
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.number > 1:
+            raise RuntimeError("the second network\ndoes not work")
+        logits: Tensor = self.net(x)
+        return logits
+
+
+class FailsInWarmUp(nn.Module):
+    """Network that fails if all pixels are zero, as in the warm-up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nets.tiny_cnn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.net.forward(x)
+        if not x.any():
+            raise KeyError("zero")
+        logits: Tensor = self.net(x)
+        return logits
+
+
+@pytest.fixture
+def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the configuration of the log in this process."""
+    monkeypatch.setattr(model_probe, "log_to_stderr", lambda _: None)
+
+
+@pytest.mark.usefixtures("own_log")
+@pytest.mark.parametrize(
+    ("factory", "message"), [("FailsAgain", "RuntimeError: the second network"), ("FailsInWarmUp", "KeyError: 'zero'")]
+)
+def test_failing_code_of_a_network_is_one_sentence(factory: str, message: str) -> None:
+    FailsAgain.built = 0
+    source = f"python:tests.cli.test_models_probe:{factory}"
+    with pytest.raises(ValueError, match=r"^source: the network failed while it was examined: ") as caught:
+        probe_source(source, {"input_size": [32, 32]}, None)
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def dropout_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.Dropout(),
+        nn.ReLU(),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+
+
+@pytest.mark.usefixtures("own_log")
+def test_equal_outputs_are_shown_once_and_steps_are_reported() -> None:
+    steps: list[str] = []
+    keys = {"input_size": [32, 32], "layer": "3"}
+    report = probe_source("python:tests.cli.test_models_probe:dropout_net", keys, None, steps.append)
+    assert len(steps) == len({*steps}) == STEPS
+    layers = {each.layer.name: each for each in report.layers}
+    assert [*layers] == ["0", "1", "2", "3"]
+    assert [name for name, each in layers.items() if each.map is not None] == ["0", "3"], "3 is the default layer"
 
 
 def test_difference_of_outputs_is_measured() -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from camserve_cli import probe_image
 from camserve_cli.extras import needs_extra
 from camserve_cli.options import read_parameters
-from camserve_cli.output import errors_as_lines, print_table
+from camserve_cli.output import errors_as_lines, print_table, step_bar
 from camserve_cli.rich_tables import plain_table
 
 if TYPE_CHECKING:
@@ -47,14 +47,17 @@ def probe(
     """Load the model of a source as a server does, and show what would be served.
 
     Prints the layers with their cut values, the methods, warnings, and how much the outputs differ from those of the
-    original network. Writes a picture with the maps of the default layers and of all other cuts: the mean absolute
-    activation over the channels. Exits with status 2 if a server would refuse the model.
+    original network. Writes a picture with the maps of the default layers and of all other cuts, one for each distinct
+    output: the mean absolute activation over the channels. Exits with status 2 if a server would refuse the model or
+    its code fails.
     """
     keys = read_parameters(key, "--key")
     with needs_extra("server", "camserve models probe"):
+        from camserve_server.model_probe import STEPS
         from camserve_server.model_probe import probe_source as run
     try:
-        report = run(source, keys, image)
+        with step_bar(source, STEPS) as on_step:
+            report = run(source, keys, image, on_step)
     except ValueError as error:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
