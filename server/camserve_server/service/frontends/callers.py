@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
@@ -50,6 +52,7 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
         self._lists: Any = explain_pb2_grpc.ExplainServiceStub(channel)
         self._memory = memory
         self._slots = Slots(memory)
+        self._calls = itertools.count(1)
         self._codec = CodecThreads()
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
@@ -128,6 +131,7 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
             image_bytes=sizes.image,
             saliency_bytes=sizes.saliency,
             mask_bytes=sizes.mask,
+            call=next(self._calls),
         )
         if isinstance(request, pb.ExplainRequest):
             start.explain.CopyFrom(messages.without_data(request))
@@ -142,7 +146,9 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
                 structlog.contextvars.bind_contextvars(request_id=admitted.request_id)
                 preprocessing = messages.preprocessing(admitted)
                 try:
-                    slot = ends.enter_context(_Slot(self._slots, preprocessing, self._wait_until_unused))
+                    slot = ends.enter_context(
+                        _Slot(self._slots, preprocessing, partial(self._wait_until_unused, start.call))
+                    )
                     decoding = self._codec.run(
                         slot.write, self._memory, request, preprocessing, self._config.max_image_pixels
                     )
@@ -165,10 +171,10 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
             except grpc.aio.AioRpcError as error:
                 await _relay(error, context)
 
-    async def _wait_until_unused(self, offset: int) -> None:
-        """Return when the engine process does not read an image any more."""
+    async def _wait_until_unused(self, call: int) -> None:
+        """Return when the engine process does not read the image of a call any more."""
         with contextlib.suppress(grpc.aio.AioRpcError):  # the engine process has ended
-            await self._link.WaitUntilUnused(link_pb2.WaitUntilUnusedRequest(front_end=self._identifier, offset=offset))
+            await self._link.WaitUntilUnused(link_pb2.WaitUntilUnusedRequest(front_end=self._identifier, call=call))
 
 
 class _Slot:
@@ -186,7 +192,7 @@ class _Slot:
     """
 
     def __init__(
-        self, slots: Slots, preprocessing: Preprocessing, wait_until_unused: Callable[[int], Coroutine[Any, Any, None]]
+        self, slots: Slots, preprocessing: Preprocessing, wait_until_unused: Callable[[], Coroutine[Any, Any, None]]
     ) -> None:
         self.unused = False
         self._wait_until_unused = wait_until_unused
@@ -204,7 +210,7 @@ class _Slot:
         if self.unused:
             self._leave()
         else:
-            task = self._loop.create_task(self._wait_until_unused(self._offset))
+            task = self._loop.create_task(self._wait_until_unused())
             _waiting.add(task)  # the loop has only weak references to tasks
             task.add_done_callback(_waiting.discard)
             task.add_done_callback(lambda _: self._leave())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,9 +55,8 @@ class LinkServicer(link_pb2_grpc.LinkServiceServicer):
 
     def __init__(self, config: Config, servicer: Servicer, metrics: Metrics) -> None:
         self.memories: dict[int, SharedMemory] = {}
-        # The call that reads an image, by front end and offset. An entry of a call that ended early is removed by
-        # WaitUntilUnused.
-        self._readers: dict[tuple[int, int], Call] = {}
+        # For each call by its front end and its number there: set when neither the call nor its job reads the image.
+        self._unused: dict[tuple[int, int], asyncio.Event] = {}
         self._config = config
         self._servicer = servicer
         self._metrics = metrics
@@ -64,12 +64,10 @@ class LinkServicer(link_pb2_grpc.LinkServiceServicer):
     async def WaitUntilUnused(
         self, request: link_pb2.WaitUntilUnusedRequest, context: Any
     ) -> link_pb2.WaitUntilUnusedResponse:
-        """Return when no job reads an image any more, for example after the current batch of a cancelled call."""
-        call = self._readers.pop((request.front_end, request.offset), None)
-        if call is not None and call.job is not None:
-            ended, loop = asyncio.Event(), asyncio.get_running_loop()
-            call.job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
-            await ended.wait()
+        """Return when the image of a call is not read any more: after the current batch of a cancelled call."""
+        unused = self._unused.get((request.front_end, request.call))
+        if unused is not None:
+            await unused.wait()
         return link_pb2.WaitUntilUnusedResponse()
 
     async def CountRefusal(self, request: link_pb2.CountRefusalRequest, context: Any) -> link_pb2.CountRefusalResponse:
@@ -80,46 +78,59 @@ class LinkServicer(link_pb2_grpc.LinkServiceServicer):
     def remove(self, front_end: int) -> None:
         """Forget a front end that has ended. Its memory is unmapped when no job reads it any more."""
         self.memories.pop(front_end, None)
-        for key in [key for key in self._readers if key[0] == front_end]:
-            del self._readers[key]
 
     async def Run(self, _: object, context: Context) -> None:  # type: ignore[override]  # the stubs know generators only
         """Run one call of Explain, Evaluate or their streams."""
         start = (await _read(context)).start
         sizes = DataSizes(start.image_bytes, start.saliency_bytes, start.mask_bytes)
-        front_end = _FrontEnd(
-            context, start.front_end, self.memories[start.front_end], self._servicer.codec, self._readers
-        )
+        front_end = _FrontEnd(context, self.memories[start.front_end], self._servicer.codec)
         arguments: Any = (
             (start.explain, context, partial(requests.parse_explain, sizes=sizes), _explained)
             if start.HasField("explain")
             else (start.evaluate, context, partial(requests.parse_evaluate, sizes=sizes), _evaluated)
         )
-        async for message in self._servicer.run(
-            start.rpc, *arguments, kinds=_KINDS[start.rpc], decode=front_end.decode, delivered=front_end.finished
-        ):
-            await context.write(_response(message))
-        front_end.forget()
+        with self._reading((start.front_end, start.call), front_end):
+            async for message in self._servicer.run(
+                start.rpc, *arguments, kinds=_KINDS[start.rpc], decode=front_end.decode, delivered=front_end.finished
+            ):
+                await context.write(_response(message))
+
+    @contextmanager
+    def _reading(self, key: tuple[int, int], front_end: _FrontEnd) -> Iterator[None]:
+        """Let `WaitUntilUnused` wait for the end of the context, and then for the end of the call's job.
+
+        Args:
+            key: Identifier of the front end, and the number of the call there.
+            front_end: The front end of the call, which may take a slot for the image in the context.
+        """
+        unused, loop = self._unused.setdefault(key, asyncio.Event()), asyncio.get_running_loop()
+
+        def end() -> None:
+            self._unused.pop(key, None)
+            unused.set()
+
+        try:
+            yield
+        finally:
+            job = front_end.call.job if front_end.call else None
+            if job is None:
+                end()
+            else:
+                job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(end))
 
 
 @dataclass
 class _FrontEnd:
-    """The front end of one call."""
+    """The front end of one call. `call` is None until the call is admitted."""
 
     context: Context
-    identifier: int
     memory: SharedMemory
     codec: CodecThreads
-    readers: dict[tuple[int, int], Call]
-    offset: int = -1
-
-    def forget(self) -> None:
-        """Forget which call reads the image. The call has ended normally, and the front end knows it."""
-        self.readers.pop((self.identifier, self.offset), None)
+    call: Call | None = None
 
     async def decode(self, call: Call, parsed: ParsedRequest) -> Pixels:
         """Let the front end decode the pixels. Raises CamserveError."""
-        wanted = parsed.model.preprocessing
+        self.call, wanted = call, parsed.model.preprocessing
         admitted = link_pb2.Admitted(
             request_id=call.request_id,
             size=wanted.size,
@@ -133,8 +144,6 @@ class _FrontEnd:
             raise messages.error(answer.failed)
         model, decoded = parsed.model, answer.decoded
         image = self.memory.image(decoded.offset, (*wanted.size, wanted.channels))
-        self.offset = decoded.offset
-        self.readers[self.identifier, decoded.offset] = call
         if model.device.type == "cpu" and model.dtype == torch.float32 and not (parsed.boxes or decoded.mask):
             return self._pixels(parsed, decoded, image)  # copies nothing
         return await self.codec.run(self._pixels, parsed, decoded, image)

@@ -68,6 +68,7 @@ class Start(_message.Message):
     IMAGE_BYTES_FIELD_NUMBER: _builtins.int
     SALIENCY_BYTES_FIELD_NUMBER: _builtins.int
     MASK_BYTES_FIELD_NUMBER: _builtins.int
+    CALL_FIELD_NUMBER: _builtins.int
     front_end: _builtins.int
     """The identifier of the front end."""
     rpc: _builtins.str
@@ -76,6 +77,8 @@ class Start(_message.Message):
     """Sizes of the data that were removed, in bytes."""
     saliency_bytes: _builtins.int
     mask_bytes: _builtins.int
+    call: _builtins.int
+    """The number of the call in the front end."""
     @_builtins.property
     def explain(self) -> _explain_pb2.ExplainRequest: ...
     @_builtins.property
@@ -90,10 +93,11 @@ class Start(_message.Message):
         image_bytes: _builtins.int = ...,
         saliency_bytes: _builtins.int = ...,
         mask_bytes: _builtins.int = ...,
+        call: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evaluate", b"evaluate", "explain", b"explain", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluate", b"evaluate", "explain", b"explain", "front_end", b"front_end", "image_bytes", b"image_bytes", "mask_bytes", b"mask_bytes", "request", b"request", "rpc", b"rpc", "saliency_bytes", b"saliency_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "evaluate", b"evaluate", "explain", b"explain", "front_end", b"front_end", "image_bytes", b"image_bytes", "mask_bytes", b"mask_bytes", "request", b"request", "rpc", b"rpc", "saliency_bytes", b"saliency_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["explain", "evaluate"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
@@ -391,20 +395,20 @@ class WaitUntilUnusedRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FRONT_END_FIELD_NUMBER: _builtins.int
-    OFFSET_FIELD_NUMBER: _builtins.int
+    CALL_FIELD_NUMBER: _builtins.int
     front_end: _builtins.int
     """The identifier of the front end."""
-    offset: _builtins.int
-    """Position of the image, as in Decoded."""
+    call: _builtins.int
+    """The number of the call, as in Start."""
     def __init__(
         self,
         *,
         front_end: _builtins.int = ...,
-        offset: _builtins.int = ...,
+        call: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["front_end", b"front_end", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "front_end", b"front_end"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

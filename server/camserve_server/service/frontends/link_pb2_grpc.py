@@ -64,7 +64,7 @@ class LinkServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WaitUntilUnused(self, request, context):
-        """Returns when the engine process does not read an image any more. A call that ends early does not say so.
+        """Returns when the engine process does not read the image of a call any more. A call that ends early does not say so.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,7 @@ class LinkServiceStub:
     and sends `finished` or `failed`. A refused call ends with the status that the caller receives.
     """
     WaitUntilUnused: _grpc.UnaryUnaryMultiCallable[_link_pb2.WaitUntilUnusedRequest, _link_pb2.WaitUntilUnusedResponse]
-    """Returns when the engine process does not read an image any more. A call that ends early does not say so."""
+    """Returns when the engine process does not read the image of a call any more. A call that ends early does not say so."""
     CountRefusal: _grpc.UnaryUnaryMultiCallable[_link_pb2.CountRefusalRequest, _link_pb2.CountRefusalResponse]
     """Counts a call that a front end has refused before its request was parsed."""
 
@@ -52,7 +52,7 @@ class LinkServiceAsyncStub(LinkServiceStub):
     and sends `finished` or `failed`. A refused call ends with the status that the caller receives.
     """
     WaitUntilUnused: _aio.UnaryUnaryMultiCallable[_link_pb2.WaitUntilUnusedRequest, _link_pb2.WaitUntilUnusedResponse]  # type: ignore[assignment]
-    """Returns when the engine process does not read an image any more. A call that ends early does not say so."""
+    """Returns when the engine process does not read the image of a call any more. A call that ends early does not say so."""
     CountRefusal: _aio.UnaryUnaryMultiCallable[_link_pb2.CountRefusalRequest, _link_pb2.CountRefusalResponse]  # type: ignore[assignment]
     """Counts a call that a front end has refused before its request was parsed."""
 
@@ -74,7 +74,7 @@ class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _link_pb2.WaitUntilUnusedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_link_pb2.WaitUntilUnusedResponse, _abc.Awaitable[_link_pb2.WaitUntilUnusedResponse]]:
-        """Returns when the engine process does not read an image any more. A call that ends early does not say so."""
+        """Returns when the engine process does not read the image of a call any more. A call that ends early does not say so."""
 
     @_abc_1.abstractmethod
     def CountRefusal(

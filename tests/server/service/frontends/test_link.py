@@ -23,7 +23,7 @@ from camserve_server.service import status
 from camserve_server.service.call import Call
 from camserve_server.service.frontends import link_pb2, link_pb2_grpc, messages, shared_memory
 from camserve_server.service.frontends.callers import FrontEndServicer, _Slot
-from camserve_server.service.frontends.link import LinkServicer
+from camserve_server.service.frontends.link import LinkServicer, _FrontEnd
 from camserve_server.service.frontends.shared_memory import SharedMemory, Slots
 from camserve_server.service.health import Health
 from camserve_server.service.listeners import callers_server
@@ -77,19 +77,41 @@ def test_kind_of_the_image_is_kept(content: str) -> None:
 
 def test_slot_is_in_use_until_the_job_has_ended() -> None:
     async def run() -> None:
-        link = LinkServicer(Config(), None, Metrics())  # type: ignore[arg-type]  # it runs no call here
-        call, future = Call("Explain", None, "r"), Future[None]()  # type: ignore[arg-type]  # the same
-        call.job = SimpleNamespace(future=future)  # type: ignore[assignment]
-        link._readers[1, 4096] = call
-        waiting = asyncio.create_task(
-            link.WaitUntilUnused(link_pb2.WaitUntilUnusedRequest(front_end=1, offset=4096), None)
-        )
-        other = link_pb2.WaitUntilUnusedRequest(front_end=2, offset=4096)
-        await link.WaitUntilUnused(other, None)  # which nobody reads
-        assert not waiting.done()
+        link, future = LinkServicer(Config(), None, Metrics()), Future[None]()  # type: ignore[arg-type]  # it runs no call
+        front_end = _FrontEnd(None, None, None)  # type: ignore[arg-type]  # the same
+
+        def wait(number: int) -> asyncio.Task[link_pb2.WaitUntilUnusedResponse]:
+            request = link_pb2.WaitUntilUnusedRequest(front_end=1, call=number)
+            return asyncio.create_task(link.WaitUntilUnused(request, None))
+
+        await wait(7)  # no call has this number
+        with link._reading((1, 7), front_end):
+            waiting = wait(7)
+            await wait(8)
+            assert not waiting.done(), "the call may still submit a job that reads the image"
+            front_end.call = Call("Explain", None, "r")  # type: ignore[arg-type]  # the same
+            front_end.call.job = SimpleNamespace(future=future)  # type: ignore[assignment]
+        await wait(8)
+        assert not waiting.done(), "the job still reads the image"
         future.set_result(None)
         await waiting
-        assert not link._readers
+        await wait(7)
+        assert not link._unused
+
+    asyncio.run(run())
+
+
+def test_slot_is_free_if_a_call_ends_without_a_job() -> None:
+    async def run() -> None:
+        link = LinkServicer(Config(), None, Metrics())  # type: ignore[arg-type]  # it runs no call
+        request = link_pb2.WaitUntilUnusedRequest(front_end=1, call=7)
+        with pytest.raises(CamserveError), link._reading((1, 7), _FrontEnd(None, None, None)):  # type: ignore[arg-type]
+            waiting = asyncio.create_task(link.WaitUntilUnused(request, None))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            raise CamserveError("refused")
+        await waiting
+        assert not link._unused
 
     asyncio.run(run())
 
@@ -100,7 +122,7 @@ def test_slot_is_released_if_the_call_ends_before_it_is_written() -> None:
         memory = SharedMemory(file)
         slots, preprocessing = Slots(memory), Preprocessing((4, 4), (0.0,), (1.0,), "nearest")
 
-        async def unused(offset: int) -> None:
+        async def unused() -> None:
             """Return at once."""
 
         with _Slot(slots, preprocessing, unused) as slot:
