@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 
 from camserve.addresses import split_host_port
 from camserve_server.service.listeners import cannot_bind
 
 # Addresses of a name that this machine does not have, such as ::1 of localhost on a machine without IPv6.
 _NOT_HERE = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+# Front ends of a server that was killed hold the port until they notice it, some milliseconds later.
+WAIT_S, TRIES = 0.05, 20
 
 
 class SharedPort:
@@ -18,7 +21,7 @@ class SharedPort:
     The port is first bound exclusively, so that binding fails if any other server uses it. Only then SO_REUSEPORT is
     set. From then on, other sockets of the same user that also set it can bind the port: those of the front ends. A
     second server cannot, because it binds the port exclusively, too. The sockets never listen, so that they receive no
-    connections.
+    connections. A port in use is tried again for a second.
 
     Args:
         address: HOST:PORT; port 0 selects a free port.
@@ -38,7 +41,7 @@ class SharedPort:
             found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             for family, _, _, _, place in dict.fromkeys(found):
                 try:
-                    self._sockets.append(_bound(family, (place[0], int(port), *place[2:])))
+                    self._sockets.append(_bind_patiently(family, (place[0], int(port), *place[2:])))
                 except OSError as error:
                     if error.errno not in _NOT_HERE:
                         raise
@@ -56,6 +59,17 @@ class SharedPort:
         """Release the port."""
         for each in self._sockets:
             each.close()
+
+
+def _bind_patiently(family: int, place: tuple[object, ...]) -> socket.socket:
+    for _ in range(TRIES - 1):
+        try:
+            return _bound(family, place)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        time.sleep(WAIT_S)
+    return _bound(family, place)
 
 
 def _bound(family: int, place: tuple[object, ...]) -> socket.socket:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import grpc
 import pytest
 
 from camserve_server.errors import ConfigError
-from camserve_server.service.frontends.port import SharedPort
+from camserve_server.service.frontends import port as port_module
+from camserve_server.service.frontends.port import TRIES, WAIT_S, SharedPort
 from camserve_server.service.listeners import EXCLUSIVE_PORT, SHARED_PORT, bind
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that a SharedPort waits, one after the other. It does not sleep."""
+    waited: list[float] = []
+    monkeypatch.setattr(port_module, "time", SimpleNamespace(sleep=waited.append))
+    return waited
 
 
 def in_loop(work: Callable[[], None]) -> None:
@@ -52,13 +62,30 @@ def test_port_is_taken_before_any_front_end_listens() -> None:
     again.close()
 
 
-def test_port_of_another_server_is_refused() -> None:
+def test_port_of_a_server_that_was_killed_is_awaited(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as front_end:
+        address = f"127.0.0.1:{front_end.getsockname()[1]}"
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 3:
+                front_end.close()
+
+        monkeypatch.setattr(port_module, "time", SimpleNamespace(sleep=sleep))
+        port = SharedPort(address)
+        assert port.address == address
+        assert waits == [WAIT_S] * 3
+        port.close()
+
+
+def test_port_of_another_server_is_refused(waits: list[float]) -> None:
     def work() -> None:
         address = bind(grpc.aio.server(options=[EXCLUSIVE_PORT]), "listen", "127.0.0.1:0")
         with pytest.raises(ConfigError):
             SharedPort(address)
 
     in_loop(work)
+    assert waits == [WAIT_S] * (TRIES - 1)
 
 
 def test_unknown_host_is_refused() -> None:
