@@ -14,6 +14,7 @@ from camserve_server.engine.counters import BATCH_BOUNDS_S
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Job
 from camserve_server.pool_entries import State
+from camserve_server.service.frontends.supervisor import FrontEnds
 from camserve_server.service.servicer import Servicer
 
 LANE = ["model", "precision", "lane"]
@@ -25,11 +26,13 @@ class Gauges(Collector):
     Args:
         servicer: The source for calls and models.
         engine: The source for rows and batches.
+        front_ends: The source for front ends; None if callers connect to the engine's process.
     """
 
-    def __init__(self, servicer: Servicer, engine: Engine) -> None:
+    def __init__(self, servicer: Servicer, engine: Engine, front_ends: FrontEnds | None) -> None:
         self._servicer = servicer
         self._engine = engine
+        self._front_ends = front_ends
 
     def collect(self) -> Iterator[Metric]:
         """Yield all gauges. Prometheus calls it on the thread of its listener."""
@@ -46,6 +49,13 @@ class Gauges(Collector):
         yield GaugeMetricFamily(
             "camserve_draining", "1 if the server finishes running calls before it ends, else 0.", draining
         )
+        if self._front_ends is not None:
+            yield GaugeMetricFamily("camserve_frontends", "Number of front ends that run.", self._front_ends.running)
+            yield CounterMetricFamily(
+                "camserve_frontend_restarts",
+                "Number of front ends that replaced others that had ended.",
+                self._front_ends.restarts,
+            )
 
     def _queue(self) -> Iterator[Metric]:
         now, calls = time.monotonic(), [*self._servicer.running]

@@ -68,7 +68,6 @@ class Server:
         self.metrics_address = ""
         self._metrics, self._tracer = Metrics(), tracer_from_environment()
         self._servicer = Servicer(config, self.engine, self._metrics, self._tracer)
-        self._metrics.registry.register(Gauges(self._servicer, self.engine))
         self._metrics_listener: Listener | None = None
         self._health = Health()
         self._callers: OwnPort | FrontEnds = (
@@ -76,6 +75,8 @@ class Server:
             if config.frontends == 1
             else FrontEnds(config, self._servicer, self._health, self._metrics)
         )
+        front_ends = self._callers if isinstance(self._callers, FrontEnds) else None
+        self._metrics.registry.register(Gauges(self._servicer, self.engine, front_ends))
         self._probes = grpc.aio.server(options=[EXCLUSIVE_PORT])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
         self._admin = grpc.aio.server(

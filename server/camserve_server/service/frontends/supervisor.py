@@ -50,9 +50,13 @@ class FrontEnds:
         servicer: Runs the calls.
         health: The states of the services, which the front ends copy.
         metrics: Counts the calls that front ends refuse.
+
+    Attributes:
+        restarts: The number of front ends that have been started in place of others that had ended.
     """
 
     def __init__(self, config: Config, servicer: Servicer, health: Health, metrics: Metrics) -> None:
+        self.restarts = 0
         self._config = config
         self._link = LinkServicer(config, servicer, metrics)
         self._server = grpc.aio.server(interceptors=[TrustFrontEnds(config)], options=LINK)
@@ -66,6 +70,11 @@ class FrontEnds:
         self._keepers: list[asyncio.Task[None]] = []
         self._processes: set[Process] = set()
         self._ready: list[asyncio.Future[None]] = []
+
+    @property
+    def running(self) -> int:
+        """The number of front ends that run."""
+        return len(self._processes)
 
     def bind(self) -> str:
         """Bind the port for callers and the socket of the link.
@@ -166,6 +175,7 @@ class FrontEnds:
         finally:
             os.close(memory)
         self._processes.add(process)
+        self.restarts += identifier > self._config.frontends
         try:
             _tell(process, json.dumps(self._settings(identifier, memory)))
             if self._stopping.is_set():

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -110,7 +111,17 @@ def stream(stub: ExplainServiceStub, **parameters: float) -> Any:
 
 
 def test_dead_front_end_fails_its_own_calls_and_is_replaced(config: Path) -> None:
+    metrics = f"127.0.0.1:{free_port()}"
+    config.write_text(f'metrics_listen = "{metrics}"\n{config.read_text()}')
+
+    def counts() -> tuple[int, int]:
+        """Return the numbers of running front ends and of restarts that Prometheus reads."""
+        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=LIMIT_S) as answer:
+            found = dict(re.findall(r"^(camserve_frontend\w+) (\d+)", answer.read().decode(), re.MULTILINE))
+        return int(found["camserve_frontends"]), int(found["camserve_frontend_restarts_total"])
+
     with serving(config) as server, ExitStack() as stack:
+        assert counts() == (2, 0)
         before = front_ends(server)
         assert len(before) == 2
         stubs: list[ExplainServiceStub] = []
@@ -139,6 +150,7 @@ def test_dead_front_end_fails_its_own_calls_and_is_replaced(config: Path) -> Non
         assert (line["pid"], line["exit_code"]) == (victim, -signal.SIGKILL)
         cancelled = [json.loads(line) for line in server.stderr().splitlines() if '"CANCELLED"' in line]
         assert len(cancelled) == lost
+        assert counts() == (2, 1)
 
 
 def test_front_ends_ignore_signals_to_the_group(config: Path) -> None:
