@@ -45,7 +45,7 @@ class ModelConfig(ConfigTable):
         Field(
             pattern=r"^(embedded|torchvision|timm|python|onnx|huggingface|torchscript|export):.+$",
             description="embedded:efficientnet-lite0, torchvision:NAME, timm:NAME, python:package.module:factory, "
-            "onnx:FILE, huggingface:DIR_OR_NAME, torchscript:FILE or export:FILE.",
+            "onnx:FILE, huggingface:DIR, huggingface:NAME@REVISION, torchscript:FILE or export:FILE.",
         ),
     ]
     weights: Annotated[
@@ -152,9 +152,12 @@ class ModelConfig(ConfigTable):
 
     @property
     def source_file(self) -> Path | None:
-        """The file that contains the network with its weights; None for other sources."""
+        """The file of the source that contains the weights; None for other sources and for names of the Hub."""
         kind, _, name = self.source.partition(":")
-        return self.resolve(name) if kind in ("onnx", "torchscript", "export") else None
+        path = self.resolve(name)
+        if kind == "huggingface":
+            return path / "model.safetensors" if path.is_dir() else None
+        return path if kind in ("onnx", "torchscript", "export") else None
 
     @property
     def weights_file(self) -> Path | None:
@@ -172,8 +175,15 @@ class ModelConfig(ConfigTable):
             return
         key = f"models.{self.name}.weights_sha256"
         path = self.source_file or self.weights_file
+        if path is None and self.source.startswith("huggingface:"):
+            raise ConfigError(
+                f"{key}: it applies to the model.safetensors of a directory; remove the key, and pin a name of the Hub "
+                "by its commit: huggingface:NAME@COMMIT"
+            )
         if path is None:
             raise ConfigError(f"{key}: it applies to a weights file, but weights does not name an existing file")
+        if not path.is_file():
+            raise ConfigError(f"{key}: there is no file {path}, to which it applies; add the file or remove the key")
         with path.open("rb") as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
         if actual != self.weights_sha256:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from camserve_server.config import ModelConfig
-from camserve_server.errors import ConfigError
+from camserve_server.errors import ConfigError, describe
 
 log = structlog.get_logger()
 
@@ -40,8 +40,8 @@ def build_huggingface(name: str, config: ModelConfig, where: str) -> nn.Module:
     """Build an image classifier from a directory or from the Hugging Face Hub.
 
     Args:
-        name: Directory with `config.json`, `model.safetensors` and `preprocessor_config.json`, or a name of the Hub.
-            A directory is read without the network.
+        name: Directory with `config.json`, `model.safetensors` and `preprocessor_config.json`, which is read without
+            the network; or a name of the Hub, NAME or NAME@REVISION.
         config: Configuration of the model.
         where: Configuration key of the model, for errors.
 
@@ -57,8 +57,11 @@ def build_huggingface(name: str, config: ModelConfig, where: str) -> nn.Module:
     transformers: Any = importlib.import_module("transformers")  # has no complete annotations
     directory = config.resolve(name)
     local = directory.is_dir()
-    options = {"local_files_only": local, "trust_remote_code": False}
-    path = str(directory) if local else name
+    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    path = str(directory)
+    if not local:
+        path, _, revision = name.partition("@")
+        options["revision"] = revision or "main"
     transformers.utils.logging.disable_progress_bar()
     module, report = _load_network(transformers, path, options, name, where)
     missing = sorted({*report["missing_keys"], *(str(each[0]) for each in report["mismatched_keys"])})
@@ -107,8 +110,8 @@ def _load_network(
         pickles = isinstance(error, OSError) and "safetensors" in str(error)
         hint = "; expected model.safetensors, because pickles are not read: save it with save_pretrained"
         raise ConfigError(
-            f"{where}.source: {name} cannot be loaded as an image classifier of Hugging Face: {type(error).__name__}: "
-            f"{_first_line(error)}{hint if pickles else ''}"
+            f"{where}.source: {name} cannot be loaded as an image classifier of Hugging Face: "
+            f"{describe(error)}{hint if pickles else ''}"
         ) from error
     return module, report
 
@@ -118,7 +121,7 @@ def _load_processor(transformers: Any, path: str, options: dict[str, Any], name:
         processor: Mapping[str, Any] = transformers.AutoImageProcessor.from_pretrained(path, **options).to_dict()
     except Exception as error:
         raise ConfigError(
-            f"{where}.source: {name} has no image processor: {type(error).__name__}: {_first_line(error)}; add "
+            f"{where}.source: {name} has no image processor: {describe(error)}; add "
             "preprocessor_config.json, or set input_size, mean, std and interpolation"
         ) from error
     return processor
@@ -181,7 +184,3 @@ class _FlipChannels:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the image with its channels in reverse order."""
         return (args[0].flip(1), *args[1:])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:300]

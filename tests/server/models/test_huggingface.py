@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from camserve_server.models.model import Model
 from camserve_server.torch_setup import torchvision_ops  # noqa: F401  (transformers imports torchvision)
 from tests.support import call, explained, noise
 
+import huggingface_hub  # isort: skip
 import transformers  # isort: skip
 from transformers import (  # isort: skip
     ConvNextConfig,
@@ -157,13 +159,54 @@ def test_preprocessing_computes_the_same_as_the_processor(kind: str, change: dic
     np.testing.assert_allclose(theirs["pixel_values"][0], flipped, rtol=1e-5, atol=1e-5)
 
 
+def cached(cache: Path, name: str, revision: str, network: Any) -> str:
+    """Write a revision of a network to a cache of the Hub, and return its commit."""
+    commit = hashlib.sha1(revision.encode()).hexdigest()
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / revision).write_text(commit)
+    saved(folder / "snapshots" / commit, network)
+    return commit
+
+
+def test_name_of_the_hub_is_read_at_its_revision(resnet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    old = ResNetForImageClassification(ResNetConfig(**RESNET, id2label={0: "old", 1: "older"}))
+    commit = cached(tmp_path, "lab/net", "v1", old)
+    cached(tmp_path, "lab/net", "main", resnet)
+    for name, labels in (
+        ("lab/net", ("cat", "dog", "bird")),
+        ("lab/net@main", ("cat", "dog", "bird")),
+        ("lab/net@v1", ("old", "older")),
+        (f"lab/net@{commit}", ("old", "older")),
+    ):
+        source = f"huggingface:{name}"
+        assert load(ModelConfig(name="m", source=source), torch.device("cpu")).labels == labels
+    with pytest.raises(ConfigError, match=r"models.m.source: lab/net@v2 cannot be loaded"):
+        load(ModelConfig(name="m", source="huggingface:lab/net@v2"), torch.device("cpu"))
+
+
+def test_digest_pins_the_weights_of_a_directory(resnet: Any, tmp_path: Path) -> None:
+    folder = saved(tmp_path, resnet)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert load_folder(folder, weights_sha256=digest).labels == ("cat", "dog", "bird")
+    refused(folder, "models.m.weights_sha256: expected 0000.* its sha256 is", weights_sha256=64 * "0")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    refused(folder, "weights_sha256: there is no file .*model.safetensors", weights_sha256=digest)
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-def refused(folder: Path, message: str) -> None:
+def refused(folder: Path, message: str, **keys: Any) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        load_folder(folder)
+        load_folder(folder, **keys)
     assert "\n" not in str(caught.value)
+
+
+def test_digest_does_not_pin_a_name_of_the_hub() -> None:
+    refused(Path("lab/net"), "weights_sha256: .* pin a name of the Hub by its commit", weights_sha256=64 * "0")
 
 
 def test_pickles_are_refused(resnet: Any, tmp_path: Path) -> None:
