@@ -153,8 +153,8 @@ class ConfigError(Exception):
 
 
 def describe(error: Exception) -> str:
-    """Return the type and the first line of an error. Assertions often have no text."""
-    text = str(error).strip().partition("\n")[0]
+    """Return the type and the first line of an error, at most 300 characters. Assertions often have no text."""
+    text = str(error).strip().partition("\n")[0][:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 # timm moved the class from one module to the other. A subclass may compute something else, so the type must match.
 _TIMM = {("timm.layers.attention", "Attention"), ("timm.models.vision_transformer", "Attention")}
 
@@ -71,7 +71,7 @@ def is_supported(module: nn.Module) -> bool:
 
 def attention_kinds(module: nn.Module) -> list[str]:
     """Return the class names of the attention modules in a network, supported or not."""
-    return sorted({type(each).__name__ for each in module.modules() if _ATTENTION.search(type(each).__name__)})
+    return sorted({type(each).__name__ for each in module.modules() if ATTENTION.search(type(each).__name__)})
 
 
 def _timm(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -199,5 +199,5 @@ def _remove(
     module.forward = types.MethodType(_forward_without_final, module)
     if gives_logits():
         return True
-    del module.__dict__["forward"]
+    del module.__dict__["forward"], module.__dict__["_camserve_final_call"]
     return False

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from camserve_server.config import ModelConfig
-from camserve_server.errors import ConfigError
+from camserve_server.errors import ConfigError, describe
 from camserve_server.models.factories import Scripted
 
 
@@ -61,7 +61,6 @@ def build_program(path: Path, config: ModelConfig, where: str) -> nn.Module:
             return module
     except Exception as error:
         saved = "torch.jit.save" if kind == "torchscript" else "torch.export.save"
-        message = (str(error).strip().splitlines() or ["no message"])[0][:300]
         raise ConfigError(
-            f"{where}.source: {path} cannot be loaded: {type(error).__name__}: {message}; expected a file of {saved}"
+            f"{where}.source: {path} cannot be loaded: {describe(error)}; expected a file of {saved}"
         ) from error

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from camserve_server.models.attention import attention_with_output, is_supported
+from camserve_server.models.attention import ATTENTION, attention_with_output, is_supported
 from camserve_server.models.layers import modules_with_hooks
 
-_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 _ATTENTION_NAME = re.compile(r"(^|\.)(self_?)?(attention|attn)$", re.IGNORECASE)
 _ACTIVATION = re.compile(r"(elu|silu|swish|mish|tanh|softplus)(6|me|activation)?$", re.IGNORECASE)
 
@@ -233,7 +232,7 @@ def _attention_modules(module: nn.Module) -> set[str]:
     names = [
         name
         for name, m in module.named_modules()
-        if _ATTENTION_NAME.search(name) or any(_ATTENTION.search(kind.__name__) for kind in type(m).__mro__)
+        if _ATTENTION_NAME.search(name) or any(ATTENTION.search(kind.__name__) for kind in type(m).__mro__)
     ]
     return {name for name in names if name and not any(inner.startswith(f"{name}.") for inner in names)}
 
