@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import trustme
 
 from camserve_dicom.gateway.config import Config
 from camserve_server.service.server import Server
-from tests.dicom.gateways import RULE, Spooled, config, opened
+from tests.dicom.gateways import RULE, UNREACHABLE_SERVER, Spooled, config, opened
 from tests.dicom.pacs import Pacs, image, send, wait_until
+from tests.processes import LIMIT_S
 
 pytestmark = [
     pytest.mark.usefixtures("broken_associations"),
@@ -75,6 +76,24 @@ def test_tls_of_listener_and_pacs(tmp_path: Path, tiny: Server, ca: trustme.CA) 
     finally:
         pacs.down()
     assert len(pacs.objects_by_uid) == 1
+
+
+@pytest.mark.usefixtures("broken_associations")
+def test_tls_connections_without_an_association(tmp_path: Path, tiny: Server, pacs: Pacs, ca: trustme.CA) -> None:
+    """Peers that close, send no TLS, or are silent after the handshake do not block the gateway."""
+    mutual = context(ca, ssl.PROTOCOL_TLS_CLIENT)
+    given = config(tmp_path, tiny, pacs, tls=tls_files(ca, tmp_path), max_associations=1, server=UNREACHABLE_SERVER)
+    with opened(given, pacs) as running, ExitStack() as stack:
+        host, _, port = running.address.partition(":")
+        for number in range(12):
+            connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=LIMIT_S))
+            if number % 4 == 0:
+                connection.close()
+            elif number % 4 == 1:
+                connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            elif number % 4 == 2:
+                stack.enter_context(mutual.wrap_socket(connection, server_hostname="127.0.0.1"))
+        assert send(running.address, image(), tls=(mutual, "127.0.0.1")) == [0]
 
 
 class Web:

@@ -11,14 +11,15 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from camserve.addresses import split_host_port
 from camserve_dicom.gateway.config import ConfigError
+from camserve_dicom.gateway.listener import Listener
 from camserve_dicom.gateway.spool import Spool, Stage
 
-__all__ = ["Monitor", "MonitorRequestHandler", "SpoolCollector"]
+__all__ = ["AssociationCollector", "Monitor", "MonitorRequestHandler", "SpoolCollector"]
 
 
 class SpoolCollector(Collector):
@@ -43,8 +44,41 @@ class SpoolCollector(Collector):
         )
 
 
+class AssociationCollector(Collector):
+    """Prometheus metrics of the listener.
+
+    Args:
+        listener: Returns the listener, or None before it is open.
+    """
+
+    def __init__(self, listener: Callable[[], Listener | None]) -> None:
+        self._listener = listener
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the number of established associations, their limit, and the number of rejected ones."""
+        listener = self._listener()
+        if listener is None:
+            return
+        yield GaugeMetricFamily(
+            "camserve_gateway_associations", "Established associations.", listener.established_associations
+        )
+        yield GaugeMetricFamily(
+            "camserve_gateway_max_associations",
+            "Maximum of established associations.",
+            listener.max_associations,
+        )
+        yield CounterMetricFamily(
+            "camserve_gateway_rejected_associations",
+            "Associations that were rejected because of the maximum.",
+            listener.rejected_associations,
+        )
+
+
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore a peer that closed its connection early; the default would print a traceback."""
 
 
 class MonitorRequestHandler(WSGIRequestHandler):

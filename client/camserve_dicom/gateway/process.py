@@ -16,7 +16,7 @@ from camserve.errors import InvalidArgument
 from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config, ConfigError, ServerConfig
 from camserve_dicom.gateway.logs import log_to_stderr
-from camserve_dicom.gateway.monitor import Monitor, SpoolCollector
+from camserve_dicom.gateway.monitor import AssociationCollector, Monitor, SpoolCollector
 from camserve_dicom.gateway.pacs import DimsePacs, Pacs, StowPacs
 from camserve_dicom.gateway.receiver import Receiver
 from camserve_dicom.gateway.spool import Spool, Stage
@@ -93,7 +93,8 @@ class Gateway:
         if config.pacs.requests_commitment:
             self._workers.append(StageWorkers(self._spool, Stage.stored, commitment, self._audit))
         self._monitor: Monitor | None = None
-        for collector in (SpoolCollector(self._spool), ProcessCollector(registry=None)):
+        associations = AssociationCollector(lambda: self._receiver.listener)
+        for collector in (SpoolCollector(self._spool), associations, ProcessCollector(registry=None)):
             self._registry.register(collector)
 
     def open(self) -> str:
@@ -150,6 +151,8 @@ class Gateway:
             problems.append("the spool's disk has less free space than min_free_bytes")
         if self._spool.count(Stage.inbox) >= self._config.max_waiting:
             problems.append("too many objects wait")
+        if self._receiver.listener is not None and self._receiver.listener.is_saturated:
+            problems.append("max_associations associations are open")
         if not all(thread.is_alive() for workers in self._workers for thread in workers.threads):
             problems.append("a thread has ended")
         return problems

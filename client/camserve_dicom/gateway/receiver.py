@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+import threading
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -39,6 +41,7 @@ from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # typ
 from camserve.addresses import split_host_port
 from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config, ConfigError
+from camserve_dicom.gateway.listener import REQUEST_TIMEOUT_S, Listener
 from camserve_dicom.gateway.spool import Spool, Stage
 
 __all__ = ["Receiver", "modality_and_body_part"]
@@ -102,6 +105,9 @@ class Receiver:
         handle_report: Processes a commitment report. It is called with the Transaction UID, the SOP Instance UIDs that
             the PACS is committed to, and failure reasons by SOP Instance UID. It returns False for an unknown
             transaction.
+
+    Attributes:
+        listener: The listener between `open` and `close`, otherwise None.
     """
 
     def __init__(
@@ -117,13 +123,16 @@ class Receiver:
         self._ae.require_called_aet = True
         # The PACS reports commitments even if it may not send images.
         self._ae.require_calling_aet = sorted({*config.callers, *config.pacs.commitment_ae_titles})
-        self._ae.maximum_associations = config.max_associations
-        self._ae.network_timeout = self._ae.acse_timeout = self._ae.dimse_timeout = config.idle_s
+        # The listener limits associations. pynetdicom would also count connections that have not requested one.
+        self._ae.maximum_associations = sys.maxsize
+        self._ae.network_timeout = self._ae.dimse_timeout = config.idle_s
+        self._ae.acse_timeout = REQUEST_TIMEOUT_S
         self._ae.supported_contexts = AllStoragePresentationContexts
         for context in self._ae.supported_contexts:
             context.transfer_syntax = _TRANSFER_SYNTAXES  # type: ignore[assignment]
         self._ae.add_supported_context(Verification)
         self._ae.add_supported_context(StorageCommitmentPushModel, scu_role=True, scp_role=True)
+        self.listener: Listener | None = None
 
     def open(self) -> str:
         """Start to listen.
@@ -143,9 +152,10 @@ class Receiver:
             (evt.EVT_N_EVENT_REPORT, self.commitment_report),
         ]
         try:
-            listener = self._ae.start_server(
+            listener = Listener(
+                self._ae,
                 (host, int(port)),
-                block=False,
+                self._config.max_associations,
                 ssl_context=self._config.tls.server_context() if self._config.tls else None,
                 evt_handlers=handlers,
             )
@@ -154,11 +164,15 @@ class Receiver:
                 f"listen: cannot bind {self._config.listen}; choose a free address of this machine, or stop the "
                 "process that uses it"
             ) from error
-        assert listener is not None and listener.socket is not None
+        self.listener = listener
+        threading.Thread(target=listener.serve_forever, name="listener", daemon=True).start()
+        assert listener.socket is not None
         return f"{self._config.listen.rpartition(':')[0]}:{listener.socket.getsockname()[1]}"
 
     def close(self) -> None:
         """Stop listening and abort all associations. A sender without a response must send its object again."""
+        if self.listener is not None:
+            self.listener.shutdown()
         self._ae.shutdown()
 
     # ---- event handlers, each on the thread of its association ------------------------------------------------------
