@@ -18,6 +18,7 @@ from pydicom.uid import UID
 from camserve.answers import Explanation
 from camserve.errors import InvalidArgument
 from camserve.version import __version__
+from camserve_dicom.contrast import is_constant, saturation_warnings
 from camserve_dicom.reading import RenderedImage
 
 __all__ = ["DEFAULT_CHECK", "IMPLEMENTATION_UID", "NO_DATE", "Derivation", "check_metrics"]
@@ -29,6 +30,10 @@ _COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": ope
 _DATES = ("ContentDate", "AcquisitionDate", "SeriesDate", "StudyDate")
 # Derivation Description holds 1024 characters. This limit leaves room for the rest of the text.
 _MAX_LABEL_LENGTH = 200
+# Validators refuse dates of earlier years, which come from de-identification. strftime writes them with fewer digits.
+_MIN_YEAR = 1000
+# The beginning of the server's warning about an image with little contrast.
+_CONSTANT = "nearly constant image"
 # The date of attributes that must not be empty, if the image has no date. It is recognisable as a placeholder.
 NO_DATE = datetime(1900, 1, 1)
 
@@ -90,14 +95,21 @@ class Derivation:
             date = re.sub(r"\D", "", str(self.image.source.get(name) or ""))
             time = re.sub(r"[^\d].*", "", str(self.image.source.get(name.replace("Date", "Time")) or ""))
             try:
-                return datetime.strptime(date + time[:6].ljust(6, "0"), "%Y%m%d%H%M%S")
+                found = datetime.strptime(date + time[:6].ljust(6, "0"), "%Y%m%d%H%M%S")
             except ValueError:
                 continue
+            if found.year >= _MIN_YEAR:
+                return found
         return None
 
     @cached_property
     def withheld(self) -> str:
-        """The reason why only a report is made: the check that failed. Empty if it passed, or without a check."""
+        """The reason why only a report is made: a constant image, or the check that failed; otherwise empty."""
+        if is_constant(self.image.pixels):
+            return (
+                "The image is constant: all pixels that the model got have the same value, so there is nothing that a "
+                "map could show; check its window and the number of the frame"
+            )
         if self.check is None:
             return ""
         left, comparison, right = _parse_check(self.check)
@@ -113,6 +125,17 @@ class Derivation:
             f"The faithfulness check {left} {comparison} {right} failed ({values[0]:.4g} and {values[1]:.4g}): "
             "the map does not show what the model relies on"
         )
+
+    @cached_property
+    def image_warnings(self) -> tuple[str, ...]:
+        """Warnings about the pixels that the model got, among them those of the server."""
+        constant = [each for each in self.explanation.warnings if each.startswith(_CONSTANT)]
+        return (*saturation_warnings(self.image.pixels), *constant)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings about the pixels, and further ones of the server."""
+        return tuple(dict.fromkeys([*self.image_warnings, *self.explanation.warnings]))
 
     @property
     def frame_number(self) -> int | None:

@@ -50,13 +50,15 @@ class DicomExplanation:
         explanation: The server's response: map, scores, target and receipt.
         image: The rendered image that was explained.
         objects: Result objects by kind, see `camserve_dicom.KINDS`.
-        withheld: The reason why only a report was made; empty if the check passed.
+        withheld: The reason why only a report was made: a constant image, or a failed check. Otherwise empty.
+        warnings: Warnings about the image, such as saturated pixels, and those of the server.
     """
 
     explanation: Explanation
     image: RenderedImage
     objects: dict[str, Dataset] = field(repr=False)
     withheld: str
+    warnings: tuple[str, ...] = ()
 
     def save(self, folder: str | PathLike[str], stem: str | None = None) -> list[Path]:
         """Write each object to the file STEM.KIND.dcm. Existing files are replaced.
@@ -104,7 +106,8 @@ class PreparedRequest:
             check=self.check,
             metrics=metrics if any(metrics.values()) else None,
         )
-        return DicomExplanation(explanation, self.image, made, Derivation(explanation, self.image, self.check).withheld)
+        derivation = Derivation(explanation, self.image, self.check)
+        return DicomExplanation(explanation, self.image, made, derivation.withheld, derivation.warnings)
 
 
 def prepare(
@@ -167,8 +170,8 @@ def explain(
         target: The class to explain, as for `Client.explain`. The default is the predicted class.
         metrics: Metrics that score the map, with parameters if it is a mapping. All scores are in the report.
         parameters: Parameters of the method, as for `Client.explain`.
-        check: A comparison of two metrics, or of a metric and a number, such as "insertion>deletion". If it fails, only
-            a report is made, which gives the reason. None disables the check.
+        check: A comparison of two metrics, or of a metric and a number, such as "insertion>deletion". If it fails, or
+            if the image is constant, only a report is made, which gives the reason. None disables the check.
         window: (centre, width) of the grey levels, as for `read`.
         regions: What to do with an image that has ultrasound regions, as for `read`.
         burned_in: What to do with an image that has burned-in text, as for `read`.

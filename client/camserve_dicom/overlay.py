@@ -57,6 +57,7 @@ def _legend(derivation: Derivation, width: int, size: int) -> PIL.Image.Image:
     index = f" (class {explanation.target.index})" if explanation.target.label else ""
     lines = [
         (WARNING, _YELLOW),
+        *((f"WARNING: {each}", _YELLOW) for each in derivation.image_warnings),
         (f"{_drawable(derivation.label)}{index}, {probability}", _WHITE),
         (f"{explanation.receipt.method} of {explanation.receipt.model}", _GREY),
         ("Colour shows what influenced the model, not where disease is.", _GREY),

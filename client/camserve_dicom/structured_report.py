@@ -143,7 +143,7 @@ def _comments(derivation: Derivation) -> sr.ContainerContentItem:
     texts = [
         WARNING,
         *([f"The overlay is withheld. {derivation.withheld}"] if derivation.withheld else []),
-        *derivation.explanation.warnings,
+        *derivation.warnings,
         "A map shows what influenced the model, not where disease is.",
     ]
     item = sr.ContainerContentItem(_QUALITATIVE, relationship_type=sr.RelationshipTypeValues.CONTAINS)

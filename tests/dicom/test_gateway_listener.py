@@ -156,7 +156,9 @@ def test_saturation_is_reported(gateway: OpenGateway, log: LogLines) -> None:
         assert second.is_established
         third = associate(running)
         assert third.is_rejected
-        assert third.acceptor.primitive.result == 2, "transient"
+        response = third.acceptor.primitive
+        assert response is not None
+        assert response.result == 2, "transient"
         status, body = request(running, "/health")
         assert (status, json.loads(body)["wrong"]) == (503, ["max_associations associations are open"])
         metrics = request(running, "/metrics")[1]

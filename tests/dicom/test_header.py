@@ -208,6 +208,26 @@ def test_image_without_a_date_gives_only_required_dates(tmp_path: Path) -> None:
         assert errors(each, tmp_path) == [], kind
 
 
+@needs_dciodvfy
+@pytest.mark.parametrize("date", ["00010101", "09991231"])
+def test_years_below_1000_are_not_written(date: str, tmp_path: Path) -> None:
+    """Results copy Study Date, and have no other date of such a year."""
+    plain, dated = (
+        make_objects(image(ramp(40, 60), StudyTime=None, **attributes))
+        for attributes in ({"StudyDate": None}, {"StudyDate": date})
+    )
+    for kind in KINDS:
+        dated[kind].StudyDate = None
+        assert errors(dated[kind], tmp_path) == [], kind
+        for name in ("SeriesDate", "ContentDate", "InstanceCreationDate", "PresentationCreationDate"):
+            assert dated[kind].get(name) == plain[kind].get(name), name
+
+
+def test_a_later_date_replaces_a_year_below_1000() -> None:
+    objects = make_objects(image(ramp(40, 60), AcquisitionDate="00010101", SeriesDate="20200304", SeriesTime="0102"))
+    assert {each.ContentDate for kind, each in objects.items() if kind not in ("gsps",)} == {"20200304"}
+
+
 def test_lossy_compression_is_declared() -> None:
     source = pydicom.dcmread(stored("SC_rgb_jpeg_dcmtk.dcm"))
     for name in ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"):

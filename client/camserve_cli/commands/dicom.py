@@ -160,6 +160,9 @@ def explain(
                 withheld = "yes" if result.withheld else ""
                 table.add_row(file.name, str(predicted), f"{predicted.probability:.3f}", names, withheld)
                 warn(file, result.explanation)
+                for warning in result.warnings:
+                    if warning not in result.explanation.warnings:
+                        typer.echo(f"warning: {file}: {warning}", err=True)
                 if result.withheld:
                     typer.echo(f"warning: {file}: {result.withheld}", err=True)
     if table.row_count:
@@ -197,7 +200,7 @@ def _record(file: Path, written: Sequence[Path], result: DicomExplanation) -> di
         "objects": [str(path) for path in written],
         "target": asdict(explanation.target),
         "scores": explanation.scores,
-        "warnings": explanation.warnings,
+        "warnings": result.warnings,
         "withheld": result.withheld,
         "receipt": asdict(explanation.receipt),
     }

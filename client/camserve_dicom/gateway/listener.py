@@ -147,8 +147,9 @@ class Listener(ThreadedAssociationServer):
                 self._associations.append(association)
                 return
             self.rejected_associations += 1
+        request = association.requestor.primitive
         # An unknown peer may send any bytes as its title.
-        peer = ascii(str(association.requestor.primitive.calling_ae_title).strip())
+        peer = ascii(request.calling_ae_title.strip()) if request else ""
         log.warning("association rejected", peer=peer, reason="max_associations is reached")
         association.acse.send_reject(*LOCAL_LIMIT_EXCEEDED)
         association.kill()  # waits until the response is sent
@@ -160,7 +161,8 @@ class Listener(ThreadedAssociationServer):
         if transport is not None and transport.socket is not None:
             self._forget(transport.socket)
         if association.requestor.primitive is None:
-            association.dul.to_user_queue.put(None)  # as if the time for the request had passed
+            # The thread then ends as if the time for the request had passed.
+            association.dul.to_user_queue.put(None)  # type: ignore[arg-type]
 
 
 def _shut_down(connection: socket.socket) -> None:

@@ -114,6 +114,8 @@ class ExplanationStep:
             input_digest=made.explanation.receipt.input_digest,
             method=made.explanation.receipt.method,
             seconds=seconds,
+            **({"reason": made.withheld} if made.withheld else {}),
+            **({"warnings": made.warnings} if made.warnings else {}),
         )
         (entry / BEGUN).unlink()
         self._spool.move(entry, Stage.outbox)
