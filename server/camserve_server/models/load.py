@@ -123,7 +123,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         binary=structure.classes == 1,
         channels_last=prepared.channels_last,
         one_row=prepared.one_row,
-        warnings=(*prepared.warnings, *warnings),
+        warnings=(*getattr(module, "own_warnings", ()), *prepared.warnings, *warnings),
         gap=structure.gap,
         attention=structure.attention,
         attention_prefix=structure.attention_prefix,

@@ -1,11 +1,11 @@
-"""Networks from ONNX files, converted to torch so that gradients and all layers are available."""
+"""Networks from ONNX files: converted to torch if possible, because ONNX Runtime has no gradients and few layers."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError
 from camserve_server.models.onnx_graphs import convert, keep_output, prepare_graph, remove_head
+from camserve_server.models.onnx_runtime import OnnxRuntimeNetwork, Session, Signature, in_segments
 
 log = structlog.get_logger()
 
@@ -49,7 +50,7 @@ def check_onnx(path: Path, where: str) -> None:
 
 
 def build_onnx(path: Path, config: ModelConfig, where: str) -> nn.Module:
-    """Convert an ONNX file to a torch network, and compare both.
+    """Convert an ONNX file to a torch network, or run it in ONNX Runtime if the conversion is impossible or wrong.
 
     A final softmax, log-softmax or sigmoid is removed, so that the network returns logits.
 
@@ -60,10 +61,10 @@ def build_onnx(path: Path, config: ModelConfig, where: str) -> nn.Module:
 
     Returns:
         The network, [N, C, H, W] → logits [N, classes]. Its attribute `config_defaults` contains the input size and the
-        head that the file defines.
+        head that the file defines, and `own_warnings` the reason if ONNX Runtime runs it.
 
     Raises:
-        ConfigError: The file cannot be read or converted, or the converted network computes other logits.
+        ConfigError: The file cannot be read, or it is no image classifier that ONNX Runtime runs.
     """
     from camserve_server.torch_setup import torchvision_ops  # noqa: F401  (onnx2pytorch imports torchvision)
 
@@ -85,58 +86,87 @@ def build_onnx(path: Path, config: ModelConfig, where: str) -> nn.Module:
         raise ConfigError(
             f"{where}.source: {path} cannot be read as ONNX: {type(error).__name__}: {_first_line(error)}"
         ) from error
-    quantised = sorted({node.op_type for node in model.graph.node} & _QUANTISED)
-    if quantised:
-        raise ConfigError(
-            f"{where}.source: the activations of the ONNX file are quantised ({', '.join(quantised)}), so its layers "
-            "are integers without gradients; use the file from before the quantisation"
-        )
     signature = _signature(model.graph, config, where)
     rows = np.random.default_rng(0).standard_normal((2, signature.channels, *signature.size)).astype(np.float32)
-    reference = _Reference(model, signature, where)
-    outputs = reference.run(rows)
+    outputs = _reference(model, signature, rows, where)
     output = _only_logits(outputs, len(rows), where)
     keep_output(model.graph, output)
     removed = "" if config.head == "probabilities" else remove_head(model.graph)
+    if removed:  # probabilities near 0 and 1 would hide differences between logits
+        outputs, output = _reference(model, signature, rows, where), model.graph.output[0].name
+    expected = outputs[output].reshape(len(rows), -1)
     try:
-        prepare_graph(model, signature.batch)
-        network = convert(model, signature.layout)
-    except Exception as error:
-        operators = ", ".join(sorted({node.op_type for node in model.graph.node}))
-        raise ConfigError(
-            f"{where}.source: onnx2pytorch cannot convert the file: {type(error).__name__}: {_first_line(error)}; its "
-            f"operators are {operators}; export the network with other operators, or serve its torch code with python:"
-        ) from error
+        network = _convert(copy.deepcopy(model), signature, rows, expected)
+        event = "converted from ONNX"
+    except _Unsuitable as reason:
+        network = _run_in_onnx_runtime(model, signature, rows, expected, config, str(reason), where)
+        event = "runs in ONNX Runtime"
     defaults: dict[str, Any] = {"input_size": signature.size}
     if removed == "Sigmoid":
         defaults["head"] = "sigmoid"
     if signature.channels == 1:
         defaults |= {"mean": (0.5,), "std": (0.5,)}
     network.config_defaults = defaults  # type: ignore[assignment]  # torch declares tensors and modules only
-    _compare(network, rows, outputs[output].reshape(len(rows), -1), removed, signature, where)
-    log.info("converted from ONNX", model=config.name, layout=signature.layout, removed=removed or "nothing")
+    log.info(event, model=config.name, layout=signature.layout, removed=removed or "nothing")
+    return network
+
+
+class _Unsuitable(Exception):
+    """A network does not compute what the file does. The text is the end of a sentence."""
+
+
+def _convert(model: Any, signature: Signature, rows: NDArray[np.float32], expected: NDArray[np.float32]) -> nn.Module:
+    """Convert the model, which is changed, to torch, or raise _Unsuitable."""
+    quantised = sorted({node.op_type for node in model.graph.node} & _QUANTISED)
+    if quantised:
+        raise _Unsuitable(f"its activations are quantised ({', '.join(quantised)})")
+    try:
+        prepare_graph(model, signature.batch)
+        network = convert(model, signature.layout)
+    except Exception as error:  # onnx2pytorch raises many kinds
+        raise _Unsuitable(f"onnx2pytorch cannot convert it ({type(error).__name__}: {_first_line(error)})") from error
+    _compare(network, rows, expected, "the converted network")
+    return network
+
+
+def _run_in_onnx_runtime(
+    model: Any,
+    signature: Signature,
+    rows: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    config: ModelConfig,
+    reason: str,
+    where: str,
+) -> nn.Module:
+    """Return a network that ONNX Runtime runs, because of the reason: in segments if they give the same logits."""
+    if set(config.precision) != {"fp32"}:
+        raise ConfigError(
+            f"{where}.precision: the file runs in ONNX Runtime in fp32 only, because {reason}; "
+            'set precision = "fp32" or leave the key out'
+        )
+    wanted = {name for name in (config.layer, *(config.layers or ())) if name}
+    warning = f"the file runs in ONNX Runtime, because {reason}; methods that need gradients are not available"
+    try:
+        network = in_segments(model, signature, rows, wanted)
+        _compare(network, rows, expected, "the network in segments")
+    except Exception as error:  # ONNX Runtime raises many kinds
+        why = str(error) if isinstance(error, _Unsuitable) else f"{type(error).__name__}: {_first_line(error)}"
+        warning += f", and it has no layers, because it cannot be divided into segments ({why})"
+        network = OnnxRuntimeNetwork([model], [], signature, model.graph.SerializeToString())
+        try:
+            _compare(network, rows, expected, "the network")
+        except _Unsuitable as last:
+            raise ConfigError(
+                f"{where}.source: {last}; export the network again, or serve its torch code with python:"
+            ) from last
+    network.own_warnings = (warning,)  # type: ignore[assignment]  # torch declares tensors and modules only
     return network
 
 
 # ---- input and output ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Signature:
-    """Input of an ONNX graph. `batch` is the number of rows that the file fixes; 0 if it accepts any number."""
-
-    name: str
-    layout: Literal["NCHW", "NHWC"]
-    channels: int
-    size: tuple[int, int]
-    batch: int
-
-    def as_input(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return rows [N, C, H, W] in the layout of the file."""
-        return rows if self.layout == "NCHW" else np.ascontiguousarray(rows.transpose(0, 2, 3, 1))
-
-
-def _signature(graph: Any, config: ModelConfig, where: str) -> _Signature:
+def _signature(graph: Any, config: ModelConfig, where: str) -> Signature:
     constants = {each.name for each in graph.initializer}
     inputs = [each for each in graph.input if each.name not in constants]
     described = ", ".join(f"{each.name} {_describe(each.type.tensor_type)}" for each in inputs)
@@ -158,7 +188,7 @@ def _signature(graph: Any, config: ModelConfig, where: str) -> _Signature:
                 f"{wanted[0]}x{wanted[1]}; remove the key, or export the network for this size"
             )
     size = (height or config.input_size[0], width or config.input_size[1])
-    return _Signature(inputs[0].name, layout, channels, size, batch)
+    return Signature(inputs[0].name, layout, channels, size, batch)
 
 
 def _describe(kind: Any) -> str:
@@ -169,44 +199,24 @@ def _describe(kind: Any) -> str:
     return f"{names.get(kind.elem_type, 'undefined')} [{dims}]"
 
 
-class _Reference:
-    """ONNX Runtime, which runs the file as it is.
-
-    Args:
-        model: The file before any change.
-        signature: Its input.
-        where: Configuration key of the model, for errors.
-    """
-
-    def __init__(self, model: Any, signature: _Signature, where: str) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors are raised, too
-        options.intra_op_num_threads = torch.get_num_threads()
-        self._signature = signature
-        self._where = where
-        try:
-            self._session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-        except Exception as error:  # a file above 2 GiB, or an operator that ONNX Runtime does not have
-            raise ConfigError(
-                f"{where}.source: ONNX Runtime cannot load the file: {type(error).__name__}: {_first_line(error)}"
-            ) from error
-
-    def run(self, rows: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """Return the outputs for rows [N, C, H, W], which run one at a time."""
-        names = [each.name for each in self._session.get_outputs()]
-        results = []
-        for row in rows:
-            batch = np.repeat(row[None], self._signature.batch or 1, axis=0)
-            try:
-                results.append(self._session.run(names, {self._signature.name: self._signature.as_input(batch)}))
-            except Exception as error:
-                raise ConfigError(
-                    f"{self._where}.input_size: the ONNX file does not run on an input of {[*batch.shape]}: "
-                    f"{_first_line(error)}"
-                ) from error
-        return {name: np.stack([each[i][0] for each in results]) for i, name in enumerate(names)}
+def _reference(
+    model: Any, signature: Signature, rows: NDArray[np.float32], where: str
+) -> dict[str, NDArray[np.float32]]:
+    """Return the outputs of ONNX Runtime for rows [N, C, H, W], which run one at a time."""
+    try:
+        session = Session(model, signature.batch)
+    except Exception as error:  # a file above 2 GiB, or an operator that ONNX Runtime does not have
+        raise ConfigError(
+            f"{where}.source: ONNX Runtime cannot load the file: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    try:
+        results = [session.run(signature.as_input(row[None])) for row in rows]
+    except Exception as error:
+        shape = [signature.batch or 1, *rows.shape[1:]]
+        raise ConfigError(
+            f"{where}.input_size: the ONNX file does not run on an input of {shape}: {_first_line(error)}"
+        ) from error
+    return {name: np.concatenate([each[name] for each in results]) for name in session.names}
 
 
 def _only_logits(outputs: Mapping[str, NDArray[np.float32]], rows: int, where: str) -> str:
@@ -228,32 +238,17 @@ def _only_logits(outputs: Mapping[str, NDArray[np.float32]], rows: int, where: s
 # ---- comparison ------------------------------------------------------------------------------------------------------
 
 
-def _compare(
-    network: nn.Module,
-    rows: NDArray[np.float32],
-    expected: NDArray[np.float32],
-    removed: str,
-    signature: _Signature,
-    where: str,
-) -> None:
-    """Raise ConfigError if the converted network and ONNX Runtime, `expected` [N, classes], differ for a row alone."""
-    heads = {"Softmax": torch.softmax, "LogSoftmax": torch.log_softmax}
-    x = torch.from_numpy(rows)
+def _compare(network: nn.Module, rows: NDArray[np.float32], expected: NDArray[np.float32], what: str) -> None:
+    """Raise _Unsuitable if the logits of the network for each row alone are not the expected ones [N, classes]."""
     try:
-        values = torch.cat([_run(network, row[None]) for row in x])
+        values = torch.cat([_run(network, row[None]) for row in torch.from_numpy(rows)]).numpy()
     except Exception as error:
-        fixed = f"; the file fixes the number of images to {signature.batch}" if signature.batch > 1 else ""
-        raise ConfigError(
-            f"{where}.source: the converted network does not run: {type(error).__name__}: {_first_line(error)}{fixed}; "
-            "export it with a dynamic batch axis and other operators, or serve its torch code with python:"
-        ) from error
-    values = heads[removed](values, -1) if removed in heads else values.sigmoid() if removed == "Sigmoid" else values
-    off = float(np.abs(values.numpy() - expected).max()) if values.shape == expected.shape else np.inf
+        raise _Unsuitable(f"{what} does not run ({type(error).__name__}: {_first_line(error)})") from error
+    off = float(np.abs(values - expected).max()) if values.shape == expected.shape else np.inf
     if not off <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
-        raise ConfigError(
-            f"{where}.source: the converted network and ONNX Runtime differ by {off:.2g} (largest output "
-            f"{np.abs(expected).max():.2g}, allowed {TOLERANCE}); export the network with other operators, or serve "
-            "its torch code with python:"
+        raise _Unsuitable(
+            f"{what} and ONNX Runtime differ by {off:.2g} (largest output {np.abs(expected).max():.2g}, allowed "
+            f"{TOLERANCE})"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from camserve_server.errors import Unservable
 from camserve_server.models.cuts import CutMeter, untrained_head_replaced
 from camserve_server.models.defaults import choose_defaults
 from camserve_server.models.grids import Grids, differences
@@ -96,7 +97,7 @@ def _trace(module: nn.Module, image: Tensor) -> Trace:
     """Trace a forward pass, with its autograd graph if the network can be differentiated."""
     try:
         return Trace(module, image).run()
-    except RuntimeError:  # quantised networks, for example, have no gradients
+    except (RuntimeError, Unservable):  # quantised networks and ONNX Runtime, for example, have no gradients
         return Trace(module, image, gradients=False).run()
 
 

@@ -309,19 +309,6 @@ def test_other_inputs_are_refused(shape: tuple[Any, ...], kind: int, described: 
     refused(path, f"the inputs of the ONNX file are {described}; expected one, float32")
 
 
-def test_quantised_activations_are_refused(tmp_path: Path) -> None:
-    first = [
-        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
-    ]
-    constants = [
-        numpy_helper.from_array(np.array(0.1, np.float32), "scale"),
-        numpy_helper.from_array(np.array(0, np.int8), "zero"),
-    ]
-    path = write(tmp_path / "a.onnx", [*first, *classifier("d")], [*WEIGHTS, *constants])
-    refused(path, "activations of the ONNX file are quantised .QuantizeLinear., .*; use the file from before")
-
-
 def test_several_outputs_are_refused(tmp_path: Path) -> None:
     ends = [helper.make_node("Relu", ["y"], ["z"])]
     path = write(tmp_path / "a.onnx", classifier(ends=ends), WEIGHTS, outputs=("y", "z"))
@@ -331,23 +318,6 @@ def test_several_outputs_are_refused(tmp_path: Path) -> None:
 def test_other_input_size_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.onnx", classifier(), WEIGHTS)
     refused(path, "models.m.input_size: .* fixed input of 16x16 pixels, not 32x32", input_size=(32, 32))
-
-
-def test_unsupported_operator_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnx2pytorch
-
-    def fails(_: object) -> None:
-        raise NotImplementedError("Conversion not implemented for op_type=Relu.")
-
-    monkeypatch.setattr(onnx2pytorch, "ConvertModel", fails)
-    path = write(tmp_path / "a.onnx", classifier(), WEIGHTS)
-    refused(path, "onnx2pytorch cannot convert the file: .*op_type=Relu.*operators are Conv, Flatten, Gemm, Global")
-
-
-def test_conversion_with_other_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = onnx_files._run
-    monkeypatch.setattr(onnx_files, "_run", lambda network, x: run(network, x) * 1.001)
-    refused(write(tmp_path / "a.onnx", classifier(), WEIGHTS), "the converted network and ONNX Runtime differ by")
 
 
 def test_file_that_runs_on_one_image_only_has_batch_size_1(tmp_path: Path) -> None:
