@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,7 +136,13 @@ class OnnxRuntimeNetwork(nn.Module):
 
 
 def in_segments(
-    model: Any, signature: Signature, rows: NDArray[np.float32], wanted: Collection[str]
+    model: Any,
+    signature: Signature,
+    rows: NDArray[np.float32],
+    wanted: Collection[str],
+    check: Callable[[nn.Module], None],
+    *,
+    without_shapes: bool,
 ) -> OnnxRuntimeNetwork:
     """Return a network that ONNX Runtime runs, divided at the tensors that become layers.
 
@@ -145,23 +151,57 @@ def in_segments(
         signature: Its input.
         rows: Two inputs [2, C, H, W].
         wanted: Names of layers that are chosen, too.
+        check: Function that raises an exception if a network computes other logits. Cuts that change them are left out.
+        without_shapes: True to compute the shapes of tensors from the number of rows. This gives more layers, but ONNX
+            Runtime then merges other nodes, which changes the rounding of quantised tensors.
 
     Raises:
         Exception: ONNX Runtime raises many kinds of exceptions for a part that it cannot run.
     """
     divided = copy.deepcopy(model)
-    cuts = find_cuts(divided.graph, signature.name)
-    names = shape_outputs(divided.graph)
+    cuts = find_cuts(divided.graph, signature.name, without_shapes=without_shapes)
+    names = shape_outputs(divided.graph) if without_shapes else []
+    shapes: dict[str, list[int | str]] = {}
     if cuts:
         session = Session(with_outputs(divided, cuts, names), batch=0)
         n, values, more = _samples(session, signature, rows)
-        replace_shapes(divided.graph, signature.name, n, values, more)
-        cuts = choose_cuts(cuts, values, n, signature.size, wanted)
-        shapes = {cut.tensor: ["rows", *values[cut.tensor].shape[1:]] for cut in cuts}
-        parts = split(divided, signature.name, cuts, shapes)
-    else:
-        parts = [divided]
-    return OnnxRuntimeNetwork(parts, cuts, signature, model.graph.SerializeToString())
+        if without_shapes:
+            replace_shapes(divided.graph, signature.name, n, values, more)
+        shapes |= {cut.tensor: ["rows", *values[cut.tensor].shape[1:]] for cut in cuts}
+
+        def is_read(cut: Cut) -> bool:
+            rest = Session(split(divided, signature.name, [cut], shapes)[1], signature.batch)
+            tokens = values[cut.tensor].copy()
+            before = rest.run(tokens)
+            tokens[:, tokens.shape[1] // 2 :] *= -1  # those before may be class tokens and registers
+            after = rest.run(tokens)
+            return any(not np.array_equal(before[name], after[name]) for name in rest.names)
+
+        cuts = choose_cuts(cuts, values, n, signature.size, wanted, is_read)
+
+    state = model.graph.SerializeToString()
+
+    def build(at: Sequence[Cut]) -> OnnxRuntimeNetwork:
+        network = OnnxRuntimeNetwork(split(divided, signature.name, at, shapes), at, signature, state)
+        check(network)
+        return network
+
+    try:
+        return build(cuts)
+    except Exception:  # ONNX Runtime raises many kinds
+        # Quantised nodes that ONNX Runtime merges across a cut compute other numbers if they are separate.
+        fitting = [cut for cut in cuts if _succeeds(build, [cut])]
+        if not fitting:
+            raise
+        return build(fitting)
+
+
+def _succeeds(function: Callable[[Any], object], argument: object) -> bool:
+    try:
+        function(argument)
+    except Exception:
+        return False
+    return True
 
 
 def _samples(

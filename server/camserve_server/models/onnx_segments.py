@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,20 +44,19 @@ class Cut:
     quantised: str = ""
 
 
-def find_cuts(graph: Any, source: str) -> list[Cut]:
+def find_cuts(graph: Any, source: str, *, without_shapes: bool) -> list[Cut]:
     """Return the cuts of a graph that may be layers, in the order of the nodes.
-
-    The shapes of tensors do not count as information, because `replace_shapes` removes these paths.
 
     Args:
         graph: ONNX graph with one output.
         source: Name of its input.
+        without_shapes: True if the shapes of tensors are no information, because `replace_shapes` removes these paths.
     """
     producers = {name: node for node in graph.node for name in node.output}
     before_quantisation = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     taken = set(dir(nn.Module()))  # names that modules cannot have
     cuts = []
-    for name in _cut_tensors(graph, source):
+    for name in _cut_tensors(graph, source, without_shapes):
         node = producers[name]
         quantised = node.op_type in _QUANTISING
         named = producers.get(node.input[0]) if node.op_type == "QuantizeLinear" else node
@@ -84,12 +83,12 @@ def _layer_name(node: Any, taken: set[str]) -> str:
     return name
 
 
-def _cut_tensors(graph: Any, source: str) -> list[str]:
+def _cut_tensors(graph: Any, source: str, without_shapes: bool) -> list[str]:
     """Return the tensors between the source and the output that are on every path between them."""
     output = graph.output[0].name
     live, needed = {source}, {output}
     for node in graph.node:
-        if node.op_type != "Shape" and any(name in live for name in _reads(node)):
+        if not (node.op_type == "Shape" and without_shapes) and any(name in live for name in _reads(node)):
             live.update(node.output)
     nodes = []
     for node in reversed(graph.node):
@@ -134,23 +133,14 @@ def with_outputs(model: Any, cuts: Iterable[Cut], names: Iterable[str]) -> Any:
     from onnx import helper
 
     copied = copy.deepcopy(model)
-    _insert_floats(copied.graph, cuts)
-    for name in (*(cut.tensor for cut in cuts), *names):
-        copied.graph.output.append(helper.make_empty_tensor_value_info(name))
+    producers = {name: node for node in copied.graph.node for name in node.output}
+    for cut in cuts:
+        copied.graph.output.append(helper.make_empty_tensor_value_info(cut.tensor))
+        if cut.quantised:
+            node = producers[cut.quantised]
+            copied.graph.node.append(_conversion("DequantizeLinear", node, cut.quantised, cut.tensor))
+    copied.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
     return copied
-
-
-def _insert_floats(graph: Any, cuts: Iterable[Cut]) -> None:
-    """Add the nodes that convert quantised tensors to the float tensors of the cuts."""
-    quantised = {cut.quantised: cut for cut in cuts if cut.quantised}
-    nodes = []
-    for node in graph.node:
-        nodes.append(node)
-        cut = quantised.get(node.output[0])
-        if cut is not None:
-            nodes.append(_conversion("DequantizeLinear", node, cut.quantised, cut.tensor))
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 def _conversion(kind: str, quantising: Any, source: str, result: str) -> Any:
@@ -163,7 +153,12 @@ def _conversion(kind: str, quantising: Any, source: str, result: str) -> Any:
 
 
 def choose_cuts(
-    cuts: Sequence[Cut], values: Mapping[str, NDArray[Any]], rows: int, size: tuple[int, int], wanted: Collection[str]
+    cuts: Sequence[Cut],
+    values: Mapping[str, NDArray[Any]],
+    rows: int,
+    size: tuple[int, int],
+    wanted: Collection[str],
+    is_read: Callable[[Cut], bool],
 ) -> list[Cut]:
     """Return the cuts that become layers.
 
@@ -176,30 +171,44 @@ def choose_cuts(
         rows: Number of rows of the values.
         size: Size (H, W) of the image.
         wanted: Names of layers that are chosen, too.
+        is_read: Function that returns True if the logits depend on the tokens of the grid. At the end of many
+            transformers, they depend on a class token alone.
     """
-    chosen: dict[object, Cut] = {}
+    resolutions = {}
     for cut in cuts:
         value = values[cut.tensor]
         resolution = _resolution(value.shape[1:], size)
-        if resolution is None or len(value) != rows or value.dtype != np.float32:
-            continue
-        chosen[resolution] = cut
-        if value.min() >= 0:
-            chosen[resolution, "not negative"] = cut
-        if cut.layer in wanted:
-            chosen[cut] = cut
-    kept = set(chosen.values())
+        if resolution is not None and len(value) == rows and value.dtype == np.float32:
+            resolutions[cut] = resolution
+    kept = {cut for cut in resolutions if cut.layer in wanted}
+    while resolutions and len([*resolutions.values()][-1]) == 1 and not is_read([*resolutions][-1]):
+        resolutions.popitem()
+    first: dict[object, Cut] = {}
+    last: dict[object, Cut] = {}
+    for cut, resolution in resolutions.items():
+        last[resolution] = cut
+        if values[cut.tensor].min() >= 0:
+            last[resolution, "not negative"] = cut
+        # Before tokens are mixed, they show their grid if there is a class token among them.
+        if len(resolution) == 1 and not _is_grid(resolution[0], size):
+            first.setdefault(resolution, cut)
+    kept.update(first.values(), last.values())
     return [cut for cut in cuts if cut in kept]
 
 
 def _resolution(shape: Sequence[int], size: tuple[int, int]) -> tuple[int, ...] | None:
-    """Return the grid of a map of shape [K, h, w] or [h, w, K], or the number of tokens [L, K]; None for others."""
+    """Return the grid of a map of shape [K, h, w] or [h, w, K], or the number of tokens of [L, K]; None for others."""
     if len(shape) == 2:
         return (shape[0],) if shape[0] > 1 else None
     if len(shape) != 3:
         return None
     grids = [(h, w) for h, w in ((shape[1], shape[2]), (shape[0], shape[1])) if h * w > 1 and has_aspect((h, w), size)]
     return min(grids, key=lambda grid: abs(math.log(grid[0] * size[1] / (grid[1] * size[0]))), default=None)
+
+
+def _is_grid(count: int, size: tuple[int, int]) -> bool:
+    """Return True if so many positions can be a grid with the aspect ratio of the image."""
+    return any(count % h == 0 and has_aspect((h, count // h), size) for h in range(1, count + 1))
 
 
 # ---- segments --------------------------------------------------------------------------------------------------------
@@ -252,7 +261,7 @@ def split(model: Any, source: str, cuts: Sequence[Cut], shapes: Mapping[str, Seq
     """Return one model for each part of a graph: from the input to the first cut, and so on to the output.
 
     Args:
-        model: ONNX model after `replace_shapes`. It is changed.
+        model: ONNX model, after `replace_shapes` if a cut needs that.
         source: Name of its input.
         cuts: Where to divide it, in the order of the nodes.
         shapes: Shape of each cut.
@@ -260,46 +269,45 @@ def split(model: Any, source: str, cuts: Sequence[Cut], shapes: Mapping[str, Seq
     from onnx import TensorProto, helper
 
     graph = model.graph
-    _insert_floats(graph, cuts)
     inputs = [next(each for each in graph.input if each.name == source)]
     inputs += [helper.make_tensor_value_info(cut.tensor, TensorProto.FLOAT, shapes[cut.tensor]) for cut in cuts]
-    ends = [*(cut.tensor for cut in cuts), graph.output[0].name]
-    before: Cut | None = None
+    start, end = Cut(source, ""), Cut(graph.output[0].name, "")
     parts = []
-    for start, end, cut in zip(inputs, ends, [*cuts, None], strict=True):
-        nodes = _between(graph, start.name, end, before)
+    for value, before, after in zip(inputs, [start, *cuts], [*cuts, end], strict=True):
+        nodes = _between(graph, before, after)
         read = {name for node in nodes for name in _reads(node)}
         part = helper.make_graph(
             nodes,
             graph.name,
-            [start],
-            [helper.make_empty_tensor_value_info(end)],
+            [value],
+            [helper.make_empty_tensor_value_info(after.tensor)],
             [each for each in graph.initializer if each.name in read],
             sparse_initializer=[each for each in graph.sparse_initializer if each.values.name in read],
         )
         versions = {"opset_imports": model.opset_import, "ir_version": model.ir_version}
         parts.append(helper.make_model(part, functions=model.functions, **versions))
-        before = cut
     return parts
 
 
-def _between(graph: Any, start: str, end: str, cut: Cut | None) -> list[Any]:
-    """Return the nodes that compute the tensor `end` from the tensor `start`, which is that of the cut if given."""
+def _between(graph: Any, start: Cut, end: Cut) -> list[Any]:
+    """Return the nodes that compute the tensor of the cut `end` from that of the cut `start`."""
     from onnx import helper
 
-    stop = start if cut is None or not cut.quantised else cut.quantised
-    needed, nodes = {end}, []
+    begin, result = start.quantised or start.tensor, end.quantised or end.tensor
+    needed, nodes = {result}, []
     for node in reversed(graph.node):
         if not needed.intersection(node.output):
             continue
-        if cut is not None and stop in node.output:
-            if cut.quantised:  # values on the grid of the quantisation are restored exactly
-                nodes.append(_conversion("QuantizeLinear", node, start, stop))
+        if result in node.output and end.quantised:
+            nodes.append(_conversion("DequantizeLinear", node, result, end.tensor))
+            needed.update(nodes[-1].input)
+        if begin in node.output:
+            if start.quantised:  # values on the grid of the quantisation are restored exactly
+                nodes.append(_conversion("QuantizeLinear", node, start.tensor, begin))
                 needed.update(nodes[-1].input)
-            continue
-        if node.name == _ROWS:
-            nodes.append(helper.make_node("Shape", [start], list(node.output)))
-            continue
-        needed.update(_reads(node))
-        nodes.append(node)
+        elif node.name == _ROWS:
+            nodes.append(helper.make_node("Shape", [start.tensor], list(node.output)))
+        else:
+            needed.update(_reads(node))
+            nodes.append(node)
     return nodes[::-1]
