@@ -136,7 +136,8 @@ def test_a_request_is_traced_from_the_caller_to_the_batch(collector: Collector, 
     assert len(batches) == min(16, cost.batches)
     assert all(batch.parent_span_id == compute.span_id for batch in batches)
     facts = [attributes(batch) for batch in batches]
-    assert all(each["camserve.batch.rows"] + each["camserve.batch.padding"] == 4 for each in facts)
+    sizes = {1, 2, 4}  # of batches that give the same bits
+    assert all(each["camserve.batch.rows"] + each["camserve.batch.padding"] in sizes for each in facts)
     numbers = [each["camserve.batch"] for each in facts]
     assert numbers == [*range(numbers[0], numbers[0] + len(numbers))]
 

@@ -368,12 +368,13 @@ class BatchLoop:
 
     def _record(self, model: Model, lane: Lane, rows: int, started: float) -> BatchRecord:
         now = time.monotonic()
-        padding = self._runner.padding_rows(lane, rows)
+        padding = self._runner.padding_rows(model, lane, rows)
         record = BatchRecord(self.counters.batches + 1, lane.kind, rows, padding, started, now)
         self.counters.count(model, record)
         busy = self._times.busy
         seconds = self._times.add(lane, rows, started, now)
-        if busy or model.device.type == "cpu":  # a GPU receives the first batch without running it at once
+        full = rows + padding >= self._runner.batch_size(lane)  # smaller batches have a lower throughput
+        if full and (busy or model.device.type == "cpu"):  # a GPU receives the first batch without running it at once
             model.throughput[lane.kind].observe(rows + padding, seconds)
         return record
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, run_batch
+from camserve_server.engine.lanes.smaller_batches import batch_size_for, full_linear_layers
 from camserve_server.errors import OutOfMemory
 from camserve_server.models.model import LaneKind, Model
 
@@ -48,9 +49,16 @@ class BatchRunner:
         """Return the number of rows of a full batch of the lane."""
         return self.fitting_size(lane.model, lane.kind, lane.size)
 
-    def padding_rows(self, lane: Lane, rows: int) -> int:
+    def padding_rows(self, model: Model, lane: Lane, rows: int) -> int:
         """Return the number of padding rows in a batch with `rows` real rows."""
-        return max(0, self.batch_size(lane) - rows) if self._padded else 0
+        return max(0, self._size(model, lane, rows) - rows)
+
+    def _size(self, model: Model, lane: Lane, rows: int) -> int:
+        """Return the number of rows of a batch with `rows` real rows."""
+        if not self._padded:
+            return rows
+        full = self.batch_size(lane)
+        return full if lane.fast_forward else batch_size_for(model.equal_sizes.get(lane.kind, ()), full, rows)
 
     def run(self, model: Model, lane: Lane, slices: list[BatchSlice]) -> dict[int, Exception]:
         """Run the slices as one batch; if that fails, run each slice alone.
@@ -85,9 +93,11 @@ class BatchRunner:
 
     def _run(self, model: Model, lane: Lane, slices: list[BatchSlice]) -> None:
         """Run the slices as one batch or, if it does not fit into memory, as halves of it."""
-        size = self.batch_size(lane) if self._padded else sum(each.stop - each.start for each in slices)
+        size = self._size(model, lane, sum(each.stop - each.start for each in slices))
+        full = self.batch_size(lane) if self._padded else size
         try:
-            run_batch(model, lane, slices, size)
+            with full_linear_layers(model, size, full):
+                run_batch(model, lane, slices, size)
         except torch.OutOfMemoryError:
             pass  # the code below runs after this block, because the traceback keeps the tensors of the batch alive
         else:

@@ -15,6 +15,7 @@ import torch
 
 from camserve_server.engine.lanes.dispatch import BatchSlice, run_batch, start_query
 from camserve_server.engine.lanes.fast_forward import build_fast_forward
+from camserve_server.engine.lanes.smaller_batches import compare_sizes, find_linear_layers
 from camserve_server.errors import Unservable, describe
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import INPUT, Ascend, Gradient, Query, Score, Targets
@@ -56,6 +57,7 @@ def warm_up_steps(model: Model, known: Mapping[LaneKind, int]) -> Iterator[None]
         None, before each batch.
     """
     yield from measure_steps(model, known, model.batch_sizes)
+    yield from _compare_steps(model)
     yield
     size = model.batch_sizes["forward"]
     model.fast_forward = build_fast_forward(model, size)
@@ -92,6 +94,20 @@ def measure_steps(model: Model, known: Mapping[LaneKind, int], sizes: dict[LaneK
             model.unavailable[kind] = reason
             size = sizes["forward"]
         sizes[kind] = size
+
+
+def _compare_steps(model: Model) -> Iterator[None]:
+    """Find the smaller batch sizes that give the same bits, and yield before each batch."""
+    if model.device.type != "cpu":  # kernels of GPUs split their work by the whole batch
+        return
+    model.linear_layers = find_linear_layers(model)
+    found: dict[tuple[int, bool], tuple[int, ...]] = {}
+    for kind, size in model.batch_sizes.items():
+        key = size, kind != "forward"
+        if kind not in model.unavailable and size > 1:
+            if key not in found:
+                found[key] = yield from compare_sizes(model, size, gradients=key[1])
+            model.equal_sizes[kind] = found[key]
 
 
 def _is_device_failure(error: Exception) -> bool:

@@ -145,6 +145,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
 def _at_precision(model: Model, precision: Precision) -> Model:
     """Return the model at a precision; the network is copied only if its weights must be converted."""
     changes: dict[str, Any] = {"precision": precision, "dtype": _DTYPES[precision], "batch_sizes": {}}
+    changes["equal_sizes"] = {}
     changes["throughput"] = defaultdict(Throughput)
     converted = replace(model, **changes)
     if converted.compute_dtype == model.dtype:

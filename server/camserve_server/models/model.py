@@ -61,6 +61,9 @@ class Model:
         others: The same model at other precisions.
         serial: Number that differs each time a model is loaded.
         batch_sizes: Batch size of each kind of lane in rows, set at warm-up.
+        equal_sizes: Batch sizes that give the same bits as `batch_sizes` for each kind of lane, ascending, set at
+            warm-up; empty for kinds that were not compared.
+        linear_layers: Names of the linear layers whose input is one vector per image, set at warm-up.
         throughput: Throughput of each kind of lane, first observed at warm-up.
         compile: True if the configuration requests torch.compile.
         fast_forward: Faster forward pass for batches of `fast_forward_size` rows without hooks, set at warm-up if there
@@ -98,6 +101,8 @@ class Model:
     others: Mapping[Precision, Model] = field(default_factory=dict)
     serial: int = field(default_factory=itertools.count(1).__next__)
     batch_sizes: dict[LaneKind, int] = field(default_factory=dict)
+    equal_sizes: dict[LaneKind, tuple[int, ...]] = field(default_factory=dict)
+    linear_layers: tuple[str, ...] = ()
     throughput: defaultdict[LaneKind, Throughput] = field(default_factory=lambda: defaultdict(Throughput))
     compile: bool = False
     fast_forward: Callable[[Tensor], Tensor] | None = None
