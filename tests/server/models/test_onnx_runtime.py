@@ -364,6 +364,43 @@ def test_tokens_are_layers_if_the_logits_depend_on_them(tmp_path: Path) -> None:
     torch.testing.assert_close(activations(model, x, "b2_sum").flatten(2).transpose(1, 2), expected)
 
 
+def test_bodies_of_control_flow_read_tensors_but_contain_no_layers(original: Model, tmp_path: Path) -> None:
+    def body(kind: str) -> onnx.GraphProto:
+        made = [helper.make_node("Relu", ["r2"], [f"{kind}1"]), helper.make_node(kind, [f"{kind}1"], [f"{kind}2"])]
+        return helper.make_graph(made, kind, [], [helper.make_tensor_value_info(f"{kind}2", TensorProto.FLOAT, None)])
+
+    nodes = tiny_nodes()
+    branch = helper.make_node("If", ["yes"], ["i"], "branch", then_branch=body("Identity"), else_branch=body("Neg"))
+    nodes[3].input[0] = "i"  # the pooling behind r2
+    path = write(tmp_path / "a.onnx", [*nodes[:3], branch, *nodes[3:]], {**weights(), "yes": np.array(True)})
+    model, x = load_onnx(path), noise(3, 3, SIZE, SIZE)
+    assert list(model.spatial) == ["part_1/relu", "branch", "part_3/relu"]
+    torch.testing.assert_close(logits(model, x), logits(original, x))
+    model = load_onnx(path, layers=["part_1/relu", "part_2/relu"])
+    assert [layer.cut for layer in model.layers] == [0, 0]
+    torch.testing.assert_close(logits(model, x), logits(original, x))
+
+
+def test_functions_of_the_file_are_available_in_each_segment(original: Model, tmp_path: Path) -> None:
+    nodes = tiny_nodes()
+    for i in (1, 2, 3):
+        conv = next(node for node in nodes if node.output[0] == f"r{i}")
+        conv.CopyFrom(helper.make_node("ConvRelu", [*conv.input], [*conv.output], f"relu{i}", domain="local"))
+    path = write(tmp_path / "a.onnx", nodes, weights())
+    model = onnx.load(path)
+    steps = [
+        helper.make_node("Conv", ["x", "w", "b"], ["c"], pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["r"]),
+    ]
+    opset = helper.make_opsetid("", 17)
+    model.functions.append(helper.make_function("local", "ConvRelu", ["x", "w", "b"], ["r"], steps, [opset]))
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    onnx.save(model, path)
+    loaded, x = load_onnx(path), noise(3, 3, SIZE, SIZE)
+    assert list(loaded.spatial) == ["relu1", "relu2", "relu3"]
+    torch.testing.assert_close(logits(loaded, x), logits(original, x))
+
+
 def test_layer_whose_division_changes_the_logits_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime can merge quantised nodes on both sides of a layer."""
     compare = onnx_files._compare
