@@ -11,6 +11,7 @@ import sysconfig
 import types
 import weakref
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,14 @@ def _code_files(name: str) -> Iterator[Path]:
 
 
 def _is_installed(file: str) -> bool:
-    folders = [Path(sysconfig.get_paths()[each]) for each in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return any(Path(file).is_relative_to(folder) for folder in [*folders, Path(__file__).parents[1]])
+    return any(Path(file).is_relative_to(folder) for folder in _installed_folders())
+
+
+@cache  # sysconfig computes the paths anew in each call
+def _installed_folders() -> tuple[Path, ...]:
+    paths = sysconfig.get_paths()
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    return (*(Path(paths[kind]) for kind in kinds), Path(__file__).parents[1])
 
 
 def _sha256(file: Path) -> str:
