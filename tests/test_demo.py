@@ -17,8 +17,11 @@ import pytest
 
 from tests.processes import LIMIT_S, completed, environment, started
 
-# The embedded network with a given batch size, so that the server does not measure it when it starts.
-MODELS = '[{"name": "efficientnet-lite0", "source": "embedded:efficientnet-lite0", "batch_size": 8}]'
+# The embedded network with small images, and with a batch size, so that the server does not measure it when it starts.
+MODELS = (
+    '[{"name": "efficientnet-lite0", "source": "embedded:efficientnet-lite0", "input_size": [128, 128], '
+    '"batch_size": 8}]'
+)
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
 
@@ -60,7 +63,8 @@ class Page(HTMLParser):
 @pytest.mark.slow
 def test_demo_writes_images_and_a_page_and_stops_its_server(tmp_path: Path) -> None:
     marker = mark()
-    ran = completed([sys.executable, DEMO, "--quick", "--out", tmp_path], env=environment(CAMSERVE_TEST_MARKER=marker))
+    variables = environment(CAMSERVE_TEST_MARKER=marker, CAMSERVE_MODELS=MODELS)
+    ran = completed([sys.executable, DEMO, "--quick", "--out", tmp_path], env=variables)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "Egyptian cat" in ran.stdout
     assert children(marker) == set()

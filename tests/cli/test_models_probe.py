@@ -9,7 +9,9 @@ import PIL.Image
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from camserve_cli.app import app
 from camserve_server import model_probe
 from camserve_server.config import ModelConfig
 from camserve_server.model_probe import (
@@ -45,6 +47,12 @@ class TwoNets(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.a(x) + 0 * self.b(x)
         return logits
+
+
+@pytest.fixture
+def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the configuration of the log in this process."""
+    monkeypatch.setattr(model_probe, "log_to_stderr", lambda _: None)
 
 
 def test_report_shows_layers_methods_and_agreement(tmp_path: Path) -> None:
@@ -87,12 +95,13 @@ def test_side_branch_is_shown(tmp_path: Path) -> None:
         ("python:tests.nets:tiny_cnn", ["--image", "{text}"], "the image cannot be read"),
     ],
 )
+@pytest.mark.usefixtures("own_log")
 def test_refused_source_is_an_error(source: str, options: list[str], message: str, tmp_path: Path) -> None:
     text, out = tmp_path / "text.jpg", tmp_path / "layers.png"
     text.write_text("no image", encoding="utf-8")
     options = [each.format(text=text) for each in options]
-    done = completed([*CAMSERVE, "models", "probe", source, "--out", str(out), *options])
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, ["models", "probe", source, "--out", str(out), *options])
+    assert done.exit_code == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
@@ -130,12 +139,6 @@ class FailsInWarmUp(nn.Module):
             raise KeyError("zero")
         logits: Tensor = self.net(x)
         return logits
-
-
-@pytest.fixture
-def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the configuration of the log in this process."""
-    monkeypatch.setattr(model_probe, "log_to_stderr", lambda _: None)
 
 
 @pytest.mark.usefixtures("own_log")

@@ -127,7 +127,7 @@ class Twice(nn.Module):
 
 def load_lite0(precision: Precision) -> tuple[Model, Model]:
     """Return the embedded network without and with folding."""
-    settings = embedded_model().model_copy(update={"precision": (precision,)})
+    settings = embedded_model().model_copy(update={"precision": (precision,), "input_size": (112, 112)})
     plain, folded = (settings.model_copy(update={"fold_batch_norm": fold}) for fold in (False, True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("camserve_server.models.load.fold_padding", lambda *_: None)
