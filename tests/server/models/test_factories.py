@@ -171,6 +171,7 @@ def test_changed_code_needs_a_restart(tmp_path: Path, monkeypatch: pytest.Monkey
     check_code(ModelConfig(name="m", source=f"{HERE}:shared"))
 
 
+@pytest.mark.slow  # a process imports torchvision
 def test_factory_may_import_torchvision(tmp_path: Path) -> None:
     """The factory is the first to import torchvision in its process."""
     (tmp_path / "nets.py").write_text(

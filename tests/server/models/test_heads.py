@@ -122,6 +122,20 @@ def test_methods_explain_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(explained(model, X[0], call(model, "grad-cam", ["1"])).maps, expected)
 
 
+def checked_softmax(y: Tensor) -> Tensor:
+    """Return the softmax, and fail if it does not sum to 1, as if its call is skipped."""
+    p = y.softmax(1)
+    if not torch.allclose(p.sum(dim=1), torch.ones(len(p))):
+        raise ValueError("no probabilities")
+    return p
+
+
+def test_nothing_is_left_of_a_removal_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(lambda: Ending(checked_softmax), monkeypatch)
+    assert model.head == "probabilities"
+    assert not {"forward", "_camserve_final_call"} & vars(model.module).keys()
+
+
 @pytest.mark.parametrize(
     ("network", "head"),
     [
