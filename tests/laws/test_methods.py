@@ -36,6 +36,7 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int]]] = {
 }
 CONTROLS = {"center-gaussian", "fake-cam", "random"}  # They do not use the network.
 QUICK: dict[str, dict[str, Any]] = {
+    "occlusion": {"window": 9, "stride": 5},
     "opti-cam": {"steps": 12},
     "rise": {"masks": 80},
     "ss-cam": {"samples": 3},
@@ -363,7 +364,11 @@ def test_metric_publishes_its_texts(name: str) -> None:
     assert entry.unit in {"1", "%"}
 
 
-QUICK_METRICS = {f"randomisation-{name}": {"steps": 2} for name in ("hog", "spearman", "ssim")}
+QUICK_METRICS = {
+    **{f"randomisation-{name}": {"steps": 2} for name in ("hog", "spearman", "ssim")},
+    **{name: {"steps": 40} for name in ("insertion", "deletion", "insertion-deletion")},
+    "sensitivity-max": {"samples": 4},
+}
 RANGES = {
     "saliency-metric": (-3, 100),
     "sensitivity-max": (0, 100),
