@@ -1,4 +1,4 @@
-"""A client process of the chaos test. It sends requests without pause and reports the outcome of each.
+"""A client process of the chaos test. It sends requests with short pauses and reports the outcome of each.
 
     python -m tests.chaos.caller ADDRESS SEED
 
@@ -34,6 +34,7 @@ VALID: list[tuple[float, dict[str, Any]]] = [
 ]
 IMAGES = 4
 THREADS = 4
+PAUSE_S = 0.25  # the mean; without pauses, the callers would take the CPU time of replicas that start
 CANCELLED_SHARE, HOSTILE_SHARE = 1 / 3, 1 / 10
 TIMEOUT_S = 60.0
 
@@ -132,6 +133,7 @@ def main() -> None:
                 line = json.dumps(outcome(client, chance))
                 with lock:
                     print(line, flush=True)
+                stop.wait(chance.expovariate(1 / PAUSE_S))
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
         for thread in threads:

@@ -203,7 +203,7 @@ def wait_for(condition: Callable[[], bool], message: str) -> None:
         time.sleep(0.02)
 
 
-def wait_for_more(lines: list[dict[str, Any]], more: int = 60) -> None:
+def wait_for_more(lines: list[dict[str, Any]], more: int = 40) -> None:
     """Wait until this number of further requests has ended."""
     wanted = len(lines) + more
     wait_for(lambda: len(lines) >= wanted, "requests no longer end")
