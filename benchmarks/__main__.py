@@ -23,6 +23,7 @@ from benchmarks import (
     host,
     insertion_deletion,
     limit,
+    load_time,
     mixed_load,
     opti_cam,
     page,
@@ -49,6 +50,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Result], int]] = {
     "mixed": (mixed_load.section, 20),
     "busy": (busy_machine.section, 30),
     "host": (host.section, 8),
+    "load": (load_time.section, 20),
 }
 
 
@@ -88,7 +90,10 @@ def main() -> int:
         "--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="networks to measure (default: all)"
     )
     parser.add_argument(
-        "--baseline", type=Path, metavar="CHECKOUT", help="checkout of another commit to compare the section host with"
+        "--baseline",
+        type=Path,
+        metavar="CHECKOUT",
+        help="checkout of another commit, for the sections host and load",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page, its data and its charts")
     parser.add_argument("--render", action="store_true", help="only write the page from the stored results")

@@ -26,7 +26,7 @@ class Bench:
         images: Number of concurrent images for Opti-CAM.
         callers: Number of concurrent callers of the service.
         names: Names of the networks.
-        baseline: Checkout of another commit, whose server the section "Host" also measures; None for none.
+        baseline: Checkout of another commit, which the sections "Host" and "Load time" also measure; None for none.
         step: Function that is called with a description before each step.
         loaded: Networks that are already loaded, by name.
     """

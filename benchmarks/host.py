@@ -37,6 +37,8 @@ device = "cpu"
 [[models]]
 name = "null"
 source = "python:benchmarks.null_net:null_net"
+"""
+LITE0 = """
 [[models]]
 name = "lite0"
 source = "embedded:efficientnet-lite0"
@@ -191,7 +193,7 @@ def servers(baseline: Path | None) -> Iterator[dict[str, ServerProcess]]:
     """Run the echo, the server and, if a checkout is given, the server of that checkout."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         config = Path(folder) / "camserve.toml"
-        config.write_text(CONFIG, encoding="utf-8")
+        config.write_text(CONFIG + (LITE0 if baseline else ""), encoding="utf-8")
         running = {
             "echo": ServerProcess(str(4 * SIDE_PX * SIDE_PX)),
             "camserve": ServerProcess(str(config)),

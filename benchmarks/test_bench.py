@@ -24,6 +24,7 @@ from benchmarks import (
     host,
     insertion_deletion,
     limit,
+    load_time,
     mixed_load,
     opti_cam,
     page,
@@ -75,9 +76,14 @@ def bench(subject: Subject) -> Iterator[Bench]:
         mixed_load.section,
         busy_machine.section,
         host.section,
+        load_time.section,
     ],
 )
-def test_section_gives_a_complete_result(section: object, bench: Bench, tmp_path: Path) -> None:
+def test_section_gives_a_complete_result(
+    section: object, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "FRONT_ENDS", (1, 2))  # fewer processes
+    monkeypatch.setattr(load_time, "CONFIGS", {"tiny": TINY.model_dump(mode="json", exclude_unset=True)})
     result = section(bench)  # type: ignore[operator]
     assert ("grad-cam" if section is host.section else "tiny") in page.page(_facts(), {"it": result}, [], tmp_path)
     assert [*tmp_path.glob("*.svg")]
