@@ -155,6 +155,7 @@ def test_official_poly_cam_agrees_with_oracle_and_engine(subject: Subject) -> No
     assert channel_masking.poly_agreement(subject, 4) < 1e-5
 
 
+@pytest.mark.slow
 def test_official_opti_cam_agrees_with_engine(subject: Subject) -> None:
     assert opti_cam.agreement(subject.in_float64(), 20) < 1e-6
 

@@ -325,6 +325,7 @@ def bearer(secret: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {secret}"),)
 
 
+@pytest.mark.slow  # starts a server with front ends
 def test_tokens_quotas_and_priorities_apply_across_front_ends() -> None:
     tokens = [
         TokenConfig(name="anna", sha256=hashed("a"), max_rows_owed=5_000),
