@@ -46,7 +46,7 @@ weights = "{name}.safetensors"
 input_size = [32, 32]
 batch_size = 2
 """
-LONG: dict[str, Any] = {"method": "rise", "parameters": {"masks": 1500}}
+LONG: dict[str, Any] = {"method": "rise", "parameters": {"masks": 3000}}
 ENDLESS: dict[str, Any] = {"method": "rise", "parameters": {"masks": 1_000_000}}  # for requests that are cancelled
 
 

@@ -61,7 +61,7 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_lets_running_requests_finish(config: Path, number: signal.Signals) -> None:
     with served(config) as server, patient_client(server.address) as client:
-        stream = client.explain_stream(skimage.data.chelsea(), method="opti-cam", parameters={"steps": 200})
+        stream = client.explain_stream(skimage.data.chelsea(), method="opti-cam", parameters={"steps": 600})
         next(event for event in stream if isinstance(event, camserve.Progress))
         server.process.send_signal(number)
         events = list(stream)
