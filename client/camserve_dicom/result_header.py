@@ -3,71 +3,24 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 
 import pydicom
-from pydicom import DataElement, Dataset
+from pydicom import Dataset
 from pydicom.charset import python_encoding
-from pydicom.config import IGNORE
-from pydicom.datadict import keyword_for_tag
 from pydicom.dataset import FileMetaDataset
 from pydicom.multival import MultiValue
 from pydicom.uid import UID, ExplicitVRLittleEndian
-from pydicom.valuerep import PersonName
 
 from camserve.version import __version__
+from camserve_dicom.copied_attributes import copy_compression, copy_patient_and_study, copy_series
 from camserve_dicom.derivation import IMPLEMENTATION_UID, NO_DATE, Derivation
-from camserve_dicom.source_header import frame_header, readable_element
+from camserve_dicom.source_header import frame_header
 
 __all__ = ["code", "complete", "reference", "source_image"]
 
-# Type 2 attributes, which must be present and may be empty (PS3.5 7.4).
-_TYPE_2 = (
-    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "ReferringPhysicianName",
-    "StudyID", "AccessionNumber",
-)  # fmt: skip
-_COPIED = (
-    *_TYPE_2,
-    # Patient
-    "IssuerOfPatientID", "IssuerOfPatientIDQualifiersSequence", "TypeOfPatientID", "PatientBirthTime",
-    "PatientBirthDateInAlternativeCalendar", "PatientDeathDateInAlternativeCalendar", "PatientAlternativeCalendar",
-    "OtherPatientIDs", "OtherPatientIDsSequence", "OtherPatientNames", "EthnicGroup", "EthnicGroupCodeSequence",
-    "PatientComments", "QualityControlSubject", "PatientIdentityRemoved", "DeidentificationMethod",
-    "DeidentificationMethodCodeSequence", "PatientSpeciesDescription", "PatientSpeciesCodeSequence",
-    "PatientBreedDescription", "PatientBreedCodeSequence", "BreedRegistrationSequence", "StrainDescription",
-    "StrainNomenclature", "StrainStockSequence", "StrainAdditionalInformation", "StrainCodeSequence",
-    "GeneticModificationsSequence", "ResponsiblePerson", "ResponsiblePersonRole", "ResponsibleOrganization",
-    "ReferencedPatientSequence", "ReferencedPatientPhotoSequence", "SourcePatientGroupIdentificationSequence",
-    "GroupOfPatientsIdentificationSequence",
-    # Clinical trial: subject and study
-    "ClinicalTrialSponsorName", "ClinicalTrialProtocolID", "ClinicalTrialProtocolName",
-    "IssuerOfClinicalTrialProtocolID", "OtherClinicalTrialProtocolIDsSequence", "ClinicalTrialSiteID",
-    "ClinicalTrialSiteName", "IssuerOfClinicalTrialSiteID", "ClinicalTrialSubjectID",
-    "IssuerOfClinicalTrialSubjectID", "ClinicalTrialSubjectReadingID", "IssuerOfClinicalTrialSubjectReadingID",
-    "ClinicalTrialProtocolEthicsCommitteeName", "ClinicalTrialProtocolEthicsCommitteeApprovalNumber",
-    "ClinicalTrialTimePointID", "IssuerOfClinicalTrialTimePointID", "ClinicalTrialTimePointDescription",
-    "ClinicalTrialTimePointTypeCodeSequence", "LongitudinalTemporalOffsetFromEvent", "LongitudinalTemporalEventType",
-    "ConsentForClinicalTrialUseSequence",
-    # Study
-    "StudyInstanceUID", "StudyDescription", "IssuerOfAccessionNumberSequence", "ProcedureCodeSequence",
-    "ReasonForPerformedProcedureCodeSequence", "RequestingService", "RequestingServiceCodeSequence",
-    "ReferringPhysicianIdentificationSequence", "ConsultingPhysicianName",
-    "ConsultingPhysicianIdentificationSequence", "PhysiciansOfRecord", "PhysiciansOfRecordIdentificationSequence",
-    "NameOfPhysiciansReadingStudy", "PhysiciansReadingStudyIdentificationSequence", "ReferencedStudySequence",
-    # Patient's study
-    "AdmittingDiagnosesDescription", "AdmittingDiagnosesCodeSequence", "PatientAge", "PatientSize",
-    "PatientSizeCodeSequence", "PatientWeight", "PatientBodyMassIndex", "MeasuredAPDimension",
-    "MeasuredLateralDimension", "MedicalAlerts", "Allergies", "SmokingStatus", "PregnancyStatus", "LastMenstrualDate",
-    "PatientState", "ReasonForVisit", "ReasonForVisitCodeSequence", "Occupation", "AdditionalPatientHistory",
-    "AdmissionID", "IssuerOfAdmissionIDSequence", "ServiceEpisodeID", "IssuerOfServiceEpisodeIDSequence",
-    "ServiceEpisodeDescription", "PatientSexNeutered",
-    "TimezoneOffsetFromUTC",
-)  # fmt: skip
 # pydicom decodes these character sets with codecs that allow more characters than the sets contain.
 _ASCII = ("", "ISO_IR 6", "ISO 2022 IR 6", "ISO_IR 13", "ISO 2022 IR 13")
-_SERIES_ATTRIBUTES = ("BodyPartExamined", "Laterality")
-_IMAGE_ATTRIBUTES = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 # Series numbers. Viewers list series in this order.
 _SERIES_NUMBERS = {"sc": 9001, "sr": 9002, "pm": 9003, "seg": 9004, "gsps": 9005}
 _SERIES_NAMES = {"sc": "overlay", "sr": "report", "pm": "map", "seg": "segmentation", "gsps": "annotation"}
@@ -116,14 +69,10 @@ def complete(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
         The complete object as it is read back from a file in Explicit VR Little Endian.
     """
     source = derivation.image.source
-    _copy_elements(source, result, _COPIED)
-    for name in _TYPE_2:
-        if name not in result:
-            setattr(result, name, None)
-    _copy_elements(source, result, _SERIES_ATTRIBUTES)
+    copy_patient_and_study(source, result)
+    copy_series(frame_header(source, derivation.image.frame), result, kind)
     if "PixelData" in result or "FloatPixelData" in result:
-        _copy_elements(source, result, _IMAGE_ATTRIBUTES)
-    _set_laterality(result, kind, _image_laterality(derivation))
+        copy_compression(source, result)
     result.SeriesInstanceUID = derivation.uid(f"{kind}/series")
     result.SOPInstanceUID = derivation.uid(kind)
     result.SeriesNumber, result.InstanceNumber = _SERIES_NUMBERS[kind], 1
@@ -139,28 +88,6 @@ def complete(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
     result.ContributingEquipmentSequence = [_contributing_equipment(derivation)]
     _set_character_set(result, str(source.get("SpecificCharacterSet") or ""))
     return _write_and_read(result)
-
-
-def _image_laterality(derivation: Derivation) -> str:
-    """Return Image Laterality or, of enhanced objects, Frame Laterality: R, L, B (both), U (unpaired), or empty."""
-    header = frame_header(derivation.image.source, derivation.image.frame)
-    return str(header.get("ImageLaterality") or header.get("FrameLaterality") or "")
-
-
-def _set_laterality(result: Dataset, kind: str, side: str) -> None:
-    """Set Image Laterality of images, or Laterality of other objects.
-
-    Laterality has no value for both sides (B) or unpaired parts (U). It is type 2C: required for paired body parts, and
-    empty if it is unknown whether the part is paired. Reports and segmentations have no Laterality.
-    """
-    if side and kind not in ("sr", "gsps"):
-        result.ImageLaterality = side
-    elif side in ("R", "L", "B"):
-        result.Laterality = None if side == "B" else side
-    elif "BodyPartExamined" not in result and "Laterality" not in result:
-        result.Laterality = None
-    if kind in ("sr", "seg") or "ImageLaterality" in result:
-        result.pop("Laterality", None)
 
 
 def _set_dates(result: Dataset, kind: str, derivation: Derivation) -> None:
@@ -191,33 +118,6 @@ def _contributing_equipment(derivation: Derivation) -> Dataset:
     )[:1024]
     item.private_block(0x0099, "camserve", create=True).add_new(0x01, "UT", derivation.receipt_json)
     return item
-
-
-def _copy_elements(source: Dataset, result: Dataset, names: Iterable[str]) -> None:
-    """Copy elements with their values, even if these violate the standard.
-
-    Texts are decoded, so that any character set can encode them. Elements that cannot be parsed, such as the number
-    "63,2", are left out.
-    """
-    for name in names:
-        element = readable_element(source, name)
-        if element is None:
-            continue
-        if element.VR == "SQ":
-            items = [Dataset() for _ in element.value]
-            for item, original in zip(items, element.value, strict=True):
-                _copy_elements(original, item, filter(None, map(keyword_for_tag, original.keys())))
-            setattr(result, name, items)
-        else:
-            with suppress(TypeError, ValueError, OverflowError):
-                result.add(DataElement(element.tag, element.VR, _decoded(element.value), validation_mode=IGNORE))
-
-
-def _decoded(value: object) -> object:
-    """Return person names without their original encoding."""
-    if isinstance(value, MultiValue):
-        return [_decoded(each) for each in value]
-    return PersonName(str(value), validation_mode=IGNORE) if isinstance(value, PersonName) else value
 
 
 def _set_character_set(result: Dataset, declared: str) -> None:

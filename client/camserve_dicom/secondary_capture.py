@@ -35,7 +35,8 @@ def secondary_capture(derivation: Derivation) -> Dataset:
     result.Modality = "OT"
     result.ConversionType = "WSD"
     result.ImageType = ["DERIVED", "SECONDARY"]
-    result.PatientOrientation = source.get("PatientOrientation")
+    orientation = source.get("PatientOrientation") or []
+    result.PatientOrientation = orientation if len(orientation) == 2 and all(orientation) else None
     result.BurnedInAnnotation = "YES"
     result.DerivationDescription = description(derivation)
     result.SourceImageSequence = [source_image(derivation)]
@@ -56,8 +57,9 @@ def secondary_capture(derivation: Derivation) -> Dataset:
     header = frame_header(source, derivation.image.frame)
     if pixel_spacing := spacing(header, "PixelSpacing"):
         result.PixelSpacing = [f"{min(pixel_spacing) / scale:.10g}"] * 2  # the rendered image has square pixels
-        for name in ("PixelSpacingCalibrationType", "PixelSpacingCalibrationDescription"):
-            if header.get(name):
+        calibration = ("PixelSpacingCalibrationType", "PixelSpacingCalibrationDescription")
+        if all(header.get(name) for name in calibration):  # each needs the other
+            for name in calibration:
                 setattr(result, name, header.get(name))
     return result
 

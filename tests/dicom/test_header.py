@@ -17,7 +17,7 @@ from pydicom import Dataset
 from pydicom.datadict import dictionary_VR
 
 import camserve_dicom as dicom
-from camserve_dicom import KINDS, DicomError, secondary_capture
+from camserve_dicom import KINDS, DicomError, copied_attributes, secondary_capture
 from tests.dicom.samples import data_of, errors, explanation, image, needs_dciodvfy, ramp, stored
 
 pytestmark = pytest.mark.slow
@@ -73,15 +73,28 @@ def copied_modules() -> dict[str, list[str]]:
     return {module: [each["keyword"] for each in found[module] if not each["path"]] for module in names}
 
 
+def complete_item(keyword: str) -> Dataset:
+    """Return an item with all attributes that are required in it."""
+    item = Dataset()
+    if keyword.endswith("CodeSequence"):
+        item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = "1", "99TEST", "a meaning"
+        return item
+    for alternatives in copied_attributes._REQUIRED_IN_ITEMS.get(keyword, ["PatientID"]):
+        name = alternatives.partition("|")[0]
+        vr = dictionary_VR(name)
+        setattr(item, name, [complete_item(name)] if vr == "SQ" else {"CS": "YES", "UI": "1.2.3", "US": 4}.get(vr, "1"))
+    if "UniversalEntityID" in item:
+        item.UniversalEntityIDType = "ISO"
+    return item
+
+
 @pytest.mark.parametrize("module", copied_modules())
 def test_patient_trial_and_study_modules_are_copied(module: str) -> None:
-    source = image(ramp())
+    source = image(ramp(), PatientSpeciesDescription="Canis")
     for keyword in copied_modules()[module]:
         vr = dictionary_VR(keyword)
         if vr == "SQ":
-            item = Dataset()
-            item.CodeMeaning = keyword
-            setattr(source, keyword, [item])
+            setattr(source, keyword, [complete_item(keyword)])
         elif keyword not in source:
             value = {"DA": "20240102", "TM": "1112", "AS": "050Y", "US": 4, "FD": 1.5, "UI": "1.2.3", "DT": "2024"}
             setattr(source, keyword, value.get(vr, "1"))
