@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
+from pydicom.encaps import get_frame
 from pydicom.pixels.utils import get_expected_length, pixel_array
 from pydicom.uid import UID
 
 from camserve_dicom.errors import DicomError
 
-__all__ = ["decode_frame", "truncated"]
+__all__ = ["JPEG_PROGRESSIVE", "JPEG_XL", "JPEG_XL_JPEG", "decode_frame", "truncated"]
 
-_GPL = "its 12-bit form needs pylibjpeg-libjpeg, which is GPL and not part of camserve: pip install pylibjpeg-libjpeg"
 _EXTRA = "pip install 'camserve[dicom]', which includes "
-# The largest number of bits that the extra's packages decode, where it is below 16.
-_MAX_BITS = {"1.2.840.10008.1.2.4.50": 8, "1.2.840.10008.1.2.4.51": 8}
+JPEG_PROGRESSIVE = (UID("1.2.840.10008.1.2.4.53"), UID("1.2.840.10008.1.2.4.55"))
+"""Retired transfer syntaxes of JPEG: spectral selection, and full progression."""
+JPEG_XL_JPEG = UID("1.2.840.10008.1.2.4.111")
+"""JPEG XL of an image that was JPEG Baseline."""
+JPEG_XL = (UID("1.2.840.10008.1.2.4.110"), JPEG_XL_JPEG, UID("1.2.840.10008.1.2.4.112"))
+"""Transfer syntaxes of JPEG XL, the first of which is lossless."""
+_JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", *JPEG_PROGRESSIVE)
+# Names of transfer syntaxes that pydicom does not know.
+_NAMES = {
+    JPEG_XL[0]: "JPEG XL Lossless",
+    JPEG_XL[1]: "JPEG XL JPEG Recompression",
+    JPEG_XL[2]: "JPEG XL",
+    "1.2.840.10008.1.2.1.98": "Encapsulated Uncompressed Explicit VR Little Endian",
+    "1.2.840.10008.1.2.8.1": "Deflated Image Frame Compression",
+}
 _REMEDIES = {
-    "1.2.840.10008.1.2.4.50": _EXTRA + "python-gdcm",
-    "1.2.840.10008.1.2.4.51": _GPL,
+    **dict.fromkeys([*_JPEG, *JPEG_XL], _EXTRA + "imagecodecs"),
     **dict.fromkeys([f"1.2.840.10008.1.2.4.{n}" for n in (57, 70, 80, 81)], _EXTRA + "python-gdcm"),
     **dict.fromkeys([f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 201, 202, 203)], _EXTRA + "pylibjpeg-openjpeg"),
     "1.2.840.10008.1.2.5": _EXTRA + "pylibjpeg-rle",
@@ -54,11 +68,38 @@ def decode_frame(dataset: Dataset, frame: int) -> NDArray[Any]:
             and len(dataset.PixelData) < get_expected_length(dataset)
         ):
             raise truncated()
+        if syntax in JPEG_XL or syntax in JPEG_PROGRESSIVE or (syntax in _JPEG and dataset.BitsStored > 8):
+            return _decode_with_imagecodecs(dataset, frame, syntax)
         return pixel_array(dataset, index=frame)
     except DicomError:
         raise
     except Exception as error:
         raise _decoding_error(dataset, syntax, error) from error
+
+
+def _decode_with_imagecodecs(dataset: Dataset, frame: int, syntax: UID) -> NDArray[Any]:
+    """Decode JPEG with 12 bits or progression, or JPEG XL. pydicom has no decoder for them without GPL software."""
+    try:
+        import imagecodecs
+    except ImportError:
+        raise NotImplementedError("imagecodecs is not installed") from None
+    encoded = get_frame(dataset.PixelData, frame, number_of_frames=int(dataset.get("NumberOfFrames") or 1))
+    if syntax in JPEG_XL:
+        decoded = imagecodecs.jpegxl_decode(encoded)
+    elif dataset.PhotometricInterpretation == "RGB":
+        decoded = imagecodecs.jpeg8_decode(encoded, colorspace="RGB", outcolorspace="RGB")
+    else:
+        decoded = imagecodecs.jpeg8_decode(encoded)
+    shape = (int(dataset.Rows), int(dataset.Columns), int(dataset.SamplesPerPixel))
+    if decoded.shape != shape[: decoded.ndim] or decoded.size != math.prod(shape):
+        raise ValueError(f"the decoded pixels have the shape {decoded.shape}; the header says {shape}")
+    bits = int(dataset.BitsStored)
+    # The lossy transform may exceed the range of the stored bits.
+    clipped = decoded.clip(None, 2**bits - 1)
+    if not dataset.PixelRepresentation:
+        return np.asarray(clipped)
+    signed = clipped.astype(np.int32)
+    return np.asarray(np.where(signed < 2 ** (bits - 1), signed, signed - 2**bits))
 
 
 def truncated() -> DicomError:
@@ -74,20 +115,23 @@ def _decoding_error(dataset: Dataset, syntax: UID, error: Exception) -> DicomErr
             "the object lacks attributes of the Image Pixel module, which say how its pixels are encoded",
             "UNSUPPORTED_PIXELS",
         )
+    is_known = syntax.is_transfer_syntax or syntax in _REMEDIES
     no_decoder = isinstance(error, NotImplementedError) or "missing dependencies" in text or "no decoder" in text
-    is_standard = syntax.is_transfer_syntax
-    if (
-        is_standard
-        and not no_decoder
-        and syntax.is_compressed
-        and int(dataset.get("BitsStored", 8)) <= _MAX_BITS.get(syntax, 16)
-    ):
+    is_compressed = syntax in _REMEDIES or (syntax.is_transfer_syntax and syntax.is_compressed)
+    if is_known and not no_decoder and is_compressed:
         return DicomError("the pixels cannot be decoded: they are corrupt or truncated", "UNREADABLE_PIXELS")
-    if is_standard and not syntax.is_compressed:
+    if is_known and not is_compressed:
         return DicomError(
             "the pixels cannot be decoded: the attributes of the Image Pixel module contradict each other",
             "UNREADABLE_PIXELS",
         )
     remedy = _REMEDIES.get(syntax, "camserve supports no package that decodes it; convert the image")
-    name = syntax.name if is_standard and not syntax.is_private else "a private transfer syntax"
+    if syntax in _NAMES:
+        name = _NAMES[syntax]
+    elif syntax.is_transfer_syntax and not syntax.is_private:
+        name = syntax.name
+    elif syntax.startswith("1.2.840.10008."):
+        name = f"{syntax}, which is not a transfer syntax that camserve knows"
+    else:
+        name = "a private transfer syntax"
     return DicomError(f"the pixels are compressed as {name}: {remedy}", "UNSUPPORTED_TRANSFER_SYNTAX")

@@ -12,9 +12,10 @@ class DicomError(InvalidArgument):
 
     The message quotes no value of the header, so it can be logged. `reason` is a constant for programs:
 
-    - `NOT_DICOM`: the file has no DICM prefix.
+    - `NOT_DICOM`: the file does not begin like a DICOM file.
     - `TRUNCATED`: the file ends too early, or cannot be parsed.
-    - `NO_PIXELS`: the object has no pixel data.
+    - `NO_PIXELS`: the object has no pixel data, or is a DICOMDIR.
+    - `NOT_AN_IMAGE`: the pixels are not an image, but a segmentation, a dose or a map.
     - `FRAME_OUT_OF_RANGE`: the image has no frame of this number.
     - `BURNED_IN_ANNOTATION`: Burned In Annotation is YES.
     - `ULTRASOUND_REGIONS`: the image has ultrasound regions, or one lies outside of the image.

@@ -120,6 +120,7 @@ def prepare(
     window: Window | None = None,
     regions: Literal["refuse", "crop", "ignore"] = "refuse",
     burned_in: Literal["refuse", "ignore"] = "refuse",
+    non_image: Literal["refuse", "ignore"] = "refuse",
     **request: Any,
 ) -> PreparedRequest:
     """Render the source and check the arguments of `explain`. Nothing is sent to a server."""
@@ -128,7 +129,7 @@ def prepare(
     kinds = parse_outputs(outputs)
     if missing := [name for name in check_metrics(check) if name not in scored]:
         raise InvalidArgument(f"the check needs the metric {missing[0]}; add it to metrics", field="check")
-    image = read(source, frame=frame, window=window, regions=regions, burned_in=burned_in)
+    image = read(source, frame=frame, window=window, regions=regions, burned_in=burned_in, non_image=non_image)
     return PreparedRequest(
         image,
         {"image": request_pixels(image), "metrics": scored, "request_id": uuid.uuid4().hex, **request},
@@ -152,6 +153,7 @@ def explain(
     window: Window | None = None,
     regions: Literal["refuse", "crop", "ignore"] = "refuse",
     burned_in: Literal["refuse", "ignore"] = "refuse",
+    non_image: Literal["refuse", "ignore"] = "refuse",
     **options: Any,
 ) -> DicomExplanation:
     """Explain a DICOM image, and make DICOM objects of the explanation.
@@ -175,6 +177,7 @@ def explain(
         window: (centre, width) of the grey levels, as for `read`.
         regions: What to do with an image that has ultrasound regions, as for `read`.
         burned_in: What to do with an image that has burned-in text, as for `read`.
+        non_image: What to do with an object whose values are not an image, as for `read`.
         **options: Further arguments of `Client.explain`.
 
     Returns:
@@ -194,6 +197,7 @@ def explain(
         window=window,
         regions=regions,
         burned_in=burned_in,
+        non_image=non_image,
         model=model,
         method=method,
         target=target,

@@ -13,16 +13,16 @@ from typing import BinaryIO, Literal, TypeAlias
 
 import numpy as np
 import PIL.Image
-import pydicom
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.dataelem import RawDataElement
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
 
-from camserve_dicom import colour, greyscale
-from camserve_dicom.decoding import decode_frame, truncated
+from camserve_dicom import colour, greyscale, part10
+from camserve_dicom.decoding import JPEG_PROGRESSIVE, JPEG_XL_JPEG, decode_frame, truncated
 from camserve_dicom.errors import DicomError
+from camserve_dicom.object_classes import kind_of_non_image
 from camserve_dicom.source_header import frame_header, pixel_aspect
 
 __all__ = ["Box", "RenderedImage", "Source", "Window", "read", "silence_library_warnings"]
@@ -41,7 +41,7 @@ _PIXEL_ATTRIBUTES = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 # Region Spatial Format 2D (PS3.3 C.8.5.5.1.1). Other regions contain curves and scales.
 _FORMAT_2D = 1
 # These processes are always lossy. Other transfer syntaxes may be either.
-_LOSSY_SYNTAXES = (JPEGBaseline8Bit, JPEGExtended12Bit)
+_LOSSY_SYNTAXES = (JPEGBaseline8Bit, JPEGExtended12Bit, *JPEG_PROGRESSIVE, JPEG_XL_JPEG)
 # A larger ratio is an error in the header. Resampling such an image could exhaust the memory.
 _MAX_PIXEL_ASPECT = 10.0
 # Exceptions that pydicom and numpy raise for invalid values.
@@ -93,6 +93,7 @@ def read(
     window: Window | None = None,
     regions: Literal["refuse", "crop", "ignore"] = "refuse",
     burned_in: Literal["refuse", "ignore"] = "refuse",
+    non_image: Literal["refuse", "ignore"] = "refuse",
 ) -> RenderedImage:
     """Render one frame of a DICOM image. Nothing is sent to a server.
 
@@ -105,6 +106,8 @@ def read(
             "refuse" raises an error, "crop" keeps only the largest 2D region, "ignore" keeps everything.
         burned_in: What to do with an image whose Burned In Annotation is YES. "refuse" raises an error, "ignore"
             accepts it. An image that was cropped to a region is always accepted.
+        non_image: What to do with an object whose values are not an image, such as a segmentation or a dose. "refuse"
+            raises an error, "ignore" explains it like an image.
 
     Returns:
         The rendered frame, with square pixels.
@@ -112,19 +115,16 @@ def read(
     Raises:
         DicomError: If the object is not a supported image, or is refused. `reason` says why.
         OSError: If the file cannot be read.
-        ValueError: If `regions` or `burned_in` has another value.
+        ValueError: If `regions`, `burned_in` or `non_image` has another value.
     """
     if regions not in ("refuse", "crop", "ignore"):
         raise ValueError(f"regions is {regions!r}; expected 'refuse', 'crop' or 'ignore'")
     if burned_in not in ("refuse", "ignore"):
         raise ValueError(f"burned_in is {burned_in!r}; expected 'refuse' or 'ignore'")
+    if non_image not in ("refuse", "ignore"):
+        raise ValueError(f"non_image is {non_image!r}; expected 'refuse' or 'ignore'")
     dataset = source if isinstance(source, Dataset) else _parse_file(source)
-    if missing := [name for name in _REQUIRED if not dataset.get(name)]:
-        raise DicomError(f"the object has no {missing[0]}, which the results must reference", "INCOMPLETE")
-    if not any(name in dataset for name in _PIXEL_ATTRIBUTES):
-        raise DicomError("the object has no pixels; expected an image", "NO_PIXELS")
-    if dataset.get("Manufacturer") == "camserve":
-        raise DicomError("camserve has made the object; pass the original image instead of a result", "OWN_RESULT")
+    _require_image(dataset, non_image)
     with _report_header_errors():
         if "HighBit" in dataset and int(dataset.HighBit) != int(dataset.BitsStored) - 1:
             raise DicomError("High Bit is not Bits Stored - 1, as PS3.3 C.7.6.3.1 requires", "UNSUPPORTED_PIXELS")
@@ -152,17 +152,37 @@ def read(
     return RenderedImage(pixels, _header_without_pixels(dataset), frame, tuple(steps), box, content, luts)
 
 
+def _require_image(dataset: Dataset, non_image: str) -> None:
+    """Raise DicomError unless the object is an image with the attributes that results need."""
+    if "DirectoryRecordSequence" in dataset:
+        raise DicomError("the file is a DICOMDIR, a list of files; pass an image file", "NO_PIXELS")
+    if not any(name in dataset and dataset[name].value for name in _PIXEL_ATTRIBUTES):
+        raise DicomError("the object has no pixels; expected an image", "NO_PIXELS")
+    if dataset.get("Manufacturer") == "camserve":
+        raise DicomError("camserve has made the object; pass the original image instead of a result", "OWN_RESULT")
+    if non_image == "refuse" and (kind := kind_of_non_image(dataset)):
+        raise DicomError(
+            f'the object is a {kind}, whose values are not an image; non_image="ignore" explains it anyway',
+            "NOT_AN_IMAGE",
+            field="non_image",
+        )
+    if missing := [name for name in _REQUIRED if not dataset.get(name)]:
+        raise DicomError(f"the object has no {missing[0]}, which the results must reference", "INCOMPLETE")
+
+
 def _parse_file(source: str | PathLike[str] | BinaryIO) -> Dataset:
     """Parse a DICOM file, and raise DicomError if it is not one or is truncated."""
     try:
-        dataset = pydicom.dcmread(source)
+        dataset = part10.parse(source)
         if _is_truncated(dataset):
             raise truncated()
         return dataset
     except DicomError:
         raise
     except InvalidDicomError as error:
-        raise DicomError("the file is not DICOM: it has no DICM prefix after the preamble", "NOT_DICOM") from error
+        raise DicomError(
+            "the file is not DICOM: it begins neither with a preamble and DICM nor with DICOM elements", "NOT_DICOM"
+        ) from error
     except OSError as error:
         if error.errno is not None:
             raise

@@ -68,7 +68,7 @@ def value_of(name: str) -> Any:
 
 def test_all_attributes_are_empty(tmp_path: Path) -> None:
     names = [*MODULES, *OTHERS]
-    empty = {name: [] if dictionary_VR(name) == "SQ" else None for name in names}
+    empty: dict[str, Any] = {name: [] if dictionary_VR(name) == "SQ" else None for name in names}
     del empty["StudyInstanceUID"]
     assert_valid(source_with(**empty), tmp_path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from camserve.errors import CamserveError
 from camserve_cli import rich_tables
@@ -50,6 +52,13 @@ class Regions(StrEnum):
 
 class BurnedIn(StrEnum):
     """Treatment of images with burned-in text."""
+
+    REFUSE = "refuse"
+    IGNORE = "ignore"
+
+
+class NonImage(StrEnum):
+    """Treatment of objects whose values are not an image."""
 
     REFUSE = "refuse"
     IGNORE = "ignore"
@@ -103,6 +112,10 @@ def explain(
     burned_in: Annotated[
         BurnedIn, typer.Option(help="Images with burned-in text: refuse, or ignore the text.")
     ] = BurnedIn.REFUSE,
+    non_image: Annotated[
+        NonImage,
+        typer.Option(help="Segmentations, doses and other objects that are not images: refuse, or explain anyway."),
+    ] = NonImage.REFUSE,
     seed: Seed = 0,
     budget: Budget = None,
     as_json: AsJson = False,
@@ -139,6 +152,7 @@ def explain(
             "window": None if window is None else _window(window),
             "regions": regions.value,
             "burned_in": burned_in.value,
+            "non_image": non_image.value,
             "seed": seed,
             "budget": budget,
         }
@@ -149,7 +163,7 @@ def explain(
                 result = api.explain(client, file, **settings)
                 written = result.save(out, stem)
             except (CamserveError, OSError) as error:
-                typer.echo(f"error: {file}: {error_text(error)}", err=True)
+                typer.echo(f"error: {file}: {_with_options(error_text(error))}", err=True)
                 failures += 1
                 continue
             if as_json:
@@ -158,7 +172,8 @@ def explain(
                 predicted = result.explanation.target
                 names = ", ".join(path.name for path in written)
                 withheld = "yes" if result.withheld else ""
-                table.add_row(file.name, str(predicted), f"{predicted.probability:.3f}", names, withheld)
+                cells = (file.name, str(predicted), f"{predicted.probability:.3f}", names, withheld)
+                table.add_row(*map(escape, cells))
                 warn(file, result.explanation)
                 for warning in result.warnings:
                     if warning not in result.explanation.warnings:
@@ -169,6 +184,11 @@ def explain(
         print_table(table)
     if failures:
         raise typer.Exit(1)
+
+
+def _with_options(message: str) -> str:
+    """Replace arguments of Python functions, such as regions="crop", by options."""
+    return re.sub(r'\b([a-z_]+)="([a-z_]+)"', lambda found: f"--{found[1].replace('_', '-')} {found[2]}", message)
 
 
 def _window(text: str) -> tuple[float, float]:

@@ -184,6 +184,9 @@ class Rule(_Table):
     burned_in: Annotated[
         Literal["refuse", "ignore"], Field(description="What to do if the header declares burned-in text.")
     ] = "refuse"
+    non_image: Annotated[
+        Literal["refuse", "ignore"], Field(description="What to do with segmentations, doses and maps.")
+    ] = "refuse"
 
     @model_validator(mode="after")
     def _require_metrics_of_check(self) -> Self:

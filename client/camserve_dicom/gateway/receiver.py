@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import threading
@@ -29,20 +28,19 @@ from pydicom.uid import (
     JPEGLosslessSV1,
     JPEGLSLossless,
     JPEGLSNearLossless,
-    ParametricMapStorage,
     RLELossless,
-    RTDoseStorage,
-    SegmentationStorage,
 )
 from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # type: ignore[attr-defined]
 
 from camserve.addresses import split_host_port
+from camserve_dicom.decoding import JPEG_PROGRESSIVE, JPEG_XL
 from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config, ConfigError
 from camserve_dicom.gateway.listener import REQUEST_TIMEOUT_S, Listener
 from camserve_dicom.gateway.spool import Spool, Stage
+from camserve_dicom.object_classes import kind_of_non_image
 
 __all__ = ["Receiver", "modality_and_body_part"]
 
@@ -73,14 +71,13 @@ _TRANSFER_SYNTAXES = [
     JPEG2000,
     HTJ2K,
     JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    *JPEG_PROGRESSIVE,
+    *JPEG_XL,
 ]
-if importlib.util.find_spec("libjpeg"):  # an optional decoder that is not part of camserve, because it is GPL
-    _TRANSFER_SYNTAXES.append(JPEGExtended12Bit)
 # The listener announces a maximum PDU length of 16 KiB. Some peers exceed it.
 MAX_PDU_BYTES = 1 << 20
 INFLATE_CHUNK_BYTES = 1 << 20
-# These objects have pixels, but are not images of a patient.
-_NOT_IMAGES = (SegmentationStorage, ParametricMapStorage, RTDoseStorage)
 # Attributes for the rules and for the detection of the gateway's own results.
 _HEADER = [
     "SOPClassUID",
@@ -90,6 +87,7 @@ _HEADER = [
     "Modality",
     "BodyPartExamined",
     "Rows",
+    "SegmentSequence",
     "Manufacturer",
     "ContributingEquipmentSequence",
 ]
@@ -259,13 +257,15 @@ class Receiver:
         equipment = [header, *header.get("ContributingEquipmentSequence", [])]
         if any(each.get("Manufacturer") == "camserve" for each in equipment):
             return "own"
-        if "Rows" not in header or header.get("SOPClassUID") in _NOT_IMAGES:
+        rule = self._config.rule(*modality_and_body_part(header), caller)
+        accepts_all = rule is not None and rule.non_image == "ignore"
+        if "Rows" not in header or (kind_of_non_image(header) and not accepts_all):
             return "no image"
         if header.get("PresentationIntentType") == "FOR PROCESSING":  # the image FOR PRESENTATION is sent as well
             return "for processing"
         if [*header.get("ImageType", [])][:2] == ["DERIVED", "SECONDARY"]:
             return "derived"
-        if self._config.rule(*modality_and_body_part(header), caller) is None:
+        if rule is None:
             return "no rule"
         return None
 
