@@ -22,6 +22,8 @@ __all__ = ["THRESHOLD", "map_on_source_grid", "parametric_map", "segmentation"]
 THRESHOLD = 0.5
 """Threshold of the segmentation and of the outlines, relative to the maximum of the map."""
 
+# CIELab of sRGB (255, 214, 10) as PS3.3 C.10.7.1.1 encodes it.
+_DISPLAY_COLOUR = (57166, 33782, 54888)
 _SYNTHETIC = "SYNTHETIC GEOMETRY: the source has none. "
 _QUANTITIES = {
     "cam": Code("130402", "DCM", "Class activation"),
@@ -103,6 +105,7 @@ def segmentation(derivation: Derivation) -> Dataset:
         content_description=_content_description(derivation)[:64],
         **_equipment(derivation, "seg"),
     )
+    result.SegmentSequence[0].RecommendedDisplayCIELabValue = [*_DISPLAY_COLOUR]
     return _complete(result, derivation)
 
 

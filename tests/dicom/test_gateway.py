@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -194,6 +195,19 @@ def test_object_that_is_sent_twice_is_explained_once(gateway: OpenGateway, pacs:
         assert send(running.address, image()) == [0], "the object is explained again, with the same result"
         wait_until(lambda: running.events().count("committed") == 2)
     assert len(pacs.objects_by_uid) == 1
+
+
+@pytest.mark.slow
+def test_object_of_several_senders_at_once_is_explained_once(gateway: OpenGateway, pacs: Pacs) -> None:
+    senders = [f"SENDER{number}" for number in range(5)]
+    with gateway(server=UNREACHABLE_SERVER, callers=senders) as running, ThreadPoolExecutor(5) as pool:
+        sent = pool.map(lambda title: send(running.address, image(), calling=title), senders)
+        assert [*sent] == [[0]] * 5
+        assert len(running.entries("inbox")) == 1
+        assert running.events().count("dropped") == 4
+    with gateway() as running:
+        wait_until(lambda: "committed" in running.events())
+    assert len(pacs.stores) == 1
 
 
 # ---- monitor and spool ----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from camserve_dicom.gateway import workers
 from camserve_dicom.gateway.audit import Audit
+from camserve_dicom.gateway.spool import Spool, Stage
 
 
 def test_retry_delay_doubles_up_to_a_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,3 +44,22 @@ def test_write_once_skips_the_last_line_of_the_object(tmp_path: Path) -> None:
         audit.write_once("stored", object="b", result=result)
     lines = map(json.loads, (tmp_path / "audit.jsonl").read_text().splitlines())
     assert [line["result"] for line in lines if line["object"] == "a"] == ["x", "y", "x"]
+
+
+def test_object_that_arrives_twice_at_once_is_in_one_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a sender's object is written, the same object of another sender arrives and moves on."""
+    spool = Spool(tmp_path / "spool")
+    temporary_path = spool._temporary_path
+
+    def temporary_path_after_another(name: str) -> Path:
+        monkeypatch.setattr(spool, "_temporary_path", temporary_path)
+        assert spool.add(name, {"source.dcm": b"first"})
+        spool.move(spool.folder(Stage.inbox) / name, Stage.outbox)
+        return temporary_path(name)
+
+    monkeypatch.setattr(spool, "_temporary_path", temporary_path_after_another)
+    assert not spool.add("x", {"source.dcm": b"second"})
+    assert spool.entries(Stage.inbox) == []
+    assert (spool.folder(Stage.outbox) / "x" / "source.dcm").read_bytes() == b"first"
+    assert [*(spool.root / "incoming").iterdir()] == []
+    spool.close()

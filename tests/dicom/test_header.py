@@ -274,6 +274,13 @@ def test_tracking_and_dimension_uids() -> None:
     assert len(first) == len(second) == len(first ^ second) / 2 == 1
 
 
+def test_segment_has_a_display_colour() -> None:
+    [segment] = make_objects(image(ramp()), kinds=["seg"])["seg"].SegmentSequence
+    lightness, a, b = segment.RecommendedDisplayCIELabValue
+    assert lightness / 65535 * 100 == pytest.approx(87, abs=1)
+    assert [round(each / 65535 * 255 - 128) for each in (a, b)] == [3, 86]
+
+
 def test_coding_scheme_is_identified() -> None:
     [scheme] = make_objects(image(ramp()), kinds=["sr"])["sr"].CodingSchemeIdentificationSequence
     assert scheme.CodingSchemeDesignator == "99CAMSERVE"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,10 @@ def test_table_has_whole_file_names(address: str, tmp_path: Path) -> None:
 # ---- JPEG and JPEG XL -----------------------------------------------------------------------------------------------
 
 
-def compressed(pixels: np.ndarray, frames: list[bytes], syntax: str, **attributes: Any) -> Dataset:
+def compressed(pixels: np.ndarray, frames: Sequence[bytes | bytearray], syntax: str, **attributes: Any) -> Dataset:
     """Return an image with the encoded frames of these pixels."""
     source = image(pixels, **attributes)
-    source.PixelData = encapsulate(frames)
+    source.PixelData = encapsulate([*map(bytes, frames)])
     source["PixelData"].is_undefined_length, source["PixelData"].VR = True, "OB"
     if len(frames) > 1:
         source.NumberOfFrames = len(frames)
@@ -230,7 +231,7 @@ def test_missing_decoder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("broken_associations")
 def test_gateway_receives_jpeg_with_12_bits(gateway: OpenGateway) -> None:
     source = radiograph(0)
-    source.PixelData = encapsulate([imagecodecs.jpeg8_encode(source.pixel_array, bitspersample=12)])
+    source.PixelData = encapsulate([bytes(imagecodecs.jpeg8_encode(source.pixel_array, bitspersample=12))])
     source["PixelData"].is_undefined_length, source["PixelData"].VR = True, "OB"
     source.file_meta.TransferSyntaxUID = JPEGExtended12Bit
     with gateway() as running:

@@ -57,6 +57,8 @@ class Spool:
         self.root = root
         self.arrived = {stage: threading.Event() for stage in Stage}
         self._incoming = root / "incoming"
+        # Held while an entry is renamed, so that no object is in two stages.
+        self._renaming = threading.RLock()
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if root.stat().st_mode & 0o077:
@@ -117,7 +119,7 @@ class Spool:
         Raises:
             OSError: If the entry cannot be written. The inbox has no part of it then.
         """
-        if any((self.folder(stage) / name).exists() for stage in (Stage.inbox, Stage.outbox, Stage.stored)):
+        if self._is_in_progress(name):
             _sync(self.folder(Stage.inbox))  # the thread that added it may not have synchronised it yet
             return False
         new = self._temporary_path(name)
@@ -126,15 +128,22 @@ class Spool:
             for file, data in files.items():
                 _write(new / file, data)
             _sync(new)
-            new.rename(self.folder(Stage.inbox) / name)
-        except BaseException as error:
+            with self._renaming:
+                added = not self._is_in_progress(name)  # another association may have sent the object at the same time
+                if added:
+                    new.rename(self.folder(Stage.inbox) / name)
+        except BaseException:
             shutil.rmtree(new, ignore_errors=True)
-            if (self.folder(Stage.inbox) / name).exists():  # another association sent the object at the same time
-                return False
-            raise error
+            raise
+        if not added:
+            shutil.rmtree(new, ignore_errors=True)
         _sync(self.folder(Stage.inbox))
         self.arrived[Stage.inbox].set()
-        return True
+        return added
+
+    def _is_in_progress(self, name: str) -> bool:
+        with self._renaming:
+            return any((self.folder(stage) / name).exists() for stage in (Stage.inbox, Stage.outbox, Stage.stored))
 
     def move(self, entry: Path, stage: Stage) -> Path:
         """Move an entry to another stage. All files of the entry must be on the disk.
@@ -143,9 +152,10 @@ class Spool:
             The new path of the entry.
         """
         new = self.folder(stage) / entry.name
-        if new.exists():  # an earlier entry of the same object that failed
-            self.remove(new)
-        entry.rename(new)
+        with self._renaming:
+            if new.exists():  # an earlier entry of the same object that failed
+                self.remove(new)
+            entry.rename(new)
         _sync(new.parent)
         _sync(entry.parent)
         self.arrived[stage].set()

@@ -187,6 +187,8 @@ class CommitmentStep:
         self._lock = threading.Lock()
         self._reported = threading.Condition(self._lock)
         self.pacs: DimsePacs | None = None
+        # Transaction UIDs of this process. The report on an earlier request may have come while no process ran.
+        self._requested: set[str] = set()
         # Entries by Transaction UID. The PACS may report on requests of an earlier process.
         self._transactions = {
             request["transaction"]: entry
@@ -195,7 +197,7 @@ class CommitmentStep:
         }
 
     def __call__(self, entry: Path) -> None:
-        """Request the commitment, unless the report on an earlier request may still come.
+        """Request the commitment, unless the report on an earlier request of this process may still come.
 
         Raises:
             TemporaryFailure: If the report has not come yet, or the PACS is not available.
@@ -208,9 +210,10 @@ class CommitmentStep:
             return
         request = read_json(entry / "transaction.json")
         left_s = request.get("time", 0.0) + self._timeout_s - time.time()
-        if 0 < left_s <= self._timeout_s:
+        if request.get("transaction") in self._requested and 0 < left_s <= self._timeout_s:
             raise TemporaryFailure("waiting for the commitment report of the PACS", left_s)
         transaction = str(generate_uid(None))
+        self._requested = {*self._requested - {request.get("transaction")}, transaction}
         write_file(entry / "transaction.json", {"transaction": transaction, "time": time.time()})
         with self._lock:  # earlier transactions of the entry remain, because the PACS may report late
             self._transactions[transaction] = entry
