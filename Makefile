@@ -60,16 +60,17 @@ PROTOC = $(BIN)/python -m grpc_tools.protoc --proto_path=proto \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	  --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1)
 LINK := camserve_server/service/frontends
+INFERENCE := camserve_server/open_inference
 
 proto: install  ## generate the stubs from the files in proto/
 	$(call PROTOC,$(OUT)client) camserve/v1/explain.proto camserve/v1/admin.proto
-	$(call PROTOC,$(OUT)server) $(LINK)/link.proto
+	$(call PROTOC,$(OUT)server) $(LINK)/link.proto $(INFERENCE)/inference.proto
 OUT ?=
 
 proto-check: install  # compare the committed stubs with newly generated ones
 	rm -rf build/stubs && mkdir -p build/stubs/client build/stubs/server
 	$(MAKE) --no-print-directory proto OUT=build/stubs/
-	for f in client/camserve/v1/* server/$(LINK)/link_pb2*; do \
+	for f in client/camserve/v1/* server/$(LINK)/link_pb2* server/$(INFERENCE)/inference_pb2*; do \
 	  case "$$f" in */__init__.py|*/__pycache__) continue; esac; diff -u "$$f" "build/stubs/$$f" || exit 1; done
 
 node_modules/.installed: Makefile
