@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from camserve.addresses import is_loopback, require_host_port
 from camserve_server.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -43,9 +44,10 @@ class ModelConfig(ConfigTable):
     source: Annotated[
         str,
         Field(
-            pattern=r"^(embedded|torchvision|timm|python|onnx|huggingface|torchscript|export):.+$",
+            pattern=r"^(embedded|torchvision|timm|python|onnx|huggingface|torchscript|export|triton):.+$",
             description="embedded:efficientnet-lite0, torchvision:NAME, timm:NAME, python:package.module:factory, "
-            "onnx:FILE, huggingface:DIR, huggingface:NAME@REVISION, torchscript:FILE or export:FILE.",
+            "onnx:FILE, huggingface:DIR, huggingface:NAME@REVISION, torchscript:FILE, "
+            "export:FILE or triton:HOST:PORT/MODEL.",
         ),
     ]
     weights: Annotated[
@@ -67,6 +69,10 @@ class ModelConfig(ConfigTable):
     allow_code: Annotated[
         bool, Field(description="Load a file of torchscript: or export:, whose code then runs in the server.")
     ] = False
+    remote_ca: Annotated[
+        str | None,
+        Field(description="PEM file with the root certificates of a remote server; plaintext if omitted."),
+    ] = None
     layers: Annotated[
         list[str] | None,
         Field(min_length=1, description="Layers, fine to coarse, for methods that use several; detected if omitted."),
@@ -142,13 +148,44 @@ class ModelConfig(ConfigTable):
     @model_validator(mode="after")
     def _check_own_weights(self) -> Self:
         kind = self.source.partition(":")[0]
-        if kind in ("onnx", "huggingface", "torchscript", "export"):
+        if kind in ("onnx", "huggingface", "torchscript", "export", "triton"):
             for key in ("weights", "weights_key", "allow_random_weights"):
                 if key in self.model_fields_set:
                     raise ValueError(f"{key}: the source {kind}: contains its weights; remove the key")
         if self.allow_code and kind not in ("torchscript", "export"):
             raise ValueError("allow_code: only the sources torchscript: and export: need it; remove the key")
         return self
+
+    @model_validator(mode="after")
+    def _check_remote(self) -> Self:
+        if self.remote is None:
+            if self.remote_ca is not None:
+                raise ValueError("remote_ca: only the source triton: needs it; remove the key")
+            return self
+        address, model = self.remote
+        try:
+            require_host_port(address)
+        except ValueError as error:
+            raise ValueError(f"source: {error}; expected triton:HOST:PORT/MODEL") from error
+        if not model:
+            raise ValueError("source: the name of the model is missing; expected triton:HOST:PORT/MODEL")
+        if self.precision != ("fp32",) or self.compile:
+            raise ValueError(
+                "precision: a remote server chooses its own arithmetic; remove the keys precision and compile"
+            )
+        return self
+
+    @property
+    def remote(self) -> tuple[str, str] | None:
+        """Address HOST:PORT of the server of a remote model, and the name of the model; None for other sources."""
+        kind, _, rest = self.source.partition(":")
+        address, _, model = rest.partition("/")
+        return (address, model) if kind == "triton" else None
+
+    @property
+    def images_leave(self) -> bool:
+        """True if the server of a remote model may be on another machine."""
+        return self.remote is not None and not is_loopback(self.remote[0])
 
     @property
     def source_file(self) -> Path | None:

@@ -8,11 +8,12 @@ CamserveError
 ├── TooLarge             RESOURCE_EXHAUSTED   the request is larger than the server accepts; a retry fails, too
 ├── QueueFull            RESOURCE_EXHAUSTED   too many rows are owed; retry after `retry_after_s`
 ├── OutOfMemory          RESOURCE_EXHAUSTED   one row does not fit into the device's memory
-├── Unavailable          UNAVAILABLE          the server is loading or shutting down; retry, possibly on another server
+├── Unavailable          UNAVAILABLE          the server, or that of a remote model, is not available; retry later
 ├── Unauthenticated      UNAUTHENTICATED      the call has no token, or an unknown one
 ├── PermissionDenied     PERMISSION_DENIED    the caller is known but does not have the right
 ├── Expired              DEADLINE_EXCEEDED    the deadline passed before the end of the request
 ├── Cancelled            CANCELLED            the caller cancelled the call
+├── RemoteFailed         INTERNAL             the server that runs a remote model reports an error
 └── InternalError        INTERNAL             a bug of the server; the traceback is in the log only
 ConfigError              raised at the start: the configuration is invalid
 """
@@ -107,7 +108,7 @@ class OutOfMemory(CamserveError):
 
 
 class Unavailable(CamserveError):
-    """The server is loading or shutting down."""
+    """The server is loading or shutting down, or the server of a remote model cannot be reached."""
 
     code = "UNAVAILABLE"
     reason = "UNAVAILABLE"
@@ -146,6 +147,17 @@ class InternalError(CamserveError):
 
     code = "INTERNAL"
     reason = "INTERNAL"
+
+
+class RemoteFailed(CamserveError):
+    """The server that runs a remote model reports an error, or its answer is malformed."""
+
+    code = "INTERNAL"
+    reason = "REMOTE_FAILED"
+
+
+OF_WHOLE_BATCH = (Unavailable, Expired, Cancelled)
+"""Errors of a forward pass that do not depend on its rows: parts of the batch would fail, too."""
 
 
 class ConfigError(Exception):

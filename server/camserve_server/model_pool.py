@@ -1,6 +1,7 @@
 """The pool of configured models: it leases them to requests, loads them, and unloads them to make room.
 
-All methods run on the event loop. A separate thread reads the weights, and the engine's thread measures batch sizes.
+All methods run on the event loop. A separate thread reads the weights, and the thread of the model's engine measures
+batch sizes. A remote model has an engine of its own, from its load to its last request.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from camserve_server.batch_sizes import BatchSizes
 from camserve_server.config import Config, ModelConfig
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.warmup import warm_up_steps
+from camserve_server.engines import Engines
 from camserve_server.errors import CamserveError, ConfigError, InvalidArgument, NotFound, OutOfMemory, Unservable
 from camserve_server.models.factories import check_code
 from camserve_server.models.load import load
@@ -37,10 +39,12 @@ class Lease:
 
     Attributes:
         model: The model.
+        engine: Runs the plans of requests for the model.
         release: Ends the lease; further calls have no effect.
     """
 
     model: Model
+    engine: Engine
     release: Callable[[], None]
 
 
@@ -53,22 +57,22 @@ class ModelPool:
 
     Args:
         config: The configuration of the server.
-        engine: Measures the batch sizes of new models.
+        engines: Run the plans of requests and measure the batch sizes of new models.
         device: Holds the weights.
 
     Attributes:
         loads: The counters of each model by its name.
     """
 
-    def __init__(self, config: Config, engine: Engine, device: torch.device) -> None:
+    def __init__(self, config: Config, engines: Engines, device: torch.device) -> None:
         self.loads: dict[str, Loads] = {}
         self._config = config
-        self._engine = engine
+        self._engines = engines
         self._device = device
         self._entries = {settings.name: ModelEntry(settings) for settings in config.models}
         self._leases = itertools.count(1)
         self._one_at_a_time = asyncio.Lock()
-        self._batch_sizes = BatchSizes(engine)
+        self._batch_sizes = BatchSizes(engines.common)
 
     async def load_all(self) -> None:
         """Load the configured models in their order, as many as fit.
@@ -117,7 +121,7 @@ class ModelPool:
         try:
             loaded = loaded or await self._load_once(entry)
             loaded.used_at = next(self._leases)
-            lease = Lease(loaded.model, leave)
+            lease = Lease(loaded.model, loaded.engine, leave)
             del loaded
             yield lease
         except ConfigError as error:
@@ -253,14 +257,21 @@ class ModelPool:
         return model
 
     async def _warm(self, settings: ModelConfig, model: Model, users: ModelUsers) -> LoadedModel:
+        common, remote = self._engines.common, model.remote
+        engine = self._engines.start_remote(settings.name, remote.connection) if remote else common
+
         async def warm() -> None:
             for each in model.precisions.values():
                 steps = warm_up_steps(each, self._batch_sizes.known(settings, each))
-                await asyncio.wrap_future(self._engine.run_between_batches(steps))
+                await asyncio.wrap_future(engine.run_between_batches(steps))
 
         started = time.monotonic()
-        await self._counted(settings, warm())
-        if self._engine.machine_was_busy(started):
+        try:
+            await self._counted(settings, warm())
+        except BaseException:
+            await asyncio.to_thread(self._engines.close_remote, engine)
+            raise
+        if engine is common and engine.machine_was_busy(started):
             self._batch_sizes.measure_later(settings, model, users)
         self.loads[settings.name].done += 1
         for each in model.precisions.values():
@@ -272,7 +283,7 @@ class ModelPool:
                 device=self._device.type,
                 batch_sizes=each.batch_sizes,
             )
-        return LoadedModel(model, model.weight_bytes, users)
+        return LoadedModel(model, engine, model.weight_bytes, users)
 
     async def _counted(self, settings: ModelConfig, work: Coroutine[Any, Any, T]) -> T:
         """Await a part of a load, count its time and its failure. Raises ConfigError or CamserveError."""
@@ -315,11 +326,12 @@ class ModelPool:
             return
         while removed:
             await removed[-1].users.all_left()
-            model = removed.pop().model
-            log.info("unloaded", model=model.name, digest=model.digest)
-            del model
+            loaded = removed.pop()
+            await asyncio.to_thread(self._engines.close_remote, loaded.engine)
+            log.info("unloaded", model=loaded.model.name, digest=loaded.model.digest)
+            del loaded
         if self._device.type == "cuda":
-            await asyncio.wrap_future(self._engine.run_between_batches(_empty_cache()))
+            await asyncio.wrap_future(self._engines.common.run_between_batches(_empty_cache()))
 
 
 def _empty_cache() -> Iterator[None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from camserve_server.config import ModelConfig
+from camserve_server.engine.engine import Engine
 from camserve_server.models.model import Model
 
 State = Literal["ready", "waiting", "unloaded"]
@@ -58,9 +59,10 @@ class ModelUsers:
 
 @dataclass(eq=False)
 class LoadedModel:
-    """A model in memory. `used_at` numbers the latest lease, in the order of all leases."""
+    """A model in memory with its engine. `used_at` numbers the latest lease, in the order of all leases."""
 
     model: Model
+    engine: Engine
     weight_bytes: int
     users: ModelUsers
     used_at: int = 0

@@ -17,6 +17,7 @@ from camserve_server import batch_sizes
 from camserve_server.config import Config, ModelConfig
 from camserve_server.engine import warmup
 from camserve_server.engine.engine import Engine
+from camserve_server.engines import Engines
 from camserve_server.model_pool import ModelPool
 from camserve_server.models import throughput
 from camserve_server.service.server import Server
@@ -92,10 +93,10 @@ def test_batch_sizes_are_measured_again_for_the_next_load(monkeypatch: pytest.Mo
     config = Config(models=[ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32))])
 
     async def life() -> None:
-        engine = Engine()
-        engine.start()
+        engines = Engines(config)
+        engines.common.start()
         try:
-            models = ModelPool(config, engine, torch.device("cpu"))
+            models = ModelPool(config, engines, torch.device("cpu"))
             await models.load_all()
             monkeypatch.setitem(warmup.SIZES, "cpu", (4,))
             async with models.lease("tiny") as lease, asyncio.timeout(LIMIT_S):
@@ -105,7 +106,7 @@ def test_batch_sizes_are_measured_again_for_the_next_load(monkeypatch: pytest.Mo
             monkeypatch.setitem(warmup.SIZES, "cpu", (8,))
             assert set((await models.reload("tiny")).batch_sizes.values()) == {4}
         finally:
-            engine.close()
+            engines.close()
 
     with capture_logs() as log:
         asyncio.run(life())

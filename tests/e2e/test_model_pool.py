@@ -27,6 +27,7 @@ from camserve.v1.admin_pb2_grpc import AdminServiceStub
 from camserve_cli.app import app
 from camserve_server import model_pool
 from camserve_server.config import read_config
+from camserve_server.engines import Engines
 from camserve_server.errors import ConfigError
 from camserve_server.model_pool import ModelPool
 from camserve_server.models.load import load
@@ -35,7 +36,6 @@ from tests import nets
 from tests.conftest import serving
 from tests.e2e.engines import wait_until
 from tests.processes import LIMIT_S, patient_client
-from tests.support import running as engine_running
 
 IMAGE = skimage.data.chelsea()
 TABLE = """
@@ -384,8 +384,10 @@ def test_cancelled_wait_for_a_model_blocks_no_other(tmp_path: Path, ticks: int) 
             await asyncio.sleep(0)
 
     async def main() -> None:
-        with engine_running() as engine:
-            pool = ModelPool(config, engine, torch.device("cpu"))
+        engines = Engines(config)
+        engines.common.start()
+        pool = ModelPool(config, engines, torch.device("cpu"))
+        try:
             await pool.load_all()
             waiting = asyncio.create_task(use(pool, "b"))
             while not pool.loads["b"].done:
@@ -395,5 +397,7 @@ def test_cancelled_wait_for_a_model_blocks_no_other(tmp_path: Path, ticks: int) 
             waiting.cancel()
             await asyncio.wait_for(use(pool, "a"), LIMIT_S)
             await asyncio.wait_for(use(pool, "b"), LIMIT_S)
+        finally:
+            engines.close()
 
     asyncio.run(main())

@@ -23,13 +23,14 @@ from camserve_server.engine.batch_runner import BatchRunner
 from camserve_server.engine.batch_times import BatchTimes
 from camserve_server.engine.counters import BatchRecord, Counters
 from camserve_server.engine.host_threads import HostThreads
+from camserve_server.engine.interruption import Interruption
 from camserve_server.engine.job import Job, Progress
 from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, LaneQuery, start_query
-from camserve_server.engine.outcomes import expired, notify_job, set_outcome, shut_down
+from camserve_server.engine.outcomes import caller_cancelled, expired, notify_job, set_outcome, shut_down
 from camserve_server.engine.random_copies import RandomCopyPool
 from camserve_server.engine.scheduler import Batch, Scheduler
 from camserve_server.engine.steps import Steps
-from camserve_server.errors import Cancelled, InternalError
+from camserve_server.errors import InternalError
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.randomise import weighted_layers
 from camserve_server.plan import (
@@ -50,10 +51,11 @@ log = structlog.get_logger()
 
 
 class BatchLoop:
-    """The jobs of one device and the loop that runs their batches.
+    """The jobs of an engine and the loop that runs their batches.
 
     Args:
         admission: Receives the rows that each job still owes.
+        interruption: Ends batches of remote models early.
         batch_invariant: Pad each batch to the size of its lane.
         max_copies: The most random copies of networks at a time.
 
@@ -64,9 +66,12 @@ class BatchLoop:
 
     spinning: SpinControl
 
-    def __init__(self, admission: Admission, *, batch_invariant: bool, max_copies: int) -> None:
+    def __init__(
+        self, admission: Admission, interruption: Interruption, *, batch_invariant: bool, max_copies: int
+    ) -> None:
         self.counters = Counters()
         self._admission = admission
+        self._interruption = interruption
         self._runner = BatchRunner(padded=batch_invariant, on_halved=self._halve)
         self._copies = RandomCopyPool(max_copies)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -102,7 +107,7 @@ class BatchLoop:
 
     def cancel(self, job: Job[Any]) -> None:
         """Cancel a job before the next batch; its future then raises Cancelled."""
-        self._inbox.put(lambda: self._end(job, error=Cancelled("the caller cancelled the request")))
+        self._inbox.put(lambda: self._end(job, error=caller_cancelled()))
 
     def run_between_batches(self, steps: Iterator[None]) -> Future[None]:
         """Run the steps of an iterator with batches between them; see `Engine.run_between_batches`."""
@@ -295,7 +300,7 @@ class BatchLoop:
         slices = [
             BatchSlice(self._query(job), rows.start, rows.stop) for job, rows in zip(jobs, batch.ranges, strict=True)
         ]
-        with self.spinning.observing():
+        with self.spinning.observing(), self._interruption.running(jobs):
             failures = self._runner.run(model, batch.lane, slices)
         record = self._record(model, batch.lane, sum(each.stop - each.start for each in slices), started)
         for job, each in zip(jobs, slices, strict=True):

@@ -1,7 +1,7 @@
 """Batches of one device, with recovery from failures and from lack of memory.
 
-A batch that fails is run again slice by slice, so that a failure affects one request only. A batch that does not fit
-into memory is run in halves.
+A batch that fails is run again slice by slice, so that a failure affects one request only, unless the failure does not
+depend on the rows. A batch that does not fit into memory is run in halves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, run_batch
 from camserve_server.engine.lanes.smaller_batches import batch_size_for, full_linear_layers
-from camserve_server.errors import OutOfMemory
+from camserve_server.errors import OF_WHOLE_BATCH, OutOfMemory
 from camserve_server.models.model import LaneKind, Model
 
 # Batches that a GPU has received and not finished. Two keep it busy, and a cancellation waits for no more than them.
@@ -61,7 +61,7 @@ class BatchRunner:
         return full if lane.fast_forward else batch_size_for(model.equal_sizes.get(lane.kind, ()), full, rows)
 
     def run(self, model: Model, lane: Lane, slices: list[BatchSlice]) -> dict[int, Exception]:
-        """Run the slices as one batch; if that fails, run each slice alone.
+        """Run the slices as one batch; if that fails because of a slice, run each slice alone.
 
         Args:
             model: Network to run.
@@ -76,8 +76,8 @@ class BatchRunner:
             self._wait(model.device)
             return {}
         except Exception as error:
-            if len(slices) == 1:
-                return {id(slices[0]): error}
+            if len(slices) == 1 or isinstance(error, OF_WHOLE_BATCH):
+                return {id(each): error for each in slices}
         failures: dict[int, Exception] = {}
         for each in slices:
             failures |= self.run(model, lane, [each])

@@ -48,6 +48,16 @@ class LaneCounters:
     seconds: float = 0.0
     within: list[int] = field(default_factory=lambda: [0] * (len(BATCH_BOUNDS_S) + 1))
 
+    def add(self, other: LaneCounters) -> None:
+        """Add the totals of another engine."""
+        self.rows += other.rows
+        self.padding += other.padding
+        self.seconds += other.seconds
+        self.within = [a + b for a, b in zip(self.within, other.within, strict=True)]
+
+
+LaneKey = tuple[str, str, LaneKind]  # name of the model, precision and kind of lane
+
 
 @dataclass
 class Counters:
@@ -63,7 +73,7 @@ class Counters:
     batches: int = 0
     rows: int = 0
     padding: int = 0
-    lanes: dict[tuple[str, str, LaneKind], LaneCounters] = field(default_factory=dict)
+    lanes: dict[LaneKey, LaneCounters] = field(default_factory=dict)
 
     def count(self, model: Model, batch: BatchRecord) -> None:
         """Add a batch of the model to the totals."""

@@ -1,4 +1,4 @@
-"""The engine of one device: it admits requests and runs their plans on its thread.
+"""The engine of a device or of a remote model: it admits requests and runs their plans on its thread.
 
 Other threads submit plans and receive events and results through callbacks on the engine's thread. These callbacks must
 not block.
@@ -17,11 +17,13 @@ import torch
 
 from camserve_server.engine.admission import Admission, Caller, Claim, Priority
 from camserve_server.engine.batch_loop import BatchLoop
+from camserve_server.engine.interruption import Interruptible, Interruption
 from camserve_server.engine.job import NO_LIMITS, Event, Job, Limits
 from camserve_server.engine.reservation import Reservation, ignore_event
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Plan
-from camserve_server.torch_setup.spinning import spin_control
+from camserve_server.torch_setup.spinning import no_control, spin_control
+from camserve_server.torch_setup.threads import compute_alone
 
 UNNAMED = Caller()
 CPU = torch.device("cpu")
@@ -29,12 +31,14 @@ T = TypeVar("T")
 
 
 class Engine:
-    """Runs plans on one device.
+    """Runs plans on one device, or on one remote model.
 
     Args:
         max_rows_owed: The limit of the rows that may wait; see Admission.
         batch_invariant: Pad each batch to the size of its lane, so that a result does not depend on other requests.
         max_copies: The most random copies of networks at a time. Each request has at most one; further requests wait.
+        remote: Runs the forward passes of all batches on another server; None if this process runs them.
+        name: The name of the thread.
 
     Attributes:
         counters: The totals of all batches.
@@ -47,11 +51,17 @@ class Engine:
         max_rows_owed: int = 200_000,
         batch_invariant: bool = True,
         max_copies: int = 2,
+        remote: Interruptible | None = None,
+        name: str = "engine",
     ) -> None:
         self._admission = Admission(max_rows_owed)
-        self._loop = BatchLoop(self._admission, batch_invariant=batch_invariant, max_copies=max_copies)
+        self._remote = remote is not None
+        self._interruption = Interruption(remote)
+        self._loop = BatchLoop(
+            self._admission, self._interruption, batch_invariant=batch_invariant, max_copies=max_copies
+        )
         self._ids = itertools.count(1)
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.counters = self._loop.counters
         self.ended: Future[None] = Future()
 
@@ -61,7 +71,7 @@ class Engine:
         Args:
             device: The device of the models.
         """
-        self._loop.spinning = spin_control(device)
+        self._loop.spinning = no_control() if self._remote else spin_control(device)
         self._thread.start()
 
     def machine_was_busy(self, since: float) -> bool:
@@ -122,7 +132,11 @@ class Engine:
             return reservation.submit(plan, model, batch_sizes=batch_sizes, notify=notify)
 
     def cancel(self, job: Job[Any]) -> None:
-        """Cancel a job before the next batch; its future then raises Cancelled."""
+        """Cancel a job before the next batch, or during a batch of a remote model that only cancelled jobs wait for.
+
+        Its future then raises Cancelled.
+        """
+        self._interruption.cancel(job)
         self._loop.cancel(job)
 
     def run_between_batches(self, steps: Iterator[None]) -> Future[None]:
@@ -141,6 +155,7 @@ class Engine:
         """Refuse new requests, fail the running ones with Unavailable, and end the thread."""
         self._admission.close()
         self._loop.stop()
+        self._interruption.close()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -149,6 +164,8 @@ class Engine:
         return self._admission.rows_owed()
 
     def _run(self) -> None:
+        if self._remote:
+            compute_alone()
         try:
             self._loop.run()
         except BaseException as error:

@@ -8,7 +8,7 @@ import structlog
 import torch
 
 from camserve_server.engine.job import Event, Job
-from camserve_server.errors import CamserveError, Expired, InternalError, OutOfMemory, Unavailable
+from camserve_server.errors import CamserveError, Cancelled, Expired, InternalError, OutOfMemory, Unavailable
 
 log = structlog.get_logger()
 
@@ -16,6 +16,11 @@ log = structlog.get_logger()
 def shut_down() -> Unavailable:
     """Return the error of requests that the engine does not finish because it closes."""
     return Unavailable("the server has shut down; try another one", retry_after_s=1.0)
+
+
+def caller_cancelled() -> Cancelled:
+    """Return the error of a request that its caller has cancelled."""
+    return Cancelled("the caller cancelled the request")
 
 
 def expired(job: Job[Any], now: float) -> Expired:

@@ -16,7 +16,7 @@ import torch
 from camserve_server.engine.lanes.dispatch import BatchSlice, run_batch, start_query
 from camserve_server.engine.lanes.fast_forward import build_fast_forward
 from camserve_server.engine.lanes.smaller_batches import compare_sizes, find_linear_layers
-from camserve_server.errors import Unservable, describe
+from camserve_server.errors import RemoteFailed, Unservable, describe
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import INPUT, Ascend, Gradient, Query, Score, Targets
 from camserve_server.rows import Repeated
@@ -24,6 +24,7 @@ from camserve_server.rows import Repeated
 log = structlog.get_logger()
 
 SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256)}
+REMOTE_SIZES = (1, 4, 16)  # few, because each takes several requests to a server with other callers
 # Share of the best throughput that a batch size must reach. It is smaller for ascents, because a single ascent has one
 # row in each batch and pays for the padding rows of a large one.
 MIN_THROUGHPUT_SHARE: dict[LaneKind, float] = {"forward": 0.97, "gradient": 0.95, "ascend": 0.7}
@@ -79,10 +80,13 @@ def measure_steps(model: Model, known: Mapping[LaneKind, int], sizes: dict[LaneK
         None, before each batch.
     """
     for kind, query in _example_queries(model).items():
-        tried = (known[kind],) if kind in known else SIZES[model.device.type]
-        tried = (1,) if model.one_row else tried
+        if model.remote and kind in model.unavailable:
+            sizes[kind] = sizes["forward"]
+            continue
+        tried = _tried_sizes(model, known.get(kind))
         try:
-            seconds = partial(_batch_seconds, model, query, SHORT_MEASURE_S if len(tried) == 1 else MEASURE_S)
+            at_least_s = 0.0 if model.remote else SHORT_MEASURE_S if len(tried) == 1 else MEASURE_S
+            seconds = partial(_batch_seconds, model, query, at_least_s)
             size, rows_per_s = yield from best_batch_size(seconds, tried, MIN_THROUGHPUT_SHARE[kind])
             model.throughput[kind].observe(size, size / rows_per_s)
         except (Unservable, NotImplementedError, RuntimeError, TypeError) as error:
@@ -98,7 +102,8 @@ def measure_steps(model: Model, known: Mapping[LaneKind, int], sizes: dict[LaneK
 
 def _compare_steps(model: Model) -> Iterator[None]:
     """Find the smaller batch sizes that give the same bits, and yield before each batch."""
-    if model.device.type != "cpu":  # kernels of GPUs split their work by the whole batch
+    # Kernels of GPUs split their work by the whole batch. Remote servers can add rows of other callers.
+    if model.device.type != "cpu" or model.remote is not None:
         return
     model.linear_layers = find_linear_layers(model)
     found: dict[tuple[int, bool], tuple[int, ...]] = {}
@@ -108,6 +113,16 @@ def _compare_steps(model: Model) -> Iterator[None]:
             if key not in found:
                 found[key] = yield from compare_sizes(model, size, gradients=key[1])
             model.equal_sizes[kind] = found[key]
+
+
+def _tried_sizes(model: Model, known: int | None) -> tuple[int, ...]:
+    if model.one_row:
+        return (1,)
+    if known is not None:
+        return (known,)
+    if model.remote is not None:
+        return (model.remote.max_rows,) if model.remote.max_rows else REMOTE_SIZES
+    return SIZES[model.device.type]
 
 
 def _is_device_failure(error: Exception) -> bool:
@@ -120,8 +135,8 @@ def best_batch_size(
 ) -> Generator[None, None, tuple[int, float]]:
     """Measure batch sizes and return the smallest whose throughput is close enough to the best.
 
-    The measurement ends early at a size that does not fit into memory, at a batch that takes longer than `MAX_BATCH_S`,
-    and once two sizes in a row are below `min_share` of the best throughput.
+    The measurement ends early at a size that does not fit into memory or that a remote server refuses, at a batch that
+    takes longer than `MAX_BATCH_S`, and once two sizes in a row are below `min_share` of the best throughput.
 
     Args:
         seconds: Generator function from a batch size to the time of one batch in seconds.
@@ -141,7 +156,7 @@ def best_batch_size(
     for size in sizes:
         try:
             took = yield from seconds(size)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, RemoteFailed):  # a remote server refuses batches that are too large
             if not rates:
                 raise
             break

@@ -17,6 +17,7 @@ from camserve_server.registry import method
     paper="doi:10.1109/WACV45572.2020.9093360",
     rows=lambda sizes: 1 + sizes.channels[0],
     min_rows=lambda sizes: 2,
+    needs="ablation",
 )
 def ablation_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
     """Activations weighted by the decrease of the logit when the channel is set to zero: one forward pass per channel.

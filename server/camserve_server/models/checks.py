@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from camserve_server.config import ModelConfig
-from camserve_server.errors import ConfigError, describe
+from camserve_server.errors import OF_WHOLE_BATCH, ConfigError, describe
 from camserve_server.models.features import Ran, check_classifier
 from camserve_server.models.heads import FinalCalls, Head, choose_head
 from camserve_server.models.layers import Layer, modules_with_hooks
@@ -227,6 +227,8 @@ def _in_company(module: nn.Module, images: Tensor, y: Tensor, channels_last: boo
         try:
             form = torch.channels_last if last else torch.contiguous_format
             together = _run(module, images.contiguous(memory_format=form))
+        except OF_WHOLE_BATCH:
+            raise
         except Exception as error:  # the code of a network can raise any exception
             problem = f"the network takes only one image at a time ({describe(error)})"
             continue

@@ -66,7 +66,9 @@ class CutMeter:
         self._y = y.double()
 
     def value(self, layer: Layer) -> float | None:
-        """Return the cut value of a layer; None if the logits are the same for all images."""
+        """Return the cut value of a layer; None if the logits are the same for all images or the layer is read-only."""
+        if layer.read_only:
+            return None
         difference = (self._y - self._y.roll(1, 0)).norm(dim=1)
         measurable = difference > 1e-5 * self._y.norm(dim=1)
         if not measurable.any():

@@ -46,11 +46,17 @@ def choose_defaults(trace: Trace, spatial: dict[str, Layer], meter: CutMeter) ->
     The layer of methods that use one is the last cut at the coarsest resolution. Layers whose positions have no
     gradient are not used, such as the tokens after the last attention of a transformer with a class token.
 
+    If all layers are read-only, all of them are used, and the coarsest one by methods that use one.
+
     Args:
         trace: Trace of the network.
         spatial: All layers by name.
         meter: Measures cut values.
     """
+    if all(layer.read_only for layer in spatial.values()) and spatial:
+        # Whoever serves the network has chosen them, and nothing about them can be measured.
+        layers = sorted(spatial.values(), key=lambda layer: -layer.positions)
+        return Defaults(tuple(layers), layers[-1])
     return _Choice(trace, spatial, meter).defaults()
 
 

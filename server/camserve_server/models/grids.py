@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from camserve_server.models.layers import Form, Grid, Layer, has_aspect
+from camserve_server.models.layers import Form, Grid, Layer, ReadOnlyOutput, has_aspect
 from camserve_server.models.trace import Call
 
 # Largest number of tokens outside of the grid: class tokens, distillation tokens and registers. A larger limit would
@@ -67,7 +67,9 @@ class Grids:
         for call in calls:
             layer = maps.get(call.name) or self._token_layer(call)
             if layer is not None and layer.positions > 1:
-                layers[call.name] = replace(layer, signed=call.signed)
+                layers[call.name] = replace(
+                    layer, signed=call.signed, read_only=isinstance(call.module, ReadOnlyOutput)
+                )
         return layers
 
     def tokens_of(self, count: int) -> Tokens | None:

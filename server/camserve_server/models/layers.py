@@ -29,6 +29,7 @@ class Layer:
         prefix: Number of tokens before those of the grid, such as a class token. Further tokens may follow the grid.
         batch_dim: Dimension of the batch: 0, or 1 for tokens [L, N, K]. The other attributes describe the output with
             the batch in front, as the engine's hooks pass it on.
+        read_only: True if hooks can read the output, but the network does not go on with one that replaces it.
         cut: Cut value: 0 if all information in the logits passes through the layer, 1 if none does; see
             `cuts.CutMeter`. None if it has not been measured, or if the logits do not depend on the image.
     """
@@ -41,6 +42,7 @@ class Layer:
     form: Form = "NCHW"
     prefix: int = 0
     batch_dim: int = 0
+    read_only: bool = False
     cut: float | None = None
 
     @property
@@ -68,6 +70,14 @@ class Layer:
             case "tokens":
                 tokens = output[:, self.prefix : self.prefix + self.positions]
                 return tokens.transpose(1, 2).view(-1, self.channels, self.height, self.width)
+
+
+class ReadOnlyOutput(nn.Module):
+    """Module that passes on an activation which another process has computed, so that hooks can read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
 
 
 @dataclass(frozen=True, eq=False)

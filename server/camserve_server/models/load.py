@@ -27,6 +27,7 @@ from camserve_server.models.model import Model, Precision, describe_missing_laye
 from camserve_server.models.outputs import two_classes
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.probe import ProbeResult, probe
+from camserve_server.models.remote import NO_ACTIVATIONS, NO_GRADIENTS, warnings_about
 from camserve_server.models.sources import build_network, with_channels_of_first_convolution, with_network_defaults
 from camserve_server.models.throughput import Throughput
 
@@ -46,7 +47,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
 
     Args:
         config: Configuration of the model.
-        device: Device of the model.
+        device: Device of the model. That of a remote model is always the CPU.
 
     Returns:
         The model at its first precision, frozen and in evaluation mode; `Model.others` holds the other precisions.
@@ -56,16 +57,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     """
     where = f"models.{config.name}"
     module = build_network(config, where)
-    for name, weight in module.named_parameters():
-        if isinstance(weight, UninitializedParameter):
-            raise ConfigError(
-                f"{where}.source: the weight {name} of a lazy module has no values; set weights, or call the network "
-                "once in the factory"
-            )
-    with contextlib.suppress(NotImplementedError):  # an exported program has no modes
-        module.eval()
-    for weight in module.parameters():  # TorchScript has no module.requires_grad_
-        weight.requires_grad_(False)
+    _freeze(module, where)
     config = with_network_defaults(config, module)
     if len(config.mean) != len(config.std):
         raise ConfigError(
@@ -78,6 +70,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         raise ConfigError(f"{where}.precision: only GPUs compute in tf32; choose fp32, bf16 or fp64")
     dtype = _DTYPES[precision]
     # The layers are detected in full precision, even if the network is served at a lower one.
+    device = torch.device("cpu") if config.remote else device
     module.to(device, dtype)
     example = _example(config, device, dtype)
     adapt(module)
@@ -134,12 +127,35 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         no_layer=structure.no_layer,
         compile=config.compile,
     )
+    _limit_remote(model, config)
     for sentence in model.warnings:
         log.warning("a model is served with a limitation", model=model.name, reason=sentence)
     made: dict[Precision, Model] = {each: _at_precision(model, each) for each in (precision, *others)}
     main = made.pop(precision)
     main.others = made
     return main
+
+
+def _freeze(module: nn.Module, where: str) -> None:
+    """Set the evaluation mode, and let no weight need a gradient, in place."""
+    for name, weight in module.named_parameters():
+        if isinstance(weight, UninitializedParameter):
+            raise ConfigError(
+                f"{where}.source: the weight {name} of a lazy module has no values; set weights, or call the network "
+                "once in the factory"
+            )
+    with contextlib.suppress(NotImplementedError):  # an exported program has no modes
+        module.eval()
+    for weight in module.parameters():  # TorchScript has no module.requires_grad_
+        weight.requires_grad_(False)
+
+
+def _limit_remote(model: Model, config: ModelConfig) -> None:
+    """Set the attributes of a model that differ if another server runs the network."""
+    if model.remote is not None:
+        model.unavailable |= {"gradient": NO_GRADIENTS, "ascend": NO_GRADIENTS}
+        model.no_layer = NO_ACTIVATIONS
+        model.warnings += warnings_about(model.remote, model.spatial, config)
 
 
 def _at_precision(model: Model, precision: Precision) -> Model:

@@ -17,6 +17,7 @@ from camserve_server.errors import InvalidArgument, Unservable
 from camserve_server.models.heads import Head
 from camserve_server.models.layers import GapHead, Grid, Layer, calls_of, find_layer
 from camserve_server.models.pixels import Preprocessing
+from camserve_server.models.remote import RemoteNetwork
 from camserve_server.models.throughput import Throughput
 from camserve_server.plan import Image, as_row
 
@@ -107,6 +108,11 @@ class Model:
     compile: bool = False
     fast_forward: Callable[[Tensor], Tensor] | None = None
     fast_forward_size: int = 0
+
+    @property
+    def remote(self) -> RemoteNetwork | None:
+        """The network, if another server runs it."""
+        return self.module if isinstance(self.module, RemoteNetwork) else None
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -64,6 +64,9 @@ def weighted_layers(model: Model) -> tuple[str, ...]:
     Args:
         model: Model whose network is run once on zeros.
     """
+    layers = dict.fromkeys(_layer(name) for name, _ in model.module.named_parameters())
+    if not layers:
+        return ()
     entered: dict[str, int] = {}
     handles = []
     for name, module in modules_with_hooks(model.module):
@@ -84,7 +87,6 @@ def weighted_layers(model: Model) -> tuple[str, ...]:
             layer = layer.rpartition(".")[0]
         return entered[layer]
 
-    layers = dict.fromkeys(_layer(name) for name, _ in model.module.named_parameters())
     return tuple(sorted(layers, key=first_run))  # layers with the same place keep the order of their definition
 
 

@@ -24,7 +24,12 @@ def unsupported_reason(method: registry.Method, model: Model) -> str:
     for kind in kinds:
         if kind in model.unavailable:
             return f"it has no {kind} passes: {model.unavailable[kind]}"
-    has: dict[registry.Needs, bool] = {"": True, "gap": model.gap is not None, "attention": bool(model.attention)}
+    has: dict[registry.Needs, bool] = {
+        "": True,
+        "gap": model.gap is not None,
+        "attention": bool(model.attention),
+        "ablation": not any(layer.read_only for layer in model.spatial.values()),
+    }
     if has[method.needs]:
         return ""
     attention = attention_kinds(model.module) if method.needs == "attention" else []

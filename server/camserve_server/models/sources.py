@@ -15,6 +15,7 @@ from camserve_server.models.factories import call_factory, check_module
 from camserve_server.models.huggingface import build_huggingface, check_huggingface
 from camserve_server.models.onnx_files import build_onnx, check_onnx
 from camserve_server.models.programs import build_program, check_program
+from camserve_server.models.remote import build_remote, check_remote
 
 MAX_CHANNELS = 16  # of images that callers send as tensors
 # Sizes of the output of timm's networks without a classifier. 0 stands for the features of the last layer; the others
@@ -42,6 +43,7 @@ def build_network(config: ModelConfig, where: str) -> nn.Module:
         "huggingface": _huggingface,
         "torchscript": _program,
         "export": _program,
+        "triton": _triton,
     }[kind]
     try:
         return build(rest, config, check_source(config, where), where)
@@ -153,6 +155,8 @@ def _find_source(config: ModelConfig, where: str) -> str | None:
         check_huggingface(where)
     if kind in ("torchscript", "export"):
         check_program(config.resolve(name), config, where)
+    if kind == "triton":
+        check_remote(config, where)
     if kind == "embedded" and name != "efficientnet-lite0":
         raise ConfigError(f"{where}.source: the only embedded model is efficientnet-lite0, not {name!r}")
     if kind == "python":
@@ -255,6 +259,10 @@ def _huggingface(name: str, config: ModelConfig, _download: str | None, where: s
 
 def _program(name: str, config: ModelConfig, _download: str | None, where: str) -> nn.Module:
     return build_program(config.resolve(name), config, where)
+
+
+def _triton(_name: str, config: ModelConfig, _download: str | None, where: str) -> nn.Module:
+    return build_remote(config, where)
 
 
 def _classes(config: ModelConfig, download: str | None, where: str) -> dict[str, object]:

@@ -15,7 +15,7 @@ Value = bool | int | float | str
 Layers = Literal["none", "one", "many"]
 """Number of layers that a method uses."""
 
-Needs = Literal["", "gap", "attention"]
+Needs = Literal["", "gap", "attention", "ablation"]
 """Property that a model must have for a method."""
 
 Passes = Literal["forward", "gradient", "ascend"]
@@ -25,6 +25,7 @@ NEEDS: dict[Needs, str] = {
     "": "",
     "gap": "global average pooling and one linear layer at its end",
     "attention": "global self-attention and a class token",
+    "ablation": "layers whose output can be changed",
 }
 """Description of each property that a method can need."""
 

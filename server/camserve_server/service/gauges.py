@@ -1,4 +1,4 @@
-"""Gauges of the engine, the models and the calls in flight, read when Prometheus scrapes the server."""
+"""Gauges of the engines, the models and the calls in flight, read when Prometheus scrapes the server."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from camserve_server.engine.counters import BATCH_BOUNDS_S
-from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Job
+from camserve_server.engines import Engines
 from camserve_server.pool_entries import State
 from camserve_server.service.frontends.supervisor import FrontEnds
 from camserve_server.service.servicer import Servicer
@@ -21,17 +21,17 @@ LANE = ["model", "precision", "lane"]
 
 
 class Gauges(Collector):
-    """Reads the state of the engine, the models and the calls when Prometheus scrapes the server.
+    """Reads the state of the engines, the models and the calls when Prometheus scrapes the server.
 
     Args:
         servicer: The source for calls and models.
-        engine: The source for rows and batches.
+        engines: The source for rows and batches.
         front_ends: The source for front ends; None if callers connect to the engine's process.
     """
 
-    def __init__(self, servicer: Servicer, engine: Engine, front_ends: FrontEnds | None) -> None:
+    def __init__(self, servicer: Servicer, engines: Engines, front_ends: FrontEnds | None) -> None:
         self._servicer = servicer
-        self._engine = engine
+        self._engines = engines
         self._front_ends = front_ends
 
     def collect(self) -> Iterator[Metric]:
@@ -44,7 +44,7 @@ class Gauges(Collector):
 
     def _server(self) -> Iterator[Metric]:
         draining = self._servicer.draining
-        ready = self._servicer.models is not None and not draining and not self._engine.ended.done()
+        ready = self._servicer.models is not None and not draining and not self._engines.failed.done()
         yield GaugeMetricFamily("camserve_ready", "1 if the server accepts requests, else 0.", ready)
         yield GaugeMetricFamily(
             "camserve_draining", "1 if the server finishes running calls before it ends, else 0.", draining
@@ -67,7 +67,7 @@ class Gauges(Collector):
             max((now - call.started for call in calls), default=0.0),
         )
         yield GaugeMetricFamily(
-            "camserve_queue_rows", "Rows that all reserved and running requests still owe.", self._engine.rows_owed()
+            "camserve_queue_rows", "Rows that all reserved and running requests still owe.", self._engines.rows_owed()
         )
         yield GaugeMetricFamily(
             "camserve_queue_requests", "Number of submitted requests that wait for their first batch.", len(waiting)
@@ -84,11 +84,11 @@ class Gauges(Collector):
             "camserve_padding_rows", "Padding rows that filled batches to the size of their lane.", labels=LANE
         )
         batches = HistogramMetricFamily("camserve_batch_seconds", "Duration of a batch in seconds.", labels=LANE)
-        for lane, counted in [*self._engine.counters.lanes.items()]:
+        for lane, counted in self._engines.lanes().items():
             rows.add_metric(lane, counted.rows)
             padding.add_metric(lane, counted.padding)
             within, so_far = [], 0
-            for bound, count in zip((*BATCH_BOUNDS_S, "+Inf"), [*counted.within], strict=True):
+            for bound, count in zip((*BATCH_BOUNDS_S, "+Inf"), counted.within, strict=True):
                 so_far += count
                 within.append((str(bound), so_far))
             batches.add_metric(lane, within, counted.seconds)

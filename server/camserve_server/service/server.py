@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2_grpc
 from camserve.v1 import admin_pb2_grpc
 from camserve_server import registry
 from camserve_server.config import Config
-from camserve_server.engine.engine import Engine
+from camserve_server.engines import Engines
 from camserve_server.errors import CamserveError, ConfigError
 from camserve_server.model_pool import ModelPool
 from camserve_server.models.model import Model
@@ -45,14 +45,15 @@ log = structlog.get_logger()
 
 
 class Server:
-    """A gRPC server with one engine.
+    """A gRPC server with its engines.
 
     Args:
         config: The configuration.
 
     Attributes:
         config: The configuration.
-        engine: Runs the plans of all requests.
+        engines: Run the plans of all requests.
+        engine: The engine of all models of this device.
         address: HOST:PORT of the server, with the selected port.
         health_address: The address of the listener for probes; empty if there is none.
         admin_address: The address of the listener for operators; empty if there is none.
@@ -61,13 +62,14 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.engine = Engine(max_rows_owed=config.max_rows_owed, batch_invariant=config.batch_invariant)
+        self.engines = Engines(config)
+        self.engine = self.engines.common
         self.address = ""
         self.health_address = ""
         self.admin_address = ""
         self.metrics_address = ""
         self._metrics, self._tracer = Metrics(), tracer_from_environment()
-        self._servicer = Servicer(config, self.engine, self._metrics, self._tracer)
+        self._servicer = Servicer(config, self._metrics, self._tracer)
         self._metrics_listener: Listener | None = None
         self._health = Health()
         self._callers: OwnPort | FrontEnds = (
@@ -76,7 +78,7 @@ class Server:
             else FrontEnds(config, self._servicer, self._health, self._metrics)
         )
         front_ends = self._callers if isinstance(self._callers, FrontEnds) else None
-        self._metrics.registry.register(Gauges(self._servicer, self.engine, front_ends))
+        self._metrics.registry.register(Gauges(self._servicer, self.engines, front_ends))
         self._probes = grpc.aio.server(options=[EXCLUSIVE_PORT])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
         self._admin = grpc.aio.server(
@@ -109,7 +111,7 @@ class Server:
             torch.set_num_threads(self.config.threads)
         registry.discover()
         self.engine.start(device)
-        models = ModelPool(self.config, self.engine, device)
+        models = ModelPool(self.config, self.engines, device)
         await models.load_all()
         self._servicer.models = models
         if self.config.admin_listen is not None:
@@ -132,7 +134,7 @@ class Server:
         self._health.set(SERVICE, NOT_SERVING)
         # The port stays open meanwhile, so that new calls receive an error with a retry delay.
         await self._servicer.drain(grace_s)
-        await asyncio.to_thread(self.engine.close)
+        await asyncio.to_thread(self.engines.close)
         await asyncio.gather(self._callers.stop(), *(each.stop(STOP_GRACE_S) for each in (self._probes, self._admin)))
         for part in (self._metrics_listener, self._tracer):
             if part is not None:
@@ -169,9 +171,9 @@ async def run(config: Config, ready: Callable[[Server], None]) -> int:
         raise ConfigError(str(error)) from error
     _on_signals(loop, signals, stopping.set)
     ready(server)
-    server.engine.ended.add_done_callback(lambda _: loop.call_soon_threadsafe(stopping.set))
+    server.engines.failed.add_done_callback(lambda _: loop.call_soon_threadsafe(stopping.set))
     await stopping.wait()
-    if server.engine.ended.done():
+    if server.engines.failed.done():
         log.error("the engine's thread failed; the server ends")
         await server.stop(0)
         return 1

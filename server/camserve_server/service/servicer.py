@@ -21,7 +21,6 @@ from camserve.v1 import explain_pb2 as pb
 from camserve.v1 import explain_pb2_grpc
 from camserve_server import registry
 from camserve_server.config import Config
-from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Job
 from camserve_server.errors import CamserveError, Cancelled, Expired, InternalError, Unavailable
 from camserve_server.model_pool import Lease, ModelPool
@@ -53,11 +52,10 @@ Respond: TypeAlias = Callable[[str, ParsedRequest, str, "Job[RequestResult]", Re
 
 
 class Servicer(explain_pb2_grpc.ExplainServiceServicer):
-    """Implements ExplainService with one engine and a pool of models.
+    """Implements ExplainService with a pool of models, each with its engine.
 
     Args:
         config: The configuration of the server.
-        engine: Runs the plans.
         metrics: Counts the calls.
         tracer: Sends a span for each call; None if traces are off.
 
@@ -68,12 +66,11 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         codec: Decodes and encodes.
     """
 
-    def __init__(self, config: Config, engine: Engine, metrics: Metrics, tracer: Tracer | None) -> None:
+    def __init__(self, config: Config, metrics: Metrics, tracer: Tracer | None) -> None:
         self.models: ModelPool | None = None
         self.running: set[Call] = set()
         self.draining = False
         self._config = config
-        self._engine = engine
         self.codec = CodecThreads()
         self._metrics = metrics
         self._tracer = tracer
@@ -199,7 +196,8 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             bounded = limits(
                 parsed.model, parsed.method, parsed.rows, budget=parsed.budget, deadline=_deadline(context)
             )
-            with self._engine.reserve(parsed.rows.most, bounded, caller, priority) as reservation:
+            engine = lease.engine
+            with engine.reserve(parsed.rows.most, bounded, caller, priority) as reservation:
                 if decode is None:
                     pixels = await self.codec.run(requests.decode_pixels, parsed, self._config)
                 else:
@@ -214,7 +212,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                     notify=events.notify,
                 )
             call.job = job
-            context.add_done_callback(lambda *_: self._engine.cancel(job))  # type: ignore[arg-type]
+            context.add_done_callback(lambda *_: engine.cancel(job))  # type: ignore[arg-type]
             call.facts |= {"model": parsed.model.name, "method": parsed.method.method.name if parsed.method else ""}
             try:
                 if kinds:

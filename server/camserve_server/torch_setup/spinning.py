@@ -159,6 +159,11 @@ def spin_control(device: torch.device) -> SpinControl:
     return SpinControl(threads, cores, _libgomp_team(libgomp), _TeamWaits(libgomp, threads))
 
 
+def no_control() -> SpinControl:
+    """Return a control that does nothing, for a thread without an OpenMP team."""
+    return SpinControl(1, 1, None, list)
+
+
 class _TeamWaits:
     """Seconds that each thread of the calling thread's OpenMP team has been ready to run without a core.
 

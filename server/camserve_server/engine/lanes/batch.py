@@ -74,3 +74,19 @@ def check_differentiable(model: Model, differentiable: bool) -> None:
             f"no gradient of the logits of {model.name} reaches the requested layer: the network computes it under "
             "no_grad or does not use it; name another layer or choose a method without gradients"
         )
+
+
+def check_replaceable(model: Model, layers: Sequence[str]) -> None:
+    """Raise Unservable if the network does not go on with a changed output of one of the layers.
+
+    Args:
+        model: Model of the query.
+        layers: Names of layers, or "<input>".
+    """
+    for name in layers:
+        if name in model.spatial and model.spatial[name].read_only:
+            raise Unservable(
+                f"{name} of {model.name} is an output of a remote server, which can be read but not changed or "
+                "differentiated; choose a method that needs only scores and activations",
+                field="method.name",
+            )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camserve_server.engine.lanes.batch import batch_spans, padded_batch
+from camserve_server.engine.lanes.batch import batch_spans, check_replaceable, padded_batch
 from camserve_server.engine.lanes.hooks import hooks
 from camserve_server.engine.lanes.lane_query import BatchSlice, RowSum
 from camserve_server.models.attention import attention_weights
@@ -164,6 +164,7 @@ class ScoreQuery(ForwardQuery):
         if isinstance(query, Score):
             super().__init__(model, len(query.rows), min_rows=query.min_rows)
         else:
+            check_replaceable(model, (query.layer,))
             super().__init__(model, len(query.channels), (query.layer,), query.min_rows)
         self._query = query
         self._index = to_device(model.device, query.c.index)

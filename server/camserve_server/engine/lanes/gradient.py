@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camserve_server.engine.lanes.batch import batch_spans, check_differentiable, padded_batch
+from camserve_server.engine.lanes.batch import batch_spans, check_differentiable, check_replaceable, padded_batch
 from camserve_server.engine.lanes.hooks import hooks
 from camserve_server.engine.lanes.lane_query import BatchSlice, RowSum
 from camserve_server.models.model import Model
@@ -28,6 +28,7 @@ class GradientQuery:
     """
 
     def __init__(self, query: Gradient, model: Model, sum_: Sum[Any] | None = None) -> None:
+        check_replaceable(model, query.layers)
         self.rows = self.max_per_batch = len(query.rows)
         self.layers = tuple(query.layers)
         self.index = tuple(query.index)

@@ -1,0 +1,1 @@
+"""Models for real servers of the Open Inference Protocol. Their files run in the environments of these servers."""
