@@ -164,9 +164,9 @@ def explain(
         client: A client of the camserve server.
         source: A path, a binary file, or a pydicom dataset, which is not changed.
         frame: Number of the frame, counted from 0.
-        outputs: Kinds of objects: "sc", the overlay as Secondary Capture; "sr", a report with the scores; "pm", the map
-            as Parametric Map; "seg", pixels with at least half of its maximum as Segmentation; "gsps", the outline of
-            these pixels as presentation state.
+        outputs: Kinds of objects: "sc", the overlay as Secondary Capture; "sr", a report with the scores and the
+            outline of pixels with at least half of the map's maximum; "esr", the same as Enhanced SR; "pm", the map as
+            Parametric Map; "seg", these pixels as Segmentation; "gsps", their outline as presentation state.
         model: Name of the model, as for `Client.explain`.
         method: Name of the method, as for `Client.explain`.
         target: The class to explain, as for `Client.explain`. The default is the predicted class.

@@ -22,8 +22,15 @@ __all__ = ["code", "complete", "reference", "source_image"]
 # pydicom decodes these character sets with codecs that allow more characters than the sets contain.
 _ASCII = ("", "ISO_IR 6", "ISO 2022 IR 6", "ISO_IR 13", "ISO 2022 IR 13")
 # Series numbers. Viewers list series in this order.
-_SERIES_NUMBERS = {"sc": 9001, "sr": 9002, "pm": 9003, "seg": 9004, "gsps": 9005}
-_SERIES_NAMES = {"sc": "overlay", "sr": "report", "pm": "map", "seg": "segmentation", "gsps": "annotation"}
+_SERIES_NUMBERS = {"sc": 9001, "sr": 9002, "pm": 9003, "seg": 9004, "gsps": 9005, "esr": 9006}
+_SERIES_NAMES = {
+    "sc": "overlay",
+    "sr": "report",
+    "pm": "map",
+    "seg": "segmentation",
+    "gsps": "annotation",
+    "esr": "report",
+}
 
 
 def code(value: str, scheme: str, meaning: str) -> Dataset:

@@ -16,7 +16,7 @@ from camserve_dicom.presentation_state import presentation_state
 from camserve_dicom.reading import RenderedImage
 from camserve_dicom.result_header import complete
 from camserve_dicom.secondary_capture import secondary_capture
-from camserve_dicom.structured_report import structured_report
+from camserve_dicom.structured_report import enhanced_report, structured_report
 
 __all__ = ["DEFAULT_OUTPUTS", "KINDS", "objects", "parse_outputs"]
 
@@ -24,6 +24,7 @@ DEFAULT_OUTPUTS = ("sc", "sr")
 _MAKERS: dict[str, Callable[[Derivation], Dataset]] = {
     "sc": secondary_capture,
     "sr": structured_report,
+    "esr": enhanced_report,
     "pm": parametric_map,
     "seg": segmentation,
     "gsps": presentation_state,
@@ -32,7 +33,8 @@ KINDS = tuple(_MAKERS)
 """Kinds of result objects:
 
 - "sc": the overlay as Secondary Capture Image
-- "sr": the scores as Comprehensive SR, TID 1500
+- "sr": the scores and the outlines of the map's highest values as Comprehensive SR, TID 1500
+- "esr": the same as Enhanced SR
 - "pm": the map as Parametric Map
 - "seg": pixels with at least half of the map's maximum as Segmentation
 - "gsps": the outline of these pixels as Grayscale or Color Softcopy Presentation State
@@ -82,7 +84,9 @@ def objects(
         InvalidArgument: If `outputs` or `check` is invalid.
     """
     derivation = Derivation(explanation, image, check, metrics)
-    kinds = ("sr",) if derivation.withheld else parse_outputs(outputs)
+    kinds = parse_outputs(outputs)
+    if derivation.withheld:
+        kinds = tuple(kind for kind in kinds if kind in ("sr", "esr")) or ("sr",)
     return {kind: _make_object(kind, derivation) for kind in kinds}
 
 

@@ -1,4 +1,4 @@
-"""The scores as Comprehensive SR with template TID 1500, Measurement Report (PS3.16)."""
+"""The scores as Comprehensive SR or Enhanced SR with template TID 1500, Measurement Report (PS3.16)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ import math
 
 import numpy as np
 from highdicom import sr
+from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.sr.coding import Code
 
 from camserve_dicom.derivation import Derivation
 from camserve_dicom.overlay import WARNING
+from camserve_dicom.presentation_state import outlines
 from camserve_dicom.surrogate import restore_references, surrogate_source
 
-__all__ = ["SCHEME", "content_share", "structured_report"]
+__all__ = ["SCHEME", "content_share", "enhanced_report", "structured_report"]
 
 SCHEME = "99CAMSERVE"
 """Coding scheme of concepts that have no standard code."""
+
+# Further areas are left out; they are small.
+MAX_REGIONS = 20
+# A closed line of fewer points has no area.
+MIN_POINTS = 3
 
 _COMMENT = Code("121106", "DCM", "Comment")
 _QUALITATIVE = Code("C0034375", "UMLS", "Qualitative Evaluations")
@@ -25,12 +32,97 @@ _UNITS = {"1": Code("1", "UCUM", "no units"), "%": Code("%", "UCUM", "Percent")}
 
 
 def structured_report(derivation: Derivation) -> Dataset:
-    """Return a report with probability and scores as measurements, and warnings and a failed check as text."""
-    source, explanation = surrogate_source(derivation), derivation.explanation
+    """Return a Comprehensive SR with probability and scores as measurements, and warnings as text."""
+    return _report(derivation, "sr", sr.ComprehensiveSR)
+
+
+def enhanced_report(derivation: Derivation) -> Dataset:
+    """Return the same report as Enhanced SR, which more archives and viewers accept."""
+    return _report(derivation, "esr", sr.EnhancedSR)
+
+
+def _report(derivation: Derivation, kind: str, document: type[sr.ComprehensiveSR | sr.EnhancedSR]) -> Dataset:
+    source = surrogate_source(derivation)
+    receipt = derivation.explanation.receipt
+    device = sr.DeviceObserverIdentifyingAttributes(
+        uid=derivation.uid("observer"), name="camserve", manufacturer_name="camserve", model_name=receipt.model
+    )
+    content = sr.MeasurementReport(
+        observation_context=sr.ObservationContext(
+            observer_device_context=sr.ObserverContext(sr.CodedConcept("121007", "DCM", "Device"), device)
+        ),
+        procedure_reported=_IMAGING,
+        imaging_measurements=[
+            _group(derivation, source, number, line) for number, line in enumerate(_regions(derivation))
+        ],
+    )
+    items = content[0].ContentSequence
+    measured = next(i for i, each in enumerate(items) if each.ConceptNameCodeSequence[0].CodeValue == "126010")
+    items.insert(measured, _image_library(source))
+    items.append(_comments(derivation))
+    result = document(
+        evidence=[source],
+        content=content,
+        series_instance_uid=derivation.uid(f"{kind}/series"),
+        series_number=1,
+        sop_instance_uid=derivation.uid(kind),
+        instance_number=1,
+        manufacturer="camserve",
+        is_complete=True,
+    )
+    scheme = Dataset()
+    scheme.CodingSchemeDesignator = SCHEME
+    scheme.CodingSchemeName, scheme.CodingSchemeResponsibleOrganization = "camserve", "camserve"
+    result.CodingSchemeIdentificationSequence = [scheme]
+    return restore_references(result, derivation, frames=False)  # the regions reference the frame
+
+
+def _image_library(source: Dataset) -> sr.ContainerContentItem:
+    """Return an Image Library (TID 1600) with the source. highdicom's needs attributes that not every header has."""
+    contains = sr.RelationshipTypeValues.CONTAINS
+    image = sr.ImageContentItem(
+        Code("260753009", "SCT", "Source"), source.SOPClassUID, source.SOPInstanceUID, relationship_type=contains
+    )
+    group = sr.ContainerContentItem(Code("126200", "DCM", "Image Library Group"), relationship_type=contains)
+    group.ContentSequence = sr.ContentSequence([image])
+    library = sr.ContainerContentItem(Code("111028", "DCM", "Image Library"), relationship_type=contains)
+    library.ContentSequence = sr.ContentSequence([group])
+    return library
+
+
+def _regions(derivation: Derivation) -> list[NDArray[np.float32]]:
+    """Return the outlines of the map's highest values, largest first.
+
+    If there is none, or if the overlay is withheld, the outline of the image replaces them: viewers expect a region.
+    """
+    lines = [] if derivation.withheld else outlines(derivation)
+    largest = sorted((each for each in lines if len(each) > MIN_POINTS), key=_area, reverse=True)[:MAX_REGIONS]
+    if largest:
+        return largest
+    left, top, right, bottom = derivation.image.box
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+    return [np.array(corners, np.float32)]
+
+
+def _area(line: NDArray[np.float32]) -> float:
+    """Return the area inside a closed line [points, 2] (shoelace formula)."""
+    x, y = line.astype(np.float64).T
+    return float(abs(np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1])) / 2)
+
+
+def _group(
+    derivation: Derivation, source: Dataset, number: int, line: NDArray[np.float32]
+) -> sr.PlanarROIMeasurementsAndQualitativeEvaluations:
+    """Return the measurement group of a region (TID 1410). Only the first one has all measurements."""
+    explanation = derivation.explanation
     receipt = explanation.receipt
     frames = [derivation.frame_number] if derivation.frame_number else None
-    group = sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(derivation.uid("tracking"), derivation.tracking_id),
+    image = sr.SourceImageForRegion(source.SOPClassUID, source.SOPInstanceUID, referenced_frame_numbers=frames)
+    return sr.PlanarROIMeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(
+            derivation.uid(f"tracking/{number}" if number else "tracking"), derivation.tracking_id
+        ),
+        referenced_region=sr.ImageRegion(sr.GraphicTypeValues.POLYLINE, line, image),
         # The meaning of a class index depends on the model, so the code's version is the model's digest.
         finding_type=Code(
             f"class-{explanation.target.index}",
@@ -43,39 +135,8 @@ def structured_report(derivation: Derivation) -> Dataset:
             version=receipt.versions.get("camserve") or "unknown",
             parameters=_parameters(derivation),
         ),
-        measurements=_measurements(derivation),
-        source_images=[
-            sr.SourceImageForMeasurementGroup(
-                source.SOPClassUID, source.SOPInstanceUID, referenced_frame_numbers=frames
-            )
-        ],
+        measurements=_measurements(derivation)[: 1 if number else None],
     )
-    device = sr.DeviceObserverIdentifyingAttributes(
-        uid=derivation.uid("observer"), name="camserve", manufacturer_name="camserve", model_name=receipt.model
-    )
-    content = sr.MeasurementReport(
-        observation_context=sr.ObservationContext(
-            observer_device_context=sr.ObserverContext(sr.CodedConcept("121007", "DCM", "Device"), device)
-        ),
-        procedure_reported=_IMAGING,
-        imaging_measurements=[group],
-    )
-    content[0].ContentSequence.append(_comments(derivation))
-    result = sr.ComprehensiveSR(
-        evidence=[source],
-        content=content,
-        series_instance_uid=derivation.uid("sr/series"),
-        series_number=1,
-        sop_instance_uid=derivation.uid("sr"),
-        instance_number=1,
-        manufacturer="camserve",
-        is_complete=True,
-    )
-    scheme = Dataset()
-    scheme.CodingSchemeDesignator = SCHEME
-    scheme.CodingSchemeName, scheme.CodingSchemeResponsibleOrganization = "camserve", "camserve"
-    result.CodingSchemeIdentificationSequence = [scheme]
-    return restore_references(result, derivation, frames=False)  # the measurements reference the frame
 
 
 def content_share(derivation: Derivation) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import highdicom
 import numpy as np
 import pydicom
 import pytest
@@ -225,7 +226,7 @@ def test_legend_is_readable_and_complete(height: int, width: int) -> None:
 def test_results_reference_the_frame() -> None:
     objects = make_objects(multi_frame(), frame=2)
     assert objects["sc"].SourceImageSequence[0].ReferencedFrameNumber == 3
-    for kind in ("sr", "pm", "seg", "gsps"):
+    for kind in ("sr", "esr", "pm", "seg", "gsps"):
         measurements = {e.value for e in objects[kind].iterall() if e.keyword == "ReferencedFrameNumber"}
         assert measurements == {3}, kind
 
@@ -277,6 +278,39 @@ def test_share_of_saliency_inside_the_content() -> None:
     assert measurements(report)["saliency-in-content"][0] < 0.4
 
 
+@pytest.mark.parametrize("kind", ["sr", "esr"])
+def test_report_has_the_outlines_as_regions(kind: str, tmp_path: Path) -> None:
+    objects = make_objects(multi_frame(), frame=1, kinds=[kind, "gsps"])
+    path = tmp_path / "report.dcm"
+    objects[kind].save_as(path, enforce_file_format=True)
+    report = highdicom.sr.srread(path)
+    assert type(report) is (highdicom.sr.ComprehensiveSR if kind == "sr" else highdicom.sr.EnhancedSR)
+    groups = report.content.get_planar_roi_measurement_groups()
+    drawn = objects["gsps"].GraphicAnnotationSequence[0].GraphicObjectSequence
+    regions = [group.roi for group in groups]
+    assert sorted(len(region.value) for region in regions) == sorted(each.NumberOfGraphicPoints for each in drawn)
+    assert [*regions[0].value.flat] in [[*each.GraphicData] for each in drawn]
+    assert len({group.tracking_uid for group in groups}) == len(groups)
+    assert [each.name.meaning for each in groups[0].get_measurements()][:2] == [
+        "Probability of the class",
+        "Insertion, area under the curve",
+    ]
+    references = {e.value for e in objects[kind].iterall() if e.keyword == "ReferencedSOPInstanceUID"}
+    assert references == {INSTANCE}
+
+
+def test_report_without_an_overlay_has_the_image_as_region(tmp_path: Path) -> None:
+    report = make_objects(image(ramp(40, 60)), check="insertion>0.9")["sr"]
+    report.save_as(tmp_path / "report.dcm", enforce_file_format=True)
+    [group] = highdicom.sr.srread(tmp_path / "report.dcm").content.get_planar_roi_measurement_groups()
+    assert group.roi.value.tolist() == [[0, 0], [60, 0], [60, 40], [0, 40], [0, 0]]
+
+
+def test_enhanced_report_of_a_withheld_overlay() -> None:
+    for kinds, made in ((["esr"], {"esr"}), (["sc"], {"sr"}), (["sr", "esr", "pm"], {"sr", "esr"})):
+        assert set(make_objects(image(ramp()), check="insertion>0.9", kinds=kinds)) == made
+
+
 @pytest.mark.slow
 def test_failed_check_gives_only_a_report() -> None:
     source = image(ramp())
@@ -303,7 +337,7 @@ def test_invalid_check(check: str, said: str) -> None:
 
 def test_unknown_outputs() -> None:
     for wrong in (["sc", "pdf"], "sc", []):
-        with pytest.raises(InvalidArgument, match="expected a list of one or several of sc, sr, pm, seg, gsps"):
+        with pytest.raises(InvalidArgument, match="expected a list of one or several of sc, sr, esr, pm, seg, gsps"):
             make_objects(image(ramp()), kinds=wrong)
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dicom"]
 
-KINDS = ("sc", "sr", "pm", "seg", "gsps")
+KINDS = ("sc", "sr", "esr", "pm", "seg", "gsps")
 
 dicom = typer.Typer(help="Explain DICOM images and write the results as DICOM objects.", no_args_is_help=True)
 dicom.command()(gateway)
@@ -73,7 +73,9 @@ def explain(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the DICOM objects. It is created if necessary.")],
     outputs: Annotated[
         str,
-        typer.Option(metavar="KINDS", help="Kinds of objects to write: sc, sr, pm, seg and gsps, separated by commas."),
+        typer.Option(
+            metavar="KINDS", help="Kinds of objects to write: sc, sr, esr, pm, seg and gsps, separated by commas."
+        ),
     ] = "sc,sr",
     frame: Annotated[int, typer.Option(min=0, help="Frame of a multi-frame image, counted from 0.")] = 0,
     model: ModelName = None,
@@ -126,6 +128,7 @@ def explain(
 
     - DIR/STEM.sc.dcm: the overlay (Secondary Capture)
     - DIR/STEM.sr.dcm: the report with the scores (Structured Report)
+    - DIR/STEM.esr.dcm: the same report as Enhanced SR, if requested
     - DIR/STEM.pm.dcm: the map (Parametric Map), if requested
     - DIR/STEM.seg.dcm: the pixels of at least half of the maximum (Segmentation), if requested
     - DIR/STEM.gsps.dcm: the outline of these pixels (Presentation State), if requested

@@ -170,7 +170,7 @@ class Rule(_Table):
         "deletion",
         "average-gain",
     ]
-    outputs: Annotated[list[Literal["sc", "sr", "pm", "seg", "gsps"]], Field(min_length=1)] = ["sc", "sr"]
+    outputs: Annotated[list[Literal["sc", "sr", "esr", "pm", "seg", "gsps"]], Field(min_length=1)] = ["sc", "sr"]
     check: Annotated[
         str, Field(description="Comparison of two metrics. If it fails, only a report is made. Empty for no check.")
     ] = DEFAULT_CHECK
