@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 import ssl
 import threading
@@ -75,17 +76,26 @@ def send(
     for each in images:
         if not association.is_established:
             break
-        statuses.append(association.send_c_store(each).get("Status"))
+        try:
+            statuses.append(association.send_c_store(each).get("Status"))
+        except RuntimeError:  # the gateway ended the association at this moment
+            statuses.append(None)
     if association.is_established:
         association.release()
     return statuses
 
 
 def free_port() -> int:
-    """Return a port of the loopback address that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a port of the loopback address that is free now and stays free while nothing listens.
+
+    It is below the range from which the kernel takes ports of outgoing connections. Otherwise one of them, even a
+    connection to this port itself, might occupy it until a gateway listens again.
+    """
+    for port in random.SystemRandom().sample(range(12_000, 32_000), 1000):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
 
 
 class Pacs:

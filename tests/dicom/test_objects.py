@@ -278,6 +278,13 @@ def test_share_of_saliency_inside_the_content() -> None:
     assert measurements(report)["saliency-in-content"][0] < 0.4
 
 
+def planar_groups(path: Path) -> list[highdicom.sr.PlanarROIMeasurementsAndQualitativeEvaluations]:
+    """Read the measurement groups with regions by highdicom."""
+    content = highdicom.sr.srread(path).content
+    assert isinstance(content, highdicom.sr.MeasurementReport)
+    return content.get_planar_roi_measurement_groups()
+
+
 @pytest.mark.parametrize("kind", ["sr", "esr"])
 def test_report_has_the_outlines_as_regions(kind: str, tmp_path: Path) -> None:
     objects = make_objects(multi_frame(), frame=1, kinds=[kind, "gsps"])
@@ -285,9 +292,9 @@ def test_report_has_the_outlines_as_regions(kind: str, tmp_path: Path) -> None:
     objects[kind].save_as(path, enforce_file_format=True)
     report = highdicom.sr.srread(path)
     assert type(report) is (highdicom.sr.ComprehensiveSR if kind == "sr" else highdicom.sr.EnhancedSR)
-    groups = report.content.get_planar_roi_measurement_groups()
+    groups = planar_groups(path)
     drawn = objects["gsps"].GraphicAnnotationSequence[0].GraphicObjectSequence
-    regions = [group.roi for group in groups]
+    regions = [group.roi for group in groups if group.roi is not None]
     assert sorted(len(region.value) for region in regions) == sorted(each.NumberOfGraphicPoints for each in drawn)
     assert [*regions[0].value.flat] in [[*each.GraphicData] for each in drawn]
     assert len({group.tracking_uid for group in groups}) == len(groups)
@@ -302,7 +309,8 @@ def test_report_has_the_outlines_as_regions(kind: str, tmp_path: Path) -> None:
 def test_report_without_an_overlay_has_the_image_as_region(tmp_path: Path) -> None:
     report = make_objects(image(ramp(40, 60)), check="insertion>0.9")["sr"]
     report.save_as(tmp_path / "report.dcm", enforce_file_format=True)
-    [group] = highdicom.sr.srread(tmp_path / "report.dcm").content.get_planar_roi_measurement_groups()
+    [group] = planar_groups(tmp_path / "report.dcm")
+    assert group.roi is not None
     assert group.roi.value.tolist() == [[0, 0], [60, 0], [60, 40], [0, 40], [0, 0]]
 
 
