@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import secrets
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
+import structlog
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pynetdicom import AE, DEFAULT_TRANSFER_SYNTAXES, build_context, evt
@@ -26,6 +29,8 @@ from camserve_dicom.gateway.config import Config, PacsConfig
 from camserve_dicom.gateway.workers import PermanentFailure, TemporaryFailure
 
 __all__ = ["DimsePacs", "Pacs", "StowPacs", "check_storage_status", "sop_reference"]
+
+log = structlog.get_logger()
 
 # A PACS that is sending a commitment report answers the release of the association late.
 RELEASE_TIMEOUT_S = 5.0
@@ -180,8 +185,20 @@ def sop_reference(file: Path) -> Dataset:
 
 
 def _release(association: Association) -> None:
-    if association.is_established:
-        association.release()
+    """Release an association, and close its connection if that takes too long.
+
+    Under load, `Association.release` of pynetdicom may never return if the PACS reports a commitment at the same time.
+    """
+    if not association.is_established:
+        return
+    thread = threading.Thread(target=association.release, name="release", daemon=True)
+    thread.start()
+    thread.join((association.acse_timeout or 0.0) + RELEASE_TIMEOUT_S)
+    transport = association.dul.socket
+    if thread.is_alive() and transport is not None and transport.socket is not None:
+        log.warning("association not released")
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(transport.socket, socket.SHUT_RDWR)
 
 
 class StowPacs:
