@@ -34,7 +34,8 @@ KEEPALIVE = (  # clients ping every 30 s; by default, gRPC closes connections wi
     ("grpc.keepalive_permit_without_calls", 1),
     # The server pings clients, too, to end the calls of clients that have disappeared without closing the connection.
     ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),  # for the acknowledgement of sent data
+    ("grpc.http2.ping_timeout_ms", 20_000),  # for the response to a ping; the default is a minute
     ("grpc.http2.max_pings_without_data", 0),
 )
 # Clients find new replicas only when they connect again. Running calls are finished on the old connection.

@@ -79,7 +79,7 @@ class Server:
         )
         front_ends = self._callers if isinstance(self._callers, FrontEnds) else None
         self._metrics.registry.register(Gauges(self._servicer, self.engines, front_ends))
-        self._probes = grpc.aio.server(options=[EXCLUSIVE_PORT])
+        self._probes = grpc.aio.server(options=[EXCLUSIVE_PORT, *KEEPALIVE])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
         self._admin = grpc.aio.server(
             interceptors=[Guard(config, self._metrics.refused), SizeLimits()], options=[EXCLUSIVE_PORT, *KEEPALIVE]
