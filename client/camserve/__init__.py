@@ -37,6 +37,7 @@ from camserve.errors import (
     NotFound,
     PermissionDenied,
     ResourceExhausted,
+    TooLarge,
     Unauthenticated,
     Unavailable,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "SaliencyMap",
     "Sampler",
     "Score",
+    "TooLarge",
     "Unauthenticated",
     "Unavailable",
     "Variant",

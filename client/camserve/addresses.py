@@ -9,7 +9,20 @@ from __future__ import annotations
 import ipaddress
 import re
 
-__all__ = ["is_loopback", "require_host_port", "split_host_port"]
+__all__ = [
+    "check_target",
+    "is_loopback",
+    "require_host_port",
+    "require_listener",
+    "socket_path",
+    "split_host_port",
+    "target_hosts",
+]
+
+# gRPC targets of sockets on this machine, which have no host.
+_LOCAL = ("unix:", "unix-abstract:")
+# The kernel's limit for the path of a socket, without the final zero.
+_MAX_SOCKET_PATH = 107
 
 
 def split_host_port(address: str) -> tuple[str, str]:
@@ -59,11 +72,66 @@ def is_loopback(address: str) -> bool:
         address: "HOST:PORT", "HOST", or another form of gRPC target: unix:, unix-abstract:, dns:, ipv4: or ipv6:,
             the last three with several addresses separated by commas.
     """
-    if address.startswith(("unix:", "unix-abstract:")):
+    if address.startswith(_LOCAL):
         return True
     # A target such as dns://8.8.8.8/localhost is resolved by another machine, so its authority must be empty.
-    targets = re.sub(r"^(dns:(///)?|ipv4:|ipv6:)", "", address).split(",")
-    return all(_is_loopback_target(target) for target in targets)
+    return all(_is_loopback_target(target) for target in _targets(address))
+
+
+def check_target(address: str) -> None:
+    """Check that an IPv6 host of a gRPC target has brackets.
+
+    Args:
+        address: As for `is_loopback`.
+
+    Raises:
+        ValueError: An IPv6 host has no brackets. gRPC would take the port for a part of the host.
+    """
+    if not address.startswith(_LOCAL):
+        for target in _targets(address):
+            if not target.startswith("[") and target.count(":") > 1 and "//" not in target:
+                raise ValueError(f"{address!r} has an IPv6 host without brackets; write it as in [::1]:50051")
+
+
+def target_hosts(address: str) -> list[str]:
+    """Return the hosts of a gRPC target, without ports and brackets. The argument is that of `is_loopback`."""
+    if address.startswith(_LOCAL):
+        return []
+    return [split_host_port(re.sub(r"^\w+://[^/]*/", "", target))[0] for target in _targets(address)]
+
+
+def socket_path(address: str) -> str | None:
+    """Return the path of a Unix socket, or None if the address is not one.
+
+    Args:
+        address: "unix:///PATH", "unix:/PATH" or "unix:PATH", as in gRPC.
+    """
+    match = re.fullmatch(r"unix:(?://(?=/))?(.+)", address)
+    return None if match is None else match[1]
+
+
+def require_listener(address: str) -> str:
+    """Return the address unchanged if it is "HOST:PORT" or the absolute path of a Unix socket.
+
+    Args:
+        address: The address of a gRPC listener, from a configuration.
+
+    Raises:
+        ValueError: The address is neither, or the path is longer than the kernel permits.
+    """
+    if not address.startswith("unix:"):
+        return require_host_port(address)
+    path = socket_path(address)
+    if path is None or not re.match("/(?!/)", path) or len(path.encode()) > _MAX_SOCKET_PATH:
+        raise ValueError(
+            f"{address!r} is not the address of a socket; expected unix: and an absolute path of at most "
+            f"{_MAX_SOCKET_PATH} bytes, as in unix:///run/camserve.sock"
+        )
+    return address
+
+
+def _targets(address: str) -> list[str]:
+    return re.sub(r"^(dns:(///)?|ipv4:|ipv6:)", "", address).split(",")
 
 
 def _is_loopback_target(target: str) -> bool:

@@ -80,7 +80,7 @@ class Admin(Connection):
 
     def close(self) -> None:
         """Close the connection and cancel all calls in flight. The client cannot be used afterwards."""
-        for channel in self._channels:
+        for channel in self._take_channels():
             channel.close()
 
     def __enter__(self) -> Admin:
@@ -95,9 +95,12 @@ class Admin(Connection):
 
     def _call(self, rpc: str, request: Any) -> Any:
         call = request_messages.PreparedCall[Any](rpc, request, lambda response: response)
+        channels = self._channels()
         try:
-            return getattr(AdminServiceStub(self._channels[1]), rpc)(request, **self._call_options(call))
+            return getattr(AdminServiceStub(channels.many), rpc)(request, **self._call_options(call))
         except grpc.RpcError as error:
+            if self._without_watch(channels, error):
+                return self._call(rpc, request)
             translated = self._translate(error, call)
             if translated.code is grpc.StatusCode.UNIMPLEMENTED:
                 raise errors.CamserveError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Hashable
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import grpc
@@ -62,8 +62,9 @@ def _many(
 class Client(Connection):
     """Client of a camserve server for asyncio.
 
-    Create the client in a coroutine, because it belongs to the running event loop. It connects when it is first used.
-    Close it when it is no longer needed, preferably with an `async with` statement. Cancelling a task that awaits a
+    The client connects when it is first used. It may be created outside of an event loop and used in several, one after
+    another; each event loop has connections of its own. Close it when it is no longer needed, preferably with an
+    `async with` statement. Cancelling a task that awaits a
     call also cancels the call on the server. Wrap a stream that you may leave early in `contextlib.aclosing`; otherwise
     its call ends only when Python deletes the iterator.
 
@@ -77,6 +78,8 @@ class Client(Connection):
         certificate: Certificate chain of the client: a PEM file, or its content as bytes. Requires `key`, enables TLS.
         key: Private key of `certificate`, unencrypted: a PEM file, or its content as bytes.
         token: Bearer token that is sent with each call. It requires TLS, except for loopback addresses.
+        health_checks: False to call servers without asking them whether they are ready. By default, the client watches
+            their `grpc.health.v1.Health`, unless it is refused.
 
     Raises:
         InvalidArgument: The token is malformed or would be sent without TLS, or a certificate or key is invalid.
@@ -99,7 +102,7 @@ class Client(Connection):
 
     async def close(self) -> None:
         """Close the connection and cancel all calls in flight. The client cannot be used afterwards."""
-        for channel in self._channels:
+        for channel in self._take_channels():
             await channel.close()
 
     async def __aenter__(self) -> Client:
@@ -111,13 +114,35 @@ class Client(Connection):
     def __repr__(self) -> str:
         return f"aio.Client({self.address!r})"
 
-    async def _run(self, call: request_messages.PreparedCall[ResultT], stub: Any = None) -> ResultT:
-        try:
-            options = self._call_options(call, one_of_many=stub is not None)
-            rpc = getattr(stub or self._stub, call.rpc)(call.request, **options)
-            return call.parse_response(await rpc)
-        except grpc.RpcError as error:
-            raise self._translate(error, call) from error
+    def _owner(self) -> Hashable:
+        """Return the running event loop, and forget the channels of those that are closed."""
+        loop = _running_loop()
+        with self._lock:
+            for other in [each for each in self._opened if each.is_closed()]:
+                del self._opened[other]
+        return loop
+
+    async def _run(self, call: request_messages.PreparedCall[ResultT], *, one_of_many: bool = False) -> ResultT:
+        options = self._call_options(call, one_of_many=one_of_many)
+        sent = self._to_send(call, options)
+        while True:
+            channels = self._channels()
+            rpc = getattr(channels.stub(one_of_many=one_of_many), sent.rpc)(sent.request, **options)
+            try:
+                if sent is call:
+                    return call.parse_response(await rpc)
+                result: ResultT | None = None
+                async for message in rpc:
+                    event = sent.parse_response(message)
+                    result = result if event is None else event
+                if result is None:
+                    raise errors.InternalError("the response ended without a result")
+                return result
+            except grpc.RpcError as error:
+                if not self._without_watch(channels, error):
+                    raise self._translate(error, call) from error
+            finally:
+                rpc.cancel()  # This has no effect on a call that has finished.
 
     async def _run_many(self, many: batches.ConcurrentRequests[ResultT]) -> AsyncGenerator[ResultT, None]:
         running: set[asyncio.Task[ResultT]] = set()
@@ -143,7 +168,7 @@ class Client(Connection):
     async def _run_with_retries(self, request: batches.PendingRequest[ResultT]) -> ResultT:
         try:
             call = await asyncio.to_thread(request.prepare)
-            explanation = await self._run(call, self._stub_for_many)
+            explanation = await self._run(call, one_of_many=True)
             return request.to_result(explanation)
         except (errors.CamserveError, OSError) as error:
             if not (retry := request.retry(error)):
@@ -153,13 +178,27 @@ class Client(Connection):
         return await self._run_with_retries(next_request)
 
     async def _run_stream(self, call: request_messages.PreparedCall[EventT | None]) -> AsyncGenerator[EventT, None]:
-        rpc: Any = getattr(self._stub, call.rpc)(call.request, **self._call_options(call))
-        try:
-            async for message in rpc:
-                event = call.parse_response(message)
-                if event is not None:
-                    yield event
-        except grpc.RpcError as error:
-            raise self._translate(error, call) from error
-        finally:
-            rpc.cancel()  # This has no effect on a call that has finished.
+        while True:
+            channels = self._channels()
+            rpc: Any = getattr(channels.stub(), call.rpc)(call.request, **self._call_options(call))
+            try:
+                async for message in rpc:
+                    event = call.parse_response(message)
+                    if event is not None:
+                        yield event
+                return
+            except grpc.RpcError as error:
+                if not self._without_watch(channels, error):
+                    raise self._translate(error, call) from error
+            finally:
+                rpc.cancel()  # This has no effect on a call that has finished.
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError as error:
+        raise errors.CamserveError(
+            "no event loop of asyncio is running; await the methods of camserve.aio.Client in a coroutine that asyncio "
+            "runs, or use camserve.Client"
+        ) from error

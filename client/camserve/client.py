@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -73,6 +76,8 @@ class Client(Connection):
         certificate: Certificate chain of the client: a PEM file, or its content as bytes. Requires `key`, enables TLS.
         key: Private key of `certificate`, unencrypted: a PEM file, or its content as bytes.
         token: Bearer token that is sent with each call. It requires TLS, except for loopback addresses.
+        health_checks: False to call servers without asking them whether they are ready. By default, the client watches
+            their `grpc.health.v1.Health`, unless it is refused.
 
     Raises:
         InvalidArgument: The token is malformed or would be sent without TLS, or a certificate or key is invalid.
@@ -93,7 +98,7 @@ class Client(Connection):
 
     def close(self) -> None:
         """Close the connection and cancel all calls in flight. The client cannot be used afterwards."""
-        for channel in self._channels:
+        for channel in self._take_channels():
             channel.close()
 
     def __enter__(self) -> Client:
@@ -105,28 +110,43 @@ class Client(Connection):
     def __repr__(self) -> str:
         return f"Client({self.address!r})"
 
-    def _start(self, stub: Any, call: request_messages.PreparedCall[Any]) -> Any:
-        # A future, because the blocking form does not cancel the call on the server when it is interrupted.
-        options = self._call_options(call, one_of_many=stub is self._stub_for_many)
-        return getattr(stub, call.rpc).future(call.request, **options)
+    def _run(
+        self,
+        call: request_messages.PreparedCall[ResultT],
+        *,
+        one_of_many: bool = False,
+        started: Callable[[Any], object] = lambda rpc: None,
+    ) -> ResultT:
+        """Send a request and return the result.
 
-    def _result(self, call: request_messages.PreparedCall[ResultT], rpc: Any) -> ResultT:
-        try:
-            return call.parse_response(rpc.result())
-        except grpc.RpcError as error:
-            raise self._translate(error, call) from error
-        except grpc.FutureCancelledError as error:
-            raise errors.Cancelled("the client was closed while the call was in flight") from error
-
-    def _run(self, call: request_messages.PreparedCall[ResultT]) -> ResultT:
-        rpc = self._start(self._stub, call)
-        try:
-            return self._result(call, rpc)
-        finally:
-            rpc.cancel()  # This has no effect on a call that has finished.
+        Args:
+            call: The request.
+            one_of_many: The caller repeats calls that a busy server refuses.
+            started: Receives the call of gRPC when it has been started.
+        """
+        options = self._call_options(call, one_of_many=one_of_many)
+        sent = self._to_send(call, options)
+        while True:
+            channels = self._channels()
+            rpc_method = getattr(channels.stub(one_of_many=one_of_many), sent.rpc)
+            # A future, because the blocking form does not cancel the call on the server when it is interrupted.
+            rpc = (rpc_method.future if sent is call else rpc_method)(sent.request, **options)
+            try:
+                started(rpc)
+                responses: Iterator[Any] = iter([rpc.result()]) if sent is call else rpc
+                result: ResultT = _last(map(sent.parse_response, responses))
+                return result
+            except grpc.RpcError as error:
+                if not self._without_watch(channels, error):
+                    raise self._translate(error, call) from error
+            except grpc.FutureCancelledError as error:
+                raise errors.Cancelled("the client was closed while the call was in flight") from error
+            finally:
+                rpc.cancel()  # This has no effect on a call that has finished.
 
     def _run_many(self, many: batches.ConcurrentRequests[ResultT]) -> Generator[ResultT, None, None]:
         in_flight: set[Any] = set()
+        left = threading.Event()  # the caller does not want further results
         # One function for each finished request. It returns the result in a list, or an empty list if the request is
         # sent again.
         finished: SimpleQueue[Callable[[], list[ResultT]]] = SimpleQueue()
@@ -138,16 +158,27 @@ class Client(Connection):
                 failure = error  # Python deletes the variable of an except clause at the end of the clause.
                 finished.put(lambda: [request.to_result(failure)])
                 return
-            rpc = self._start(self._stub_for_many, call)
-            in_flight.add(rpc)
-            rpc.add_done_callback(lambda rpc: finished.put(lambda: finish(request, call, rpc)))
+            # A daemon, so that a caller that is interrupted can end at once.
+            run = contextvars.copy_context().run  # which contains the current OpenTelemetry span
+            threading.Thread(target=run, args=(send, request, call), name="camserve-call", daemon=True).start()
 
-        def finish(
-            request: batches.PendingRequest[ResultT], call: request_messages.PreparedCall[Any], rpc: Any
-        ) -> list[ResultT]:
-            in_flight.discard(rpc)
+        def send(request: batches.PendingRequest[ResultT], call: request_messages.PreparedCall[Any]) -> None:
+            outcome: Future[Any] = Future()
             try:
-                return [request.to_result(self._result(call, rpc))]
+                outcome.set_result(self._run(call, one_of_many=True, started=register))
+            except BaseException as error:
+                outcome.set_exception(error)
+            finished.put(lambda: finish(request, outcome))
+
+        def register(rpc: Any) -> None:
+            in_flight.add(rpc)
+            rpc.add_done_callback(in_flight.discard)
+            if left.is_set():
+                rpc.cancel()
+
+        def finish(request: batches.PendingRequest[ResultT], outcome: Future[Any]) -> list[ResultT]:
+            try:
+                return [request.to_result(outcome.result())]
             except errors.CamserveError as error:
                 if not (retry := request.retry(error)):
                     return [request.to_result(error)]
@@ -170,17 +201,33 @@ class Client(Connection):
                         outstanding += 1
                     yield result
         finally:
-            for rpc in in_flight:
+            left.set()
+            for rpc in [*in_flight]:
                 rpc.cancel()
 
     def _run_stream(self, call: request_messages.PreparedCall[EventT | None]) -> Generator[EventT, None, None]:
-        rpc: Any = getattr(self._stub, call.rpc)(call.request, **self._call_options(call))
-        try:
-            for message in rpc:
-                event = call.parse_response(message)
-                if event is not None:
-                    yield event
-        except grpc.RpcError as error:
-            raise self._translate(error, call) from error
-        finally:
-            rpc.cancel()  # This has no effect on a call that has finished.
+        options = self._call_options(call)
+        while True:
+            channels = self._channels()
+            rpc: Any = getattr(channels.stub(), call.rpc)(call.request, **options)
+            try:
+                for message in rpc:
+                    event = call.parse_response(message)
+                    if event is not None:
+                        yield event
+                return
+            except grpc.RpcError as error:
+                if not self._without_watch(channels, error):
+                    raise self._translate(error, call) from error
+            finally:
+                rpc.cancel()  # This has no effect on a call that has finished.
+
+
+def _last(results: Iterator[ResultT | None]) -> ResultT:
+    """Return the result of a call, which is the last of its events."""
+    result = None
+    for each in results:
+        result = each if each is not None else result
+    if result is None:
+        raise errors.InternalError("the response ended without a result")
+    return result

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import ssl
 import sys
 import tempfile
+import threading
+from collections.abc import Hashable
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import grpc
 
 from camserve import errors, images, request_messages
-from camserve.addresses import is_loopback
+from camserve.addresses import check_target, is_loopback
 from camserve.errors import InvalidArgument
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
@@ -46,6 +49,11 @@ DEFAULT_TIMEOUT_S = DefaultTimeout(30)
 # Path of a PEM file, or its content as bytes.
 Pem: TypeAlias = "str | PathLike[str] | bytes"
 
+log = logging.getLogger("camserve")
+
+# Part of gRPC's message if Watch failed. If Watch reports that the server is not ready, the message is another one.
+WATCH_REFUSED = "health check call failed"
+
 # Full name of the gRPC service.
 SERVICE = pb.DESCRIPTOR.services_by_name["ExplainService"].full_name
 
@@ -67,10 +75,31 @@ _COMMON_OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
-def _channel_options(retryable_codes: list[str]) -> list[tuple[str, Any]]:
+# A call that may take longer than this uses the streaming RPC, because its heartbeats every 15 s keep it alive in
+# proxies: they end calls without data, often after a minute, some after 20 s. Shorter calls save the cost of a stream.
+LONG_CALL_S = 30.0
+_STREAMS = frozenset({"Explain", "Evaluate"})
+
+
+class OpenChannels(NamedTuple):
+    """The channels of a client.
+
+    `explain_many` and `evaluate_many` wait and retry by themselves if the server is busy, so that each attempt has the
+    whole timeout. gRPC must therefore not retry RESOURCE_EXHAUSTED on their channel, `many`.
+    """
+
+    default: Any
+    many: Any
+
+    def stub(self, *, one_of_many: bool = False) -> Any:
+        """Return the stub of a channel."""
+        return ExplainServiceStub(self.many if one_of_many else self.default)
+
+
+def _channel_options(retryable_codes: list[str], *, health_checks: bool) -> list[tuple[str, Any]]:
     service_config = {
         "loadBalancingConfig": [{"round_robin": {}}],
-        "healthCheckConfig": {"serviceName": SERVICE},
+        **({"healthCheckConfig": {"serviceName": SERVICE}} if health_checks else {}),
         "methodConfig": [
             {
                 "name": [{"service": SERVICE}],
@@ -113,7 +142,12 @@ class Connection:
         certificate: Pem | None = None,
         key: Pem | None = None,
         token: str | None = None,
+        health_checks: bool = True,
     ) -> None:
+        try:
+            check_target(address)
+        except ValueError as error:
+            raise InvalidArgument(str(error), field="address") from error
         self.address = address
         self.timeout = timeout
         # An HTTP header can contain only visible ASCII characters. The message must not reveal the token.
@@ -136,16 +170,63 @@ class Connection:
                     field="token",
                 )
             self._headers = [("authorization", f"Bearer {token}")]
-        # `explain_many` and `evaluate_many` wait and retry by themselves if the server is busy, so that each attempt
-        # has the whole timeout. gRPC must therefore not retry RESOURCE_EXHAUSTED on their channel.
-        self._channels = [self._channel("UNAVAILABLE", "RESOURCE_EXHAUSTED"), self._channel("UNAVAILABLE")]
-        self._stub, self._stub_for_many = map(ExplainServiceStub, self._channels)
+        self._lock = threading.Lock()
+        self._health_checks = health_checks
+        self._closed = False
+        self._opened: dict[Any, OpenChannels] = {}
+        self._retired: list[OpenChannels] = []  # calls may still use them
+
+    def _owner(self) -> Hashable:
+        """Return the part of the program that needs channels of its own."""
+        return None
+
+    def _channels(self) -> OpenChannels:
+        """Return the channels. They are opened when they are first used.
+
+        Raises:
+            CamserveError: The client is closed.
+        """
+        owner = self._owner()
+        with self._lock:
+            if self._closed:
+                raise errors.CamserveError("the client is closed; create a new one")
+            if owner not in self._opened:
+                default, many = self._channel("UNAVAILABLE", "RESOURCE_EXHAUSTED"), self._channel("UNAVAILABLE")
+                self._opened[owner] = OpenChannels(default, many)
+            return self._opened[owner]
 
     def _channel(self, *retryable_codes: str) -> Any:
-        options = [*_channel_options([*retryable_codes]), *proxy_options(self.address), *self._extra_options]
+        options = _channel_options([*retryable_codes], health_checks=self._health_checks)
+        options += [*proxy_options(self.address), *self._extra_options]
         if self._credentials is None:
             return self._grpc.insecure_channel(self.address, options=options)
         return self._grpc.secure_channel(self.address, self._credentials, options=options)
+
+    def _without_watch(self, channels: OpenChannels, error: grpc.RpcError) -> bool:
+        """Stop checking the health of the server if Watch is refused. Return True if the call can be sent again.
+
+        Such a call was not sent. gRPC itself stops only if the status is UNIMPLEMENTED, but a proxy may refuse Watch
+        with another one.
+        """
+        assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
+        if error.code() is not grpc.StatusCode.UNAVAILABLE or WATCH_REFUSED not in (error.details() or ""):
+            return False
+        with self._lock:
+            current = [owner for owner, opened in self._opened.items() if opened is channels]
+            if self._health_checks:
+                log.warning("%s refuses /grpc.health.v1.Health/Watch; its health is not checked", self.address)
+            self._health_checks = False
+            for owner in current:
+                self._retired.append(self._opened.pop(owner))
+        return True
+
+    def _take_channels(self) -> list[Any]:
+        """Mark the client as closed and return all its channels."""
+        with self._lock:
+            self._closed = True
+            taken = [*self._opened.values(), *self._retired]
+            self._opened, self._retired = {}, []
+        return [channel for pair in taken for channel in pair]
 
     def _call_options(self, call: request_messages.PreparedCall[Any], *, one_of_many: bool = False) -> dict[str, Any]:
         """Return the timeout and the metadata of a call."""
@@ -154,8 +235,22 @@ class Connection:
             timeout = self.timeout
         return {"timeout": timeout, "metadata": (*self._headers, *_trace_headers())}
 
+    def _to_send(
+        self, call: request_messages.PreparedCall[Any], options: dict[str, Any]
+    ) -> request_messages.PreparedCall[Any]:
+        """Return the call of the streaming RPC if a call may take long, otherwise the same call."""
+        timeout = options["timeout"]
+        if isinstance(call, request_messages.StreamableCall) and (timeout is None or timeout > LONG_CALL_S):
+            return call.with_heartbeats()
+        return call
+
     def _translate(self, error: grpc.RpcError, call: request_messages.PreparedCall[Any]) -> errors.CamserveError:
-        return errors.from_rpc(error, address=self.address, timeout_s=self._call_options(call)["timeout"])
+        return errors.from_rpc(
+            error,
+            address=self.address,
+            timeout_s=self._call_options(call)["timeout"],
+            explains=call.rpc.removesuffix("Stream") in _STREAMS,
+        )
 
 
 def channel_credentials(

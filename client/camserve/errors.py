@@ -4,7 +4,8 @@ CamserveError
 ├── InvalidArgument      INVALID_ARGUMENT     an argument is invalid; `field` names it (also a ValueError)
 ├── NotFound             NOT_FOUND            no such model, method or metric; `metadata` lists the known names
 ├── FailedPrecondition   FAILED_PRECONDITION  the model does not support the method, is unloaded, or cannot be loaded
-├── ResourceExhausted    RESOURCE_EXHAUSTED   server busy (retry after `retry_after_s`) or request too large
+├── ResourceExhausted    RESOURCE_EXHAUSTED   server busy (retry after `retry_after_s`), or out of memory
+│   └── TooLarge         RESOURCE_EXHAUSTED   request or response too large for server, proxy or client
 ├── Unavailable          UNAVAILABLE          server unreachable, loading its models, or shutting down
 ├── DeadlineExceeded     DEADLINE_EXCEEDED    no response within the timeout
 ├── Cancelled            CANCELLED            the call was cancelled
@@ -12,9 +13,9 @@ CamserveError
 ├── PermissionDenied     PERMISSION_DENIED    the credentials do not permit the call
 └── InternalError        INTERNAL             bug of the server; report the `request_id` to its operator
 
-Most errors come from the server. The client itself raises InvalidArgument and ResourceExhausted if it detects the
-problem before it sends the request. It raises OSError if a file cannot be read, and TypeError if an argument has an
-unsupported type.
+Most errors come from the server. The client itself raises InvalidArgument and TooLarge if it detects the problem before
+it sends the request. Errors of proxies become the class that corresponds to the problem. The client raises OSError if a
+file cannot be read, and TypeError if an argument has an unsupported type.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Mapping
 
 import grpc
 
-from camserve import error_details
+from camserve import error_details, intermediaries
 
 __all__ = [
     "CamserveError",
@@ -35,6 +36,7 @@ __all__ = [
     "NotFound",
     "PermissionDenied",
     "ResourceExhausted",
+    "TooLarge",
     "Unauthenticated",
     "Unavailable",
 ]
@@ -98,9 +100,13 @@ class FailedPrecondition(CamserveError):
 
 
 class ResourceExhausted(CamserveError):
-    """The server is busy (`retry_after_s` is set), or the request is too large (`retry_after_s` is None)."""
+    """The server is busy (`retry_after_s` is set), or it cannot process the request (`retry_after_s` is None)."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class TooLarge(ResourceExhausted):
+    """The request or its response is larger than the server, a proxy or the client accepts. A retry fails, too."""
 
 
 class Unavailable(CamserveError):
@@ -142,23 +148,14 @@ class InternalError(CamserveError):
 _BY_CODE = {kind.code: kind for kind in CamserveError.__subclasses__()}
 
 
-# Part of the message of gRPC if a connection fails → explanation and remedy.
-_HINTS = {
-    "backend unhealthy": "the server is loading its models or shutting down",
-    "WRONG_VERSION_NUMBER": "the server does not use TLS; remove tls, ca and certificate",
-    "CERTIFICATE_VERIFY_FAILED": "the client does not trust the authority of the server's certificate; pass it as ca",
-    "not in peer certificate": "the server's certificate is not valid for this address",
-    "Socket closed": "the server may require TLS (pass tls or ca) or a client certificate (pass certificate and key)",
-}
-
-
-def from_rpc(error: grpc.RpcError, *, address: str, timeout_s: float | None) -> CamserveError:
+def from_rpc(error: grpc.RpcError, *, address: str, timeout_s: float | None, explains: bool = False) -> CamserveError:
     """Convert an error of gRPC to a CamserveError.
 
     Args:
         error: Error of a blocking or an asyncio call.
         address: Address of the server, for the message.
         timeout_s: Timeout of the call in seconds, for the message.
+        explains: The call is one of `Explain`, `Evaluate` and their streams, whose start the server announces.
 
     Returns:
         The error of the class that corresponds to the status code.
@@ -166,11 +163,13 @@ def from_rpc(error: grpc.RpcError, *, address: str, timeout_s: float | None) -> 
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     code, message = error.code(), error.details() or ""
     details = error_details.read(error.trailing_metadata())
-    if details is None and code is grpc.StatusCode.UNAVAILABLE:
-        hint = next((f"; {hint}" for part, hint in _HINTS.items() if part in message), "")
-        message = f"no response from a camserve server at {address}: {message}{hint}"
-    elif details is None and code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
-        message = f"no response from {address} within {timeout_s:g} s; increase the timeout"
-    translated = _BY_CODE.get(code, CamserveError)(message or code.name, **(details or {}))
+    if details is None:
+        request_id = intermediaries.request_id_of(error.initial_metadata())
+        code, message, reason = intermediaries.describe(
+            code, message, address=address, timeout_s=timeout_s, started=request_id is not None, explains=explains
+        )
+        details = error_details.Details(reason=reason, request_id=request_id or "")
+    kind = TooLarge if details.get("reason") == "TOO_LARGE" else _BY_CODE.get(code, CamserveError)
+    translated = kind(message or code.name, **details)
     translated.code = code
     return translated

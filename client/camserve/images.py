@@ -14,7 +14,7 @@ import PIL.ImageOps
 from numpy.typing import NDArray
 from PIL import TiffImagePlugin
 
-from camserve.errors import InternalError, InvalidArgument, ResourceExhausted
+from camserve.errors import InternalError, InvalidArgument, TooLarge
 from camserve.v1 import explain_pb2 as pb
 
 __all__ = [
@@ -54,10 +54,10 @@ def check_size(size_bytes: int, name: str) -> None:
         name: Name of the object in the error message.
 
     Raises:
-        ResourceExhausted: The object is larger than `MAX_MESSAGE_BYTES`.
+        TooLarge: The object is larger than `MAX_MESSAGE_BYTES`.
     """
     if size_bytes > MAX_MESSAGE_BYTES:
-        raise ResourceExhausted(
+        raise TooLarge(
             f"{name} has {size_bytes / 2**20:.1f} MiB; expected at most {MAX_MESSAGE_BYTES / 2**20:.0f} MiB for a "
             "request; send the compressed file instead of its pixels, or a smaller image",
             field="image",
@@ -77,7 +77,7 @@ def to_wire(image: ImageLike) -> pb.Image:
     Raises:
         OSError: The file cannot be read.
         InvalidArgument: An array has the wrong shape or dtype, or a Pillow image has more than 8 bits per channel.
-        ResourceExhausted: The file is too large for a request.
+        TooLarge: The file is too large for a request.
         TypeError: The image has another type.
     """
     if isinstance(image, str | PathLike):

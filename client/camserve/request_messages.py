@@ -68,9 +68,25 @@ class StreamableCall(PreparedCall[ResultT], Generic[ResultT, EventT]):
 
     def as_stream(self) -> PreparedCall[EventT | None]:
         """Return the same call for the streaming RPC. Its parser returns None for unknown kinds of events."""
-        request_type = {"Explain": pb.ExplainStreamRequest, "Evaluate": pb.EvaluateStreamRequest}[self.rpc]
         parse_event: Callable[[Any], Any] = functools.partial(responses.event, parse_result=self.parse_response)
-        return PreparedCall(f"{self.rpc}Stream", request_type(request=self.request), parse_event, self.timeout)
+        return PreparedCall(f"{self.rpc}Stream", self._stream_request(), parse_event, self.timeout)
+
+    def with_heartbeats(self) -> PreparedCall[ResultT | None]:
+        """Return the same call for the streaming RPC without progress and maps before the result.
+
+        Its parser returns None for all other events.
+        """
+
+        def parse(event: Any) -> ResultT | None:
+            return self.parse_response(event.result) if event.WhichOneof("event") == "result" else None
+
+        request = self._stream_request(heartbeats_only=True)
+        return PreparedCall(f"{self.rpc}Stream", request, parse, self.timeout)
+
+    def _stream_request(self, **options: bool) -> Message:
+        request_type: Any = {"Explain": pb.ExplainStreamRequest, "Evaluate": pb.EvaluateStreamRequest}[self.rpc]
+        request: Message = request_type(request=self.request, **options)
+        return request
 
 
 def explain(

@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from camserve.addresses import is_loopback, require_host_port
+from camserve.addresses import is_loopback, require_host_port, require_listener, socket_path
 from camserve_server.config_tables import ModelConfig, Positive, TLSConfig, TokenConfig
 from camserve_server.errors import ConfigError
 
 __all__ = ["Config", "ModelConfig", "TLSConfig", "TokenConfig", "embedded_model", "read_config"]
 
 Address = Annotated[str, AfterValidator(require_host_port)]
+Listener = Annotated[str, AfterValidator(require_listener)]
 
 
 def embedded_model() -> ModelConfig:
@@ -32,8 +33,14 @@ class Config(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="CAMSERVE_", extra="forbid")
 
-    listen: Annotated[Address, Field(description="Address of the server, HOST:PORT; port 0 selects a free port.")] = (
-        "127.0.0.1:50051"
+    listen: Annotated[
+        Listener,
+        Field(
+            description="Address of the server: HOST:PORT, port 0 selects a free port, or unix:///PATH for a socket."
+        ),
+    ] = "127.0.0.1:50051"
+    socket_mode: Annotated[str, Field(pattern=r"^0?[0-7]{3}$", description="File mode of Unix sockets, in octal.")] = (
+        "600"
     )
     frontends: Annotated[
         int,
@@ -45,11 +52,11 @@ class Config(BaseSettings):
     )
     tokens: Annotated[list[TokenConfig], Field(description="Bearer tokens; if any is configured, calls need one.")] = []
     health_listen: Annotated[
-        Address | None, Field(description="Second listener, in plaintext, that serves Health only.")
+        Listener | None, Field(description="Second listener, in plaintext, that serves Health only.")
     ] = None
     metrics_listen: Annotated[Address | None, Field(description="Listener for Prometheus, in plaintext.")] = None
     admin_listen: Annotated[
-        Address | None, Field(description="Separate listener for AdminService, which loads and unloads models.")
+        Listener | None, Field(description="Separate listener for AdminService, which loads and unloads models.")
     ] = None
     reflection: Annotated[bool, Field(description="Serve gRPC server reflection.")] = True
     device: Annotated[
@@ -107,6 +114,14 @@ class Config(BaseSettings):
         for key in ("name", "sha256"):
             if len({getattr(token, key) for token in self.tokens}) < len(self.tokens):
                 raise ValueError(f"tokens: two tokens have the same {key}; each needs its own")
+        return self
+
+    @model_validator(mode="after")
+    def _check_socket(self) -> Self:
+        if self.frontends > 1 and socket_path(self.listen) is not None:
+            raise ValueError(
+                "listen: several front ends cannot share a Unix socket; set frontends = 1 or use HOST:PORT"
+            )
         return self
 
     @model_validator(mode="after")

@@ -129,8 +129,13 @@ class Servicer(ExplainServiceServicer):
         return answer
 
     def ExplainStream(self, request: pb.ExplainStreamRequest, context: Any) -> Iterator[pb.ExplainStreamResponse]:
-        yield pb.ExplainStreamResponse(progress=pb.Progress(rows_done=0, rows_total=20, stage="explain"))
+        if not request.heartbeats_only:
+            yield pb.ExplainStreamResponse(progress=pb.Progress(rows_done=0, rows_total=20, stage="explain"))
         answer = self.Explain(request.request, context)
+        if request.heartbeats_only:
+            yield pb.ExplainStreamResponse(progress=pb.Progress(rows_done=6, rows_total=12, stage="explain"))
+            yield pb.ExplainStreamResponse(result=answer)
+            return
         for index, layer in enumerate(["deep", "shallow"]):
             saliency = [tensor(RAMP * np.float32((index + 1) / 2))] * len(answer.maps)
             yield pb.ExplainStreamResponse(level=pb.Level(index=index, count=2, layer=layer, saliency=saliency))
@@ -148,6 +153,9 @@ class Servicer(ExplainServiceServicer):
         )
 
     def EvaluateStream(self, request: pb.EvaluateStreamRequest, context: Any) -> Iterator[pb.EvaluateStreamResponse]:
+        if request.heartbeats_only:
+            yield pb.EvaluateStreamResponse(result=self.Evaluate(request.request, context))
+            return
         yield pb.EvaluateStreamResponse(progress=pb.Progress(rows_done=1, rows_total=9, stage="insertion"))
         step = pb.Randomised(
             order="independent", index=1, count=3, layers=["fc", "conv"], target=7, spearman=0.5, hog=-1

@@ -144,7 +144,8 @@ def test_errors_can_be_pickled() -> None:
 
 
 def test_documented_exception_tree_is_complete() -> None:
-    documented = [line.split()[1] for line in (errors.__doc__ or "").splitlines() if line.startswith(("├──", "└──"))]
-    assert sorted(documented) == sorted(kind.__name__ for kind in CLASSES.values())
+    lines = [line.removeprefix("│   ") for line in (errors.__doc__ or "").splitlines()]
+    documented = [line.split()[1] for line in lines if line.startswith(("├──", "└──"))]
+    assert sorted(documented) == sorted([*(kind.__name__ for kind in CLASSES.values()), "TooLarge"])
     assert sorted(errors.__all__) == sorted([*documented, "CamserveError"])
     assert set(errors.__all__) <= set(camserve.__all__)

@@ -94,10 +94,10 @@ def test_metrics_of_one_request(watched: Server, client: camserve.Client) -> Non
     assert batches == more("camserve_batch_seconds_bucket", **forward, le="+Inf") == cost.batches
     assert 0 <= more("camserve_padding_rows_total", **forward) <= 4 * batches - cost.rows
     assert 0 < more("camserve_batch_seconds_sum", **forward) <= 1e-3 * cost.compute_ms
-    assert more("camserve_requests_total", rpc="Explain", method="score-cam", code="OK") == 1
+    assert more("camserve_requests_total", rpc="ExplainStream", method="score-cam", code="OK") == 1
     assert more("camserve_request_queue_seconds_sum", method="score-cam") == pytest.approx(1e-3 * cost.queue_ms)
     assert more("camserve_request_compute_seconds_sum", method="score-cam") == pytest.approx(1e-3 * cost.compute_ms)
-    took = more("camserve_request_duration_seconds_sum", rpc="Explain", method="score-cam")
+    took = more("camserve_request_duration_seconds_sum", rpc="ExplainStream", method="score-cam")
     assert took > 1e-3 * (cost.queue_ms + cost.compute_ms)
 
 
@@ -113,8 +113,8 @@ def test_labels_never_contain_unknown_names(watched: Server, client: camserve.Cl
     client.models()
     after = Scrape(watched)
     for labels in (
-        {"rpc": "Explain", "method": "other", "code": "NOT_FOUND"},
-        {"rpc": "Explain", "method": "grad-cam", "code": "NOT_FOUND"},
+        {"rpc": "ExplainStream", "method": "other", "code": "NOT_FOUND"},
+        {"rpc": "ExplainStream", "method": "grad-cam", "code": "NOT_FOUND"},
         {"rpc": "Evaluate", "method": "", "code": "INVALID_ARGUMENT"},
         {"rpc": "ListModels", "method": "", "code": "OK"},
     ):
@@ -131,7 +131,7 @@ def test_expired_requests_are_not_counted_as_cancelled(
     monkeypatch.setattr(servicer, "EXPIRED_SHARE", 1.0)
 
     def ended(code: str) -> float:
-        return Scrape(watched).sum("camserve_requests_total", rpc="Explain", method="occlusion", code=code)
+        return Scrape(watched).sum("camserve_requests_total", rpc="ExplainStream", method="occlusion", code=code)
 
     def explain(timeout: float) -> bool:
         try:

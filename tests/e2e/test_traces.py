@@ -100,14 +100,14 @@ def test_a_request_is_traced_from_the_caller_to_the_batch(collector: Collector, 
     with callers_tracer.start_as_current_span("caller") as caller:
         cost = client.explain(CAT, method="score-cam", request_id="traced").cost
     spans = collector.of("traced")
-    [server] = spans["camserve.v1.ExplainService/Explain"]
+    [server] = spans["camserve.v1.ExplainService/ExplainStream"]
     assert server.trace_id == caller.get_span_context().trace_id.to_bytes(16, "big")
     assert server.parent_span_id == caller.get_span_context().span_id.to_bytes(8, "big")
     assert server.kind == server.SPAN_KIND_SERVER
     assert attributes(server) == {
         "rpc.system": "grpc",
         "rpc.service": "camserve.v1.ExplainService",
-        "rpc.method": "Explain",
+        "rpc.method": "ExplainStream",
         "rpc.grpc.status_code": 0,
         "camserve.request_id": "traced",
         "camserve.method": "score-cam",

@@ -429,6 +429,9 @@ class ExplainStreamRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: _builtins.int
+    HEARTBEATS_ONLY_FIELD_NUMBER: _builtins.int
+    heartbeats_only: _builtins.bool
+    """Send only the result and, every 15 s, a Progress, so that proxies do not close a connection without data."""
     @_builtins.property
     def request(self) -> Global___ExplainRequest:
         """The same request as for Explain."""
@@ -437,10 +440,11 @@ class ExplainStreamRequest(_message.Message):
         self,
         *,
         request: Global___ExplainRequest | None = ...,
+        heartbeats_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeats_only", b"heartbeats_only", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -561,6 +565,9 @@ class EvaluateStreamRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: _builtins.int
+    HEARTBEATS_ONLY_FIELD_NUMBER: _builtins.int
+    heartbeats_only: _builtins.bool
+    """Send only the result and, every 15 s, a Progress, so that proxies do not close a connection without data."""
     @_builtins.property
     def request(self) -> Global___EvaluateRequest:
         """The same request as for Evaluate."""
@@ -569,10 +576,11 @@ class EvaluateStreamRequest(_message.Message):
         self,
         *,
         request: Global___EvaluateRequest | None = ...,
+        heartbeats_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeats_only", b"heartbeats_only", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -58,7 +58,7 @@ class Sender(Connection):
     def __init__(self, address: str, **options: Any) -> None:
         super().__init__(address, **options)
         # Requests are serialised beforehand.
-        self._call = self._channels[0].unary_unary(f"/{SERVICE}/Explain", None, _read_cost)
+        self._call = self._channels().default.unary_unary(f"/{SERVICE}/Explain", None, _read_cost)
 
     async def send(self, message: bytes) -> Cost:
         """Send a serialised request and return the cost that the server reports.
@@ -71,7 +71,7 @@ class Sender(Connection):
 
     async def close(self) -> None:
         """Close the connection, which cancels pending calls."""
-        for channel in self._channels:
+        for channel in self._take_channels():
             await channel.close()
 
 

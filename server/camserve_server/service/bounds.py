@@ -1,8 +1,11 @@
-"""Limits on the size of requests, checked before protobuf parses them.
+"""Limits on the size of messages. Those of requests are checked before protobuf parses them.
 
 Parsing a message of many small fields takes up to thirty times its size in memory and a second for each megabyte, and
 it blocks the event loop. Images, maps and masks are single fields of type bytes, which are cheap to parse. All other
 fields of a valid request are small.
+
+Responses are checked, too: gRPC itself would refuse a large response after the call has been logged as successful, with
+a status that clients retry.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from functools import cache, partial
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import grpc
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -18,9 +21,14 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from camserve.v1 import admin_pb2, explain_pb2
+from camserve_server.config import Config
 from camserve_server.errors import CamserveError, InvalidArgument, TooLarge
 
 MAX_OTHER_BYTES = 64 << 10
+# Bytes of the message of a stream around a response.
+_ENVELOPE_BYTES = 16
+
+M = TypeVar("M", bound=Message)
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 # gRPC parses the request and runs the handler of a call in the same task.
@@ -73,6 +81,25 @@ def refusal() -> CamserveError | None:
 def refuse(error: CamserveError) -> None:
     """Let `check` raise an error in the current task. A front end has found it."""
     _failure.set(error)
+
+
+def check_response(response: M, config: Config) -> M:
+    """Return a response if it is not larger than the server's limit.
+
+    Raises:
+        TooLarge: The response is too large.
+    """
+    check_size(response.ByteSize() + _ENVELOPE_BYTES, config)
+    return response
+
+
+def check_size(size: int, config: Config) -> None:
+    """Check the size of a response in bytes. Raises TooLarge."""
+    if size > config.max_message_bytes:
+        raise TooLarge(
+            f"the response has {size / 2**20:.1f} MiB; max_message_bytes of the server permits "
+            f"{config.max_message_bytes / 2**20:.1f} MiB; request fewer targets, or smaller maps by map_format"
+        )
 
 
 def _parsed(kind: type[Message], data: bytes) -> Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:  # opentelemetry is an optional dependency
 
 Context = grpc.aio.ServicerContext[Any, Any]
 MAX_REQUEST_ID = 128
+# Key of the initial metadata of an admitted call. The value is the identifier of the request, UTF-8.
+ADMITTED = "camserve-request-id-bin"
 
 
 @dataclass(eq=False)
@@ -42,6 +45,21 @@ class Call:
     started: float = field(default_factory=time.monotonic)
     job: Job[Any] | None = None
     span: Span | None = None
+
+
+async def announce(context: Context, request_id: str) -> None:
+    """Send the initial metadata of an admitted call, which contain the identifier of the request.
+
+    gRPC does not repeat a call whose initial metadata it has received, so the server executes each call once at most,
+    although proxies report their timeouts with statuses that clients retry.
+
+    Args:
+        context: The context of the call.
+        request_id: The identifier of the request.
+    """
+    # If the connection is lost, gRPC also cancels the call.
+    with suppress(grpc.aio.InternalError):
+        await context.send_initial_metadata(((ADMITTED, request_id.encode()),))
 
 
 def checked_request_id(request_id: str) -> str:

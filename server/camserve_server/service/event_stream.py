@@ -30,18 +30,26 @@ class EventStream:
         map_format: The format of the maps.
         kinds: The kinds of messages that the call returns; empty for a unary call. Maps of other kinds are not encoded.
         warnings: The warnings about the image.
+        heartbeats_only: Send progress only to keep the connection open.
 
     Attributes:
         warnings: The warnings about the image and of the engine; complete at the end of `messages`.
     """
 
     def __init__(
-        self, model: Model, map_format: MapFormat, kinds: Collection[type[StreamMessage]], warnings: Iterable[str] = ()
+        self,
+        model: Model,
+        map_format: MapFormat,
+        kinds: Collection[type[StreamMessage]],
+        warnings: Iterable[str] = (),
+        *,
+        heartbeats_only: bool = False,
     ) -> None:
         self.warnings = [*warnings]
         self._model = model
         self._map_format = map_format
         self._kinds = kinds
+        self._heartbeats_only = heartbeats_only
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Progress | Stage | Level | Randomised | None] = asyncio.Queue()
 
@@ -72,15 +80,16 @@ class EventStream:
 
         Yields:
             Every map, and the progress: at most every 0.1 s, at least every 15 s, and when all rows are done. A call
-            that does not return progress gets none.
+            that does not return progress gets none. A call with heartbeats only gets progress every 15 s.
         """
         progress = pb.Progress()
-        sent = 0.0
-        heartbeat_s = HEARTBEAT_S if pb.Progress in self._kinds else None
+        sent, quiet_since = 0.0, time.monotonic()
         while True:
+            heartbeat_s = max(0.0, quiet_since + HEARTBEAT_S - time.monotonic()) if pb.Progress in self._kinds else None
             try:
                 item = await asyncio.wait_for(self._queue.get(), heartbeat_s)
             except TimeoutError:
+                quiet_since = time.monotonic()
                 yield progress
                 continue
             match item:
@@ -91,8 +100,8 @@ class EventStream:
                 case Progress(done, total):
                     progress = pb.Progress(rows_done=done, rows_total=total, stage=progress.stage)
                     now = time.monotonic()
-                    if now - sent >= PROGRESS_EVERY_S or done == total:
-                        sent = now
+                    if not self._heartbeats_only and (now - sent >= PROGRESS_EVERY_S or done == total):
+                        sent = quiet_since = now
                         yield progress
                 case Level():
                     yield await encode(responses.level, item, self._model, self._map_format)

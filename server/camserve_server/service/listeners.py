@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from pathlib import Path
+
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_reflection.v1alpha import reflection
 
+from camserve.addresses import socket_path
 from camserve.v1 import explain_pb2, explain_pb2_grpc
 from camserve_server.config import Config, TLSConfig
 from camserve_server.errors import ConfigError
@@ -77,21 +82,61 @@ def callers_server(
     return server
 
 
-def bind(server: grpc.aio.Server, key: str, address: str, tls: TLSConfig | None = None) -> str:
-    """Bind an address and return it with the selected port. Raises ConfigError, whose message begins with the key."""
+def bind(
+    server: grpc.aio.Server, key: str, address: str, tls: TLSConfig | None = None, *, socket_mode: str = "600"
+) -> str:
+    """Bind an address.
+
+    Args:
+        server: Serves the address.
+        key: The key of the address in the configuration.
+        address: HOST:PORT, or a Unix socket.
+        tls: The certificates; None for plaintext.
+        socket_mode: The file mode of a Unix socket, in octal.
+
+    Returns:
+        The address with the selected port.
+
+    Raises:
+        ConfigError: The address cannot be bound.
+    """
+    path = socket_path(address)
+    if path is not None:
+        return _bind_socket(server, key, address, Path(path), tls, int(socket_mode, 8))
     host = address.rpartition(":")[0]
+    return f"{host}:{_bind(server, key, address, tls)}"
+
+
+def _bind(server: grpc.aio.Server, key: str, address: str, tls: TLSConfig | None) -> int:
     try:
         port = server.add_secure_port(address, credentials(tls)) if tls else server.add_insecure_port(address)
     except RuntimeError as error:
         raise cannot_bind(key, address) from error
-    return f"{host}:{port}"
+    return int(port)
+
+
+def _bind_socket(server: grpc.aio.Server, key: str, address: str, path: Path, tls: TLSConfig | None, mode: int) -> str:
+    """Bind a Unix socket that only users with permissions of `mode` can connect to."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        # gRPC removes an existing socket, also one on which another server listens.
+        if path.is_socket() and probe.connect_ex(str(path)) == 0:
+            raise cannot_bind(key, address)
+    mask = os.umask(0o777 & ~mode)
+    try:
+        _bind(server, key, address, tls)
+    finally:
+        os.umask(mask)
+    return address
 
 
 def cannot_bind(key: str, address: str) -> ConfigError:
     """Return the error about an address that cannot be bound."""
-    return ConfigError(
-        f"{key}: cannot bind {address}; check that the address belongs to this machine and that the port is free"
+    remedy = (
+        "its folder exists and is writable and that no other server uses it"
+        if socket_path(address) is not None
+        else "the address belongs to this machine and that the port is free"
     )
+    return ConfigError(f"{key}: cannot bind {address}; check that {remedy}")
 
 
 class OwnPort:
@@ -108,7 +153,8 @@ class OwnPort:
 
     def bind(self) -> str:
         """Bind the port and return its address. Raises ConfigError."""
-        return bind(self._server, "listen", self._config.listen, self._config.tls)
+        config = self._config
+        return bind(self._server, "listen", config.listen, config.tls, socket_mode=config.socket_mode)
 
     async def start(self) -> None:
         """Accept connections."""

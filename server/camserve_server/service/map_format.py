@@ -14,7 +14,8 @@ from camserve_server.request_plan import MethodCall
 from camserve_server.request_result import finish_maps
 from camserve_server.rows import minmax
 
-DTYPES = ("float32", "float16", "uint8")
+ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
+DTYPES = tuple(ITEM_BYTES)
 
 # A map that the server restores from its native resolution may differ by this much. Another implementation of the same
 # arithmetic in float32 adds up to 4e-7, so the map that a caller restores differs by less than 1e-6.

@@ -24,7 +24,7 @@ from camserve_server.plan import Level, Randomised
 from camserve_server.request_plan import MethodCall, rows_needed
 from camserve_server.request_result import LazyMaps, RequestResult, finish_maps
 from camserve_server.service.decoding import digest
-from camserve_server.service.map_format import MapFormat, native_maps, set_tensor, tensor
+from camserve_server.service.map_format import ITEM_BYTES, MapFormat, native_maps, set_tensor, tensor
 from camserve_server.service.requests import ParsedRequest
 
 TOP_K = 5
@@ -119,6 +119,18 @@ def add_maps(
         message.input_size.extend(full.shape if map_format.native else ())
         message.warnings.extend((*warnings, *further_warnings))
         receipt.map_digests.append(digest(full))
+
+
+def least_bytes(parsed: ParsedRequest) -> int:
+    """Return a lower bound of the size of the response in bytes, which is known before any work: that of its maps.
+
+    The size of maps at native resolution and of raw maps depends on the method, and is not included.
+    """
+    targets = parsed.targets if isinstance(parsed.targets, int) else len(parsed.targets)
+    if parsed.map_format.native:
+        return 0
+    height, width = parsed.model.preprocessing.size
+    return targets * height * width * ITEM_BYTES[parsed.map_format.dtype]
 
 
 def level(event: Level, model: Model, map_format: MapFormat) -> pb.Level:

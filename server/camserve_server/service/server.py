@@ -54,7 +54,7 @@ class Server:
         config: The configuration.
         engines: Run the plans of all requests.
         engine: The engine of all models of this device.
-        address: HOST:PORT of the server, with the selected port.
+        address: HOST:PORT of the server, with the selected port, or its Unix socket.
         health_address: The address of the listener for probes; empty if there is none.
         admin_address: The address of the listener for operators; empty if there is none.
         metrics_address: The address of the listener for Prometheus; empty if there is none.
@@ -94,17 +94,20 @@ class Server:
             ConfigError: An address cannot be bound, or a model cannot be loaded.
             CamserveError: A model does not fit into the device's memory.
         """
+        mode = self.config.socket_mode
         self.address = self._callers.bind()
         self._health.set("", SERVING)
         self._health.set(SERVICE, NOT_SERVING)
         if self.config.health_listen is not None:
-            self.health_address = bind(self._probes, "health_listen", self.config.health_listen)
+            self.health_address = bind(self._probes, "health_listen", self.config.health_listen, socket_mode=mode)
             await self._probes.start()
         if self.config.metrics_listen is not None:
             self._metrics_listener = Listener(self._metrics.registry, self.config.metrics_listen)
             self.metrics_address = self._metrics_listener.address
         if self.config.admin_listen is not None:
-            self.admin_address = bind(self._admin, "admin_listen", self.config.admin_listen, self.config.tls)
+            self.admin_address = bind(
+                self._admin, "admin_listen", self.config.admin_listen, self.config.tls, socket_mode=mode
+            )
         await self._callers.start()
         device = pick_device(self.config.device)
         if self.config.threads is not None:

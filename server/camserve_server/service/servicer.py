@@ -29,7 +29,7 @@ from camserve_server.registry import method_label
 from camserve_server.request_plan import limits, plan_request
 from camserve_server.request_result import RequestResult
 from camserve_server.service import bounds, requests, responses, security, status, trace_context
-from camserve_server.service.call import MAX_REQUEST_ID, Call, Context, checked_request_id
+from camserve_server.service.call import MAX_REQUEST_ID, Call, Context, announce, checked_request_id
 from camserve_server.service.codec import CodecThreads
 from camserve_server.service.event_stream import EventStream, StreamMessage
 from camserve_server.service.prometheus import Metrics
@@ -95,7 +95,8 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             context,
             requests.parse_explain,
             responses.explain_response,
-            kinds=(pb.Progress, pb.Level, pb.Randomised),
+            kinds=(pb.Progress,) if request.heartbeats_only else (pb.Progress, pb.Level, pb.Randomised),
+            heartbeats_only=request.heartbeats_only,
         ):
             match message:
                 case pb.Progress():
@@ -121,7 +122,8 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             context,
             requests.parse_evaluate,
             responses.evaluate_response,
-            kinds=(pb.Progress, pb.Randomised),
+            kinds=(pb.Progress,) if request.heartbeats_only else (pb.Progress, pb.Randomised),
+            heartbeats_only=request.heartbeats_only,
         ):
             match message:
                 case pb.Progress():
@@ -134,22 +136,26 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """Return the configured models."""
         async with self.call("ListModels", "", context):
-            return pb.ListModelsResponse(models=[responses.model_message(*each) for each in self.loaded_models().all()])
+            models = [responses.model_message(*each) for each in self.loaded_models().all()]
+            return bounds.check_response(pb.ListModelsResponse(models=models), self._config)
 
     async def ListMethods(self, request: pb.ListMethodsRequest, context: Context) -> pb.ListMethodsResponse:
         """Return the methods, with the rows that they take if the request names a model."""
         async with self.call("ListMethods", "", context):
             methods = [method for _, method in sorted(registry.METHODS.items())]
             if not request.model:
-                return pb.ListMethodsResponse(methods=[responses.method_message(m, None) for m in methods])
-            async with self.loaded_models().lease(request.model) as lease:
-                return pb.ListMethodsResponse(methods=[responses.method_message(m, lease.model) for m in methods])
+                messages = [responses.method_message(m, None) for m in methods]
+            else:
+                async with self.loaded_models().lease(request.model) as lease:
+                    messages = [responses.method_message(m, lease.model) for m in methods]
+            return bounds.check_response(pb.ListMethodsResponse(methods=messages), self._config)
 
     async def ListMetrics(self, request: pb.ListMetricsRequest, context: Context) -> pb.ListMetricsResponse:
         """Return the metrics."""
         async with self.call("ListMetrics", "", context):
             metrics = [metric for _, metric in sorted(registry.METRICS.items())]
-            return pb.ListMetricsResponse(metrics=[responses.metric_message(m) for m in metrics])
+            messages = [responses.metric_message(m) for m in metrics]
+            return bounds.check_response(pb.ListMetricsResponse(metrics=messages), self._config)
 
     # ---- Explain and Evaluate ----------------------------------------------------------------------------------------
 
@@ -169,6 +175,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         respond: Respond[Response],
         *,
         kinds: Collection[type[StreamMessage]] = (),
+        heartbeats_only: bool = False,
         decode: Decode | None = None,
         delivered: Callable[[], Awaitable[None]] | None = None,
     ) -> AsyncIterator[StreamMessage | Response]:
@@ -181,6 +188,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             parse: Checks all fields of the request but its pixels.
             respond: Makes the response; it runs in a codec thread.
             kinds: The kinds of messages that the call returns before its response.
+            heartbeats_only: Return progress only to keep the connection open.
             decode: Returns the pixels of a request; by default, a codec thread decodes them.
             delivered: Returns when the receiver has the response; by default, the call ends with its response.
 
@@ -192,6 +200,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             self.loaded_models().lease(request.model) as lease,
         ):
             parsed = parse(request, lease.model, self._config)
+            bounds.check_size(responses.least_bytes(parsed), self._config)
             caller, priority = security.rights(context, self._config, parsed.priority)
             bounded = limits(
                 parsed.model, parsed.method, parsed.rows, budget=parsed.budget, deadline=_deadline(context)
@@ -199,12 +208,15 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             engine = lease.engine
             with engine.reserve(parsed.rows.most, bounded, caller, priority) as reservation:
                 if decode is None:
+                    await announce(context, call.request_id)
                     pixels = await self.codec.run(requests.decode_pixels, parsed, self._config)
                 else:
                     pixels = await decode(call, parsed)
                 subject = parsed.method if pixels.saliency is None else pixels.saliency
                 assert subject is not None, "a request without a map has a method"
-                events = EventStream(parsed.model, parsed.map_format, kinds, pixels.warnings)
+                events = EventStream(
+                    parsed.model, parsed.map_format, kinds, pixels.warnings, heartbeats_only=heartbeats_only
+                )
                 job = reservation.submit(
                     plan_request(parsed.model, pixels.image, parsed.targets, subject, parsed.metrics, pixels.truth),
                     parsed.model,
@@ -219,12 +231,15 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                     self._release_with(job, events, lease)
                     async for message in events.messages(self.codec.run):
                         yield message
-                yield await self.codec.run_after(
+                response = await self.codec.run_after(
                     job.future,
                     lambda: respond(
                         call.request_id, parsed, pixels.input_digest, job, job.future.result(), tuple(events.warnings)
                     ),
                 )
+                if decode is None:
+                    bounds.check_response(response, self._config)
+                yield response
                 if delivered is not None:
                     await delivered()
             finally:

@@ -19,8 +19,8 @@ from camserve.v1 import explain_pb2_grpc
 from camserve_server.config import Config
 from camserve_server.errors import CamserveError, InternalError, Unavailable
 from camserve_server.models.pixels import Preprocessing
-from camserve_server.service import status
-from camserve_server.service.call import Context
+from camserve_server.service import bounds, status
+from camserve_server.service.call import Context, announce
 from camserve_server.service.codec import CodecThreads
 from camserve_server.service.decoding import DataSizes, decode_image, decode_mask, decode_saliency, digest
 from camserve_server.service.frontends import identity, link_pb2, link_pb2_grpc, messages
@@ -65,7 +65,7 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
         self, request: pb.ExplainStreamRequest, context: Context
     ) -> AsyncIterator[pb.ExplainStreamResponse]:
         """Yield progress, intermediate maps and the response of Explain."""
-        async for message in self._run("ExplainStream", request.request, context):
+        async for message in self._run("ExplainStream", request.request, context, request.heartbeats_only):
             match message.WhichOneof("step"):
                 case "progress":
                     yield pb.ExplainStreamResponse(progress=message.progress)
@@ -86,7 +86,7 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
         self, request: pb.EvaluateStreamRequest, context: Context
     ) -> AsyncIterator[pb.EvaluateStreamResponse]:
         """Yield progress, the maps of randomised networks and the response of Evaluate."""
-        async for message in self._run("EvaluateStream", request.request, context):
+        async for message in self._run("EvaluateStream", request.request, context, request.heartbeats_only):
             match message.WhichOneof("step"):
                 case "progress":
                     yield pb.EvaluateStreamResponse(progress=message.progress)
@@ -121,7 +121,11 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
             return await _relay(error, context)
 
     async def _run(
-        self, rpc: str, request: pb.ExplainRequest | pb.EvaluateRequest, context: Context
+        self,
+        rpc: str,
+        request: pb.ExplainRequest | pb.EvaluateRequest,
+        context: Context,
+        heartbeats_only: bool = False,
     ) -> AsyncIterator[link_pb2.RunResponse]:
         """Run a call in the engine process; yield its events and finally its result."""
         sizes = DataSizes.of(request)
@@ -132,6 +136,7 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
             saliency_bytes=sizes.saliency,
             mask_bytes=sizes.mask,
             call=next(self._calls),
+            heartbeats_only=heartbeats_only,
         )
         if isinstance(request, pb.ExplainRequest):
             start.explain.CopyFrom(messages.without_data(request))
@@ -149,6 +154,7 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
                     slot = ends.enter_context(
                         _Slot(self._slots, preprocessing, partial(self._wait_until_unused, start.call))
                     )
+                    await announce(context, admitted.request_id)
                     decoding = self._codec.run(
                         slot.write, self._memory, request, preprocessing, self._config.max_image_pixels
                     )
@@ -162,6 +168,8 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
                 try:
                     if message.HasField("unfinished"):
                         await self._codec.run(messages.finish, message, preprocessing.size)
+                    finished = message.explained if message.HasField("explained") else message.evaluated
+                    bounds.check_response(finished, self._config)
                 except Exception as error:
                     await _fail(link, error)
                 await _send(link, link_pb2.RunRequest(finished=link_pb2.Finished()))

@@ -91,7 +91,12 @@ class LinkServicer(link_pb2_grpc.LinkServiceServicer):
         )
         with self._reading((start.front_end, start.call), front_end):
             async for message in self._servicer.run(
-                start.rpc, *arguments, kinds=_KINDS[start.rpc], decode=front_end.decode, delivered=front_end.finished
+                start.rpc,
+                *arguments,
+                kinds=(pb.Progress,) if start.heartbeats_only else _KINDS[start.rpc],
+                heartbeats_only=start.heartbeats_only,
+                decode=front_end.decode,
+                delivered=front_end.finished,
             ):
                 await context.write(_response(message))
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from camserve.v1 import explain_pb2 as camserve_dot_v1_dot_explain__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,camserve_server/service/frontends/link.proto\x12!camserve_server.service.frontends\x1a\x19\x63\x61mserve/v1/explain.proto\"\x8d\x02\n\nRunRequest\x12\x39\n\x05start\x18\x01 \x01(\x0b\x32(.camserve_server.service.frontends.StartH\x00\x12=\n\x07\x64\x65\x63oded\x18\x02 \x01(\x0b\x32*.camserve_server.service.frontends.DecodedH\x00\x12<\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32*.camserve_server.service.frontends.FailureH\x00\x12?\n\x08\x66inished\x18\x04 \x01(\x0b\x32+.camserve_server.service.frontends.FinishedH\x00\x42\x06\n\x04step\"\xe3\x01\n\x05Start\x12\x11\n\tfront_end\x18\x01 \x01(\x03\x12\x0b\n\x03rpc\x18\x02 \x01(\t\x12.\n\x07\x65xplain\x18\x03 \x01(\x0b\x32\x1b.camserve.v1.ExplainRequestH\x00\x12\x30\n\x08\x65valuate\x18\x04 \x01(\x0b\x32\x1c.camserve.v1.EvaluateRequestH\x00\x12\x13\n\x0bimage_bytes\x18\x05 \x01(\x03\x12\x16\n\x0esaliency_bytes\x18\x06 \x01(\x03\x12\x12\n\nmask_bytes\x18\x07 \x01(\x03\x12\x0c\n\x04\x63\x61ll\x18\x08 \x01(\x03\x42\t\n\x07request\"v\n\x07\x44\x65\x63oded\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12%\n\x08saliency\x18\x02 \x01(\x0b\x32\x13.camserve.v1.Tensor\x12\x0c\n\x04mask\x18\x03 \x01(\x0c\x12\x14\n\x0cinput_digest\x18\x04 \x01(\t\x12\x10\n\x08warnings\x18\x05 \x03(\t\"\n\n\x08\x46inished\"\xf2\x01\n\x07\x46\x61ilure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12J\n\x08metadata\x18\x05 \x03(\x0b\x32\x38.camserve_server.service.frontends.Failure.MetadataEntry\x12\x1a\n\rretry_after_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x10\n\x0e_retry_after_s\"\x83\x03\n\x0bRunResponse\x12?\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32+.camserve_server.service.frontends.AdmittedH\x00\x12)\n\x08progress\x18\x02 \x01(\x0b\x32\x15.camserve.v1.ProgressH\x00\x12#\n\x05level\x18\x03 \x01(\x0b\x32\x12.camserve.v1.LevelH\x00\x12-\n\nrandomised\x18\x04 \x01(\x0b\x32\x17.camserve.v1.RandomisedH\x00\x12\x31\n\texplained\x18\x05 \x01(\x0b\x32\x1c.camserve.v1.ExplainResponseH\x00\x12\x32\n\tevaluated\x18\x06 \x01(\x0b\x32\x1d.camserve.v1.EvaluateResponseH\x00\x12\x45\n\nunfinished\x18\x07 \x01(\x0b\x32\x31.camserve_server.service.frontends.UnfinishedMapsB\x06\n\x04step\"v\n\x0eUnfinishedMaps\x12\r\n\x05shape\x18\x01 \x03(\x05\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12&\n\x06\x66ormat\x18\x04 \x01(\x0b\x32\x16.camserve.v1.MapFormat\x12\x10\n\x08warnings\x18\x05 \x03(\t\"^\n\x08\x41\x64mitted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x03(\x05\x12\x0c\n\x04mean\x18\x03 \x03(\x01\x12\x0b\n\x03std\x18\x04 \x03(\x01\x12\x15\n\rinterpolation\x18\x05 \x01(\t\"0\n\x13\x43ountRefusalRequest\x12\x0b\n\x03rpc\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\"\x16\n\x14\x43ountRefusalResponse\"9\n\x16WaitUntilUnusedRequest\x12\x11\n\tfront_end\x18\x01 \x01(\x03\x12\x0c\n\x04\x63\x61ll\x18\x02 \x01(\x03\"\x19\n\x17WaitUntilUnusedResponse2\x83\x03\n\x0bLinkService\x12h\n\x03Run\x12-.camserve_server.service.frontends.RunRequest\x1a..camserve_server.service.frontends.RunResponse(\x01\x30\x01\x12\x88\x01\n\x0fWaitUntilUnused\x12\x39.camserve_server.service.frontends.WaitUntilUnusedRequest\x1a:.camserve_server.service.frontends.WaitUntilUnusedResponse\x12\x7f\n\x0c\x43ountRefusal\x12\x36.camserve_server.service.frontends.CountRefusalRequest\x1a\x37.camserve_server.service.frontends.CountRefusalResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,camserve_server/service/frontends/link.proto\x12!camserve_server.service.frontends\x1a\x19\x63\x61mserve/v1/explain.proto\"\x8d\x02\n\nRunRequest\x12\x39\n\x05start\x18\x01 \x01(\x0b\x32(.camserve_server.service.frontends.StartH\x00\x12=\n\x07\x64\x65\x63oded\x18\x02 \x01(\x0b\x32*.camserve_server.service.frontends.DecodedH\x00\x12<\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32*.camserve_server.service.frontends.FailureH\x00\x12?\n\x08\x66inished\x18\x04 \x01(\x0b\x32+.camserve_server.service.frontends.FinishedH\x00\x42\x06\n\x04step\"\xfc\x01\n\x05Start\x12\x11\n\tfront_end\x18\x01 \x01(\x03\x12\x0b\n\x03rpc\x18\x02 \x01(\t\x12.\n\x07\x65xplain\x18\x03 \x01(\x0b\x32\x1b.camserve.v1.ExplainRequestH\x00\x12\x30\n\x08\x65valuate\x18\x04 \x01(\x0b\x32\x1c.camserve.v1.EvaluateRequestH\x00\x12\x13\n\x0bimage_bytes\x18\x05 \x01(\x03\x12\x16\n\x0esaliency_bytes\x18\x06 \x01(\x03\x12\x12\n\nmask_bytes\x18\x07 \x01(\x03\x12\x0c\n\x04\x63\x61ll\x18\x08 \x01(\x03\x12\x17\n\x0fheartbeats_only\x18\t \x01(\x08\x42\t\n\x07request\"v\n\x07\x44\x65\x63oded\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12%\n\x08saliency\x18\x02 \x01(\x0b\x32\x13.camserve.v1.Tensor\x12\x0c\n\x04mask\x18\x03 \x01(\x0c\x12\x14\n\x0cinput_digest\x18\x04 \x01(\t\x12\x10\n\x08warnings\x18\x05 \x03(\t\"\n\n\x08\x46inished\"\xf2\x01\n\x07\x46\x61ilure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12J\n\x08metadata\x18\x05 \x03(\x0b\x32\x38.camserve_server.service.frontends.Failure.MetadataEntry\x12\x1a\n\rretry_after_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x10\n\x0e_retry_after_s\"\x83\x03\n\x0bRunResponse\x12?\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32+.camserve_server.service.frontends.AdmittedH\x00\x12)\n\x08progress\x18\x02 \x01(\x0b\x32\x15.camserve.v1.ProgressH\x00\x12#\n\x05level\x18\x03 \x01(\x0b\x32\x12.camserve.v1.LevelH\x00\x12-\n\nrandomised\x18\x04 \x01(\x0b\x32\x17.camserve.v1.RandomisedH\x00\x12\x31\n\texplained\x18\x05 \x01(\x0b\x32\x1c.camserve.v1.ExplainResponseH\x00\x12\x32\n\tevaluated\x18\x06 \x01(\x0b\x32\x1d.camserve.v1.EvaluateResponseH\x00\x12\x45\n\nunfinished\x18\x07 \x01(\x0b\x32\x31.camserve_server.service.frontends.UnfinishedMapsB\x06\n\x04step\"v\n\x0eUnfinishedMaps\x12\r\n\x05shape\x18\x01 \x03(\x05\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12&\n\x06\x66ormat\x18\x04 \x01(\x0b\x32\x16.camserve.v1.MapFormat\x12\x10\n\x08warnings\x18\x05 \x03(\t\"^\n\x08\x41\x64mitted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x03(\x05\x12\x0c\n\x04mean\x18\x03 \x03(\x01\x12\x0b\n\x03std\x18\x04 \x03(\x01\x12\x15\n\rinterpolation\x18\x05 \x01(\t\"0\n\x13\x43ountRefusalRequest\x12\x0b\n\x03rpc\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\"\x16\n\x14\x43ountRefusalResponse\"9\n\x16WaitUntilUnusedRequest\x12\x11\n\tfront_end\x18\x01 \x01(\x03\x12\x0c\n\x04\x63\x61ll\x18\x02 \x01(\x03\"\x19\n\x17WaitUntilUnusedResponse2\x83\x03\n\x0bLinkService\x12h\n\x03Run\x12-.camserve_server.service.frontends.RunRequest\x1a..camserve_server.service.frontends.RunResponse(\x01\x30\x01\x12\x88\x01\n\x0fWaitUntilUnused\x12\x39.camserve_server.service.frontends.WaitUntilUnusedRequest\x1a:.camserve_server.service.frontends.WaitUntilUnusedResponse\x12\x7f\n\x0c\x43ountRefusal\x12\x36.camserve_server.service.frontends.CountRefusalRequest\x1a\x37.camserve_server.service.frontends.CountRefusalResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,29 +37,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNREQUEST']._serialized_start=111
   _globals['_RUNREQUEST']._serialized_end=380
   _globals['_START']._serialized_start=383
-  _globals['_START']._serialized_end=610
-  _globals['_DECODED']._serialized_start=612
-  _globals['_DECODED']._serialized_end=730
-  _globals['_FINISHED']._serialized_start=732
-  _globals['_FINISHED']._serialized_end=742
-  _globals['_FAILURE']._serialized_start=745
-  _globals['_FAILURE']._serialized_end=987
-  _globals['_FAILURE_METADATAENTRY']._serialized_start=922
-  _globals['_FAILURE_METADATAENTRY']._serialized_end=969
-  _globals['_RUNRESPONSE']._serialized_start=990
-  _globals['_RUNRESPONSE']._serialized_end=1377
-  _globals['_UNFINISHEDMAPS']._serialized_start=1379
-  _globals['_UNFINISHEDMAPS']._serialized_end=1497
-  _globals['_ADMITTED']._serialized_start=1499
-  _globals['_ADMITTED']._serialized_end=1593
-  _globals['_COUNTREFUSALREQUEST']._serialized_start=1595
-  _globals['_COUNTREFUSALREQUEST']._serialized_end=1643
-  _globals['_COUNTREFUSALRESPONSE']._serialized_start=1645
-  _globals['_COUNTREFUSALRESPONSE']._serialized_end=1667
-  _globals['_WAITUNTILUNUSEDREQUEST']._serialized_start=1669
-  _globals['_WAITUNTILUNUSEDREQUEST']._serialized_end=1726
-  _globals['_WAITUNTILUNUSEDRESPONSE']._serialized_start=1728
-  _globals['_WAITUNTILUNUSEDRESPONSE']._serialized_end=1753
-  _globals['_LINKSERVICE']._serialized_start=1756
-  _globals['_LINKSERVICE']._serialized_end=2143
+  _globals['_START']._serialized_end=635
+  _globals['_DECODED']._serialized_start=637
+  _globals['_DECODED']._serialized_end=755
+  _globals['_FINISHED']._serialized_start=757
+  _globals['_FINISHED']._serialized_end=767
+  _globals['_FAILURE']._serialized_start=770
+  _globals['_FAILURE']._serialized_end=1012
+  _globals['_FAILURE_METADATAENTRY']._serialized_start=947
+  _globals['_FAILURE_METADATAENTRY']._serialized_end=994
+  _globals['_RUNRESPONSE']._serialized_start=1015
+  _globals['_RUNRESPONSE']._serialized_end=1402
+  _globals['_UNFINISHEDMAPS']._serialized_start=1404
+  _globals['_UNFINISHEDMAPS']._serialized_end=1522
+  _globals['_ADMITTED']._serialized_start=1524
+  _globals['_ADMITTED']._serialized_end=1618
+  _globals['_COUNTREFUSALREQUEST']._serialized_start=1620
+  _globals['_COUNTREFUSALREQUEST']._serialized_end=1668
+  _globals['_COUNTREFUSALRESPONSE']._serialized_start=1670
+  _globals['_COUNTREFUSALRESPONSE']._serialized_end=1692
+  _globals['_WAITUNTILUNUSEDREQUEST']._serialized_start=1694
+  _globals['_WAITUNTILUNUSEDREQUEST']._serialized_end=1751
+  _globals['_WAITUNTILUNUSEDRESPONSE']._serialized_start=1753
+  _globals['_WAITUNTILUNUSEDRESPONSE']._serialized_end=1778
+  _globals['_LINKSERVICE']._serialized_start=1781
+  _globals['_LINKSERVICE']._serialized_end=2168
 # @@protoc_insertion_point(module_scope)

@@ -69,6 +69,7 @@ class Start(_message.Message):
     SALIENCY_BYTES_FIELD_NUMBER: _builtins.int
     MASK_BYTES_FIELD_NUMBER: _builtins.int
     CALL_FIELD_NUMBER: _builtins.int
+    HEARTBEATS_ONLY_FIELD_NUMBER: _builtins.int
     front_end: _builtins.int
     """The identifier of the front end."""
     rpc: _builtins.str
@@ -79,6 +80,8 @@ class Start(_message.Message):
     mask_bytes: _builtins.int
     call: _builtins.int
     """The number of the call in the front end."""
+    heartbeats_only: _builtins.bool
+    """`heartbeats_only` of a stream."""
     @_builtins.property
     def explain(self) -> _explain_pb2.ExplainRequest: ...
     @_builtins.property
@@ -94,10 +97,11 @@ class Start(_message.Message):
         saliency_bytes: _builtins.int = ...,
         mask_bytes: _builtins.int = ...,
         call: _builtins.int = ...,
+        heartbeats_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evaluate", b"evaluate", "explain", b"explain", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "evaluate", b"evaluate", "explain", b"explain", "front_end", b"front_end", "image_bytes", b"image_bytes", "mask_bytes", b"mask_bytes", "request", b"request", "rpc", b"rpc", "saliency_bytes", b"saliency_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "evaluate", b"evaluate", "explain", b"explain", "front_end", b"front_end", "heartbeats_only", b"heartbeats_only", "image_bytes", b"image_bytes", "mask_bytes", b"mask_bytes", "request", b"request", "rpc", b"rpc", "saliency_bytes", b"saliency_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["explain", "evaluate"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
