@@ -80,7 +80,7 @@ class Admin(Connection):
 
     def close(self) -> None:
         """Close the connection and cancel all calls in flight. The client cannot be used afterwards."""
-        for channel in self._take_channels():
+        for _, channel in self._take_channels():
             channel.close()
 
     def __enter__(self) -> Admin:

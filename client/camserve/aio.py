@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
-from camserve import batches, errors, request_messages
+from camserve import batches, environment, errors, request_messages
 from camserve.connection import Connection
 from camserve.method_docs import document_method
 
@@ -27,6 +27,7 @@ def _unary(
     """Return a coroutine method that sends one request and returns the result."""
 
     async def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> ResultT:
+        _running_loop()
         return await self._run(await asyncio.to_thread(build_call, *args, **kwargs))
 
     document_method(method, build_call, Awaitable)
@@ -39,6 +40,7 @@ def _stream(
     """Return an asynchronous generator method that sends one request and yields its events."""
 
     async def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[EventT, None]:
+        _running_loop()
         call = await asyncio.to_thread(build_call, *args, **kwargs)
         async for event in self._run_stream(call.as_stream()):
             yield event
@@ -102,8 +104,12 @@ class Client(Connection):
 
     async def close(self) -> None:
         """Close the connection and cancel all calls in flight. The client cannot be used afterwards."""
-        for channel in self._take_channels():
-            await channel.close()
+        here = _running_loop()
+        for loop, channel in self._take_channels():
+            if loop is here:
+                await channel.close()
+            elif loop.is_running():  # in another thread
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(channel.close(), loop))
 
     async def __aenter__(self) -> Client:
         return self
@@ -129,12 +135,13 @@ class Client(Connection):
             channels = self._channels()
             rpc = getattr(channels.stub(one_of_many=one_of_many), sent.rpc)(sent.request, **options)
             try:
-                if sent is call:
-                    return call.parse_response(await rpc)
                 result: ResultT | None = None
-                async for message in rpc:
-                    event = sent.parse_response(message)
-                    result = result if event is None else event
+                with environment.calls:
+                    if sent is call:
+                        return call.parse_response(await rpc)
+                    async for message in rpc:
+                        event = sent.parse_response(message)
+                        result = result if event is None else event
                 if result is None:
                     raise errors.InternalError("the response ended without a result")
                 return result
@@ -182,10 +189,11 @@ class Client(Connection):
             channels = self._channels()
             rpc: Any = getattr(channels.stub(), call.rpc)(call.request, **self._call_options(call))
             try:
-                async for message in rpc:
-                    event = call.parse_response(message)
-                    if event is not None:
-                        yield event
+                with environment.calls:
+                    async for message in rpc:
+                        event = call.parse_response(message)
+                        if event is not None:
+                            yield event
                 return
             except grpc.RpcError as error:
                 if not self._without_watch(channels, error):

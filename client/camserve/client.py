@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import grpc
+import grpc.experimental
 
-from camserve import batches, errors, request_messages
+from camserve import batches, environment, errors, request_messages
 from camserve.connection import Connection
 from camserve.method_docs import document_method
 
@@ -84,6 +85,11 @@ class Client(Connection):
         OSError: A PEM file cannot be read.
     """
 
+    _extra_options: ClassVar[list[tuple[str, Any]]] = [
+        # By default, a stream of grpcio 1.76 never ends if its connection is lost before its start and gRPC retries it.
+        (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)
+    ]
+
     explain = _unary(request_messages.explain)
     explain_stream = _stream(request_messages.explain)
     explain_many = _many(batches.explain_many)
@@ -98,7 +104,7 @@ class Client(Connection):
 
     def close(self) -> None:
         """Close the connection and cancel all calls in flight. The client cannot be used afterwards."""
-        for channel in self._take_channels():
+        for _, channel in self._take_channels():
             channel.close()
 
     def __enter__(self) -> Client:
@@ -132,9 +138,10 @@ class Client(Connection):
             # A future, because the blocking form does not cancel the call on the server when it is interrupted.
             rpc = (rpc_method.future if sent is call else rpc_method)(sent.request, **options)
             try:
-                started(rpc)
-                responses: Iterator[Any] = iter([rpc.result()]) if sent is call else rpc
-                result: ResultT = _last(map(sent.parse_response, responses))
+                with environment.calls:
+                    started(rpc)
+                    responses: Iterator[Any] = iter([rpc.result()]) if sent is call else rpc
+                    result: ResultT = _last(map(sent.parse_response, responses))
                 return result
             except grpc.RpcError as error:
                 if not self._without_watch(channels, error):
@@ -211,10 +218,11 @@ class Client(Connection):
             channels = self._channels()
             rpc: Any = getattr(channels.stub(), call.rpc)(call.request, **options)
             try:
-                for message in rpc:
-                    event = call.parse_response(message)
-                    if event is not None:
-                        yield event
+                with environment.calls:
+                    for message in rpc:
+                        event = call.parse_response(message)
+                        if event is not None:
+                            yield event
                 return
             except grpc.RpcError as error:
                 if not self._without_watch(channels, error):

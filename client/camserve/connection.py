@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import ssl
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import grpc
 
-from camserve import errors, images, request_messages
+from camserve import environment, errors, images, request_messages
 from camserve.addresses import check_target, is_loopback
 from camserve.errors import InvalidArgument
 from camserve.v1 import explain_pb2 as pb
@@ -173,8 +174,10 @@ class Connection:
         self._lock = threading.Lock()
         self._health_checks = health_checks
         self._closed = False
+        self._pid = os.getpid()
+        self._inherited: list[Any] = []  # never used again, but destroying them could block
         self._opened: dict[Any, OpenChannels] = {}
-        self._retired: list[OpenChannels] = []  # calls may still use them
+        self._retired: list[tuple[Any, OpenChannels]] = []  # calls may still use them
 
     def _owner(self) -> Hashable:
         """Return the part of the program that needs channels of its own."""
@@ -184,8 +187,10 @@ class Connection:
         """Return the channels. They are opened when they are first used.
 
         Raises:
-            CamserveError: The client is closed.
+            CamserveError: The client is closed, or gRPC does not work in this process.
         """
+        environment.check()
+        self._leave_parent()
         owner = self._owner()
         with self._lock:
             if self._closed:
@@ -194,6 +199,12 @@ class Connection:
                 default, many = self._channel("UNAVAILABLE", "RESOURCE_EXHAUSTED"), self._channel("UNAVAILABLE")
                 self._opened[owner] = OpenChannels(default, many)
             return self._opened[owner]
+
+    def _leave_parent(self) -> None:
+        """Forget the channels after a fork. They, and perhaps a lock that is held, belong to the parent process."""
+        if self._pid != os.getpid():
+            self._pid, self._lock = os.getpid(), threading.Lock()
+            self._inherited, self._opened, self._retired = [self._opened, *self._retired], {}, []
 
     def _channel(self, *retryable_codes: str) -> Any:
         options = _channel_options([*retryable_codes], health_checks=self._health_checks)
@@ -217,16 +228,17 @@ class Connection:
                 log.warning("%s refuses /grpc.health.v1.Health/Watch; its health is not checked", self.address)
             self._health_checks = False
             for owner in current:
-                self._retired.append(self._opened.pop(owner))
+                self._retired.append((owner, self._opened.pop(owner)))
         return True
 
-    def _take_channels(self) -> list[Any]:
-        """Mark the client as closed and return all its channels."""
+    def _take_channels(self) -> list[tuple[Any, Any]]:
+        """Mark the client as closed and return all its channels, each with its owner."""
+        self._leave_parent()
         with self._lock:
             self._closed = True
-            taken = [*self._opened.values(), *self._retired]
+            taken = [*self._opened.items(), *self._retired]
             self._opened, self._retired = {}, []
-        return [channel for pair in taken for channel in pair]
+        return [(owner, channel) for owner, channels in taken for channel in channels]
 
     def _call_options(self, call: request_messages.PreparedCall[Any], *, one_of_many: bool = False) -> dict[str, Any]:
         """Return the timeout and the metadata of a call."""

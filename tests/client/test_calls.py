@@ -263,7 +263,10 @@ def test_ctrl_c_cancels_the_call(servicer: Servicer, client: camserve.Client, pi
 
     def waits_for_the_response() -> bool:
         frames = traceback.extract_stack(sys._current_frames()[main_thread])
-        return any("grpc" in Path(frame.filename).parts and frame.name in ("result", "_next") for frame in frames)
+        return any(
+            "grpc" in Path(frame.filename).parts and frame.name in ("result", "_next", "_next_response")
+            for frame in frames
+        )
 
     def interrupt() -> None:
         servicer.started.wait(WAIT_S)

@@ -115,7 +115,7 @@ def test_labels_never_contain_unknown_names(watched: Server, client: camserve.Cl
     for labels in (
         {"rpc": "ExplainStream", "method": "other", "code": "NOT_FOUND"},
         {"rpc": "ExplainStream", "method": "grad-cam", "code": "NOT_FOUND"},
-        {"rpc": "Evaluate", "method": "", "code": "INVALID_ARGUMENT"},
+        {"rpc": "EvaluateStream", "method": "", "code": "INVALID_ARGUMENT"},
         {"rpc": "ListModels", "method": "", "code": "OK"},
     ):
         assert after.sum("camserve_requests_total", **labels) == 1 + before.sum("camserve_requests_total", **labels)
@@ -131,7 +131,7 @@ def test_expired_requests_are_not_counted_as_cancelled(
     monkeypatch.setattr(servicer, "EXPIRED_SHARE", 1.0)
 
     def ended(code: str) -> float:
-        return Scrape(watched).sum("camserve_requests_total", rpc="ExplainStream", method="occlusion", code=code)
+        return Scrape(watched).sum("camserve_requests_total", rpc="Explain", method="occlusion", code=code)
 
     def explain(timeout: float) -> bool:
         try:

@@ -158,7 +158,8 @@ def test_traces_of_failures_contain_no_message(
     curves = {"insertion": {"steps": 10_000}, "deletion": {"steps": 10_000}}
     with pytest.raises(camserve.DeadlineExceeded):
         client.explain(CAT, method="grad-cam", target=[*range(7)], metrics=curves, timeout=5, request_id="late")
-    [failed], [late] = (collector.of(name)["camserve.v1.ExplainService/Explain"] for name in ("failed", "late"))
+    [failed] = collector.of("failed")["camserve.v1.ExplainService/ExplainStream"]
+    [late] = collector.of("late")["camserve.v1.ExplainService/Explain"]
     assert attributes(failed)["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
     assert failed.status.code == failed.status.STATUS_CODE_UNSET, "the caller made the error"
     assert late.status.code == late.status.STATUS_CODE_ERROR

@@ -71,7 +71,7 @@ class Sender(Connection):
 
     async def close(self) -> None:
         """Close the connection, which cancels pending calls."""
-        for channel in self._take_channels():
+        for _, channel in self._take_channels():
             await channel.close()
 
 

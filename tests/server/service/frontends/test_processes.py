@@ -305,8 +305,8 @@ def test_tls_tokens_and_log(config: Path) -> None:
         lines = [json.loads(line) for line in server.stderr().splitlines()]
         calls = [line for line in lines if line["event"] == "call"]
         assert [(line["rpc"], line["code"], line.get("caller")) for line in calls] == [
-            ("Explain", "OK", "triage"),
-            ("Explain", "INVALID_ARGUMENT", "triage"),
+            ("ExplainStream", "OK", "triage"),
+            ("ExplainStream", "INVALID_ARGUMENT", "triage"),
             ("ListModels", "UNAUTHENTICATED", None),
             ("ListModels", "PERMISSION_DENIED", None),
         ]

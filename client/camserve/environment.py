@@ -1,0 +1,96 @@
+"""Processes and interpreters in which gRPC does not work: children of a fork, and patched standard libraries."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+from camserve.errors import CamserveError
+
+__all__ = ["calls", "check"]
+
+# gRPC itself reads this variable when it is imported.
+_FORK_SUPPORT = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "").lower() in ("1", "true", "yes", "t", "y")
+
+
+class _Calls:
+    """Counts the calls of all clients of this process. It is a context manager for one call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.running = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.running += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.running -= 1
+
+    def forget(self) -> None:
+        """Forget the calls of the parent process. Another thread may have held the lock during the fork."""
+        self._lock = threading.Lock()
+        self.running = 0
+
+
+calls = _Calls()
+
+
+class _State:
+    used = False  # this process has opened a channel
+    problem = ""  # why calls of this process would hang
+
+
+def check() -> None:
+    """Check that gRPC works in this process. Call it before a channel is opened or used.
+
+    Raises:
+        CamserveError: The process is the child of a fork that gRPC does not support, or gevent or eventlet has replaced
+            the standard library and gRPC does not know it.
+    """
+    if _State.problem:
+        raise CamserveError(_State.problem)
+    _check_patches()
+    _State.used = True
+
+
+def _check_patches() -> None:
+    if (eventlet := sys.modules.get("eventlet.patcher")) is not None and eventlet.is_monkey_patched("thread"):
+        raise CamserveError(
+            "eventlet has replaced the threads of Python, which gRPC does not support: a call would block all "
+            "green threads; use gevent or threads, or make calls in a process without eventlet"
+        )
+    gevent = sys.modules.get("gevent.monkey")
+    if gevent is not None and gevent.is_module_patched("threading"):
+        from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+        if not cygrpc.g_gevent_activated:
+            raise CamserveError(
+                "gevent has replaced the threads of Python, but gRPC does not know it: a call would block all "
+                "greenlets; call grpc.experimental.gevent.init_gevent() after gevent.monkey.patch_all() and before "
+                "the first client is created"
+            )
+
+
+def _after_fork() -> None:
+    if not _State.used:
+        return
+    if not _FORK_SUPPORT:
+        _State.problem = (
+            "this process was forked from one in which a camserve client had already made calls, and gRPC does not "
+            "work in such a process; make the first call after the fork, use the start method spawn or forkserver of "
+            "multiprocessing, or set GRPC_ENABLE_FORK_SUPPORT=1 before grpc is imported"
+        )
+    elif calls.running:
+        _State.problem = (
+            f"this process was forked while {calls.running} calls of camserve clients were in progress, and gRPC does "
+            "not work in such a process; fork when no call is in progress, or use the start method spawn or forkserver "
+            "of multiprocessing"
+        )
+    calls.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
