@@ -14,7 +14,6 @@ import pytest
 import camserve
 from camserve_server.config import Config, ModelConfig, TokenConfig, read_config
 from camserve_server.errors import ConfigError
-from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.credentials import hashed
 from tests.processes import CAMSERVE, completed
@@ -96,8 +95,9 @@ def test_settings_that_sockets_do_not_have_are_refused(tmp_path: Path) -> None:
         read_config(listen=f"unix:{tmp_path}/camserve.sock", frontends=2)
     with pytest.raises(ConfigError, match="metrics_listen"):
         read_config(metrics_listen=f"unix:{tmp_path}/camserve.sock")
-    with pytest.raises(ConfigError, match=r"^listen: cannot bind .* its folder exists"):
-        _ = Server(config(tmp_path / "none" / "camserve.sock"))._callers.bind()
+    missing = config(tmp_path / "none" / "camserve.sock")
+    with pytest.raises(ConfigError, match=r"^listen: cannot bind .* its folder exists"), serving(missing):
+        pass
 
 
 def test_client_names_a_socket_without_a_server(tmp_path: Path) -> None:
