@@ -116,9 +116,11 @@ def proxied(kind: str, backends: Sequence[str], folder: Path, settings: Settings
                 return probe.connect_ex(("127.0.0.1", port)) == 0
 
         wait_until(accepts)
-        yield f"127.0.0.1:{port}"
-        process.terminate()  # nginx ends its worker
-        process.wait()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.terminate()  # nginx then ends its worker, which would survive SIGKILL
+            process.wait()
 
 
 def _nginx(port: int, backends: Sequence[str], folder: Path, settings: Settings, certificate: Path) -> str:
