@@ -59,6 +59,9 @@ class Config(BaseSettings):
         Listener | None, Field(description="Separate listener for AdminService, which loads and unloads models.")
     ] = None
     reflection: Annotated[bool, Field(description="Serve gRPC server reflection.")] = True
+    open_inference: Annotated[
+        bool, Field(description="Serve the Open Inference Protocol, for clients of Triton and KServe.")
+    ] = True
     device: Annotated[
         str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto selects a GPU if torch finds one.")
     ] = "auto"

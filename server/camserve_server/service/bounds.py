@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import Any, TypeAlias, TypeVar, cast
 
 import grpc
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
@@ -34,19 +34,27 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 # gRPC parses the request and runs the handler of a call in the same task.
 _failure: ContextVar[CamserveError | None] = ContextVar("failure", default=None)
 
-_REQUESTS: dict[str, type[Message]] = {
-    f"/{service.full_name}/{rpc.name}": GetMessageClass(rpc.input_type)
-    for file in (explain_pb2, admin_pb2)
-    for service in file.DESCRIPTOR.services_by_name.values()
-    for rpc in service.methods
-}
+# Pixels as single values, which take up to four times their size in memory: 4 MiB of them count like MAX_OTHER_BYTES.
+_VALUES = {f"inference.InferTensorContents.{name}" for name in ("uint_contents", "fp32_contents")}
+_VALUES_PER_BYTE = 64
 
 
 class SizeLimits(grpc.aio.ServerInterceptor):
     """Parses the requests of camserve's services within the limits.
 
     A handler receives an empty message instead of a refused one, so it must call `check`.
+
+    Args:
+        files: Files of further services.
     """
+
+    def __init__(self, *files: FileDescriptor) -> None:
+        self._requests: dict[str, type[Message]] = {
+            f"/{service.full_name}/{rpc.name}": GetMessageClass(rpc.input_type)
+            for file in (explain_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR, *files)
+            for service in file.services_by_name.values()
+            for rpc in service.methods
+        }
 
     async def intercept_service(
         self,
@@ -55,7 +63,7 @@ class SizeLimits(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """Replace the function that parses the requests of a call."""
         handler: Any = await continuation(handler_call_details)
-        kind = _REQUESTS.get(handler_call_details.method)
+        kind = self._requests.get(handler_call_details.method)
         if handler is not None and kind is not None:
             handler = handler._replace(request_deserializer=partial(_parsed, kind))
         return cast("Handler | None", handler)
@@ -152,6 +160,8 @@ def _count(data: bytes, at: int, end: int, kind: Descriptor, path: str, count: i
             raise IndexError("the message is truncated")
         if field is not None and field.message_type is not None and holds_bytes(field.message_type):
             count = _count(data, at, at + length, field.message_type, f"{path}{field.name}.", count)
+        elif field is not None and field.full_name in _VALUES:
+            count += length // _VALUES_PER_BYTE
         elif field is None or field.type != FieldDescriptor.TYPE_BYTES:
             count += length
         if count > MAX_OTHER_BYTES:

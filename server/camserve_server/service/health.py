@@ -34,6 +34,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def state(self, service: str) -> int:
+        """Return the state of a service, a value of HealthCheckResponse.ServingStatus."""
+        state: int = self._states.get(service, HealthCheckResponse.SERVICE_UNKNOWN)
+        return state
+
     async def Check(self, request: HealthCheckRequest, context: Context) -> HealthCheckResponse:
         """Return the state of a service; abort with NOT_FOUND if the service is unknown."""
         if request.service not in self._states:
@@ -44,7 +49,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         """Yield the state of a service now and after each change."""
         sent = None
         while True:
-            changed, state = self._changed, self._states.get(request.service, HealthCheckResponse.SERVICE_UNKNOWN)
+            changed, state = self._changed, self.state(request.service)
             if state != sent:
                 sent = state
                 yield HealthCheckResponse(status=state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -13,12 +14,16 @@ from grpc_reflection.v1alpha import reflection
 
 from camserve.addresses import socket_path
 from camserve.v1 import explain_pb2, explain_pb2_grpc
+from camserve_server import open_inference
 from camserve_server.config import Config, TLSConfig
 from camserve_server.errors import ConfigError
 from camserve_server.service.bounds import SizeLimits
 from camserve_server.service.health import Health
 from camserve_server.service.security import CountRefusal, Guard
 from camserve_server.service.tls import credentials
+
+if TYPE_CHECKING:  # importing the stubs would register their messages: see open_inference
+    from camserve_server.open_inference.inference_pb2_grpc import GRPCInferenceServiceServicer
 
 SERVICE = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -48,11 +53,17 @@ CONNECTION_AGE = ("grpc.max_connection_age_ms", 600_000)
 STOP_GRACE_S = 0.5  # for responses in transfer; watchers of Health would never end by themselves
 
 
+def services(config: Config) -> tuple[str, ...]:
+    """Return the full names of the services for callers, whose states Health reports."""
+    return (SERVICE, open_inference.SERVICE) if config.open_inference else (SERVICE,)
+
+
 def callers_server(
     config: Config,
     servicer: explain_pb2_grpc.ExplainServiceServicer,
     health: Health,
     count_refusal: CountRefusal,
+    inference: GRPCInferenceServiceServicer | None,
     *,
     port: tuple[str, int] = EXCLUSIVE_PORT,
 ) -> grpc.aio.Server:
@@ -63,10 +74,16 @@ def callers_server(
         servicer: Implements ExplainService.
         health: Implements Health.
         count_refusal: Counts calls whose token or certificate is not allowed.
+        inference: Implements the Open Inference Protocol; None if the configuration disables it.
         port: Whether several processes share the port.
     """
+    files = []
+    if inference is not None:
+        from camserve_server.open_inference import inference_pb2
+
+        files.append(inference_pb2.DESCRIPTOR)
     server = grpc.aio.server(
-        interceptors=[Guard(config, count_refusal), SizeLimits()],
+        interceptors=[Guard(config, count_refusal), SizeLimits(*files)],
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", config.max_message_bytes),
@@ -77,9 +94,18 @@ def callers_server(
     )
     explain_pb2_grpc.add_ExplainServiceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    add_inference(inference, server)
     if config.reflection:
-        reflection.enable_server_reflection([SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME], server)
+        reflection.enable_server_reflection([*services(config), HEALTH_SERVICE, reflection.SERVICE_NAME], server)
     return server
+
+
+def add_inference(inference: GRPCInferenceServiceServicer | None, server: grpc.aio.Server) -> None:
+    """Let a gRPC server serve the Open Inference Protocol, unless the configuration disables it."""
+    if inference is not None:
+        from camserve_server.open_inference import inference_pb2_grpc
+
+        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)
 
 
 def bind(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -27,12 +28,12 @@ from camserve_server.service.listeners import (
     EXCLUSIVE_PORT,
     KEEPALIVE,
     NOT_SERVING,
-    SERVICE,
     SERVING,
     STOP_GRACE_S,
     OwnPort,
     bind,
     callers_server,
+    services,
 )
 from camserve_server.service.prometheus import Listener, Metrics
 from camserve_server.service.security import Guard
@@ -40,6 +41,9 @@ from camserve_server.service.servicer import Servicer
 from camserve_server.service.trace_context import tracer_from_environment
 from camserve_server.torch_setup.allocator import keep_memory
 from camserve_server.torch_setup.device import pick_device
+
+if TYPE_CHECKING:  # importing the stubs would register their messages: see open_inference
+    from camserve_server.service.inference.servicer import InferenceServicer
 
 log = structlog.get_logger()
 
@@ -72,10 +76,11 @@ class Server:
         self._servicer = Servicer(config, self._metrics, self._tracer)
         self._metrics_listener: Listener | None = None
         self._health = Health()
+        inference = _inference(self._servicer, self._health) if config.open_inference else None
         self._callers: OwnPort | FrontEnds = (
-            OwnPort(callers_server(config, self._servicer, self._health, self._metrics.refused), config)
+            OwnPort(callers_server(config, self._servicer, self._health, self._metrics.refused, inference), config)
             if config.frontends == 1
-            else FrontEnds(config, self._servicer, self._health, self._metrics)
+            else FrontEnds(config, self._servicer, self._health, self._metrics, inference)
         )
         front_ends = self._callers if isinstance(self._callers, FrontEnds) else None
         self._metrics.registry.register(Gauges(self._servicer, self.engines, front_ends))
@@ -97,7 +102,7 @@ class Server:
         mode = self.config.socket_mode
         self.address = self._callers.bind()
         self._health.set("", SERVING)
-        self._health.set(SERVICE, NOT_SERVING)
+        self._set_states(NOT_SERVING)
         if self.config.health_listen is not None:
             self.health_address = bind(self._probes, "health_listen", self.config.health_listen, socket_mode=mode)
             await self._probes.start()
@@ -119,7 +124,7 @@ class Server:
         self._servicer.models = models
         if self.config.admin_listen is not None:
             await self._admin.start()
-        self._health.set(SERVICE, SERVING)
+        self._set_states(SERVING)
         await self._callers.ready()
         log.info("ready", address=self.address, models=[*self.models], methods=sorted(registry.METHODS))
 
@@ -134,7 +139,7 @@ class Server:
         Args:
             grace_s: The most seconds that running calls may take.
         """
-        self._health.set(SERVICE, NOT_SERVING)
+        self._set_states(NOT_SERVING)
         # The port stays open meanwhile, so that new calls receive an error with a retry delay.
         await self._servicer.drain(grace_s)
         await asyncio.to_thread(self.engines.close)
@@ -142,6 +147,22 @@ class Server:
         for part in (self._metrics_listener, self._tracer):
             if part is not None:
                 await asyncio.to_thread(part.close)
+
+    def _set_states(self, state: int) -> None:
+        for service in services(self.config):
+            self._health.set(service, state)
+
+
+def _inference(servicer: Servicer, health: Health) -> InferenceServicer:
+    """Return the servicer of the Open Inference Protocol. Raises ConfigError."""
+    try:
+        from camserve_server.service.inference.servicer import InferenceServicer
+    except TypeError as error:
+        raise ConfigError(
+            "open_inference: another package of this process, such as tritonclient or kserve, has registered the "
+            "messages of the Open Inference Protocol; set open_inference = false"
+        ) from error
+    return InferenceServicer(servicer, health)
 
 
 async def run(config: Config, ready: Callable[[Server], None]) -> int:

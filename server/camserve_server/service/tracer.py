@@ -21,6 +21,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from camserve.v1 import admin_pb2, explain_pb2
+from camserve_server import open_inference
 from camserve_server.engine.job import Job
 from camserve_server.service.call import Call
 
@@ -32,7 +33,7 @@ SERVICES = {
     for file in (explain_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR)
     for service in file.services_by_name.values()
     for rpc in service.methods
-}
+} | dict.fromkeys(("ModelInfer", "ModelMetadata", "ModelConfig"), open_inference.SERVICE)
 LAST_SPANS_S = 5.0  # the server exits after this time even if the collector does not answer
 
 

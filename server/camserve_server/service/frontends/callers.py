@@ -43,6 +43,9 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
         identifier: The identifier of this front end.
         channel: The channel to the engine process.
         memory: The memory that this front end shares with the engine process.
+
+    Attributes:
+        codec: Decodes images and finishes maps.
     """
 
     def __init__(self, config: Config, identifier: int, channel: grpc.aio.Channel, memory: SharedMemory) -> None:
@@ -53,11 +56,15 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
         self._memory = memory
         self._slots = Slots(memory)
         self._calls = itertools.count(1)
-        self._codec = CodecThreads()
+        self.codec = CodecThreads()
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
         """Return the maps of an image, and their scores if the request names metrics."""
-        async for message in self._run("Explain", request, context):
+        return await self.explain("Explain", request, context)
+
+    async def explain(self, rpc: str, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        """Return the response to Explain, under the name of an RPC."""
+        async for message in self._run(rpc, request, context):
             response = message
         return response.explained
 
@@ -97,15 +104,15 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """Return the configured models."""
-        return await self._forward(self._lists.ListModels, request, context)
+        return await self.forward(self._lists.ListModels, request, context)
 
     async def ListMethods(self, request: pb.ListMethodsRequest, context: Context) -> pb.ListMethodsResponse:
         """Return the methods, with the rows that they take if the request names a model."""
-        return await self._forward(self._lists.ListMethods, request, context)
+        return await self.forward(self._lists.ListMethods, request, context)
 
     async def ListMetrics(self, request: pb.ListMetricsRequest, context: Context) -> pb.ListMetricsResponse:
         """Return the metrics."""
-        return await self._forward(self._lists.ListMetrics, request, context)
+        return await self.forward(self._lists.ListMetrics, request, context)
 
     async def count_refusal(self, rpc: str, code: str) -> None:
         """Count a refused call in the metrics of the engine process."""
@@ -114,7 +121,14 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
         except grpc.aio.AioRpcError as error:  # the caller must receive its refusal in any case
             log.warning("a refused call is not counted", rpc=rpc, code=code, reason=error.details())
 
-    async def _forward(self, call: Callable[..., Awaitable[T]], request: object, context: Context) -> T:
+    async def forward(self, call: Callable[..., Awaitable[T]], request: object, context: Context) -> T:
+        """Return the response of the engine process.
+
+        Args:
+            call: The method of its stub.
+            request: The message of the caller.
+            context: The context of the caller's call.
+        """
         try:
             return await call(request, timeout=context.time_remaining(), metadata=identity.metadata_of(context))
         except grpc.aio.AioRpcError as error:
@@ -155,7 +169,7 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
                         _Slot(self._slots, preprocessing, partial(self._wait_until_unused, start.call))
                     )
                     await announce(context, admitted.request_id)
-                    decoding = self._codec.run(
+                    decoding = self.codec.run(
                         slot.write, self._memory, request, preprocessing, self._config.max_image_pixels
                     )
                     decoding.add_done_callback(lambda _: slot.abandon())
@@ -167,7 +181,7 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
                     yield message
                 try:
                     if message.HasField("unfinished"):
-                        await self._codec.run(messages.finish, message, preprocessing.size)
+                        await self.codec.run(messages.finish, message, preprocessing.size)
                     finished = message.explained if message.HasField("explained") else message.evaluated
                     bounds.check_response(finished, self._config)
                 except Exception as error:

@@ -38,6 +38,7 @@ _KINDS: dict[str, Collection[type[StreamMessage]]] = {
     "ExplainStream": (pb.Progress, pb.Level, pb.Randomised),
     "Evaluate": (),
     "EvaluateStream": (pb.Progress, pb.Randomised),
+    "ModelInfer": (),
 }
 
 

@@ -15,7 +15,7 @@ from camserve_server.service.frontends.callers import FrontEndServicer
 from camserve_server.service.frontends.control import READY, Control
 from camserve_server.service.frontends.shared_memory import SharedMemory
 from camserve_server.service.health import Health
-from camserve_server.service.listeners import LINK, SERVICE, SHARED_PORT, STOP_GRACE_S, bind, callers_server
+from camserve_server.service.listeners import LINK, SHARED_PORT, STOP_GRACE_S, bind, callers_server, services
 from camserve_server.service.logs import log_to_stderr
 from camserve_server.torch_setup.allocator import keep_memory
 
@@ -39,8 +39,13 @@ async def _serve(config: Config, control: Control) -> None:
     health = Health()
     channel = grpc.aio.insecure_channel(f"unix:{settings['folder']}/link", LINK)
     servicer = FrontEndServicer(config, settings["identifier"], channel, SharedMemory(settings["memory"]))
-    server = callers_server(config, servicer, health, servicer.count_refusal, port=SHARED_PORT)
-    known = {service: asyncio.Event() for service in ("", SERVICE)}
+    inference = None
+    if config.open_inference:
+        from camserve_server.service.frontends.inference import FrontEndInferenceServicer
+
+        inference = FrontEndInferenceServicer(servicer, channel)
+    server = callers_server(config, servicer, health, servicer.count_refusal, inference, port=SHARED_PORT)
+    known = {service: asyncio.Event() for service in ("", *services(config))}
     copies = [asyncio.create_task(_copy_health(channel, health, *each)) for each in known.items()]
     await asyncio.gather(*(each.wait() for each in known.values()))
     bind(server, "listen", settings["address"], config.tls)

@@ -14,7 +14,7 @@ import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
@@ -30,10 +30,13 @@ from camserve_server.service.frontends.link import LinkServicer
 from camserve_server.service.frontends.port import SharedPort
 from camserve_server.service.frontends.shared_memory import SharedMemory
 from camserve_server.service.health import Health
-from camserve_server.service.listeners import LINK
+from camserve_server.service.listeners import LINK, add_inference
 from camserve_server.service.prometheus import Metrics
 from camserve_server.service.servicer import Servicer
 from camserve_server.service.tls import credentials, paths
+
+if TYPE_CHECKING:  # importing the stubs would register their messages: see open_inference
+    from camserve_server.open_inference.inference_pb2_grpc import GRPCInferenceServiceServicer
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.1, 30.0  # before a restart; the delay doubles while a front end keeps ending
 STABLE_S = 60.0  # after this time, the delay starts again from the first one
@@ -50,12 +53,20 @@ class FrontEnds:
         servicer: Runs the calls.
         health: The states of the services, which the front ends copy.
         metrics: Counts the calls that front ends refuse.
+        inference: Implements the Open Inference Protocol; None if the configuration disables it.
 
     Attributes:
         restarts: The number of front ends that have been started in place of others that had ended.
     """
 
-    def __init__(self, config: Config, servicer: Servicer, health: Health, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        config: Config,
+        servicer: Servicer,
+        health: Health,
+        metrics: Metrics,
+        inference: GRPCInferenceServiceServicer | None,
+    ) -> None:
         self.restarts = 0
         self._config = config
         self._link = LinkServicer(config, servicer, metrics)
@@ -63,6 +74,7 @@ class FrontEnds:
         link_pb2_grpc.add_LinkServiceServicer_to_server(self._link, self._server)
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
+        add_inference(inference, self._server)
         self._identifiers = itertools.count(1)
         self._port: SharedPort | None = None
         self._folder: Path | None = None

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol for callers: explanations for clients of Triton, KServe and other model servers."""

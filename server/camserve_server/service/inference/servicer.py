@@ -1,0 +1,84 @@
+"""The RPCs of the Open Inference Protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from camserve_server.engine.job import Job
+from camserve_server.open_inference import inference_pb2 as pb
+from camserve_server.open_inference import inference_pb2_grpc
+from camserve_server.request_result import RequestResult
+from camserve_server.service import requests, responses
+from camserve_server.service.call import Context
+from camserve_server.service.health import Health
+from camserve_server.service.inference.requests import VERSION, converted_request
+from camserve_server.service.inference.responses import infer_response, metadata
+from camserve_server.service.listeners import SERVICE, SERVING
+from camserve_server.service.requests import ParsedRequest
+from camserve_server.service.servicer import Servicer
+
+
+class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
+    """Implements GRPCInferenceService: a model of the server is one that returns maps of an image.
+
+    Args:
+        servicer: The servicer of ExplainService. It runs the requests.
+        health: The states of the services.
+    """
+
+    def __init__(self, servicer: Servicer, health: Health) -> None:
+        self._servicer = servicer
+        self._health = health
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
+        """Return that the process runs."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:
+        """Return whether the server accepts requests, as Health does."""
+        return pb.ServerReadyResponse(ready=self._ready)
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
+        """Return whether a model is loaded and the server accepts requests."""
+        pool = self._servicer.models
+        loaded = {config.name for config, _, model in pool.all() if model is not None} if pool else set()
+        known = request.name in loaded and request.version in ("", VERSION)
+        return pb.ModelReadyResponse(ready=self._ready and known)
+
+    async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
+        """Return the name and the version of the server."""
+        return pb.ServerMetadataResponse(name="camserve", version=version("camserve"))
+
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
+        """Return the inputs and outputs of a model. The server loads the model first if it had to make room."""
+        async with (
+            self._servicer.call("ModelMetadata", "", context),
+            self._servicer.loaded_models().lease(request.name) as lease,
+        ):
+            return metadata(lease.model)
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+        """Return the maps of an image, and their scores if the request names metrics."""
+
+        def respond(
+            request_id: str,
+            parsed: ParsedRequest,
+            input_digest: str,
+            job: Job[RequestResult],
+            result: RequestResult,
+            warnings: Sequence[str],
+        ) -> pb.ModelInferResponse:
+            explained = responses.explain_response(request_id, parsed, input_digest, job, result, warnings)
+            return infer_response(request, explained)
+
+        converted = await converted_request(request, self._servicer.codec)
+        async for message in self._servicer.run("ModelInfer", converted, context, requests.parse_explain, respond):
+            response: Any = message
+        answer: pb.ModelInferResponse = response  # without kinds, the response is the only message
+        return answer
+
+    @property
+    def _ready(self) -> bool:
+        return self._health.state(SERVICE) == int(SERVING)
