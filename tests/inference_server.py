@@ -92,6 +92,9 @@ class InferenceServer(GRPCInferenceServiceServicer):
             ],
         )
 
+    def ModelConfig(self, request: pb.ModelConfigRequest, context: Any) -> pb.ModelConfigResponse:
+        return pb.ModelConfigResponse()
+
     def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         [given] = request.inputs
         self.rows.append(given.shape[0])

@@ -46,6 +46,10 @@ class GRPCInferenceServiceStub:
     """Describes the inputs and outputs of a model."""
     ModelInfer: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelInferResponse]
     """Runs a model on one batch."""
+    ModelConfig: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelConfigRequest, _inference_pb2.ModelConfigResponse]
+    """Describes the inputs and outputs of a model as Triton does. This is Triton's extension "model_configuration", which
+    perf_analyzer needs.
+    """
 
 @_typing.type_check_only
 class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
@@ -62,6 +66,10 @@ class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
     """Describes the inputs and outputs of a model."""
     ModelInfer: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelInferResponse]  # type: ignore[assignment]
     """Runs a model on one batch."""
+    ModelConfig: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelConfigRequest, _inference_pb2.ModelConfigResponse]  # type: ignore[assignment]
+    """Describes the inputs and outputs of a model as Triton does. This is Triton's extension "model_configuration", which
+    perf_analyzer needs.
+    """
 
 class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -111,5 +119,15 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ModelInferResponse, _abc.Awaitable[_inference_pb2.ModelInferResponse]]:
         """Runs a model on one batch."""
+
+    @_abc_1.abstractmethod
+    def ModelConfig(
+        self,
+        request: _inference_pb2.ModelConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ModelConfigResponse, _abc.Awaitable[_inference_pb2.ModelConfigResponse]]:
+        """Describes the inputs and outputs of a model as Triton does. This is Triton's extension "model_configuration", which
+        perf_analyzer needs.
+        """
 
 def add_GRPCInferenceServiceServicer_to_server(servicer: GRPCInferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -34,9 +34,9 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 # gRPC parses the request and runs the handler of a call in the same task.
 _failure: ContextVar[CamserveError | None] = ContextVar("failure", default=None)
 
-# Pixels as single values, which take up to four times their size in memory: 4 MiB of them count like MAX_OTHER_BYTES.
+# Pixels as single values, which take up to four times their size in memory: 2 MiB of them count like MAX_OTHER_BYTES.
 _VALUES = {f"inference.InferTensorContents.{name}" for name in ("uint_contents", "fp32_contents")}
-_VALUES_PER_BYTE = 64
+_VALUES_PER_BYTE = 32
 
 
 class SizeLimits(grpc.aio.ServerInterceptor):
@@ -165,8 +165,9 @@ def _count(data: bytes, at: int, end: int, kind: Descriptor, path: str, count: i
         elif field is None or field.type != FieldDescriptor.TYPE_BYTES:
             count += length
         if count > MAX_OTHER_BYTES:
+            remedy = "the image in raw_input_contents" if field and field.full_name in _VALUES else "fewer values"
             raise TooLarge(
-                f"the request has more than {MAX_OTHER_BYTES} bytes beside images, maps and masks; send fewer values",
+                f"the request has more than {MAX_OTHER_BYTES} bytes beside images, maps and masks; send {remedy}",
                 field=f"{path}{field.name if field else ''}".removeprefix("request.").removesuffix("."),
             )
         at += length

@@ -46,6 +46,10 @@ class FrontEndInferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer)
         """Return the inputs and outputs of a model."""
         return await self._servicer.forward(self._engine.ModelMetadata, request, context)
 
+    async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
+        """Return the inputs and outputs of a model as Triton describes them."""
+        return await self._servicer.forward(self._engine.ModelConfig, request, context)
+
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         """Return the maps of an image, and their scores if the request names metrics."""
         converted = await converted_request(request, self._servicer.codec)

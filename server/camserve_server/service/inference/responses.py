@@ -65,3 +65,20 @@ def metadata(model: Model) -> pb.ModelMetadataResponse:
             TensorMetadata(name="scores", datatype="FP64", shape=[-1, -1]),
         ],
     )
+
+
+def config(model: Model) -> pb.ModelConfig:
+    """Return the description of a model in the form of Triton."""
+    described = metadata(model)
+    return pb.ModelConfig(
+        name=described.name,
+        platform=described.platform,
+        input=[pb.ModelInput(name=each.name, data_type=_data_type(each), dims=each.shape) for each in described.inputs],
+        output=[
+            pb.ModelOutput(name=each.name, data_type=_data_type(each), dims=each.shape) for each in described.outputs
+        ],
+    )
+
+
+def _data_type(tensor: pb.ModelMetadataResponse.TensorMetadata) -> pb.DataType.ValueType:
+    return pb.DataType.Value(f"TYPE_{tensor.datatype}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
 from camserve_server.engine.job import Job
+from camserve_server.models.model import Model
 from camserve_server.open_inference import inference_pb2 as pb
 from camserve_server.open_inference import inference_pb2_grpc
 from camserve_server.request_result import RequestResult
@@ -14,7 +16,7 @@ from camserve_server.service import requests, responses
 from camserve_server.service.call import Context
 from camserve_server.service.health import Health
 from camserve_server.service.inference.requests import VERSION, converted_request
-from camserve_server.service.inference.responses import infer_response, metadata
+from camserve_server.service.inference.responses import config, infer_response, metadata
 from camserve_server.service.listeners import SERVICE, SERVING
 from camserve_server.service.requests import ParsedRequest
 from camserve_server.service.servicer import Servicer
@@ -43,21 +45,25 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         """Return whether a model is loaded and the server accepts requests."""
         pool = self._servicer.models
-        loaded = {config.name for config, _, model in pool.all() if model is not None} if pool else set()
+        loaded = {settings.name for settings, _, model in pool.all() if model is not None} if pool else set()
         known = request.name in loaded and request.version in ("", VERSION)
         return pb.ModelReadyResponse(ready=self._ready and known)
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
         """Return the name and the version of the server."""
-        return pb.ServerMetadataResponse(name="camserve", version=version("camserve"))
+        return pb.ServerMetadataResponse(
+            name="camserve", version=version("camserve"), extensions=["model_configuration"]
+        )
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
         """Return the inputs and outputs of a model. The server loads the model first if it had to make room."""
-        async with (
-            self._servicer.call("ModelMetadata", "", context),
-            self._servicer.loaded_models().lease(request.name) as lease,
-        ):
-            return metadata(lease.model)
+        async with self._model("ModelMetadata", request.name, context) as model:
+            return metadata(model)
+
+    async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
+        """Return the inputs and outputs of a model as Triton describes them."""
+        async with self._model("ModelConfig", request.name, context) as model:
+            return pb.ModelConfigResponse(config=config(model))
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         """Return the maps of an image, and their scores if the request names metrics."""
@@ -78,6 +84,11 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
             response: Any = message
         answer: pb.ModelInferResponse = response  # without kinds, the response is the only message
         return answer
+
+    @asynccontextmanager
+    async def _model(self, rpc: str, name: str, context: Context) -> AsyncIterator[Model]:
+        async with self._servicer.call(rpc, "", context), self._servicer.loaded_models().lease(name) as lease:
+            yield lease.model
 
     @property
     def _ready(self) -> bool:
