@@ -1,1 +1,4 @@
-"""Models for real servers of the Open Inference Protocol. Their files run in the environments of these servers."""
+"""Models for real servers of the Open Inference Protocol, and calls of a real client.
+
+These files run in the environments of the servers and of the client.
+"""

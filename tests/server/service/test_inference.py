@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.credentials import hashed
 from tests.e2e.test_remote_servers import interpreter
-from tests.processes import LIMIT_S
+from tests.processes import LIMIT_S, completed
 from tests.server.service.frontends.test_calls import LIMITS, bearer, sample, wait_until
 from tests.server.service.test_errors import IMAGE, TIMEOUT_S, method, metric, png, request, stopped, tensor
 
@@ -446,3 +447,36 @@ def test_tritonclient(running: Server, channel: grpc.Channel, tmp_path: Path) ->
     status, text = report["failure"]
     assert status == "StatusCode.INVALID_ARGUMENT"
     assert "mask" in text
+
+
+# ---- other packages with the same messages ---------------------------------------------------------------------------
+
+CLASH = """
+import asyncio
+from google.protobuf import descriptor_pb2, descriptor_pool
+
+file = descriptor_pb2.FileDescriptorProto(name="grpc_service.proto", package="inference")  # as in tritonclient
+file.message_type.add(name="ServerLiveRequest")
+descriptor_pool.Default().AddSerializedFile(file.SerializeToString())
+
+from camserve_server.config import Config
+from camserve_server.errors import ConfigError
+from camserve_server.service.server import Server
+
+
+async def main():
+    Server(Config(open_inference=False))
+    try:
+        Server(Config())
+    except ConfigError as error:
+        print(error)
+
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow  # imports the server
+def test_server_works_beside_packages_with_the_same_messages() -> None:
+    result = completed([sys.executable, "-c", CLASH])
+    assert result.stdout.startswith("open_inference: another package of this process"), result.stderr

@@ -147,14 +147,14 @@ class Stopping(LinkServicer):
 
 def test_caller_may_try_again_if_the_engine_process_stops(tmp_path: Path) -> None:
     async def run() -> grpc.aio.AioRpcError:
-        config = Config()
+        config = Config(open_inference=False)
         link, memory = grpc.aio.server(), shared_memory.create()
         link_pb2_grpc.add_LinkServiceServicer_to_server(Stopping(config, None, Metrics()), link)  # type: ignore[arg-type]
         link.add_insecure_port(f"unix:{tmp_path}/link")
         await link.start()
         async with grpc.aio.insecure_channel(f"unix:{tmp_path}/link") as channel:
             servicer = FrontEndServicer(config, 1, channel, SharedMemory(memory))
-            front = callers_server(config, servicer, Health(), servicer.count_refusal)
+            front = callers_server(config, servicer, Health(), servicer.count_refusal, None)
             port = front.add_insecure_port("127.0.0.1:0")
             await front.start()
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as callers:
