@@ -23,6 +23,7 @@ from camserve_server.config import Config, TokenConfig
 from camserve_server.open_inference import SERVICE
 from camserve_server.open_inference import inference_pb2 as pb
 from camserve_server.open_inference.inference_pb2_grpc import GRPCInferenceServiceStub
+from camserve_server.service import tracer
 from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.credentials import hashed
@@ -348,6 +349,10 @@ def test_calls_are_counted_under_their_name(running: Server, stub: Any) -> None:
     before = sample(running, labels)
     stub.ModelInfer(infer(method="grad-cam"), timeout=TIMEOUT_S)
     assert sample(running, labels) == before + 1
+
+
+def test_spans_of_calls_name_the_service() -> None:
+    assert {tracer.SERVICES[rpc] for rpc in ("ModelInfer", "ModelMetadata", "ModelConfig")} == {SERVICE}
 
 
 def test_cancellation_reaches_the_engine(running: Server, stub: Any) -> None:

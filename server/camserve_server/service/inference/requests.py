@@ -18,6 +18,7 @@ VERSION = "1"  # of each model; a reload replaces a model and keeps its version
 DEFAULT_METHOD = "poly-cam"  # as in the Python client
 OUTPUTS = ("saliency", "target", "probability", "scores")
 MAX_INT32 = 2**31 - 1
+MAX_DIGITS = 20  # Python refuses to convert some thousands of them
 _PART = 1 << 16  # values that are converted without releasing the interpreter
 
 Tensor = pb.ModelInferRequest.InferInputTensor
@@ -120,7 +121,7 @@ def _targets(value: Value, field: str) -> list[explain.Target]:
         return [explain.Target(index=_integer(value, field, MAX_INT32))]
     return [
         explain.Target(index=_integer(int(each), field, MAX_INT32))
-        if each.isascii() and each.isdigit()
+        if each.isascii() and each.isdigit() and len(each) <= MAX_DIGITS
         else explain.Target(label=each)
         for each in _list(value, field)
     ]

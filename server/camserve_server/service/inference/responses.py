@@ -25,7 +25,7 @@ def infer_response(request: pb.ModelInferRequest, explained: explain.ExplainResp
     """
     maps = explained.maps
     targets = [each.target for each in maps]
-    scores = np.array([[score.value for score in each.scores] for each in maps], "<f8").reshape(len(maps), -1)
+    scores = np.array([[score.value for score in each.scores] for each in maps], "<f8")
     outputs = {
         "saliency": ("FP32", [len(maps), *maps[0].saliency.shape], b"".join(each.saliency.data for each in maps)),
         "target": ("INT64", [len(maps)], np.array([each.index for each in targets], "<i8").tobytes()),
