@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from pydicom.uid import BasicTextSRStorage, DeflatedExplicitVRLittleEndian
 from pynetdicom import AE
 from pynetdicom.association import Association
@@ -24,6 +25,7 @@ from tests.dicom.conftest import LogLines
 from tests.dicom.gateways import RULE, UNREACHABLE_SERVER, OpenGateway, Spooled, config, request
 from tests.dicom.pacs import NAME, Pacs, image, send, wait_until
 from tests.processes import LIMIT_S
+from tests.promql import PROCESS_METRICS, documented
 
 pytestmark = [
     pytest.mark.usefixtures("broken_associations"),
@@ -228,6 +230,23 @@ def test_health_and_metrics(gateway: OpenGateway) -> None:
         ):
             assert line in metrics
         assert request(running, "/other")[0] == 404
+
+
+def test_all_metrics_are_documented(gateway: OpenGateway) -> None:
+    with gateway() as running:
+        assert send(running.address, image(0, BurnedInAnnotation="YES")) == [0]
+        wait_until(running.dead)
+        families = [*text_string_to_metric_families(request(running, "/metrics")[1])]
+    exported = {
+        family.name + ("_total" if family.type == "counter" else ""): (
+            family.type,
+            {label for sample in family.samples for label in sample.labels},
+        )
+        for family in families
+    }
+    process_metrics = {name for name in exported if name.startswith("process_")}
+    assert process_metrics >= PROCESS_METRICS
+    assert {name: exported[name] for name in exported.keys() - process_metrics} == documented("pacs.md")
 
 
 @pytest.mark.slow

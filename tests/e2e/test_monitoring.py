@@ -25,6 +25,7 @@ from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.e2e.engines import wait_until
 from tests.processes import LIMIT_S, patient_client
+from tests.promql import PROCESS_METRICS, documented, named_labels, series
 
 ROOT = Path(__file__).parents[2]
 CAT = skimage.data.chelsea()
@@ -212,13 +213,6 @@ def test_unauthenticated_calls_are_counted() -> None:
         assert Scrape(server).sum("camserve_requests_total", rpc="ListModels", code="UNAUTHENTICATED") == 1
 
 
-def documented() -> dict[str, tuple[str, set[str]]]:
-    """Return the type and the labels of each metric in docs/monitoring.md."""
-    page = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(camserve_\w+)` \| (\w+) \| (.*?) \|", page, re.MULTILINE)
-    return {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
-
-
 def test_all_metrics_are_documented(watched: Server, client: camserve.Client) -> None:
     client.explain(CAT, method="grad-cam")
     described = documented()
@@ -227,7 +221,9 @@ def test_all_metrics_are_documented(watched: Server, client: camserve.Client) ->
         name = family.name + ("_total" if family.type == "counter" else "")
         labels = {label for sample in family.samples for label in sample.labels if label != "le"}
         exported[name] = (family.type, labels)
-    assert {name for name in exported if not name.startswith("process_")} <= described.keys()
+    process_metrics = {name for name in exported if name.startswith("process_")}
+    assert process_metrics >= PROCESS_METRICS
+    assert exported.keys() - process_metrics <= described.keys()
     assert {name: described[name] for name in exported if name in described} == {
         name: exported[name] for name in exported if name in described
     }
@@ -287,18 +283,12 @@ def test_dashboard_uses_each_exported_metric_and_no_other() -> None:
         variable["query"]["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"
     ]
     described = documented()
-    series = {
-        f"{name}{suffix}"
-        for name, (kind, _) in described.items()
-        for suffix in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))
-    } | {"process_resident_memory_bytes", "process_cpu_seconds_total"}
     used = {name for text in queries for name in re.findall(r"\b(?:camserve|process)_\w+", text)}
-    assert used <= series
+    assert used <= series(described).keys() | PROCESS_METRICS
     assert {name for name in described if not any(each.startswith(name) for each in used)} == set()
     for text in queries:  # each query groups by labels of the metrics that it uses
-        labels = {label for names in re.findall(r"\bby \((.*?)\)", text) for label in names.split(", ")}
         known = {label for name, (_, has) in described.items() if name in text for label in has} | {"le", "instance"}
-        assert labels <= known, text
+        assert named_labels(text) <= known, text
 
 
 @pytest.mark.slow
