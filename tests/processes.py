@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,3 +135,26 @@ def patient_client(address: str, **options: Any) -> camserve.Client:
     The default of 30 s for a call can be too short on a slow machine. Tests of timeouts give their own.
     """
     return camserve.Client(address, **{"timeout": LIMIT_S, **options})
+
+
+@contextmanager
+def overloaded_server() -> Iterator[str]:
+    """Run a server that ends each HTTP/2 connection with GOAWAY; yield its address.
+
+    gRPC itself writes this reason to the standard error stream.
+    """
+    text = (0).to_bytes(4) + (11).to_bytes(4) + b"too_many_pings"
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1000)
+            self.request.sendall(b"\0\0\0\4\0\0\0\0\0" + len(text).to_bytes(3) + b"\7\0\0\0\0\0" + text)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()

@@ -146,7 +146,7 @@ class Client(Connection):
                     raise errors.InternalError("the response ended without a result")
                 return result
             except grpc.RpcError as error:
-                if not self._without_watch(channels, error):
+                if not await asyncio.to_thread(self._without_watch, channels, error):
                     raise self._translate(error, call) from error
             finally:
                 rpc.cancel()  # This has no effect on a call that has finished.
@@ -196,7 +196,7 @@ class Client(Connection):
                             yield event
                 return
             except grpc.RpcError as error:
-                if not self._without_watch(channels, error):
+                if not await asyncio.to_thread(self._without_watch, channels, error):
                     raise self._translate(error, call) from error
             finally:
                 rpc.cancel()  # This has no effect on a call that has finished.

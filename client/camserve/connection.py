@@ -19,6 +19,7 @@ import grpc
 from camserve import environment, errors, images, request_messages
 from camserve.addresses import check_target, is_loopback
 from camserve.errors import InvalidArgument
+from camserve.intermediaries import http_status
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from camserve.version import __version__
@@ -52,11 +53,17 @@ Pem: TypeAlias = "str | PathLike[str] | bytes"
 
 log = logging.getLogger("camserve")
 
-# Part of gRPC's message if Watch failed. If Watch reports that the server is not ready, the message is another one.
-WATCH_REFUSED = "health check call failed"
+# Part of gRPC's message if Watch was refused, or its connection was lost. If Watch reports that the server is not
+# ready, the message is another one.
+WATCH_FAILED = "health check call failed"
+# Seconds that the client waits for a response of Watch, to find out whether it is refused.
+WATCH_TIMEOUT_S = 2.0
 
 # Full name of the gRPC service.
 SERVICE = pb.DESCRIPTOR.services_by_name["ExplainService"].full_name
+_WATCH = "/grpc.health.v1.Health/Watch"
+# HealthCheckRequest of grpc.health.v1, whose first field is the name of the service.
+_WATCH_REQUEST = b"\n" + bytes([len(SERVICE)]) + SERVICE.encode()
 
 # Pings keep an idle connection open in firewalls and detect a lost connection before the next call. Servers close
 # connections that send pings too often; the camserve server allows one ping every 10 s.
@@ -217,10 +224,12 @@ class Connection:
         """Stop checking the health of the server if Watch is refused. Return True if the call can be sent again.
 
         Such a call was not sent. gRPC itself stops only if the status is UNIMPLEMENTED, but a proxy may refuse Watch
-        with another one.
+        with another one. The method blocks for up to `WATCH_TIMEOUT_S`.
         """
         assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
-        if error.code() is not grpc.StatusCode.UNAVAILABLE or WATCH_REFUSED not in (error.details() or ""):
+        if error.code() is not grpc.StatusCode.UNAVAILABLE or WATCH_FAILED not in (error.details() or ""):
+            return False
+        if self._health_checks and not self._watch_is_refused():
             return False
         with self._lock:
             current = [owner for owner, opened in self._opened.items() if opened is channels]
@@ -230,6 +239,23 @@ class Connection:
             for owner in current:
                 self._retired.append((owner, self._opened.pop(owner)))
         return True
+
+    def _watch_is_refused(self) -> bool:
+        """Call Watch, and return True if something responds but refuses it. Its connection may also have been lost."""
+        options = [*_COMMON_OPTIONS, *proxy_options(self.address), ("grpc.enable_retries", 0)]
+        if self._credentials is None:
+            channel = grpc.insecure_channel(self.address, options=options)
+        else:
+            channel = grpc.secure_channel(self.address, self._credentials, options=options)
+        with channel:
+            watch: Any = channel.unary_stream(_WATCH)
+            responses = watch(_WATCH_REQUEST, timeout=WATCH_TIMEOUT_S, metadata=self._headers)
+            try:
+                next(responses, None)
+            except grpc.RpcError as error:
+                lost = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+                return error.code() not in lost or http_status(error.details() or "") is not None
+        return False
 
     def _take_channels(self) -> list[tuple[Any, Any]]:
         """Mark the client as closed and return all its channels, each with its owner."""

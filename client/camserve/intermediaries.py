@@ -16,7 +16,7 @@ import grpc
 
 from camserve.addresses import is_loopback, split_host_port, target_hosts
 
-__all__ = ["ADMITTED", "Failure", "describe", "proxy_variable", "request_id_of"]
+__all__ = ["ADMITTED", "Failure", "describe", "http_status", "proxy_variable", "request_id_of"]
 
 # Key of the initial metadata that a server sends when it starts a call. The value is the request id, UTF-8.
 ADMITTED = "camserve-request-id-bin"
@@ -49,6 +49,8 @@ _HINTS = {
 }
 # Parts of the messages of gRPC if the connection or the stream was closed. The status is then not that of a server.
 _BROKEN = ("Received RST_STREAM", "Stream removed", "Socket closed", "GOAWAY received", "Connection reset")
+# Parts of the messages of gRPC if this process has cancelled the call or closed the channel.
+_OWN_CANCELLATION = ("Locally cancelled", "Channel closed", "Channel deallocated")
 _TOO_LARGE = "message larger than max"
 
 
@@ -64,6 +66,12 @@ class Failure(NamedTuple):
     code: grpc.StatusCode
     message: str
     reason: str = ""
+
+
+def http_status(details: str) -> str | None:
+    """Return the HTTP status that a proxy has responded with, from the message of gRPC, or None."""
+    http = _HTTP_STATUS.search(details)
+    return http[1] if http else None
 
 
 def request_id_of(initial_metadata: Iterable[Any] | None) -> str | None:
@@ -100,8 +108,8 @@ def describe(
 def _describe(
     code: grpc.StatusCode, details: str, address: str, timeout_s: float | None, *, started: bool, explains: bool
 ) -> Failure:
-    if http := _HTTP_STATUS.search(details):
-        return _http_failure(http[1], code, address)
+    if http := http_status(details):
+        return _http_failure(http, code, address)
     if _TOO_LARGE in details:
         return Failure(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -111,7 +119,9 @@ def _describe(
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Failure(code, _deadline_message(address, timeout_s, started=started, explains=explains))
-    broken = code is grpc.StatusCode.UNAVAILABLE or any(part in details for part in _BROKEN)
+    # A server that stops cancels its calls.
+    cancelled = code is grpc.StatusCode.CANCELLED and not any(part in details for part in _OWN_CANCELLATION)
+    broken = cancelled or code is grpc.StatusCode.UNAVAILABLE or any(part in details for part in _BROKEN)
     if started and (broken or code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)):
         return Failure(
             grpc.StatusCode.UNAVAILABLE,

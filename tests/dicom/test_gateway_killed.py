@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import socketserver
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ from camserve_server.service.server import Server
 from tests.dicom.gateways import command, forked
 from tests.dicom.pacs import NAME, Pacs, free_port, image, send, wait_until
 from tests.dicom.samples import stored
-from tests.processes import LIMIT_S
+from tests.processes import LIMIT_S, overloaded_server
 
 pytestmark = [
     pytest.mark.slow,
@@ -215,29 +212,6 @@ def test_kill_at_random_times(tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
     assert '"event": "committed"' in log
     for secret in (NAME, "Q-4711", "1.2.826", "2.25.", "19470229", "20240203", str(tmp_path)):
         assert secret not in log
-
-
-@contextmanager
-def overloaded_server() -> Iterator[str]:
-    """Run a server that ends each HTTP/2 connection with GOAWAY; yield its address.
-
-    gRPC itself writes this reason to the standard error stream.
-    """
-    text = (0).to_bytes(4) + (11).to_bytes(4) + b"too_many_pings"
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            self.request.recv(1000)
-            self.request.sendall(b"\0\0\0\4\0\0\0\0\0" + len(text).to_bytes(3) + b"\7\0\0\0\0\0" + text)
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def test_log_has_only_json(tmp_path: Path, pacs: Pacs) -> None:
