@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -60,17 +61,20 @@ def decode_frame(dataset: Dataset, frame: int) -> NDArray[Any]:
             "INCOMPLETE",
         )
     try:
-        # pydicom raises different errors for pixel data that is too short. This check reports all of them as truncated.
-        if (
-            syntax.is_transfer_syntax
-            and not syntax.is_compressed
-            and "PixelData" in dataset
-            and len(dataset.PixelData) < get_expected_length(dataset)
-        ):
-            raise truncated()
-        if syntax in JPEG_XL or syntax in JPEG_PROGRESSIVE or (syntax in _JPEG and dataset.BitsStored > 8):
-            return _decode_with_imagecodecs(dataset, frame, syntax)
-        return pixel_array(dataset, index=frame)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "A value of '?None'? for")  # an empty Number of Frames means one frame
+            # pydicom raises different errors for pixel data that is too short. This check reports all of them as
+            # truncated.
+            if (
+                syntax.is_transfer_syntax
+                and not syntax.is_compressed
+                and "PixelData" in dataset
+                and len(dataset.PixelData) < get_expected_length(dataset)
+            ):
+                raise truncated()
+            if syntax in JPEG_XL or syntax in JPEG_PROGRESSIVE or (syntax in _JPEG and dataset.BitsStored > 8):
+                return _decode_with_imagecodecs(dataset, frame, syntax)
+            return pixel_array(dataset, index=frame)
     except DicomError:
         raise
     except Exception as error:
