@@ -82,7 +82,7 @@ def test_request_has_only_pixels_and_an_id(file: Path) -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        with camserve.Client(f"127.0.0.1:{port}", timeout=LIMIT_S) as client:
+        with camserve.Client(f"127.0.0.1:{port}", timeout=20) as client:  # longer calls use the stream
             for _ in range(2):
                 with pytest.raises(camserve.CamserveError, match="refused"):
                     dicom.explain(client, file, method="grad-cam", target=3)
