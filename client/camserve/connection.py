@@ -57,7 +57,7 @@ log = logging.getLogger("camserve")
 # ready, the message is another one.
 WATCH_FAILED = "health check call failed"
 # Seconds that the client waits for a response of Watch, to find out whether it is refused.
-WATCH_TIMEOUT_S = 2.0
+WATCH_TIMEOUT_S = 5.0  # HAProxy tries to reach a server for three seconds
 
 # Full name of the gRPC service.
 SERVICE = pb.DESCRIPTOR.services_by_name["ExplainService"].full_name
