@@ -61,7 +61,6 @@ WATCH_TIMEOUT_S = 5.0  # HAProxy tries to reach a server for three seconds
 
 # Full name of the gRPC service.
 SERVICE = pb.DESCRIPTOR.services_by_name["ExplainService"].full_name
-_WATCH = "/grpc.health.v1.Health/Watch"
 # HealthCheckRequest of grpc.health.v1, whose first field is the name of the service.
 _WATCH_REQUEST = b"\n" + bytes([len(SERVICE)]) + SERVICE.encode()
 
@@ -215,10 +214,13 @@ class Connection:
 
     def _channel(self, *retryable_codes: str) -> Any:
         options = _channel_options([*retryable_codes], health_checks=self._health_checks)
-        options += [*proxy_options(self.address), *self._extra_options]
+        return self._open(self._grpc, [*options, *self._extra_options])
+
+    def _open(self, grpc_module: Any, options: list[tuple[str, Any]]) -> Any:
+        options += proxy_options(self.address)
         if self._credentials is None:
-            return self._grpc.insecure_channel(self.address, options=options)
-        return self._grpc.secure_channel(self.address, self._credentials, options=options)
+            return grpc_module.insecure_channel(self.address, options=options)
+        return grpc_module.secure_channel(self.address, self._credentials, options=options)
 
     def _without_watch(self, channels: OpenChannels, error: grpc.RpcError) -> bool:
         """Stop checking the health of the server if Watch is refused. Return True if the call can be sent again.
@@ -242,19 +244,13 @@ class Connection:
 
     def _watch_is_refused(self) -> bool:
         """Call Watch, and return True if something responds but refuses it. Its connection may also have been lost."""
-        options = [*_COMMON_OPTIONS, *proxy_options(self.address), ("grpc.enable_retries", 0)]
-        if self._credentials is None:
-            channel = grpc.insecure_channel(self.address, options=options)
-        else:
-            channel = grpc.secure_channel(self.address, self._credentials, options=options)
-        with channel:
-            watch: Any = channel.unary_stream(_WATCH)
-            responses = watch(_WATCH_REQUEST, timeout=WATCH_TIMEOUT_S, metadata=self._headers)
+        with self._open(grpc, [*_COMMON_OPTIONS, ("grpc.enable_retries", 0)]) as channel:
+            watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
             try:
-                next(responses, None)
+                next(watch(_WATCH_REQUEST, timeout=WATCH_TIMEOUT_S, metadata=self._headers), None)
             except grpc.RpcError as error:
-                lost = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-                return error.code() not in lost or http_status(error.details() or "") is not None
+                lost = error.code().name in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
+                return not lost or http_status(error.details() or "") is not None
         return False
 
     def _take_channels(self) -> list[tuple[Any, Any]]:

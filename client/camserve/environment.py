@@ -59,8 +59,8 @@ def check() -> None:
 def _check_patches() -> None:
     if (eventlet := sys.modules.get("eventlet.patcher")) is not None and eventlet.is_monkey_patched("thread"):
         raise CamserveError(
-            "eventlet has replaced the threads of Python, which gRPC does not support: a call would block all "
-            "green threads; use gevent or threads, or make calls in a process without eventlet"
+            "eventlet has replaced the threads of Python, so a call of gRPC would block all green threads; use gevent "
+            "or threads, or make calls in a process without eventlet"
         )
     gevent = sys.modules.get("gevent.monkey")
     if gevent is not None and gevent.is_module_patched("threading"):
@@ -68,26 +68,17 @@ def _check_patches() -> None:
 
         if not cygrpc.g_gevent_activated:
             raise CamserveError(
-                "gevent has replaced the threads of Python, but gRPC does not know it: a call would block all "
-                "greenlets; call grpc.experimental.gevent.init_gevent() after gevent.monkey.patch_all() and before "
-                "the first client is created"
+                "gevent has replaced the threads of Python, so a call would block all greenlets; "
+                "call grpc.experimental.gevent.init_gevent() after gevent.monkey.patch_all() and before any client"
             )
 
 
 def _after_fork() -> None:
-    if not _State.used:
-        return
-    if not _FORK_SUPPORT:
+    if _State.used and (not _FORK_SUPPORT or calls.running):
         _State.problem = (
-            "this process was forked from one in which a camserve client had already made calls, and gRPC does not "
-            "work in such a process; make the first call after the fork, use the start method spawn or forkserver of "
-            "multiprocessing, or set GRPC_ENABLE_FORK_SUPPORT=1 before grpc is imported"
-        )
-    elif calls.running:
-        _State.problem = (
-            f"this process was forked while {calls.running} calls of camserve clients were in progress, and gRPC does "
-            "not work in such a process; fork when no call is in progress, or use the start method spawn or forkserver "
-            "of multiprocessing"
+            "this process was forked from one in which camserve clients had made calls, so gRPC does not work in it; "
+            "make the first call after the fork, use the start method spawn or forkserver of multiprocessing, or set "
+            "GRPC_ENABLE_FORK_SUPPORT=1 before grpc is imported and fork while no call is in progress"
         )
     calls.forget()
 

@@ -25,12 +25,10 @@ _HTTP_STATUS = re.compile(r"Received http2 header with status: (\d{3})")
 
 # HTTP status → what it means for a call, and the remedy.
 _HTTP = {
-    "401": "it asks for credentials of its own; let calls to the server pass",
     "403": "it forbids the call; permit the path /camserve.v1.ExplainService/",
     "404": "it has no route for the call; route the path /camserve.v1.ExplainService/ to the server as gRPC",
     "408": "it waited too long for the request; increase its timeout for request bodies",
     "413": "the request is too large for it; send a smaller image, or increase its limit (nginx: client_max_body_size)",
-    "429": "there are too many calls; send fewer, or increase its limit",
     "502": "it cannot reach the camserve server; check that the server runs and that the proxy connects to it as gRPC",
     "503": "it has no camserve server for the call; check that the server runs and that it is ready",
     "504": "it waited too long for the camserve server; increase its read timeout",
@@ -49,9 +47,8 @@ _HINTS = {
 }
 # Parts of the messages of gRPC if the connection or the stream was closed. The status is then not that of a server.
 _BROKEN = ("Received RST_STREAM", "Stream removed", "Socket closed", "GOAWAY received", "Connection reset")
-# Parts of the messages of gRPC if this process has cancelled the call or closed the channel.
+# Parts of the messages if this process has cancelled the call or closed the channel; a server that stops cancels, too.
 _OWN_CANCELLATION = ("Locally cancelled", "Channel closed", "Channel deallocated")
-_TOO_LARGE = "message larger than max"
 
 
 class Failure(NamedTuple):
@@ -110,7 +107,7 @@ def _describe(
 ) -> Failure:
     if http := http_status(details):
         return _http_failure(http, code, address)
-    if _TOO_LARGE in details:
+    if "message larger than max" in details:
         return Failure(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             f"a message is larger than its receiver accepts ({details}); send a smaller image, request fewer or "
@@ -119,7 +116,6 @@ def _describe(
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Failure(code, _deadline_message(address, timeout_s, started=started, explains=explains))
-    # A server that stops cancels its calls.
     cancelled = code is grpc.StatusCode.CANCELLED and not any(part in details for part in _OWN_CANCELLATION)
     broken = cancelled or code is grpc.StatusCode.UNAVAILABLE or any(part in details for part in _BROKEN)
     if started and (broken or code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)):

@@ -96,7 +96,7 @@ print("parent", rows())
 """
     )
     failed, parent = run(script, address, GRPC_ENABLE_FORK_SUPPORT="1").splitlines()
-    assert re.match(r"child CamserveError this process was forked while 1 calls .* spawn .*", failed)
+    assert re.match(r"child CamserveError this process was forked .* spawn .*", failed)
     assert parent == "parent 12"
 
 
