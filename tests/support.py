@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from camserve_server import registry
+from camserve_server.engine import warmup
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Event, Job
 from camserve_server.maps import boxes
@@ -165,3 +166,16 @@ def explained(model: Model, x: Tensor, subject: MethodCall | Tensor, *args: Any,
 def noise(*shape: int, seed: int = 0) -> Tensor:
     """Return standard normal values, the same for each call with the same arguments."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def full_batches() -> Iterator[None]:
+    """Let servers that load their models in this context pad all batches to the size of their lane."""
+
+    def no_smaller_size(model: Model, full: int, **_: bool) -> Generator[None, None, tuple[int, ...]]:
+        yield
+        return (full,)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warmup, "compare_sizes", no_smaller_size)
+        yield
