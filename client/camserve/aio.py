@@ -65,10 +65,9 @@ class Client(Connection):
     """Client of a camserve server for asyncio.
 
     The client connects when it is first used. It may be created outside of an event loop and used in several, one after
-    another; each event loop has connections of its own. Close it when it is no longer needed, preferably with an
-    `async with` statement. Cancelling a task that awaits a
-    call also cancels the call on the server. Wrap a stream that you may leave early in `contextlib.aclosing`; otherwise
-    its call ends only when Python deletes the iterator.
+    another; each event loop has connections of its own. Close it when it is no longer needed, preferably with an `async
+    with` statement. Cancelling a task that awaits a call also cancels the call on the server. Wrap a stream that you
+    may leave early in `contextlib.aclosing`; otherwise its call ends only when Python deletes the iterator.
 
     Args:
         address: Address of the server, "host:port", or another gRPC name such as "dns:///host:port". If the name

@@ -104,7 +104,7 @@ def compare_sizes(model: Model, full: int, *, gradients: bool) -> Generator[None
 def find_linear_layers(model: Model) -> tuple[str, ...]:
     """Return the names of the linear layers whose input is one vector per image; none if the network fails."""
     names: list[str] = []
-    rows = 3  # no other dimension of an input is so small
+    rows = 3
 
     def record(name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
