@@ -8,7 +8,7 @@ import grpc
 
 from camserve import catalogue, errors, request_messages
 from camserve.catalogue import Model
-from camserve.connection import Connection
+from camserve.connection import BlockingConnection
 from camserve.v1 import admin_pb2 as pb
 from camserve.v1 import explain_pb2
 from camserve.v1.admin_pb2_grpc import AdminServiceStub
@@ -16,7 +16,7 @@ from camserve.v1.admin_pb2_grpc import AdminServiceStub
 __all__ = ["Admin"]
 
 
-class Admin(Connection):
+class Admin(BlockingConnection):
     """Blocking client of the server's admin listener (`admin_listen` in the server's configuration).
 
     The arguments are those of `Client`. If the server requires tokens, `token` must belong to an admin. The server
@@ -77,17 +77,6 @@ class Admin(Connection):
             CamserveError: The call failed for another reason; see `camserve.errors` for all subclasses.
         """
         return self._load("ReloadModel", pb.ReloadModelRequest(model=model))
-
-    def close(self) -> None:
-        """Close the connection and cancel all calls in flight. The client cannot be used afterwards."""
-        for _, channel in self._take_channels():
-            channel.close()
-
-    def __enter__(self) -> Admin:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _load(self, rpc: str, request: Any) -> Model:
         (model,) = catalogue.models(explain_pb2.ListModelsResponse(models=[self._call(rpc, request).model]))

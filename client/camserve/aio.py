@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 import grpc
 
 from camserve import batches, environment, errors, request_messages
-from camserve.connection import Connection
+from camserve.connection import RETRY_DELAYS_S, Connection
 from camserve.method_docs import document_method
 
 __all__ = ["Client"]
@@ -128,27 +128,12 @@ class Client(Connection):
         return loop
 
     async def _run(self, call: request_messages.PreparedCall[ResultT], *, one_of_many: bool = False) -> ResultT:
-        options = self._call_options(call, one_of_many=one_of_many)
-        sent = self._to_send(call, options)
-        while True:
-            channels = self._channels()
-            rpc = getattr(channels.stub(one_of_many=one_of_many), sent.rpc)(sent.request, **options)
-            try:
-                result: ResultT | None = None
-                with environment.calls:
-                    if sent is call:
-                        return call.parse_response(await rpc)
-                    async for message in rpc:
-                        event = sent.parse_response(message)
-                        result = result if event is None else event
-                if result is None:
-                    raise errors.InternalError("the response ended without a result")
-                return result
-            except grpc.RpcError as error:
-                if not await asyncio.to_thread(self._without_watch, channels, error):
-                    raise self._translate(error, call) from error
-            finally:
-                rpc.cancel()  # This has no effect on a call that has finished.
+        result: ResultT | None = None
+        async for event in self._run_stream(call, one_of_many=one_of_many):
+            result = event
+        if result is None:
+            raise errors.InternalError("the response ended without a result")
+        return result
 
     async def _run_many(self, many: batches.ConcurrentRequests[ResultT]) -> AsyncGenerator[ResultT, None]:
         running: set[asyncio.Task[ResultT]] = set()
@@ -183,20 +168,28 @@ class Client(Connection):
         await asyncio.sleep(wait_s)
         return await self._run_with_retries(next_request)
 
-    async def _run_stream(self, call: request_messages.PreparedCall[EventT | None]) -> AsyncGenerator[EventT, None]:
+    async def _run_stream(
+        self, call: request_messages.PreparedCall[Any], *, one_of_many: bool = False
+    ) -> AsyncGenerator[Any, None]:
+        """Send a request and yield its events. The event of a unary call is its result."""
+        options = self._call_options(call, one_of_many=one_of_many)
+        sent = self._to_send(call, options)
+        delays_s = iter(RETRY_DELAYS_S)
         while True:
             channels = self._channels()
-            rpc: Any = getattr(channels.stub(), call.rpc)(call.request, **self._call_options(call))
+            rpc: Any = getattr(channels.stub(one_of_many=one_of_many), sent.rpc)(sent.request, **options)
             try:
                 with environment.calls:
+                    if isinstance(rpc, grpc.aio.UnaryUnaryCall):
+                        yield sent.parse_response(await rpc)
+                        return
                     async for message in rpc:
-                        event = call.parse_response(message)
+                        event = sent.parse_response(message)
                         if event is not None:
                             yield event
                 return
             except grpc.RpcError as error:
-                if not await asyncio.to_thread(self._without_watch, channels, error):
-                    raise self._translate(error, call) from error
+                await asyncio.to_thread(self._raise_or_wait, channels, error, call, delays_s)
             finally:
                 rpc.cancel()  # This has no effect on a call that has finished.
 

@@ -15,7 +15,7 @@ import grpc
 import grpc.experimental
 
 from camserve import batches, environment, errors, request_messages
-from camserve.connection import Connection
+from camserve.connection import RETRY_DELAYS_S, BlockingConnection
 from camserve.method_docs import document_method
 
 __all__ = ["Client"]
@@ -61,7 +61,7 @@ def _many(
     return method
 
 
-class Client(Connection):
+class Client(BlockingConnection):
     """Blocking client of a camserve server.
 
     The client connects when it is first used. Threads may share it. Close it when it is no longer needed, preferably
@@ -102,17 +102,6 @@ class Client(Connection):
     methods = _unary(request_messages.list_methods)
     metrics = _unary(request_messages.list_metrics)
 
-    def close(self) -> None:
-        """Close the connection and cancel all calls in flight. The client cannot be used afterwards."""
-        for _, channel in self._take_channels():
-            channel.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"Client({self.address!r})"
 
@@ -123,33 +112,13 @@ class Client(Connection):
         one_of_many: bool = False,
         started: Callable[[Any], object] = lambda rpc: None,
     ) -> ResultT:
-        """Send a request and return the result.
-
-        Args:
-            call: The request.
-            one_of_many: The caller repeats calls that a busy server refuses.
-            started: Receives the call of gRPC when it has been started.
-        """
-        options = self._call_options(call, one_of_many=one_of_many)
-        sent = self._to_send(call, options)
-        while True:
-            channels = self._channels()
-            rpc_method = getattr(channels.stub(one_of_many=one_of_many), sent.rpc)
-            # A future, because the blocking form does not cancel the call on the server when it is interrupted.
-            rpc = (rpc_method.future if sent is call else rpc_method)(sent.request, **options)
-            try:
-                with environment.calls:
-                    started(rpc)
-                    responses: Iterator[Any] = iter([rpc.result()]) if sent is call else rpc
-                    result: ResultT = _last(map(sent.parse_response, responses))
-                return result
-            except grpc.RpcError as error:
-                if not self._without_watch(channels, error):
-                    raise self._translate(error, call) from error
-            except grpc.FutureCancelledError as error:
-                raise errors.Cancelled("the client was closed while the call was in flight") from error
-            finally:
-                rpc.cancel()  # This has no effect on a call that has finished.
+        """Send a request and return the result, which is the last of its events."""
+        result: ResultT | None = None
+        for event in self._run_stream(call, one_of_many=one_of_many, started=started):
+            result = event
+        if result is None:
+            raise errors.InternalError("the response ended without a result")
+        return result
 
     def _run_many(self, many: batches.ConcurrentRequests[ResultT]) -> Generator[ResultT, None, None]:
         in_flight: set[Any] = set()
@@ -212,30 +181,40 @@ class Client(Connection):
             for rpc in [*in_flight]:
                 rpc.cancel()
 
-    def _run_stream(self, call: request_messages.PreparedCall[EventT | None]) -> Generator[EventT, None, None]:
-        options = self._call_options(call)
+    def _run_stream(
+        self,
+        call: request_messages.PreparedCall[Any],
+        *,
+        one_of_many: bool = False,
+        started: Callable[[Any], object] = lambda rpc: None,
+    ) -> Generator[Any, None, None]:
+        """Send a request and yield its events. The event of a unary call is its result.
+
+        Args:
+            call: The request.
+            one_of_many: The caller repeats calls that a busy server refuses.
+            started: Receives the call of gRPC when it has been started.
+        """
+        options = self._call_options(call, one_of_many=one_of_many)
+        sent = self._to_send(call, options)
+        delays_s = iter(RETRY_DELAYS_S)
         while True:
             channels = self._channels()
-            rpc: Any = getattr(channels.stub(), call.rpc)(call.request, **options)
+            rpc_method = getattr(channels.stub(one_of_many=one_of_many), sent.rpc)
+            # A future, because the blocking form does not cancel the call on the server when it is interrupted.
+            unary = getattr(rpc_method, "future", None)
+            rpc = (unary or rpc_method)(sent.request, **options)
             try:
                 with environment.calls:
-                    for message in rpc:
-                        event = call.parse_response(message)
+                    started(rpc)
+                    for message in [rpc.result()] if unary else rpc:
+                        event = sent.parse_response(message)
                         if event is not None:
                             yield event
                 return
             except grpc.RpcError as error:
-                if not self._without_watch(channels, error):
-                    raise self._translate(error, call) from error
+                self._raise_or_wait(channels, error, call, delays_s)
+            except grpc.FutureCancelledError as error:
+                raise errors.Cancelled("the client was closed while the call was in flight") from error
             finally:
                 rpc.cancel()  # This has no effect on a call that has finished.
-
-
-def _last(results: Iterator[ResultT | None]) -> ResultT:
-    """Return the result of a call, which is the last of its events."""
-    result = None
-    for each in results:
-        result = each if each is not None else result
-    if result is None:
-        raise errors.InternalError("the response ended without a result")
-    return result

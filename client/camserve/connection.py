@@ -9,17 +9,18 @@ import ssl
 import sys
 import tempfile
 import threading
-from collections.abc import Hashable
+import time
+from collections.abc import Hashable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import grpc
 
 from camserve import environment, errors, images, request_messages
 from camserve.addresses import check_target, is_loopback
 from camserve.errors import InvalidArgument
-from camserve.intermediaries import http_status
+from camserve.intermediaries import http_status, request_id_of
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from camserve.version import __version__
@@ -30,6 +31,7 @@ __all__ = [
     "KEEPALIVE_MS",
     "KEEPALIVE_TIMEOUT_MS",
     "SERVICE",
+    "BlockingConnection",
     "Connection",
     "Pem",
     "channel_credentials",
@@ -56,6 +58,9 @@ log = logging.getLogger("camserve")
 # Part of gRPC's message if Watch was refused, or its connection was lost. If Watch reports that the server is not
 # ready, the message is another one.
 WATCH_FAILED = "health check call failed"
+# gRPC's message if a stream ended without a status.
+STREAM_REMOVED = "Stream removed"
+RETRY_DELAYS_S = (0.1, 0.4, 1.6)
 # Seconds that the client waits for a response of Watch, to find out whether it is refused.
 WATCH_TIMEOUT_S = 5.0  # HAProxy tries to reach a server for three seconds
 
@@ -222,13 +227,31 @@ class Connection:
             return grpc_module.insecure_channel(self.address, options=options)
         return grpc_module.secure_channel(self.address, self._credentials, options=options)
 
-    def _without_watch(self, channels: OpenChannels, error: grpc.RpcError) -> bool:
+    def _raise_or_wait(
+        self,
+        channels: OpenChannels,
+        error: grpc.RpcError,
+        call: request_messages.PreparedCall[Any],
+        delays_s: Iterator[float],
+    ) -> None:
+        """Wait if no server has started the call and it can be sent again. Otherwise raise the translated error.
+
+        gRPC itself repeats the calls that end with UNAVAILABLE. If a proxy without a server closes a stream early, the
+        status is UNKNOWN instead, which gRPC must not repeat, because a proxy also refuses calls with it (HTTP 413).
+        """
+        assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
+        removed = error.details() == STREAM_REMOVED and not request_id_of(error.initial_metadata())
+        if removed and (delay_s := next(delays_s, None)):
+            time.sleep(delay_s)
+        elif not self._without_watch(channels, error):
+            raise self._translate(error, call) from error
+
+    def _without_watch(self, channels: OpenChannels, error: Any) -> bool:
         """Stop checking the health of the server if Watch is refused. Return True if the call can be sent again.
 
         Such a call was not sent. gRPC itself stops only if the status is UNIMPLEMENTED, but a proxy may refuse Watch
         with another one. The method blocks for up to `WATCH_TIMEOUT_S`.
         """
-        assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
         if error.code() is not grpc.StatusCode.UNAVAILABLE or WATCH_FAILED not in (error.details() or ""):
             return False
         if self._health_checks and not self._watch_is_refused():
@@ -285,6 +308,21 @@ class Connection:
             timeout_s=self._call_options(call)["timeout"],
             explains=call.rpc.removesuffix("Stream") in _STREAMS,
         )
+
+
+class BlockingConnection(Connection):
+    """Base class of the clients whose calls block."""
+
+    def close(self) -> None:
+        """Close the connection and cancel all calls in flight. The client cannot be used afterwards."""
+        for _, channel in self._take_channels():
+            channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def channel_credentials(
