@@ -217,9 +217,12 @@ def copy_series(header: Dataset, result: Dataset, kind: str) -> None:
     _copy_elements(header, result, ["BodyPartExamined"])
     side = str(header.get("ImageLaterality") or header.get("FrameLaterality") or "").strip().upper()
     result.pop("Laterality", None)
-    if side in ("R", "L", "B", "U") and kind not in ("sr", "esr", "gsps"):
+    if side in ("R", "L", "B", "U") and kind not in ("sr", "esr", "gsps", "pdf"):
         result.ImageLaterality = side
-    elif kind not in ("sr", "esr", "seg") and str(result.get("BodyPartExamined") or "").upper() not in _UNPAIRED_PARTS:
+    elif (
+        kind not in ("sr", "esr", "seg", "pdf")
+        and str(result.get("BodyPartExamined") or "").upper() not in _UNPAIRED_PARTS
+    ):
         series_side = str(header.get("Laterality") or "").strip().upper()
         known = [each for each in (side, series_side) if each in ("R", "L")]
         result.Laterality = known[0] if known and side not in ("B", "U") else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from pydicom.uid import UID
@@ -58,12 +59,14 @@ class Derivation:
         image: The image that was explained.
         check: The faithfulness check, such as "insertion>deletion", or None.
         metrics: The requested metrics with their parameters, if any metric has parameters.
+        pdf_fonts: Further font files of the PDF report.
     """
 
     explanation: Explanation
     image: RenderedImage
     check: str | None = None
     metrics: Mapping[str, Any] | None = None
+    pdf_fonts: tuple[Path, ...] = ()
 
     @cached_property
     def key(self) -> str:

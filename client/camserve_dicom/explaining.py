@@ -20,6 +20,7 @@ from camserve.answers import Explanation
 from camserve.errors import InvalidArgument
 from camserve.request_messages import Parameters, TargetLike
 from camserve_dicom.derivation import DEFAULT_CHECK, Derivation, check_metrics
+from camserve_dicom.pdf_report import require_fonts
 from camserve_dicom.reading import RenderedImage, Source, Window, read
 from camserve_dicom.results import DEFAULT_OUTPUTS, objects, parse_outputs
 
@@ -89,12 +90,14 @@ class PreparedRequest:
         request: Keyword arguments of `Client.explain`.
         outputs: Kinds of objects to make.
         check: The faithfulness check, or None.
+        pdf_fonts: Further font files of the PDF report.
     """
 
     image: RenderedImage
     request: dict[str, Any]
     outputs: tuple[str, ...]
     check: str | None
+    pdf_fonts: tuple[Path, ...] = ()
 
     def with_objects(self, explanation: Explanation) -> DicomExplanation:
         """Return the explanation with its result objects."""
@@ -105,6 +108,7 @@ class PreparedRequest:
             self.outputs,
             check=self.check,
             metrics=metrics if any(metrics.values()) else None,
+            pdf_fonts=self.pdf_fonts,
         )
         derivation = Derivation(explanation, self.image, self.check)
         return DicomExplanation(explanation, self.image, made, derivation.withheld, derivation.warnings)
@@ -121,12 +125,15 @@ def prepare(
     regions: Literal["refuse", "crop", "ignore"] = "refuse",
     burned_in: Literal["refuse", "ignore"] = "refuse",
     non_image: Literal["refuse", "ignore"] = "refuse",
+    pdf_fonts: Sequence[str | PathLike[str]] = (),
     **request: Any,
 ) -> PreparedRequest:
     """Render the source and check the arguments of `explain`. Nothing is sent to a server."""
     names = [metrics] if isinstance(metrics, str) else metrics
     scored: Mapping[str, Parameters] = metrics if isinstance(metrics, Mapping) else {name: {} for name in names}
-    kinds = parse_outputs(outputs)
+    kinds, fonts = parse_outputs(outputs), tuple(map(Path, pdf_fonts))
+    if "pdf" in kinds and fonts:
+        require_fonts(fonts)
     if missing := [name for name in check_metrics(check) if name not in scored]:
         raise InvalidArgument(f"the check needs the metric {missing[0]}; add it to metrics", field="check")
     image = read(source, frame=frame, window=window, regions=regions, burned_in=burned_in, non_image=non_image)
@@ -135,6 +142,7 @@ def prepare(
         {"image": request_pixels(image), "metrics": scored, "request_id": uuid.uuid4().hex, **request},
         kinds,
         check,
+        fonts,
     )
 
 
@@ -154,6 +162,7 @@ def explain(
     regions: Literal["refuse", "crop", "ignore"] = "refuse",
     burned_in: Literal["refuse", "ignore"] = "refuse",
     non_image: Literal["refuse", "ignore"] = "refuse",
+    pdf_fonts: Sequence[str | PathLike[str]] = (),
     **options: Any,
 ) -> DicomExplanation:
     """Explain a DICOM image, and make DICOM objects of the explanation.
@@ -166,7 +175,8 @@ def explain(
         frame: Number of the frame, counted from 0.
         outputs: Kinds of objects: "sc", the overlay as Secondary Capture; "sr", a report with the scores and the
             outline of pixels with at least half of the map's maximum; "esr", the same as Enhanced SR; "pm", the map as
-            Parametric Map; "seg", these pixels as Segmentation; "gsps", their outline as presentation state.
+            Parametric Map; "seg", these pixels as Segmentation; "gsps", their outline as presentation state; "pdf", a
+            report with pictures as Encapsulated PDF.
         model: Name of the model, as for `Client.explain`.
         method: Name of the method, as for `Client.explain`.
         target: The class to explain, as for `Client.explain`. The default is the predicted class.
@@ -178,6 +188,7 @@ def explain(
         regions: What to do with an image that has ultrasound regions, as for `read`.
         burned_in: What to do with an image that has burned-in text, as for `read`.
         non_image: What to do with an object whose values are not an image, as for `read`.
+        pdf_fonts: TrueType or OpenType files for characters of the PDF that DejaVu Sans lacks, such as Chinese ones.
         **options: Further arguments of `Client.explain`.
 
     Returns:
@@ -198,6 +209,7 @@ def explain(
         regions=regions,
         burned_in=burned_in,
         non_image=non_image,
+        pdf_fonts=pdf_fonts,
         model=model,
         method=method,
         target=target,

@@ -80,8 +80,8 @@ class RenderedImage:
 
 
 def silence_library_warnings() -> None:
-    """Silence the warnings and log messages of pydicom and highdicom, which quote values of headers."""
-    for module in ("pydicom", "highdicom"):
+    """Silence the warnings and log messages of pydicom, highdicom and fpdf2, which quote values of headers."""
+    for module in ("pydicom", "highdicom", "fpdf", "fontTools"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
         logging.getLogger(module).setLevel(logging.CRITICAL + 1)
 

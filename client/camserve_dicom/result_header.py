@@ -22,7 +22,7 @@ __all__ = ["code", "complete", "reference", "source_image"]
 # pydicom decodes these character sets with codecs that allow more characters than the sets contain.
 _ASCII = ("", "ISO_IR 6", "ISO 2022 IR 6", "ISO_IR 13", "ISO 2022 IR 13")
 # Series numbers. Viewers list series in this order.
-_SERIES_NUMBERS = {"sc": 9001, "sr": 9002, "pm": 9003, "seg": 9004, "gsps": 9005, "esr": 9006}
+_SERIES_NUMBERS = {"sc": 9001, "sr": 9002, "pm": 9003, "seg": 9004, "gsps": 9005, "esr": 9006, "pdf": 9007}
 _SERIES_NAMES = {
     "sc": "overlay",
     "sr": "report",
@@ -30,6 +30,7 @@ _SERIES_NAMES = {
     "seg": "segmentation",
     "gsps": "annotation",
     "esr": "report",
+    "pdf": "report",
 }
 
 
@@ -81,7 +82,8 @@ def complete(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
     if "PixelData" in result or "FloatPixelData" in result:
         copy_compression(source, result)
     result.SeriesInstanceUID = derivation.uid(f"{kind}/series")
-    result.SOPInstanceUID = derivation.uid(kind)
+    if "SOPInstanceUID" not in result:
+        result.SOPInstanceUID = derivation.uid(kind)
     result.SeriesNumber, result.InstanceNumber = _SERIES_NUMBERS[kind], 1
     receipt = derivation.explanation.receipt
     result.SeriesDescription = f"camserve {_SERIES_NAMES[kind]} {receipt.method}"[:53] + " (research)"

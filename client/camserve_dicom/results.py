@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from pydicom import Dataset
@@ -12,6 +14,7 @@ from camserve.errors import CamserveError, InvalidArgument
 from camserve_dicom.derivation import DEFAULT_CHECK, Derivation
 from camserve_dicom.errors import DicomError
 from camserve_dicom.maps import parametric_map, segmentation
+from camserve_dicom.pdf_report import pdf_report, require_packages
 from camserve_dicom.presentation_state import presentation_state
 from camserve_dicom.reading import RenderedImage
 from camserve_dicom.result_header import complete
@@ -28,7 +31,10 @@ _MAKERS: dict[str, Callable[[Derivation], Dataset]] = {
     "pm": parametric_map,
     "seg": segmentation,
     "gsps": presentation_state,
+    "pdf": pdf_report,
 }
+# Results that are made even if the overlay is withheld. They give the reason.
+_REPORTS = ("sr", "esr", "pdf")
 KINDS = tuple(_MAKERS)
 """Kinds of result objects:
 
@@ -38,6 +44,7 @@ KINDS = tuple(_MAKERS)
 - "pm": the map as Parametric Map
 - "seg": pixels with at least half of the map's maximum as Segmentation
 - "gsps": the outline of these pixels as Grayscale or Color Softcopy Presentation State
+- "pdf": a report with pictures as Encapsulated PDF; it needs `pip install 'camserve[pdf]'`
 """
 
 
@@ -45,13 +52,15 @@ def parse_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
     """Return the requested kinds without duplicates, in the order of KINDS.
 
     Raises:
-        InvalidArgument: If there is no kind or an unknown one.
+        InvalidArgument: If there is no kind or an unknown one, or a kind needs a package that is not installed.
     """
     if isinstance(outputs, str) or not outputs or (unknown := sorted(set(outputs) - set(KINDS))):
         found = repr(outputs) if isinstance(outputs, str) or not outputs else ", ".join(unknown)
         raise InvalidArgument(
             f"outputs has {found}; expected a list of one or several of {', '.join(KINDS)}", field="outputs"
         )
+    if "pdf" in outputs:
+        require_packages()
     return tuple(kind for kind in KINDS if kind in outputs)
 
 
@@ -62,6 +71,7 @@ def objects(
     *,
     check: str | None = DEFAULT_CHECK,
     metrics: Mapping[str, Any] | None = None,
+    pdf_fonts: Sequence[str | PathLike[str]] = (),
 ) -> dict[str, Dataset]:
     """Make the DICOM objects of an explanation. Nothing is sent to a server.
 
@@ -75,6 +85,7 @@ def objects(
             gives the reason. None disables the check.
         metrics: The requested metrics with their parameters, which the UIDs depend on. The default is the names of the
             explanation's scores.
+        pdf_fonts: TrueType or OpenType files for characters of the PDF that DejaVu Sans lacks, such as Chinese ones.
 
     Returns:
         The objects by kind, in the order of KINDS, with `file_meta`.
@@ -83,10 +94,10 @@ def objects(
         DicomError: If an object cannot be made, such as an overlay of more than 65535 rows.
         InvalidArgument: If `outputs` or `check` is invalid.
     """
-    derivation = Derivation(explanation, image, check, metrics)
+    derivation = Derivation(explanation, image, check, metrics, tuple(map(Path, pdf_fonts)))
     kinds = parse_outputs(outputs)
     if derivation.withheld:
-        kinds = tuple(kind for kind in kinds if kind in ("sr", "esr")) or ("sr",)
+        kinds = tuple(kind for kind in kinds if kind in _REPORTS) or ("sr",)
     return {kind: _make_object(kind, derivation) for kind in kinds}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from highdicom import sr
 from numpy.typing import NDArray
@@ -11,11 +9,11 @@ from pydicom import Dataset
 from pydicom.sr.coding import Code
 
 from camserve_dicom.derivation import Derivation
-from camserve_dicom.overlay import WARNING
 from camserve_dicom.presentation_state import outlines
+from camserve_dicom.report_content import meaning, measured_values, notes, parameters
 from camserve_dicom.surrogate import restore_references, surrogate_source
 
-__all__ = ["SCHEME", "content_share", "enhanced_report", "structured_report"]
+__all__ = ["SCHEME", "enhanced_report", "structured_report"]
 
 SCHEME = "99CAMSERVE"
 """Coding scheme of concepts that have no standard code."""
@@ -133,83 +131,28 @@ def _group(
         algorithm_id=sr.AlgorithmIdentification(
             name=receipt.method,
             version=receipt.versions.get("camserve") or "unknown",
-            parameters=_parameters(derivation),
+            parameters=[f"{name} = {value}" for name, value in parameters(derivation).items()],
         ),
         measurements=_measurements(derivation)[: 1 if number else None],
     )
 
 
-def content_share(derivation: Derivation) -> float:
-    """Return the share of the map's sum that lies inside the content box of the image.
-
-    Args:
-        derivation: The explanation and its image.
-
-    Returns:
-        A share in [0, 1]; 0 if the map is 0 everywhere.
-    """
-    saliency, image = derivation.explanation.saliency, derivation.image
-    x, y = (saliency.shape[axis] / image.pixels.shape[axis] for axis in (1, 0))
-    left, top, right, bottom = image.content
-    inside = saliency[int(top * y) : int(np.ceil(bottom * y)), int(left * x) : int(np.ceil(right * x))]
-    total = float(saliency.sum(dtype=np.float64))
-    return float(inside.sum(dtype=np.float64)) / total if total else 0.0
-
-
 def _measurements(derivation: Derivation) -> list[sr.Measurement]:
     """Return probability, scores and shares as NUM content items."""
-    explanation = derivation.explanation
-    values = [
-        ("probability", explanation.target.probability, "1"),
-        *((name, float(score), score.unit) for name, score in explanation.scores.items()),
-        ("saliency-in-content", content_share(derivation), "1"),
-        *([("share", explanation.share, "1")] if explanation.share < 1 else []),
-    ]
     return [
-        sr.Measurement(_code(name, _MEANINGS.get(name, name)), value, _UNITS.get(unit, _UNITS["1"]))
-        for name, value, unit in values
-        if math.isfinite(value)  # VR DS holds only finite numbers
+        sr.Measurement(_code(name, meaning(name)), value, _UNITS.get(unit, _UNITS["1"]))
+        for name, value, unit in measured_values(derivation)
     ]
-
-
-_MEANINGS = {
-    "probability": "Probability of the class",
-    "saliency-in-content": "Share of saliency inside the image content",
-    "share": "Share of the method's sum that was done",
-    "insertion": "Insertion, area under the curve",
-    "deletion": "Deletion, area under the curve",
-    "average-drop": "Average drop",
-    "average-increase": "Average increase",
-    "average-gain": "Average gain",
-}
-
-
-def _parameters(derivation: Derivation) -> list[str]:
-    """Return the parameters of the explanation as texts "name = value"."""
-    receipt = derivation.explanation.receipt
-    named = {
-        "model": receipt.model,
-        "model digest": receipt.model_digest,
-        "target": f"{derivation.label} (class {derivation.explanation.target.index})",
-        "layers": ", ".join(receipt.layers),
-        "preprocessing": receipt.preprocessing,
-        "source pixels": ", ".join(derivation.image.steps),
-        "seed": receipt.seed,
-        **receipt.parameters,
-    }
-    return [f"{name} = {value}" for name, value in named.items() if value != ""]
 
 
 def _comments(derivation: Derivation) -> sr.ContainerContentItem:
-    texts = [
-        WARNING,
-        *([f"The overlay is withheld. {derivation.withheld}"] if derivation.withheld else []),
-        *derivation.warnings,
-        "A map shows what influenced the model, not where disease is.",
-    ]
+    """Return warnings and safety notes as text items."""
     item = sr.ContainerContentItem(_QUALITATIVE, relationship_type=sr.RelationshipTypeValues.CONTAINS)
     item.ContentSequence = sr.ContentSequence(
-        [sr.TextContentItem(_COMMENT, text, relationship_type=sr.RelationshipTypeValues.CONTAINS) for text in texts]
+        [
+            sr.TextContentItem(_COMMENT, text, relationship_type=sr.RelationshipTypeValues.CONTAINS)
+            for text in notes(derivation)
+        ]
     )
     return item
 

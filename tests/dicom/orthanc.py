@@ -2,7 +2,7 @@
 
 The test runs this module as a process in a network namespace of its own: `python -m tests.dicom.orthanc FOLDER`. FOLDER
 is a copy of deploy/orthanc. The commands are those of the page, except that the server has a small model and the
-gateway requests one metric. The process prints a line after each part.
+gateway requests one metric and also the output pdf. The process prints a line after each part.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from tests.processes import LIMIT_S, ROOT, environment
 ORTHANC = "http://127.0.0.1:8042"
 MODEL = '[[models]]\nname = "tiny"\nsource = "python:tests.nets:tiny_cnn"\ninput_size = [32, 32]\nbatch_size = 2\n'
 PORTS = {"Orthanc orthanc": (8042, 4242), "camserve serve": (50051,), "dicom gateway": (11112, 11180)}
+# The requested outputs, by Modality.
+KINDS = {"OT": "sc", "SR": "sr", "DOC": "pdf"}
 GATEWAY_AND_ORTHANC = ("camserve dicom gateway --config gateway.toml &", "Orthanc orthanc.json &")
 
 
@@ -54,7 +56,8 @@ class Folder:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         (folder / "tiny.toml").write_text(MODEL)
         config = folder / "gateway.toml"
-        config.write_text(config.read_text() + 'metrics = ["average-gain"]\ncheck = "average-gain>=0"\n')
+        text = config.read_text().replace('outputs = ["sc", "sr"]', f"outputs = {json.dumps([*KINDS.values()])}")
+        config.write_text(text + 'metrics = ["average-gain"]\ncheck = "average-gain>=0"\n')
 
     def run(self, command: str) -> str:
         """Run a command of the page until it ends, and return its output. With & it continues in the background."""
@@ -119,10 +122,10 @@ class Folder:
 def results(number: int) -> dict[str, pydicom.Dataset]:
     """Return the results of an image by modality, which Orthanc finds by QIDO-RS and returns by WADO-RS.
 
-    Both results must be there already.
+    All results must be there already.
     """
     source, found = str(image(number).SOPInstanceUID), {}
-    for modality in ("OT", "SR"):
+    for modality in KINDS:
         query = f"/dicom-web/instances?Modality={modality}&includefield=SOPInstanceUID"
         for each in json.loads(get(query, Accept="application/dicom+json")):
             study, series, instance = (each[tag]["Value"][0] for tag in ("0020000D", "0020000E", "00080018"))
@@ -130,7 +133,7 @@ def results(number: int) -> dict[str, pydicom.Dataset]:
             if source in str(dataset):
                 assert modality not in found, "Orthanc has each result once"
                 found[modality] = dataset
-    assert found.keys() == {"OT", "SR"}
+    assert found.keys() == KINDS.keys()
     return found
 
 
@@ -178,8 +181,9 @@ def main(folder: Path) -> None:
         (folder / "overlay.png").write_bytes(preview(found["OT"]))
         with camserve.Client("127.0.0.1:50051", timeout=LIMIT_S) as client:
             source = folder / "image.dcm"
-            made = camserve_dicom.explain(client, source, metrics=["average-gain"], check="average-gain>=0").objects
-        assert found == {"OT": made["sc"], "SR": made["sr"]}
+            settings: dict[str, Any] = {"metrics": ["average-gain"], "check": "average-gain>=0"}
+            made = camserve_dicom.explain(client, source, outputs=[*KINDS.values()], **settings).objects
+        assert found == {modality: made[kind] for modality, kind in KINDS.items()}
         print("results in Orthanc equal those of camserve_dicom.explain")
         print("Orthanc reports the commitment")
 
@@ -191,7 +195,7 @@ def main(folder: Path) -> None:
         get("/modalities/gateway/store", overlay["ID"].encode())  # returns when the gateway has answered
         assert "own" in [line.get("reason") for line in gateway.audit()]
         assert gateway.idle(), "the gateway drops its own result"
-        assert instance_count() == 6, "two images with two results each"
+        assert instance_count() == 8, "two images with three results each"
         print("the gateway drops its own results")
 
         here.stop("Orthanc orthanc")
@@ -204,7 +208,7 @@ def main(folder: Path) -> None:
             here.wait_for(command)
         wait_for_commitments(3)
         results(2)
-        assert instance_count() == 8, "the results of the third image, which was not sent to Orthanc"
+        assert instance_count() == 11, "the results of the third image, which was not sent to Orthanc"
         print("nothing is lost or stored twice after Orthanc was down and the gateway was killed")
 
         assert here.stop("dicom gateway") == 0

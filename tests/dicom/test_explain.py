@@ -31,6 +31,7 @@ from camserve_dicom import explaining
 from camserve_server.service.server import Server
 from tests.client.fake_server import Servicer
 from tests.dicom.samples import INSTANCE, SECRETS, SERIES, STUDY, data_of, image, ramp
+from tests.dicom.test_pdf import LAST_RESORT, pages
 from tests.processes import CAMSERVE, LIMIT_S, completed
 
 UIDS = [INSTANCE, SERIES, STUDY, "1.2.826.0.1.3680043.8.498.7004"]
@@ -230,8 +231,21 @@ def test_command_reports_a_withheld_overlay(address: str, file: Path, tmp_path: 
     assert [path.suffixes for path in (tmp_path / "out").iterdir()] == [[".sr", ".dcm"]]
 
 
+def test_command_writes_a_pdf_with_another_font(address: str, tmp_path: Path) -> None:
+    file, out = tmp_path / "image.dcm", tmp_path / "out"
+    file.write_bytes(data_of(image(ramp(), SpecificCharacterSet="ISO_IR 192", PatientName="山田^太郎")))
+    ran = run(
+        file, "--address", address, "--out", out, "--check", "none", "--outputs", "pdf", "--pdf-font", LAST_RESORT
+    )
+    assert ran.exit_code == 0, ran.stderr
+    assert "山田 太郎, ID" in pages(pydicom.dcmread(out / "image.pdf.dcm"))[0]
+    ran = run(file, "--address", address, "--out", out, "--outputs", "pdf", "--pdf-font", tmp_path / "none.ttf")
+    assert ran.exit_code == 1
+    assert "none.ttf cannot be read; expected a TrueType or OpenType file" in ran.stderr
+
+
 @pytest.mark.parametrize(
-    ("option", "value"), [("--window", "40"), ("--regions", "keep"), ("--outputs", "pdf"), ("--check", "insertion")]
+    ("option", "value"), [("--window", "40"), ("--regions", "keep"), ("--outputs", "jpeg"), ("--check", "insertion")]
 )
 def test_invalid_options(address: str, file: Path, tmp_path: Path, option: str, value: str) -> None:
     ran = run(file, "--address", address, "--out", tmp_path / "out", option, value)

@@ -42,10 +42,10 @@ model = "tiny"
 method = "{method}"
 parameters = {parameters}
 metrics = ["insertion"]
-outputs = ["sc", "sr"]
+outputs = ["sc", "sr", "pdf"]
 check = "insertion>=0"
 """
-KINDS = {"OT", "SR"}
+KINDS = {"OT", "SR", "DOC"}
 
 
 def write_config(
@@ -79,8 +79,9 @@ def sources(pacs: Pacs, modality: str) -> list[str]:
 
 def source(result: Dataset) -> str:
     """Return the SOP Instance UID of the source of a result."""
-    if "SourceImageSequence" in result:
-        return str(result.SourceImageSequence[0].ReferencedSOPInstanceUID)
+    for name in ("SourceImageSequence", "SourceInstanceSequence"):
+        if name in result:
+            return str(result[name].value[0].ReferencedSOPInstanceUID)
     [study] = result.CurrentRequestedProcedureEvidenceSequence
     return str(study.ReferencedSeriesSequence[0].ReferencedSOPSequence[0].ReferencedSOPInstanceUID)
 
@@ -111,7 +112,7 @@ def test_kill_of_the_command_before_storage(tmp_path: Path, tiny: Server, pacs: 
     with forked(path, spool) as running:
         wait_until(lambda: "committed" in running.events() and running.idle())
     assert running.events().count("explained") == 1
-    assert len(pacs.stores) == len(pacs.objects_by_uid) == 2
+    assert len(pacs.stores) == len(pacs.objects_by_uid) == 3
 
 
 def test_kill_during_storage(tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
@@ -136,7 +137,7 @@ def test_kill_during_storage(tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
     with forked(path, spool) as running:
         wait_until(lambda: "committed" in running.events() and running.idle())
     assert running.events().count("explained") == 1
-    assert (len(pacs.stores), len(pacs.objects_by_uid)) == (3, 2)
+    assert (len(pacs.stores), len(pacs.objects_by_uid)) == (4, 3)
     assert first in pacs.objects_by_uid.values()
 
 
@@ -160,7 +161,7 @@ def test_kill_before_commitment_report(tmp_path: Path, tiny: Server, pacs: Pacs,
         wait_until(lambda: "committed" in running.events() and running.idle())
     if timeout_s != 3600:
         assert len(pacs.requests) > 1
-    assert len(pacs.stores) == len(pacs.objects_by_uid) == 2
+    assert len(pacs.stores) == len(pacs.objects_by_uid) == 3
 
 
 def test_commitment_report_while_the_gateway_is_down(tmp_path: Path, tiny: Server, pacs: Pacs) -> None:

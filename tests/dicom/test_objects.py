@@ -315,7 +315,7 @@ def test_report_without_an_overlay_has_the_image_as_region(tmp_path: Path) -> No
 
 
 def test_enhanced_report_of_a_withheld_overlay() -> None:
-    for kinds, made in ((["esr"], {"esr"}), (["sc"], {"sr"}), (["sr", "esr", "pm"], {"sr", "esr"})):
+    for kinds, made in ((["esr"], {"esr"}), (["sc"], {"sr"}), (["sr", "esr", "pm", "pdf"], {"sr", "esr", "pdf"})):
         assert set(make_objects(image(ramp()), check="insertion>0.9", kinds=kinds)) == made
 
 
@@ -344,8 +344,8 @@ def test_invalid_check(check: str, said: str) -> None:
 
 
 def test_unknown_outputs() -> None:
-    for wrong in (["sc", "pdf"], "sc", []):
-        with pytest.raises(InvalidArgument, match="expected a list of one or several of sc, sr, esr, pm, seg, gsps"):
+    for wrong in (["sc", "jpeg"], "sc", []):
+        with pytest.raises(InvalidArgument, match="one or several of sc, sr, esr, pm, seg, gsps, pdf"):
             make_objects(image(ramp()), kinds=wrong)
 
 

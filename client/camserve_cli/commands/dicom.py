@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dicom"]
 
-KINDS = ("sc", "sr", "esr", "pm", "seg", "gsps")
+KINDS = ("sc", "sr", "esr", "pm", "seg", "gsps", "pdf")
 
 dicom = typer.Typer(help="Explain DICOM images and write the results as DICOM objects.", no_args_is_help=True)
 dicom.command()(gateway)
@@ -74,7 +74,7 @@ def explain(
     outputs: Annotated[
         str,
         typer.Option(
-            metavar="KINDS", help="Kinds of objects to write: sc, sr, esr, pm, seg and gsps, separated by commas."
+            metavar="KINDS", help="Kinds of objects to write: sc, sr, esr, pm, seg, gsps and pdf, separated by commas."
         ),
     ] = "sc,sr",
     frame: Annotated[int, typer.Option(min=0, help="Frame of a multi-frame image, counted from 0.")] = 0,
@@ -118,6 +118,13 @@ def explain(
         NonImage,
         typer.Option(help="Segmentations, doses and other objects that are not images: refuse, or explain anyway."),
     ] = NonImage.REFUSE,
+    pdf_font: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Font for characters of the PDF that DejaVu Sans lacks, such as Chinese ones. May be repeated.",
+        ),
+    ] = None,
     seed: Seed = 0,
     budget: Budget = None,
     as_json: AsJson = False,
@@ -132,6 +139,7 @@ def explain(
     - DIR/STEM.pm.dcm: the map (Parametric Map), if requested
     - DIR/STEM.seg.dcm: the pixels of at least half of the maximum (Segmentation), if requested
     - DIR/STEM.gsps.dcm: the outline of these pixels (Presentation State), if requested
+    - DIR/STEM.pdf.dcm: a report with pictures (Encapsulated PDF), if requested
 
     STEM is the stem of the file name, followed by -2, -3 and so on if another file has the same stem. If the same image
     is explained again in the same way, the objects are the same. If an image fails, the command continues with the
@@ -156,6 +164,7 @@ def explain(
             "regions": regions.value,
             "burned_in": burned_in.value,
             "non_image": non_image.value,
+            "pdf_fonts": pdf_font or (),
             "seed": seed,
             "budget": budget,
         }

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from camserve.addresses import is_loopback, require_host_port
 from camserve.errors import InvalidArgument
 from camserve_dicom.derivation import DEFAULT_CHECK, check_metrics
+from camserve_dicom.pdf_report import require_fonts, require_packages
 
 __all__ = ["Config", "ConfigError", "PacsConfig", "Rule", "ServerConfig", "TLSConfig", "read"]
 
@@ -170,7 +171,7 @@ class Rule(_Table):
         "deletion",
         "average-gain",
     ]
-    outputs: Annotated[list[Literal["sc", "sr", "esr", "pm", "seg", "gsps"]], Field(min_length=1)] = ["sc", "sr"]
+    outputs: Annotated[list[Literal["sc", "sr", "esr", "pm", "seg", "gsps", "pdf"]], Field(min_length=1)] = ["sc", "sr"]
     check: Annotated[
         str, Field(description="Comparison of two metrics. If it fails, only a report is made. Empty for no check.")
     ] = DEFAULT_CHECK
@@ -194,6 +195,11 @@ class Rule(_Table):
             missing = [name for name in check_metrics(self.check or None) if name not in self.metrics]
         except InvalidArgument as error:
             raise ValueError(f"check: {error.message.removeprefix('check ')}") from error
+        if "pdf" in self.outputs:
+            try:
+                require_packages()
+            except InvalidArgument as error:
+                raise ValueError(f"outputs: {error.message.removeprefix('outputs has ')}") from error
         if missing:
             raise ValueError(f"check: it needs the metric {missing[0]}; add it to metrics")
         return self
@@ -245,6 +251,7 @@ class Config(_Table):
     tls: TLSConfig | None = None
     server: ServerConfig = ServerConfig()
     pacs: PacsConfig
+    pdf_fonts: Annotated[list[Path], Field(description="Font files for characters that DejaVu Sans lacks.")] = []
     rules: Annotated[list[Rule], Field(min_length=1, description="An object that no rule matches is ignored.")] = [
         Rule()
     ]
@@ -307,6 +314,11 @@ class Config(_Table):
             for name, value in getattr(self, table):
                 if isinstance(value, Path):
                     _require_readable(value, f"{table}.{name}")
+        if self.pdf_fonts:
+            try:
+                require_fonts(self.pdf_fonts)
+            except InvalidArgument as error:
+                raise ConfigError(f"pdf_fonts: {error.message}") from error
 
 
 def read(path: Path) -> Config:
@@ -329,6 +341,7 @@ def read(path: Path) -> Config:
         for name, value in table:
             if isinstance(value, Path):
                 setattr(table, name, path.parent / value)
+    config.pdf_fonts = [path.parent / each for each in config.pdf_fonts]
     return config
 
 

@@ -86,7 +86,7 @@ class ExplanationStep:
             return
         started = time.monotonic()
         try:
-            made = explain(self._client, source, **rule.explain_arguments())
+            made = explain(self._client, source, pdf_fonts=self._config.pdf_fonts, **rule.explain_arguments())
         except _TEMPORARY_ERRORS as error:
             raise TemporaryFailure(type(error).__name__, error.retry_after_s) from error
         except errors.ResourceExhausted as error:
