@@ -164,7 +164,7 @@ def test_invalid_arguments_are_refused_before_sending(client: camserve.Client, s
     with pytest.raises(dicom.DicomError, match="frame is 1; expected 0 to 0"):
         dicom.explain(client, file, frame=1)
     with pytest.raises(InvalidArgument, match="outputs"):
-        dicom.explain(client, file, outputs=["pdf"])
+        dicom.explain(client, file, outputs=["jpeg"])
     assert servicer.requests == []
 
 
