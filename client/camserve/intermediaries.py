@@ -42,7 +42,7 @@ _HINTS = {
     "the client finds out whether the server is ready; forward it, or pass health_checks=False",
     "WRONG_VERSION_NUMBER": "the server does not use TLS; remove tls, ca and certificate",
     "CERTIFICATE_VERIFY_FAILED": "the client does not trust the authority of the server's certificate; pass it as ca",
-    "not in peer certificate": "the server's certificate is not valid for this address",
+    "not in peer certificate|Hostname Verification": "the server's certificate is not valid for this address",
     "Socket closed": "the server may require TLS (pass tls or ca) or a client certificate (pass certificate and key)",
 }
 # Parts of the messages of gRPC if the connection or the stream was closed. The status is then not that of a server.
@@ -127,7 +127,7 @@ def _describe(
             "INTERRUPTED",
         )
     if broken:
-        hint = next((f"; {hint}" for part, hint in _HINTS.items() if part in details), "")
+        hint = next((f"; {hint}" for pattern, hint in _HINTS.items() if re.search(pattern, details)), "")
         return Failure(grpc.StatusCode.UNAVAILABLE, f"no response from a camserve server at {address}: {details}{hint}")
     return Failure(code, details or code.name)
 

@@ -1,7 +1,7 @@
 """Explanations of models that real servers run: MLServer and KServe.
 
-These servers pin other versions of packages than this project, so they need environments of their own. The variable
-INFERENCE_SERVERS names the Python interpreters of these environments, separated by colons.
+MLServer pins other versions of packages than this project, so it needs an environment of its own. The variable
+INFERENCE_SERVERS names the Python interpreters of such environments, separated by colons.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IMAGE = skimage.data.chelsea()
 
 def interpreter(package: str) -> str:
     """Return the Python interpreter that has the package; skip the test if there is none."""
-    for python in filter(None, os.environ.get("INFERENCE_SERVERS", "").split(":")):
+    for python in filter(None, [sys.executable, *os.environ.get("INFERENCE_SERVERS", "").split(":")]):
         if subprocess.run([python, "-c", f"import {package}"], check=False, capture_output=True).returncode == 0:
             return python
     pytest.skip(f"INFERENCE_SERVERS names no Python interpreter with {package}")

@@ -1,4 +1,4 @@
-"""Calls of tritonclient. It runs in an environment of its own; arguments: address and folder for the results."""
+"""Calls of tritonclient. Arguments: address and folder for the results."""
 
 import json
 import queue
