@@ -17,6 +17,7 @@ from camserve_cli.commands.dicom import dicom
 from camserve_cli.commands.evaluate import evaluate
 from camserve_cli.commands.explain import explain
 from camserve_cli.commands.health import health
+from camserve_cli.commands.kserve import kserve
 from camserve_cli.commands.listing import list_
 from camserve_cli.commands.models import models
 from camserve_cli.commands.replay import replay
@@ -55,6 +56,7 @@ for command in (serve, explain, evaluate, sanity, replay, bench):
 app.command("list")(list_)
 app.command()(token)
 app.command()(health)
+app.command()(kserve)
 app.add_typer(config, name="config")
 app.add_typer(models, name="models")
 app.add_typer(admin, name="admin")

@@ -26,6 +26,7 @@ COMMANDS = [
         "report",
         ["jinja2", "matplotlib"],
     ),
+    ("camserve kserve", [], "kserve", ["kserve", "grpc_health", "opentelemetry"]),
     ("camserve bench --report", ["report.html"], "report", ["jinja2"]),
 ]
 
