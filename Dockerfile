@@ -4,6 +4,8 @@ FROM python:3.11-slim AS build
 
 # "cpu", or "cuda" for NVIDIA GPUs, which is several gigabytes larger.
 ARG VARIANT=cpu
+# Extras of the distribution. For KServe, add onnx and kserve.
+ARG EXTRAS=server,otel
 # Index with wheels of torch without CUDA, for "cpu". Empty: the default index of pip.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # Further options for every `pip install` of the build, such as a mirror. They stay in the image history, so do not pass
@@ -26,7 +28,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY server server
 RUN pip --python /opt/camserve/bin/python install $(cat /options) \
-      --constraint constraints.txt '.[server,otel]' \
+      --constraint constraints.txt ".[${EXTRAS}]" \
  && pip --python /opt/camserve/bin/python check
 
 
