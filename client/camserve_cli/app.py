@@ -24,6 +24,7 @@ from camserve_cli.commands.replay import replay
 from camserve_cli.commands.sanity import sanity
 from camserve_cli.commands.serve import serve
 from camserve_cli.commands.token import token
+from camserve_cli.commands.ui import ui
 
 __all__ = ["app"]
 
@@ -51,7 +52,7 @@ def _options(
     pass
 
 
-for command in (serve, explain, evaluate, sanity, replay, bench):
+for command in (serve, explain, evaluate, sanity, replay, ui, bench):
     app.command()(command)
 app.command("list")(list_)
 app.command()(token)

@@ -28,6 +28,7 @@ COMMANDS = [
     ),
     ("camserve kserve", [], "kserve", ["kserve", "grpc_health", "opentelemetry"]),
     ("camserve bench --report", ["report.html"], "report", ["jinja2"]),
+    ("camserve ui", ["--no-browser"], "ui", ["starlette", "uvicorn"]),
 ]
 
 
@@ -82,6 +83,7 @@ def test_missing_extra_is_reported_with_its_installation(
         ("camserve dicom gateway", ["--config", "gateway.toml"], "camserve_dicom.gateway.config"),
         ("camserve evaluate --report", ["report.html", "image.jpg", "--method", "cam"], "camserve_cli.report.records"),
         ("camserve bench --report", ["report.html"], "camserve_cli.report.records"),
+        ("camserve ui", ["--no-browser"], "camserve_ui.app"),
     ],
 )
 def test_missing_module_of_camserve_is_not_reported_as_an_extra(
@@ -95,7 +97,7 @@ def test_missing_module_of_camserve_is_not_reported_as_an_extra(
 
 @pytest.mark.slow
 def test_help_needs_only_the_cli_extra() -> None:
-    hidden = ("torch", "structlog", "pydicom", "pynetdicom", "jinja2", "matplotlib", "prometheus_client")
+    hidden = ("torch", "structlog", "pydicom", "pynetdicom", "jinja2", "matplotlib", "prometheus_client", "starlette")
     code = (
         f"for name in {hidden!r}: sys.modules[name] = None\n"
         "sys.argv = ['camserve', 'dicom', '--help']\nfrom camserve_cli.__main__ import main\nmain()"

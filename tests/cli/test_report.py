@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import scipy.stats
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 from typer.testing import CliRunner
 
 import camserve
@@ -27,10 +26,9 @@ from camserve_cli import report
 from camserve_cli.app import app
 from camserve_cli.report import statistics
 from camserve_cli.study import map_archive, run, score_csv
+from tests.browser import contrast_ratios, launched
 from tests.client.fake_server import Servicer
-from tests.processes import LIMIT_S
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>document.title = 'broken'<.png"
 LAYERS = ("fine", "middle", "coarse")
 METHODS = ("poly-cam", "grad-cam:<b>=1", "fake-cam")
@@ -319,18 +317,13 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def visit(written: Path) -> Iterator[Visit]:
-    if not CHROMIUM:
-        pytest.skip("Chromium is not installed")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet, timeout=1000 * LIMIT_S)
+    with launched() as browser:
         visit = Visit(browser.new_page())
         visit.page.on("request", lambda request: visit.urls.append(request.url))
         visit.page.on("console", lambda message: visit.messages.append(message.text))
         visit.page.on("pageerror", lambda error: visit.messages.append(str(error)))
         visit.page.goto(written.as_uri())
         yield visit
-        browser.close()
 
 
 @pytest.fixture
@@ -377,25 +370,7 @@ def test_keyboard_sorts_images_and_announces_the_order(page: Page) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_sufficient_contrast(page: Page, scheme: Literal["light", "dark"]) -> None:
     page.emulate_media(color_scheme=scheme)
-    ratios = page.evaluate(
-        """() => {
-          const light = (colour) => {
-            const [r, g, b] = colour.match(/[\\d.]+/g).map((x) => x / 255)
-              .map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
-            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-          };
-          const ground = (e) => {
-            const colour = getComputedStyle(e).backgroundColor;
-            return colour === "rgba(0, 0, 0, 0)" ? ground(e.parentElement) : colour;
-          };
-          return [...document.querySelectorAll("body *:not(svg *)")]
-            .filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()))
-            .map((e) => {
-              const [a, b] = [light(getComputedStyle(e).color), light(ground(e))];
-              return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-            });
-        }"""
-    )
+    ratios = contrast_ratios(page)
     page.emulate_media(color_scheme="light")
     assert len(ratios) > 100
     assert min(ratios) >= 4.5

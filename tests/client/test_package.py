@@ -10,7 +10,16 @@ from pathlib import Path
 import camserve
 
 PACKAGE = Path(camserve.__file__).parent
-OTHER_PACKAGES = {"camserve_cli", "camserve_dicom", "camserve_server", "torch", "typer", "rich", "pydicom"}
+OTHER_PACKAGES = {
+    "camserve_cli",
+    "camserve_dicom",
+    "camserve_server",
+    "camserve_ui",
+    "torch",
+    "typer",
+    "rich",
+    "pydicom",
+}
 
 
 def test_import_loads_no_other_package() -> None:
