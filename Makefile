@@ -7,7 +7,7 @@ BUF_VERSION := 1.75.0
 MERMAID_VERSION := 12.3.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast bench methods-page pictures figure lint site proto proto-check dist audit clean
+.PHONY: help install demo test test-fast bench methods-page pictures figure ui-picture lint site proto proto-check dist audit clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ pictures: install  ## draw the map of each method for docs/methods.md, which tak
 
 figure: install  ## draw the maps of all methods for four photographs, which takes half an hour
 	$(BIN)/python examples/figure.py
+
+ui-picture: install  ## take the screenshot of docs/ui.md, which takes some minutes
+	$(BIN)/python examples/ui_picture.py
 
 lint: install node_modules/.installed  ## run ruff, mypy, import-linter and buf, and check that the stubs are up to date
 	$(BIN)/ruff check .

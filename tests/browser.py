@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.processes import LIMIT_S
 
-__all__ = ["contrast_ratios", "launched"]
+__all__ = ["CHROMIUM", "contrast_ratios", "launched"]
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # Without these options, Chromium itself contacts other hosts.

@@ -6,20 +6,24 @@ import http.client
 import json
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import PIL.Image
 import pytest
 
 import camserve
 from camserve import aio
 from camserve.errors import InvalidArgument
+from camserve_server.service.server import Server
 from camserve_ui import colour_maps, image_files, problems, requests, streams, web_server
+from tests.browser import CHROMIUM
 from tests.client.fake_server import RAMP
 from tests.dicom.samples import SECRETS
-from tests.processes import CAMSERVE, LIMIT_S, completed, environment, started
+from tests.processes import CAMSERVE, LIMIT_S, ROOT, completed, environment, started
 from tests.ui.conftest import Fake
 
 CAT = Path(image_files.__file__).parent / "examples" / "cat.jpg"
@@ -198,3 +202,18 @@ def test_colour_maps_have_256_colours() -> None:
         assert colours.shape == (256, 3) and colours.dtype == np.uint8, name
     lightness = {name: each @ [0.2126, 0.7152, 0.0722] for name, each in colour_maps.COLOUR_MAPS.items()}
     assert all((np.diff(lightness[name]) > -1).all() for name in ("Default", "Viridis", "Grey"))
+
+
+# ---- documentation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_script_takes_the_screenshot(server: Server, tmp_path: Path) -> None:
+    if not CHROMIUM:
+        pytest.skip("Chromium is not installed")
+    script, out = ROOT / "examples" / "ui_picture.py", tmp_path / "ui.jpg"
+    ran = completed([sys.executable, str(script), "--address", server.address, "--budget", "200", "--out", str(out)])
+    assert ran.returncode == 0, ran.stderr
+    with PIL.Image.open(out) as picture, PIL.Image.open(ROOT / "docs" / "images" / "ui.jpg") as committed:
+        assert picture.size == committed.size
+    assert (ROOT / "docs" / "images" / "ui.jpg").stat().st_size < 250_000

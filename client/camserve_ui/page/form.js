@@ -11,6 +11,8 @@ let models = [];
 let methods = [];
 
 export const modelName = () => byId("model").value;
+// The server loads some models at the first request, and describes them only afterwards.
+export const modelIsLoaded = () => models.find(({ name }) => name === modelName())?.state === "ready";
 export const method = (name) => methods.find((each) => each.name === name) ?? { name, title: name, summary: "", advice: "" };
 
 // The cheapest method, whose explanation contains the predictions.
@@ -34,9 +36,11 @@ export async function loadModels() {
 export async function loadMethods() {
   const model = models.find(({ name }) => name === modelName());
   if (!model) return;
-  const ready = model.state === "ready";
-  const facts = ready ? `${number(model.classes)} classes, ${model.precision}, ${model.device.toUpperCase()}` : `State: ${model.state}`;
-  byId("model-facts").textContent = facts;
+  byId("model-facts").textContent = {
+    ready: `${number(model.classes)} classes, ${model.precision}, ${model.device.toUpperCase()}`,
+    waiting: "The server loads this model at the first request.",
+    unloaded: "An operator of the server has unloaded this model.",
+  }[model.state];
   showList(byId("model-warnings"), model.warnings);
   byId("labels").replaceChildren(...model.labels.map((label) => make("option", { value: label })));
   const loaded = await get(`api/methods?${new URLSearchParams({ model: model.name })}`);

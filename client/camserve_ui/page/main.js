@@ -7,6 +7,7 @@ import * as maps from "./maps.js";
 import { Problem, bytes, get, stream, upload } from "./requests.js";
 
 const RETRY_MS = 2000;
+const LOADED = "The image is loaded. Choose methods, then Explain.";
 
 let settings;
 let image = null; // { file, url, name, width, height }: what is explained; `file` is sent
@@ -138,14 +139,14 @@ function showImage({ width, height, preview, pixels, dicom, frame, frames, notes
 // Ask for the most probable classes with the cheapest method.
 async function predict(signal) {
   const method = form.cheapestMethod();
-  if (!image || !connected || !method) return announce("The image is loaded.");
+  if (!image || !connected || !method) return announce(LOADED);
   announce("Predicting …");
   const fields = { model: form.modelName(), methods: [method], target: "", budget: null, seed: 0 };
   for await (const event of stream("api/explain", fields, [image.file], signal)) {
     if (event.event === "explanation") form.showPredictions(event.predictions);
     if (event.event === "problem") throw new Problem(event.problem);
   }
-  announce("The image is loaded. Choose methods, then Explain.");
+  announce(LOADED);
 }
 
 // Predict again, for another model.
@@ -199,6 +200,7 @@ async function explain() {
         else if (event.problem.field === "model") form.loadModels().catch(() => {});
       }
     }
+    if (!form.modelIsLoaded() && !failures) await form.loadModels();
     announce(failures ? `Finished; ${failures} of ${values.methods.length} methods failed.` : "Finished.");
   } catch (error) {
     if (controller.signal.aborted) return;
