@@ -10,6 +10,7 @@ objects of the same study:
 The package requires `pip install 'camserve[dicom]'`.
 """
 
+from camserve_dicom.class_codes import ClassCode
 from camserve_dicom.derivation import IMPLEMENTATION_UID
 from camserve_dicom.errors import DicomError
 from camserve_dicom.explaining import DicomExplanation, explain, explain_async, request_pixels
@@ -20,6 +21,7 @@ __all__ = [
     "IMPLEMENTATION_UID",
     "KINDS",
     "Box",
+    "ClassCode",
     "DicomError",
     "DicomExplanation",
     "RenderedImage",

@@ -7,7 +7,7 @@ import operator
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -19,10 +19,19 @@ from pydicom.uid import UID
 from camserve.answers import Explanation
 from camserve.errors import InvalidArgument
 from camserve.version import __version__
+from camserve_dicom.class_codes import ClassCode, find_code
 from camserve_dicom.contrast import is_constant, saturation_warnings
 from camserve_dicom.reading import RenderedImage
 
-__all__ = ["DEFAULT_CHECK", "IMPLEMENTATION_UID", "NO_DATE", "Derivation", "check_metrics"]
+__all__ = [
+    "DEFAULT_CHECK",
+    "IMPLEMENTATION_UID",
+    "NO_DATE",
+    "Derivation",
+    "check_metrics",
+    "derived_uid",
+    "library_versions",
+]
 
 DEFAULT_CHECK = "insertion>deletion"
 
@@ -39,11 +48,12 @@ _CONSTANT = "nearly constant image"
 NO_DATE = datetime(1900, 1, 1)
 
 
-def _uid(name: str) -> UID:
+def derived_uid(name: str) -> UID:
+    """Return a UID that depends only on a text."""
     return UID(f"2.25.{uuid.uuid5(_NAMESPACE, name).int}")
 
 
-IMPLEMENTATION_UID = _uid("implementation")
+IMPLEMENTATION_UID = derived_uid("implementation")
 """Implementation Class UID of all files that camserve writes (PS3.10 7.1)."""
 
 
@@ -60,6 +70,7 @@ class Derivation:
         check: The faithfulness check, such as "insertion>deletion", or None.
         metrics: The requested metrics with their parameters, if any metric has parameters.
         pdf_fonts: Further font files of the PDF report.
+        class_codes: Codes of classes.
     """
 
     explanation: Explanation
@@ -67,6 +78,7 @@ class Derivation:
     check: str | None = None
     metrics: Mapping[str, Any] | None = None
     pdf_fonts: tuple[Path, ...] = ()
+    class_codes: tuple[ClassCode, ...] = ()
 
     @cached_property
     def key(self) -> str:
@@ -82,14 +94,15 @@ class Derivation:
                 "preprocessing": [receipt.preprocessing, self.image.steps, self.image.box],
                 "metrics": self.metrics or sorted(self.explanation.scores),
                 "check": self.check,
-                "versions": [receipt.versions, _versions()],
+                "versions": [receipt.versions, library_versions()],
+                **({"code": astuple(self.code)} if self.code else {}),
             },
             sort_keys=True,
         )
 
     def uid(self, name: str) -> UID:
         """Return a UID that depends only on `key` and the name."""
-        return _uid(f"{self.key}\n{name}")
+        return derived_uid(f"{self.key}\n{name}")
 
     @cached_property
     def image_datetime(self) -> datetime | None:
@@ -146,6 +159,11 @@ class Derivation:
         return self.image.frame + 1 if int(self.image.source.get("NumberOfFrames") or 1) > 1 else None
 
     @property
+    def code(self) -> ClassCode | None:
+        """The code of the class, or None if the site provides none."""
+        return find_code(self.class_codes, self.explanation.target, self.explanation.receipt.model)
+
+    @property
     def label(self) -> str:
         """The class label for display: one line of at most 200 printable characters without backslashes."""
         target = self.explanation.target
@@ -162,7 +180,7 @@ class Derivation:
     @property
     def software_versions(self) -> list[str]:
         """Values of Software Versions: the packages of the server and the client with their versions."""
-        versions = {**self.explanation.receipt.versions, **_versions()}
+        versions = {**self.explanation.receipt.versions, **library_versions()}
         return [f"{name} {value}"[:64] for name, value in sorted(versions.items())]
 
     @property
@@ -209,7 +227,7 @@ def _value(side: str, scores: Mapping[str, float]) -> float:
     return float(side) if _is_number(side) else float(scores[side])
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Return the versions of the packages that determine the bytes of results."""
     libraries = ("contourpy", "highdicom", "numpy", "pillow", "pydicom")
     return {"camserve client": __version__} | {name: version(name) for name in libraries}

@@ -19,10 +19,11 @@ from pydicom import Dataset
 from camserve.answers import Explanation
 from camserve.errors import InvalidArgument
 from camserve.request_messages import Parameters, TargetLike
+from camserve_dicom.class_codes import ClassCode
 from camserve_dicom.derivation import DEFAULT_CHECK, Derivation, check_metrics
 from camserve_dicom.pdf_report import require_fonts
 from camserve_dicom.reading import RenderedImage, Source, Window, read
-from camserve_dicom.results import DEFAULT_OUTPUTS, objects, parse_outputs
+from camserve_dicom.results import DEFAULT_OUTPUTS, derived_objects, parse_outputs
 
 if TYPE_CHECKING:
     from camserve import aio
@@ -53,6 +54,7 @@ class DicomExplanation:
         objects: Result objects by kind, see `camserve_dicom.KINDS`.
         withheld: The reason why only a report was made: a constant image, or a failed check. Otherwise empty.
         warnings: Warnings about the image, such as saturated pixels, and those of the server.
+        derivation: What the objects were made from, for the gateway.
     """
 
     explanation: Explanation
@@ -60,6 +62,7 @@ class DicomExplanation:
     objects: dict[str, Dataset] = field(repr=False)
     withheld: str
     warnings: tuple[str, ...] = ()
+    derivation: Derivation | None = field(default=None, repr=False)
 
     def save(self, folder: str | PathLike[str], stem: str | None = None) -> list[Path]:
         """Write each object to the file STEM.KIND.dcm. Existing files are replaced.
@@ -91,6 +94,7 @@ class PreparedRequest:
         outputs: Kinds of objects to make.
         check: The faithfulness check, or None.
         pdf_fonts: Further font files of the PDF report.
+        class_codes: Codes of classes.
     """
 
     image: RenderedImage
@@ -98,20 +102,21 @@ class PreparedRequest:
     outputs: tuple[str, ...]
     check: str | None
     pdf_fonts: tuple[Path, ...] = ()
+    class_codes: tuple[ClassCode, ...] = ()
 
     def with_objects(self, explanation: Explanation) -> DicomExplanation:
         """Return the explanation with its result objects."""
         metrics = self.request["metrics"]
-        made = objects(
+        derivation = Derivation(
             explanation,
             self.image,
-            self.outputs,
-            check=self.check,
-            metrics=metrics if any(metrics.values()) else None,
-            pdf_fonts=self.pdf_fonts,
+            self.check,
+            metrics if any(metrics.values()) else None,
+            self.pdf_fonts,
+            self.class_codes,
         )
-        derivation = Derivation(explanation, self.image, self.check)
-        return DicomExplanation(explanation, self.image, made, derivation.withheld, derivation.warnings)
+        made = derived_objects(derivation, self.outputs)
+        return DicomExplanation(explanation, self.image, made, derivation.withheld, derivation.warnings, derivation)
 
 
 def prepare(
@@ -126,6 +131,7 @@ def prepare(
     burned_in: Literal["refuse", "ignore"] = "refuse",
     non_image: Literal["refuse", "ignore"] = "refuse",
     pdf_fonts: Sequence[str | PathLike[str]] = (),
+    class_codes: Sequence[ClassCode] = (),
     **request: Any,
 ) -> PreparedRequest:
     """Render the source and check the arguments of `explain`. Nothing is sent to a server."""
@@ -143,6 +149,7 @@ def prepare(
         kinds,
         check,
         fonts,
+        tuple(class_codes),
     )
 
 
@@ -163,6 +170,7 @@ def explain(
     burned_in: Literal["refuse", "ignore"] = "refuse",
     non_image: Literal["refuse", "ignore"] = "refuse",
     pdf_fonts: Sequence[str | PathLike[str]] = (),
+    class_codes: Sequence[ClassCode] = (),
     **options: Any,
 ) -> DicomExplanation:
     """Explain a DICOM image, and make DICOM objects of the explanation.
@@ -189,6 +197,7 @@ def explain(
         burned_in: What to do with an image that has burned-in text, as for `read`.
         non_image: What to do with an object whose values are not an image, as for `read`.
         pdf_fonts: TrueType or OpenType files for characters of the PDF that DejaVu Sans lacks, such as Chinese ones.
+        class_codes: Codes of classes, such as those of SNOMED CT, which the reports contain instead of camserve's.
         **options: Further arguments of `Client.explain`.
 
     Returns:
@@ -210,6 +219,7 @@ def explain(
         burned_in=burned_in,
         non_image=non_image,
         pdf_fonts=pdf_fonts,
+        class_codes=class_codes,
         model=model,
         method=method,
         target=target,

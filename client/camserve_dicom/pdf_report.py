@@ -134,7 +134,10 @@ def _write(document: PDFDocument, derivation: Derivation) -> None:
         meaning(name): f"{value:.4g} %" if unit == "%" else f"{value:.4g}"
         for name, value, unit in measured_values(derivation)
     }
-    document.rows({"Class": f"{derivation.label} (class {explanation.target.index})"} | values)
+    found, code_text = derivation.code, ""
+    if found is not None:
+        code_text = f"{found.code} of {found.scheme}, {found.meaning}"
+    document.rows({"Class": f"{derivation.label} (class {explanation.target.index})", "Code": code_text} | values)
     document.ln(1)
     for text in warnings:
         document.paragraph(f"Warning: {text}", bold=True)

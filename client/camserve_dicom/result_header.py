@@ -17,7 +17,7 @@ from camserve_dicom.copied_attributes import copy_compression, copy_patient_and_
 from camserve_dicom.derivation import IMPLEMENTATION_UID, NO_DATE, Derivation
 from camserve_dicom.source_header import frame_header
 
-__all__ = ["code", "complete", "reference", "source_image"]
+__all__ = ["code", "complete", "encoded", "reference", "source_image"]
 
 # pydicom decodes these character sets with codecs that allow more characters than the sets contain.
 _ASCII = ("", "ISO_IR 6", "ISO 2022 IR 6", "ISO_IR 13", "ISO 2022 IR 13")
@@ -95,6 +95,16 @@ def complete(result: Dataset, kind: str, derivation: Derivation) -> Dataset:
     result.DeviceSerialNumber = receipt.model_digest.removeprefix("sha256:")[:64]
     result.SoftwareVersions = derivation.software_versions
     result.ContributingEquipmentSequence = [_contributing_equipment(derivation)]
+    return encoded(result, source)
+
+
+def encoded(result: Dataset, source: Dataset) -> Dataset:
+    """Set the character set of a complete result, and return it as it is read back from a file.
+
+    Args:
+        result: The result. It is changed.
+        source: A dataset whose character set is kept if it can encode all texts of the result.
+    """
     _set_character_set(result, str(source.get("SpecificCharacterSet") or ""))
     return _write_and_read(result)
 

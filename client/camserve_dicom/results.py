@@ -11,6 +11,7 @@ from pydicom import Dataset
 
 from camserve.answers import Explanation
 from camserve.errors import CamserveError, InvalidArgument
+from camserve_dicom.class_codes import ClassCode
 from camserve_dicom.derivation import DEFAULT_CHECK, Derivation
 from camserve_dicom.errors import DicomError
 from camserve_dicom.maps import parametric_map, segmentation
@@ -21,7 +22,7 @@ from camserve_dicom.result_header import complete
 from camserve_dicom.secondary_capture import secondary_capture
 from camserve_dicom.structured_report import enhanced_report, structured_report
 
-__all__ = ["DEFAULT_OUTPUTS", "KINDS", "objects", "parse_outputs"]
+__all__ = ["DEFAULT_OUTPUTS", "KINDS", "derived_objects", "objects", "parse_outputs"]
 
 DEFAULT_OUTPUTS = ("sc", "sr")
 _MAKERS: dict[str, Callable[[Derivation], Dataset]] = {
@@ -72,6 +73,7 @@ def objects(
     check: str | None = DEFAULT_CHECK,
     metrics: Mapping[str, Any] | None = None,
     pdf_fonts: Sequence[str | PathLike[str]] = (),
+    class_codes: Sequence[ClassCode] = (),
 ) -> dict[str, Dataset]:
     """Make the DICOM objects of an explanation. Nothing is sent to a server.
 
@@ -86,6 +88,7 @@ def objects(
         metrics: The requested metrics with their parameters, which the UIDs depend on. The default is the names of the
             explanation's scores.
         pdf_fonts: TrueType or OpenType files for characters of the PDF that DejaVu Sans lacks, such as Chinese ones.
+        class_codes: Codes of classes, which the reports contain instead of those of camserve.
 
     Returns:
         The objects by kind, in the order of KINDS, with `file_meta`.
@@ -94,7 +97,12 @@ def objects(
         DicomError: If an object cannot be made, such as an overlay of more than 65535 rows.
         InvalidArgument: If `outputs` or `check` is invalid.
     """
-    derivation = Derivation(explanation, image, check, metrics, tuple(map(Path, pdf_fonts)))
+    derivation = Derivation(explanation, image, check, metrics, tuple(map(Path, pdf_fonts)), tuple(class_codes))
+    return derived_objects(derivation, outputs)
+
+
+def derived_objects(derivation: Derivation, outputs: Sequence[str]) -> dict[str, Dataset]:
+    """Make the DICOM objects of a derivation, as `objects` does."""
     kinds = parse_outputs(outputs)
     if derivation.withheld:
         kinds = tuple(kind for kind in kinds if kind in _REPORTS) or ("sr",)
