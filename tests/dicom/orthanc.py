@@ -2,7 +2,8 @@
 
 The test runs this module as a process in a network namespace of its own: `python -m tests.dicom.orthanc FOLDER`. FOLDER
 is a copy of deploy/orthanc. The commands are those of the page, except that the server has a small model and the
-gateway requests one metric and also the output pdf. The process prints a line after each part.
+gateway requests one metric, also the output pdf, and the report of the study. The process prints a line after each
+part.
 """
 
 from __future__ import annotations
@@ -26,11 +27,23 @@ import camserve
 import camserve_dicom
 from tests.dicom.gateways import Spooled
 from tests.dicom.pacs import image, send, wait_until
+from tests.dicom.test_study_report import references
 from tests.processes import LIMIT_S, ROOT, environment
 
 ORTHANC = "http://127.0.0.1:8042"
 MODEL = '[[models]]\nname = "tiny"\nsource = "python:tests.nets:tiny_cnn"\ninput_size = [32, 32]\nbatch_size = 2\n'
 PORTS = {"Orthanc orthanc": (8042, 4242), "camserve serve": (50051,), "dicom gateway": (11112, 11180)}
+# The study is complete when the test says so, by a shorter time.
+ADDED = """
+metrics = ["average-gain"]
+check = "average-gain>=0"
+
+[study]
+quiet_s = 3600
+
+[[flags]]
+min_probability = 0.0
+"""
 # The requested outputs, by Modality.
 KINDS = {"OT": "sc", "SR": "sr", "DOC": "pdf"}
 GATEWAY_AND_ORTHANC = ("camserve dicom gateway --config gateway.toml &", "Orthanc orthanc.json &")
@@ -57,7 +70,7 @@ class Folder:
         (folder / "tiny.toml").write_text(MODEL)
         config = folder / "gateway.toml"
         text = config.read_text().replace('outputs = ["sc", "sr"]', f"outputs = {json.dumps([*KINDS.values()])}")
-        config.write_text(text + 'metrics = ["average-gain"]\ncheck = "average-gain>=0"\n')
+        config.write_text(text + ADDED)
 
     def run(self, command: str) -> str:
         """Run a command of the page until it ends, and return its output. With & it continues in the background."""
@@ -126,15 +139,24 @@ def results(number: int) -> dict[str, pydicom.Dataset]:
     """
     source, found = str(image(number).SOPInstanceUID), {}
     for modality in KINDS:
-        query = f"/dicom-web/instances?Modality={modality}&includefield=SOPInstanceUID"
-        for each in json.loads(get(query, Accept="application/dicom+json")):
-            study, series, instance = (each[tag]["Value"][0] for tag in ("0020000D", "0020000E", "00080018"))
-            [dataset] = retrieve(f"/dicom-web/studies/{study}/series/{series}/instances/{instance}")
-            if source in str(dataset):
+        for dataset in instances(modality):
+            if source in str(dataset) and dataset.SeriesNumber < 9008:
                 assert modality not in found, "Orthanc has each result once"
                 found[modality] = dataset
     assert found.keys() == KINDS.keys()
     return found
+
+
+def instances(modality: str) -> list[pydicom.Dataset]:
+    """Return all objects with a modality."""
+    query = f"/dicom-web/instances?Modality={modality}&includefield=SOPInstanceUID"
+    found = json.loads(get(query, Accept="application/dicom+json"))
+    uids = [[each[tag]["Value"][0] for tag in ("0020000D", "0020000E", "00080018")] for each in found]
+    return [
+        dataset
+        for study, series, instance in uids
+        for dataset in retrieve(f"/dicom-web/studies/{study}/series/{series}/instances/{instance}")
+    ]
 
 
 def retrieve(path: str) -> list[pydicom.Dataset]:
@@ -213,6 +235,20 @@ def main(folder: Path) -> None:
 
         assert here.stop("dicom gateway") == 0
         config = folder / "gateway.toml"
+        text = config.read_text()
+        config.write_text(text.replace("quiet_s = 3600", "quiet_s = 0.5"))
+        here.run(GATEWAY_AND_ORTHANC[0])
+        wait_for_commitments(4)
+        [report] = [each for each in instances("SR") if each.SeriesNumber == 9008]
+        [selection] = instances("KO")
+        images = {str(image(number).SOPInstanceUID) for number in range(3)}
+        uids = {str(each.SOPInstanceUID) for number in range(3) for each in results(number).values()}
+        assert (references(report), references(selection)) == (images | uids, images)
+        assert instance_count() == 13
+        assert here.stop("dicom gateway") == 0
+        config.write_text(text)
+        print("Orthanc has the report of the study and the flagged images")
+
         stow = 'stow_url = "http://127.0.0.1:8042/dicom-web/studies"'
         config.write_text(config.read_text().replace('address = "127.0.0.1:4242"', stow))
         here.run(GATEWAY_AND_ORTHANC[0])

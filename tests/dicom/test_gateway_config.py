@@ -10,7 +10,8 @@ import pytest
 import trustme
 from pydantic import BaseModel
 
-from camserve_dicom.gateway.config import Config, ConfigError, PacsConfig, Rule, ServerConfig, TLSConfig, read
+from camserve_dicom.gateway.config import Config, ConfigError, PacsConfig, ServerConfig, TLSConfig, read
+from camserve_dicom.gateway.rules import ClassConfig, FlagConfig, Rule, StudyConfig
 from tests.processes import CAMSERVE, ROOT, completed
 
 MINIMAL = """
@@ -121,7 +122,9 @@ def test_tls_errors_name_the_key(tmp_path: Path) -> None:
         tls.server_context()
 
 
-@pytest.mark.parametrize("kind", [Config, TLSConfig, ServerConfig, PacsConfig, Rule])
+@pytest.mark.parametrize(
+    "kind", [Config, TLSConfig, ServerConfig, PacsConfig, Rule, StudyConfig, FlagConfig, ClassConfig]
+)
 def test_every_key_is_documented_with_its_default(kind: type[BaseModel]) -> None:
     for name, field in kind.model_fields.items():
         rows = [line for line in PAGE.splitlines() if re.match(rf"\| `{name}` \|", line)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from camserve_server.service.server import Server
 from tests.dicom.gateways import command, forked
 from tests.dicom.pacs import NAME, Pacs, free_port, image, send, wait_until
 from tests.dicom.samples import stored
+from tests.dicom.test_gateway_studies import predecessors, reports, selections
+from tests.dicom.test_study_report import references
 from tests.processes import LIMIT_S, overloaded_server
 
 pytestmark = [
@@ -37,6 +40,12 @@ ae_title = "PACS"
 address = "{pacs}"
 commitment_timeout_s = {commitment_timeout_s}
 
+[study]
+quiet_s = {quiet_s}
+
+[[flags]]
+min_probability = 0.0
+
 [[rules]]
 model = "tiny"
 method = "{method}"
@@ -55,6 +64,7 @@ def write_config(
     method: str = "grad-cam",
     parameters: str = "{}",
     commitment_timeout_s: float = 3600,
+    quiet_s: float = 3600,
 ) -> Path:
     """Write the configuration of a gateway with a fixed port, which the PACS reports to."""
     pacs.gateway = f"127.0.0.1:{free_port()}"
@@ -67,14 +77,16 @@ def write_config(
             method=method,
             parameters=parameters,
             commitment_timeout_s=commitment_timeout_s,
+            quiet_s=quiet_s,
         )
     )
     return path
 
 
 def sources(pacs: Pacs, modality: str) -> list[str]:
-    """Return the SOP Instance UIDs of the sources of all results with this modality, sorted."""
-    return sorted(source(each) for each in pacs.objects() if each.Modality == modality)
+    """Return the SOP Instance UIDs of the sources of all results of images with this modality, sorted."""
+    of_images = [each for each in pacs.objects() if each.SeriesNumber < 9008]
+    return sorted(source(each) for each in of_images if each.Modality == modality)
 
 
 def source(result: Dataset) -> str:
@@ -179,11 +191,38 @@ def test_commitment_report_while_the_gateway_is_down(tmp_path: Path, tiny: Serve
     assert len(pacs.requests) == 2
 
 
+@pytest.mark.parametrize("moment", ["before the entry", "after the entry", "after storage"])
+def test_kill_while_a_study_is_reported(tmp_path: Path, tiny: Server, pacs: Pacs, moment: str) -> None:
+    """The gateway is killed after it has recorded a report, and before it has recorded that the entry was added."""
+    path, spool = write_config(tmp_path, tiny.address, pacs, quiet_s=0.3), tmp_path / "spool"
+    pacs.before = lambda dataset: 0xA700 if moment != "after storage" and dataset.SeriesNumber >= 9008 else None
+    with forked(path, spool) as running:
+        assert send(running.address, image(0), image(1)) == [0, 0]
+        wait_until(lambda: "study reported" in running.events())
+        [entry] = [line["object"] for line in running.audit() if line["event"] == "study reported"]
+        if moment == "after storage":
+            wait_until(running.idle)
+        [record] = (spool / "studies").glob("*/reports.json")
+        wait_until(lambda: json.loads(record.read_text())["reports"][0]["added"])
+        running.kill()
+        running.wait()
+    record.write_text(json.dumps({"reports": [json.loads(record.read_text())["reports"][0] | {"added": False}]}))
+    if moment == "before the entry":
+        shutil.rmtree(spool / "outbox" / entry)
+    pacs.before = lambda dataset: None
+    with forked(path, spool) as running:
+        wait_until(lambda: json.loads(record.read_text())["reports"][0]["added"] and running.idle())
+    [report], [selection] = reports(pacs), selections(pacs)
+    assert len(references(report)) == 2 + 2 * len(KINDS)
+    assert len(references(selection)) == 2
+    assert len(pacs.objects_by_uid) == 2 * len(KINDS) + 2
+
+
 @pytest.mark.slow
 def test_kill_at_random_times(tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
     """The gateway is killed four times while a modality sends images, and sends again those without a response."""
     images = [image(number) for number in range(8)]
-    path, spool = write_config(tmp_path, tiny.address, pacs, commitment_timeout_s=0.5), tmp_path / "spool"
+    path, spool = write_config(tmp_path, tiny.address, pacs, commitment_timeout_s=0.5, quiet_s=0.4), tmp_path / "spool"
     rng, unsent = random.Random(7), [*images]
 
     def modality() -> None:
@@ -203,16 +242,31 @@ def test_kill_at_random_times(tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
     with forked(path, spool) as running:
         sender.join(LIMIT_S)
         assert not unsent
-        wait_until(running.idle)
+        wait_until(lambda: any(line.get("images") == len(images) for line in running.audit()) and running.idle())
         running.terminate()
         assert running.wait() == 0
     expected = sorted(str(each.SOPInstanceUID) for each in images)
     assert {kind: sources(pacs, kind) for kind in KINDS} == dict.fromkeys(KINDS, expected)
     assert running.dead() == []
+    check_reports(pacs, {str(each.SOPInstanceUID) for each in images})
     log = path.with_suffix(".log").read_text()
     assert '"event": "committed"' in log
     for secret in (NAME, "Q-4711", "1.2.826", "2.25.", "19470229", "20240203", str(tmp_path)):
         assert secret not in log
+
+
+def check_reports(pacs: Pacs, images: set[str]) -> None:
+    """Check that each report of the study names the one before it, and that the last one has all results."""
+    made = {str(each.SOPInstanceUID): each for each in reports(pacs)}
+    [last] = made.keys() - {uid for each in made.values() for uid in predecessors(each)}
+    results = {str(each.SOPInstanceUID) for each in pacs.objects() if each.SeriesNumber < 9008}
+    assert references(made[last]) == results | images
+    chain = [last]
+    while earlier := predecessors(made[chain[-1]]):
+        assert references(made[earlier[0]]) < references(made[chain[-1]])
+        chain += earlier
+    assert sorted(chain) == sorted(made)
+    assert references(selections(pacs)[-1]) == images
 
 
 def test_log_has_only_json(tmp_path: Path, pacs: Pacs) -> None:

@@ -42,6 +42,7 @@ def test_set_up_with_orthanc(tmp_path: Path) -> None:
         "Orthanc reports the commitment",
         "the gateway drops its own results",
         "nothing is lost or stored twice after Orthanc was down and the gateway was killed",
+        "Orthanc has the report of the study and the flagged images",
         "STOW-RS stores the results, too",
     ]
     with PIL.Image.open(folder / "overlay.png") as overlay:

@@ -9,25 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from camserve.addresses import is_loopback, require_host_port
 from camserve.errors import InvalidArgument
-from camserve_dicom.derivation import DEFAULT_CHECK, check_metrics
-from camserve_dicom.pdf_report import require_fonts, require_packages
+from camserve_dicom.class_codes import ClassCode
+from camserve_dicom.gateway.rules import AETitle, ClassConfig, FlagConfig, Rule, StudyConfig, Table
+from camserve_dicom.pdf_report import require_fonts
 
 __all__ = ["Config", "ConfigError", "PacsConfig", "Rule", "ServerConfig", "TLSConfig", "read"]
 
 Address = Annotated[str, AfterValidator(require_host_port)]
 Positive = Annotated[int, Field(ge=1)]
-# VR AE: 1 to 16 characters without backslash, and without a space at either end (PS3.5 6.2).
-AETitle = Annotated[str, Field(pattern=r"^[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?$")]
-
-
-def _code_strings(value: Any) -> Any:
-    """Convert one value or a list of values to a list of upper-case values, as VR CS has them."""
-    values = [value] if isinstance(value, str) else value
-    return [each.strip().upper() if isinstance(each, str) else each for each in values]
 
 
 def _require_url(url: str) -> str:
@@ -37,18 +30,13 @@ def _require_url(url: str) -> str:
 
 
 Url = Annotated[str, Field(pattern="^https?://.+$"), AfterValidator(_require_url)]
-CodeStrings = Annotated[list[str], BeforeValidator(_code_strings), Field(min_length=1)]
 
 
 class ConfigError(ValueError):
     """An invalid configuration. The message has a line for each fault, which begins with the key."""
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class TLSConfig(_Table):
+class TLSConfig(Table):
     """The `[tls]` table: TLS of the listener, and of connections to a PACS with `tls = true`."""
 
     certificate: Annotated[Path, Field(description="A PEM file: the gateway's certificate and intermediate ones.")]
@@ -101,7 +89,7 @@ class _ListenerContext(ssl.SSLContext):
         return super().wrap_socket(*args, **kwargs | {"do_handshake_on_connect": False})
 
 
-class ServerConfig(_Table):
+class ServerConfig(Table):
     """The `[server]` table: the camserve server that explains images."""
 
     address: Annotated[str, Field(description="HOST:PORT.")] = "127.0.0.1:50051"
@@ -115,7 +103,7 @@ class ServerConfig(_Table):
     token_file: Annotated[Path | None, Field(description="A file with the bearer token.")] = None
 
 
-class PacsConfig(_Table):
+class PacsConfig(Table):
     """The `[pacs]` table: the PACS that stores results."""
 
     ae_title: Annotated[AETitle | None, Field(description="AE title of the PACS; required with `address`.")] = None
@@ -155,73 +143,7 @@ class PacsConfig(_Table):
         return self.commitment and self.stow_url is None
 
 
-class Rule(_Table):
-    """A `[[rules]]` table: conditions on an object, and how to explain it. The first matching rule applies."""
-
-    modality: Annotated[CodeStrings | None, Field(description="Condition: one or several values of Modality.")] = None
-    body_part: Annotated[CodeStrings | None, Field(description="Condition: values of Body Part Examined.")] = None
-    callers: Annotated[list[AETitle] | None, Field(min_length=1, description="Condition: AE titles of senders.")] = None
-    ignore: Annotated[bool, Field(description="Do not explain the object.")] = False
-    model: Annotated[str | None, Field(description="Name of the model. Default: the server's first model.")] = None
-    method: str = "poly-cam"
-    parameters: Annotated[dict[str, Any], Field(description="Parameters of the method.")] = {}
-    target: Annotated[int | str | None, Field(description="Class index or label. Default: the predicted class.")] = None
-    metrics: Annotated[list[str], Field(description="Metrics that score the map.")] = [
-        "insertion",
-        "deletion",
-        "average-gain",
-    ]
-    outputs: Annotated[list[Literal["sc", "sr", "esr", "pm", "seg", "gsps", "pdf"]], Field(min_length=1)] = ["sc", "sr"]
-    check: Annotated[
-        str, Field(description="Comparison of two metrics. If it fails, only a report is made. Empty for no check.")
-    ] = DEFAULT_CHECK
-    frame: Annotated[int, Field(ge=0, description="Frame of a multi-frame image, counted from 0.")] = 0
-    window: Annotated[
-        tuple[float, float] | None, Field(description="[centre, width] of the grey levels. Default: the header's.")
-    ] = None
-    regions: Annotated[
-        Literal["refuse", "crop", "ignore"], Field(description="What to do with ultrasound regions.")
-    ] = "refuse"
-    burned_in: Annotated[
-        Literal["refuse", "ignore"], Field(description="What to do if the header declares burned-in text.")
-    ] = "refuse"
-    non_image: Annotated[
-        Literal["refuse", "ignore"], Field(description="What to do with segmentations, doses and maps.")
-    ] = "refuse"
-
-    @model_validator(mode="after")
-    def _require_metrics_of_check(self) -> Self:
-        try:
-            missing = [name for name in check_metrics(self.check or None) if name not in self.metrics]
-        except InvalidArgument as error:
-            raise ValueError(f"check: {error.message.removeprefix('check ')}") from error
-        if "pdf" in self.outputs:
-            try:
-                require_packages()
-            except InvalidArgument as error:
-                raise ValueError(f"outputs: {error.message.removeprefix('outputs has ')}") from error
-        if missing:
-            raise ValueError(f"check: it needs the metric {missing[0]}; add it to metrics")
-        return self
-
-    def matches(self, modality: str, body_part: str, caller: str) -> bool:
-        """Return True if the object fulfils all conditions of the rule.
-
-        Args:
-            modality: Modality of the object, in upper case.
-            body_part: Body Part Examined of the object, in upper case.
-            caller: AE title of the sender.
-        """
-        conditions = ((self.modality, modality), (self.body_part, body_part), (self.callers, caller))
-        return all(allowed is None or value in allowed for allowed, value in conditions)
-
-    def explain_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of `camserve_dicom.explain`."""
-        arguments = self.model_dump(exclude={"modality", "body_part", "callers", "ignore"})
-        return arguments | {"check": self.check or None}
-
-
-class Config(_Table):
+class Config(Table):
     """The configuration of the gateway. `docs/pacs.md` describes the keys."""
 
     spool: Annotated[Path, Field(description="The folder of objects in progress, which is created if necessary.")]
@@ -251,10 +173,15 @@ class Config(_Table):
     tls: TLSConfig | None = None
     server: ServerConfig = ServerConfig()
     pacs: PacsConfig
-    pdf_fonts: Annotated[list[Path], Field(description="Font files for characters that DejaVu Sans lacks.")] = []
-    rules: Annotated[list[Rule], Field(min_length=1, description="An object that no rule matches is ignored.")] = [
-        Rule()
-    ]
+    study: Annotated[StudyConfig | None, Field(description="Make a report of each study.")] = None
+    flags: Annotated[
+        tuple[FlagConfig, ...], Field(description="Conditions on images that a Key Object Selection names.")
+    ] = ()
+    classes: Annotated[tuple[ClassConfig, ...], Field(description="Codes of classes.")] = ()
+    pdf_fonts: Annotated[tuple[Path, ...], Field(description="Font files for characters that DejaVu Sans lacks.")] = ()
+    rules: Annotated[
+        tuple[Rule, ...], Field(min_length=1, description="An object that no rule matches is ignored.")
+    ] = (Rule(),)
 
     @model_validator(mode="after")
     def _require_tls_off_loopback(self) -> Self:
@@ -290,6 +217,21 @@ class Config(_Table):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    @model_validator(mode="after")
+    def _require_consistent_tables(self) -> Self:
+        if self.flags and self.study is None:
+            raise ValueError("flags: flagged images are selected when a study is complete; add [study]")
+        named = [(each.target, each.model) for each in self.classes]
+        for number, each in enumerate(named):
+            if each in named[:number]:
+                raise ValueError(f"classes.{number}.target: {each[0]!r} has a code already; remove one of the tables")
+        return self
+
+    @property
+    def class_codes(self) -> list[ClassCode]:
+        """The codes of classes, those of a certain model first."""
+        return sorted((each.class_code() for each in self.classes), key=lambda each: each.model is None)
 
     def rule(self, modality: str, body_part: str, caller: str) -> Rule | None:
         """Return the first rule that matches an object, or None if there is none or it ignores the object.
@@ -341,7 +283,7 @@ def read(path: Path) -> Config:
         for name, value in table:
             if isinstance(value, Path):
                 setattr(table, name, path.parent / value)
-    config.pdf_fonts = [path.parent / each for each in config.pdf_fonts]
+    config.pdf_fonts = tuple(path.parent / each for each in config.pdf_fonts)
     return config
 
 

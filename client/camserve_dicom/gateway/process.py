@@ -21,6 +21,7 @@ from camserve_dicom.gateway.pacs import DimsePacs, Pacs, StowPacs
 from camserve_dicom.gateway.receiver import Receiver
 from camserve_dicom.gateway.spool import Spool, Stage
 from camserve_dicom.gateway.steps import CommitmentStep, ExplanationStep, StorageStep, was_interrupted
+from camserve_dicom.gateway.studies import Studies, StudyReporter
 from camserve_dicom.gateway.workers import StageWorkers, move_to_dead
 
 __all__ = ["Gateway", "run"]
@@ -78,13 +79,15 @@ class Gateway:
         self._audit = Audit(config.spool / "audit.jsonl", self._registry)
         self._client = _connect(config.server)
         commitment = CommitmentStep(config, self._spool, self._audit)
-        self._receiver = Receiver(config, self._spool, self._audit, commitment.handle_report)
+        self._studies = Studies(config, self._spool)
+        self._receiver = Receiver(config, self._spool, self._audit, commitment.handle_report, self._studies)
         pacs: Pacs
         if config.pacs.stow_url is None:
             pacs = commitment.pacs = DimsePacs(config, self._receiver.commitment_report)
         else:
             pacs = StowPacs(config.pacs)
-        explanation = ExplanationStep(config, self._spool, self._audit, self._client)
+        explanation = ExplanationStep(config, self._spool, self._audit, self._client, self._studies)
+        self._reporter = StudyReporter(config, self._spool, self._audit, self._studies)
         storage = StorageStep(config, self._spool, self._audit, pacs)
         self._workers = [
             StageWorkers(self._spool, Stage.inbox, explanation, self._audit, config.workers, was_interrupted),
@@ -113,6 +116,7 @@ class Gateway:
             addresses.append(f"monitored on {self._monitor.address}")
         for workers in self._workers:
             workers.start()
+        self._reporter.start()
         return ", ".join(addresses)
 
     def close(self) -> None:
@@ -120,8 +124,9 @@ class Gateway:
         self._receiver.close()
         for workers in self._workers:
             workers.stop()
+        self._reporter.stop()
         deadline = time.monotonic() + self._config.grace_s
-        for thread in [thread for workers in self._workers for thread in workers.threads if thread.ident]:
+        for thread in self._threads():
             thread.join(max(0.0, deadline - time.monotonic()))
         self._client.close()  # cancels explanations that still run
         if self._monitor is not None:
@@ -129,8 +134,12 @@ class Gateway:
         self._spool.close()
 
     def clean_up(self) -> None:
-        """Move entries older than retention_h to `dead`, and delete entries that were in `dead` for as long."""
+        """Move entries older than retention_h to `dead`, and delete studies and entries in `dead` of this age."""
         oldest = time.time() - self._config.retention_h * 3600
+        try:
+            self._studies.clean_up(oldest)
+        except OSError as error:
+            log.info("studies not cleaned up", errno=error.errno)
         for stage in Stage:
             for entry, changed in self._spool.entries_with_times(stage):
                 if changed > oldest:
@@ -144,6 +153,11 @@ class Gateway:
                 except OSError as error:  # a step moved the entry at the same time
                     log.info("entry not cleaned up", object=entry.name, errno=error.errno)
 
+    def _threads(self) -> list[threading.Thread]:
+        """Return the threads that were started."""
+        threads = [thread for workers in self._workers for thread in workers.threads]
+        return [thread for thread in (*threads, self._reporter.thread) if thread.ident]
+
     def _problems(self) -> list[str]:
         """Return a text for each condition that keeps the gateway from working."""
         problems = []
@@ -153,7 +167,7 @@ class Gateway:
             problems.append("too many objects wait")
         if self._receiver.listener is not None and self._receiver.listener.is_saturated:
             problems.append("max_associations associations are open")
-        if not all(thread.is_alive() for workers in self._workers for thread in workers.threads):
+        if not all(thread.is_alive() for thread in self._threads()):
             problems.append("a thread has ended")
         return problems
 

@@ -40,6 +40,7 @@ from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config, ConfigError
 from camserve_dicom.gateway.listener import REQUEST_TIMEOUT_S, Listener
 from camserve_dicom.gateway.spool import Spool, Stage
+from camserve_dicom.gateway.studies import Studies
 from camserve_dicom.object_classes import kind_of_non_image
 
 __all__ = ["Receiver", "modality_and_body_part"]
@@ -82,6 +83,7 @@ INFLATE_CHUNK_BYTES = 1 << 20
 _HEADER = [
     "SOPClassUID",
     "SOPInstanceUID",
+    "StudyInstanceUID",
     "ImageType",
     "PresentationIntentType",
     "Modality",
@@ -103,6 +105,7 @@ class Receiver:
         handle_report: Processes a commitment report. It is called with the Transaction UID, the SOP Instance UIDs that
             the PACS is committed to, and failure reasons by SOP Instance UID. It returns False for an unknown
             transaction.
+        studies: The studies, which record received images.
 
     Attributes:
         listener: The listener between `open` and `close`, otherwise None.
@@ -114,8 +117,9 @@ class Receiver:
         spool: Spool,
         audit: Audit,
         handle_report: Callable[[str, list[str], dict[str, int]], bool],
+        studies: Studies,
     ) -> None:
-        self._config, self._spool, self._audit = config, spool, audit
+        self._config, self._spool, self._audit, self._studies = config, spool, audit, studies
         self._handle_report = handle_report
         self._ae = AE(config.ae_title)
         self._ae.require_called_aet = True
@@ -245,6 +249,7 @@ class Receiver:
                 log.warning("spool is full", queue=queue_full)
                 return OUT_OF_RESOURCES
             self._audit.write("received", object=name, peer=caller, bytes=len(part10))
+            self._studies.add_received(str(header.get("StudyInstanceUID") or ""), name)
             entry = json.dumps({"caller": caller}).encode()
             if self._spool.add(name, {"source.dcm": part10, "entry.json": entry}):
                 return SUCCESS

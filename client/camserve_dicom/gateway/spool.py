@@ -5,6 +5,9 @@
     outbox/    explained objects: results/ has results to store, sent/ has stored ones
     stored/    objects whose results are all stored and wait for storage commitment
     dead/      objects that failed permanently; reason.json gives the reason
+    studies/   what is known of the images of each study, see `studies.Studies`
+
+The report of a study is an entry, too. It begins in outbox/.
 
 An entry changes its stage by one rename, after all files that it depends on are on the disk. If the process is killed,
 each entry is complete and in one stage, and its current step is repeated.
@@ -27,7 +30,11 @@ from typing import Any
 
 from camserve_dicom.gateway.config import ConfigError
 
-__all__ = ["Spool", "Stage", "move_file", "read_json", "write_file"]
+__all__ = ["STUDY_FILE", "Spool", "Stage", "move_file", "read_json", "write_file"]
+
+
+STUDY_FILE = "study.json"
+"""File of an entry that is the report of a study. Other entries have source.dcm."""
 
 
 class Stage(Enum):
@@ -50,6 +57,7 @@ class Spool:
 
     Attributes:
         root: The folder of the spool.
+        studies: The folder of studies.
         arrived: An event for each stage, which is set when an entry arrives there.
     """
 
@@ -57,13 +65,14 @@ class Spool:
         self.root = root
         self.arrived = {stage: threading.Event() for stage in Stage}
         self._incoming = root / "incoming"
+        self.studies = root / "studies"
         # Held while an entry is renamed, so that no object is in two stages.
         self._renaming = threading.RLock()
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if root.stat().st_mode & 0o077:
                 raise ConfigError(f"spool: other users can access {root}; run chmod 0700 on it")
-            for each in (self._incoming, *map(self.folder, Stage)):
+            for each in (self._incoming, self.studies, *map(self.folder, Stage)):
                 each.mkdir(mode=0o700, exist_ok=True)
             self._lock = _lock_file(root / "lock")
             self._key = self._read_or_create_key()
@@ -106,39 +115,42 @@ class Spool:
         """Return the free space on the disk of the spool."""
         return shutil.disk_usage(self.root).free
 
-    def add(self, name: str, files: Mapping[str, bytes]) -> bool:
-        """Add an entry to the inbox, and wait until it is on the disk.
+    def add(self, name: str, files: Mapping[str, bytes], stage: Stage = Stage.inbox) -> bool:
+        """Add an entry to a stage, and wait until it is on the disk.
 
         Args:
             name: Name of the entry.
-            files: File names and contents.
+            files: Paths in the entry and contents.
+            stage: The stage.
 
         Returns:
             False if the object is in progress already.
 
         Raises:
-            OSError: If the entry cannot be written. The inbox has no part of it then.
+            OSError: If the entry cannot be written. The stage has no part of it then.
         """
         if self._is_in_progress(name):
-            _sync(self.folder(Stage.inbox))  # the thread that added it may not have synchronised it yet
+            _sync(self.folder(stage))  # the thread that added it may not have synchronised it yet
             return False
         new = self._temporary_path(name)
         try:
             new.mkdir(mode=0o700)
             for file, data in files.items():
+                (new / file).parent.mkdir(mode=0o700, exist_ok=True)
                 _write(new / file, data)
-            _sync(new)
+            for folder in {(new / file).parent for file in files} | {new}:
+                _sync(folder)
             with self._renaming:
                 added = not self._is_in_progress(name)  # another association may have sent the object at the same time
                 if added:
-                    new.rename(self.folder(Stage.inbox) / name)
+                    new.rename(self.folder(stage) / name)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
         if not added:
             shutil.rmtree(new, ignore_errors=True)
-        _sync(self.folder(Stage.inbox))
-        self.arrived[Stage.inbox].set()
+        _sync(self.folder(stage))
+        self.arrived[stage].set()
         return added
 
     def _is_in_progress(self, name: str) -> bool:
@@ -248,7 +260,7 @@ def _sync(folder: Path) -> None:
 
 def _change_time(entry: Path) -> float | None:
     """Return the time when the entry failed or was received, in seconds of Unix time; None if it does not exist."""
-    for file in ("reason.json", "source.dcm"):
+    for file in ("reason.json", "source.dcm", STUDY_FILE):
         try:
             return min((entry / file).stat().st_mtime, time.time())
         except (FileNotFoundError, NotADirectoryError):

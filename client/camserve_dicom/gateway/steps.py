@@ -6,13 +6,12 @@ A step may be repeated, because the process may be killed at any time.
 from __future__ import annotations
 
 import hashlib
-import io
 import shutil
 import threading
 import time
 from pathlib import Path
 
-from pydicom import Dataset, dcmread
+from pydicom import dcmread
 from pydicom.uid import generate_uid
 
 from camserve import errors
@@ -23,6 +22,7 @@ from camserve_dicom.gateway.config import Config
 from camserve_dicom.gateway.pacs import DimsePacs, Pacs, sop_reference
 from camserve_dicom.gateway.receiver import modality_and_body_part
 from camserve_dicom.gateway.spool import Spool, Stage, move_file, read_json, write_file
+from camserve_dicom.gateway.studies import Studies, file_bytes
 from camserve_dicom.gateway.workers import PermanentFailure, TemporaryFailure
 
 __all__ = ["CommitmentStep", "ExplanationStep", "StorageStep", "was_interrupted"]
@@ -52,8 +52,9 @@ _TEMPORARY_ERRORS = (
 class ExplanationStep:
     """Explains the object of an entry, and moves the entry from inbox to outbox."""
 
-    def __init__(self, config: Config, spool: Spool, audit: Audit, client: Client) -> None:
+    def __init__(self, config: Config, spool: Spool, audit: Audit, client: Client, studies: Studies) -> None:
         self._config, self._spool, self._audit, self._client = config, spool, audit, client
+        self._studies = studies
 
     def __call__(self, entry: Path) -> None:
         """Explain the object.
@@ -86,7 +87,13 @@ class ExplanationStep:
             return
         started = time.monotonic()
         try:
-            made = explain(self._client, source, pdf_fonts=self._config.pdf_fonts, **rule.explain_arguments())
+            made = explain(
+                self._client,
+                source,
+                pdf_fonts=self._config.pdf_fonts,
+                class_codes=self._config.class_codes,
+                **rule.explain_arguments(),
+            )
         except _TEMPORARY_ERRORS as error:
             raise TemporaryFailure(type(error).__name__, error.retry_after_s) from error
         except errors.ResourceExhausted as error:
@@ -105,7 +112,8 @@ class ExplanationStep:
         seconds = round(time.monotonic() - started, 3)
         shutil.rmtree(entry / "results", ignore_errors=True)  # an interrupted attempt may have left some
         for kind, each in made.objects.items():
-            write_file(entry / "results" / f"{kind}.dcm", _file_bytes(each))
+            write_file(entry / "results" / f"{kind}.dcm", file_bytes(each))
+        self._studies.add_explained(entry.name, made)
         self._audit.write(
             "withheld" if made.withheld else "explained",
             object=entry.name,
@@ -272,10 +280,3 @@ class CommitmentStep:
             move_file(file, entry / "results" / file.name)
         (entry / "transaction.json").unlink(missing_ok=True)
         self._spool.move(entry, Stage.outbox)
-
-
-def _file_bytes(dataset: Dataset) -> bytes:
-    """Return a dataset as a DICOM file."""
-    file = io.BytesIO()
-    dataset.save_as(file, enforce_file_format=True)
-    return file.getvalue()
