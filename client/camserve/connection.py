@@ -58,7 +58,7 @@ log = logging.getLogger("camserve")
 # Part of gRPC's message if Watch was refused, or its connection was lost. If Watch reports that the server is not
 # ready, the message is another one.
 WATCH_FAILED = "health check call failed"
-# gRPC's message if a stream ended without a status.
+# Start of gRPC's message if a stream ended without a status.
 STREAM_REMOVED = "Stream removed"
 RETRY_DELAYS_S = (0.1, 0.4, 1.6)
 # Seconds that the client waits for a response of Watch, to find out whether it is refused.
@@ -240,7 +240,7 @@ class Connection:
         status is UNKNOWN instead, which gRPC must not repeat, because a proxy also refuses calls with it (HTTP 413).
         """
         assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
-        removed = error.details() == STREAM_REMOVED and not request_id_of(error.initial_metadata())
+        removed = (error.details() or "").startswith(STREAM_REMOVED) and not request_id_of(error.initial_metadata())
         if removed and (delay_s := next(delays_s, None)):
             time.sleep(delay_s)
         elif not self._without_watch(channels, error):
