@@ -12,7 +12,7 @@ import grpc from "@grpc/grpc-js";
 import protoLoader from "@grpc/proto-loader";
 
 const at = (path) => fileURLToPath(new URL(path, import.meta.url));
-const types = protoLoader.loadSync(["camserve/v1/explain.proto", at("google_rpc.proto")], {
+const types = protoLoader.loadSync(["camserve/v1/explain.proto", at("../google_rpc.proto")], {
   includeDirs: [at("../../proto")],
   keepCase: true, // keep the field names of the .proto files
   longs: Number,
