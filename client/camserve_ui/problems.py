@@ -91,7 +91,9 @@ def _field(name: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:].rstrip('. ')}." if text else ""
+    """Return the text with a capital letter, unless it begins with a name such as poly-cam, and with a full stop."""
+    begins_with_word = re.match(r"[a-z]+[ ,]", text) is not None
+    return f"{text[:1].upper() if begins_with_word else text[:1]}{text[1:].rstrip('. ')}." if text else ""
 
 
 def _explain(error: CamserveError) -> tuple[str, str]:

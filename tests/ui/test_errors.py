@@ -13,7 +13,7 @@ import pytest
 import trustme
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 from pydicom import Dataset
 
 from camserve.v1 import explain_pb2 as pb
@@ -61,7 +61,7 @@ REQUEST = error_details_pb2.RequestInfo(request_id="r-17")
         (
             abort(CODE.INVALID_ARGUMENT, "poly-cam takes at least 4 rows", field("budget")),
             "#budget-problem",
-            ["The limit of rows is too small.", "Poly-cam takes at least 4 rows."],
+            ["The limit of rows is too small.", "poly-cam takes at least 4 rows."],
         ),
         (
             abort(CODE.INVALID_ARGUMENT, "the image cannot be read", field("image.encoded")),
@@ -98,6 +98,25 @@ def test_errors_are_shown_in_plain_words_beside_their_field(
         expect(problem).to_contain_text(text)
     expect(problem).to_have_attribute("role", "alert")
     fake_tab.status("Finished; 1 of 1 methods failed.")
+
+
+def test_models_are_described_after_the_server_has_loaded_them(browser: Browser, fake: Fake) -> None:
+    page = browser.new_context().new_page()
+    answers = []
+
+    def waiting_at_first(route: Route) -> None:
+        [model] = route.fetch().json()
+        answers.append(model if answers else {**model, "state": "waiting", "classes": 0, "labels": []})
+        route.fulfill(json=answers[-1:])
+
+    page.route("**/api/models", waiting_at_first)
+    page.goto(fake.ui.url)
+    expect(page.locator("#model-facts")).to_have_text("The server loads this model at the first request.")
+    tab = Visit(page)
+    tab.example()
+    tab.explain("fake-cam")
+    expect(page.locator("#model-facts")).to_contain_text("3 classes")
+    page.context.close()
 
 
 def test_form_errors_need_no_request(fake: Fake, fake_tab: Visit) -> None:

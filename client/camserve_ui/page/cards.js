@@ -1,7 +1,7 @@
 // The results: one card for each method, and the table that compares them.
 
 import { chart } from "./curves.js";
-import { byId, className, make, number, percent, showList, showProblem } from "./dom.js";
+import { byId, className, isInForm, make, number, percent, rowCount, showList, showProblem } from "./dom.js";
 import * as maps from "./maps.js";
 import { Problem, decodeMap, stream } from "./requests.js";
 
@@ -51,7 +51,7 @@ export class Card {
     const bar = this.find("progress");
     bar.setAttribute("aria-label", `Progress of ${this.method.title}`);
     if (total) bar.value = done / total;
-    this.find(".stage").textContent = `${number(done)} of ${number(total)} rows, ${stage}`;
+    this.find(".stage").textContent = `${number(done)} of ${rowCount(total)}, ${stage}`;
   }
 
   addLevel({ index, count, layer, map }) {
@@ -103,7 +103,8 @@ export class Card {
 
   fail(problem) {
     this.find(".progress").hidden = true;
-    showProblem(this.find(".problem"), problem);
+    const shown = isInForm(problem) ? { ...problem, detail: "", remedy: "The form says more." } : problem;
+    showProblem(this.find(".problem"), shown);
     this.announce(`${this.method.title}: ${problem.title}`);
   }
 
@@ -125,7 +126,7 @@ export class Card {
     this.find(".stop").hidden = false;
     try {
       for await (const event of stream(path, fields, parts, controller.signal)) {
-        if (event.event === "progress") outcome.textContent = `${text}: ${number(event.done)} of ${number(event.total)} rows`;
+        if (event.event === "progress") outcome.textContent = `${text}: ${number(event.done)} of ${rowCount(event.total)}`;
         else if (event.event === "problem") throw new Problem(event.problem);
         else if (event.event !== "level") use(event);
       }
@@ -153,7 +154,7 @@ export class Card {
       );
       this.find(".curves").replaceChildren(chart(scores), make("ul", { className: "key" }, ...legend));
       this.find(".curves").hidden = false;
-      this.find(".outcome").textContent = `Measured with ${number(cost.rows)} rows.`;
+      this.find(".outcome").textContent = `Measured with ${rowCount(cost.rows)}.`;
       this.announce(`${this.method.title}: insertion ${scores.insertion.value.toFixed(3)}, deletion ${scores.deletion.value.toFixed(3)}.`);
       compare();
     });

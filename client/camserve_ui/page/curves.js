@@ -1,7 +1,7 @@
 // A chart of the insertion and the deletion curve.
 
 const SVG = "http://www.w3.org/2000/svg";
-const [LEFT, TOP, WIDTH, HEIGHT] = [34, 8, 250, 120];
+const [LEFT, TOP, WIDTH, HEIGHT] = [30, 8, 185, 105];
 
 function element(name, attributes, text = "") {
   const made = document.createElementNS(SVG, name);

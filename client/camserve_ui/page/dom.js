@@ -16,6 +16,7 @@ export function showList(list, texts) {
 }
 
 export const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+export const rowCount = (rows) => `${number(rows)} row${rows === 1 ? "" : "s"}`;
 export const number = (value) => value.toLocaleString("en");
 export const className = ({ index, label }) => (label ? `${label} (${index})` : `class ${index}`);
 
@@ -26,7 +27,8 @@ export function showProblem(element, problem, choose = () => {}) {
     button.addEventListener("click", () => choose(options));
     return button;
   });
-  const request = problem.request ? `Request id: ${problem.request}` : "";
+  // The operator of the server needs the id, but not for a field that the user can correct.
+  const request = problem.request && !problem.field ? `Request id: ${problem.request}` : "";
   element.replaceChildren(
     make("strong", { textContent: problem.title }),
     ...[problem.detail, problem.remedy, request].filter(Boolean).map((text) => make("p", { textContent: text })),
@@ -39,6 +41,8 @@ export function showProblem(element, problem, choose = () => {}) {
 const FIELDS = ["image", "frame", "model", "target", "methods", "budget", "seed"];
 const control = (field) =>
   field === "target" && byId("target").value === "other" ? byId("class") : field === "methods" ? byId("methods").querySelector("input") : byId(field);
+
+export const isInForm = ({ field }) => FIELDS.includes(field) && field !== "methods";
 
 // Show a problem next to the field that it belongs to, otherwise below the form.
 export function showInForm(problem, choose) {

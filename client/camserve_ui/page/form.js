@@ -1,6 +1,6 @@
 // The fields of the form: models, methods and classes that the server offers.
 
-import { byId, className, clearProblem, make, number, percent, showInForm, showList } from "./dom.js";
+import { byId, className, clearProblem, make, number, percent, rowCount, showInForm, showList } from "./dom.js";
 import { Problem, get } from "./requests.js";
 
 // The methods that are shown first, and those that are selected at the start.
@@ -62,7 +62,7 @@ function checkbox({ name, title, summary, rows }, selected) {
   const input = make("input", { type: "checkbox", name: "method", value: name, id: `method-${name}`, checked: selected.has(name) });
   const description = make("small", { id: `summary-${name}`, textContent: summary });
   input.setAttribute("aria-describedby", description.id);
-  const cost = make("span", { className: "rows", textContent: rows ? `${number(rows)} rows` : "" });
+  const cost = make("span", { className: "rows", textContent: rows ? rowCount(rows) : "" });
   return make("div", { className: "method" }, input, make("label", { htmlFor: input.id }, title), cost, description);
 }
 

@@ -1,7 +1,7 @@
 // The page: loads images, sends requests, and stays connected to the server.
 
 import { Card, cancelCards, compare, measureAll, showCards } from "./cards.js";
-import { byId, clearProblem, clearProblems, make, showInForm, showList } from "./dom.js";
+import { byId, clearProblem, clearProblems, isInForm, make, showInForm, showList } from "./dom.js";
 import * as form from "./form.js";
 import * as maps from "./maps.js";
 import { Problem, bytes, get, stream, upload } from "./requests.js";
@@ -195,7 +195,7 @@ async function explain() {
       }
       if (event.event === "problem") {
         failures += 1;
-        if (["image", "model", "target", "budget", "seed"].includes(event.problem.field)) showInForm(event.problem);
+        if (isInForm(event.problem)) showInForm(event.problem);
         if (event.problem.unavailable) connect();
         else if (event.problem.field === "model") form.loadModels().catch(() => {});
       }
