@@ -102,7 +102,7 @@ def test_errors_are_shown_in_plain_words_beside_their_field(
 
 def test_models_are_described_after_the_server_has_loaded_them(browser: Browser, fake: Fake) -> None:
     page = browser.new_context().new_page()
-    answers = []
+    answers: list[dict[str, Any]] = []
 
     def waiting_at_first(route: Route) -> None:
         [model] = route.fetch().json()
