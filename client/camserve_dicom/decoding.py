@@ -77,8 +77,11 @@ def decode_frame(dataset: Dataset, frame: int) -> NDArray[Any]:
             return pixel_array(dataset, index=frame)
     except DicomError:
         raise
-    except Exception as error:
-        raise _decoding_error(dataset, syntax, error) from error
+    except BaseException as error:
+        # pylibjpeg-rle is written in Rust. If it fails, it raises PanicException, which is not an Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise _decoding_error(dataset, syntax, error) from error
+        raise
 
 
 def _decode_with_imagecodecs(dataset: Dataset, frame: int, syntax: UID) -> NDArray[Any]:
@@ -111,7 +114,7 @@ def truncated() -> DicomError:
     return DicomError("the object is truncated: it ends before the end of its pixels", "TRUNCATED")
 
 
-def _decoding_error(dataset: Dataset, syntax: UID, error: Exception) -> DicomError:
+def _decoding_error(dataset: Dataset, syntax: UID, error: BaseException) -> DicomError:
     """Return the DicomError for an exception of pydicom's decoders."""
     text = str(error)
     if isinstance(error, AttributeError) or "required element" in text or "missing required" in text:

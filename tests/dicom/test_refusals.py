@@ -15,7 +15,7 @@ import pydicom
 import pytest
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import UID, JPEGExtended12Bit, MediaStorageDirectoryStorage
 
 import camserve_dicom as dicom
@@ -218,6 +218,17 @@ def test_corrupt_jpeg(syntax: str) -> None:
         with pytest.raises(DicomError, match="corrupt or truncated") as wrong:
             dicom.read(compressed(SMOOTH, [data], syntax, **TWELVE_BITS))
         assert wrong.value.reason == "UNREADABLE_PIXELS"
+
+
+def test_corrupt_rle() -> None:
+    """The decoder, which is written in Rust, raises an exception that is not an Exception."""
+    source = pydicom.dcmread(stored("MR_small_RLE.dcm"))
+    frame = bytearray(get_frame(source.PixelData, 0, number_of_frames=1))
+    frame[8] ^= 0x7F  # the offset of the second segment
+    source.PixelData = encapsulate([bytes(frame)])
+    with pytest.raises(DicomError, match="cannot be decoded") as refused:
+        dicom.read(source)
+    assert refused.value.reason == "UNREADABLE_PIXELS"
 
 
 def test_missing_decoder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
