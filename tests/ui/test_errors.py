@@ -193,6 +193,17 @@ def test_cancel_ends_scores_and_replays(fake: Fake, fake_tab: Visit, button: str
     expect(fake_tab.page.locator(".card .outcome")).to_have_text("Cancelled.")
 
 
+def test_another_image_ends_the_calls_for_the_previous_one(fake: Fake, fake_tab: Visit) -> None:
+    fake_tab.example()
+    fake_tab.explain("opti-cam")
+    blocked = Blocked(fake.servicer)
+    fake_tab.page.get_by_role("button", name="Replay: Opti-CAM").click()
+    assert blocked.started.wait(WAIT_S)
+    fake_tab.page.get_by_role("button", name="coffee").click()
+    assert blocked.cancelled.wait(WAIT_S)
+    expect(fake_tab.page.locator(".card")).to_have_count(1)
+
+
 def test_closing_the_tab_ends_its_calls(browser: Browser, fake: Fake) -> None:
     tab = visit(browser, fake.ui.url)
     tab.example()

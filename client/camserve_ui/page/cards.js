@@ -187,16 +187,23 @@ export class Card {
 
 let cards = [];
 
-// Replace all cards. The first one shows the image itself.
-export function showCards(image, made) {
+// Remove all cards, and cancel their requests.
+export function removeCards() {
   for (const card of cards) card.abort();
   maps.forgetAll();
+  cards = [];
+  byId("cards").replaceChildren();
+  compare();
+}
+
+// Replace all cards. The first one shows the image itself.
+export function showCards(image, made) {
+  removeCards();
   cards = made;
   const picture = make("div", { className: "picture" }, make("img", { src: image.url, alt: "The image" }));
   picture.style.aspectRatio = `${image.width} / ${image.height}`;
   const original = make("article", { className: "card" }, make("h3", { textContent: "Original" }), picture, make("p", { className: "hint", textContent: `${image.name}, ${image.width} × ${image.height} pixels` }));
   byId("cards").replaceChildren(original, ...cards.map((card) => card.element));
-  compare();
 }
 
 export function cancelCards() {

@@ -1,6 +1,6 @@
 // The page: loads images, sends requests, and stays connected to the server.
 
-import { Card, cancelCards, compare, measureAll, showCards } from "./cards.js";
+import { Card, cancelCards, compare, measureAll, removeCards, showCards } from "./cards.js";
 import { byId, clearProblem, clearProblems, isInForm, make, showInForm, showList } from "./dom.js";
 import * as form from "./form.js";
 import * as maps from "./maps.js";
@@ -112,8 +112,7 @@ function forgetImage() {
   image = null;
   for (const id of ["loaded", "image-notes", "image-warnings", "frame-field"]) byId(id).hidden = true;
   byId("view").hidden = true;
-  byId("cards").replaceChildren();
-  byId("comparison").hidden = true;
+  removeCards();
   form.showPredictions([]);
 }
 
