@@ -157,6 +157,37 @@ def test_report_counts_images_that_could_not_be_explained(gateway: OpenGateway, 
     assert "Images of the study that could not be explained: 1." in texts(report)
 
 
+def test_study_is_complete_with_the_expected_number(gateway: OpenGateway, pacs: Pacs) -> None:
+    with gateway(study=NEVER | {"expected_images": 2}) as running:
+        assert send(running.address, image(0)) == [0]
+        wait_until(lambda: running.events().count("committed") == 1 and running.idle())
+        assert "study reported" not in running.events()
+        assert send(running.address, image(1)) == [0]
+        wait_for_reports(running, 1)
+        assert send(running.address, image(2)) == [0]
+        wait_for_reports(running, 2)
+    first, second = reports(pacs)
+    assert "Images of the study in this report: 2." in texts(first)
+    assert predecessors(second) == [first.SOPInstanceUID]
+
+
+def test_report_says_how_many_images_were_left_out(gateway: OpenGateway, pacs: Pacs) -> None:
+    rules = [{"modality": "DX", "ignore": True}, RULE]
+    images = [image(number) for number in range(4)]
+    with gateway(study=STUDY | {"max_images": 2}, rules=rules) as running:
+        assert send(running.address, image(8, Modality="DX"), *images, images[3], images[0]) == [0] * 7
+        wait_for_reports(running, 1)
+        dropped = [line["reason"] for line in running.audit() if line["event"] == "dropped"]
+    assert dropped.count("the study has max_images") == 3
+    assert dropped.count("no rule") == 1
+    [report] = reports(pacs)
+    said = texts(report)
+    assert "Images of the study in this report: 2." in said
+    assert "Images of the study that were left out, because at most 2 of a study are explained: 2." in said
+    assert "Images of the study that no rule selects: 1." in said
+    assert {str(each.SOPInstanceUID) for each in images[:2]} < references(report)
+
+
 def test_codes_of_the_configuration(gateway: OpenGateway, pacs: Pacs) -> None:
     classes = [
         {"target": index, "code": "404684003", "scheme": "SCT", "meaning": "Clinical finding"} for index in range(10)
@@ -208,6 +239,8 @@ def test_failed_report_is_logged_without_header_values(
             "[study]\n[[flags]]\nmin_probability = 2\n",
             "flags.0.min_probability: Input should be less than or equal to 1",
         ),
+        ("[study]\nexpected_images = 3\nmax_images = 2\n", "study.expected_images: 3 is more than max_images, 2"),
+        ("[study]\nmax_images = 0\n", "study.max_images: Input should be greater than or equal to 1"),
         ("[study]\nquiet_s = 0\n", "study.quiet_s: Input should be greater than 0"),
         ('[study]\nreport = "pdf"\n', "study.report: Input should be 'sr' or 'esr'"),
         (

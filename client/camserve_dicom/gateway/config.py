@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydicom import Dataset
 
 from camserve.addresses import is_loopback, require_host_port
 from camserve.errors import InvalidArgument
 from camserve_dicom.class_codes import ClassCode
-from camserve_dicom.gateway.rules import AETitle, ClassConfig, FlagConfig, Rule, StudyConfig, Table
+from camserve_dicom.gateway.rules import AETitle, ClassConfig, FlagConfig, ImageAttributes, Rule, StudyConfig, Table
 from camserve_dicom.pdf_report import require_fonts
 
 __all__ = ["Config", "ConfigError", "PacsConfig", "Rule", "ServerConfig", "TLSConfig", "read"]
@@ -233,15 +234,15 @@ class Config(Table):
         """The codes of classes, those of a certain model first."""
         return sorted((each.class_code() for each in self.classes), key=lambda each: each.model is None)
 
-    def rule(self, modality: str, body_part: str, caller: str) -> Rule | None:
+    def rule(self, header: Dataset, caller: str) -> Rule | None:
         """Return the first rule that matches an object, or None if there is none or it ignores the object.
 
         Args:
-            modality: Modality of the object, in upper case.
-            body_part: Body Part Examined of the object, in upper case.
+            header: The header of the object, with at least the elements `rules.COMPARED`.
             caller: AE title of the sender.
         """
-        found = next((rule for rule in self.rules if rule.matches(modality, body_part, caller)), None)
+        image = ImageAttributes.of(header)
+        found = next((rule for rule in self.rules if rule.matches(image, caller)), None)
         return None if found is None or found.ignore else found
 
     def check_files(self) -> None:

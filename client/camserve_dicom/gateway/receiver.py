@@ -39,11 +39,12 @@ from camserve_dicom.decoding import JPEG_PROGRESSIVE, JPEG_XL
 from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config, ConfigError
 from camserve_dicom.gateway.listener import REQUEST_TIMEOUT_S, Listener
+from camserve_dicom.gateway.rules import COMPARED
 from camserve_dicom.gateway.spool import Spool, Stage
 from camserve_dicom.gateway.studies import Studies
 from camserve_dicom.object_classes import kind_of_non_image
 
-__all__ = ["Receiver", "modality_and_body_part"]
+__all__ = ["Receiver"]
 
 log = structlog.get_logger()
 
@@ -55,6 +56,8 @@ OUT_OF_RESOURCES = 0xA700
 DATASET_MISMATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 
+# Reason in the audit trail for an image that no rule selects.
+NOT_SELECTED = "no rule"
 # Transfer syntaxes that can be decoded, in the order of preference: a sender may convert the pixels to one of them.
 _TRANSFER_SYNTAXES = [
     ExplicitVRLittleEndian,
@@ -86,9 +89,7 @@ _HEADER = [
     "StudyInstanceUID",
     "ImageType",
     "PresentationIntentType",
-    "Modality",
-    "BodyPartExamined",
-    "Rows",
+    *COMPARED,
     "SegmentSequence",
     "Manufacturer",
     "ContributingEquipmentSequence",
@@ -242,18 +243,23 @@ class Receiver:
     def _add_to_spool(self, header: Dataset, part10: bytes, caller: str) -> int:
         """Add an object to the inbox, or drop it. Return the status of C-STORE."""
         name = self._spool.entry_name(str(header.SOPInstanceUID))
+        study_uid = str(header.get("StudyInstanceUID") or "")
         drop_reason = self._drop_reason(header, caller)
+        if drop_reason == NOT_SELECTED:
+            self._studies.add_not_selected(study_uid, name)
         if drop_reason is None:
             queue_full = self._spool.count(Stage.inbox) >= self._config.max_waiting
             if queue_full or self._spool.free_bytes() < self._config.min_free_bytes + len(part10):
                 log.warning("spool is full", queue=queue_full)
                 return OUT_OF_RESOURCES
             self._audit.write("received", object=name, peer=caller, bytes=len(part10))
-            self._studies.add_received(str(header.get("StudyInstanceUID") or ""), name)
             entry = json.dumps({"caller": caller}).encode()
-            if self._spool.add(name, {"source.dcm": part10, "entry.json": entry}):
+            if not self._studies.add_received(study_uid, name):
+                drop_reason = "the study has max_images"
+            elif self._spool.add(name, {"source.dcm": part10, "entry.json": entry}):
                 return SUCCESS
-            drop_reason = "in progress already"
+            else:
+                drop_reason = "in progress already"
         self._audit.write("dropped", object=name, peer=caller, reason=drop_reason)
         return SUCCESS
 
@@ -262,7 +268,7 @@ class Receiver:
         equipment = [header, *header.get("ContributingEquipmentSequence", [])]
         if any(each.get("Manufacturer") == "camserve" for each in equipment):
             return "own"
-        rule = self._config.rule(*modality_and_body_part(header), caller)
+        rule = self._config.rule(header, caller)
         accepts_all = rule is not None and rule.non_image == "ignore"
         if "Rows" not in header or (kind_of_non_image(header) and not accepts_all):
             return "no image"
@@ -271,7 +277,7 @@ class Receiver:
         if [*header.get("ImageType", [])][:2] == ["DERIVED", "SECONDARY"]:
             return "derived"
         if rule is None:
-            return "no rule"
+            return NOT_SELECTED
         return None
 
     def commitment_report(self, event: evt.Event) -> int:
@@ -291,12 +297,6 @@ class Receiver:
         }
         accepted = self._handle_report(str(report.get("TransactionUID", "")), committed, failed)
         return SUCCESS if accepted else INVALID_ARGUMENT_VALUE
-
-
-def modality_and_body_part(header: Dataset) -> tuple[str, str]:
-    """Return Modality and Body Part Examined in upper case, as rules compare them."""
-    modality, body_part = (str(header.get(key) or "").strip().upper() for key in ("Modality", "BodyPartExamined"))
-    return modality, body_part
 
 
 def _calling_ae_title(event: evt.Event) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydicom import Dataset
 
 from camserve.errors import InvalidArgument
 from camserve_dicom.class_codes import ClassCode
 from camserve_dicom.derivation import DEFAULT_CHECK, check_metrics
 from camserve_dicom.pdf_report import require_packages
+from camserve_dicom.source_header import readable_element
 from camserve_dicom.study_report import Flag
 
-__all__ = ["AETitle", "ClassConfig", "FlagConfig", "Rule", "StudyConfig", "Table"]
+__all__ = ["COMPARED", "AETitle", "ClassConfig", "FlagConfig", "ImageAttributes", "Rule", "StudyConfig", "Table"]
 
 # VR AE: 1 to 16 characters without backslash, and without a space at either end (PS3.5 6.2).
 AETitle = Annotated[str, Field(pattern=r"^[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?$")]
@@ -27,6 +31,74 @@ def _code_strings(value: Any) -> Any:
 CodeStrings = Annotated[list[str], BeforeValidator(_code_strings), Field(min_length=1)]
 
 
+Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+_CONDITIONS = ("modality", "body_part", "callers", "view", "laterality", "series_description", "min_size", "max_size")
+
+
+COMPARED = (
+    "Modality",
+    "BodyPartExamined",
+    "ViewPosition",
+    "ViewCodeSequence",
+    "ImageLaterality",
+    "Laterality",
+    "SeriesDescription",
+    "Rows",
+    "Columns",
+)
+"""Keywords of the attributes that rules compare."""
+
+
+@dataclass(frozen=True)
+class ImageAttributes:
+    """Attributes of an image that rules compare. Texts are in upper case.
+
+    Attributes:
+        modality: Modality.
+        body_part: Body Part Examined.
+        views: View Position, and codes and meanings of View Code Sequence.
+        laterality: Image Laterality or Laterality.
+        series_description: Series Description.
+        rows: Rows; 0 if unknown.
+        columns: Columns; 0 if unknown.
+    """
+
+    modality: str
+    body_part: str
+    views: tuple[str, ...]
+    laterality: str
+    series_description: str
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, header: Dataset) -> ImageAttributes:
+        """Return the attributes of a header, which has at least the elements `COMPARED`."""
+        codes = header.get("ViewCodeSequence") or []
+        return cls(
+            modality=_upper(header, "Modality"),
+            body_part=_upper(header, "BodyPartExamined"),
+            views=(
+                _upper(header, "ViewPosition"),
+                *(_upper(each, name) for each in codes for name in ("CodeValue", "CodeMeaning")),
+            ),
+            laterality=_upper(header, "ImageLaterality") or _upper(header, "Laterality"),
+            series_description=_upper(header, "SeriesDescription"),
+            rows=_length(header, "Rows"),
+            columns=_length(header, "Columns"),
+        )
+
+
+def _upper(header: Dataset, name: str) -> str:
+    element = readable_element(header, name)
+    return "" if element is None or element.value is None else str(element.value).strip().upper()
+
+
+def _length(header: Dataset, name: str) -> int:
+    text = _upper(header, name)
+    return int(text) if text.isdecimal() else 0
+
+
 class Table(BaseModel):
     """A table of the configuration, which has no further keys."""
 
@@ -39,6 +111,18 @@ class Rule(Table):
     modality: Annotated[CodeStrings | None, Field(description="Condition: one or several values of Modality.")] = None
     body_part: Annotated[CodeStrings | None, Field(description="Condition: values of Body Part Examined.")] = None
     callers: Annotated[list[AETitle] | None, Field(min_length=1, description="Condition: AE titles of senders.")] = None
+    view: Annotated[
+        CodeStrings | None, Field(description="Condition: View Position, or code or meaning of the view.")
+    ] = None
+    laterality: Annotated[
+        Annotated[list[Literal["R", "L", "B", "U"]], BeforeValidator(_code_strings)] | None,
+        Field(description="Condition: Image Laterality or Laterality."),
+    ] = None
+    series_description: Annotated[
+        CodeStrings | None, Field(description="Condition: patterns of Series Description with * and ?.")
+    ] = None
+    min_size: Annotated[Size | None, Field(description="Condition: least [rows, columns].")] = None
+    max_size: Annotated[Size | None, Field(description="Condition: most [rows, columns].")] = None
     ignore: Annotated[bool, Field(description="Do not explain the object.")] = False
     model: Annotated[str | None, Field(description="Name of the model. Default: the server's first model.")] = None
     method: str = "poly-cam"
@@ -82,20 +166,34 @@ class Rule(Table):
             raise ValueError(f"check: it needs the metric {missing[0]}; add it to metrics")
         return self
 
-    def matches(self, modality: str, body_part: str, caller: str) -> bool:
-        """Return True if the object fulfils all conditions of the rule.
+    def matches(self, image: ImageAttributes, caller: str) -> bool:
+        """Return True if an image fulfils all conditions of the rule.
 
         Args:
-            modality: Modality of the object, in upper case.
-            body_part: Body Part Examined of the object, in upper case.
+            image: Attributes of the image.
             caller: AE title of the sender.
         """
-        conditions = ((self.modality, modality), (self.body_part, body_part), (self.callers, caller))
-        return all(allowed is None or value in allowed for allowed, value in conditions)
+        values = (
+            (self.modality, {image.modality}),
+            (self.body_part, {image.body_part}),
+            (self.view, {*image.views}),
+            (self.laterality, {image.laterality}),
+            (self.callers, {caller}),
+        )
+        size = (image.rows, image.columns)
+        return (
+            all(allowed is None or not found.isdisjoint(allowed) for allowed, found in values)
+            and (
+                self.series_description is None
+                or any(fnmatchcase(image.series_description, each) for each in self.series_description)
+            )
+            and all(least <= length for least, length in zip(self.min_size or (), size, strict=False))
+            and all(length <= most for most, length in zip(self.max_size or (), size, strict=False))
+        )
 
     def explain_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `camserve_dicom.explain`."""
-        arguments = self.model_dump(exclude={"modality", "body_part", "callers", "ignore"})
+        arguments = self.model_dump(exclude={*_CONDITIONS, "ignore"})
         return arguments | {"check": self.check or None}
 
 
@@ -108,6 +206,22 @@ class StudyConfig(Table):
     quiet_s: Annotated[
         float, Field(gt=0, description="Seconds without a new image after which a study is complete.")
     ] = 300.0
+    expected_images: Annotated[
+        int | None,
+        Field(ge=1, description="Number of explained images after which a study is complete without waiting."),
+    ] = None
+    max_images: Annotated[
+        int | None, Field(ge=1, description="Maximum number of images of a study that are explained.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _require_reachable_number(self) -> Self:
+        if self.expected_images and self.max_images and self.expected_images > self.max_images:
+            raise ValueError(
+                f"expected_images: {self.expected_images} is more than max_images, {self.max_images}, so it is never "
+                "reached; lower it, or raise max_images"
+            )
+        return self
 
 
 class FlagConfig(Table):

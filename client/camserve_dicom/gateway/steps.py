@@ -20,7 +20,6 @@ from camserve_dicom.explaining import explain
 from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config
 from camserve_dicom.gateway.pacs import DimsePacs, Pacs, sop_reference
-from camserve_dicom.gateway.receiver import modality_and_body_part
 from camserve_dicom.gateway.spool import Spool, Stage, move_file, read_json, write_file
 from camserve_dicom.gateway.studies import Studies, file_bytes
 from camserve_dicom.gateway.workers import PermanentFailure, TemporaryFailure
@@ -80,7 +79,7 @@ class ExplanationStep:
     def _explain(self, entry: Path) -> None:
         source = entry / "source.dcm"
         header = dcmread(source, stop_before_pixels=True)
-        rule = self._config.rule(*modality_and_body_part(header), read_json(entry / "entry.json").get("caller", ""))
+        rule = self._config.rule(header, read_json(entry / "entry.json").get("caller", ""))
         if rule is None:  # the configuration changed after the object was received
             self._audit.write("dropped", object=entry.name, reason="no rule")
             self._spool.remove(entry)

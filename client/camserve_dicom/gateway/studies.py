@@ -3,6 +3,8 @@
 The spool has a folder for each study, which is named by a hash of its UID:
 
     images/       a file for each image: "received" before it is explained, and what the report says about it afterwards
+    left_out/     an empty file for each image that was left out because the study had `max_images`
+    not_selected/ an empty file for each image that no rule selects
     header.dcm    attributes of patient and study
     reports.json  the reports that were made. A report is recorded before its entry is added to outbox, so that the same
                   report is made again if the process is killed in between.
@@ -13,7 +15,7 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ __all__ = ["Studies", "StudyReporter", "file_bytes"]
 
 log = structlog.get_logger()
 
+_FOLDERS = ("images", "left_out", "not_selected")
+
 
 class Studies:
     """The folders of studies.
@@ -44,19 +48,43 @@ class Studies:
         self._config, self._spool = config.study, spool
         self._lock = threading.Lock()
 
-    def add_received(self, study_uid: str, entry: str) -> None:
+    def add_received(self, study_uid: str, entry: str) -> bool:
         """Record an image before it is added to the inbox.
 
         Args:
             study_uid: Study Instance UID. An image without one is not recorded, because it cannot be explained.
+            entry: Name of the image in the spool.
+
+        Returns:
+            False if the image is left out, because the study has `max_images` already.
+        """
+        if self._config is None or not study_uid:
+            return True
+        with self._lock:
+            path = self._image_path(study_uid, entry)
+            if path.exists():  # the image is sent again
+                return True
+            limit = self._config.max_images
+            if limit is not None and _count(path.parent) >= limit:
+                _write_mark(path.parent.parent / "left_out" / entry)
+                return False
+            write_file(path, {"state": "received"})
+            (path.parent.parent / "not_selected" / entry).unlink(missing_ok=True)  # the rules have changed
+            return True
+
+    def add_not_selected(self, study_uid: str, entry: str) -> None:
+        """Record an image that no rule selects.
+
+        Args:
+            study_uid: Study Instance UID.
             entry: Name of the image in the spool.
         """
         if self._config is None or not study_uid:
             return
         with self._lock:
             path = self._image_path(study_uid, entry)
-            if not path.exists():  # the image may be sent again
-                write_file(path, {"state": "received"})
+            if not path.exists():
+                _write_mark(path.parent.parent / "not_selected" / entry)
 
     def add_explained(self, entry: str, made: DicomExplanation) -> None:
         """Record an explanation before its entry moves to outbox.
@@ -88,11 +116,10 @@ class Studies:
 
     def _dated_folders(self) -> Iterator[tuple[Path, float]]:
         for folder in sorted(self._spool.studies.iterdir()):
-            try:
-                # Each record is renamed into the folder, which changes its time.
-                yield folder, min((folder / "images").stat().st_mtime, time.time())
-            except FileNotFoundError:  # the process was killed before it recorded an image
-                continue
+            # Each record is renamed into a folder, which changes the time of the folder.
+            times = [time_of for name in _FOLDERS if (time_of := _change_time(folder / name)) is not None]
+            # Without a record, the process was killed before it wrote one.
+            yield folder, min(max(times, default=folder.stat().st_mtime), time.time())
 
     def clean_up(self, oldest: float) -> None:
         """Delete the folders of studies without a new image since a Unix time in seconds."""
@@ -105,8 +132,9 @@ class Studies:
 class StudyReporter:
     """Thread that makes the report of each complete study.
 
-    A study is complete when no image has been recorded for `quiet_s`, and all results of its images are stored or have
-    failed. If further images are explained later, another report follows, which names the earlier one as predecessor.
+    A study is complete when no image has been recorded for `quiet_s`, or when `expected_images` are explained; and when
+    all results of its images are stored or have failed. If further images are explained later, another report follows,
+    which names the earlier one as predecessor.
 
     Args:
         config: The configuration.
@@ -170,14 +198,39 @@ class StudyReporter:
         reports = list(read_json(folder / "reports.json").get("reports", []))
         if reports and not reports[-1]["added"]:  # the process was killed before it had added the entry
             self._add(folder, reports)
-        if time.time() - changed < self._config.study.quiet_s or self._is_in_progress(folder):
+        is_quiet = time.time() - changed >= self._config.study.quiet_s
+        if (not is_quiet and self._config.study.expected_images is None) or self._is_in_progress(folder):
             return False
         images = {path.stem: read_json(path) for path in sorted((folder / "images").glob("*.json"))}
+        if not is_quiet and not self._has_expected(images):
+            return False
         explained = {name: each["image"] for name, each in images.items() if each["state"] == "explained"}
         if explained and not (reports and reports[-1]["results"] == _result_uids(explained)):
-            reports.append({"images": [*explained], "texts": _counts(images), "added": False})
+            reports.append({"images": [*explained], "texts": self._counts(folder, images), "added": False})
             self._add(folder, reports)
         return True
+
+    def _has_expected(self, images: Mapping[str, Any]) -> bool:
+        """Return True if `expected_images` are explained. An image may be recorded that is not in the inbox yet."""
+        assert self._config.study is not None
+        expected = self._config.study.expected_images
+        states = [each["state"] for each in images.values()]
+        return expected is not None and states.count("explained") >= expected and "received" not in states
+
+    def _counts(self, folder: Path, images: Mapping[str, Any]) -> list[str]:
+        """Return texts with the numbers of images."""
+        assert self._config.study is not None
+        states = [each["state"] for each in images.values()]
+        limit = self._config.study.max_images
+        numbers = {
+            "that could not be explained": states.count("received"),
+            f"that were left out, because at most {limit} of a study are explained": _count(folder / "left_out"),
+            "that no rule selects": _count(folder / "not_selected"),
+        }
+        return [
+            f"Images of the study in this report: {states.count('explained')}.",
+            *(f"Images of the study {text}: {number}." for text, number in numbers.items() if number),
+        ]
 
     def _is_in_progress(self, folder: Path) -> bool:
         """Return True if an image of the study is not explained yet, or its results are not stored yet."""
@@ -225,13 +278,23 @@ def _result_uids(records: dict[str, Any]) -> list[str]:
     return sorted(result["sop_instance"] for each in records.values() for result in each["results"])
 
 
-def _counts(images: dict[str, Any]) -> list[str]:
-    """Return texts with the number of images by state."""
-    states = [each["state"] for each in images.values()]
-    texts = [f"Images of the study in this report: {states.count('explained')}."]
-    if failed := states.count("received"):
-        texts.append(f"Images of the study that could not be explained: {failed}.")
-    return texts
+def _count(folder: Path) -> int:
+    """Return the number of records in a folder; 0 if it does not exist. Files that are being written do not count."""
+    return sum(1 for path in folder.glob("*") if not path.name.startswith("."))
+
+
+def _write_mark(path: Path) -> None:
+    """Create an empty file, unless it exists."""
+    if not path.exists():
+        write_file(path, b"")
+
+
+def _change_time(folder: Path) -> float | None:
+    """Return the time of the last change of a folder, in seconds of Unix time; None if it does not exist."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def file_bytes(dataset: Dataset) -> bytes:
