@@ -117,8 +117,7 @@ async def _serve(
         models = ModelRepository()
         models.update(Explainer(settings.name, client, settings.model))
         dataplane = Dataplane(models, lambda: _is_ready(channel))
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        listener = socket.create_server((settings.host, settings.http_port), family=family, backlog=2048)
+        listener = _listener(settings)
         grpc_server, grpc_port = _grpc_server(dataplane, settings)
         await grpc_server.start()
         # log_config=None keeps the configuration of the SDK.
@@ -141,6 +140,18 @@ class _HttpServer(uvicorn.Server):
         await asyncio.gather(super().shutdown(sockets), self._grpc_server.stop(GRACE_S))
 
 
+def _listener(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.http_port), family=family, backlog=2048)
+    except OSError as error:
+        raise _not_available(settings.host, settings.http_port, error) from error
+
+
+def _not_available(host: str, port: int, error: Exception) -> OSError:
+    return OSError(f"cannot listen on port {port} of {host}: {error}; pass a free port, or another --host")
+
+
 def _grpc_server(dataplane: Dataplane, settings: Settings) -> tuple[grpc.aio.Server, int]:
     limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
     server = grpc.aio.server(
@@ -151,7 +162,7 @@ def _grpc_server(dataplane: Dataplane, settings: Settings) -> tuple[grpc.aio.Ser
     try:
         return server, server.add_insecure_port(f"{host}:{settings.grpc_port}")
     except RuntimeError as error:
-        raise OSError(f"port {settings.grpc_port} of {host} is not available: {error}") from error
+        raise _not_available(settings.host, settings.grpc_port, error) from error
 
 
 def _application(dataplane: Dataplane, settings: Settings) -> RequestGuard:

@@ -436,6 +436,15 @@ def test_a_stopped_process_finishes_its_requests(tiny: Server, tmp_path: Path) -
         assert process.process.wait(LIMIT_S) == 0
 
 
+@pytest.mark.parametrize("option", ["--http_port", "--grpc_port"])
+def test_port_in_use_is_named(option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = str(used.getsockname()[1])
+        ran = completed([*CAMSERVE, "kserve", "--http_port", "0", "--grpc_port", "0", option, port])
+    assert ran.returncode == 1
+    assert f"error: cannot listen on port {port} of 127.0.0.1: " in ran.stderr
+
+
 def test_plaintext_for_other_machines_needs_an_option() -> None:
     ran = completed([*CAMSERVE, "kserve", "--host", "0.0.0.0"])
     assert ran.returncode == 2
