@@ -105,6 +105,7 @@ class Pacs:
         objects_by_uid: The first file of each object, by SOP Instance UID.
         stores: SOP Instance UIDs in the order of the C-STORE requests.
         requests: Transaction UIDs of the commitment requests.
+        answers: Statuses of the gateway's responses to the reports; None without a response.
         before: Called with each received object. If it returns a failure, the object is not stored.
         commits: How commitment requests are answered: "same", a report in the same association; "anew", a report in a
             new association to `gateway`; "failed", a report that all objects failed; "later", a report when
@@ -119,6 +120,7 @@ class Pacs:
         self.objects_by_uid: dict[str, bytes] = {}
         self.stores: list[str] = []
         self.requests: list[str] = []
+        self.answers: list[int | None] = []
         self.before: Callable[[Dataset], int | None] = lambda dataset: None
         self.commits = "same"
         self.reporter, self.selects_role = "PACS", True
@@ -227,15 +229,15 @@ class Pacs:
             self._send_report(association, report)
             association.release()
 
-    @staticmethod
-    def _send_report(association: Any, report: Dataset) -> None:
+    def _send_report(self, association: Any, report: Dataset) -> None:
         with contextlib.suppress(RuntimeError):  # the gateway may have been killed
-            association.send_n_event_report(
+            response, _ = association.send_n_event_report(
                 report,
                 2 if "FailedSOPSequence" in report else 1,
                 StorageCommitmentPushModel,
                 StorageCommitmentPushModelInstance,
             )
+            self.answers.append(response.get("Status"))
 
 
 @contextmanager

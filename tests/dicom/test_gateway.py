@@ -57,6 +57,8 @@ def test_results_are_stored_and_committed(gateway: OpenGateway, pacs: Pacs, comm
         assert send(running.address, image(0), image(1)) == [0, 0]
         wait_until(lambda: running.events().count("committed") == 2)
         wait_until(running.idle)
+        wait_until(lambda: len(pacs.answers) == 2)
+        assert pacs.answers == [0x0000, 0x0000]
         assert len(pacs.objects_by_uid) == len(pacs.stores) == len(pacs.requests) == 2
         sources = {each.SourceImageSequence[0].ReferencedSOPInstanceUID for each in pacs.objects()}
         assert sources == {image(0).SOPInstanceUID, image(1).SOPInstanceUID}
@@ -77,6 +79,10 @@ def test_commitment_report_of_another_ae_title(gateway: OpenGateway, pacs: Pacs,
         assert send(running.address, image()) == [0]
         wait_until(lambda: "committed" in running.events())
         assert send(running.address, image(1), calling="ARCHIVE") == [0x0124], "it may only report commitments"
+        pacs.report_now("1.2.3")
+        pacs.reporter = "MODALITY"
+        pacs.report_now("1.2.3")
+        assert pacs.answers == [0x0000, 0x0115, 0x0124], "an unknown transaction, and a caller that must not report"
 
 
 @pytest.mark.slow

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import secrets
 import socket
-import ssl
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
 import structlog
 from pydicom import dcmread
@@ -26,6 +23,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 
 from camserve.addresses import split_host_port
 from camserve_dicom.gateway.config import Config, PacsConfig
+from camserve_dicom.gateway.http_post import HttpDestination, Response
 from camserve_dicom.gateway.workers import PermanentFailure, TemporaryFailure
 
 __all__ = ["DimsePacs", "Pacs", "StowPacs", "check_storage_status", "sop_reference"]
@@ -61,10 +59,11 @@ class DimsePacs:
 
     Args:
         config: The configuration, whose `pacs` has an address and an AE title.
-        on_commitment_report: Handler of N-EVENT-REPORT requests in associations of this class. It returns a status.
+        on_commitment_report: Handler of N-EVENT-REPORT requests in associations of this class. It returns a status and
+            no event reply.
     """
 
-    def __init__(self, config: Config, on_commitment_report: Callable[[evt.Event], int]) -> None:
+    def __init__(self, config: Config, on_commitment_report: Callable[[evt.Event], tuple[int, None]]) -> None:
         assert config.pacs.address is not None and config.pacs.ae_title is not None
         host, port = split_host_port(config.pacs.address)
         self._host, self._port, self._ae_title = host, int(port), config.pacs.ae_title
@@ -210,19 +209,17 @@ class StowPacs:
 
     def __init__(self, pacs: PacsConfig) -> None:
         assert pacs.stow_url is not None
-        self._url = urlsplit(pacs.stow_url)
-        self._timeout_s = pacs.timeout_s
-        self._context = ssl.create_default_context(cafile=pacs.stow_ca) if self._url.scheme == "https" else None
-        self._authorization = pacs.stow_authorization_file
+        self._http = HttpDestination(pacs.stow_url, pacs.stow_ca, pacs.stow_authorization_file, pacs.timeout_s)
 
     def store(self, files: Sequence[Path], on_stored: Callable[[Path, int], None]) -> None:
         """Store files in one request, see `Pacs.store`."""
-        status, body = self._post(files)
-        if status in (401, 403, 408, 429) or status >= 500:  # an operator may renew credentials that have expired
+        response = self._post(files)
+        status = response.status
+        if response.is_temporary:
             raise TemporaryFailure(f"HTTP {status}")
         if status not in (200, 202, 409):
             raise PermanentFailure(f"HTTP {status}")
-        statuses = _parse_statuses(body)
+        statuses = _parse_statuses(response.body)
         if status != 200 and not statuses:
             raise PermanentFailure(f"HTTP {status}; the archive gave no reason")
         failure: Exception | None = None
@@ -237,8 +234,8 @@ class StowPacs:
         if failure is not None:
             raise failure
 
-    def _post(self, files: Sequence[Path]) -> tuple[int, bytes]:
-        """Send the files as they are, and return the HTTP status and the body of the response."""
+    def _post(self, files: Sequence[Path]) -> Response:
+        """Send the files as they are."""
         boundary = secrets.token_hex(16)
         parts = [
             f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode() + file.read_bytes() + b"\r\n"
@@ -248,24 +245,7 @@ class StowPacs:
             "Content-Type": f'multipart/related; type="application/dicom"; boundary={boundary}',
             "Accept": "application/dicom+json",
         }
-        if self._authorization is not None:
-            headers["Authorization"] = self._authorization.read_text().strip()
-        host, port = self._url.hostname or "", self._url.port
-        connection = (
-            http.client.HTTPConnection(host, port, timeout=self._timeout_s)
-            if self._context is None
-            else http.client.HTTPSConnection(host, port, timeout=self._timeout_s, context=self._context)
-        )
-        try:
-            connection.request(
-                "POST", self._url.path or "/", b"".join([*parts, f"--{boundary}--\r\n".encode()]), headers
-            )
-            response = connection.getresponse()
-            return response.status, response.read()
-        except (OSError, socket.gaierror, http.client.HTTPException) as error:
-            raise TemporaryFailure("no connection to the PACS") from error
-        finally:
-            connection.close()
+        return self._http.post(b"".join([*parts, f"--{boundary}--\r\n".encode()]), headers)
 
 
 def _parse_statuses(body: bytes) -> dict[str, int]:

@@ -280,15 +280,15 @@ class Receiver:
             return NOT_SELECTED
         return None
 
-    def commitment_report(self, event: evt.Event) -> int:
+    def commitment_report(self, event: evt.Event) -> tuple[int, None]:
         """Handle an N-EVENT-REPORT request of the PACS in any association.
 
         Returns:
-            The status of the response.
+            The status of the response, which has no event reply.
         """
         peer = event.assoc.requestor if event.assoc.is_acceptor else event.assoc.acceptor
         if peer.ae_title.strip() not in self._config.pacs.commitment_ae_titles:
-            return NOT_AUTHORISED
+            return NOT_AUTHORISED, None
         report = event.event_information
         committed = [str(item.ReferencedSOPInstanceUID) for item in report.get("ReferencedSOPSequence", [])]
         failed = {
@@ -296,7 +296,7 @@ class Receiver:
             for item in report.get("FailedSOPSequence", [])
         }
         accepted = self._handle_report(str(report.get("TransactionUID", "")), committed, failed)
-        return SUCCESS if accepted else INVALID_ARGUMENT_VALUE
+        return SUCCESS if accepted else INVALID_ARGUMENT_VALUE, None
 
 
 def _calling_ae_title(event: evt.Event) -> str:
