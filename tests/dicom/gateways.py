@@ -78,7 +78,7 @@ class Spooled:
 
     def idle(self) -> bool:
         """Return True if there is nothing to do."""
-        return not any(self.entries(stage) for stage in ("inbox", "outbox", "stored"))
+        return not any(self.entries(stage) for stage in ("inbox", "outbox", "stored", "notify"))
 
     def dead(self) -> list[dict[str, Any]]:
         """Return the content of reason.json of each entry that failed permanently."""

@@ -11,6 +11,7 @@ import trustme
 from pydantic import BaseModel
 
 from camserve_dicom.gateway.config import Config, ConfigError, PacsConfig, ServerConfig, TLSConfig, read
+from camserve_dicom.gateway.notification_config import Notification
 from camserve_dicom.gateway.rules import ClassConfig, FlagConfig, Rule, StudyConfig
 from tests.processes import CAMSERVE, ROOT, completed
 
@@ -28,6 +29,11 @@ PAGE = (ROOT / "docs" / "pacs.md").read_text(encoding="utf-8")
 def stow(url: str) -> tuple[str, str]:
     """Return the change of MINIMAL that stores results at a DICOMweb URL."""
     return 'address = "127.0.0.1:104"', f'stow_url = "{url}"'
+
+
+def notified(lines: str) -> tuple[str, str]:
+    """Return the change that adds a notification with these lines."""
+    return "[pacs]", f'[[notifications]]\nname = "ris"\n{lines}\n[pacs]'
 
 
 def check(path: Path) -> subprocess.CompletedProcess[str]:
@@ -81,6 +87,22 @@ def test_check_option_shows_the_configuration_and_writes_nothing(tmp_path: Path)
         (("[pacs]", '[[rules]]\noutputs = ["jpeg"]\n[pacs]'), "rules.0.outputs.0: "),
         (("[pacs]", '[[rules]]\ncheck = "nonsense"\n[pacs]'), "rules.0.check: is 'nonsense'; expected a comparison"),
         (("[pacs]", '[[rules]]\ncheck = "road>0"\n[pacs]'), "rules.0.check: it needs the metric road"),
+        (notified(""), "notifications.0.url: expected either url or mllp"),
+        (notified('url = "http://127.0.0.1:1/"\ntls = true'), "notifications.0.tls: it does not apply to url"),
+        (notified('mllp = "127.0.0.1:1"\nca = "ca.pem"'), "notifications.0.ca: it does not apply to mllp"),
+        (notified('mllp = "ris.example.org:1"'), "notifications.0.mllp: ris.example.org:1 is not a loopback address"),
+        (notified('url = "http://ris.example.org/"'), "notifications.0.url: ris.example.org is not a loopback address"),
+        (notified('mllp = "127.0.0.1:1"\ntls = true'), "notifications.0.tls: it needs the files of [tls]"),
+        (notified('url = "https://127.0.0.1:1/"\nca = "none.pem"'), "notifications.0.ca: "),
+        (notified('url = "http://127.0.0.1:1/"\nattributes = ["PatientId"]'), "attributes: 'PatientId' is not the key"),
+        (notified('url = "http://127.0.0.1:1/"\nattributes = ["PixelData"]'), "attributes: 'PixelData' is not the key"),
+        (notified('mllp = "127.0.0.1:1"\nattributes = ["Modality"]'), "attributes: an HL7 message has no place for "),
+        (notified('mllp = "127.0.0.1:1"\nattributes = ["PatientSex"]'), "attributes: HL7 requires PatientID with "),
+        (notified('mllp = "127.0.0.1:1"\nsending_facility = "a^b"'), "notifications.0.sending_facility: String should"),
+        (
+            notified('mllp = "127.0.0.1:1"\n[[notifications]]\nname = "ris"\nmllp = "127.0.0.1:2"'),
+            "notifications: two of them have the name 'ris'",
+        ),
         (("[pacs]", "[pacs"), "gateway.toml: "),
     ],
 )
@@ -123,7 +145,7 @@ def test_tls_errors_name_the_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [Config, TLSConfig, ServerConfig, PacsConfig, Rule, StudyConfig, FlagConfig, ClassConfig]
+    "kind", [Config, TLSConfig, ServerConfig, PacsConfig, Rule, StudyConfig, FlagConfig, ClassConfig, Notification]
 )
 def test_every_key_is_documented_with_its_default(kind: type[BaseModel]) -> None:
     for name, field in kind.model_fields.items():

@@ -7,6 +7,7 @@ import random
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from pydicom import Dataset, dcmread
 from camserve_server.service.server import Server
 from tests.dicom.gateways import command, forked
 from tests.dicom.pacs import NAME, Pacs, free_port, image, send, wait_until
+from tests.dicom.receivers import Webhook, webhook
 from tests.dicom.samples import stored
 from tests.dicom.test_gateway_studies import predecessors, reports, selections
 from tests.dicom.test_study_report import references
@@ -65,8 +67,9 @@ def write_config(
     parameters: str = "{}",
     commitment_timeout_s: float = 3600,
     quiet_s: float = 3600,
+    hook: str | None = None,
 ) -> Path:
-    """Write the configuration of a gateway with a fixed port, which the PACS reports to."""
+    """Write the configuration of a gateway with a fixed port, which the PACS reports to, and perhaps a webhook."""
     pacs.gateway = f"127.0.0.1:{free_port()}"
     path = folder / "gateway.toml"
     path.write_text(
@@ -79,8 +82,16 @@ def write_config(
             commitment_timeout_s=commitment_timeout_s,
             quiet_s=quiet_s,
         )
+        + (f'[[notifications]]\nname = "ris"\nurl = "{hook}"\n' if hook else "")
     )
     return path
+
+
+@pytest.fixture
+def hook() -> Iterator[Webhook]:
+    """Run a webhook."""
+    with webhook() as running:
+        yield running
 
 
 def sources(pacs: Pacs, modality: str) -> list[str]:
@@ -218,11 +229,39 @@ def test_kill_while_a_study_is_reported(tmp_path: Path, tiny: Server, pacs: Pacs
     assert len(pacs.objects_by_uid) == 2 * len(KINDS) + 2
 
 
+def test_kill_while_the_webhook_responds(tmp_path: Path, tiny: Server, pacs: Pacs, hook: Webhook) -> None:
+    """A message whose response is lost is sent again with the same identifier and content."""
+    called, killed = threading.Event(), threading.Event()
+
+    def wait_for_kill() -> tuple[int, dict[str, str]]:
+        called.set()
+        killed.wait(LIMIT_S)
+        return 200, {}
+
+    hook.status = wait_for_kill
+    path, spool = write_config(tmp_path, tiny.address, pacs, hook=hook.url), tmp_path / "spool"
+    with forked(path, spool) as running:
+        assert send(running.address, image()) == [0]
+        assert called.wait(LIMIT_S)
+        running.kill()
+        running.wait()
+        killed.set()
+    with forked(path, spool) as running:
+        wait_until(lambda: "notified" in running.events() and running.idle())
+    first, second = hook.requests
+    assert first == second
+    assert len(pacs.stores) == len(KINDS)
+
+
 @pytest.mark.slow
-def test_kill_at_random_times(tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
-    """The gateway is killed four times while a modality sends images, and sends again those without a response."""
+def test_kill_at_random_times(tmp_path: Path, tiny: Server, pacs: Pacs, hook: Webhook) -> None:
+    """The gateway is killed four times while a modality sends images, and sends again those without a response.
+
+    The webhook is told about each image. It gets the same message if it is told again.
+    """
     images = [image(number) for number in range(8)]
-    path, spool = write_config(tmp_path, tiny.address, pacs, commitment_timeout_s=0.5, quiet_s=0.4), tmp_path / "spool"
+    path = write_config(tmp_path, tiny.address, pacs, commitment_timeout_s=0.5, quiet_s=0.4, hook=hook.url)
+    spool = tmp_path / "spool"
     rng, unsent = random.Random(7), [*images]
 
     def modality() -> None:
@@ -249,6 +288,10 @@ def test_kill_at_random_times(tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
     assert {kind: sources(pacs, kind) for kind in KINDS} == dict.fromkeys(KINDS, expected)
     assert running.dead() == []
     check_reports(pacs, {str(each.SOPInstanceUID) for each in images})
+    messages = {json.dumps(message) for _, message in hook.requests}
+    results = {each["sop_instance_uid"] for message in messages for each in json.loads(message)["results"]}
+    assert results == {str(each.SOPInstanceUID) for each in pacs.objects() if each.SeriesNumber < 9008}
+    assert len({json.loads(message)["id"] for message in messages}) == len(images)
     log = path.with_suffix(".log").read_text()
     assert '"event": "committed"' in log
     for secret in (NAME, "Q-4711", "1.2.826", "2.25.", "19470229", "20240203", str(tmp_path)):

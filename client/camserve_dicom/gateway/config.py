@@ -9,28 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydicom import Dataset
 
-from camserve.addresses import is_loopback, require_host_port
+from camserve.addresses import is_loopback
 from camserve.errors import InvalidArgument
 from camserve_dicom.class_codes import ClassCode
+from camserve_dicom.gateway.config_types import Address, Url
+from camserve_dicom.gateway.notification_config import Notification
 from camserve_dicom.gateway.rules import AETitle, ClassConfig, FlagConfig, ImageAttributes, Rule, StudyConfig, Table
 from camserve_dicom.pdf_report import require_fonts
 
 __all__ = ["Config", "ConfigError", "PacsConfig", "Rule", "ServerConfig", "TLSConfig", "read"]
 
-Address = Annotated[str, AfterValidator(require_host_port)]
 Positive = Annotated[int, Field(ge=1)]
-
-
-def _require_url(url: str) -> str:
-    """Return the URL unchanged if it can be parsed; urlsplit raises ValueError otherwise."""
-    _ = urlsplit(url).port
-    return url
-
-
-Url = Annotated[str, Field(pattern="^https?://.+$"), AfterValidator(_require_url)]
 
 
 class ConfigError(ValueError):
@@ -174,6 +166,9 @@ class Config(Table):
     tls: TLSConfig | None = None
     server: ServerConfig = ServerConfig()
     pacs: PacsConfig
+    notifications: Annotated[
+        tuple[Notification, ...], Field(description="Systems that get a message about results.")
+    ] = ()
     study: Annotated[StudyConfig | None, Field(description="Make a report of each study.")] = None
     flags: Annotated[
         tuple[FlagConfig, ...], Field(description="Conditions on images that a Key Object Selection names.")
@@ -190,13 +185,14 @@ class Config(Table):
         faults = []
         if self.pacs.tls and self.tls is None:
             faults.append("pacs.tls: it needs the files of [tls]; add this table")
-        server, stow_url = self.server, urlsplit(self.pacs.stow_url or "")
+        names = [each.name for each in self.notifications]
+        faults += [f"notifications: two of them have the name {name!r}" for name in {*names} if names.count(name) > 1]
+        server = self.server
         plaintext = {
             "listen": None if self.tls else self.listen,
             "pacs.address": None if self.pacs.tls else self.pacs.address,
             "server.address": None if server.tls or server.ca or server.certificate else server.address,
-            # Only the host: a user name may precede it, as in http://localhost@pacs.example.
-            "pacs.stow_url": stow_url.hostname or "" if stow_url.scheme == "http" else None,
+            "pacs.stow_url": _plaintext_host(self.pacs.stow_url),
         }
         remedies = {
             "listen": "add [tls], listen on 127.0.0.1",
@@ -204,6 +200,15 @@ class Config(Table):
             "server.address": "set server.tls = true or server.ca, use 127.0.0.1",
             "pacs.stow_url": "use https, use 127.0.0.1",
         }
+        for index, each in enumerate(self.notifications):
+            if each.tls and self.tls is None:
+                faults.append(f"notifications.{index}.tls: it needs the files of [tls]; add this table")
+            plaintext[f"notifications.{index}.mllp"] = None if each.tls else each.mllp
+            plaintext[f"notifications.{index}.url"] = _plaintext_host(each.url)
+            remedies |= {
+                f"notifications.{index}.mllp": f"set tls = true for {each.name}, use 127.0.0.1",
+                f"notifications.{index}.url": "use https, use 127.0.0.1",
+            }
         faults += [
             f"{key}: {address} is not a loopback address, and there is no TLS; {remedies[key]}, or "
             "set insecure = true if you trust the network"
@@ -253,10 +258,11 @@ class Config(Table):
         """
         if self.tls is not None:
             self.tls.server_context()
-        for table in ("server", "pacs"):
-            for name, value in getattr(self, table):
+        tables = {f"notifications.{index}": table for index, table in enumerate(self.notifications)}
+        for key, table in ({"server": self.server, "pacs": self.pacs} | tables).items():
+            for name, value in table:
                 if isinstance(value, Path):
-                    _require_readable(value, f"{table}.{name}")
+                    _require_readable(value, f"{key}.{name}")
         if self.pdf_fonts:
             try:
                 require_fonts(self.pdf_fonts)
@@ -280,12 +286,19 @@ def read(path: Path) -> Config:
         raise ConfigError(f"{path}: {error}") from error
     except ValidationError as error:
         raise ConfigError("\n".join(map(_fault, error.errors()))) from error
-    for table in filter(None, (config, config.tls, config.server, config.pacs)):
+    for table in filter(None, (config, config.tls, config.server, config.pacs, *config.notifications)):
         for name, value in table:
             if isinstance(value, Path):
                 setattr(table, name, path.parent / value)
     config.pdf_fonts = tuple(path.parent / each for each in config.pdf_fonts)
     return config
+
+
+def _plaintext_host(url: str | None) -> str | None:
+    """Return the host of a URL without TLS, otherwise None."""
+    parts = urlsplit(url or "")
+    # Only the host: a user name may precede it, as in http://localhost@pacs.example.
+    return parts.hostname or "" if parts.scheme == "http" else None
 
 
 def _fault(detail: Any) -> str:

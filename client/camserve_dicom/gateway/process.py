@@ -17,6 +17,7 @@ from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config, ConfigError, ServerConfig
 from camserve_dicom.gateway.logs import log_to_stderr
 from camserve_dicom.gateway.monitor import AssociationCollector, Monitor, SpoolCollector
+from camserve_dicom.gateway.notifications import NotificationStep
 from camserve_dicom.gateway.pacs import DimsePacs, Pacs, StowPacs
 from camserve_dicom.gateway.receiver import Receiver
 from camserve_dicom.gateway.spool import Spool, Stage
@@ -92,6 +93,7 @@ class Gateway:
         self._workers = [
             StageWorkers(self._spool, Stage.inbox, explanation, self._audit, config.workers, was_interrupted),
             StageWorkers(self._spool, Stage.outbox, storage, self._audit),
+            StageWorkers(self._spool, Stage.notify, NotificationStep(config, self._spool, self._audit), self._audit),
         ]
         if config.pacs.requests_commitment:
             self._workers.append(StageWorkers(self._spool, Stage.stored, commitment, self._audit))

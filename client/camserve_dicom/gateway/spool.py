@@ -4,6 +4,7 @@
     inbox/     objects to explain
     outbox/    explained objects: results/ has results to store, sent/ has stored ones
     stored/    objects whose results are all stored and wait for storage commitment
+    notify/    objects whose results the PACS has: unsent/ has messages to send to other systems
     dead/      objects that failed permanently; reason.json gives the reason
     studies/   what is known of the images of each study, see `studies.Studies`
 
@@ -43,6 +44,7 @@ class Stage(Enum):
     inbox = "inbox"
     outbox = "outbox"
     stored = "stored"
+    notify = "notify"
     dead = "dead"
 
 
@@ -155,7 +157,7 @@ class Spool:
 
     def _is_in_progress(self, name: str) -> bool:
         with self._renaming:
-            return any((self.folder(stage) / name).exists() for stage in (Stage.inbox, Stage.outbox, Stage.stored))
+            return any((self.folder(stage) / name).exists() for stage in Stage if stage is not Stage.dead)
 
     def move(self, entry: Path, stage: Stage) -> Path:
         """Move an entry to another stage. All files of the entry must be on the disk.

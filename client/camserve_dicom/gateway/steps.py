@@ -19,6 +19,7 @@ from camserve.client import Client
 from camserve_dicom.explaining import explain
 from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config
+from camserve_dicom.gateway.notifications import finish, write_messages
 from camserve_dicom.gateway.pacs import DimsePacs, Pacs, sop_reference
 from camserve_dicom.gateway.spool import Spool, Stage, move_file, read_json, write_file
 from camserve_dicom.gateway.studies import Studies, file_bytes
@@ -113,6 +114,7 @@ class ExplanationStep:
         for kind, each in made.objects.items():
             write_file(entry / "results" / f"{kind}.dcm", file_bytes(each))
         self._studies.add_explained(entry.name, made)
+        write_messages(self._config, self._spool, entry, made)
         self._audit.write(
             "withheld" if made.withheld else "explained",
             object=entry.name,
@@ -161,7 +163,7 @@ class StorageStep:
         if self._requests_commitment and (entry / "sent").exists():
             self._spool.move(entry, Stage.stored)
         else:
-            self._spool.remove(entry)
+            finish(self._spool, entry)
 
     def _record_stored(self, entry: Path) -> None:
         """Write each marked result to the audit trail, and move it to sent/."""
@@ -261,7 +263,7 @@ class CommitmentStep:
             ]
             if not missing and not any((entry / "results").glob("*.dcm")):
                 self._audit.write_once("committed", object=entry.name)
-                self._spool.remove(entry)
+                finish(self._spool, entry)
             else:
                 self._store_again(entry, missing, sorted(set(failed.values())))
             self._transactions = {uid: other for uid, other in self._transactions.items() if other != entry}
