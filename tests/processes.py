@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socketserver
 import subprocess
 import sys
@@ -58,6 +59,11 @@ def started(
             yield process
         finally:
             process.kill()
+
+
+def program(name: str) -> str | None:
+    """Return the path of a program of this Python environment, or else of PATH; None if there is none."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
 def completed(

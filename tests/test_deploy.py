@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,11 @@ from camserve_server.service.listeners import SERVICE
 from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.credentials import certify
-from tests.processes import CAMSERVE, completed
+from tests.processes import CAMSERVE, completed, program
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "deploy" / "kubernetes" / "base"
+KUBECTL = program("kubectl")
 Manifest = dict[str, Any]
 
 
@@ -84,13 +84,12 @@ def test_kustomization_lists_all_manifests() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl with kustomize")
+@pytest.mark.skipif(KUBECTL is None, reason="needs kubectl: make helm")
 @pytest.mark.parametrize(
     "which", ["base", "gpu"], ids="for {}".format
 )  # without the prefix, pytest would take "gpu" for the marker
 def test_output_of_kustomize_matches_the_api(which: str) -> None:
-    command = ["kubectl", "kustomize", str(BASE.parent / which)]
-    made = completed(command).stdout
+    made = completed([str(KUBECTL), "kustomize", BASE.parent / which]).stdout
     manifests = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(made)}
     for manifest in manifests.values():
         kubernetes_validate.validate(manifest, "1.37", strict=True)

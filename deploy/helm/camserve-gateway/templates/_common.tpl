@@ -1,0 +1,1 @@
+../../camserve/templates/_common.tpl
