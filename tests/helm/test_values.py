@@ -22,6 +22,7 @@ from tests.helm.charts import (
     refused,
     rendered,
 )
+from tests.processes import ROOT
 
 pytestmark = needs_helm
 
@@ -104,6 +105,18 @@ def test_gateway_names_all_missing_values() -> None:
         "networkPolicy.senders",
         "networkPolicy.egress",
     ]
+
+
+@pytest.mark.parametrize(("chart", "heading"), [("camserve", "Helm chart"), ("camserve-gateway", "DICOM gateway")])
+def test_charts_accept_the_documented_values(chart: str, heading: str, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    examples = re.findall(r"^```yaml\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert examples
+    for i, example in enumerate(examples):
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(example, encoding="utf-8")
+        assert "Deployment" in rendered(chart, "--values", path)
 
 
 def test_schemas_know_all_keys_of_the_configuration() -> None:
