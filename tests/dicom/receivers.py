@@ -69,18 +69,21 @@ class Engine:
         address: HOST:PORT.
         messages: The messages, as text.
         code: Returns the code of the acknowledgement of a message.
+        segment_end: End of the segments of acknowledgements.
     """
 
     def __init__(self) -> None:
         self.address = ""
         self.messages: list[str] = []
         self.code: Callable[[], str] = lambda: "AA"
+        self.segment_end = "\r"
 
     def acknowledge(self, message: str) -> str:
         """Keep a message, and return its acknowledgement."""
         self.messages.append(message)
         identifier = str(hl7.parse(message).segment("MSH")[10])
-        return f"MSH|^~\\&|ENGINE||CAMSERVE||20240101||ACK|1|P|2.5.1\rMSA|{self.code()}|{identifier}\r"
+        acknowledgement = f"MSH|^~\\&|ENGINE||CAMSERVE||20240101||ACK|1|P|2.5.1\rMSA|{self.code()}|{identifier}\r"
+        return acknowledgement.replace("\r", self.segment_end)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import ssl
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +13,8 @@ import hl7
 import pytest
 import trustme
 
+from camserve_dicom.gateway import workers
+from camserve_dicom.gateway.config import Config
 from camserve_dicom.gateway.notification_config import HL7_ATTRIBUTES
 from tests.dicom.conftest import LogLines
 from tests.dicom.gateways import OpenGateway
@@ -25,6 +28,7 @@ RULE: dict[str, Any] = {
     "metrics": ["average-gain"],
     "check": "average-gain>=0",
 }
+PACS = {"ae_title": "PACS", "address": "127.0.0.1:104"}
 SECRETS = ("Zwetschge", "Quirin", "Q-4711", "19470229", "A-4712", "1.2.826", "Mirabelle", "20240203", "Obstgarten")
 
 
@@ -95,7 +99,7 @@ def test_hl7_engine_accepts_the_message(gateway: OpenGateway) -> None:
     assert pid[5] == r"Zwet\F\schge^Qu\R\irin^A/B^Dr. \T\ MD^Prof."
     assert (obr[7], obr[18], obr[25]) == ("20240203", "A-4712", "R")
     found = {each[3].split("^")[0]: each for each in fields(message, "OBX")}
-    assert found["113014"][2:6] == ["HD", "113014^DICOM Study^DCM", "", str(image().StudyInstanceUID)]
+    assert found["113014"][2:6] == ["ST", "113014^DICOM Study^DCM", "", str(image().StudyInstanceUID)]
     assert found["121071"][5].endswith("^99CAMSERVE")
     assert 0 <= float(found["probability"][5]) <= 1
     assert {"average-gain", "model", "method", "uid-sc", "uid-sr"} <= found.keys()
@@ -217,7 +221,87 @@ def test_acknowledgement_of_another_message_does_not_count(gateway: OpenGateway,
     assert "ris: the response is not an acknowledgement of the message" in [line.get("reason") for line in log]
 
 
-def test_hl7_over_tls_with_certificates_on_both_sides(gateway: OpenGateway, tmp_path: Path) -> None:
+def test_acknowledgement_with_line_feeds_counts(gateway: OpenGateway) -> None:
+    with hl7_engine() as engine, gateway(notifications=[{"name": "ris", "mllp": engine.address}]) as running:
+        engine.segment_end = "\r\n"
+        assert send(running.address, image()) == [0]
+        wait_until(lambda: "notified" in running.events() and running.idle())
+    assert len(engine.messages) == 1
+
+
+def test_silent_receiver_delays_no_message_to_others(gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first entry waits for the timeout. The others wait until the silent receiver is tried again."""
+    monkeypatch.setattr(workers, "FIRST_RETRY_S", 300.0)
+    with webhook() as hook, socket.create_server(("127.0.0.1", 0)) as silent:
+        tables = [
+            {"name": "a", "mllp": f"127.0.0.1:{silent.getsockname()[1]}", "timeout_s": 0.2},
+            {"name": "b", "url": hook.url},
+        ]
+        with gateway(notifications=tables) as running:
+            assert send(running.address, image(0), image(1), image(2)) == [0, 0, 0]
+            wait_until(lambda: running.events().count("notified") == 3)
+        silent.setblocking(False)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
+def test_unreadable_file_of_one_receiver_does_not_keep_others_from_messages(
+    gateway: OpenGateway, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    with webhook() as hook:
+        tables = [
+            {"name": "a", "url": hook.url, "authorization_file": token},
+            {"name": "b", "url": hook.url},
+        ]
+        with gateway(notifications=tables) as running:
+            assert send(running.address, image()) == [0]
+            wait_until(lambda: "notified" in running.events())
+            assert len(running.entries("notify")) == 1
+            token.write_text("Bearer \u20ac")  # not possible in a header
+            wait_until(lambda: running.entries("notify"))
+            token.write_text("Bearer renewed")
+            wait_until(lambda: running.events().count("notified") == 2 and running.idle())
+    assert [headers.get("authorization") for headers, _ in hook.requests] == [None, "Bearer renewed"]
+
+
+def test_study_gets_a_message(gateway: OpenGateway, pacs: Pacs) -> None:
+    """One receiver is told about images and studies, one about the study only, and one about images only."""
+    with webhook() as hook, hl7_engine() as engine:
+        tables = [
+            {"name": "a", "url": hook.url, "attributes": ["AccessionNumber", "Modality"]},
+            {"name": "b", "mllp": engine.address, "about": ["studies"], "attributes": ["PatientID", "AccessionNumber"]},
+            {"name": "c", "url": hook.url, "about": ["images"]},
+        ]
+        with gateway(study={"quiet_s": 0.3}, flags=[{"min_probability": 0.0}], notifications=tables) as running:
+            assert send(running.address, image(0), image(1)) == [0, 0]
+            wait_until(lambda: running.events().count("notified") == 6 and running.idle())
+            audit = running.audit()
+    [study] = [message for _, message in hook.requests if message["type"] == "study.stored"]
+    images = [message for _, message in hook.requests if message["type"] == "results.stored"]
+    assert len(images) == 4
+    assert {each["object"] for each in study["images"]} == {each["object"] for each in images}
+    assert {each["target"]["index"] for each in study["images"]} == {each["target"]["index"] for each in images}
+    assert {each["kind"] for each in study["results"]} == {"study", "flagged"}
+    stored = {each.SOPInstanceUID for each in pacs.objects() if each.SeriesNumber >= 9008}
+    assert {each["sop_instance_uid"] for each in study["results"]} == stored
+    assert study["attributes"] == {"AccessionNumber": "A-4712"}
+    [reported] = [line for line in audit if line["event"] == "study reported"]
+    assert study["object"] == reported["object"]
+    [message] = engine.messages
+    assert fields(message, "OBR")[0][4] == "study-report^Saliency maps of a study^99CAMSERVE"
+    assert [each[4] for each in fields(message, "OBX") if each[3].startswith("121071")] == ["1", "2"]
+    assert "Zwetschge" not in message
+
+
+def test_studies_without_their_table() -> None:
+    notification = {"name": "a", "url": "http://127.0.0.1:1/", "about": ["studies"]}
+    with pytest.raises(ValueError, match=r"notifications\.0\.about: .*add this table"):
+        Config.model_validate({"spool": "s", "callers": ["A"], "pacs": PACS, "notifications": [notification]})
+
+
+def test_hl7_over_tls_with_certificates_that_are_renewed(gateway: OpenGateway, tmp_path: Path) -> None:
     ca = trustme.CA()
     ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     own = ca.issue_cert("127.0.0.1")
@@ -236,8 +320,18 @@ def test_hl7_over_tls_with_certificates_on_both_sides(gateway: OpenGateway, tmp_
         with gateway(tls=files, notifications=[table]) as running:
             assert send(running.address, image(), tls=(client, "127.0.0.1")) == [0]
             wait_until(lambda: "notified" in running.events() and running.idle())
-    [message] = engine.messages
-    assert hl7.parse(message).segment("MSH")[9]
+            # The certificate is renewed, and the CAs change with it.
+            other = trustme.CA()
+            renewed = other.issue_cert("127.0.0.1")
+            renewed.private_key_pem.write_to_path(str(files["key"]))
+            renewed.cert_chain_pems[0].write_to_path(str(files["certificate"]))
+            other.cert_pem.write_to_path(str(files["ca"]))
+            other.configure_trust(context)
+            other.issue_cert("127.0.0.1").configure_cert(context)
+            assert send(running.address, image(1), tls=(client, "127.0.0.1")) == [0]
+            wait_until(lambda: running.events().count("notified") == 2 and running.idle())
+    assert len(engine.messages) == 2
+    assert hl7.parse(engine.messages[1]).segment("MSH")[9]
 
 
 def test_notification_that_was_removed_from_the_configuration(gateway: OpenGateway) -> None:

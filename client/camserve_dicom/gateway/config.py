@@ -228,6 +228,11 @@ class Config(Table):
     def _require_consistent_tables(self) -> Self:
         if self.flags and self.study is None:
             raise ValueError("flags: flagged images are selected when a study is complete; add [study]")
+        for number, notification in enumerate(self.notifications):
+            if notification.about == ["studies"] and self.study is None:
+                raise ValueError(
+                    f"notifications.{number}.about: studies are reported only with [study]; add this table"
+                )
         named = [(each.target, each.model) for each in self.classes]
         for number, each in enumerate(named):
             if each in named[:number]:

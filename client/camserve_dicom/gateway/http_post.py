@@ -66,5 +66,7 @@ class HttpDestination:
             return Response(response.status, response.read(), float(wait) if wait.isdecimal() else None)
         except (OSError, http.client.HTTPException) as error:
             raise TemporaryFailure(f"no connection to {host}") from error
+        except ValueError:  # it has the value of the header, which must not get into reason.json
+            raise TemporaryFailure("the Authorization header has characters that are not allowed") from None
         finally:
             connection.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydicom.datadict import dictionary_VR, tag_for_keyword
@@ -15,6 +15,7 @@ __all__ = ["HL7_ATTRIBUTES", "Notification"]
 # Attributes that HL7 messages can have.
 HL7_ATTRIBUTES = (
     "PatientID",
+    "IssuerOfPatientID",
     "PatientName",
     "PatientBirthDate",
     "PatientSex",
@@ -29,7 +30,7 @@ HL7Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9 _.-]{0,20}$")]
 
 
 class Notification(BaseModel):
-    """A `[[notifications]]` table: another system that gets a message when the PACS has the results of an image."""
+    """A `[[notifications]]` table: another system that gets a message when the PACS has results."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,6 +49,10 @@ class Notification(BaseModel):
     attributes: Annotated[
         list[str], Field(description="DICOM keywords of the image's header that the message has. Default: none.")
     ] = []
+    about: Annotated[
+        list[Literal["images", "studies"]],
+        Field(min_length=1, description="What to notify about: images, and with [study] complete studies."),
+    ] = ["images", "studies"]
     timeout_s: Annotated[float, Field(gt=0, description="Seconds to connect and for the response.")] = 30.0
 
     @model_validator(mode="after")
@@ -57,7 +62,7 @@ class Notification(BaseModel):
         only = ("tls",) if self.mllp is None else ("ca", "authorization_file")
         if wrong := [key for key in only if getattr(self, key)]:
             raise ValueError(f"{wrong[0]}: it does not apply to {'url' if self.mllp is None else 'mllp'}; remove it")
-        of_patient = {"PatientName", "PatientBirthDate", "PatientSex"} & {*self.attributes}
+        of_patient = {"IssuerOfPatientID", "PatientName", "PatientBirthDate", "PatientSex"} & {*self.attributes}
         if self.mllp is not None and of_patient and "PatientID" not in self.attributes:
             raise ValueError("attributes: HL7 requires PatientID with other attributes of the patient; add it")
         for keyword in self.attributes:

@@ -26,6 +26,7 @@ from camserve_dicom.explaining import DicomExplanation
 from camserve_dicom.gateway import workers
 from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config
+from camserve_dicom.gateway.notifications import study_messages
 from camserve_dicom.gateway.spool import STUDY_FILE, Spool, Stage, read_json, write_file
 from camserve_dicom.study_report import ExplainedImage, Reference, patient_and_study, study_objects
 
@@ -206,7 +207,8 @@ class StudyReporter:
             return False
         explained = {name: each["image"] for name, each in images.items() if each["state"] == "explained"}
         if explained and not (reports and reports[-1]["results"] == _result_uids(explained)):
-            reports.append({"images": [*explained], "texts": self._counts(folder, images), "added": False})
+            texts = self._counts(folder, images)
+            reports.append({"images": [*explained], "texts": texts, "time": time.time(), "added": False})
             self._add(folder, reports)
         return True
 
@@ -245,8 +247,9 @@ class StudyReporter:
         assert self._config.study is not None
         report, earlier = reports[-1], reports[:-1]
         records = {name: read_json(folder / "images" / f"{name}.json")["image"] for name in report["images"]}
+        header = dcmread(folder / "header.dcm")
         made = study_objects(
-            dcmread(folder / "header.dcm"),
+            header,
             [ExplainedImage.from_json(each) for each in records.values()],
             report=self._config.study.report,
             flags=[each.flag() for each in self._config.flags],
@@ -256,11 +259,14 @@ class StudyReporter:
         stored = {each["made"]["flagged"]["sop_instance"] for each in earlier if "flagged" in each["made"]}
         if "flagged" in made and made["flagged"].SOPInstanceUID in stored:
             del made["flagged"]  # the same images are flagged as before
-        report["made"] = {kind: vars(Reference.to(each, kind)) for kind, each in made.items()}
+        references = {kind: Reference.to(each, kind) for kind, each in made.items()}
+        report["made"] = {kind: vars(each) for kind, each in references.items()}
         report["results"] = _result_uids(records)
         write_file(folder / "reports.json", {"reports": reports})
         entry = self._spool.entry_name(report["made"]["study"]["sop_instance"])
         files = {f"results/{kind}.dcm": file_bytes(each) for kind, each in made.items()}
+        told = [*references.values()]
+        files |= study_messages(self._config, self._spool, entry, report.get("time", 0.0), header, records, told)
         self._spool.add(entry, files | {STUDY_FILE: b"{}"}, Stage.outbox)
         self._audit.write_once(
             "study reported",
