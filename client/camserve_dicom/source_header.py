@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pydicom import DataElement, Dataset
+from pydicom.errors import BytesLengthException
 
 __all__ = ["frame_header", "pixel_aspect", "readable_element", "spacing"]
 
@@ -35,7 +36,7 @@ def readable_element(header: Dataset, name: str) -> DataElement | None:
     """Return an element, or None if it is missing or its value cannot be parsed, such as the number "63,2"."""
     try:
         return header[name]
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (KeyError, TypeError, ValueError, OverflowError, BytesLengthException):
         return None
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from hl7apy.parser import parse_message
 from pydicom import Dataset
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 
 from camserve_dicom.gateway.messages import Finding, Message, hl7_message, json_message
 from camserve_dicom.gateway.notification_config import HL7_ATTRIBUTES, Notification
@@ -72,6 +74,20 @@ def test_name(name: Any, expected: str) -> None:
 @pytest.mark.filterwarnings("ignore:Invalid value for VR DA")
 def test_date(date: str, expected: str) -> None:
     assert pid(PatientBirthDate=date)[7] == expected
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_broken_values_are_left_out() -> None:
+    """A value that cannot be parsed must not keep the results from the PACS."""
+    said = message(StudyTime="99")
+    raw = RawDataElement(Tag("Rows"), "US", 3, b"abc", 0, False, True)
+    said.header._dict[Tag("Rows")] = raw
+    hook = Notification(name="hook", url="http://127.0.0.1:1/", attributes=["Rows", "StudyTime"])
+    assert json.loads(json_message(said, hook))["attributes"] == {"StudyTime": "99"}
+
+
+def test_id_with_a_backslash() -> None:
+    assert pid(PatientID="HOSPITAL\\4711")[3] == r"HOSPITAL\E\4711"
 
 
 def test_issuer_of_the_patient_id_is_the_assigning_authority() -> None:

@@ -16,6 +16,7 @@ from pydicom.valuerep import PersonName
 
 from camserve_dicom.gateway.notification_config import Notification
 from camserve_dicom.overlay import WARNING
+from camserve_dicom.source_header import readable_element
 
 __all__ = ["Finding", "Message", "hl7_message", "json_message"]
 
@@ -177,10 +178,11 @@ def hl7_message(message: Message, notification: Notification) -> bytes:
 
 
 def _attributes(source: Dataset, keywords: Iterable[str]) -> dict[str, Any]:
-    """Return the values of attributes as text, a list for several values; without those that are missing or empty."""
+    """Return the values of attributes as text, a list for several values; without empty and unreadable ones."""
     values = {}
     for keyword in keywords:
-        value = source.get(keyword)
+        element = readable_element(source, keyword)
+        value = None if element is None else element.value
         if value is None or value == "":
             continue
         values[keyword] = [*map(str, value)] if isinstance(value, MultiValue) else str(value)
@@ -220,5 +222,5 @@ def _code(code: str, meaning: str = "", scheme: str = _SCHEME) -> str:
 
 
 def _escape(value: Any) -> str:
-    text = " ".join(value) if isinstance(value, list) else str(value)
+    text = "\\".join(value) if isinstance(value, list) else str(value)  # as in the header
     return re.sub(r"[\x00-\x1f\x7f]+", " ", text).translate(_ESCAPES)
