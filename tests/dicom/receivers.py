@@ -121,6 +121,7 @@ def tls_engine(context: ssl.SSLContext) -> Iterator[Engine]:
         message = (await reader.readblock()).decode()
         writer.writeblock(engine.acknowledge(message).encode())
         await writer.drain()
+        await reader.read()  # until the gateway closes the connection
         writer.close()
 
     async def start() -> Any:

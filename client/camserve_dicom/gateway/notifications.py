@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import shutil
@@ -35,6 +36,8 @@ __all__ = ["NotificationStep", "finish", "study_messages", "write_messages"]
 UNSENT = "unsent"
 # Folder of the messages that a receiver has refused.
 REFUSED = "refused"
+# Seconds that the end of a TLS connection may take.
+CLOSE_TIMEOUT_S = 1.0
 
 
 def write_messages(config: Config, spool: Spool, entry: Path, made: DicomExplanation) -> None:
@@ -176,7 +179,7 @@ class NotificationStep:
                 return _post(notification, message)
             # The files are read for each message, because certificates are renewed while the gateway runs.
             context = self._tls.client_context() if notification.tls and self._tls is not None else None
-            return asyncio.run(asyncio.wait_for(_exchange(notification, message, context), notification.timeout_s))
+            return asyncio.run(_exchange(notification, message, context))
         except ConfigError as error:
             raise TemporaryFailure(f"{name}: a file of [tls] is invalid") from error
         except TimeoutError as error:
@@ -209,15 +212,23 @@ async def _exchange(notification: Notification, message: bytes, context: ssl.SSL
     """Send a message by MLLP, and return the code of its acknowledgement: AA or CA."""
     assert notification.mllp is not None
     host, port = split_host_port(notification.mllp)
-    reader, writer = await hl7.mllp.open_hl7_connection(host, int(port), ssl=context)
+    deadline = asyncio.get_running_loop().time() + notification.timeout_s
+    async with asyncio.timeout_at(deadline):
+        reader, writer = await hl7.mllp.open_hl7_connection(host, int(port), ssl=context)
     try:
-        writer.writeblock(message)
-        await writer.drain()
-        # Some engines end the segments of acknowledgements with line feeds.
-        response = re.sub(r"\r?\n", "\r", (await reader.readblock()).decode("utf-8", "replace"))
-        acknowledgement = hl7.parse(response).segment("MSA")
+        async with asyncio.timeout_at(deadline):
+            writer.writeblock(message)
+            await writer.drain()
+            block = await reader.readblock()
     finally:
         writer.close()
+        with contextlib.suppress(OSError, TimeoutError):  # how the connection ends does not matter
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await writer.wait_closed()
+        writer.transport.abort()
+    # Some engines end the segments of acknowledgements with line feeds.
+    response = re.sub(r"\r?\n", "\r", block.decode("utf-8", "replace"))
+    acknowledgement = hl7.parse(response).segment("MSA")
     code, identifier = str(acknowledgement[1]), str(acknowledgement[2])
     if identifier != str(hl7.parse(message.decode()).segment("MSH")[10]):
         raise ValueError("the acknowledgement is for another message")
