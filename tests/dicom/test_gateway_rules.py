@@ -53,6 +53,8 @@ def matches(attributes: dict[str, Any], **conditions: Any) -> bool:
         (CHEST, {"series_description": ["*lateral*", "THORAX PA ?TEHEND"]}, True),
         (CHEST, {"series_description": "thorax"}, False),
         ({}, {"series_description": "*"}, True),
+        ({"SeriesDescription": "Chest [PA]"}, {"series_description": "chest [pa]"}, True),
+        ({"SeriesDescription": "Chest P"}, {"series_description": "chest [pa]"}, False),
         (CHEST, {"min_size": [40, 60]}, True),
         (CHEST, {"min_size": [41, 60]}, False),
         (CHEST, {"min_size": [40, 61]}, False),

@@ -185,7 +185,10 @@ class Rule(Table):
             all(allowed is None or not found.isdisjoint(allowed) for allowed, found in values)
             and (
                 self.series_description is None
-                or any(fnmatchcase(image.series_description, each) for each in self.series_description)
+                # Brackets are ordinary characters of descriptions.
+                or any(
+                    fnmatchcase(image.series_description, each.replace("[", "[[]")) for each in self.series_description
+                )
             )
             and all(least <= length for least, length in zip(self.min_size or (), size, strict=False))
             and all(length <= most for most, length in zip(self.max_size or (), size, strict=False))
