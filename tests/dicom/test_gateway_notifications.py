@@ -211,9 +211,10 @@ def test_refused_message_is_kept_and_can_be_sent_again(gateway: OpenGateway) -> 
     assert len({*engine.messages}) == 1
 
 
-def test_acknowledgement_of_another_message_does_not_count(gateway: OpenGateway, log: LogLines) -> None:
+@pytest.mark.parametrize("wrong", ["AA|another", "Zwetschge"])
+def test_invalid_acknowledgement_does_not_count(gateway: OpenGateway, log: LogLines, wrong: str) -> None:
     with hl7_engine() as engine, gateway(notifications=[{"name": "ris", "mllp": engine.address}]) as running:
-        codes = iter(["AA|another"])
+        codes = iter([wrong])
         engine.code = lambda: next(codes, "AA")
         assert send(running.address, image()) == [0]
         wait_until(lambda: "notified" in running.events() and running.idle())

@@ -232,6 +232,8 @@ async def _exchange(notification: Notification, message: bytes, context: ssl.SSL
     code, identifier = str(acknowledgement[1]), str(acknowledgement[2])
     if identifier != str(hl7.parse(message.decode()).segment("MSH")[10]):
         raise ValueError("the acknowledgement is for another message")
+    if code not in ("AA", "AE", "AR", "CA", "CE", "CR"):  # it may be any text, which must not get into the log
+        raise ValueError("the acknowledgement has an unknown code")
     if code in ("AR", "CR"):  # rejected for a reason that does not lie in the message (HL7 v2.5.1, 2.9.2)
         raise TemporaryFailure(f"{notification.name}: acknowledgement {code}")
     if code not in ("AA", "CA"):
