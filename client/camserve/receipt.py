@@ -30,7 +30,7 @@ class Receipt:
         layers: Names of the layers, from fine to coarse.
         targets: Class index of each map.
         seed: Seed of all random numbers of the method.
-        precision: Arithmetic of the model: "fp32", "tf32", "bf16" or "fp64".
+        precision: Arithmetic of the model: "fp32", "tf32", "bf16", "fp16" or "fp64".
         device: Kind of device, such as "cpu" or "cuda".
         batch_sizes: Batch size of each kind of lane. The same sizes give bitwise identical maps on the
             same CPU with the same number of threads.

@@ -108,13 +108,14 @@ class ModelConfig(ConfigTable):
         Field(description="Filter that resizes the whole image to the input size."),
     ] = "bilinear"
     precision: Annotated[
-        tuple[Literal["fp32", "tf32", "bf16", "fp64"], ...],
+        tuple[Literal["fp32", "tf32", "bf16", "fp16", "fp64"], ...] | None,
         BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
         Field(
             min_length=1,
-            description="Arithmetic of the network; requests choose among several; the first is the default.",
+            description="Arithmetic of the network; requests choose among several; the first is the default. Without "
+            "this key: tf32 on GPUs, otherwise fp32.",
         ),
-    ] = ("fp32",)
+    ] = None
     fold_batch_norm: Annotated[
         bool,
         Field(description="Merge convolutions with the batch norms after them; the result is equal up to rounding."),
@@ -169,7 +170,7 @@ class ModelConfig(ConfigTable):
             raise ValueError(f"source: {error}; expected triton:HOST:PORT/MODEL") from error
         if not model:
             raise ValueError("source: the name of the model is missing; expected triton:HOST:PORT/MODEL")
-        if self.precision != ("fp32",) or self.compile:
+        if self.precision not in (None, ("fp32",)) or self.compile:
             raise ValueError(
                 "precision: a remote server chooses its own arithmetic; remove the keys precision and compile"
             )

@@ -862,8 +862,8 @@ class Receipt(_message.Message):
     seed: _builtins.int
     """Seed of all random numbers of the method."""
     precision: _builtins.str
-    """Arithmetic of the model: "fp32", "tf32", "bf16" or "fp64". The maps are computed in fp64 for "fp64", otherwise in
-    fp32.
+    """Arithmetic of the model: "fp32", "tf32", "bf16", "fp16" or "fp64". The maps are computed in fp64 for "fp64",
+    otherwise in fp32.
     """
     device: _builtins.str
     """Kind of device, such as "cpu" or "cuda"."""

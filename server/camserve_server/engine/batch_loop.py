@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ from camserve_server.plan import (
     Report,
     WeightedLayers,
 )
+from camserve_server.torch_setup.arithmetic import gpu_arithmetic
 from camserve_server.torch_setup.spinning import SpinControl
 
 MAX_BATCH_RECORDS = 16  # per request; traces show these batches one by one
@@ -211,6 +213,11 @@ class BatchLoop:
 
     def _step(self, job: Job[Any], answer: Answer[Any] | None) -> None:
         """Run the plan until a query needs rows or another thread, or until the plan ends."""
+        # Plans compute in full precision at each precision of the network. A CPU has no TF32.
+        with gpu_arithmetic(tf32=False) if job.model.device.type == "cuda" else nullcontext():
+            self._run_plan(job, answer)
+
+    def _run_plan(self, job: Job[Any], answer: Answer[Any] | None) -> None:
         while True:
             try:
                 # Python requires that the first value sent to a generator is None.

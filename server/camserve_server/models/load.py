@@ -30,6 +30,7 @@ from camserve_server.models.probe import ProbeResult, probe
 from camserve_server.models.remote import NO_ACTIVATIONS, NO_GRADIENTS, warnings_about
 from camserve_server.models.sources import build_network, with_channels_of_first_convolution, with_network_defaults
 from camserve_server.models.throughput import Throughput
+from camserve_server.torch_setup.arithmetic import gpu_arithmetic
 
 log = structlog.get_logger()
 
@@ -38,10 +39,16 @@ _DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "tf32": torch.float32,
     "bf16": torch.float32,
+    "fp16": torch.float32,
     "fp64": torch.float64,
 }
 
 
+# Largest difference between logits in fp16 and fp32, as a share of the largest logit.
+FP16_TOLERANCE = 0.03
+
+
+@gpu_arithmetic(tf32=False)
 def load(config: ModelConfig, device: torch.device) -> Model:
     """Load the model that a configuration describes.
 
@@ -65,9 +72,9 @@ def load(config: ModelConfig, device: torch.device) -> Model:
             "give both the same number of values"
         )
     digest = state_digest(module)
-    precision, *others = dict.fromkeys(config.precision)
-    if "tf32" in config.precision and device.type != "cuda":
-        raise ConfigError(f"{where}.precision: only GPUs compute in tf32; choose fp32, bf16 or fp64")
+    precision, *others = dict.fromkeys(config.precision or [_default_precision(module, device)])
+    if "tf32" in (precision, *others) and device.type != "cuda":
+        raise ConfigError(f"{where}.precision: only GPUs compute in tf32; choose fp32, bf16, fp16 or fp64")
     dtype = _DTYPES[precision]
     # The layers are detected in full precision, even if the network is served at a lower one.
     device = torch.device("cpu") if config.remote else device
@@ -131,9 +138,34 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     for sentence in model.warnings:
         log.warning("a model is served with a limitation", model=model.name, reason=sentence)
     made: dict[Precision, Model] = {each: _at_precision(model, each) for each in (precision, *others)}
+    if "fp16" in made:
+        _require_fp16(made["fp16"], model, example, where)
     main = made.pop(precision)
     main.others = made
     return main
+
+
+def _default_precision(module: nn.Module, device: torch.device) -> Precision:
+    """Return the precision of a model whose configuration names none: on GPUs that of torch, which is tf32."""
+    # ONNX Runtime and remote servers choose their own arithmetic; such networks have no weights.
+    has_weights = next(module.parameters(), None) is not None
+    return "tf32" if device.type == "cuda" and has_weights else "fp32"
+
+
+@torch.no_grad()
+def _require_fp16(half: Model, full: Model, example: Tensor, where: str) -> None:
+    """Raise ConfigError if the logits in fp16, whose largest value is 65504, are not finite or differ too much."""
+    try:
+        logits = half.module(example.to(half.compute_dtype)).to(full.dtype)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{where}.precision: the network does not run in fp16: {describe(error)}; choose bf16"
+        ) from error
+    expected = full.module(example)
+    difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if not difference <= FP16_TOLERANCE:  # also if it is not a number
+        problem = "are not finite" if not logits.isfinite().all() else f"differ by {difference:.0%} of the largest one"
+        raise ConfigError(f"{where}.precision: in fp16, the logits {problem}; choose bf16, which has the range of fp32")
 
 
 def _freeze(module: nn.Module, where: str) -> None:

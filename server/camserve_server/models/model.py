@@ -22,7 +22,7 @@ from camserve_server.models.throughput import Throughput
 from camserve_server.plan import Image, as_row
 
 LaneKind = Literal["forward", "gradient", "ascend"]
-Precision = Literal["fp32", "tf32", "bf16", "fp64"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp64"]
 
 
 @dataclass(eq=False)
@@ -117,7 +117,7 @@ class Model:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Data type of the network's weights and activations; plans compute with `dtype`."""
-        return torch.bfloat16 if self.precision == "bf16" else self.dtype
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, self.dtype)
 
     @property
     def memory_format(self) -> torch.memory_format:

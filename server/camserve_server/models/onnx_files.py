@@ -139,7 +139,7 @@ def _run_in_onnx_runtime(
     where: str,
 ) -> nn.Module:
     """Return a network that ONNX Runtime runs, because of the reason: in segments if they give the same logits."""
-    if set(config.precision) != {"fp32"}:
+    if config.precision not in (None, ("fp32",)):
         raise ConfigError(
             f"{where}.precision: the file runs in ONNX Runtime in fp32 only, because {reason}; "
             'set precision = "fp32" or leave the key out'

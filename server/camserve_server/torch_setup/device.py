@@ -8,9 +8,7 @@ from camserve_server.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device for a name of the configuration, and make its arithmetic reproducible.
-
-    On a GPU, this switches off TF32 and selects deterministic convolutions.
+    """Return the device for a name of the configuration.
 
     Args:
         name: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one and the CPU otherwise.
@@ -20,10 +18,6 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ConfigError(f'device: {name} was requested, but torch finds no GPU; set "cpu" or "auto"')
-        # By default, convolutions compute in TF32 and may use different kernels in different runs.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.deterministic = True
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f'device: {name} was requested, but torch finds no GPU; set "cpu" or "auto"')
     return torch.device(name)

@@ -28,7 +28,7 @@ compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compil
 
 
 def load_small(device: torch.device = CPU, **config: object) -> Model:
-    model = load(ModelConfig.model_validate({**SMALL, **config}), device)
+    model = load(ModelConfig.model_validate({"precision": "fp32", **SMALL, **config}), device)
     for each in model.precisions.values():
         warm_up(each, 4)
     return model

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import skimage.data
@@ -17,6 +18,8 @@ from camserve_server.errors import ConfigError, Unservable
 from camserve_server.models.load import load
 from camserve_server.models.model import Model, Precision
 from camserve_server.service.server import Server
+from camserve_server.torch_setup.arithmetic import gpu_arithmetic
+from tests import nets
 from tests.conftest import serving
 from tests.support import TIMEOUT_S, call, explained, metric, noise, running, submit
 
@@ -38,7 +41,7 @@ def load_small(*precision: Precision) -> Model:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return load_small("fp32", "bf16", "fp64")
+    return load_small("fp32", "bf16", "fp16", "fp64")
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +50,11 @@ def x() -> Tensor:
 
 
 def test_each_precision_has_its_own_network(model: Model) -> None:
-    assert [*model.precisions] == ["fp32", "bf16", "fp64"]
+    assert [*model.precisions] == ["fp32", "bf16", "fp16", "fp64"]
     for precision, compute_dtype, dtype in (
         ("fp32", torch.float32, torch.float32),
         ("bf16", torch.bfloat16, torch.float32),
+        ("fp16", torch.float16, torch.float32),
         ("fp64", torch.float64, torch.float64),
     ):
         at = model.at(precision)
@@ -59,7 +63,7 @@ def test_each_precision_has_its_own_network(model: Model) -> None:
         assert at.gap is not None
         assert at.gap.weight.data_ptr() in {each.data_ptr() for each in at.module.parameters()}
     assert model.at("") is model
-    with pytest.raises(Unservable, match="small computes in fp32, bf16, fp64, not in tf32"):
+    with pytest.raises(Unservable, match="small computes in fp32, bf16, fp16, fp64, not in tf32"):
         model.at("tf32")
 
 
@@ -75,7 +79,9 @@ def test_maps_differ_by_rounding_only(model: Model, x: Tensor, method: str) -> N
     }
     torch.testing.assert_close(maps["fp32"].double(), maps["fp64"].double(), rtol=0, atol=1e-4)
     assert (maps["bf16"] - maps["fp64"]).abs().mean() < 0.03
-    assert maps["bf16"].dtype == torch.float32 and not torch.equal(maps["bf16"], maps["fp32"])
+    assert (maps["fp16"] - maps["fp64"]).abs().mean() < 0.005
+    for half in (maps["bf16"], maps["fp16"]):
+        assert half.dtype == torch.float32 and not torch.equal(half, maps["fp32"])
 
 
 def test_attention_and_random_copies_run_in_bf16(x: Tensor) -> None:
@@ -142,8 +148,8 @@ def test_tf32_is_refused_on_a_cpu() -> None:
 def test_configuration_takes_one_or_several_precisions(tmp_path: Path, value: str) -> None:
     path = tmp_path / "c.toml"
     path.write_text(f'models = [{{name = "m", source = "torchvision:resnet18", precision = {value}}}]')
-    assert read_config(path).models[0].precision[-1] == "bf16"
-    path.write_text('models = [{name = "m", source = "torchvision:resnet18", precision = ["fp16"]}]')
+    assert (read_config(path).models[0].precision or ())[-1] == "bf16"
+    path.write_text('models = [{name = "m", source = "torchvision:resnet18", precision = ["fp8"]}]')
     with pytest.raises(ConfigError, match=r"models\.m\.precision\.0"):
         read_config(path)
 
@@ -172,3 +178,107 @@ def test_requests_choose_a_precision(served: Server) -> None:
         assert scores == ["bf16", "fp32"]
         with pytest.raises(camserve.FailedPrecondition, match="small computes in fp32, bf16, not in fp64"):
             client.explain(image, precision="fp64")
+
+
+# ---- fp16 and tf32 --------------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A network whose input is multiplied by a factor and divided by it, and whose logits are multiplied by another."""
+
+    def __init__(self, inner: float, outer: float) -> None:
+        super().__init__()
+        self.net, self.inner, self.outer = nets.tiny_cnn(), inner, outer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x * self.inner / self.inner) * self.outer
+        return y
+
+
+def too_large() -> nn.Module:
+    """Return a network whose logits exceed the range of fp16; the configuration names this factory."""
+    return Scaled(1, 1e7)
+
+
+def too_small() -> nn.Module:
+    """Return a network whose input becomes zero in fp16."""
+    return Scaled(1e-8, 1)
+
+
+@pytest.mark.parametrize(("factory", "problem"), [("too_large", "are not finite"), ("too_small", "differ by")])
+def test_networks_that_fp16_changes_are_refused(factory: str, problem: str) -> None:
+    config = SMALL | {"source": f"python:tests.server.models.test_precision:{factory}"}
+    with pytest.raises(ConfigError, match=f"^models.small.precision: in fp16, the logits {problem}.*; choose bf16"):
+        load(ModelConfig(**config, precision=("fp16",)), CPU)
+    load(ModelConfig(**config, precision=("bf16",)), CPU)
+
+
+def settings_of_process() -> tuple[bool, bool, bool]:
+    cudnn = torch.backends.cudnn
+    return cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, cudnn.deterministic
+
+
+class Watched(nn.Module):
+    """A network that records the settings of TF32 each time that it runs."""
+
+    seen: ClassVar[list[tuple[bool, bool, bool]]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nets.tiny_cnn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(settings_of_process())
+        y: Tensor = self.net(x)
+        return y
+
+
+@pytest.fixture(params=[(True, True, False), (False, False, True), (True, False, False)])
+def settings(request: pytest.FixtureRequest) -> Iterator[tuple[bool, bool, bool]]:
+    """Set the process to these settings, as a program may that embeds the engine."""
+    before = settings_of_process()
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic = request.param
+    yield request.param
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic = before
+
+
+@pytest.mark.parametrize("method", ["rise", "grad-cam", "opti-cam"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_settings_of_the_process_change_no_batch(
+    settings: tuple[bool, bool, bool], precision: Precision, method: str
+) -> None:
+    """Each batch of each lane runs with the settings of its model, and the process keeps its own."""
+    model = load(ModelConfig(**SMALL | {"source": "python:tests.server.models.test_precision:Watched"}), CPU)
+    assert settings_of_process() == settings
+    assert {*Watched.seen} == {(False, False, True)}, "layers are detected in full precision"
+    model = replace(model, precision=precision, batch_sizes={"forward": 4, "gradient": 4, "ascend": 4})
+    Watched.seen.clear()
+    parameters: dict[str, Any] = {"opti-cam": {"steps": 2}, "rise": {"masks": 8}}.get(method, {})
+    explained(model, noise(3, 32, 32), call(model, method, **parameters), [1])
+    assert {*Watched.seen} == {(precision == "tf32", precision == "tf32", True)}
+    Watched.seen.clear()
+    assert settings_of_process() == settings
+
+
+def test_settings_of_newer_names_are_restored() -> None:
+    """torch has them since 2.9. The older names raise errors if the newer ones are used."""
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(cudnn, "conv"):
+        pytest.skip("this version of torch has only the older names")
+    settings = (cudnn.conv, cudnn.rnn, matmul)
+    before = [each.fp32_precision for each in settings]
+    try:
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision = "ieee", "ieee", "tf32"
+        with gpu_arithmetic(tf32=True):
+            assert (cudnn.allow_tf32, matmul.allow_tf32) == (True, True)
+        assert [each.fp32_precision for each in settings] == ["ieee", "ieee", "tf32"]
+    finally:
+        for each, precision in zip(settings, before, strict=True):
+            each.fp32_precision = precision
+
+
+@pytest.mark.gpu
+def test_gpus_compute_in_tf32_by_default() -> None:
+    assert load(ModelConfig(**SMALL), torch.device("cuda")).precision == "tf32"

@@ -1,9 +1,8 @@
-"""The input of a batch, the place of each query's rows in it, and the arithmetic that it runs in."""
+"""The input of a batch, and the place of each query's rows in it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,22 +48,6 @@ def batch_spans(slices: Sequence[BatchSlice]) -> list[tuple[int, int]]:
         spans.append((at, at + each.stop - each.start))
         at = spans[-1][1]
     return spans
-
-
-@contextmanager
-def tf32_if_configured(model: Model) -> Iterator[None]:
-    """Allow TF32 on GPUs inside the context if the model's precision is "tf32".
-
-    Outside of this context TF32 is off (`torch_setup.device.pick_device`).
-    """
-    enable = model.precision == "tf32"
-    if enable:
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        if enable:
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def check_differentiable(model: Model, differentiable: bool) -> None:

@@ -17,7 +17,6 @@ import torch
 from torch.utils.checkpoint import CheckpointError
 
 from camserve_server.engine.lanes.ascend import AscendQuery, run_ascend
-from camserve_server.engine.lanes.batch import tf32_if_configured
 from camserve_server.engine.lanes.forward import (
     CaptureAttentionQuery,
     CaptureQuery,
@@ -30,6 +29,7 @@ from camserve_server.engine.lanes.lane_query import BatchSlice, Lane, LaneQuery
 from camserve_server.errors import Unservable, describe
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Ablate, Ascend, Capture, CaptureAttention, Gradient, Predict, Query, Score, Sum
+from camserve_server.torch_setup.arithmetic import gpu_arithmetic
 
 __all__ = ["BatchSlice", "Lane", "LaneQuery", "run_batch", "start_query"]
 
@@ -97,7 +97,7 @@ def run_batch(model: Model, lane: Lane, slices: Sequence[BatchSlice], size: int)
         size: Number of rows of the batch; padding rows fill it up.
     """
     try:
-        with tf32_if_configured(model):
+        with gpu_arithmetic(tf32=model.precision == "tf32"):
             _RUN[lane.kind](model, slices, size)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):

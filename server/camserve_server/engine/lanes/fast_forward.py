@@ -10,14 +10,14 @@ import structlog
 import torch
 from torch import Tensor, nn
 
-from camserve_server.engine.lanes.batch import tf32_if_configured
 from camserve_server.models.model import Model, Precision
+from camserve_server.torch_setup.arithmetic import gpu_arithmetic
 
 log = structlog.get_logger()
 ForwardPass = Callable[[Tensor], Tensor]  # [N, C, H, W] → logits [N, classes]
 
 # Largest difference of the logits, as a share of the largest logit, that another order of additions can cause.
-LOGIT_TOLERANCE: dict[Precision, float] = {"fp64": 1e-9, "fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
+LOGIT_TOLERANCE: dict[Precision, float] = {"fp64": 1e-9, "fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2, "fp16": 1e-2}
 
 
 class GraphedForward:
@@ -81,7 +81,7 @@ def build_fast_forward(model: Model, size: int) -> ForwardPass | None:
     shape = (size, model.preprocessing.channels, *model.preprocessing.size)
     X = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     X = X.to(model.device, model.compute_dtype, memory_format=model.memory_format)
-    with tf32_if_configured(model):
+    with gpu_arithmetic(tf32=model.precision == "tf32"):
         return _accelerated(model, X)
 
 
