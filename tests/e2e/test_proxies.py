@@ -137,22 +137,29 @@ def test_call_that_a_proxy_ends_is_not_repeated(
 def test_heartbeats_keep_long_calls_alive(
     server: Server, kind: str, jobs: list[Job[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The proxy ends calls after a second without data, and the calls take three."""
-    monkeypatch.setattr(event_stream, "HEARTBEAT_S", 0.3)
+    """The proxy ends calls after three seconds without data. The calls take longer.
+
+    Heartbeats are much more frequent, so that a pause of a busy machine does not end a call.
+    """
+    monkeypatch.setattr(event_stream, "HEARTBEAT_S", 0.1)
+    limit_s = 3
+    longer: dict[str, Any] = {"method": "rise", "parameters": {"masks": 160}}
     with (
-        proxied(kind, [server.address], tmp_path, Settings(timeout_s=1)) as address,
+        proxied(kind, [server.address], tmp_path, Settings(timeout_s=limit_s)) as address,
         camserve.Client(address, timeout=STREAMED_S) as client,
     ):
-        assert client.explain(IMAGE, **LONG).cost.rows == 121
-        assert client.evaluate(IMAGE, **LONG, metrics="average-drop").cost.rows > 121
-        assert [result.cost.rows for result in client.explain_many([IMAGE], **LONG)] == [121]
+        assert client.explain(IMAGE, **longer).cost.rows == 161
+        assert client.evaluate(IMAGE, **longer, metrics="average-drop").cost.rows > 161
+        assert [result.cost.rows for result in client.explain_many([IMAGE], **longer)] == [161]
         assert len(jobs) == 3
 
         async def ask() -> camserve.Explanation:
             async with camserve.aio.Client(address, timeout=STREAMED_S) as aio_client:
-                return await aio_client.explain(IMAGE, **LONG)
+                return await aio_client.explain(IMAGE, **longer)
 
-        assert asyncio.run(ask()).cost.rows == 121
+        assert asyncio.run(ask()).cost.rows == 161
+        # Each batch of four rows takes `SLEEP_S` at least, so without heartbeats the proxy would end the calls.
+        assert limit_s < 161 / 4 * SLEEP_S
 
 
 @pytest.mark.parametrize("status", [403, 404, 502])
