@@ -82,7 +82,8 @@ class Dataplane(DataPlane):  # type: ignore[misc] # The SDK has no annotations.
         length = headers.get(_JSON_LENGTH, "")
         if not (length.isascii() and length.isdigit()):
             raise InvalidInput(
-                f"the body is binary; expected the header {_JSON_LENGTH} with the number of bytes of JSON"
+                "the content type is not that of JSON; expected the header content-type: application/json, or, for "
+                f"binary data, the header {_JSON_LENGTH} with the number of bytes of JSON"
             )
         try:
             parsed = orjson.loads(body[: int(length)])

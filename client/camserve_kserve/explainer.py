@@ -22,6 +22,7 @@ __all__ = ["Explainer"]
 
 # Envoy, which Istio and other gateways of KServe use, tells with this header how long it waits for the response.
 _TIME_LEFT = "x-envoy-expected-rq-timeout-ms"
+_MAX_DIGITS = 12  # of this number
 _IN_FLIGHT = 8  # images of one request that are explained at the same time
 
 
@@ -123,7 +124,7 @@ class Explainer(kserve.Model):  # type: ignore[misc] # The SDK has no annotation
     def _timeout_s(self, headers: Mapping[str, str]) -> float | None:
         """Return the shorter one of the timeouts of the gateway and the client, in seconds."""
         left = headers.get(_TIME_LEFT, "")
-        if not (left.isascii() and left.isdigit() and int(left)):
+        if not (left.isascii() and left.isdigit() and len(left) <= _MAX_DIGITS and int(left)):
             return self._client.timeout
         return min(int(left) / 1000, self._client.timeout or float("inf"))
 

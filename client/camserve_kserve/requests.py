@@ -23,6 +23,7 @@ __all__ = ["FORMATS", "OUTPUTS", "ImageRequest", "of_instances", "of_tensors"]
 
 OUTPUTS = ("saliency", "target", "probability", "scores")
 FORMATS = ("list", "base64")
+_MAX_INSTANCES = 1024
 _INTEGERS = {"seed", "target_top_k", "budget"}
 _TEXTS = {"method", "precision", "priority"}
 # Parameters whose argument of `explain` has another name.
@@ -63,6 +64,11 @@ def of_instances(body: object) -> list[ImageRequest]:
             raise InvalidArgument(f"the request is not JSON: {error}") from error
     if not isinstance(body, dict) or not isinstance(body.get("instances"), list) or not body["instances"]:
         raise InvalidArgument('expected a JSON object {"instances": [...]} with at least one image', field="instances")
+    if (count := len(body["instances"])) > _MAX_INSTANCES:
+        raise InvalidArgument(
+            f"the request has {count} images; expected at most {_MAX_INSTANCES}; send several requests",
+            field="instances",
+        )
     _refuse_others(body, {"instances", "parameters"}, "the request", "")
     common = _mapping(body.get("parameters", {}), "parameters")
     return [_of_instance(each, common, f"instances[{i}]") for i, each in enumerate(body["instances"])]
@@ -141,19 +147,19 @@ def _target(value: Any, field: str) -> int | str:
 
 def _integer(value: Any, field: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidArgument(f"{field} is a {type(value).__name__}; expected an integer", field=field)
+        raise InvalidArgument(f"{field} has the type {type(value).__name__}; expected an integer", field=field)
     return value
 
 
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str):
-        raise InvalidArgument(f"{field} is a {type(value).__name__}; expected a string", field=field)
+        raise InvalidArgument(f"{field} has the type {type(value).__name__}; expected a string", field=field)
     return value
 
 
 def _mapping(value: Any, field: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InvalidArgument(f"{field} is a {type(value).__name__}; expected a JSON object", field=field)
+        raise InvalidArgument(f"{field} has the type {type(value).__name__}; expected a JSON object", field=field)
     return value
 
 
@@ -207,13 +213,17 @@ def _file(text: Any, field: str) -> bytes:
 def _array(rows: list[Any], field: str) -> np.ndarray[Any, Any]:
     """Return pixels of integers, or a tensor of decimal numbers."""
     try:
-        values = np.asarray(rows)
+        # An array of texts would have the length of the longest one for each element.
+        values = np.asarray(rows, object)
     except ValueError as error:
         raise InvalidArgument(f"the rows of {field} have different lengths", field=field) from error
-    if values.dtype.kind == "f":
-        return values.astype(np.float32)
-    if values.dtype.kind != "i":
+    types = {*map(type, values.flat)}
+    if list in types:
+        raise InvalidArgument(f"the rows of {field} have different lengths", field=field)
+    if not types <= {int, float}:
         raise InvalidArgument(f"{field} contains other values than numbers", field=field)
+    if float in types:
+        return values.astype(np.float32)
     if values.size and not 0 <= values.min() <= values.max() <= 255:
         raise InvalidArgument(
             f"{field} has integers from {values.min()} to {values.max()}; pixels are integers from 0 to 255. Write the "

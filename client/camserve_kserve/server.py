@@ -13,6 +13,7 @@ import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import fastapi
 import grpc
@@ -20,6 +21,7 @@ import uvicorn
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_interceptor.exceptions import GrpcException
 from kserve import ModelRepository
 from kserve import errors as sdk_errors
 from kserve.logging import configure_logging
@@ -154,9 +156,7 @@ def _not_available(host: str, port: int, error: Exception) -> OSError:
 
 def _grpc_server(dataplane: Dataplane, settings: Settings) -> tuple[grpc.aio.Server, int]:
     limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-    server = grpc.aio.server(
-        interceptors=(ExceptionToStatusInterceptor(),), options=[*limits, ("grpc.so_reuseport", 0)]
-    )
+    server = grpc.aio.server(interceptors=(_Errors(),), options=[*limits, ("grpc.so_reuseport", 0)])
     add_GRPCInferenceServiceServicer_to_server(InferenceServicer(dataplane, Repository(dataplane)), server)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
@@ -197,13 +197,35 @@ async def _failed(_: fastapi.Request, error: Exception) -> JSONResponse:
     assert isinstance(error, CamserveError)
     content, headers = responses.error_content(error)
     status = responses.http_status(error)
-    log.log(logging.WARNING if status >= 500 else logging.INFO, "%s: %s", error.code.name, error)
+    # The message for the caller quotes values of the request, such as labels.
+    what = f"HTTP status {status}, {error.reason or type(error).__name__}, request {error.request_id!r}"
+    if status in (502, 503):  # the connection to the camserve server, which an operator can repair
+        what += f": {error.message}"
+    log.log(logging.WARNING if status >= 500 else logging.INFO, "%s: %s", error.code.name, what)
     return JSONResponse(content, status, headers)
 
 
-async def _failed_in_sdk(request: fastapi.Request, error: Exception) -> JSONResponse:
+def _converted(error: Exception) -> CamserveError:
+    """Return the camserve error for an error of the SDK."""
     kind = next(kind for sdk, kind in _SDK_ERRORS.items() if isinstance(error, sdk))
-    return await _failed(request, kind(str(error)))
+    return kind(str(error))
+
+
+async def _failed_in_sdk(request: fastapi.Request, error: Exception) -> JSONResponse:
+    return await _failed(request, _converted(error))
+
+
+class _Errors(ExceptionToStatusInterceptor):  # type: ignore[misc]
+    """Sends errors of the SDK to callers of gRPC. The SDK would log them with values of the request."""
+
+    async def handle_exception(self, error: Exception, request: Any, context: Any, rpc: str) -> None:
+        """Abort the call."""
+        if isinstance(error, tuple(_SDK_ERRORS)):
+            converted = _converted(error)
+            error = GrpcException(converted.message, converted.code)
+        elif isinstance(error, NotImplementedError):
+            error = GrpcException(str(error), grpc.StatusCode.UNIMPLEMENTED)
+        await super().handle_exception(error, request, context, rpc)
 
 
 async def _malformed(request: fastapi.Request, error: Exception) -> JSONResponse:

@@ -48,6 +48,10 @@ async def main(address: str, model: str, out: Path) -> None:
             await infer(pixels, **parameters)
         except grpc.RpcError as error:
             failures[name] = (error.code().name, error.details())
+    try:
+        await client.infer(InferRequest("Wintersohn\nforged", [pixels]))
+    except grpc.RpcError as error:
+        failures["model"] = (error.code().name, error.details())
     report = {
         "live": await client.is_server_live(),
         "ready": await client.is_server_ready(),

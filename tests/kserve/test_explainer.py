@@ -181,6 +181,9 @@ WRONG = {
     "key of an instance": ({"instances": [{"url": "x"}]}, "instances[0]", "unknown keys url"),
     "ragged": ({"instances": [[[1], [1, 2]]]}, "instances[0]", "different lengths"),
     "text in a list": ({"instances": [[["a"]]]}, "instances[0]", "other values than numbers"),
+    "long text in a list": ({"instances": [["x" * 10**6, *[1] * 10**6]]}, "instances[0]", "other values than numbers"),
+    "large number": ({"instances": [[[[2**64 - 1, 0, 0]]]]}, "instances[0]", "decimal point"),
+    "many images": ({"instances": [B64] * 1025}, "instances", "1025 images; expected at most 1024"),
     "large pixel": ({"instances": [[[[256, 0, 0]]]]}, "instances[0]", "decimal point"),
     "shape": ({"instances": [[[1.5]]]}, "image", "expected uint8 [H, W, 3]"),
     "no image file": ({"instances": [{"b64": "AAAA"}]}, "image.encoded", "cannot be read"),
@@ -216,6 +219,9 @@ def test_errors_have_the_http_status_of_their_code(running: Running) -> None:
     assert requests.post(f"{running.http}/v1/models/net:explain", b"{", timeout=LIMIT_S).status_code == 400
     late = running.explain(B64, headers={"x-envoy-expected-rq-timeout-ms": "1"}, method="score-cam")
     assert (late.status_code, late.json()["code"]) == (504, "DEADLINE_EXCEEDED")
+    for digits in (400, 5000):  # more than Python converts to a float, and to an integer
+        unlimited = running.explain(B64, headers={"x-envoy-expected-rq-timeout-ms": "9" * digits}, method="grad-cam")
+        assert unlimited.status_code == 200
 
 
 # ---- v2 --------------------------------------------------------------------------------------------------------------
@@ -258,6 +264,9 @@ def test_v2_accepts_and_returns_binary_data(running: Running, direct: camserve.C
     response = requests.post(url, head + data, headers={"content-type": "application/octet-stream"}, timeout=LIMIT_S)
     assert response.status_code == 400
     assert length in response.json()["error"]
+    response = requests.post(url, json.dumps({"inputs": []}), timeout=LIMIT_S)
+    assert response.status_code == 400
+    assert "content-type: application/json" in response.json()["error"]
 
 
 def test_v2_errors_name_the_field(running: Running) -> None:
@@ -300,7 +309,10 @@ def test_client_of_the_sdk(running: Running, direct: camserve.Client, tmp_path: 
         "parameter": "INVALID_ARGUMENT",
         "type": "INVALID_ARGUMENT",
         "late": "DEADLINE_EXCEEDED",
+        "model": "NOT_FOUND",
     }
+    log = running.log.read_text()
+    assert "Traceback" not in log and "\nforged" not in log
     assert "field method.parameters.mask" in report["failures"]["parameter"][1]
 
 
@@ -314,7 +326,13 @@ def test_metadata_and_metrics(running: Running) -> None:
     assert 'request_explain_seconds_count{model_name="net"}' in running.get("/metrics").text
 
 
-def test_logs_contain_no_image(running: Running) -> None:
+def test_logs_contain_no_image_and_no_text_of_the_caller(running: Running) -> None:
+    running.explain(B64, method="grad-cam", targets=["Wintersohn"])
+    running.explain(B64, **{"Wintersohn\nforged": 1})
+    running.post("/v1/models/net:explain", {"instances": [B64], "Wintersohn\nforged": 1})
+    running.explain(B64, method="grad-cam", headers={"x-request-id": "Wintersohn\tforged"})
+    running.infer("Wintersohn\nforged", [1], [1])
+    running.get("/v2/models/Wintersohn%0Aforged/ready")
     running.explain(B64, method="no-cam")
     running.infer("BYTES", [1], [B64["b64"]], method="no-cam")
     running.infer("BYTES", [1], B64["b64"])
@@ -323,6 +341,7 @@ def test_logs_contain_no_image(running: Running) -> None:
     assert B64["b64"][40:80] not in log
     assert repr(png(IMAGE))[2:10] not in log
     assert "Traceback" not in log
+    assert not re.search(r"^forged|Wintersohn(?!\\tforged'|%0Aforged/ready )", log, re.MULTILINE)
 
 
 def test_large_bodies_are_refused(tiny: Server, tmp_path: Path) -> None:
