@@ -12,6 +12,7 @@ import re
 __all__ = [
     "check_target",
     "is_loopback",
+    "is_loopback_host",
     "require_host_port",
     "require_listener",
     "socket_path",
@@ -76,6 +77,17 @@ def is_loopback(address: str) -> bool:
         return True
     # A target such as dns://8.8.8.8/localhost is resolved by another machine, so its authority must be empty.
     return all(_is_loopback_target(target) for target in _targets(address))
+
+
+def is_loopback_host(address: str) -> bool:
+    """Return True if data sent to this host cannot leave this machine.
+
+    Unlike `is_loopback`, it does not read a prefix as the form of a gRPC target: "unix:80" is port 80 of the host unix.
+
+    Args:
+        address: "HOST:PORT" or "HOST", such as the address of an HTTP server or the header Host of a request.
+    """
+    return _is_loopback_target(address)
 
 
 def check_target(address: str) -> None:

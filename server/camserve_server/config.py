@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from camserve.addresses import is_loopback, require_host_port, require_listener, socket_path
+from camserve.addresses import is_loopback, is_loopback_host, require_host_port, require_listener, socket_path
 from camserve_server.config_tables import ModelConfig, Positive, TLSConfig, TokenConfig
 from camserve_server.errors import ConfigError
 
@@ -130,7 +130,7 @@ class Config(BaseSettings):
     @model_validator(mode="after")
     def _require_tls_off_loopback(self) -> Self:
         """Refuse plaintext listeners that other machines can reach, except for Health, whose probes have no TLS."""
-        if self.metrics_listen is not None and not self.insecure and not is_loopback(self.metrics_listen):
+        if self.metrics_listen is not None and not self.insecure and not is_loopback_host(self.metrics_listen):
             raise ValueError(
                 f"metrics_listen: {self.metrics_listen} can be reached from other machines, and metrics are "
                 "not encrypted; listen on 127.0.0.1, or set insecure = true if you trust the network"

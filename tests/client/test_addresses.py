@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import camserve
-from camserve.addresses import is_loopback, require_host_port, split_host_port
+from camserve.addresses import is_loopback, is_loopback_host, require_host_port, split_host_port
 
 LOOPBACK = [
     "127.0.0.1:1",
@@ -76,6 +76,21 @@ def test_address_of_this_machine_is_loopback(address: str) -> None:
 @pytest.mark.parametrize("address", ELSEWHERE)
 def test_any_other_address_is_not_loopback(address: str) -> None:
     assert not is_loopback(address)
+
+
+def test_names_of_hosts_are_not_forms_of_grpc_targets() -> None:
+    """A machine of the network may have the name unix."""
+    for address in (
+        "unix:80",
+        "unix-abstract:80",
+        "unix:///run/camserve.sock",
+        "dns:localhost",
+        "localhost:1,[::1]:1",
+        "",
+    ):
+        assert not is_loopback_host(address)
+    for address in ("localhost", "LOCALHOST:80", "127.0.0.1:80", "[::1]:80"):
+        assert is_loopback_host(address)
 
 
 @pytest.mark.parametrize("address", [each for each in ELSEWHERE if each])

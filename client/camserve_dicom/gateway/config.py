@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationError, model_validator
 from pydicom import Dataset
 
-from camserve.addresses import is_loopback
+from camserve.addresses import is_loopback, is_loopback_host
 from camserve.errors import InvalidArgument
 from camserve_dicom.class_codes import ClassCode
 from camserve_dicom.gateway.config_types import Address, Url
@@ -215,7 +215,7 @@ class Config(Table):
             for key, address in plaintext.items()
             if address is not None and not self.insecure and not is_loopback(address)
         ]
-        if self.monitor_listen is not None and not self.monitor_insecure and not is_loopback(self.monitor_listen):
+        if self.monitor_listen is not None and not self.monitor_insecure and not is_loopback_host(self.monitor_listen):
             faults.append(
                 f"monitor_listen: {self.monitor_listen} can be reached from other machines, and its responses are "
                 "plaintext; listen on 127.0.0.1, or set monitor_insecure = true if you trust the network"
