@@ -81,7 +81,7 @@ class Receipt:
             if isinstance(data, dict):
                 data = data.get("receipt", data)
             message = json_format.ParseDict(data, pb.Receipt(), ignore_unknown_fields=True)
-        except (ValueError, TypeError, AttributeError, json_format.ParseError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, json_format.ParseError) as error:
             raise InvalidArgument(
                 f"the text is not a receipt: {error}; expected the JSON of Receipt.to_json", field="receipt"
             ) from error

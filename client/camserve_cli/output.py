@@ -51,7 +51,7 @@ def errors_as_lines() -> Iterator[None]:
 def error_text(error: CamserveError | OSError) -> str:
     """Return the message of an error, in which options have the names that the user typed."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}"
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     # The names of fields in the request.
     return str(error).replace("target_top_k", "--top-k").replace("map_format.native", "--native-maps")
 
