@@ -328,7 +328,8 @@ def test_metadata_and_metrics(running: Running) -> None:
 
 def test_logs_contain_no_image_and_no_text_of_the_caller(running: Running) -> None:
     running.explain(B64, method="grad-cam", targets=["Wintersohn"])
-    running.explain(B64, **{"Wintersohn\nforged": 1})
+    parameters = {"Wintersohn\nforged": 1}
+    running.post("/v1/models/net:explain", {"instances": [B64], "parameters": parameters})
     running.post("/v1/models/net:explain", {"instances": [B64], "Wintersohn\nforged": 1})
     running.explain(B64, method="grad-cam", headers={"x-request-id": "Wintersohn\tforged"})
     running.infer("Wintersohn\nforged", [1], [1])
