@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, expect
 from camserve_server.service.server import Server
 from tests.browser import launched
 from tests.client.conftest import authority, certificate
-from tests.client.fake_server import Servicer, listening
+from tests.client.fake_server import RAMP, Servicer, listening
 from tests.processes import CAMSERVE, LIMIT_S, environment, started
 
 __all__ = ["authority", "certificate"]
@@ -73,7 +73,8 @@ class Visit:
         self.status("The image is loaded. Choose methods")
 
     def select_methods(self, *names: str) -> None:
-        """Select these methods and no others."""
+        """Select these methods and no others, when the page shows those of the model."""
+        expect(self.page.locator("#methods")).to_have_attribute("aria-busy", "false")
         for box in self.page.locator("#methods input").all():
             box.set_checked(box.get_attribute("value") in names)
 
@@ -81,7 +82,8 @@ class Visit:
         """Explain the image with methods, and wait for the end."""
         self.select_methods(*methods)
         self.page.get_by_role("button", name="Explain", exact=True).click()
-        self.page.locator("#status", has_text="Finished").wait_for(timeout=1000 * LIMIT_S)
+        # A text would also match "Grad-CAM is finished."
+        self.page.locator("#status", has_text=re.compile("^Finished")).wait_for(timeout=1000 * LIMIT_S)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,7 @@ def fake_ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
 def fake(fake_ui: Fake) -> Fake:
     """The fake server, which does not fail and has received nothing."""
     fake_ui.servicer.before = lambda context: None
+    fake_ui.servicer.saliency = RAMP
     fake_ui.servicer.requests.clear()
     return fake_ui
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 import PIL.Image
 import pytest
 from numpy.typing import NDArray
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 from safetensors.torch import save_file
 
 import camserve
 from camserve.heatmaps import COLOURS
 from camserve_server.config import Config, ModelConfig
 from camserve_server.service.server import Server
+from camserve_ui import image_files
 from tests import nets
 from tests.browser import contrast_ratios
 from tests.chaos.test_chaos import free_port
@@ -215,6 +218,31 @@ def test_limit_of_rows_gives_a_partial_map_with_a_warning(tab: Visit) -> None:
     expect(card(tab.page, "Poly-CAM (PCAM±)").locator(".warnings")).to_contain_text("The method stopped early")
 
 
+def test_image_that_is_opened_while_methods_are_read_is_kept(tab: Visit) -> None:
+    page = tab.page
+    held: dict[str, Route] = {}
+
+    def hold(route: Route) -> None:
+        held[urlsplit(route.request.url).path] = route
+
+    page.route("**/api/methods?*", hold)
+    page.route("**/api/image", hold)
+    with page.expect_request("**/api/methods?*"):
+        page.get_by_label("Model").select_option("tiny")
+    with page.expect_request("**/api/image"):
+        page.get_by_role("button", name="cat").click()
+    held["/api/methods"].continue_()
+    expect(page.locator("#methods")).to_have_attribute("aria-busy", "false")
+    tab.status("Loading cat.jpg")
+    held["/api/image"].fulfill(
+        json=asdict(image_files.load(CAT.read_bytes(), {}))
+    )  # Chromium does not pass held bodies on
+    tab.status("The image is loaded. Choose methods")
+    expect(page.locator("#loaded-text")).to_contain_text("cat.jpg")
+    tab.explain("grad-cam")
+    expect(page.locator("#status")).to_have_text("Finished.")
+
+
 # ---- scores and receipts --------------------------------------------------------------------------------------------
 
 
@@ -294,6 +322,21 @@ def test_page_reconnects_to_a_restarted_server_and_replay_finds_other_weights(br
             expect(outcome).to_contain_text("model_digest: sha256:")
         tab.page.context.close()
         assert ui.log.read_text(encoding="utf-8") == ""
+
+
+def test_page_names_the_server_of_a_restarted_process(browser: Browser, server: Server, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    listen = ("--listen", f"127.0.0.1:{free_port()}")
+    with running_ui(server.address, tmp_path / "first", *listen) as ui:
+        tab = visit(browser, ui.url)
+    tab.page.get_by_role("button", name="cat").click()
+    expect(tab.page.locator("#problem")).to_contain_text("camserve ui has stopped.")
+    address = server.address.replace("127.0.0.1", "localhost")
+    with running_ui(address, tmp_path / "second", *listen):
+        expect(tab.page.locator("#server")).to_contain_text(f"Connected to {address}")
+        tab.example()
+    tab.page.context.close()
 
 
 # ---- access ---------------------------------------------------------------------------------------------------------

@@ -43,12 +43,15 @@ export async function loadMethods() {
   }[model.state];
   showList(byId("model-warnings"), model.warnings);
   byId("labels").replaceChildren(...model.labels.map((label) => make("option", { value: label })));
+  const list = byId("methods");
+  list.ariaBusy = "true";
   const loaded = await get(`api/methods?${new URLSearchParams({ model: model.name })}`);
   if (model.name !== modelName()) return; // the user has selected another model in the meantime
+  list.ariaBusy = "false";
   const before = new Set(methods.length ? selectedMethods() : SELECTED);
   const rank = ({ name }) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length);
   methods = loaded.sort((a, b) => rank(a) - rank(b));
-  byId("methods").replaceChildren(...methods.filter((each) => !each.unavailable).map((each) => checkbox(each, before)));
+  list.replaceChildren(...methods.filter((each) => !each.unavailable).map((each) => checkbox(each, before)));
   const missing = methods.filter((each) => each.unavailable);
   const details = byId("unavailable");
   details.hidden = missing.length === 0;

@@ -4,7 +4,7 @@ import { Card, cancelCards, compare, measureAll, removeCards, showCards } from "
 import { byId, clearProblem, clearProblems, isInForm, make, showInForm, showList } from "./dom.js";
 import * as form from "./form.js";
 import * as maps from "./maps.js";
-import { Problem, bytes, get, stream, upload } from "./requests.js";
+import { Problem, blob, bytes, get, stream, upload } from "./requests.js";
 
 const RETRY_MS = 2000;
 const LOADED = "The image is loaded. Choose methods, then Explain.";
@@ -12,7 +12,8 @@ const LOADED = "The image is loaded. Choose methods, then Explain.";
 let settings;
 let image = null; // { file, url, name, width, height }: what is explained; `file` is sent
 let original = null; // { file, name, options }: the file that the user has opened
-let loading = new AbortController(); // of the image and its predictions
+let loading = new AbortController(); // of the image
+let predicting = new AbortController(); // of its predictions
 let running = null; // the controller of the request of "Explain"
 
 const announce = (text) => (byId("status").textContent = text);
@@ -33,7 +34,10 @@ async function connect() {
   connecting ??= (async () => {
     for (;;) {
       try {
-        settings ??= prepare(await get("api/settings"));
+        // The process may have been started again, for another server.
+        const read = await get("api/settings");
+        if (!settings) prepare(read);
+        settings = read;
         await form.loadModels();
         connected = true;
         showConnection("ready", `Connected to ${settings.address}`);
@@ -65,7 +69,6 @@ function prepare(read) {
   );
   maps.show({ colours: Object.values(read.colours)[0] });
   maps.drawLegend(byId("legend"), Object.values(read.colours)[0]);
-  return read;
 }
 
 // Show a problem, and connect again if the server is gone.
@@ -79,24 +82,28 @@ function report(error) {
 // ---- image -----------------------------------------------------------------------------------------------------------
 
 async function openExample(name) {
-  const response = await fetch(`examples/${name}.jpg`).catch(() => null);
-  if (response?.ok) open(new File([await response.blob()], `${name}.jpg`));
+  try {
+    open(new File([await blob(`examples/${name}.jpg`)], `${name}.jpg`));
+  } catch (error) {
+    report(error);
+  }
 }
 
 // Open a file. `options` are those of DICOM images.
 async function open(file, options = {}) {
   cancel();
   loading.abort();
+  predicting.abort();
   loading = new AbortController();
-  const { signal } = loading;
   clearProblem("image");
   clearProblem("frame");
   original = { file, name: file.name || "pasted image", options };
   announce(`Loading ${original.name} …`);
   try {
-    const loaded = await upload(options, file, signal);
+    const loaded = await upload(options, file, loading.signal);
+    cancel(); // the explanation of the previous image that the user has started in the meantime
     showImage(loaded);
-    await predict(signal);
+    await predict();
   } catch (error) {
     if (error.name === "AbortError") return;
     announce("The image cannot be used.");
@@ -136,9 +143,12 @@ function showImage({ width, height, preview, pixels, dicom, frame, frames, notes
 }
 
 // Ask for the most probable classes with the cheapest method.
-async function predict(signal) {
+async function predict() {
+  predicting.abort();
+  predicting = new AbortController();
+  const { signal } = predicting;
   const method = form.cheapestMethod();
-  if (!image || !connected || !method) return announce(LOADED);
+  if (!connected || !method) return announce(LOADED);
   announce("Predicting …");
   const fields = { model: form.modelName(), methods: [method], target: "", budget: null, seed: 0 };
   for await (const event of stream("api/explain", fields, [image.file], signal)) {
@@ -150,11 +160,10 @@ async function predict(signal) {
 
 // Predict again, for another model.
 async function predictAgain() {
-  loading.abort();
-  loading = new AbortController();
+  if (!image || running) return;
   form.showPredictions([]);
   try {
-    await predict(loading.signal);
+    await predict();
   } catch (error) {
     report(error);
   }
@@ -176,7 +185,7 @@ async function explain() {
     report(error);
     return;
   }
-  loading.abort();
+  predicting.abort();
   const controller = new AbortController();
   setRunning(controller);
   const cards = new Map(values.methods.map((name) => [name, new Card(form.method(name), image, values.model, announce)]));
@@ -189,7 +198,7 @@ async function explain() {
     for await (const event of stream("api/explain", values, [image.file], controller.signal)) {
       cards.get(event.method).handle(event);
       if (event.event === "explanation") {
-        form.showPredictions(event.predictions);
+        if (values.model === form.modelName()) form.showPredictions(event.predictions);
         compare();
       }
       if (event.event === "problem") {

@@ -35,6 +35,8 @@ async function send(path, options) {
 
 export const get = async (path) => (await send(path, {})).json();
 
+export const blob = async (path) => (await send(path, {})).blob();
+
 const post = (path, fields, parts, signal) =>
   send(path, {
     method: "POST",
