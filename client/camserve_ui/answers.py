@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from camserve.answers import Cost, Evaluation, Explanation, Level, Prediction, Progress, Randomised, Replay
 from camserve.catalogue import Method, Model
+from camserve.errors import InternalError
 from camserve_ui.loaded_image import base64_text
 
 __all__ = ["event", "method", "model"]
@@ -42,7 +44,18 @@ def method(each: Method) -> dict[str, Any]:
 
 
 def event(each: Progress | Level | Randomised | Explanation | Evaluation | Replay) -> dict[str, Any] | None:
-    """Return an event of a stream, or None if the page does not show it."""
+    """Return an event of a stream, or None if the page does not show it.
+
+    Raises:
+        InternalError: The server has sent values that no map, probability or score can have.
+    """
+    converted = _event(each)
+    if not _is_finite(converted):
+        raise InternalError("the response contains NaN or infinity; expected finite numbers")
+    return converted
+
+
+def _event(each: Progress | Level | Randomised | Explanation | Evaluation | Replay) -> dict[str, Any] | None:
     match each:
         case Progress():
             return {"event": "progress", "done": each.rows_done, "total": each.rows_total, "stage": each.stage}
@@ -76,6 +89,8 @@ def event(each: Progress | Level | Randomised | Explanation | Evaluation | Repla
 def _map(saliency: NDArray[np.float32]) -> dict[str, Any]:
     """Return a map [H, W] with its values as float32 in little-endian order, in base64."""
     height, width = saliency.shape
+    if not (saliency.size and ((saliency >= 0) & (saliency <= 1)).all()):
+        raise InternalError("the map is empty or has values outside [0, 1]")
     return {"height": height, "width": width, "values": base64_text(saliency.astype("<f4").tobytes())}
 
 
@@ -85,6 +100,19 @@ def _prediction(each: Prediction) -> dict[str, Any]:
 
 def _cost(cost: Cost) -> dict[str, Any]:
     return asdict(cost)
+
+
+def _is_finite(value: object) -> bool:
+    """Return False if a JSON value contains NaN or infinity, which JSON does not have."""
+    match value:
+        case float():
+            return math.isfinite(value)
+        case dict():
+            return all(map(_is_finite, value.values()))
+        case list() | tuple():
+            return all(map(_is_finite, value))
+        case _:
+            return True
 
 
 def _text(value: object) -> str:

@@ -9,7 +9,6 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -20,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from camserve import aio
-from camserve.addresses import is_loopback
+from camserve.addresses import is_loopback_host
 from camserve.errors import CamserveError, InvalidArgument, TooLarge
 from camserve.images import MAX_MESSAGE_BYTES
 from camserve.receipt import Receipt
@@ -33,7 +32,9 @@ __all__ = ["create_app"]
 
 _FOLDER = Path(__file__).parent
 # A DICOM file with many frames is larger than a request to the camserve server, which contains one frame.
-_MAX_BODY_BYTES = 8 * MAX_MESSAGE_BYTES
+_MAX_FILE_BYTES = 8 * MAX_MESSAGE_BYTES
+# An image for the camserve server, and perhaps a map. The client reports an image that is too large.
+_MAX_BODY_BYTES = 2 * MAX_MESSAGE_BYTES
 # Seconds for the lists of models and methods.
 _LIST_TIMEOUT_S = 10.0
 _EXAMPLES = {
@@ -137,7 +138,7 @@ class _Handlers:
     @_reports_errors
     async def image(self, request: Request) -> Response:
         """Respond with the preview of a file. The body is an object with options, and the file."""
-        options, content = split_body(await _body(request))
+        options, content = split_body(await _body(request, _MAX_FILE_BYTES))
         return JSONResponse(asdict(await asyncio.to_thread(image_files.load, content, options)))
 
     @_reports_errors
@@ -174,14 +175,14 @@ class _Events(StreamingResponse):
                 yield json.dumps(event) + "\n"
 
 
-async def _body(request: Request) -> bytes:
-    """Return the body of a request, in memory only."""
+async def _body(request: Request, limit: int = _MAX_BODY_BYTES) -> bytes:
+    """Return the body of a request, in memory only. Raises TooLarge if it has more bytes than the limit."""
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
         size += len(part)
-        if size > _MAX_BODY_BYTES:
-            raise TooLarge(f"the file is larger than {_MAX_BODY_BYTES // 2**20} MiB; use a smaller file", field="image")
+        if size > limit:
+            raise TooLarge(f"the file is larger than {limit // 2**20} MiB; use a smaller file", field="image")
         parts.append(part)
     return b"".join(parts)
 
@@ -208,8 +209,8 @@ class _Guard:
 
     def _refusal(self, request: Request) -> str:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if self._check_host and not is_loopback(host):
+        if self._check_host and not is_loopback_host(host):
             return "The host of the request is not this machine.\n"
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return "The request comes from a page of another origin.\n"
         return ""

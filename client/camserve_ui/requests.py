@@ -16,6 +16,8 @@ __all__ = ["ExplainForm", "read_map", "split_body"]
 
 # Limit for the number of methods of one request. The page cannot choose more than the server has.
 _MAX_METHODS = 100
+# Digits of a class index. Python refuses to convert some thousands of them.
+_MAX_DIGITS = 20
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def split_body(body: bytes) -> tuple[dict[str, Any], bytes]:
     line, _, rest = body.partition(b"\n")
     try:
         fields = json.loads(line)
-    except ValueError:
+        json.dumps(fields, ensure_ascii=False).encode()  # messages of gRPC cannot contain lone surrogates
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
         raise InvalidArgument("the request is malformed; expected a line of JSON and an image")
@@ -99,7 +102,8 @@ def read_map(fields: Mapping[str, Any], content: bytes) -> tuple[NDArray[np.floa
 
 def _target(text: str) -> int | str | None:
     text = text.strip()
-    return int(text) if text.isascii() and text.isdigit() else text or None
+    is_index = text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
+    return int(text) if is_index else text or None
 
 
 def _integer(fields: Mapping[str, Any], name: str) -> int | None:

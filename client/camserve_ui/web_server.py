@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import sys
 import warnings
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import uvicorn
 
 from camserve import aio
-from camserve.addresses import is_loopback, require_host_port, split_host_port
+from camserve.addresses import is_loopback_host, require_host_port, split_host_port
 from camserve.errors import InvalidArgument
 from camserve_ui.app import create_app
 
@@ -40,20 +41,20 @@ def run(
 
     Raises:
         InvalidArgument: The address is malformed, or other machines can reach it and `insecure` is False.
-        OSError: The address cannot be bound.
+        OSError: The address cannot be bound; the message names it.
     """
     try:
         host, port = split_host_port(require_host_port(listen))
     except ValueError as error:
         raise InvalidArgument(str(error), field="listen") from error
-    if not is_loopback(listen) and not insecure:
+    if not is_loopback_host(listen) and not insecure:
         raise InvalidArgument(
             f"other machines can reach {listen}, and the page has neither TLS nor a login; listen on 127.0.0.1, or "
             "permit the address with insecure",
             field="listen",
         )
     _keep_contents_out_of_logs()
-    with socket.create_server((host, int(port)), family=_family(host)) as listener:
+    with _listener(host, int(port), listen) as listener:
         config = uvicorn.Config(
             create_app(client, check_host=not insecure),
             # Otherwise the log would contain addresses of visitors and names of files.
@@ -71,8 +72,14 @@ def run(
             uvicorn.Server(config).run(sockets=[listener])
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+def _listener(host: str, port: int, listen: str) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        # The text of the operating system; Python adds the address to it. Errors of names have negative numbers.
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise OSError(f"cannot listen on {listen}: {why}; choose another address with --listen") from error
 
 
 def _keep_contents_out_of_logs() -> None:

@@ -17,7 +17,8 @@ from playwright.sync_api import Browser, Route, expect
 from pydicom import Dataset
 
 from camserve.v1 import explain_pb2 as pb
-from tests.client.fake_server import WAIT_S, Servicer, listening
+from tests.client import fake_server
+from tests.client.fake_server import RAMP, WAIT_S, Servicer, listening
 from tests.client.test_errors import abort
 from tests.dicom.samples import SECRETS, data_of, image
 from tests.ui.conftest import Fake, Visit, running_ui, visit
@@ -146,6 +147,46 @@ def test_files_that_are_no_images_are_refused(fake_tab: Visit, tmp_path: Path) -
         expect(fake_tab.page.locator("#image-problem")).to_contain_text("The image cannot be used.")
         fake_tab.status("The image cannot be used.")
     expect(fake_tab.page.locator("#image-problem")).to_contain_text("JPEG, PNG, WebP, BMP, GIF or TIFF, or DICOM")
+
+
+# ---- servers that are not trusted -----------------------------------------------------------------------------------
+
+
+def test_labels_of_the_server_are_text(fake: Fake, fake_tab: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
+    label = """<img src="x" onerror="document.title = 'changed'"><b>cat</b>"""
+    monkeypatch.setitem(fake_server.LABELS, 281, label)
+    fake_tab.page.reload()
+    fake_tab.example()
+    fake_tab.explain("opti-cam")
+    expect(fake_tab.page.locator(".card .target")).to_contain_text(label)
+    expect(fake_tab.page.locator("#predictions")).to_contain_text(label)
+    expect(fake_tab.page.locator("b")).to_have_count(0)
+    expect(fake_tab.page).to_have_title("camserve")
+    assert fake_tab.messages == []
+
+
+@pytest.mark.parametrize(
+    ("saliency", "probability", "said"),
+    [
+        (RAMP * np.float32(np.nan), 0.5, "The map is empty or has values outside [0, 1]."),
+        (RAMP * 2, 0.5, "The map is empty or has values outside [0, 1]."),
+        (RAMP[:0], 0.5, "The map is empty or has values outside [0, 1]."),
+        (RAMP, np.nan, "The response contains NaN or infinity"),
+    ],
+    ids=["NaN", "above 1", "empty", "probability"],
+)
+def test_wrong_numbers_of_the_server_are_errors(
+    fake: Fake, fake_tab: Visit, monkeypatch: pytest.MonkeyPatch, saliency: Any, probability: float, said: str
+) -> None:
+    fake_tab.example()
+    fake.servicer.saliency = saliency
+    wrong = pb.Prediction(index=281, probability=probability)
+    monkeypatch.setattr(fake_server, "prediction", lambda index: wrong)
+    fake_tab.explain("opti-cam")
+    problem = fake_tab.page.locator(".card .problem")
+    expect(problem).to_contain_text("The server has failed.")
+    expect(problem).to_contain_text(said)
+    assert fake_tab.messages == []
 
 
 # ---- cancellation ---------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from camserve_ui import colour_maps, image_files, problems, requests, streams, w
 from tests.browser import CHROMIUM
 from tests.client.fake_server import RAMP
 from tests.dicom.samples import SECRETS
+from tests.http2 import wait_until
 from tests.processes import CAMSERVE, LIMIT_S, ROOT, completed, environment, started
 from tests.ui.conftest import Fake
 
@@ -51,7 +52,7 @@ def post(url: str, path: str, fields: object, content: bytes = b"") -> tuple[int
 # ---- access ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "192.0.2.1:8050", "host.example:8050"])
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "192.0.2.1:8050", "host.example:8050", "unix:80"])
 def test_addresses_that_other_machines_can_reach_are_refused(listen: str) -> None:
     with pytest.raises(InvalidArgument, match="neither TLS nor a login"):
         web_server.run(aio.Client(), listen)
@@ -72,7 +73,9 @@ def test_command_reports_wrong_addresses() -> None:
         port = taken.getsockname()[1]
         ran = completed([*CAMSERVE, "ui", "--no-browser", "--listen", f"127.0.0.1:{port}"])
     assert (ran.returncode, ran.stdout) == (1, "")
-    assert ran.stderr.startswith("error: ") and "in use" in ran.stderr
+    assert ran.stderr == (
+        f"error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another address with --listen\n"
+    )
 
 
 @pytest.mark.slow
@@ -90,10 +93,30 @@ def test_option_permits_other_addresses_and_interrupt_ends_the_command() -> None
 
 
 @pytest.mark.slow
+def test_browser_in_the_terminal_can_read_the_page(tmp_path: Path) -> None:
+    """Such a browser runs until the user leaves it."""
+    script, read = tmp_path / "browser.py", tmp_path / "read.html"
+    script.write_text(
+        "import sys, urllib.request\n"
+        f"page = urllib.request.urlopen(sys.argv[1], timeout={LIMIT_S}).read()\n"
+        f"open({str(read)!r}, 'wb').write(page)\n"
+    )
+    variables = environment(BROWSER=f"{sys.executable} {script} %s")
+    with started([*CAMSERVE, "ui", "--listen", "127.0.0.1:0"], env=variables):
+        wait_until(lambda: read.exists() and b"<title>camserve</title>" in read.read_bytes())
+
+
+@pytest.mark.slow
 def test_other_pages_cannot_use_the_server(fake: Fake) -> None:
     url = fake.ui.url
     own = urlsplit(url).netloc
-    for headers in ({"Host": "attacker.example"}, {"Origin": "http://attacker.example"}, {"Origin": "null"}):
+    for headers in (
+        {"Host": "attacker.example"},
+        {"Host": "unix:80"},
+        {"Origin": "http://attacker.example"},
+        {"Origin": "null"},
+        {"Origin": "http://["},
+    ):
         for path in ("/", "/api/models", "/page/main.js"):
             status, answered, _ = request(url, "GET", path, b"", **headers)
             assert status == 403
@@ -113,6 +136,7 @@ def test_malformed_requests_are_refused(fake: Fake) -> None:
     form = {"model": "first", "methods": ["opti-cam"], "target": "", "budget": None, "seed": 0}
     for path, fields, field in (
         ("/api/explain", [], ""),
+        ("/api/explain", form | {"target": "\ud800"}, ""),
         ("/api/explain", form | {"methods": []}, "methods"),
         ("/api/explain", form | {"methods": "opti-cam"}, "methods"),
         ("/api/explain", form | {"budget": "many"}, "budget"),
@@ -120,10 +144,12 @@ def test_malformed_requests_are_refused(fake: Fake) -> None:
         ("/api/evaluate", {"model": "first", "target": 1, "height": 9, "width": 9}, ""),
         ("/api/evaluate", {"model": "first", "target": 1, "height": -1, "width": 9}, ""),
         ("/api/replay", {"receipt": "{}"}, "receipt"),
+        ("/api/replay", {"receipt": "[" * 100_000}, "receipt"),
     ):
         status, answer = post(fake.ui.url, path, fields, b"image")
         assert (status, answer["problem"]["field"], answer["problem"]["code"]) == (400, field, "INVALID_ARGUMENT")
-    assert request(fake.ui.url, "POST", "/api/explain", b"\xff")[0] == 400
+    for body in (b"\xff", b"[" * 100_000):
+        assert request(fake.ui.url, "POST", "/api/explain", body)[0] == 400
     assert request(fake.ui.url, "GET", "/api/explain")[0] == 405
     assert not fake.servicer.requests
 
@@ -133,6 +159,9 @@ def test_large_files_are_refused(fake: Fake) -> None:
     status, answer = post(fake.ui.url, "/api/image", {}, CAT.read_bytes() + bytes(65 << 20))
     assert (status, answer["problem"]["field"]) == (400, "image")
     assert answer["problem"]["title"] == "The image or the result is too large."
+    status, answer = post(fake.ui.url, "/api/explain", {}, bytes(128 << 20))
+    assert (status, answer["problem"]["field"]) == (400, "image")
+    assert "larger than 128 MiB" in answer["problem"]["detail"]
 
 
 def test_bugs_are_logged_without_data(caplog: pytest.LogCaptureFixture) -> None:
@@ -171,7 +200,16 @@ def test_large_compressed_images_are_refused_without_a_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "target"), [("", None), (" ", None), ("0", 0), ("281", 281), ("tabby, cat", "tabby, cat"), ("-1", "-1")]
+    ("text", "target"),
+    [
+        ("", None),
+        (" ", None),
+        ("0", 0),
+        ("281", 281),
+        ("tabby, cat", "tabby, cat"),
+        ("-1", "-1"),
+        ("9" * 5000, "9" * 5000),
+    ],
 )
 def test_targets_are_read(text: str, target: object) -> None:
     assert requests.ExplainForm.read({"methods": ["cam"], "target": text}).target == target

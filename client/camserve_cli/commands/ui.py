@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import webbrowser
 from typing import Annotated
 
@@ -46,7 +47,8 @@ def ui(
     def ready(url: str) -> None:
         typer.echo(f"camserve ui is ready on {url}")
         if browser:
-            webbrowser.open(url)
+            # A browser in the terminal returns only at its end, and it waits for the page.
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
     with errors_as_lines():
         client = server.connection(aio.Client)
