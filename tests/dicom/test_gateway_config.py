@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from camserve_dicom.gateway.config import Config, ConfigError, PacsConfig, ServerConfig, TLSConfig, read
 from camserve_dicom.gateway.notification_config import Notification
 from camserve_dicom.gateway.rules import ClassConfig, FlagConfig, Rule, StudyConfig
+from camserve_dicom.gateway.worklist_config import WorklistConfig
 from tests.processes import CAMSERVE, ROOT, completed
 
 MINIMAL = """
@@ -34,6 +35,11 @@ def stow(url: str) -> tuple[str, str]:
 def notified(lines: str) -> tuple[str, str]:
     """Return the change that adds a notification with these lines."""
     return "[pacs]", f'[[notifications]]\nname = "ris"\n{lines}\n[pacs]'
+
+
+def worklist(lines: str) -> tuple[str, str]:
+    """Return the change that adds a worklist with these lines."""
+    return "[pacs]", f"[worklist]\n{lines}\n[pacs]"
 
 
 def check(path: Path) -> subprocess.CompletedProcess[str]:
@@ -103,6 +109,18 @@ def test_check_option_shows_the_configuration_and_writes_nothing(tmp_path: Path)
             notified('mllp = "127.0.0.1:1"\n[[notifications]]\nname = "ris"\nmllp = "127.0.0.1:2"'),
             "notifications: two of them have the name 'ris'",
         ),
+        (worklist('url = "https://ups.example.org/"'), "worklist.station: expected at least one of station, "),
+        (worklist('label = "AI"'), "worklist.url: Field required"),
+        (
+            worklist('label = "AI"\nurl = "http://ups.example.org/"'),
+            "worklist.url: ups.example.org is not a loopback address",
+        ),
+        (
+            worklist('label = "AI"\nurl = "http://127.0.0.1/"\nretrieve_url = "http://pacs.example.org/"'),
+            "worklist.retrieve_url: pacs.example.org is not a loopback address",
+        ),
+        (worklist('label = "AI"\nurl = "https://127.0.0.1/"\nca = "none.pem"'), "worklist.ca: "),
+        (worklist('label = "AI"\nurl = "https://127.0.0.1/"\nauthorization_file = "none"'), "worklist.authorization_f"),
         (("[pacs]", "[pacs"), "gateway.toml: "),
     ],
 )
@@ -145,7 +163,19 @@ def test_tls_errors_name_the_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [Config, TLSConfig, ServerConfig, PacsConfig, Rule, StudyConfig, FlagConfig, ClassConfig, Notification]
+    "kind",
+    [
+        Config,
+        TLSConfig,
+        ServerConfig,
+        PacsConfig,
+        Rule,
+        StudyConfig,
+        FlagConfig,
+        ClassConfig,
+        Notification,
+        WorklistConfig,
+    ],
 )
 def test_every_key_is_documented_with_its_default(kind: type[BaseModel]) -> None:
     for name, field in kind.model_fields.items():

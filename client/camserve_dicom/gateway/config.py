@@ -18,6 +18,7 @@ from camserve_dicom.class_codes import ClassCode
 from camserve_dicom.gateway.config_types import Address, Url
 from camserve_dicom.gateway.notification_config import Notification
 from camserve_dicom.gateway.rules import AETitle, ClassConfig, FlagConfig, ImageAttributes, Rule, StudyConfig, Table
+from camserve_dicom.gateway.worklist_config import WorklistConfig
 from camserve_dicom.pdf_report import require_fonts
 
 __all__ = ["Config", "ConfigError", "PacsConfig", "Rule", "ServerConfig", "TLSConfig", "read"]
@@ -169,6 +170,7 @@ class Config(Table):
     notifications: Annotated[
         tuple[Notification, ...], Field(description="Systems that get a message about results.")
     ] = ()
+    worklist: Annotated[WorklistConfig | None, Field(description="Perform the workitems of a worklist.")] = None
     study: Annotated[StudyConfig | None, Field(description="Make a report of each study.")] = None
     flags: Annotated[
         tuple[FlagConfig, ...], Field(description="Conditions on images that a Key Object Selection names.")
@@ -200,6 +202,9 @@ class Config(Table):
             "server.address": "set server.tls = true or server.ca, use 127.0.0.1",
             "pacs.stow_url": "use https, use 127.0.0.1",
         }
+        for name in ("url", "retrieve_url"):
+            plaintext[f"worklist.{name}"] = _plaintext_host(getattr(self.worklist, name, None))
+            remedies[f"worklist.{name}"] = "use https, use 127.0.0.1"
         for index, each in enumerate(self.notifications):
             if each.tls and self.tls is None:
                 faults.append(f"notifications.{index}.tls: it needs the files of [tls]; add this table")
@@ -263,7 +268,11 @@ class Config(Table):
         """
         if self.tls is not None:
             self.tls.server_context()
-        tables = {f"notifications.{index}": table for index, table in enumerate(self.notifications)}
+        tables: dict[str, Table | Notification] = {
+            f"notifications.{index}": table for index, table in enumerate(self.notifications)
+        }
+        if self.worklist is not None:
+            tables["worklist"] = self.worklist
         for key, table in ({"server": self.server, "pacs": self.pacs} | tables).items():
             for name, value in table:
                 if isinstance(value, Path):
@@ -291,7 +300,7 @@ def read(path: Path) -> Config:
         raise ConfigError(f"{path}: {error}") from error
     except ValidationError as error:
         raise ConfigError("\n".join(map(_fault, error.errors()))) from error
-    for table in filter(None, (config, config.tls, config.server, config.pacs, *config.notifications)):
+    for table in filter(None, (config, config.tls, config.server, config.pacs, config.worklist, *config.notifications)):
         for name, value in table:
             if isinstance(value, Path):
                 setattr(table, name, path.parent / value)

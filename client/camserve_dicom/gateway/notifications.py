@@ -22,8 +22,9 @@ from camserve.addresses import split_host_port
 from camserve_dicom.class_codes import find_code
 from camserve_dicom.explaining import DicomExplanation
 from camserve_dicom.gateway.audit import Audit
+from camserve_dicom.gateway.claimed import record_results
 from camserve_dicom.gateway.config import Config, ConfigError
-from camserve_dicom.gateway.http_post import HttpDestination
+from camserve_dicom.gateway.http_requests import HttpDestination
 from camserve_dicom.gateway.messages import Finding, Message, hl7_message, json_message
 from camserve_dicom.gateway.notification_config import Notification
 from camserve_dicom.gateway.spool import Spool, Stage, move_file, write_file
@@ -111,6 +112,7 @@ def _messages(
 
 def finish(spool: Spool, entry: Path) -> None:
     """Move an entry whose results the PACS has to `notify` if a message is to be sent, otherwise remove it."""
+    record_results(spool, entry)
     if (entry / UNSENT).exists():
         spool.move(entry, Stage.notify)
     else:

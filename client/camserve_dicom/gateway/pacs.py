@@ -23,7 +23,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 
 from camserve.addresses import split_host_port
 from camserve_dicom.gateway.config import Config, PacsConfig
-from camserve_dicom.gateway.http_post import HttpDestination, Response
+from camserve_dicom.gateway.http_requests import HttpDestination, Response
 from camserve_dicom.gateway.workers import PermanentFailure, TemporaryFailure
 
 __all__ = ["DimsePacs", "Pacs", "StowPacs", "check_storage_status", "sop_reference"]

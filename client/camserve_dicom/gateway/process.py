@@ -15,10 +15,12 @@ from camserve.client import Client
 from camserve.errors import InvalidArgument
 from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config, ConfigError, ServerConfig
+from camserve_dicom.gateway.intake import Intake
 from camserve_dicom.gateway.logs import log_to_stderr
 from camserve_dicom.gateway.monitor import AssociationCollector, Monitor, SpoolCollector
 from camserve_dicom.gateway.notifications import NotificationStep
 from camserve_dicom.gateway.pacs import DimsePacs, Pacs, StowPacs
+from camserve_dicom.gateway.performer import Performer
 from camserve_dicom.gateway.receiver import Receiver
 from camserve_dicom.gateway.spool import Spool, Stage
 from camserve_dicom.gateway.steps import CommitmentStep, ExplanationStep, StorageStep, was_interrupted
@@ -81,7 +83,8 @@ class Gateway:
         self._client = _connect(config.server)
         commitment = CommitmentStep(config, self._spool, self._audit)
         self._studies = Studies(config, self._spool)
-        self._receiver = Receiver(config, self._spool, self._audit, commitment.handle_report, self._studies)
+        intake = Intake(config, self._spool, self._audit, self._studies)
+        self._receiver = Receiver(config, self._audit, intake, commitment.handle_report)
         pacs: Pacs
         if config.pacs.stow_url is None:
             pacs = commitment.pacs = DimsePacs(config, self._receiver.commitment_report)
@@ -89,6 +92,9 @@ class Gateway:
             pacs = StowPacs(config.pacs)
         explanation = ExplanationStep(config, self._spool, self._audit, self._client, self._studies)
         self._reporter = StudyReporter(config, self._spool, self._audit, self._studies)
+        self._performer: Performer | None = None
+        if config.worklist is not None:
+            self._performer = Performer(config, config.worklist, self._spool, self._audit, intake)
         storage = StorageStep(config, self._spool, self._audit, pacs)
         self._workers = [
             StageWorkers(self._spool, Stage.inbox, explanation, self._audit, config.workers, was_interrupted),
@@ -119,6 +125,8 @@ class Gateway:
         for workers in self._workers:
             workers.start()
         self._reporter.start()
+        if self._performer is not None:
+            self._performer.start()
         return ", ".join(addresses)
 
     def close(self) -> None:
@@ -127,6 +135,8 @@ class Gateway:
         for workers in self._workers:
             workers.stop()
         self._reporter.stop()
+        if self._performer is not None:
+            self._performer.stop()
         deadline = time.monotonic() + self._config.grace_s
         for thread in self._threads():
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -137,14 +147,16 @@ class Gateway:
 
     def clean_up(self) -> None:
         """Move entries older than retention_h to `dead`, and delete studies and entries in `dead` of this age."""
-        oldest = time.time() - self._config.retention_h * 3600
+        retention_s = self._config.retention_h * 3600
+        oldest = time.time() - retention_s
         try:
             self._studies.clean_up(oldest)
         except OSError as error:
             log.info("studies not cleaned up", errno=error.errno)
         for stage in Stage:
             for entry, changed in self._spool.entries_with_times(stage):
-                if changed > oldest:
+                # Images of a workitem move first. The workitem is then canceled, which may take a while.
+                if changed > (oldest - retention_s if stage is Stage.worklist else oldest):
                     continue
                 try:
                     if stage is Stage.dead:
@@ -158,6 +170,8 @@ class Gateway:
     def _threads(self) -> list[threading.Thread]:
         """Return the threads that were started."""
         threads = [thread for workers in self._workers for thread in workers.threads]
+        if self._performer is not None:
+            threads.append(self._performer.thread)
         return [thread for thread in (*threads, self._reporter.thread) if thread.ident]
 
     def _problems(self) -> list[str]:

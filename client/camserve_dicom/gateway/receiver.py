@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import zlib
@@ -11,7 +10,7 @@ from io import BytesIO
 from typing import Any, cast
 
 import structlog
-from pydicom import Dataset, dcmread
+from pydicom import dcmread
 from pydicom.uid import (
     HTJ2K,
     JPEG2000,
@@ -38,11 +37,8 @@ from camserve.addresses import split_host_port
 from camserve_dicom.decoding import JPEG_PROGRESSIVE, JPEG_XL
 from camserve_dicom.gateway.audit import Audit
 from camserve_dicom.gateway.config import Config, ConfigError
+from camserve_dicom.gateway.intake import HEADER, Intake, SpoolFull
 from camserve_dicom.gateway.listener import REQUEST_TIMEOUT_S, Listener
-from camserve_dicom.gateway.rules import COMPARED
-from camserve_dicom.gateway.spool import Spool, Stage
-from camserve_dicom.gateway.studies import Studies
-from camserve_dicom.object_classes import kind_of_non_image
 
 __all__ = ["Receiver"]
 
@@ -56,8 +52,6 @@ OUT_OF_RESOURCES = 0xA700
 DATASET_MISMATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 
-# Reason in the audit trail for an image that no rule selects.
-NOT_SELECTED = "no rule"
 # Transfer syntaxes that can be decoded, in the order of preference: a sender may convert the pixels to one of them.
 _TRANSFER_SYNTAXES = [
     ExplicitVRLittleEndian,
@@ -82,18 +76,6 @@ _TRANSFER_SYNTAXES = [
 # The listener announces a maximum PDU length of 16 KiB. Some peers exceed it.
 MAX_PDU_BYTES = 1 << 20
 INFLATE_CHUNK_BYTES = 1 << 20
-# Attributes for the rules and for the detection of the gateway's own results.
-_HEADER = [
-    "SOPClassUID",
-    "SOPInstanceUID",
-    "StudyInstanceUID",
-    "ImageType",
-    "PresentationIntentType",
-    *COMPARED,
-    "SegmentSequence",
-    "Manufacturer",
-    "ContributingEquipmentSequence",
-]
 
 
 class Receiver:
@@ -101,12 +83,11 @@ class Receiver:
 
     Args:
         config: The configuration of the gateway.
-        spool: The spool, which takes received objects.
         audit: The audit trail.
+        intake: Takes received objects.
         handle_report: Processes a commitment report. It is called with the Transaction UID, the SOP Instance UIDs that
             the PACS is committed to, and failure reasons by SOP Instance UID. It returns False for an unknown
             transaction.
-        studies: The studies, which record received images.
 
     Attributes:
         listener: The listener between `open` and `close`, otherwise None.
@@ -115,12 +96,11 @@ class Receiver:
     def __init__(
         self,
         config: Config,
-        spool: Spool,
         audit: Audit,
+        intake: Intake,
         handle_report: Callable[[str, list[str], dict[str, int]], bool],
-        studies: Studies,
     ) -> None:
-        self._config, self._spool, self._audit, self._studies = config, spool, audit, studies
+        self._config, self._audit, self._intake = config, audit, intake
         self._handle_report = handle_report
         self._ae = AE(config.ae_title)
         self._ae.require_called_aet = True
@@ -219,16 +199,18 @@ class Receiver:
                 if event.context.transfer_syntax == DeflatedExplicitVRLittleEndian and self._inflates_too_large(event):
                     self._audit.write("too large", peer=caller)
                     return CANNOT_UNDERSTAND
-                header = dcmread(BytesIO(part10), specific_tags=[*_HEADER])
+                header = dcmread(BytesIO(part10), specific_tags=[*HEADER])
                 uid = str(header.SOPInstanceUID)
             except Exception:  # a corrupt header can raise any exception in the parser
                 log.warning("an object cannot be read")
                 return CANNOT_UNDERSTAND
             if uid != cast(C_STORE, event.request).AffectedSOPInstanceUID:
                 return DATASET_MISMATCH
-            return self._add_to_spool(header, part10, caller)
-        except OSError as error:
-            log.error("cannot write the object", errno=error.errno)
+            self._intake.add(header, part10, caller)
+            return SUCCESS
+        except (SpoolFull, OSError) as error:
+            if isinstance(error, OSError):
+                log.error("cannot write the object", errno=error.errno)
             return OUT_OF_RESOURCES
 
     def _inflates_too_large(self, event: evt.Event) -> bool:
@@ -239,46 +221,6 @@ class Receiver:
             left_bytes -= len(inflater.decompress(data, INFLATE_CHUNK_BYTES))
             data = inflater.unconsumed_tail
         return left_bytes < 0
-
-    def _add_to_spool(self, header: Dataset, part10: bytes, caller: str) -> int:
-        """Add an object to the inbox, or drop it. Return the status of C-STORE."""
-        name = self._spool.entry_name(str(header.SOPInstanceUID))
-        study_uid = str(header.get("StudyInstanceUID") or "")
-        drop_reason = self._drop_reason(header, caller)
-        if drop_reason == NOT_SELECTED:
-            self._studies.add_not_selected(study_uid, name)
-        if drop_reason is None:
-            queue_full = self._spool.count(Stage.inbox) >= self._config.max_waiting
-            if queue_full or self._spool.free_bytes() < self._config.min_free_bytes + len(part10):
-                log.warning("spool is full", queue=queue_full)
-                return OUT_OF_RESOURCES
-            self._audit.write("received", object=name, peer=caller, bytes=len(part10))
-            entry = json.dumps({"caller": caller}).encode()
-            if not self._studies.add_received(study_uid, name):
-                drop_reason = "the study has max_images"
-            elif self._spool.add(name, {"source.dcm": part10, "entry.json": entry}):
-                return SUCCESS
-            else:
-                drop_reason = "in progress already"
-        self._audit.write("dropped", object=name, peer=caller, reason=drop_reason)
-        return SUCCESS
-
-    def _drop_reason(self, header: Dataset, caller: str) -> str | None:
-        """Return the reason why an object is not explained, or None. A PACS may send the gateway its own results."""
-        equipment = [header, *header.get("ContributingEquipmentSequence", [])]
-        if any(each.get("Manufacturer") == "camserve" for each in equipment):
-            return "own"
-        rule = self._config.rule(header, caller)
-        accepts_all = rule is not None and rule.non_image == "ignore"
-        if "Rows" not in header or (kind_of_non_image(header) and not accepts_all):
-            return "no image"
-        if header.get("PresentationIntentType") == "FOR PROCESSING":  # the image FOR PRESENTATION is sent as well
-            return "for processing"
-        if [*header.get("ImageType", [])][:2] == ["DERIVED", "SECONDARY"]:
-            return "derived"
-        if rule is None:
-            return NOT_SELECTED
-        return None
 
     def commitment_report(self, event: evt.Event) -> tuple[int, None]:
         """Handle an N-EVENT-REPORT request of the PACS in any association.

@@ -5,6 +5,7 @@
     outbox/    explained objects: results/ has results to store, sent/ has stored ones
     stored/    objects whose results are all stored and wait for storage commitment
     notify/    objects whose results the PACS has: unsent/ has messages to send to other systems
+    worklist/  workitems that the gateway performs, see `performer.Performer`
     dead/      objects that failed permanently; reason.json gives the reason
     studies/   what is known of the images of each study, see `studies.Studies`
 
@@ -31,11 +32,13 @@ from typing import Any
 
 from camserve_dicom.gateway.config import ConfigError
 
-__all__ = ["STUDY_FILE", "Spool", "Stage", "move_file", "read_json", "write_file"]
+__all__ = ["STUDY_FILE", "WORKITEM_FILE", "Spool", "Stage", "move_file", "read_json", "write_file"]
 
 
 STUDY_FILE = "study.json"
 """File of an entry that is the report of a study. Other entries have source.dcm."""
+WORKITEM_FILE = "workitem.json"
+"""File of an entry that is a workitem."""
 
 
 class Stage(Enum):
@@ -45,6 +48,7 @@ class Stage(Enum):
     outbox = "outbox"
     stored = "stored"
     notify = "notify"
+    worklist = "worklist"
     dead = "dead"
 
 
@@ -131,7 +135,7 @@ class Spool:
         Raises:
             OSError: If the entry cannot be written. The stage has no part of it then.
         """
-        if self._is_in_progress(name):
+        if self.is_in_progress(name):
             _sync(self.folder(stage))  # the thread that added it may not have synchronised it yet
             return False
         new = self._temporary_path(name)
@@ -143,7 +147,7 @@ class Spool:
             for folder in {(new / file).parent for file in files} | {new}:
                 _sync(folder)
             with self._renaming:
-                added = not self._is_in_progress(name)  # another association may have sent the object at the same time
+                added = not self.is_in_progress(name)  # another association may have sent the object at the same time
                 if added:
                     new.rename(self.folder(stage) / name)
         except BaseException:
@@ -155,9 +159,11 @@ class Spool:
         self.arrived[stage].set()
         return added
 
-    def _is_in_progress(self, name: str) -> bool:
+    def is_in_progress(self, name: str, besides: Stage = Stage.dead) -> bool:
+        """Return True if an entry is in a stage other than `dead` and `besides`."""
         with self._renaming:
-            return any((self.folder(stage) / name).exists() for stage in Stage if stage is not Stage.dead)
+            stages = {*Stage} - {Stage.dead, besides}
+            return any((self.folder(stage) / name).exists() for stage in stages)
 
     def move(self, entry: Path, stage: Stage) -> Path:
         """Move an entry to another stage. All files of the entry must be on the disk.
@@ -262,7 +268,7 @@ def _sync(folder: Path) -> None:
 
 def _change_time(entry: Path) -> float | None:
     """Return the time when the entry failed or was received, in seconds of Unix time; None if it does not exist."""
-    for file in ("reason.json", "source.dcm", STUDY_FILE):
+    for file in ("reason.json", "source.dcm", STUDY_FILE, WORKITEM_FILE):
         try:
             return min((entry / file).stat().st_mtime, time.time())
         except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""HTTP requests of the gateway: POST to a PACS or a webhook."""
+"""HTTP requests of the gateway to a PACS, a webhook or a worklist."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from urllib.parse import urlsplit
 
 from camserve_dicom.gateway.workers import TemporaryFailure
 
-__all__ = ["TEMPORARY_STATUSES", "HttpDestination", "Response"]
+__all__ = ["TEMPORARY_STATUSES", "HttpDestination", "Response", "TooLarge"]
 
 # An operator may renew credentials that have expired. All statuses from 500 are temporary, too.
 TEMPORARY_STATUSES = (401, 403, 408, 425, 429)
 
 
 class Response(NamedTuple):
-    """Status, body and Retry-After of a response, in seconds."""
+    """A response.
+
+    Attributes:
+        status: HTTP status.
+        body: Its body.
+        retry_after_s: Seconds of Retry-After, if the response has this header.
+        content_type: Content-Type.
+    """
 
     status: int
     body: bytes
     retry_after_s: float | None
+    content_type: str = ""
 
     @property
     def is_temporary(self) -> bool:
@@ -29,8 +37,12 @@ class Response(NamedTuple):
         return self.status in TEMPORARY_STATUSES or self.status >= 500
 
 
+class TooLarge(Exception):
+    """A response whose body exceeds the permitted size."""
+
+
 class HttpDestination:
-    """A URL that receives POST requests. Redirects are not followed.
+    """A URL that receives requests. Redirects are not followed.
 
     Args:
         url: An http or https URL.
@@ -44,10 +56,25 @@ class HttpDestination:
         self._context = ssl.create_default_context(cafile=ca) if self._url.scheme == "https" else None
 
     def post(self, body: bytes, headers: dict[str, str]) -> Response:
-        """Send a request and return the response.
+        """Send a POST request to the URL and return the response, see `request`."""
+        target = f"{self._url.path or '/'}{'?' if self._url.query else ''}{self._url.query}"
+        return self.request("POST", target, body, headers)
+
+    def request(
+        self, method: str, target: str, body: bytes | None, headers: dict[str, str], max_bytes: int | None = None
+    ) -> Response:
+        """Send a request to the host of the URL and return the response.
+
+        Args:
+            method: HTTP method.
+            target: Path and query.
+            body: Body of the request.
+            headers: Headers of the request.
+            max_bytes: Maximum size of the body of the response.
 
         Raises:
             TemporaryFailure: If there is no response.
+            TooLarge: If the body of the response has more than `max_bytes`.
             OSError: If the file of the Authorization header cannot be read.
         """
         if self._authorization is not None:
@@ -58,15 +85,18 @@ class HttpDestination:
             if self._context is None
             else http.client.HTTPSConnection(host, port, timeout=self._timeout_s, context=self._context)
         )
-        target = f"{self._url.path or '/'}{'?' if self._url.query else ''}{self._url.query}"
         try:
-            connection.request("POST", target, body, headers)
+            connection.request(method, target, body, headers)
             response = connection.getresponse()
-            wait = response.getheader("Retry-After", "")
-            return Response(response.status, response.read(), float(wait) if wait.isdecimal() else None)
+            data = response.read(None if max_bytes is None else max_bytes + 1)
         except (OSError, http.client.HTTPException) as error:
             raise TemporaryFailure(f"no connection to {host}") from error
         except ValueError:  # it has the value of the header, which must not get into reason.json
             raise TemporaryFailure("the Authorization header has characters that are not allowed") from None
         finally:
             connection.close()
+        if max_bytes is not None and len(data) > max_bytes:
+            raise TooLarge(f"the response has more than {max_bytes} bytes")
+        wait = response.getheader("Retry-After", "")
+        retry_after_s = float(wait) if wait.isdecimal() else None
+        return Response(response.status, data, retry_after_s, response.getheader("Content-Type", ""))
