@@ -30,7 +30,7 @@ from tests.dicom.samples import (
     ramp,
 )
 from tests.dicom.test_objects import measurements, multi_frame, texts
-from tests.dicom.test_viewers import loaded
+from tests.dicom.test_viewers import LABELS, loaded, needs_ohif, read_by_ohif
 
 EFFUSION = dicom.ClassCode("effusion", "60046008", "SCT", "Pleural effusion")
 
@@ -104,6 +104,20 @@ def test_ohif_rules_hold_for_the_report() -> None:
     assert found["images"] == [f"{INSTANCE}.0", f"{INSTANCE}.1"]
     assert [each["instance"] for each in found["measurements"]] == found["images"]
     assert len({each["uid"] for each in found["measurements"]}) == 2
+
+
+@pytest.mark.slow
+@needs_ohif
+def test_ohif_loads_the_report(tmp_path: Path) -> None:
+    made = study_objects(header(), [explained(0), explained(1, codes=(EFFUSION,))])["study"]
+    [line] = read_by_ohif(tmp_path, made)
+    instances = [f"{INSTANCE}.0", f"{INSTANCE}.1"]
+    assert line["messages"] == []
+    assert [each["ReferencedSOPInstanceUID"] for each in line["referencedImages"]] == instances
+    for measurement, instance in zip(line["measurements"], instances, strict=True):
+        assert measurement["coords"][0]["GraphicType"] == "POLYLINE"
+        assert measurement["coords"][0]["ReferencedSOPSequence"][0]["ReferencedSOPInstanceUID"] == instance
+        assert measurement["labels"][0]["label"] == LABELS[0]
 
 
 def test_withheld_overlay_is_reported() -> None:
