@@ -240,8 +240,9 @@ class Connection:
         status is UNKNOWN instead, which gRPC must not repeat, because a proxy also refuses calls with it (HTTP 413).
         """
         assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
-        removed = (error.details() or "").startswith(STREAM_REMOVED) and not request_id_of(error.initial_metadata())
-        if removed and (delay_s := next(delays_s, None)):
+        removed = error.code() is grpc.StatusCode.UNKNOWN and (error.details() or "").startswith(STREAM_REMOVED)
+        started = request_id_of(error.initial_metadata()) is not None
+        if removed and not started and (delay_s := next(delays_s, None)):
             time.sleep(delay_s)
         elif not self._without_watch(channels, error):
             raise self._translate(error, call) from error
