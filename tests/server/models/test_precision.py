@@ -268,15 +268,14 @@ def test_settings_of_newer_names_are_restored() -> None:
     if not hasattr(cudnn, "conv"):
         pytest.skip("this version of torch has only the older names")
     settings = (cudnn.conv, cudnn.rnn, matmul)
-    before = [each.fp32_precision for each in settings]
+    before = cudnn.allow_tf32, matmul.allow_tf32
     try:
         cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision = "ieee", "ieee", "tf32"
         with gpu_arithmetic(tf32=True):
             assert (cudnn.allow_tf32, matmul.allow_tf32) == (True, True)
         assert [each.fp32_precision for each in settings] == ["ieee", "ieee", "tf32"]
-    finally:
-        for each, precision in zip(settings, before, strict=True):
-            each.fp32_precision = precision
+    finally:  # the older names set the newer ones, too
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 @pytest.mark.gpu
