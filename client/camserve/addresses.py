@@ -13,6 +13,7 @@ __all__ = [
     "check_target",
     "is_loopback",
     "is_loopback_host",
+    "proxy_options",
     "require_host_port",
     "require_listener",
     "socket_path",
@@ -140,6 +141,20 @@ def require_listener(address: str) -> str:
             f"{_MAX_SOCKET_PATH} bytes, as in unix:///run/camserve.sock"
         )
     return address
+
+
+def proxy_options(address: str) -> list[tuple[str, int]]:
+    """Return channel options that bypass HTTP proxies for loopback addresses.
+
+    A proxy would forward the data of a plaintext connection, which may contain a token, to another machine.
+
+    Args:
+        address: Address of the server.
+
+    Returns:
+        Options for the constructor of a channel.
+    """
+    return [("grpc.enable_http_proxy", 0)] if is_loopback(address) else []
 
 
 def _targets(address: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 import grpc
 
 from camserve import environment, errors, images, request_messages
-from camserve.addresses import check_target, is_loopback
+from camserve.addresses import check_target, is_loopback, proxy_options
 from camserve.errors import InvalidArgument
 from camserve.intermediaries import http_status, request_id_of
 from camserve.v1 import explain_pb2 as pb
@@ -35,7 +35,6 @@ __all__ = [
     "Connection",
     "Pem",
     "channel_credentials",
-    "proxy_options",
 ]
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -350,20 +349,6 @@ def channel_credentials(
     if not tls and ca is None and certificate is None:
         return None
     return _ssl_credentials(*map(_read_pem, (ca, key, certificate)))
-
-
-def proxy_options(address: str) -> list[tuple[str, Any]]:
-    """Return channel options that bypass HTTP proxies for loopback addresses.
-
-    A proxy would forward the data of a plaintext connection, which may contain a token, to another machine.
-
-    Args:
-        address: Address of the server.
-
-    Returns:
-        Options for the constructor of a channel.
-    """
-    return [("grpc.enable_http_proxy", 0)] if is_loopback(address) else []
 
 
 def _read_pem(pem: Pem | None) -> bytes | None:

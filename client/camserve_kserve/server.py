@@ -33,7 +33,8 @@ from kserve.protocol.rest.v1_endpoints import register_v1_endpoints
 from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
 
 from camserve import aio
-from camserve.connection import SERVICE, proxy_options
+from camserve.addresses import proxy_options
+from camserve.connection import SERVICE
 from camserve.errors import CamserveError, InvalidArgument, NotFound, Unavailable
 from camserve.images import MAX_MESSAGE_BYTES
 from camserve.version import __version__

@@ -5,7 +5,8 @@ from __future__ import annotations
 import grpc
 import typer
 
-from camserve.connection import SERVICE, channel_credentials, proxy_options
+from camserve.addresses import proxy_options
+from camserve.connection import SERVICE, channel_credentials
 from camserve_cli.options import DEFAULT_TIMEOUT_S, Server, with_server_options
 from camserve_cli.output import errors_as_lines
 
