@@ -60,7 +60,7 @@ backend camserve
 
 @dataclass(frozen=True)
 class Settings:
-    """What a proxy does with the calls.
+    """Settings of a proxy.
 
     Attributes:
         max_body: Limit for the bodies of requests in bytes.

@@ -71,7 +71,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class ExplainedImage:
-    """What the report of a study says about an image.
+    """Record of an explained image, from which the report of its study is made.
 
     Attributes:
         source: The image.

@@ -1,4 +1,4 @@
-"""What all charts render for the values in their ci/."""
+"""Tests of the manifests that all charts render for the values in their ci/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long OpenMP threads spin, on idle and on busy machines."""
+"""The time for which OpenMP threads spin, on idle and on busy machines."""
 
 from __future__ import annotations
 

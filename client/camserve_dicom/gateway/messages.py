@@ -36,7 +36,7 @@ _SERVICES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What a message says about an explained image.
+    """Findings of an explained image, as messages contain them.
 
     Attributes:
         object: Name of the image in the audit trail.
@@ -97,7 +97,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Message:
-    """What a notification tells about an image or a study.
+    """Content of a message about an image or a study, independent of its format.
 
     Attributes:
         type: "results.stored" for an image, "study.stored" for a study.

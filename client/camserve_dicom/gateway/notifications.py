@@ -1,4 +1,4 @@
-"""The step of an entry that tells other systems about its results."""
+"""Messages to other systems: written with the results of an entry, and sent when the PACS has them."""
 
 from __future__ import annotations
 
