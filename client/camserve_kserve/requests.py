@@ -91,8 +91,12 @@ def of_tensors(request: InferRequest) -> ImageRequest:
     if len(request.inputs) != 1 or request.inputs[0].name != "image":
         names = ", ".join(each.name for each in request.inputs) or "none"
         raise InvalidArgument(f"the inputs are {names}; expected one tensor, image", field="inputs")
-    parameters = {name: _plain(value, name) for name, value in (request.parameters or {}).items()}
-    parameters.pop("binary_data_output", None)  # the SDK reads it
+    parameters = {
+        name: _plain(value, name)
+        for name, value in (request.parameters or {}).items()
+        # The SDK reads the first one. Triton reserves the others; perf_analyzer sends one about streams.
+        if name != "binary_data_output" and not name.startswith("triton_")
+    }
     return ImageRequest(_tensor(request.inputs[0]), _arguments(parameters))
 
 

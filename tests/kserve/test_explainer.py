@@ -228,7 +228,8 @@ def test_errors_have_the_http_status_of_their_code(running: Running) -> None:
 
 
 def test_v2_returns_the_tensors_of_the_open_inference_protocol(running: Running, direct: camserve.Client) -> None:
-    response = running.infer("UINT8", [1, *IMAGE.shape], IMAGE.ravel().tolist(), **{**RISE, "metrics": "insertion"})
+    parameters = {**RISE, "metrics": "insertion", "triton_enable_empty_final_response": True}  # perf_analyzer sends it
+    response = running.infer("UINT8", [1, *IMAGE.shape], IMAGE.ravel().tolist(), **parameters)
     answer = response.json()
     assert response.status_code == 200, answer
     outputs = {each["name"]: np.reshape(each["data"], each["shape"]) for each in answer["outputs"]}

@@ -138,6 +138,14 @@ def test_response_names_model_method_metrics_and_request(stub: Any) -> None:
     assert "nearly constant image" in parameters["warnings"].string_param
 
 
+def test_parameters_that_triton_reserves_change_nothing(stub: Any) -> None:
+    """perf_analyzer sends the first one with each request."""
+    reserved = {"triton_enable_empty_final_response": True, "triton_other": 1}
+    with_them = stub.ModelInfer(infer(method="grad-cam", **reserved), timeout=TIMEOUT_S)
+    without = stub.ModelInfer(infer(method="grad-cam"), timeout=TIMEOUT_S)
+    assert with_them.raw_output_contents == without.raw_output_contents
+
+
 def test_budget_stops_a_method_early(stub: Any) -> None:
     response = stub.ModelInfer(infer(method="rise", masks=64, budget=20), timeout=TIMEOUT_S)
     assert 0 < response.parameters["share"].double_param < 1

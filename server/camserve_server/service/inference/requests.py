@@ -19,6 +19,8 @@ DEFAULT_METHOD = "poly-cam"  # as in the Python client
 OUTPUTS = ("saliency", "target", "probability", "scores")
 MAX_INT32 = 2**31 - 1
 MAX_DIGITS = 20  # Python refuses to convert some thousands of them
+# Start of names that Triton reserves. perf_analyzer sends one about streams with each request.
+_RESERVED = "triton_"
 _PART = 1 << 16  # values that are converted without releasing the interpreter
 
 Tensor = pb.ModelInferRequest.InferInputTensor
@@ -54,7 +56,8 @@ def explain_request(request: pb.ModelInferRequest) -> explain.ExplainRequest:
     """Convert a request of ModelInfer.
 
     Its tensor "image" is the image, and its parameters are the other fields of the request. A parameter with another
-    name is one of the method. This function checks what ExplainRequest cannot express. The checks of Explain follow.
+    name is one of the method, unless its name begins with "triton_". This function checks what ExplainRequest cannot
+    express. The checks of Explain follow.
 
     Args:
         request: The message of the caller.
@@ -86,7 +89,8 @@ def explain_request(request: pb.ModelInferRequest) -> explain.ExplainRequest:
 def _set_parameters(explained: explain.ExplainRequest, parameters: Mapping[str, pb.InferParameter]) -> None:
     method = explained.method
     method.name = DEFAULT_METHOD
-    for name, parameter in sorted(parameters.items()):
+    given = {name: each for name, each in parameters.items() if not name.startswith(_RESERVED)}
+    for name, parameter in sorted(given.items()):
         field = f"parameters[{name}]"
         kind = parameter.WhichOneof("parameter_choice")
         if kind is None:
