@@ -217,4 +217,16 @@ class Client(BlockingConnection):
             except grpc.FutureCancelledError as error:
                 raise errors.Cancelled("the client was closed while the call was in flight") from error
             finally:
-                rpc.cancel()  # This has no effect on a call that has finished.
+                _end(rpc)
+
+
+def _end(rpc: Any) -> None:
+    """Cancel a call unless it has finished.
+
+    A stream of a single thread keeps its memory and its connection until its last event is read, even if the call is
+    cancelled and the channel is closed. After a cancellation, gRPC offers no public way to read the other events.
+    """
+    rpc.cancel()
+    read_event = getattr(rpc, "_consume_next_event", None)
+    while read_event and rpc._state.due and not environment.calls.problem:
+        read_event()

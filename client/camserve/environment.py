@@ -15,32 +15,30 @@ _FORK_SUPPORT = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "").lower() in ("1", 
 
 
 class _Calls:
-    """Counts the calls of all clients of this process. It is a context manager for one call."""
+    """The calls of all clients of this process. It is a context manager for one call.
+
+    Attributes:
+        running: Number of the calls that run.
+        used: This process has opened a channel.
+        problem: Reason why each call of this process would hang. May be empty.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self.running = 0
+        self.used = False
+        self.problem = ""
 
     def __enter__(self) -> None:
-        with self._lock:
+        with self.lock:
             self.running += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
+        with self.lock:
             self.running -= 1
-
-    def forget(self) -> None:
-        """Forget the calls of the parent process. Another thread may have held the lock during the fork."""
-        self._lock = threading.Lock()
-        self.running = 0
 
 
 calls = _Calls()
-
-
-class _State:
-    used = False  # this process has opened a channel
-    problem = ""  # why calls of this process would hang
 
 
 def check() -> None:
@@ -50,10 +48,10 @@ def check() -> None:
         CamserveError: The process is the child of a fork that gRPC does not support, or gevent or eventlet has replaced
             the standard library and gRPC does not know it.
     """
-    if _State.problem:
-        raise CamserveError(_State.problem)
+    if calls.problem:
+        raise CamserveError(calls.problem)
     _check_patches()
-    _State.used = True
+    calls.used = True
 
 
 def _check_patches() -> None:
@@ -74,13 +72,14 @@ def _check_patches() -> None:
 
 
 def _after_fork() -> None:
-    if _State.used and (not _FORK_SUPPORT or calls.running):
-        _State.problem = (
+    if calls.used and (not _FORK_SUPPORT or calls.running):
+        calls.problem = (
             "this process was forked from one in which camserve clients had made calls, so gRPC does not work in it; "
             "make the first call after the fork, use the start method spawn or forkserver of multiprocessing, or set "
             "GRPC_ENABLE_FORK_SUPPORT=1 before grpc is imported and fork while no call is in progress"
         )
-    calls.forget()
+    calls.lock = threading.Lock()  # another thread may have held it during the fork
+    calls.running = 0
 
 
 if hasattr(os, "register_at_fork"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
+import socket
 import threading
 import time
 from pathlib import Path
@@ -407,3 +409,75 @@ def test_trace_context_of_the_caller_is_sent(
             servicer.metadata = {}
             call()
             assert expected.items() <= servicer.metadata.items()
+
+
+# ---- end of a connection ---------------------------------------------------------------------------------------------
+
+
+def close_stream(client: camserve.Client) -> None:
+    events = client.explain_stream(LARGE, model="slow")
+    next(events)
+    events.close()
+
+
+def drop_stream(client: camserve.Client) -> None:
+    next(client.explain_stream(LARGE, model="slow"))
+
+
+def close_client_first(client: camserve.Client) -> None:
+    events = client.explain_stream(LARGE, model="slow")
+    next(events)
+    client.close()
+    events.close()
+
+
+def run_out_of_time(client: camserve.Client) -> None:
+    with pytest.raises(camserve.DeadlineExceeded):
+        [*client.explain_stream(LARGE, model="slow", timeout=0.2)]
+
+
+def leave_many(client: camserve.Client) -> None:
+    next(client.explain_many([LARGE] * 3))
+
+
+def close_stream_of_asyncio(client: camserve.Client) -> None:
+    async def ask() -> None:
+        async with (
+            camserve.aio.Client(client.address) as other,
+            contextlib.aclosing(other.explain_stream(LARGE, model="slow")) as events,
+        ):
+            await anext(events)
+
+    asyncio.run(ask())
+
+
+def drop_stream_of_asyncio(client: camserve.Client) -> None:
+    async def ask() -> None:
+        async with camserve.aio.Client(client.address) as other:
+            await anext(other.explain_stream(LARGE, model="slow"))
+
+    asyncio.run(ask())
+
+
+@pytest.mark.slow
+def test_closed_client_does_not_connect_again() -> None:
+    """A connection that is left behind would also make later clients of the same server fail."""
+    ways = (
+        close_stream,
+        drop_stream,
+        close_client_first,
+        run_out_of_time,
+        leave_many,
+        close_stream_of_asyncio,
+        drop_stream_of_asyncio,
+    )
+    with contextlib.ExitStack() as ends:
+        listeners = {}
+        for leave in ways:
+            with listening(Servicer()) as address, camserve.Client(address, timeout=WAIT_S) as client:
+                leave(client)
+            listener = ends.enter_context(socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))))
+            listeners[leave.__name__] = listener
+        time.sleep(3)  # gRPC connects again after at most 1.2 s.
+        connected, _, _ = select.select([*listeners.values()], [], [], 0)
+        assert [name for name, listener in listeners.items() if listener in connected] == []
