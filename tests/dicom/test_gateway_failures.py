@@ -18,6 +18,7 @@ from camserve.errors import InternalError
 from camserve_dicom import explain
 from camserve_dicom.gateway import pacs as pacs_module
 from camserve_dicom.gateway import steps, workers
+from camserve_dicom.gateway.workers import PermanentFailure, TemporaryFailure
 from tests.dicom.conftest import LogLines
 from tests.dicom.gateways import RULE, UNREACHABLE_SERVER, OpenGateway
 from tests.dicom.pacs import Pacs, image, send, wait_until
@@ -163,6 +164,30 @@ def test_failed_commitments_are_retried_three_times(gateway: OpenGateway, pacs: 
         assert running.dead()[0]["reason"] == "the PACS reported a failed commitment 3 times"
         assert running.events().count("stored") == len(pacs.stores) == 3
         assert [line["reasons"] for line in running.audit() if line["event"] == "not committed"] == [["0x0112"]] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [None, TemporaryFailure("aborted"), PermanentFailure("aborted")])
+def test_result_is_stored_again_before_the_association_of_the_report_ends(
+    gateway: OpenGateway, pacs: Pacs, monkeypatch: pytest.MonkeyPatch, end: Exception | None
+) -> None:
+    request_commitment = pacs_module.DimsePacs.request_commitment
+
+    def request(self: pacs_module.DimsePacs, *arguments: Any) -> None:
+        request_commitment(self, *arguments)
+        if len(pacs.requests) == 1:
+            pacs.commits = "same"
+            wait_until(lambda: running.events().count("stored") == 2 and running.entries("stored"))
+            if end:
+                raise end
+
+    monkeypatch.setattr(pacs_module.DimsePacs, "request_commitment", request)
+    pacs.commits = "failed"
+    with gateway() as running:
+        assert send(running.address, image()) == [0]
+        wait_until(lambda: "committed" in running.events())
+        wait_until(running.idle)
+        assert running.dead() == []
 
 
 @pytest.mark.slow

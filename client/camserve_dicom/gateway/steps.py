@@ -231,10 +231,13 @@ class CommitmentStep:
             self.pacs.request_commitment(files, transaction, lambda: self._wait_for_report(transaction))
         except (TemporaryFailure, PermanentFailure):
             with self._lock:
-                self._transactions.pop(transaction, None)
+                if self._transactions.pop(transaction, None) is None:
+                    return  # the PACS has reported before the association failed
             (entry / "transaction.json").unlink(missing_ok=True)
             raise
-        if entry.exists():
+        with self._lock:  # a result that the PACS lacked may be stored again already, so the entry may be back
+            waiting = transaction in self._transactions
+        if waiting:
             raise TemporaryFailure("waiting for the commitment report of the PACS", self._timeout_s)
 
     def _wait_for_report(self, transaction: str) -> None:
