@@ -140,7 +140,7 @@ def test_response_names_model_method_metrics_and_request(stub: Any) -> None:
 
 def test_parameters_that_triton_reserves_change_nothing(stub: Any) -> None:
     """perf_analyzer sends the first one with each request."""
-    reserved = {"triton_enable_empty_final_response": True, "triton_other": 1}
+    reserved: dict[str, Any] = {"triton_enable_empty_final_response": True, "triton_other": 1}
     with_them = stub.ModelInfer(infer(method="grad-cam", **reserved), timeout=TIMEOUT_S)
     without = stub.ModelInfer(infer(method="grad-cam"), timeout=TIMEOUT_S)
     assert with_them.raw_output_contents == without.raw_output_contents
