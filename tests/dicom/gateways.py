@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from camserve_dicom.gateway import steps
 from camserve_dicom.gateway.config import Config, read
 from camserve_dicom.gateway.process import Gateway, run
-from tests.dicom.pacs import Pacs
+from tests.dicom.pacs import Pacs, free_port
 from tests.processes import CAMSERVE, LIMIT_S, ROOT, started
 
 if TYPE_CHECKING:  # the forked gateways do not need torch, which takes seconds to import
@@ -36,6 +36,7 @@ __all__ = [
     "forked",
     "opened",
     "request",
+    "write_config",
 ]
 
 # One metric is enough for the check, and saves time.
@@ -46,6 +47,20 @@ RULE: dict[str, Any] = {
     "metrics": ["average-gain"],
     "check": "average-gain>=0",
 }
+# The configuration of a gateway in a process of its own. The texts of tests follow, beginning with keys of [pacs].
+_CONFIG = """
+spool = "spool"
+listen = "{listen}"
+callers = ["MODALITY"]
+min_free_bytes = 0
+
+[server]
+address = "{server}"
+
+[pacs]
+ae_title = "PACS"
+address = "{pacs}"
+"""
 # Nothing listens on port 1 of the loopback address.
 UNREACHABLE_SERVER: dict[str, Any] = {"address": "127.0.0.1:1", "timeout_s": 0.3}
 
@@ -106,6 +121,21 @@ def config(tmp_path: Path, tiny: Server, pacs: Pacs, /, **keys: Any) -> Config:
     }
     destination = {"ae_title": "PACS", "address": pacs.address} | keys.pop("pacs", {})
     return Config.model_validate(defaults | {"pacs": destination} | keys)
+
+
+def write_config(folder: Path, server: str, pacs: Pacs, text: str) -> Path:
+    """Write the configuration of a gateway with a fixed port, which the PACS reports to.
+
+    Args:
+        folder: The folder of the file.
+        server: Address of the server.
+        pacs: The PACS.
+        text: The end of the file: further keys of [pacs], and further tables.
+    """
+    pacs.gateway = f"127.0.0.1:{free_port()}"
+    path = folder / "gateway.toml"
+    path.write_text(_CONFIG.format(listen=pacs.gateway, server=server, pacs=pacs.address) + text)
+    return path
 
 
 def request(running: Spooled, path: str) -> tuple[int, str]:

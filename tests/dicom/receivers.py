@@ -9,13 +9,34 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
 
 import hl7.mllp
 from hl7apy.mllp import AbstractErrorHandler, AbstractHandler, MLLPServer
 from hl7apy.parser import parse_message
 
-__all__ = ["Engine", "Webhook", "hl7_engine", "tls_engine", "webhook"]
+__all__ = ["Engine", "QuietHandler", "Webhook", "hl7_engine", "serving", "tls_engine", "webhook"]
+
+
+class QuietHandler(BaseHTTPRequestHandler):
+    """A handler of HTTP requests that writes no log."""
+
+    def log_message(self, *_: Any) -> None:
+        """Write nothing."""
+
+
+@contextmanager
+def serving(server: TCPServer) -> Iterator[str]:
+    """Run a server of the loopback address in a thread, and close it at the end. The value is its HOST:PORT."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class Webhook:
@@ -38,7 +59,7 @@ def webhook() -> Iterator[Webhook]:
     """Run a webhook."""
     made = Webhook()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             made.requests.append(({key.lower(): value for key, value in self.headers.items()}, json.loads(body)))
@@ -48,18 +69,9 @@ def webhook() -> Iterator[Webhook]:
                 self.send_header(*header)
             self.end_headers()
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        made.url = f"http://127.0.0.1:{server.server_port}/hooks/camserve?site=a"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield made
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+        made.url = f"http://{address}/hooks/camserve?site=a"
+        yield made
 
 
 class Engine:
@@ -100,15 +112,8 @@ def hl7_engine() -> Iterator[Engine]:
         def reply(self) -> str:
             raise AssertionError(self.exc)
 
-    with MLLPServer("127.0.0.1", 0, {"ORU^R01^ORU_R01": (Accept,), "ERR": (Refuse,)}) as server:
-        engine.address = f"127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield engine
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(MLLPServer("127.0.0.1", 0, {"ORU^R01^ORU_R01": (Accept,), "ERR": (Refuse,)})) as engine.address:
+        yield engine
 
 
 @contextmanager

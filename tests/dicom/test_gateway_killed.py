@@ -14,8 +14,9 @@ import pytest
 from pydicom import Dataset, dcmread
 
 from camserve_server.service.server import Server
+from tests.dicom import gateways
 from tests.dicom.gateways import command, forked
-from tests.dicom.pacs import NAME, Pacs, free_port, image, send, wait_until
+from tests.dicom.pacs import NAME, Pacs, image, send, wait_until
 from tests.dicom.receivers import Webhook, webhook
 from tests.dicom.samples import stored
 from tests.dicom.test_gateway_studies import predecessors, reports, selections
@@ -29,17 +30,6 @@ pytestmark = [
 ]
 
 CONFIG = """
-spool = "spool"
-listen = "{listen}"
-callers = ["MODALITY"]
-min_free_bytes = 0
-
-[server]
-address = "{server}"
-
-[pacs]
-ae_title = "PACS"
-address = "{pacs}"
 commitment_timeout_s = {commitment_timeout_s}
 
 [study]
@@ -69,22 +59,12 @@ def write_config(
     quiet_s: float = 3600,
     hook: str | None = None,
 ) -> Path:
-    """Write the configuration of a gateway with a fixed port, which the PACS reports to, and perhaps a webhook."""
-    pacs.gateway = f"127.0.0.1:{free_port()}"
-    path = folder / "gateway.toml"
-    path.write_text(
-        CONFIG.format(
-            listen=pacs.gateway,
-            server=server,
-            pacs=pacs.address,
-            method=method,
-            parameters=parameters,
-            commitment_timeout_s=commitment_timeout_s,
-            quiet_s=quiet_s,
-        )
-        + (f'[[notifications]]\nname = "ris"\nurl = "{hook}"\n' if hook else "")
+    """Write the configuration of a gateway that reports studies, and perhaps notifies a webhook."""
+    text = CONFIG.format(
+        method=method, parameters=parameters, commitment_timeout_s=commitment_timeout_s, quiet_s=quiet_s
     )
-    return path
+    notification = f'[[notifications]]\nname = "ris"\nurl = "{hook}"\n' if hook else ""
+    return gateways.write_config(folder, server, pacs, text + notification)
 
 
 @pytest.fixture

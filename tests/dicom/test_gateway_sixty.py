@@ -23,8 +23,8 @@ from pydicom.uid import (
 )
 
 from camserve_server.service.server import Server
-from tests.dicom.gateways import forked
-from tests.dicom.pacs import Pacs, free_port, image, send
+from tests.dicom.gateways import forked, write_config
+from tests.dicom.pacs import Pacs, image, send
 from tests.dicom.receivers import hl7_engine, webhook
 from tests.dicom.test_gateway_killed import source
 from tests.dicom.test_gateway_studies import predecessors
@@ -40,17 +40,6 @@ pytestmark = [
 
 KILLS, ASSOCIATIONS, OBJECTS = 6, 6, 10
 CONFIG = """
-spool = "spool"
-listen = "{listen}"
-callers = ["MODALITY"]
-min_free_bytes = 0
-
-[server]
-address = "{server}"
-
-[pacs]
-ae_title = "PACS"
-address = "{pacs}"
 commitment_timeout_s = 0.5
 
 [study]
@@ -120,8 +109,7 @@ def _set_colour(made: Dataset, pixels: np.ndarray) -> None:
 def test_sixty_objects_and_six_kills(tmp_path: Path, tiny: Server, pacs: Pacs) -> None:
     """No object is lost, no result is stored as another, and each message has one identifier and one content."""
     studies = [[mixed(association, number) for number in range(OBJECTS)] for association in range(ASSOCIATIONS)]
-    pacs.gateway = f"127.0.0.1:{free_port()}"
-    path, spool, rng = tmp_path / "gateway.toml", tmp_path / "spool", random.Random(19)
+    spool, rng = tmp_path / "spool", random.Random(19)
     unsent = [[*study] for study in studies]
 
     def modality(objects: list[Dataset]) -> None:
@@ -134,8 +122,7 @@ def test_sixty_objects_and_six_kills(tmp_path: Path, tiny: Server, pacs: Pacs) -
             time.sleep(0.05)
 
     with webhook() as hook, hl7_engine() as engine:
-        settings = {"hook": hook.url, "engine": engine.address, "server": tiny.address, "pacs": pacs.address}
-        path.write_text(CONFIG.format(listen=pacs.gateway, **settings))
+        path = write_config(tmp_path, tiny.address, pacs, CONFIG.format(hook=hook.url, engine=engine.address))
         senders = [threading.Thread(target=modality, args=(each,), daemon=True) for each in unsent]
         for each in senders:
             each.start()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import re
 import socket
 import ssl
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from camserve_dicom.gateway.config import Config
 from camserve_server.service.server import Server
 from tests.dicom.gateways import RULE, UNREACHABLE_SERVER, Spooled, config, opened
 from tests.dicom.pacs import Pacs, image, send, wait_until
+from tests.dicom.receivers import QuietHandler, serving
 from tests.processes import LIMIT_S
 
 pytestmark = [
@@ -116,7 +116,7 @@ def web() -> Iterator[Web]:
     """Run a STOW-RS service."""
     service = Web()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             service.requests.append(({**self.headers}, body))
@@ -129,17 +129,9 @@ def web() -> Iterator[Web]:
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    service.url = f"http://127.0.0.1:{server.server_port}/dicom-web/studies"
-    yield service
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+        service.url = f"http://{address}/dicom-web/studies"
+        yield service
 
 
 def statuses(sequence: str, reason: str, value: int) -> dict[str, Any]:

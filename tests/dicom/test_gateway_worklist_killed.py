@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from camserve_server.service.server import Server
+from tests.dicom import gateways
 from tests.dicom.gateways import Spooled, forked
-from tests.dicom.pacs import Pacs, free_port, image, wait_until
+from tests.dicom.pacs import Pacs, image, wait_until
 from tests.dicom.test_gateway_worklist import is_over, outputs, states, ups
 from tests.dicom.ups_test_server import UpsServer, workitem
 from tests.processes import LIMIT_S
@@ -25,18 +26,6 @@ pytestmark = [
 ]
 
 CONFIG = """
-spool = "spool"
-listen = "{listen}"
-callers = ["MODALITY"]
-min_free_bytes = 0
-
-[server]
-address = "{server}"
-
-[pacs]
-ae_title = "PACS"
-address = "{pacs}"
-
 [worklist]
 url = "{url}"
 station = "CAMSERVE1"
@@ -61,11 +50,8 @@ POINTS = {
 
 
 def write_config(folder: Path, server: str, pacs: Pacs, ups: UpsServer) -> Path:
-    """Write the configuration of a gateway with a fixed port, which the PACS reports to."""
-    pacs.gateway = f"127.0.0.1:{free_port()}"
-    path = folder / "gateway.toml"
-    path.write_text(CONFIG.format(listen=pacs.gateway, server=server, pacs=pacs.address, url=ups.url))
-    return path
+    """Write the configuration of a gateway that performs workitems."""
+    return gateways.write_config(folder, server, pacs, CONFIG.format(url=ups.url))
 
 
 def require_exactly_once(running: Spooled, pacs: Pacs, ups: UpsServer, workitems: int, images: int) -> None:

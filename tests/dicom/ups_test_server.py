@@ -12,12 +12,14 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from io import BytesIO
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from pydicom import Dataset
+
+from tests.dicom.receivers import QuietHandler, serving
 
 __all__ = ["UpsServer", "code", "ups_server", "workitem"]
 
@@ -132,10 +134,10 @@ class UpsServer:
         return (200 if found else 204), found
 
     def _matches(self, dataset: Dataset, keys: dict[str, str]) -> bool:
-        for key, value in keys.items():
+        for key in keys.keys() - self.ignores:
             name, _, inner = key.partition(".")
             found = [each.get(inner) for each in dataset.get(name, [])] if inner else [dataset.get(name)]
-            if value not in found and key not in self.ignores:
+            if keys[key] not in found:
                 return False
         return True
 
@@ -238,7 +240,7 @@ def ups_server() -> Iterator[UpsServer]:
     """Run the test server on a free port of the loopback address."""
     made = UpsServer()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             self._handle()
 
@@ -305,21 +307,12 @@ def ups_server() -> Iterator[UpsServer]:
             self.end_headers()
             self.wfile.write(data)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
         def handle_error(self, *_: Any) -> None:
             """Ignore a gateway that was killed."""
 
-    with Server(("127.0.0.1", 0), Handler) as server:
-        made.url = f"http://127.0.0.1:{server.server_port}/dicom-web"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield made
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Server(("127.0.0.1", 0), Handler)) as address:
+        made.url = f"http://{address}/dicom-web"
+        yield made
