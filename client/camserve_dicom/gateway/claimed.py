@@ -2,7 +2,7 @@
 
 workitem.json UIDs of the workitem and of the transaction, the phase, and the outcome with its attributes
 images/       a file for each image of the workitem, which is named as the entry of the image
-added/        an empty file for each image that was added to the inbox
+added/        a file for each image that was added to the inbox, or was in progress already
 failed/       a file with the reason for each image that could not be retrieved
 skipped/      a file with the reason for each image that is not to be explained
 done/         a file for each image whose results the PACS has, with references to them

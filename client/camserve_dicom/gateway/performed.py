@@ -33,7 +33,7 @@ def progress(percent: int, description: str) -> Dataset:
 
     Args:
         percent: From 0 to 100.
-        description: What is done.
+        description: Text about the progress.
     """
     item = Dataset()
     item.ProcedureStepProgress = percent
@@ -56,10 +56,10 @@ def completed(
     Args:
         workitem: The workitem.
         config: The configuration.
-        began: When the workitem was claimed, a value of VR DT.
+        began: Time of the claim, a value of VR DT.
         results: UIDs of the results, from `claimed.results_of`.
         retrieve_url: URL of DICOMweb that has the results.
-        description: What was done.
+        description: Text about the result, up to 64 characters.
     """
     performed = Dataset()
     performed.PerformedStationNameCodeSequence = [_station(workitem, config)]

@@ -37,7 +37,9 @@ class WorklistConfig(Table):
     poll_s: Annotated[float, Field(gt=0, description="Seconds between two searches.")] = 10.0
     max_claimed: Annotated[int, Field(ge=1, description="Maximum number of workitems in progress.")] = 2
     max_images: Annotated[int, Field(ge=1, description="Maximum number of images of a workitem.")] = 100
-    timeout_s: Annotated[float, Field(gt=0, description="Seconds to connect, and for each response.")] = 60.0
+    timeout_s: Annotated[
+        float, Field(gt=0, description="Seconds to connect, and to wait for each part of a response.")
+    ] = 60.0
 
     @model_validator(mode="after")
     def _require_condition(self) -> Self:
