@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from pydicom import Dataset
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from camserve_dicom.gateway.config import Config
 from camserve_dicom.gateway.performed import Reason, completed
+from camserve_dicom.gateway.workers import PermanentFailure, TemporaryFailure
 from camserve_dicom.gateway.workitems import ImageReference, Worklist
 from camserve_dicom.gateway.worklist_config import WorklistConfig
 from tests.dicom.conftest import LogLines
@@ -247,7 +249,7 @@ def test_workitem_whose_image_cannot_be_explained_is_canceled(gateway: OpenGatew
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
-@pytest.mark.parametrize("fault", ["none", "too many", "no DICOM", "path"])
+@pytest.mark.parametrize("fault", ["none", "too many", "no DICOM", "path", "no sequence"])
 def test_workitem_with_unusable_input_is_canceled(gateway: OpenGateway, ups: UpsServer, fault: str) -> None:
     dataset = workitem()
     uid = ups.add(dataset, *[image(number) for number in range({"none": 0, "too many": 3}.get(fault, 1))])
@@ -255,6 +257,8 @@ def test_workitem_with_unusable_input_is_canceled(gateway: OpenGateway, ups: Ups
         dataset.InputInformationSequence[0].TypeOfInstances = "CDA"
     elif fault == "path":
         dataset.InputInformationSequence[0].StudyInstanceUID = "1/../../secret"
+    elif fault == "no sequence":
+        dataset.add_new("InputInformationSequence", "LO", "text")
     with gateway(worklist=table(ups, max_images=2)) as running:
         wait_until(lambda: is_over(running, ups))
     assert canceled(ups, uid)[0] == Reason.bad_references.value
@@ -278,6 +282,7 @@ def test_other_hosts_are_never_contacted(gateway: OpenGateway, ups: UpsServer) -
     [
         ("https://pacs.example.org/b/c/studies/1.2/series/1.3", "/b/c"),
         ("https://pacs.example.org/studies/1.2", ""),
+        ("https://pacs.example.org:443/b/studies/1.2", "/b"),
         ("http://pacs.example.org/b/studies/1.2", "/a"),
         ("https://pacs.example.org:8443/b/studies/1.2", "/a"),
         ("https://pacs.example.org.evil.example/b/studies/1.2", "/a"),
@@ -290,7 +295,15 @@ def test_other_hosts_are_never_contacted(gateway: OpenGateway, ups: UpsServer) -
 )
 def test_retrieve_url_gives_a_path_on_the_configured_host(url: str, path: str, ups: UpsServer) -> None:
     worklist = Worklist(WorklistConfig(url=ups.url, retrieve_url="https://pacs.example.org/a/", label="AI"), 1 << 20)
-    assert worklist._images_path(ImageReference("1", "2", "3", url).url) == path
+    assert worklist._images_path(url) == path
+
+
+def test_deflated_image_is_refused(ups: UpsServer) -> None:
+    """The transfer syntax may follow other elements of the file meta information, however long they are."""
+    ups.images["/dicom-web/studies/1/series/2/instances/3"] = bytes(8000) + DeflatedExplicitVRLittleEndian.encode()
+    worklist = Worklist(WorklistConfig(url=ups.url, label="AI"), 1 << 20)
+    with pytest.raises(PermanentFailure, match="the image is deflated"):
+        worklist.retrieve_image(ImageReference("1", "2", "3", ""))
 
 
 def test_authorization_is_sent_to_worklist_and_archive(gateway: OpenGateway, ups: UpsServer, tmp_path: Path) -> None:
@@ -332,7 +345,7 @@ def test_request_to_cancel_a_scheduled_workitem_is_honoured(gateway: OpenGateway
 
 
 def test_workitem_that_others_cancel_is_given_up(gateway: OpenGateway, pacs: Pacs, ups: UpsServer) -> None:
-    """The worklist cancels a workitem in progress. The gateway retrieves no further image, and changes nothing."""
+    """The worklist cancels a workitem in progress. The gateway changes it no more."""
     uid = ups.add(workitem(), image(0), image(1))
     pacs.down()
     with gateway(worklist=table(ups)) as running:
@@ -340,8 +353,29 @@ def test_workitem_that_others_cancel_is_given_up(gateway: OpenGateway, pacs: Pac
         ups.items[uid].dataset.ProcedureStepState = "CANCELED"
         wait_until(lambda: "workitem lost" in running.events() and not running.entries("worklist"))
         assert [line["state"] for line in running.audit() if line["event"] == "workitem lost"] == ["CANCELED"]
+        updates = len(ups.updates)
         pacs.up()
         wait_until(running.idle)
+    assert states(ups) == ["IN PROGRESS"]
+    assert len(ups.updates) == updates
+
+
+@pytest.mark.parametrize("refused", ["POST", "PUT"])
+def test_workitem_that_others_cancel_before_its_outcome_is_given_up(
+    gateway: OpenGateway, pacs: Pacs, ups: UpsServer, refused: str
+) -> None:
+    """The worklist cancels a workitem after the gateway has seen it in progress, and refuses the outcome."""
+    uid = ups.add(workitem(), image())
+
+    def cancel(method: str, target: str) -> None:
+        if method == refused and pacs.objects_by_uid:
+            ups.items[uid].dataset.ProcedureStepState = "CANCELED"
+
+    ups.before = cancel
+    with gateway(worklist=table(ups)) as running:
+        wait_until(lambda: running.dead() or ("workitem lost" in running.events() and is_over(running, ups)))
+        assert running.dead() == []
+        assert [line["state"] for line in running.audit() if line["event"] == "workitem lost"] == ["CANCELED"]
     assert states(ups) == ["IN PROGRESS"]
 
 
@@ -412,15 +446,20 @@ def test_metrics_and_health(gateway: OpenGateway, pacs: Pacs, ups: UpsServer) ->
         assert request(running, "/health")[0] == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'[{"00741000": 5}]', b"[]", b"[{}]"])
-@pytest.mark.parametrize("part", ["?", "/"])
-def test_nonsense_of_the_worklist_is_retried(gateway: OpenGateway, ups: UpsServer, body: bytes, part: str) -> None:
+NO_STATE = b'[{"00741000": {"vr": "CS", "Value": ["ZWETSCHGE"]}}]'
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'[{"00741000": 5}]', b"[]", b"[{}]", NO_STATE])
+@pytest.mark.parametrize(("part", "state"), [("?", "SCHEDULED"), ("/", "SCHEDULED"), ("/", "IN PROGRESS")])
+def test_nonsense_of_the_worklist_is_retried(
+    gateway: OpenGateway, ups: UpsServer, body: bytes, part: str, state: str
+) -> None:
     """The responses of searches, or those of retrievals of a workitem, make no sense three times."""
     uid = ups.add(workitem(), image())
     left = [1, 2, 3]
 
     def raw(method: str, target: str) -> bytes | None:
-        if method == "GET" and f"/workitems{part}" in target and left:
+        if method == "GET" and f"/workitems{part}" in target and ups.state(uid) == state and left:
             left.pop()
             return body
         return None
@@ -430,3 +469,37 @@ def test_nonsense_of_the_worklist_is_retried(gateway: OpenGateway, ups: UpsServe
         wait_until(lambda: is_over(running, ups))
         assert running.dead() == []
     assert ups.state(uid) == "COMPLETED"
+    assert not left
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
+@pytest.mark.parametrize("fault", ["in the search", "no JSON", "no sequence"])
+def test_unreadable_workitem_does_not_delay_others(gateway: OpenGateway, ups: UpsServer, fault: str) -> None:
+    """The worklist lists an urgent workitem that is never readable."""
+    urgent = workitem(1, ScheduledProcedureStepPriority="HIGH")
+    unreadable, other = ups.add(urgent, image(0)), ups.add(workitem(2), image(1))
+    if fault == "no sequence":
+        urgent.add_new("ScheduledStationNameCodeSequence", "LO", "text")
+        ups.ignores = {"ScheduledStationNameCodeSequence.CodeValue"}
+
+    def raw(method: str, target: str) -> bytes | None:
+        if fault == "in the search" and method == "GET" and "?" in target:
+            return json.dumps([{"00741200": 5}, ups.items[other].dataset.to_json_dict()]).encode()
+        return b"{" if fault == "no JSON" and target.endswith(f"/workitems/{unreadable}") else None
+
+    ups.raw = raw
+    with gateway(worklist=table(ups)) as running:
+        wait_until(lambda: "workitem completed" in running.events())
+    assert {uid for uid, _, _ in ups.changes} == {other}
+
+
+def test_search_waits_as_long_as_the_worklist_requests(
+    gateway: OpenGateway, ups: UpsServer, log: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search(worklist: Worklist) -> list[str]:
+        raise TemporaryFailure("worklist: HTTP 503", 77.0)
+
+    monkeypatch.setattr(Worklist, "search", search)
+    with gateway(worklist=table(ups)):
+        wait_until(lambda: any(line["event"] == "the worklist cannot be searched" for line in log))
+    assert [line["wait_s"] for line in log if line["event"] == "the worklist cannot be searched"] == [77.0]

@@ -32,6 +32,11 @@ class Response(NamedTuple):
     content_type: str = ""
 
     @property
+    def is_success(self) -> bool:
+        """True if the status is from 200 to 299."""
+        return 200 <= self.status < 300
+
+    @property
     def is_temporary(self) -> bool:
         """True if the same request may succeed later."""
         return self.status in TEMPORARY_STATUSES or self.status >= 500

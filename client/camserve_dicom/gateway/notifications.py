@@ -205,7 +205,7 @@ def _post(notification: Notification, message: bytes) -> str:
     response = destination.post(message, headers)
     if response.is_temporary:
         raise TemporaryFailure(f"{notification.name}: HTTP {response.status}", response.retry_after_s)
-    if not 200 <= response.status < 300:
+    if not response.is_success:
         raise PermanentFailure(f"HTTP {response.status}")
     return f"HTTP {response.status}"
 

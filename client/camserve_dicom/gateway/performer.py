@@ -26,7 +26,7 @@ from camserve_dicom.gateway.intake import IN_PROGRESS, Intake, SpoolFull
 from camserve_dicom.gateway.performed import Reason, canceled, completed, now, progress
 from camserve_dicom.gateway.spool import WORKITEM_FILE, Spool, Stage, read_json, write_file
 from camserve_dicom.gateway.workers import PermanentFailure, TemporaryFailure, move_to_dead
-from camserve_dicom.gateway.workitems import ImageReference, Worklist, input_images
+from camserve_dicom.gateway.workitems import ImageReference, Unreadable, Worklist, input_images
 from camserve_dicom.gateway.worklist_config import WorklistConfig
 
 __all__ = ["CALLER", "Performer"]
@@ -96,7 +96,8 @@ class Performer:
                     break
                 free -= self._add(uid)
         except (TemporaryFailure, PermanentFailure) as failure:
-            delay = max(self._table.poll_s, workers.retry_delay_s(self._failed_searches))
+            requested_s = failure.retry_after_s if isinstance(failure, TemporaryFailure) else None
+            delay = max(self._table.poll_s, requested_s or workers.retry_delay_s(self._failed_searches))
             self._failed_searches += 1
             log.warning("the worklist cannot be searched", reason=failure.reason, wait_s=round(delay, 1))
         except OSError:
@@ -118,6 +119,9 @@ class Performer:
         except PermanentFailure as failure:
             log.warning("a workitem cannot be read", object=name, reason=failure.reason)
             self._refuse(name)
+            return False
+        except Unreadable as failure:  # it must not keep the gateway from claiming others
+            log.warning("a workitem cannot be read", object=name, reason=failure.reason)
             return False
         if workitem is None or not self._worklist.is_suitable(workitem):
             return False
@@ -166,12 +170,15 @@ class Performer:
         if record["phase"] == "claim" and not self._claim(entry, record):
             return 0.0
         workitem = self._worklist.retrieve(record["workitem"])
-        state = "deleted" if workitem is None else str(workitem.ProcedureStepState)
+        state = _state(workitem)
         if workitem is not None and state == "IN PROGRESS":
             if "outcome" not in record and not self._work(entry, record, workitem):
                 return self._table.poll_s
-            self._finish(record)
-        elif state != record.get("outcome"):  # others have canceled it
+            refusal = self._finish(record)
+            state = _state(self._worklist.retrieve(record["workitem"])) if refusal else record["outcome"]
+            if refusal and state == "IN PROGRESS":
+                raise PermanentFailure(refusal)
+        if state != record.get("outcome"):  # others have canceled it
             self._audit.write_once("workitem lost", object=entry.name, state=state)
             self._spool.remove(entry)
             return 0.0
@@ -293,10 +300,16 @@ class Performer:
         record |= {"outcome": outcome, "reason": reason, "results": results, "changes": changes.to_json_dict()}
         write_file(entry / WORKITEM_FILE, record)
 
-    def _finish(self, record: dict[str, Any]) -> None:
-        """Send the outcome. If the worklist refuses it, the entry is moved to `dead`."""
+    def _finish(self, record: dict[str, Any]) -> str | None:
+        """Send the outcome. Return a text if the worklist refuses it."""
         uid, transaction, outcome = record["workitem"], record["transaction"], record["outcome"]
         if not self._worklist.update(uid, transaction, Dataset.from_json(record["changes"])):
-            raise PermanentFailure("the worklist refuses the attributes of the outcome")
+            return "the worklist refuses the attributes of the outcome"
         if not self._worklist.change_state(uid, transaction, outcome):
-            raise PermanentFailure(f"the worklist refuses the state {outcome}")
+            return f"the worklist refuses the state {outcome}"
+        return None
+
+
+def _state(workitem: Dataset | None) -> str:
+    """Return the state of a workitem; "deleted" if the worklist does not have it."""
+    return "deleted" if workitem is None else str(workitem.ProcedureStepState)

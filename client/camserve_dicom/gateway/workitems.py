@@ -7,9 +7,10 @@ import re
 from email.message import Message
 from io import BytesIO
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
-from pydicom import Dataset, dcmread
+import structlog
+from pydicom import Dataset, Sequence, dcmread
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from camserve_dicom.gateway.http_requests import HttpDestination, Response, TooLarge
@@ -17,7 +18,9 @@ from camserve_dicom.gateway.intake import HEADER
 from camserve_dicom.gateway.workers import PermanentFailure, TemporaryFailure
 from camserve_dicom.gateway.worklist_config import WorklistConfig
 
-__all__ = ["ImageReference", "Worklist", "input_images"]
+__all__ = ["ImageReference", "Unreadable", "Worklist", "input_images"]
+
+log = structlog.get_logger()
 
 DICOM_JSON = "application/dicom+json"
 # Workitems are small. A larger response is refused, so that it does not fill the memory.
@@ -26,6 +29,11 @@ MAX_JSON_BYTES = 16 << 20
 SEARCH_LIMIT = 100
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 _PRIORITIES = ("HIGH", "MEDIUM", "LOW")
+_STATES = ("SCHEDULED", "IN PROGRESS", "COMPLETED", "CANCELED")
+
+
+class Unreadable(TemporaryFailure):
+    """A response of the worklist that is not DICOM JSON, or not a workitem."""
 
 
 class ImageReference(NamedTuple):
@@ -86,15 +94,17 @@ class Worklist:
         """Return a workitem, or None if it does not exist.
 
         Raises:
-            TemporaryFailure: If the worklist is not available, or its response is no workitem.
+            TemporaryFailure: If the worklist is not available.
+            Unreadable: If its response is not a workitem.
             PermanentFailure: If it refuses the request.
         """
         response = self._request("GET", f"/workitems/{workitem}")
         if response.status in (404, 410):
             return None
         datasets = _datasets(_require_success(response))
-        if len(datasets) != 1 or not datasets[0].get("ProcedureStepState"):
-            raise TemporaryFailure("the response of the worklist is not a workitem")
+        # The state is written to the audit trail, so it must not be any other text.
+        if len(datasets) != 1 or datasets[0].get("ProcedureStepState") not in _STATES:
+            raise Unreadable("the response of the worklist is not a workitem")
         return datasets[0]
 
     def is_suitable(self, workitem: Dataset) -> bool:
@@ -123,7 +133,7 @@ class Worklist:
         """
         change = Dataset()
         change.TransactionUID, change.ProcedureStepState = transaction, state
-        return self._is_accepted(self._request("PUT", f"/workitems/{workitem}/state", change))
+        return self._request("PUT", f"/workitems/{workitem}/state", change).is_success
 
     def update(self, workitem: str, transaction: str, changes: Dataset) -> bool:
         """Change attributes of a workitem that is in progress (PS3.18 11.6).
@@ -141,7 +151,7 @@ class Worklist:
         """
         # PS3.18 has the Transaction UID in the query, and N-SET in the dataset. Servers expect either of them.
         changes.TransactionUID = transaction
-        return self._is_accepted(self._request("POST", f"/workitems/{workitem}?{transaction}", changes))
+        return self._request("POST", f"/workitems/{workitem}?{transaction}", changes).is_success
 
     def retrieve_image(self, image: ImageReference) -> tuple[Dataset, bytes]:
         """Retrieve an image from the archive.
@@ -161,8 +171,8 @@ class Worklist:
         except TooLarge as error:
             raise PermanentFailure("the image exceeds max_object_bytes") from error
         part10 = _single_part(_require_success(response))
-        # A few kilobytes may inflate to gigabytes.
-        if DeflatedExplicitVRLittleEndian.encode() in part10[:4096]:
+        # A few kilobytes may inflate to gigabytes. The transfer syntax may be anywhere in the file meta information.
+        if DeflatedExplicitVRLittleEndian.encode() in part10:
             raise PermanentFailure("the image is deflated")
         try:
             header = dcmread(BytesIO(part10), specific_tags=[*HEADER])
@@ -181,11 +191,7 @@ class Worklist:
         configured = urlsplit(self.retrieve_url)
         try:
             parts = urlsplit(url)
-            same = (parts.scheme, parts.hostname, parts.port) == (
-                configured.scheme,
-                configured.hostname,
-                configured.port,
-            )
+            same = _origin(parts) == _origin(configured)
         except ValueError:
             same = False
         base, found, _ = parts.path.rpartition("/studies/") if same else ("", "", "")
@@ -204,9 +210,6 @@ class Worklist:
             raise TemporaryFailure(f"worklist: HTTP {response.status}", response.retry_after_s)
         return response
 
-    def _is_accepted(self, response: Response) -> bool:
-        return 200 <= response.status < 300
-
 
 def input_images(workitem: Dataset) -> list[ImageReference]:
     """Return the images of a workitem: the DICOM objects of its Input Information Sequence.
@@ -215,10 +218,10 @@ def input_images(workitem: Dataset) -> list[ImageReference]:
         PermanentFailure: If an item is not a DICOM object with valid UIDs.
     """
     images = {}
-    for item in workitem.get("InputInformationSequence") or []:
-        urls = [str(each.get("RetrieveURL", "")) for each in item.get("WADORSRetrievalSequence") or []]
+    for item in _items(workitem, "InputInformationSequence"):
+        urls = [str(each.get("RetrieveURL", "")) for each in _items(item, "WADORSRetrievalSequence")]
         study, series = item.get("StudyInstanceUID"), item.get("SeriesInstanceUID")
-        instances = [each.get("ReferencedSOPInstanceUID") for each in item.get("ReferencedSOPSequence") or []]
+        instances = [each.get("ReferencedSOPInstanceUID") for each in _items(item, "ReferencedSOPSequence")]
         if item.get("TypeOfInstances", "DICOM") != "DICOM" or not instances:
             raise PermanentFailure("an input is not a reference to DICOM objects")
         if not all(map(is_uid, (study, series, *instances))):
@@ -234,7 +237,18 @@ def is_uid(value: Any) -> bool:
 
 
 def _codes(workitem: Dataset, sequence: str) -> list[str]:
-    return [str(each.get("CodeValue", "")) for each in workitem.get(sequence) or []]
+    return [str(each.get("CodeValue", "")) for each in _items(workitem, sequence)]
+
+
+def _items(dataset: Dataset, sequence: str) -> list[Dataset]:
+    """Return the items of a sequence. JSON may give an element another value representation, which has no items."""
+    value = dataset.get(sequence)
+    return [*value] if isinstance(value, Sequence) else []
+
+
+def _origin(url: SplitResult) -> tuple[str, str | None, int | None]:
+    """Return scheme, host and port of a URL."""
+    return url.scheme, url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme)
 
 
 def _urgency(workitem: Dataset) -> tuple[int, str]:
@@ -252,22 +266,29 @@ def _require_success(response: Response) -> Response:
     """
     if response.is_temporary:
         raise TemporaryFailure(f"HTTP {response.status}", response.retry_after_s)
-    if not 200 <= response.status < 300:
+    if not response.is_success:
         raise PermanentFailure(f"HTTP {response.status}")
     return response
 
 
 def _datasets(response: Response) -> list[Dataset]:
-    """Return the datasets of a response in DICOM JSON."""
+    """Return the datasets of a response in DICOM JSON. A dataset that cannot be read is left out.
+
+    Raises:
+        Unreadable: If the response is not JSON.
+    """
     try:
         parsed = json.loads(response.body)
-        # A bulk data URI in a workitem is ignored: nothing is retrieved from it.
-        return [
-            Dataset.from_json(each, bulk_data_uri_handler=lambda uri: None)
-            for each in (parsed if isinstance(parsed, list) else [parsed])
-        ]
-    except Exception as error:  # an unexpected structure can raise any exception in pydicom
-        raise TemporaryFailure("the response of the worklist is not DICOM JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise Unreadable("the response of the worklist is not JSON") from error
+    datasets = []
+    for each in parsed if isinstance(parsed, list) else [parsed]:
+        try:
+            # A bulk data URI in a workitem is ignored: nothing is retrieved from it.
+            datasets.append(Dataset.from_json(each, bulk_data_uri_handler=lambda uri: None))
+        except Exception as error:  # an unexpected structure can raise any exception in pydicom
+            log.warning("a workitem cannot be read", reason=type(error).__name__)
+    return datasets
 
 
 def _single_part(response: Response) -> bytes:
