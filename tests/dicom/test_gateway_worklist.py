@@ -316,6 +316,25 @@ def test_authorization_is_sent_to_worklist_and_archive(gateway: OpenGateway, ups
     assert states(ups) == ["IN PROGRESS", "COMPLETED"]
 
 
+def test_invalid_authorization_file_is_retried(gateway: OpenGateway, ups: UpsServer, tmp_path: Path) -> None:
+    """An operator corrects the file while a workitem is in progress."""
+    token = tmp_path / "token"
+    token.write_text("Bearer s3cret")
+    ups.add(workitem(), image())
+
+    def spoil(method: str, target: str) -> None:
+        if method == "PUT" and states(ups) == []:
+            token.write_bytes("Bearer s3cret\n".encode("utf-16"))
+
+    ups.before = spoil
+    with gateway(worklist=table(ups, authorization_file=token)) as running:
+        wait_until(lambda: running.dead() or "workitem claimed" in running.events())
+        token.write_text("Bearer s3cret")
+        wait_until(lambda: running.dead() or is_over(running, ups))
+        assert running.dead() == []
+    assert states(ups) == ["IN PROGRESS", "COMPLETED"]
+
+
 def test_progress_is_reported_while_images_are_explained(gateway: OpenGateway, pacs: Pacs, ups: UpsServer) -> None:
     ups.add(workitem(), image(0), image(1))
     ready = threading.Event()

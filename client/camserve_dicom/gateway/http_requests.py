@@ -83,7 +83,8 @@ class HttpDestination:
             OSError: If the file of the Authorization header cannot be read.
         """
         if self._authorization is not None:
-            headers = {**headers, "Authorization": self._authorization.read_text().strip()}
+            # Any bytes are valid Latin-1, the character set of headers.
+            headers = {**headers, "Authorization": self._authorization.read_text("latin-1").strip()}
         host, port = self._url.hostname or "", self._url.port
         connection = (
             http.client.HTTPConnection(host, port, timeout=self._timeout_s)
