@@ -45,7 +45,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Result], int]] = {
     "opti": (opti_cam.section, 30),
     "curves": (insertion_deletion.section, 18),
     "savings": (savings.section, 24),
-    "shortcuts": (approximations.section, 42),
+    "shortcuts": (approximations.section, 45),
     "service": (service.section, 24),
     "mixed": (mixed_load.section, 20),
     "busy": (busy_machine.section, 30),

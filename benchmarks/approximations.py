@@ -55,7 +55,7 @@ class Effect:
 
 
 def section(bench: Bench) -> Result:
-    """Measure PCAM± in bf16, with tolerances and with budgets."""
+    """Measure PCAM± in bf16 and fp16, with tolerances and with budgets."""
     speed, effect = Findings(), Findings()
     for subject in bench.subjects():
         _precision(bench, speed, subject)
@@ -79,10 +79,7 @@ def section(bench: Bench) -> Result:
 
 
 def _precision(bench: Bench, findings: Findings, subject: Subject) -> None:
-    models = {precision: subject.model.at(precision) for precision in ("fp32", "bf16")}
-    if not models["bf16"].batch_sizes:
-        bench.step(f"{subject.name}: warming up in bf16")
-        run_on_thread(warm_up, models["bf16"], subject.config.batch_size)
+    models = {precision: _warm(bench, subject, precision) for precision in ("fp32", "bf16")}
     call = subject.call("poly-cam", (subject.model.layers[-1].name,))
     rows = max(64, round(subject.limit.rate * bench.seconds))
 
@@ -103,6 +100,15 @@ def _precision(bench: Bench, findings: Findings, subject: Subject) -> None:
         findings.rows.append([subject.name, precision, batch, f"{of.rate:.1f}"])
 
 
+def _warm(bench: Bench, subject: Subject, precision: str) -> Model:
+    """Return the model at a precision, warmed up."""
+    model = subject.model.at(precision)
+    if not model.batch_sizes:
+        bench.step(f"{subject.name}: warming up in {precision}")
+        run_on_thread(warm_up, model, subject.config.batch_size)
+    return model
+
+
 def _effects(bench: Bench, subject: Subject) -> dict[str, list[Effect]]:
     findings: dict[str, list[Effect]] = {}
     for name in PHOTOGRAPHS:
@@ -112,9 +118,10 @@ def _effects(bench: Bench, subject: Subject) -> dict[str, list[Effect]]:
         index, S = whole.result.targets.index, whole.result.maps[0]
         rows = whole.rows - _metric_rows(subject.model)
         findings.setdefault("full map, fp32", []).append(_effect(whole, S, rows, 1.0))
-        bench.step(f"{name}: in bf16")
-        half = _run(subject.model.at("bf16"), x, index)
-        findings.setdefault("bf16", []).append(_effect(half, S, rows, 1.0))
+        for precision in ("bf16", "fp16"):
+            bench.step(f"{name}: in {precision}")
+            half = _run(_warm(bench, subject, precision), x, index)
+            findings.setdefault(precision, []).append(_effect(half, S, rows, 1.0))
         for tolerance in TOLERANCES:
             bench.step(f"{name}: tolerance {tolerance}")
             less = _run(subject.model, x, index, tolerance=tolerance)

@@ -110,7 +110,7 @@ def calibrated(name: str) -> nn.Module:
     return net
 
 
-PRECISION: Any = ("fp32", "bf16")
+PRECISION: Any = ("fp32", "bf16", "fp16")
 CONFIGS = {
     "efficientnet-lite0": embedded_model().model_copy(update={"precision": PRECISION}),
     "resnet50": ModelConfig(name="resnet50", source="python:benchmarks.subjects:resnet50", precision=PRECISION),

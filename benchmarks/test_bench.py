@@ -44,7 +44,11 @@ from tests.oracles import insertion_deletion as oracle
 from tests.oracles import poly_cam
 
 TINY = ModelConfig(
-    name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4, precision=("fp32", "bf16")
+    name="tiny",
+    source="python:tests.nets:tiny_cnn",
+    input_size=(32, 32),
+    batch_size=4,
+    precision=("fp32", "bf16", "fp16"),
 )
 CPU = torch.device("cpu")
 
