@@ -145,7 +145,8 @@ def grad_cam(network: nn.Module, layer: Layer, x: Tensor, index: int) -> NDArray
 
     handle = network.get_submodule(layer.module).register_forward_hook(keep)
     try:
-        y = network(x.clone().requires_grad_())
+        # Two copies: for a single image, torch's batch norm on CPUs may compute a wrong gradient (docs/design.md).
+        y = network(x.repeat(2, 1, 1, 1).requires_grad_())
     finally:
         handle.remove()
     output = outputs[layer.call - 1]

@@ -24,7 +24,9 @@ def _factory(kind: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 densenet121 = _factory("DenseNet121", in_channels=1, out_channels=_CLASSES)
-efficientnet_b0 = _factory("EfficientNetBN", model_name="efficientnet-b0", in_channels=1, num_classes=_CLASSES)
+efficientnet_b0 = _factory(
+    "EfficientNetBN", model_name="efficientnet-b0", pretrained=False, in_channels=1, num_classes=_CLASSES
+)
 resnet18 = _factory("resnet18", n_input_channels=1, num_classes=_CLASSES)
 seresnet50 = _factory("SEResNet50", in_channels=1, num_classes=_CLASSES)
 vit = _factory("ViT", in_channels=1, img_size=224, patch_size=16, classification=True, num_classes=_CLASSES)

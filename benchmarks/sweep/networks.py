@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.sweep import monai_networks
 from camserve_server.config import ModelConfig
@@ -95,10 +96,12 @@ def _huggingface(kind: str, folder: Path) -> ModelConfig:
     settings = transformers.AutoConfig.for_model(kind, num_labels=_CLASSES)
     auto: Any = importlib.import_module("transformers.models.auto.modeling_auto")
     classes = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[kind]
-    torch.manual_seed(0)
-    getattr(transformers, classes if isinstance(classes, str) else classes[0])(settings).save_pretrained(folder)
     size = getattr(settings, "image_size", None)
     height, width = size if isinstance(size, list | tuple) else (size or 224,) * 2
+    torch.manual_seed(0)
+    network = getattr(transformers, classes if isinstance(classes, str) else classes[0])(settings)
+    _set_statistics(network, height, width)
+    network.save_pretrained(folder)
     return ModelConfig(
         name="network",
         source=f"huggingface:{folder}",
@@ -107,3 +110,22 @@ def _huggingface(kind: str, folder: Path) -> ModelConfig:
         std=(0.5,) * 3,
         interpolation="bilinear",
     )
+
+
+def _set_statistics(network: nn.Module, height: int, width: int) -> None:
+    """Set the statistics of batch norms to those of random images.
+
+    With the initial statistics, the outputs of some networks with random weights are denormal numbers or zero.
+    """
+    norms = [each for each in network.modules() if isinstance(each, nn.BatchNorm1d | nn.BatchNorm2d)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    network.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = None  # the average of all batches, of which there is one
+    with torch.no_grad():
+        network(torch.randn(2, 3, height, width))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -167,7 +167,7 @@ def difference_to_original(model: Model, original: nn.Module, x: Tensor) -> tupl
     # A network of one logit is served with two classes.
     served = {"logits": logits, "probabilities": model.probabilities(logits)}
     shares = {
-        kind: float((y[:, : expected.shape[1]] - expected).abs().max() / expected.abs().max())
+        kind: float((y[:, : expected.shape[1]] - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
         for kind, y in served.items()
     }
     kind = min(shares, key=shares.__getitem__)
