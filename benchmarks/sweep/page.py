@@ -80,7 +80,8 @@ def page(here: Mapping[str, str], results: Sequence[Examined], missing: int) -> 
         "- **outputs**: the largest difference between the outputs of the served and the original network, as a share "
         "of the largest output.",
         "- **Grad-CAM**: the correlation of the served map with one that is computed with a hook and autograd on the "
-        "original network.",
+        "original network. An almost constant map, as that of Hugging Face's `levit` with random weights, consists "
+        "mostly of rounding errors.",
         "- **missing**: methods that are not available.",
         "",
         *_table(
