@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,9 +140,10 @@ def grad_cam(network: nn.Module, layer: Layer, x: Tensor, index: int) -> NDArray
     """
     outputs: list[Tensor] = []
 
-    def keep(module: nn.Module, args: object, output: Tensor) -> Tensor:
-        outputs.append(output)
-        return output.clone()  # operations in place change the copy
+    def keep(module: nn.Module, args: object, output: Any) -> Any:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+        copy = outputs[-1].clone()  # operations in place change the copy
+        return (copy, *output[1:]) if isinstance(output, tuple) else copy
 
     handle = network.get_submodule(layer.module).register_forward_hook(keep)
     try:

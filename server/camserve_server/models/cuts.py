@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from camserve_server.models.activations import activation_of, with_activation
 from camserve_server.models.layers import Layer
 from camserve_server.models.model import Model
 from camserve_server.models.trace import Call, HeadCall, Trace, output_shapes
@@ -90,9 +91,12 @@ class CutMeter:
         """Run the network; a tensor that `on_output` returns replaces the output of the layer."""
         calls = Counter[str]()
 
-        def hook(module: nn.Module, args: object, output: Tensor) -> Any:
+        def hook(module: nn.Module, args: object, output: Any) -> Any:
             calls[layer.module] += 1
-            return on_output(output) if calls[layer.module] == layer.call else None
+            if calls[layer.module] != layer.call or (activation := activation_of(output)) is None:
+                return None
+            changed = on_output(activation)
+            return None if changed is None else with_activation(output, changed)
 
         handle = self._module.get_submodule(layer.module).register_forward_hook(hook)
         try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from camserve_server.errors import Unservable
+from camserve_server.models.activations import activation_of, with_activation
 from camserve_server.models.cuts import CutMeter, untrained_head_replaced
 from camserve_server.models.defaults import choose_defaults
 from camserve_server.models.grids import Grids, differences
@@ -156,10 +157,12 @@ def _has_class_token(trace: Trace, last: str, prefix: int) -> bool:
 
     def logits(disturbed: slice) -> Tensor:
         def disturb(module: nn.Module, args: object, output: Any) -> Any:
-            out = (output[0] if isinstance(output, tuple) else output).clone()
+            activation = activation_of(output)
+            assert activation is not None
+            out = activation.clone()
             noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
             out[:, disturbed] += noise[:, disturbed].to(out)
-            return (out, *output[1:]) if isinstance(output, tuple) else out
+            return with_activation(output, out)
 
         handle = trace.module.get_submodule(last).register_forward_hook(disturb)
         try:

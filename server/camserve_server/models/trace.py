@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from camserve_server.models.activations import activation_of
 from camserve_server.models.attention import ATTENTION, attention_with_output, is_supported
 from camserve_server.models.layers import modules_with_hooks
 
@@ -22,7 +23,7 @@ _ACTIVATION = re.compile(r"(elu|silu|swish|mish|tanh|softplus)(6|me|activation)?
 
 @dataclass(eq=False)
 class Call:
-    """Call of a module that returns a tensor of three or four dimensions.
+    """Call of a module whose output has an activation of three or four dimensions (`activation_of`).
 
     The facts describe the output at the end of the call. A later module may change the output in place.
 
@@ -141,14 +142,8 @@ class Trace:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             self.attention_calls.append(AttentionCall(name))
             x = args[0] if args else None
-            out = output[0] if isinstance(output, tuple) else output
-            if (
-                isinstance(x, Tensor)
-                and x.ndim == 3
-                and len(x) == 1
-                and isinstance(out, Tensor)
-                and is_supported(module)
-            ):
+            out = activation_of(output)
+            if isinstance(x, Tensor) and x.ndim == 3 and len(x) == 1 and out is not None and is_supported(module):
                 # Other arguments, such as a mask or separate keys, would change the output.
                 with torch.no_grad():
                     again = attention_with_output(module, x)[1]
@@ -160,7 +155,8 @@ class Trace:
     def _module_ends(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             self._call_counts[name] += 1
-            if not isinstance(output, Tensor) or output.is_quantized or output.ndim < 2 or output.numel() == 0:
+            output = activation_of(output)
+            if output is None or output.is_quantized or output.ndim < 2 or output.numel() == 0:
                 return
             x = args[0] if args and isinstance(args[0], Tensor) else None
             if self.full and isinstance(module, (nn.Linear, nn.Conv2d)) and x is not None and len(output) == 1:
@@ -208,8 +204,8 @@ def output_shapes(module: nn.Module, images: Tensor) -> tuple[Any, dict[str, tor
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: object, output: object) -> None:
             counts[name] += 1
-            if isinstance(output, Tensor):
-                shapes[f"{name}#{counts[name]}"] = output.shape
+            if (activation := activation_of(output)) is not None:
+                shapes[f"{name}#{counts[name]}"] = activation.shape
 
         return hook
 

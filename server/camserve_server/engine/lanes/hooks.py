@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from camserve_server.models.activations import activation_of, with_activation
 from camserve_server.models.layers import Layer
 from camserve_server.models.model import Model
 from camserve_server.plan import INPUT
@@ -56,11 +57,17 @@ def _input_hook(name: str, on_output: OnOutput) -> Callable[..., None]:
 def _output_hook(calls: Mapping[int, Layer], on_output: OnOutput) -> Callable[..., Any]:
     count = itertools.count(1)
 
-    def hook(module: object, args: object, output: Tensor) -> Tensor | None:
+    def hook(module: object, args: object, output: Any) -> Any:
         layer = calls.get(next(count))
-        if layer is None or layer.batch_dim == 0:
-            return on_output(layer.name, output) if layer else None
-        changed = on_output(layer.name, output.transpose(0, layer.batch_dim))
-        return None if changed is None else changed.transpose(0, layer.batch_dim)
+        if layer is None:
+            return None
+        activation = activation_of(output)
+        assert activation is not None, "the module had an activation when the model was loaded"
+        if layer.batch_dim == 0:
+            changed = on_output(layer.name, activation)
+        else:
+            changed = on_output(layer.name, activation.transpose(0, layer.batch_dim))
+            changed = None if changed is None else changed.transpose(0, layer.batch_dim)
+        return None if changed is None else with_activation(output, changed)
 
     return hook
