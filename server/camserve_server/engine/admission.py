@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,7 +43,7 @@ class Claim:
         rows: The most rows that the request can take.
         least: The fewest rows with which the request can be answered.
         rows_per_s: The highest recent rate of the model; 0 if it is unknown.
-        deadline: The latest time of the answer, on the clock of `time.monotonic()`.
+        deadline: The latest time of the answer, on the clock of the admission.
         caller: The sender of the request.
         priority: The priority that the scheduler applies.
     """
@@ -68,10 +68,12 @@ class Admission:
 
     Args:
         max_rows_owed: A request is refused if its rows and the rows that run before them exceed this limit.
+        clock: Returns the current time in seconds. The deadlines of claims are times on this clock.
     """
 
-    def __init__(self, max_rows_owed: int) -> None:
+    def __init__(self, max_rows_owed: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_rows_owed = max_rows_owed
+        self._clock = clock
         self._owed: dict[int, _Owed] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -116,7 +118,7 @@ class Admission:
         if claim.deadline is not None and claim.rows_per_s:
             rows_before = _rows_before(self._owed.values(), claim.least, weight)
             least_s = (rows_before + claim.least) / claim.rows_per_s
-            left_s = max(0.0, claim.deadline - time.monotonic())
+            left_s = max(0.0, claim.deadline - self._clock())
             if least_s > left_s:
                 rows = f"this request needs {claim.least} rows"
                 if rows_before:

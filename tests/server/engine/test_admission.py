@@ -72,11 +72,10 @@ def test_deadline_that_earlier_rows_make_unreachable_is_refused() -> None:
     [(300, 250, "300 s, but the deadline is in 250 s"), (2, 1.5, "2.0 s, but the deadline is in 1.5 s")],
 )
 def test_seconds_have_no_exponent_and_the_missing_time_is_the_retry_delay(
-    rows: int, left_s: float, message: str, monkeypatch: pytest.MonkeyPatch
+    rows: int, left_s: float, message: str
 ) -> None:
-    monkeypatch.setattr(time, "monotonic", lambda: 5.0)
     with pytest.raises(Expired, match=message) as caught:
-        Admission(1_000_000).admit(1, Claim(rows, rows, 1.0, 5.0 + left_s), 0.0)
+        Admission(1_000_000, clock=lambda: 5.0).admit(1, Claim(rows, rows, 1.0, 5.0 + left_s), 0.0)
     assert caught.value.retry_after_s == pytest.approx(rows - left_s)
 
 
