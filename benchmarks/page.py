@@ -60,7 +60,7 @@ def page(facts: Mapping[str, str], results: Mapping[str, Result], missing: Seque
             parts.append("Reasons for missed targets:\n\n" + "\n".join(_reasons(missed)) + "\n")
     for name, result in results.items():
         parts.append(f"## {result.title}\n\n{wrapped(result.text)}\n\n{result.made}\n")
-        parts += [_table(table) for table in result.tables]
+        parts += [table_text(table) for table in result.tables]
         for number, chart in enumerate(result.charts, 1):
             file = f"bench-{name}{'' if number == 1 else f'-{number}'}.svg"
             pictures.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def _claims(claims: Iterable[Claim]) -> str:
         ]
         for claim in claims
     ]
-    return _table(
+    return table_text(
         Table("", ["measurement", "compared with", "ratio", "target", "result", "agreement of outputs"], rows)
     )
 
@@ -106,7 +106,8 @@ def _reasons(missed: Sequence[Claim]) -> list[str]:
     return points
 
 
-def _table(table: Table) -> str:
+def table_text(table: Table) -> str:
+    """Return a table in Markdown, with its paragraph above it."""
     lines = [f"| {' | '.join(table.columns)} |", "|" + " --- |" * len(table.columns)]
     lines += [f"| {' | '.join(row)} |" for row in table.rows]
     return (f"{wrapped(table.text)}\n\n" if table.text else "") + "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Simulation of many replicas with the scheduler and the admission control of the server."""

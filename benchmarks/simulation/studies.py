@@ -1,0 +1,390 @@
+"""The questions that the simulation answers, as scenarios and their results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from benchmarks.results import Table
+from benchmarks.simulation.balancing import POLICIES
+from benchmarks.simulation.plots import Lines
+from benchmarks.simulation.profile import Profile
+from benchmarks.simulation.run import Ended, Scenario, ZoneLoss
+
+HOURS = 24
+MIX = {"grad-cam": 0.8, "score-cam": 0.1, "poly-cam": 0.05, "opti-cam": 0.05}
+SOON_S = 1.0
+TITLES = {"grad-cam": "Grad-CAM", "score-cam": "Score-CAM", "poly-cam": "Poly-CAM", "opti-cam": "Opti-CAM"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Size of the simulation.
+
+    Attributes:
+        profile: Times of each replica.
+        capacity: Requests per second that one replica completes.
+        mix: Share of the requests by name of the method.
+        loads: Loads as shares of the capacity.
+        replicas: Numbers of replicas.
+        day_load: Load at the peak of the day.
+        zone_replicas: Number of replicas that lose a zone.
+        zone_s: Seconds before, during and after the loss of a zone.
+        policy_replicas: Number of replicas behind the compared policies.
+        clients: Numbers of clients with which policies are compared.
+        requests: Approximate number of requests after which a simulation ends, if `shortest_s` is over.
+        warm_up_s: Seconds at the start whose requests do not count.
+        shortest_s: Fewest seconds whose requests count.
+        seed: Seed of all random numbers.
+    """
+
+    profile: Profile
+    capacity: float
+    mix: Mapping[str, float]
+    loads: Sequence[float] = (0.3, 0.5, 0.7, 0.8, 0.9)
+    replicas: Sequence[int] = (1, 3, 10, 30, 100, 1000)
+    day_load: float = 0.8
+    zone_replicas: int = 12
+    zone_s: tuple[float, float, float] = (60.0, 180.0, 120.0)
+    policy_replicas: int = 30
+    clients: Sequence[int] = (1, 10, 100, 1000)
+    requests: int = 10_000
+    warm_up_s: float = 15.0
+    shortest_s: float = 15.0
+    seed: int = 0
+
+    def steady(self, load: float, replicas: int, policy: str = "round robin", clients: int = 100) -> Scenario:
+        """Return a scenario with a constant rate of requests."""
+        counted_s = max(self.shortest_s, self.requests / (load * self.capacity * replicas))
+        return self.scenario(load, self.warm_up_s + counted_s, replicas=replicas, policy=policy, clients=clients)
+
+    def scenario(self, load: float, seconds: float, **options: object) -> Scenario:
+        """Return a scenario with this profile and mix."""
+        common = partial(Scenario, self.profile, self.mix, self.capacity, seed=self.seed)
+        return common(load, seconds, **options)  # type: ignore[arg-type]  # the options are those of Scenario
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer to a question.
+
+    Attributes:
+        text: Paragraph of the page.
+        tables: Tables of the section.
+        lines: Charts of the section.
+    """
+
+    text: str
+    tables: Sequence[Table]
+    lines: Sequence[Lines]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question.
+
+    Attributes:
+        title: Heading of the section.
+        scenarios: Returns the scenarios to simulate.
+        answer: Returns the answer, from the settings and the results of the scenarios in their order.
+    """
+
+    title: str
+    scenarios: Callable[[Settings], Sequence[Scenario]]
+    answer: Callable[[Settings, Iterable[tuple[Scenario, Ended]]], Answer]
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
+def _load_scenarios(settings: Settings) -> Sequence[Scenario]:
+    return [settings.steady(load, replicas) for replicas in settings.replicas for load in settings.loads]
+
+
+def _load_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) -> Answer:
+    shares: dict[int, dict[float, float]] = {}
+    methods: dict[float, list[str]] = {}
+    for scenario, ended in results:
+        counted = ended.since(settings.warm_up_s)
+        shares.setdefault(scenario.replicas, {})[scenario.load] = counted.within(SOON_S)
+        by_method = [f"{counted.of(m).within(SOON_S):.1%} / {_s(counted.of(m).percentile(0.99))}" for m in settings.mix]
+        methods[scenario.load] = [f"{scenario.load:.0%}", *by_method]  # of the largest number of replicas
+    rows = [[f"{r:,}", *(f"{share:.1%}" for share in by_load.values())] for r, by_load in shares.items()]
+    most = max(shares)
+    spread = max(
+        max(by_load[load] for by_load in shares.values()) - min(by_load[load] for by_load in shares.values())
+        for load in settings.loads
+    )
+    text = (
+        f"Share of the requests with a result within {SOON_S:g} s. With round robin, each replica is a queue of its "
+        "own, so more replicas carry more requests but do not make them faster: the shares of one column differ by at "
+        f"most {100 * spread:.1f} percentage points. The scheduler runs the shortest request first, so long "
+        "methods wait."
+    )
+    return Answer(
+        text,
+        [
+            Table("", ["replicas", *(f"load {load:.0%}" for load in settings.loads)], rows),
+            Table(
+                f"By method, with {most:,} replicas: share within {SOON_S:g} s / p99 in seconds. Opti-CAM takes more "
+                f"than {SOON_S:g} s even alone.",
+                ["load", *(TITLES[m] for m in settings.mix)],
+                [*methods.values()],
+            ),
+        ],
+        [
+            Lines(
+                f"Requests with a result within {SOON_S:g} s",
+                "load (share of the capacity)",
+                "share",
+                {f"{r:,} replicas": [*by_load.items()] for r, by_load in shares.items()},
+            )
+        ],
+    )
+
+
+# ---- day -------------------------------------------------------------------------------------------------------------
+
+
+def day_curve(hour: float) -> float:
+    """Return the requests per second as a share of those of the peak at 14 o'clock; at 2 o'clock it is a tenth."""
+    return 0.1 + 0.9 * math.sin(math.pi * (hour - 2) / HOURS) ** 2
+
+
+MEAN_OF_DAY = 0.55  # of `day_curve`
+
+
+def _hour_s(settings: Settings, replicas: int) -> float:
+    """Return the simulated seconds of an hour: as long as the requests permit, from `shortest_s` / 3 to an hour."""
+    rate = settings.day_load * settings.capacity * replicas * MEAN_OF_DAY
+    return min(3600.0, max(settings.shortest_s / 3, 5 * settings.requests / rate / HOURS))
+
+
+def _day_scenarios(settings: Settings) -> Sequence[Scenario]:
+    scenarios = []
+    for replicas in settings.replicas:
+        hour_s = _hour_s(settings, replicas)
+        curve = partial(_curve_of_short_hours, hour_s)
+        scenarios.append(settings.scenario(settings.day_load, HOURS * hour_s, curve=curve, replicas=replicas))
+    return scenarios
+
+
+def _curve_of_short_hours(hour_s: float, time: float) -> float:
+    return day_curve(time / hour_s)
+
+
+def _day_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) -> Answer:
+    rows, lines = [], {}
+    for scenario, ended in results:
+        hour_s = scenario.seconds / HOURS
+        hours = [ended.since(hour * hour_s, (hour + 1) * hour_s) for hour in range(HOURS)]
+        shares = [hour.within(SOON_S) for hour in hours]
+        lines[f"{scenario.replicas:,} replicas"] = [(h + 0.5, share) for h, share in enumerate(shares)]
+        worst = int(np.argmin(shares))
+        rows.append(
+            [
+                f"{scenario.replicas:,}",
+                f"{hour_s:.0f} s",
+                f"{len(ended.sent):,}",
+                f"{ended.within(SOON_S):.1%}",
+                f"{shares[worst]:.1%}, {worst} to {worst + 1} o'clock",
+                _s(ended.percentile(0.99)),
+                f"{ended.status('OK'):.2%}",
+            ]
+        )
+    text = (
+        f"A day whose rate of requests has its peak at 14 o'clock ({settings.day_load:.0%} of the capacity) and its "
+        "minimum, a tenth of the peak, at 2 o'clock. An hour is simulated by fewer seconds, because a thousand "
+        f"replicas serve {settings.day_load * settings.capacity * 1000 * MEAN_OF_DAY * 86400 / 1e6:,.0f} million "
+        "requests a day. The queues follow the curve nevertheless: most requests take much less time than a "
+        "simulated hour."
+    )
+    columns = ["replicas", "an hour", "requests", f"within {SOON_S:g} s", "worst hour", "p99", "with a result"]
+    chart = Lines(f"A day: requests with a result within {SOON_S:g} s", "hour", "share", lines)
+    return Answer(text, [Table("", columns, rows)], [chart])
+
+
+# ---- loss of a zone --------------------------------------------------------------------------------------------------
+
+_BIN_S = 10.0
+_NOTICED_S = (0.0, 10.0, 40.0)
+_ZONE_LOADS = (0.5, 0.65, 0.8)
+
+
+def _zone_scenarios(settings: Settings) -> Sequence[Scenario]:
+    before_s, lost_s, _ = settings.zone_s
+    return [
+        settings.scenario(
+            load,
+            sum(settings.zone_s),
+            replicas=settings.zone_replicas,
+            loss=ZoneLoss(before_s, lost_s, noticed_s),
+        )
+        for load in _ZONE_LOADS
+        for noticed_s in _NOTICED_S
+    ]
+
+
+def _zone_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) -> Answer:
+    rows, lines = [], {}
+    before_s, lost_s, _ = settings.zone_s
+    end = before_s + lost_s
+    for scenario, ended in results:
+        assert scenario.loss is not None, "the scenarios of this study lose a zone"
+        noticed_s = scenario.loss.noticed_s
+        before, lost = ended.since(before_s / 2, before_s), ended.since(before_s, end)
+        failed = [f"{ended.status(s):.2%}" for s in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")]
+        early = float(np.mean(lost.early)) if len(lost.sent) else math.nan
+        rows.append(
+            [
+                f"{scenario.load:.0%}",
+                f"{noticed_s:g} s",
+                f"{before.within(SOON_S):.1%}",
+                f"{lost.within(SOON_S):.1%}",
+                f"{lost.of('grad-cam').within(SOON_S):.1%}",
+                f"{early:.1%}",
+                *failed,
+            ]
+        )
+        if scenario.load in (_ZONE_LOADS[0], _ZONE_LOADS[-1]) and noticed_s != _NOTICED_S[-1]:
+            lines[f"load {scenario.load:.0%}, noticed after {noticed_s:g} s"] = [
+                (t - before_s, ended.since(t, t + _BIN_S).within(SOON_S))
+                for t in np.arange(0, sum(settings.zone_s), _BIN_S)
+            ]
+    text = (
+        f"{settings.zone_replicas} replicas at a constant load lose a third of them for {lost_s:g} s. Clients notice "
+        "at once if the connections are reset, for example when a node is drained or a process is killed. If the "
+        "machines vanish silently, requests go to them until gRPC finds the connections dead: after about 10 s if the "
+        "kernel supports TCP_USER_TIMEOUT, at the latest after 40 s by the client's keep-alive pings. Requests that a "
+        "lost replica had admitted end with UNAVAILABLE, because they may have run; the client repeats all others."
+    )
+    columns = [
+        "load",
+        "noticed after",
+        f"within {SOON_S:g} s before",
+        "during the loss",
+        "Grad-CAM during the loss",
+        "stopped early",
+        "UNAVAILABLE",
+        "RESOURCE_EXHAUSTED",
+        "DEADLINE_EXCEEDED",
+    ]
+    table = Table("The last three columns are shares of all requests of the simulation:", columns, rows)
+    chart = Lines(
+        f"Loss of a third of the replicas: results within {SOON_S:g} s", "seconds after the loss", "share", lines
+    )
+    return Answer(text, [table], [chart])
+
+
+# ---- load balancing --------------------------------------------------------------------------------------------------
+
+
+def _policy_scenarios(settings: Settings) -> Sequence[Scenario]:
+    replicas = settings.policy_replicas
+    middle = settings.loads[len(settings.loads) // 2]
+    return [
+        *(settings.steady(load, replicas, policy) for load in settings.loads for policy in POLICIES),
+        *(settings.steady(middle, replicas, policy, n) for n in settings.clients for policy in _OF_CLIENTS),
+    ]
+
+
+_OF_CLIENTS = ("round robin", "two choices, own calls", "two choices, rows in responses")
+
+
+def _policy_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) -> Answer:
+    compared = len(settings.loads) * len(POLICIES)
+    p99: dict[float, dict[str, float]] = {}
+    rows: list[list[str]] = []
+    by_clients: dict[int, dict[str, float]] = {}
+    for number, (scenario, ended) in enumerate(results):
+        counted = ended.since(settings.warm_up_s)
+        if number >= compared:
+            by_clients.setdefault(scenario.clients, {})[scenario.policy] = counted.percentile(0.99)
+            continue
+        p99.setdefault(scenario.load, {})[scenario.policy] = counted.percentile(0.99)
+        rows.append(
+            [
+                f"{scenario.load:.0%}",
+                scenario.policy,
+                _s(counted.percentile(0.5)),
+                _s(counted.percentile(0.99)),
+                *(_s(counted.of(method).percentile(0.99)) for method in settings.mix),
+                f"{counted.within(SOON_S):.1%}",
+            ]
+        )
+    return Answer(
+        _verdict(settings, p99, by_clients),
+        [
+            Table(
+                "Latency in seconds:",
+                ["load", "policy", "p50", "p99", *(f"p99 {TITLES[m]}" for m in settings.mix), f"within {SOON_S:g} s"],
+                rows,
+            ),
+            Table(
+                f"p99 in seconds by number of clients, load {settings.loads[len(settings.loads) // 2]:.0%}:",
+                ["clients", *_OF_CLIENTS],
+                [[f"{n:,}", *(_s(values[policy]) for policy in _OF_CLIENTS)] for n, values in by_clients.items()],
+            ),
+        ],
+        [
+            Lines(
+                f"p99 latency of {settings.policy_replicas} replicas",
+                "load (share of the capacity)",
+                "seconds, logarithmic",
+                {policy: [(load, p99[load][policy]) for load in p99] for policy in POLICIES},
+                logarithmic=True,
+            )
+        ],
+    )
+
+
+def _verdict(
+    settings: Settings, p99: Mapping[float, Mapping[str, float]], by_clients: Mapping[int, Mapping[str, float]]
+) -> str:
+    """Return the paragraph that says how much round robin loses, and what would help."""
+
+    def loss(policy: str) -> str:
+        shares = {load: values[policy] / values["least loaded"] - 1 for load, values in p99.items()}
+        return ", ".join(f"{share:.0%} at load {load:.0%}" for load, share in shares.items())
+
+    def by(clients: int) -> str:
+        values = [f"{policy} {_s(by_clients[clients][policy])} s" for policy in _OF_CLIENTS]
+        return f"{clients:,} {'client' if clients == 1 else 'clients'}: {', '.join(values)}"
+
+    text = (
+        f"{settings.policy_replicas} replicas, 100 clients. Round robin is the policy of the Python client. Compared "
+        f"with a balancer that always knows the replica with the fewest owed rows, its p99 is longer by "
+        f"{loss('round robin')}. "
+    )
+    if all(values["round robin"] <= 1.2 * values["least loaded"] for values in p99.values()):
+        return text + "That is at most 20 % at every load, so a better policy would bring little."
+    return text + (
+        "**That is more than 20 %.** The rows of requests differ by a factor of thousands, and round robin does not "
+        "know them: it queues long requests in one replica while others are idle. Short requests hardly notice, "
+        "because the scheduler runs them first.\n\n"
+        "Which client policy would help: the power of two choices, which takes two random replicas and calls the one "
+        f"that owes fewer rows. With the current numbers, its p99 is longer than that of the least loaded replica by "
+        f"{loss('two choices, current rows')}; with numbers that all replicas report once per second, by "
+        f"{loss('two choices, rows every second')}. A client that does not know the rows, and compares its own "
+        f"unfinished calls, loses {loss('two choices, own calls')}; one that compares the numbers in the last "
+        f"responses of the replicas loses {loss('two choices, rows in responses')}. These two help if few clients send "
+        f"all requests (p99 at load {settings.loads[len(settings.loads) // 2]:.0%}; {by(min(by_clients))}; "
+        f"{by(max(by_clients))}). A proxy in front of the replicas is such a single client."
+    )
+
+
+def _s(seconds: float) -> str:
+    """Return seconds for a table; a failed request counts as infinitely long."""
+    return "failed" if math.isinf(seconds) else f"{seconds:.2f}" if seconds < 10 else f"{seconds:.1f}"
+
+
+STUDIES = {
+    "load": Study("Requests within one second", _load_scenarios, _load_answer),
+    "day": Study("A day", _day_scenarios, _day_answer),
+    "zone": Study("Loss of a zone", _zone_scenarios, _zone_answer),
+    "balancing": Study("Load balancing", _policy_scenarios, _policy_answer),
+}
