@@ -29,7 +29,7 @@ def to_dataclass(kind: Callable[..., T], message: Any, **overrides: Any) -> T:
     return kind(**overrides, **values)
 
 
-def _to_python(value: Any) -> Any:  # noqa: PLR0911 - one return statement for each kind of value
+def _to_python(value: Any) -> Any:
     """Convert the value of a field to plain Python types.
 
     Integral numbers of a Struct become int, because a Struct stores all numbers as floats. Mappings are sorted by key,
@@ -44,11 +44,9 @@ def _to_python(value: Any) -> Any:  # noqa: PLR0911 - one return statement for e
             return {key: _to_python(each) for key, each in sorted(value.fields.items())}
         case ListValue():
             return [_to_python(each) for each in value.values]
-        case str() | bytes():
-            return value
         case Mapping():
             return dict(sorted(value.items()))
-        case Sequence():
+        case Sequence() if not isinstance(value, str | bytes):
             return tuple(value)
         case _:
             return value
