@@ -39,11 +39,13 @@ class Lease:
 
     Attributes:
         model: The model.
+        settings: The configuration with which the model was loaded.
         engine: Runs the plans of requests for the model.
         release: Ends the lease; further calls have no effect.
     """
 
     model: Model
+    settings: ModelConfig
     engine: Engine
     release: Callable[[], None]
 
@@ -121,7 +123,7 @@ class ModelPool:
         try:
             loaded = loaded or await self._load_once(entry)
             loaded.used_at = next(self._leases)
-            lease = Lease(loaded.model, loaded.engine, leave)
+            lease = Lease(loaded.model, loaded.settings, loaded.engine, leave)
             del loaded
             yield lease
         except ConfigError as error:
@@ -283,7 +285,7 @@ class ModelPool:
                 device=self._device.type,
                 batch_sizes=each.batch_sizes,
             )
-        return LoadedModel(model, engine, model.weight_bytes, users)
+        return LoadedModel(model, settings, engine, model.weight_bytes, users)
 
     async def _counted(self, settings: ModelConfig, work: Coroutine[Any, Any, T]) -> T:
         """Await a part of a load, count its time and its failure. Raises ConfigError or CamserveError."""

@@ -59,9 +59,13 @@ class ModelUsers:
 
 @dataclass(eq=False)
 class LoadedModel:
-    """A model in memory with its engine. `used_at` numbers the latest lease, in the order of all leases."""
+    """A model in memory, the settings with which it was loaded, and its engine.
+
+    `used_at` numbers the latest lease, in the order of all leases.
+    """
 
     model: Model
+    settings: ModelConfig
     engine: Engine
     weight_bytes: int
     users: ModelUsers

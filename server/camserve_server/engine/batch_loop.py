@@ -203,6 +203,7 @@ class BatchLoop:
         ]:
             query = job.query
             if query is not None and query.min_rows is not None and job.query_done >= query.min_rows:
+                job.late = True
                 self._answer(job, query)
 
     def _begin(self, job: Job[Any]) -> None:
@@ -279,6 +280,7 @@ class BatchLoop:
             early_from = job.limits.answer_early_from
             late = early_from is not None and self._times.next_end([lane]) >= early_from
             job.query_rows = job.permitted_rows(started.rows, started.min_rows, late=late)
+            job.late |= late
         if not job.query_rows:
             self._set_rows_owed(job, job.rows_owed - started.rows)
             job.rows_at_early_stop = job.rows if started.rows else job.rows_at_early_stop

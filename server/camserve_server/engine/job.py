@@ -90,6 +90,7 @@ class Job(Generic[T]):
         query_rows: The rows that `query` may take.
         query_done: The rows of `query` that have run.
         rows_at_early_stop: The value of `rows` when a query was last answered early; 0 if none was.
+        late: True if the deadline of the request may have ended a query early.
         batch_records: The first batches of the job, each with the number of the job's rows in it.
         cancelled: True if the caller has cancelled the request; any thread may set it.
         context: The context variables of the submitter; log lines about the job carry them.
@@ -115,6 +116,7 @@ class Job(Generic[T]):
     query_rows: int = 0
     query_done: int = 0
     rows_at_early_stop: int = 0
+    late: bool = False
     batch_records: list[tuple[BatchRecord, int]] = field(default_factory=list)
     cancelled: bool = False
     context: Context = field(default_factory=copy_context)

@@ -101,6 +101,21 @@ def check_code(config: ModelConfig) -> None:
         )
 
 
+def code_digest(config: ModelConfig) -> str:
+    """Return a SHA-256 of the code of a network that has been loaded, or an empty string if camserve contains it.
+
+    That is the code of a factory as it was imported, or the file of a source that describes the network itself.
+
+    Args:
+        config: Configuration of the model.
+    """
+    kind, _, path = config.source.partition(":")
+    if kind == "python":
+        files = _imported.get(path.partition(":")[0], {})
+        return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    return _sha256(config.source_file) if config.source_file else ""
+
+
 # ---- copies ----------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from camserve_server.config import ModelConfig
 from camserve_server.errors import ConfigError, describe
 from camserve_server.models.checks import adapt, prepare, require_hooks, set_memory_format
 from camserve_server.models.cuts import MAX_CUT, measure_cuts
+from camserve_server.models.factories import code_digest
 from camserve_server.models.fold import fold_batch_norm, fold_padding
 from camserve_server.models.heads import Head
 from camserve_server.models.layers import Layer, find_layer, module_aliases
@@ -110,6 +111,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         name=config.name,
         source=config.source,
         digest=digest,
+        code=code_digest(config),
         module=module,
         device=device,
         dtype=dtype,

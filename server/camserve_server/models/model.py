@@ -33,6 +33,7 @@ class Model:
         name: Name in the configuration.
         source: Source in the configuration, such as "torchvision:resnet50".
         digest: SHA-256 of the weights (`load.state_digest`).
+        code: SHA-256 of the code of the network (`factories.code_digest`), for the result cache.
         module: Network in evaluation mode, from [N, C, H, W] to logits [N, classes]; its parameters need no gradient.
         device: Device of the network.
         dtype: Data type that plans compute with.
@@ -96,6 +97,7 @@ class Model:
     one_row: bool = False
     unavailable: dict[LaneKind, str] = field(default_factory=dict)
     random_weights: bool = False
+    code: str = ""
     no_layer: str = "it has no layer with a spatial output"
     warnings: tuple[str, ...] = ()
     precision: Precision = "fp32"
