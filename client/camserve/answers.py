@@ -81,12 +81,15 @@ class Cost:
         queue_ms: Milliseconds from the submission to the engine, after decoding, to the first batch.
         compute_ms: Milliseconds from the first batch to the result, before encoding. Other requests may have shared the
             batches.
+        cached: True if the response comes from the result cache of the server. The other fields then describe the
+            request that computed it.
     """
 
     rows: int
     batches: int
     queue_ms: float
     compute_ms: float
+    cached: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,13 @@ def map_row(
     image: Path, overlay: Path, result: SaliencyMap, explanation: Explanation, metrics: Sequence[str]
 ) -> list[str]:
     """Return the cells of one map in the table of `camserve explain`."""
+    cost = explanation.cost
     return [
         escape(str(image)),
         escape(str(result.target)),
         f"{result.target.probability:.3f}",
-        str(explanation.cost.rows),
-        f"{(explanation.cost.queue_ms + explanation.cost.compute_ms) / 1000:.2f} s",
+        str(cost.rows),
+        "cached" if cost.cached else f"{(cost.queue_ms + cost.compute_ms) / 1000:.2f} s",
         *(f"{result.scores[metric]:.4g}" if metric in result.scores else "" for metric in metrics),
         escape(str(overlay)),
     ]

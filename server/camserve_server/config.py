@@ -14,10 +14,10 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from camserve.addresses import is_loopback, is_loopback_host, require_host_port, require_listener, socket_path
-from camserve_server.config_tables import ModelConfig, Positive, TLSConfig, TokenConfig
+from camserve_server.config_tables import CacheConfig, ModelConfig, Positive, TLSConfig, TokenConfig
 from camserve_server.errors import ConfigError
 
-__all__ = ["Config", "ModelConfig", "TLSConfig", "TokenConfig", "embedded_model", "read_config"]
+__all__ = ["CacheConfig", "Config", "ModelConfig", "TLSConfig", "TokenConfig", "embedded_model", "read_config"]
 
 Address = Annotated[str, AfterValidator(require_host_port)]
 Listener = Annotated[str, AfterValidator(require_listener)]
@@ -51,6 +51,7 @@ class Config(BaseSettings):
         None
     )
     tokens: Annotated[list[TokenConfig], Field(description="Bearer tokens; if any is configured, calls need one.")] = []
+    cache: Annotated[CacheConfig | None, Field(description="Enables the result cache.")] = None
     health_listen: Annotated[
         Listener | None, Field(description="Second listener, in plaintext, that serves Health only.")
     ] = None

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from camserve_server.config import Config, ModelConfig, TokenConfig, read_config
+from camserve_server.config import CacheConfig, Config, ModelConfig, TokenConfig, read_config
 from camserve_server.errors import ConfigError
 from camserve_server.models.load import read_labels
 from camserve_server.models.sources import check_source
 from camserve_server.service.tls import certificates
+
+_SECRETS = {(TokenConfig, "sha256"), (CacheConfig, "redis_url")}
 
 
 def check_config(path: Path | None) -> tuple[list[tuple[str, str]], list[str]]:
@@ -67,7 +69,7 @@ def _values(config: Config) -> Iterator[tuple[str, str]]:
                 yield key, _format(value)
         for where, table in tables.items():
             for name, entry in table:
-                if name == "sha256" and isinstance(table, TokenConfig):
+                if (type(table), name) in _SECRETS and entry is not None:
                     yield f"{where}.{name}", "set"
                 elif name != "name" and entry is not None:
                     yield f"{where}.{name}", _format(entry)

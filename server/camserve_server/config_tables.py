@@ -1,12 +1,13 @@
-"""The tables of the configuration: models, TLS and tokens."""
+"""The tables of the configuration: models, TLS, tokens and the result cache."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from camserve.addresses import is_loopback, require_host_port
 from camserve_server.errors import ConfigError
@@ -271,3 +272,49 @@ class TokenConfig(BaseModel):
     priority: Annotated[
         Literal["low", "normal", "high"], Field(description="Highest priority of the caller's requests.")
     ] = "high"
+
+
+class CacheConfig(BaseModel):
+    """The `[cache]` table, which enables the result cache."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_bytes: Annotated[
+        int, Field(ge=0, description="Most bytes of responses in the memory of the server; 0 for Redis only.")
+    ] = 268_435_456
+    redis_url: Annotated[
+        str | None,
+        Field(
+            repr=False,
+            description="redis://, rediss:// or unix:// URL of a Redis or Valkey server that replicas share.",
+        ),
+    ] = None
+    ttl_s: Annotated[float, Field(ge=1, description="Seconds after which a stored response is not used any more.")] = (
+        86400.0
+    )
+    shared: Annotated[bool, Field(description="Use the responses of a caller for all other callers, too.")] = False
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, url: str | None) -> str | None:
+        """Check the URL. The errors do not quote it, because it can contain a password."""
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            place = parts.path if parts.scheme == "unix" else parts.hostname
+            valid = bool(parts.scheme in ("redis", "rediss", "unix") and place and parts.port != 0)
+        except ValueError:  # of the port
+            valid = False
+        if not valid:
+            raise ValueError(
+                "the URL is invalid; expected redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE], rediss://… for TLS, or "
+                "unix://[USER:PASSWORD@]/PATH; write special characters of a password in percent-encoding"
+            )
+        return url
+
+    @model_validator(mode="after")
+    def _check_storage(self) -> Self:
+        if not self.max_bytes and self.redis_url is None:
+            raise ValueError("max_bytes: a cache of 0 bytes stores nothing; set max_bytes or redis_url")
+        return self

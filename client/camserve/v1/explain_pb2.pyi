@@ -386,7 +386,8 @@ class ExplainRequest(_message.Message):
     @_builtins.property
     def batch_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Batch size of each kind of lane ("forward", "gradient" or "ascend"), 1 to 1024, as in a receipt. The same sizes give
-        bitwise identical maps on the same CPU with the same number of threads. Empty: the server's batch sizes.
+        bitwise identical maps on the same CPU with the same number of threads. Empty: the server's batch sizes. A request
+        with batch sizes, such as the replay of a receipt, is always computed: the server does not use its result cache.
         """
 
     @_builtins.property
@@ -763,6 +764,7 @@ class Cost(_message.Message):
     BATCHES_FIELD_NUMBER: _builtins.int
     QUEUE_MS_FIELD_NUMBER: _builtins.int
     COMPUTE_MS_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
     """Number of rows that the model processed for the request. A row is one input of the model, for a forward pass with or
     without a backward pass.
@@ -773,6 +775,10 @@ class Cost(_message.Message):
     """Milliseconds from the submission to the engine, after decoding, to the first batch."""
     compute_ms: _builtins.float
     """Milliseconds from the first batch to the result, before encoding. Other requests may have shared the batches."""
+    cached: _builtins.bool
+    """True if the response comes from the result cache of the server. The other fields then describe the request that
+    computed it.
+    """
     def __init__(
         self,
         *,
@@ -780,10 +786,11 @@ class Cost(_message.Message):
         batches: _builtins.int = ...,
         queue_ms: _builtins.float = ...,
         compute_ms: _builtins.float = ...,
+        cached: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "compute_ms", b"compute_ms", "queue_ms", b"queue_ms", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "cached", b"cached", "compute_ms", b"compute_ms", "queue_ms", b"queue_ms", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,6 +40,7 @@ class Gauges(Collector):
         yield from self._queue()
         yield from self._lanes()
         yield from self._models()
+        yield from self._cache()
         yield from _device_memory()
 
     def _server(self) -> Iterator[Metric]:
@@ -131,6 +132,35 @@ class Gauges(Collector):
             loads.add_metric([name, "failed"], loaded.failed)
             seconds.add_metric([name], loaded.seconds)
         yield from (models, info, memory, sizes, loads, seconds)
+
+    def _cache(self) -> Iterator[Metric]:
+        cache = self._servicer.cache
+        if cache is None:
+            return
+        hits = CounterMetricFamily(
+            "camserve_cache_hits", "Requests that were answered from the result cache.", labels=["store"]
+        )
+        for store, count in cache.hits.items():
+            hits.add_metric([store], count)
+        yield hits
+        yield CounterMetricFamily(
+            "camserve_cache_misses", "Requests whose response was not in the result cache.", cache.misses
+        )
+        yield GaugeMetricFamily(
+            "camserve_cache_bytes", "Bytes of responses in the result cache in memory.", cache.memory.bytes
+        )
+        yield GaugeMetricFamily("camserve_cache_entries", "Responses in the result cache in memory.", len(cache.memory))
+        yield CounterMetricFamily(
+            "camserve_cache_evictions",
+            "Responses that the result cache in memory dropped to make room for others.",
+            cache.memory.evictions,
+        )
+        if cache.redis is not None:
+            yield CounterMetricFamily(
+                "camserve_cache_redis_errors",
+                "Failed reads and writes of Redis, and damaged responses there.",
+                cache.redis.errors,
+            )
 
 
 def _waits(job: Job[Any]) -> bool:

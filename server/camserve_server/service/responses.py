@@ -275,7 +275,7 @@ def _add_receipt(
     if call is not None:
         receipt.method = call.method.name
         receipt.layers.extend(layer.name for layer in call.layers)
-    receipt.parameters.CopyFrom(_struct(call.parameters if call else {}))
+    receipt.parameters.CopyFrom(struct(call.parameters if call else {}))
     receipt.targets.extend(result.targets.index)
     receipt.seed = parsed.seed
     receipt.batch_sizes.update(_batch_sizes(job.batch_sizes))
@@ -344,5 +344,6 @@ def _value(value: registry.Value) -> Value:
     return Value(string_value=value) if isinstance(value, str) else Value(number_value=value)
 
 
-def _struct(values: Mapping[str, registry.Value]) -> Struct:
+def struct(values: Mapping[str, registry.Value]) -> Struct:
+    """Return the message for the values of parameters."""
     return Struct(fields={name: _value(value) for name, value in values.items()})

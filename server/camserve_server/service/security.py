@@ -53,6 +53,18 @@ def token_name() -> str:
     return token.name if token else ""
 
 
+def identity(context: Context) -> tuple[str, str, str]:
+    """Return what identifies the caller: name and hash of its token, and the subject of its client certificate.
+
+    Each is empty if the caller has none. Call it in the task of the call.
+
+    Args:
+        context: The context of the call.
+    """
+    token = _token.get()
+    return (token.name, token.sha256, subject(context)) if token else ("", "", subject(context))
+
+
 def trust(config: Config, token: str, subject: str) -> None:
     """Take over the identity of a caller that a front end has checked. Call it in the task of the call.
 

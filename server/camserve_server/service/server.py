@@ -36,6 +36,8 @@ from camserve_server.service.listeners import (
     services,
 )
 from camserve_server.service.prometheus import Listener, Metrics
+from camserve_server.service.result_cache.cache import ResultCache
+from camserve_server.service.result_cache.key import Keys
 from camserve_server.service.security import Guard
 from camserve_server.service.servicer import Servicer
 from camserve_server.service.trace_context import tracer_from_environment
@@ -119,6 +121,8 @@ class Server:
             torch.set_num_threads(self.config.threads)
         registry.discover()
         self.engine.start(device)
+        if self.config.cache is not None:
+            self._servicer.cache = ResultCache(self.config.cache, Keys(self.config, device), self._servicer.codec)
         models = ModelPool(self.config, self.engines, device)
         await models.load_all()
         self._servicer.models = models
@@ -144,6 +148,8 @@ class Server:
         await self._servicer.drain(grace_s)
         await asyncio.to_thread(self.engines.close)
         await asyncio.gather(self._callers.stop(), *(each.stop(STOP_GRACE_S) for each in (self._probes, self._admin)))
+        if self._servicer.cache is not None:
+            await self._servicer.cache.close()
         for part in (self._metrics_listener, self._tracer):
             if part is not None:
                 await asyncio.to_thread(part.close)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import structlog
 from google.protobuf.message import Message
@@ -29,11 +29,13 @@ from camserve_server.registry import method_label
 from camserve_server.request_plan import limits, plan_request
 from camserve_server.request_result import RequestResult
 from camserve_server.service import bounds, requests, responses, security, status, trace_context
+from camserve_server.service.answers import EVALUATED, EXPLAINED, Answer, Response
 from camserve_server.service.call import MAX_REQUEST_ID, Call, Context, announce, checked_request_id
 from camserve_server.service.codec import CodecThreads
 from camserve_server.service.event_stream import EventStream, StreamMessage
 from camserve_server.service.prometheus import Metrics
 from camserve_server.service.requests import ParsedRequest, Pixels
+from camserve_server.service.result_cache.cache import ResultCache
 
 if TYPE_CHECKING:  # the tracer imports opentelemetry, an optional dependency
     from camserve_server.service.tracer import Tracer
@@ -45,10 +47,23 @@ EXPIRED_SHARE = 0.1
 log = structlog.get_logger()
 T = TypeVar("T")
 Request = TypeVar("Request", pb.ExplainRequest, pb.EvaluateRequest)
-Response = TypeVar("Response", bound=Message)
 Parse: TypeAlias = Callable[[Request, Model, Config], ParsedRequest]
-Decode: TypeAlias = Callable[[Call, ParsedRequest], Awaitable[Pixels]]
-Respond: TypeAlias = Callable[[str, ParsedRequest, str, "Job[RequestResult]", RequestResult, Sequence[str]], Response]
+
+
+class FrontEnd(Protocol):
+    """The front end that has accepted a call."""
+
+    async def decode(self, call: Call, parsed: ParsedRequest) -> Pixels:
+        """Let the front end announce the call, and return the pixels that it decodes. Raises CamserveError."""
+        ...
+
+    async def announce(self, call: Call, parsed: ParsedRequest) -> None:
+        """Let the front end announce a call whose response needs no pixels."""
+        ...
+
+    async def finished(self) -> None:
+        """Return when the front end has finished the response. Raises CamserveError if it cannot."""
+        ...
 
 
 class Servicer(explain_pb2_grpc.ExplainServiceServicer):
@@ -64,6 +79,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         running: The calls that have not ended.
         draining: The server refuses new calls because it shuts down.
         codec: Decodes and encodes.
+        cache: The stored responses; None if the configuration does not enable the cache or the server starts.
     """
 
     def __init__(self, config: Config, metrics: Metrics, tracer: Tracer | None) -> None:
@@ -72,6 +88,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         self.draining = False
         self._config = config
         self.codec = CodecThreads()
+        self.cache: ResultCache | None = None
         self._metrics = metrics
         self._tracer = tracer
 
@@ -83,7 +100,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
         """Return the maps of an image, and their scores if the request names metrics."""
-        return await self._unary("Explain", request, context, requests.parse_explain, responses.explain_response)
+        return await self._unary("Explain", request, context, requests.parse_explain, EXPLAINED)
 
     async def ExplainStream(
         self, request: pb.ExplainStreamRequest, context: Context
@@ -94,7 +111,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             request.request,
             context,
             requests.parse_explain,
-            responses.explain_response,
+            EXPLAINED,
             kinds=(pb.Progress,) if request.heartbeats_only else (pb.Progress, pb.Level, pb.Randomised),
             heartbeats_only=request.heartbeats_only,
         ):
@@ -110,7 +127,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
         """Return the scores of one map."""
-        return await self._unary("Evaluate", request, context, requests.parse_evaluate, responses.evaluate_response)
+        return await self._unary("Evaluate", request, context, requests.parse_evaluate, EVALUATED)
 
     async def EvaluateStream(
         self, request: pb.EvaluateStreamRequest, context: Context
@@ -121,7 +138,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             request.request,
             context,
             requests.parse_evaluate,
-            responses.evaluate_response,
+            EVALUATED,
             kinds=(pb.Progress,) if request.heartbeats_only else (pb.Progress, pb.Randomised),
             heartbeats_only=request.heartbeats_only,
         ):
@@ -160,9 +177,9 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
     # ---- Explain and Evaluate ----------------------------------------------------------------------------------------
 
     async def _unary(
-        self, rpc: str, request: Request, context: Context, parse: Parse[Request], respond: Respond[Response]
+        self, rpc: str, request: Request, context: Context, parse: Parse[Request], answer: Answer[Response]
     ) -> Response:
-        async for message in self.run(rpc, request, context, parse, respond):
+        async for message in self.run(rpc, request, context, parse, answer):
             response = message
         return response  # type: ignore[return-value]  # without kinds, the response is the only message
 
@@ -172,25 +189,23 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         request: Request,
         context: Context,
         parse: Parse[Request],
-        respond: Respond[Response],
+        answer: Answer[Response],
         *,
         kinds: Collection[type[StreamMessage]] = (),
         heartbeats_only: bool = False,
-        decode: Decode | None = None,
-        delivered: Callable[[], Awaitable[None]] | None = None,
-    ) -> AsyncIterator[StreamMessage | Response]:
-        """Run the plan of a request.
+        front_end: FrontEnd | None = None,
+    ) -> AsyncIterator[StreamMessage | Message]:
+        """Run the plan of a request, or return its response from the result cache.
 
         Args:
             rpc: The name of the RPC.
             request: The message of the caller.
             context: The context of the call.
             parse: Checks all fields of the request but its pixels.
-            respond: Makes the response; it runs in a codec thread.
+            answer: Makes the response.
             kinds: The kinds of messages that the call returns before its response.
             heartbeats_only: Return progress only to keep the connection open.
-            decode: Returns the pixels of a request; by default, a codec thread decodes them.
-            delivered: Returns when the receiver has the response; by default, the call ends with its response.
+            front_end: The front end of the call; None if callers connect to this process.
 
         Yields:
             The messages of the given kinds, and finally the response.
@@ -205,13 +220,24 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             bounded = limits(
                 parsed.model, parsed.method, parsed.rows, budget=parsed.budget, deadline=_deadline(context)
             )
+            entry = None
+            if self.cache is not None and (heartbeats_only or not kinds):  # the events of other streams are not stored
+                owner = security.identity(context)
+                entry = await self.cache.look_up(request, parsed, lease, answer.kind, owner)
+            if entry is not None and entry.value is not None:
+                call.facts |= {**_facts(parsed), "cached": True}
+                await (announce(context, call.request_id) if front_end is None else front_end.announce(call, parsed))
+                response = await self.codec.run(answer.restored, entry.value, call.request_id)
+                async for message in self._delivered(response, front_end):
+                    yield message
+                return
             engine = lease.engine
             with engine.reserve(parsed.rows.most, bounded, caller, priority) as reservation:
-                if decode is None:
+                if front_end is None:
                     await announce(context, call.request_id)
                     pixels = await self.codec.run(requests.decode_pixels, parsed, self._config)
                 else:
-                    pixels = await decode(call, parsed)
+                    pixels = await front_end.decode(call, parsed)
                 subject = parsed.method if pixels.saliency is None else pixels.saliency
                 assert subject is not None, "a request without a map has a method"
                 events = EventStream(
@@ -225,29 +251,38 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 )
             call.job = job
             context.add_done_callback(lambda *_: engine.cancel(job))  # type: ignore[arg-type]
-            call.facts |= {"model": parsed.model.name, "method": parsed.method.method.name if parsed.method else ""}
+            call.facts |= _facts(parsed)
             try:
                 if kinds:
                     self._release_with(job, events, lease)
                     async for message in events.messages(self.codec.run):
                         yield message
-                response = await self.codec.run_after(
-                    job.future,
-                    lambda: respond(
-                        call.request_id, parsed, pixels.input_digest, job, job.future.result(), tuple(events.warnings)
-                    ),
-                )
-                if decode is None:
-                    bounds.check_response(response, self._config)
-                yield response
-                if delivered is not None:
-                    await delivered()
+
+                def respond() -> tuple[Message, bytes | None]:
+                    result, warnings = job.future.result(), tuple(events.warnings)
+                    made = answer.respond(call.request_id, parsed, pixels.input_digest, job, result, warnings)
+                    value = made.SerializeToString() if entry is not None and entry.accepts(job) else None
+                    return answer.finished(made), value
+
+                response, value = await self.codec.run_after(job.future, respond)
+                if entry is not None and value is not None:
+                    entry.store(value)
+                async for message in self._delivered(response, front_end):
+                    yield message
             finally:
                 # Not earlier, so that the engine's thread does it only for a cancelled call, which ends before its job.
                 job.future.add_done_callback(lambda _: self._metrics.finished(job, call.method))
                 if job.future.done():
                     facts = {"rows": job.rows, "queue_ms": round(job.queue_ms), "compute_ms": round(job.compute_ms)}
                     call.facts |= facts
+
+    async def _delivered(self, response: Message, front_end: FrontEnd | None) -> AsyncIterator[Message]:
+        """Yield the response, and wait until the front end, if there is one, has finished it."""
+        if front_end is None:
+            bounds.check_response(response, self._config)
+        yield response
+        if front_end is not None:
+            await front_end.finished()
 
     def _release_with(self, job: Job[RequestResult], events: EventStream, lease: Lease) -> None:
         """End the events of a stream and the lease with the job.
@@ -320,6 +355,11 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 failure.message,
                 status.trailing_metadata(failure, call.request_id, context.time_remaining()),
             )
+
+
+def _facts(parsed: ParsedRequest) -> dict[str, object]:
+    """Return what the log line of a request contains."""
+    return {"model": parsed.model.name, "method": parsed.method.method.name if parsed.method else ""}
 
 
 def _deadline(context: Context) -> float | None:

@@ -26,6 +26,7 @@ from camserve_server.service.decoding import DataSizes, decode_image, decode_mas
 from camserve_server.service.frontends import identity, link_pb2, link_pb2_grpc, messages
 from camserve_server.service.frontends.shared_memory import SharedMemory, Slots
 from camserve_server.service.map_format import set_tensor
+from camserve_server.service.result_cache.key import digested
 
 RELAYED = {"grpc-status-details-bin", "grpc-retry-pushback-ms"}
 
@@ -152,10 +153,9 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
             call=next(self._calls),
             heartbeats_only=heartbeats_only,
         )
-        if isinstance(request, pb.ExplainRequest):
-            start.explain.CopyFrom(messages.without_data(request))
-        else:
-            start.evaluate.CopyFrom(messages.without_data(request))
+        cached = self._config.cache is not None
+        rest: Any = await self.codec.run(digested, request) if cached else messages.without_data(request)
+        (start.explain if isinstance(request, pb.ExplainRequest) else start.evaluate).CopyFrom(rest)
         link: LinkCall = self._link.Run(timeout=context.time_remaining(), metadata=identity.metadata_of(context))
         with ExitStack() as ends:
             ends.callback(link.cancel)  # without effect if the call has ended
@@ -164,19 +164,23 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
                 admitted = (await _receive(link)).admitted
                 structlog.contextvars.bind_contextvars(request_id=admitted.request_id)
                 preprocessing = messages.preprocessing(admitted)
+                slot = None
                 try:
-                    slot = ends.enter_context(
-                        _Slot(self._slots, preprocessing, partial(self._wait_until_unused, start.call))
-                    )
+                    if not admitted.cached:
+                        slot = ends.enter_context(
+                            _Slot(self._slots, preprocessing, partial(self._wait_until_unused, start.call))
+                        )
                     await announce(context, admitted.request_id)
-                    decoding = self.codec.run(
-                        slot.write, self._memory, request, preprocessing, self._config.max_image_pixels
-                    )
-                    decoding.add_done_callback(lambda _: slot.abandon())
-                    decoded = await decoding
+                    if slot is not None:
+                        decoding = self.codec.run(
+                            slot.write, self._memory, request, preprocessing, self._config.max_image_pixels
+                        )
+                        decoding.add_done_callback(lambda _: slot.abandon())
+                        decoded = await decoding
                 except Exception as error:
                     await _fail(link, error)
-                await _send(link, link_pb2.RunRequest(decoded=decoded))
+                if slot is not None:
+                    await _send(link, link_pb2.RunRequest(decoded=decoded))
                 while (message := await _receive(link)).WhichOneof("step") not in ("explained", "evaluated"):
                     yield message
                 try:
@@ -188,7 +192,8 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
                     await _fail(link, error)
                 await _send(link, link_pb2.RunRequest(finished=link_pb2.Finished()))
                 await link.read()  # returns at the end of the call, which the engine process then has logged
-                slot.unused = True
+                if slot is not None:
+                    slot.unused = True
                 yield message
             except grpc.aio.AioRpcError as error:
                 await _relay(error, context)

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import numpy as np
 import torch
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from camserve.v1 import explain_pb2 as pb
@@ -21,6 +22,7 @@ from camserve_server.maps import boxes
 from camserve_server.plan import Truth
 from camserve_server.request_result import RequestResult
 from camserve_server.service import requests, responses
+from camserve_server.service.answers import Answer
 from camserve_server.service.call import Call
 from camserve_server.service.codec import CodecThreads
 from camserve_server.service.decoding import DataSizes
@@ -86,9 +88,9 @@ class LinkServicer(link_pb2_grpc.LinkServiceServicer):
         sizes = DataSizes(start.image_bytes, start.saliency_bytes, start.mask_bytes)
         front_end = _FrontEnd(context, self.memories[start.front_end], self._servicer.codec)
         arguments: Any = (
-            (start.explain, context, partial(requests.parse_explain, sizes=sizes), _explained)
+            (start.explain, context, partial(requests.parse_explain, sizes=sizes), EXPLAINED)
             if start.HasField("explain")
-            else (start.evaluate, context, partial(requests.parse_evaluate, sizes=sizes), _evaluated)
+            else (start.evaluate, context, partial(requests.parse_evaluate, sizes=sizes), EVALUATED)
         )
         with self._reading((start.front_end, start.call), front_end):
             async for message in self._servicer.run(
@@ -96,8 +98,7 @@ class LinkServicer(link_pb2_grpc.LinkServiceServicer):
                 *arguments,
                 kinds=(pb.Progress,) if start.heartbeats_only else _KINDS[start.rpc],
                 heartbeats_only=start.heartbeats_only,
-                decode=front_end.decode,
-                delivered=front_end.finished,
+                front_end=front_end,
             ):
                 await context.write(_response(message))
 
@@ -135,16 +136,9 @@ class _FrontEnd:
     call: Call | None = None
 
     async def decode(self, call: Call, parsed: ParsedRequest) -> Pixels:
-        """Let the front end decode the pixels. Raises CamserveError."""
-        self.call, wanted = call, parsed.model.preprocessing
-        admitted = link_pb2.Admitted(
-            request_id=call.request_id,
-            size=wanted.size,
-            mean=wanted.mean,
-            std=wanted.std,
-            interpolation=wanted.interpolation,
-        )
-        await self.context.write(link_pb2.RunResponse(admitted=admitted))
+        """Let the front end announce the call and decode the pixels. Raises CamserveError."""
+        wanted = parsed.model.preprocessing
+        await self.announce(call, parsed, cached=False)
         answer = await _read(self.context)
         if answer.HasField("failed"):
             raise messages.error(answer.failed)
@@ -153,6 +147,19 @@ class _FrontEnd:
         if model.device.type == "cpu" and model.dtype == torch.float32 and not (parsed.boxes or decoded.mask):
             return self._pixels(parsed, decoded, image)  # copies nothing
         return await self.codec.run(self._pixels, parsed, decoded, image)
+
+    async def announce(self, call: Call, parsed: ParsedRequest, *, cached: bool = True) -> None:
+        """Let the front end announce the call. If the result is cached, it decodes no pixels."""
+        self.call, wanted = call, parsed.model.preprocessing
+        admitted = link_pb2.Admitted(
+            request_id=call.request_id,
+            size=wanted.size,
+            mean=wanted.mean,
+            std=wanted.std,
+            interpolation=wanted.interpolation,
+            cached=cached,
+        )
+        await self.context.write(link_pb2.RunResponse(admitted=admitted))
 
     def _pixels(self, parsed: ParsedRequest, decoded: link_pb2.Decoded, image: NDArray[np.float32]) -> Pixels:
         """Return the pixels of a request whose image the front end has written to its slot."""
@@ -204,6 +211,10 @@ def _evaluated(
     return message
 
 
+EXPLAINED = Answer[link_pb2.RunResponse](link_pb2.RunResponse, _explained, lambda message: message.explained)
+EVALUATED = Answer[link_pb2.RunResponse](link_pb2.RunResponse, _evaluated, lambda message: message.evaluated)
+
+
 def _add_unfinished(
     message: link_pb2.RunResponse, parsed: ParsedRequest, result: RequestResult, warnings: Sequence[str]
 ) -> bool:
@@ -215,7 +226,7 @@ def _add_unfinished(
     return True
 
 
-def _response(message: StreamMessage | link_pb2.RunResponse) -> link_pb2.RunResponse:
+def _response(message: Message) -> link_pb2.RunResponse:
     """Return the message of the link for an event or a result."""
     match message:
         case pb.Progress():
@@ -225,6 +236,7 @@ def _response(message: StreamMessage | link_pb2.RunResponse) -> link_pb2.RunResp
         case pb.Randomised():
             return link_pb2.RunResponse(randomised=message)
         case _:
+            assert isinstance(message, link_pb2.RunResponse), "the only other message is the result"
             return message
 
 

@@ -57,7 +57,9 @@ Global___RunRequest: _TypeAlias = RunRequest  # noqa: Y015
 
 @_typing.final
 class Start(_message.Message):
-    """The request of a caller without the data of its image, map and mask, which stay in the front end."""
+    """The request of a caller without the data of its image, map and mask, which stay in the front end. If the server has a
+    result cache, the SHA-256 of the data takes their place.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -328,8 +330,11 @@ class Admitted(_message.Message):
     MEAN_FIELD_NUMBER: _builtins.int
     STD_FIELD_NUMBER: _builtins.int
     INTERPOLATION_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     interpolation: _builtins.str
+    cached: _builtins.bool
+    """The engine process has the result of an earlier request and needs no pixels."""
     @_builtins.property
     def size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """[height, width] of the model's input in pixels."""
@@ -346,10 +351,11 @@ class Admitted(_message.Message):
         mean: _abc.Iterable[_builtins.float] | None = ...,
         std: _abc.Iterable[_builtins.float] | None = ...,
         interpolation: _builtins.str = ...,
+        cached: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["interpolation", b"interpolation", "mean", b"mean", "request_id", b"request_id", "size", b"size", "std", b"std"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "interpolation", b"interpolation", "mean", b"mean", "request_id", b"request_id", "size", b"size", "std", b"std"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -56,8 +56,9 @@ class LinkServiceServicer(object):
 
     def Run(self, request_iterator, context):
         """Runs one call of Explain, Evaluate or their streams. The front end sends `start`, waits for `admitted`, and sends
-        `decoded` or `failed`. The engine process sends the events and the result. The front end then finishes the response
-        and sends `finished` or `failed`. A refused call ends with the status that the caller receives.
+        `decoded` or `failed`, unless `admitted` says that the result is cached. The engine process sends the events and the
+        result. The front end then finishes the response and sends `finished` or `failed`. A refused call ends with the
+        status that the caller receives.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

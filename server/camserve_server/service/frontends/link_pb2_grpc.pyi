@@ -35,8 +35,9 @@ class LinkServiceStub:
     def __new__(cls, channel: _aio.Channel) -> LinkServiceAsyncStub: ...
     Run: _grpc.StreamStreamMultiCallable[_link_pb2.RunRequest, _link_pb2.RunResponse]
     """Runs one call of Explain, Evaluate or their streams. The front end sends `start`, waits for `admitted`, and sends
-    `decoded` or `failed`. The engine process sends the events and the result. The front end then finishes the response
-    and sends `finished` or `failed`. A refused call ends with the status that the caller receives.
+    `decoded` or `failed`, unless `admitted` says that the result is cached. The engine process sends the events and the
+    result. The front end then finishes the response and sends `finished` or `failed`. A refused call ends with the
+    status that the caller receives.
     """
     WaitUntilUnused: _grpc.UnaryUnaryMultiCallable[_link_pb2.WaitUntilUnusedRequest, _link_pb2.WaitUntilUnusedResponse]
     """Returns when the engine process does not read the image of a call any more. A call that ends early does not say so."""
@@ -48,8 +49,9 @@ class LinkServiceAsyncStub(LinkServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Run: _aio.StreamStreamMultiCallable[_link_pb2.RunRequest, _link_pb2.RunResponse]  # type: ignore[assignment]
     """Runs one call of Explain, Evaluate or their streams. The front end sends `start`, waits for `admitted`, and sends
-    `decoded` or `failed`. The engine process sends the events and the result. The front end then finishes the response
-    and sends `finished` or `failed`. A refused call ends with the status that the caller receives.
+    `decoded` or `failed`, unless `admitted` says that the result is cached. The engine process sends the events and the
+    result. The front end then finishes the response and sends `finished` or `failed`. A refused call ends with the
+    status that the caller receives.
     """
     WaitUntilUnused: _aio.UnaryUnaryMultiCallable[_link_pb2.WaitUntilUnusedRequest, _link_pb2.WaitUntilUnusedResponse]  # type: ignore[assignment]
     """Returns when the engine process does not read the image of a call any more. A call that ends early does not say so."""
@@ -64,8 +66,9 @@ class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_link_pb2.RunResponse], _abc.AsyncIterator[_link_pb2.RunResponse]]:
         """Runs one call of Explain, Evaluate or their streams. The front end sends `start`, waits for `admitted`, and sends
-        `decoded` or `failed`. The engine process sends the events and the result. The front end then finishes the response
-        and sends `finished` or `failed`. A refused call ends with the status that the caller receives.
+        `decoded` or `failed`, unless `admitted` says that the result is cached. The engine process sends the events and the
+        result. The front end then finishes the response and sends `finished` or `failed`. A refused call ends with the
+        status that the caller receives.
         """
 
     @_abc_1.abstractmethod

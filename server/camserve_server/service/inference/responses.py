@@ -36,6 +36,7 @@ def infer_response(request: pb.ModelInferRequest, explained: explain.ExplainResp
     response.parameters["method"].string_param = explained.receipt.method
     response.parameters["metrics"].string_param = ",".join(score.metric for score in maps[0].scores)
     response.parameters["share"].double_param = maps[0].share
+    response.parameters["cached"].bool_param = explained.cost.cached
     warnings = dict.fromkeys(warning for each in maps for warning in each.warnings)
     response.parameters["warnings"].string_param = "\n".join(warnings)
     for name in [each.name for each in request.outputs] or OUTPUTS:

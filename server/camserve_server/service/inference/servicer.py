@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from camserve_server.engine.job import Job
 from camserve_server.models.model import Model
 from camserve_server.open_inference import inference_pb2 as pb
 from camserve_server.open_inference import inference_pb2_grpc
-from camserve_server.request_result import RequestResult
-from camserve_server.service import requests, responses
+from camserve_server.service import requests
+from camserve_server.service.answers import EXPLAINED
 from camserve_server.service.call import Context
 from camserve_server.service.health import Health
 from camserve_server.service.inference.requests import VERSION, converted_request
 from camserve_server.service.inference.responses import config, infer_response, metadata
 from camserve_server.service.listeners import SERVICE, SERVING
-from camserve_server.service.requests import ParsedRequest
 from camserve_server.service.servicer import Servicer
 
 
@@ -67,23 +67,12 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         """Return the maps of an image, and their scores if the request names metrics."""
-
-        def respond(
-            request_id: str,
-            parsed: ParsedRequest,
-            input_digest: str,
-            job: Job[RequestResult],
-            result: RequestResult,
-            warnings: Sequence[str],
-        ) -> pb.ModelInferResponse:
-            explained = responses.explain_response(request_id, parsed, input_digest, job, result, warnings)
-            return infer_response(request, explained)
-
+        answer = replace(EXPLAINED, convert=partial(infer_response, request))
         converted = await converted_request(request, self._servicer.codec)
-        async for message in self._servicer.run("ModelInfer", converted, context, requests.parse_explain, respond):
+        async for message in self._servicer.run("ModelInfer", converted, context, requests.parse_explain, answer):
             response: Any = message
-        answer: pb.ModelInferResponse = response  # without kinds, the response is the only message
-        return answer
+        inferred: pb.ModelInferResponse = response  # without kinds, the response is the only message
+        return inferred
 
     @asynccontextmanager
     async def _model(self, rpc: str, name: str, context: Context) -> AsyncIterator[Model]:
