@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from camserve_cli.app import app
 from camserve_server import registry
-from camserve_server.config import Config, ModelConfig, TLSConfig, embedded_model, read_config
+from camserve_server.config import CacheConfig, Config, ModelConfig, TLSConfig, embedded_model, read_config
 from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.processes import ROOT, completed
@@ -146,7 +146,7 @@ def test_documented_environment_variables_are_read(monkeypatch: pytest.MonkeyPat
 # ---- completeness ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Config, ModelConfig, TLSConfig])
+@pytest.mark.parametrize("kind", [Config, ModelConfig, TLSConfig, CacheConfig])
 def test_each_key_is_documented_with_its_default(kind: type[BaseModel]) -> None:
     for name, field in kind.model_fields.items():
         rows = [line for line in page("configuration.md").splitlines() if line.startswith(f"| `{name}` |")]
