@@ -68,12 +68,13 @@ class Admission:
 
     Args:
         max_rows_owed: A request is refused if its rows and the rows that run before them exceed this limit.
-        clock: Returns the current time in seconds. The deadlines of claims are times on this clock.
+        clock: Returns the current time in seconds; None for `time.monotonic`. The deadlines of claims are times on this
+            clock.
     """
 
-    def __init__(self, max_rows_owed: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, max_rows_owed: int, clock: Callable[[], float] | None = None) -> None:
         self._max_rows_owed = max_rows_owed
-        self._clock = clock
+        self._clock = clock or time.monotonic
         self._owed: dict[int, _Owed] = {}
         self._lock = threading.Lock()
         self._closed = False
