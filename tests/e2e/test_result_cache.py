@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+import PIL.Image
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -20,7 +23,7 @@ from camserve_server.open_inference.inference_pb2_grpc import GRPCInferenceServi
 from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.credentials import hashed
-from tests.processes import patient_client
+from tests.processes import CAMSERVE, completed, patient_client
 from tests.promql import documented
 from tests.server.service.frontends.test_calls import bearer, differing
 from tests.server.service.test_errors import IMAGE, TIMEOUT_S, method, metric, request, stopped, tensor
@@ -178,15 +181,44 @@ def test_inference_responses_are_computed_and_stored(channel: grpc.Channel, stub
     assert response(stub, request()).cost.cached
 
 
-def test_streams_of_events_are_computed(stub: ExplainServiceStub) -> None:
-    """They neither use stored responses nor store their own, because their events are not stored."""
+def test_streams_return_stored_responses_without_other_events(stub: ExplainServiceStub) -> None:
     message = request(method=method("poly-cam"))
+    *events, last = call(stub, "ExplainStream", message)
+    assert [each for each in events if each.HasField("level")]
+    assert not last.result.cost.cached
+    [only] = call(stub, "ExplainStream", message)
+    assert only.result.cost.cached
+    assert differing([without_names(last.result)], [without_names(only.result)]) == []
+    assert response(stub, message).cost.cached
+
+
+@pytest.mark.parametrize("rpc", ["ExplainStream", "EvaluateStream"])
+def test_streams_with_maps_of_random_networks_are_computed(stub: ExplainServiceStub, rpc: str) -> None:
+    """The maps are a part of the result, and are not stored. Other calls do not return them."""
+    metrics = [metric("randomisation-hog", steps=2)]
+    explain = rpc == "ExplainStream"
+    message: Any = request(metrics=metrics) if explain else evaluate(metrics=metrics, method=method("grad-cam"))
+    first = response(stub, message)
     for _ in range(2):
-        events = call(stub, "ExplainStream", message)
-        assert [each for each in events if each.HasField("level")]
+        events = call(stub, rpc, message)
+        assert len([each for each in events if each.HasField("randomised")]) == 2
         assert not events[-1].result.cost.cached
-    assert not response(stub, message).cost.cached
-    assert not call(stub, "ExplainStream", message)[-1].result.cost.cached
+        last = events[-1].result
+        assert (last.receipt.map_digests, last.cost.rows) == (first.receipt.map_digests, first.cost.rows)
+    assert response(stub, message).cost.cached
+
+
+@pytest.mark.slow  # starts three processes
+def test_command_line_shows_that_a_result_is_cached(server: Server, tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    PIL.Image.fromarray(IMAGE).save(image)
+    command: list[str | Path] = [*CAMSERVE, "explain", image, "--address", server.address, "--out", tmp_path / "out"]
+    first, second = (completed(command) for _ in range(2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "cached" not in first.stdout
+    assert "cached" in second.stdout
+    record = json.loads(completed([*command, "--json"]).stdout)
+    assert record["cost"]["cached"] is True
 
 
 def test_replays_are_computed(server: Server) -> None:

@@ -118,7 +118,8 @@ class ExplainServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExplainStream(self, request, context):
-        """Like Explain, but also sends progress, the levels of coarse-to-fine methods, and the maps of randomisation metrics.
+        """Like Explain, but also sends progress, the levels of coarse-to-fine methods, and the maps of randomisation metrics. A
+        response from the result cache comes without progress and levels.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,7 +133,8 @@ class ExplainServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def EvaluateStream(self, request, context):
-        """Like Evaluate, but also sends progress and the maps of randomisation metrics.
+        """Like Evaluate, but also sends progress and the maps of randomisation metrics. A response from the result cache comes
+        without progress.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,11 +54,15 @@ class ExplainServiceStub:
     Explain: _grpc.UnaryUnaryMultiCallable[_explain_pb2.ExplainRequest, _explain_pb2.ExplainResponse]
     """Computes a saliency map of each target for one image, one model and one method."""
     ExplainStream: _grpc.UnaryStreamMultiCallable[_explain_pb2.ExplainStreamRequest, _explain_pb2.ExplainStreamResponse]
-    """Like Explain, but also sends progress, the levels of coarse-to-fine methods, and the maps of randomisation metrics."""
+    """Like Explain, but also sends progress, the levels of coarse-to-fine methods, and the maps of randomisation metrics. A
+    response from the result cache comes without progress and levels.
+    """
     Evaluate: _grpc.UnaryUnaryMultiCallable[_explain_pb2.EvaluateRequest, _explain_pb2.EvaluateResponse]
     """Scores a saliency map by metrics. The request contains either the map or the method that computes it."""
     EvaluateStream: _grpc.UnaryStreamMultiCallable[_explain_pb2.EvaluateStreamRequest, _explain_pb2.EvaluateStreamResponse]
-    """Like Evaluate, but also sends progress and the maps of randomisation metrics."""
+    """Like Evaluate, but also sends progress and the maps of randomisation metrics. A response from the result cache comes
+    without progress.
+    """
     ListModels: _grpc.UnaryUnaryMultiCallable[_explain_pb2.ListModelsRequest, _explain_pb2.ListModelsResponse]
     """Lists the models of the server."""
     ListMethods: _grpc.UnaryUnaryMultiCallable[_explain_pb2.ListMethodsRequest, _explain_pb2.ListMethodsResponse]
@@ -94,11 +98,15 @@ class ExplainServiceAsyncStub(ExplainServiceStub):
     Explain: _aio.UnaryUnaryMultiCallable[_explain_pb2.ExplainRequest, _explain_pb2.ExplainResponse]  # type: ignore[assignment]
     """Computes a saliency map of each target for one image, one model and one method."""
     ExplainStream: _aio.UnaryStreamMultiCallable[_explain_pb2.ExplainStreamRequest, _explain_pb2.ExplainStreamResponse]  # type: ignore[assignment]
-    """Like Explain, but also sends progress, the levels of coarse-to-fine methods, and the maps of randomisation metrics."""
+    """Like Explain, but also sends progress, the levels of coarse-to-fine methods, and the maps of randomisation metrics. A
+    response from the result cache comes without progress and levels.
+    """
     Evaluate: _aio.UnaryUnaryMultiCallable[_explain_pb2.EvaluateRequest, _explain_pb2.EvaluateResponse]  # type: ignore[assignment]
     """Scores a saliency map by metrics. The request contains either the map or the method that computes it."""
     EvaluateStream: _aio.UnaryStreamMultiCallable[_explain_pb2.EvaluateStreamRequest, _explain_pb2.EvaluateStreamResponse]  # type: ignore[assignment]
-    """Like Evaluate, but also sends progress and the maps of randomisation metrics."""
+    """Like Evaluate, but also sends progress and the maps of randomisation metrics. A response from the result cache comes
+    without progress.
+    """
     ListModels: _aio.UnaryUnaryMultiCallable[_explain_pb2.ListModelsRequest, _explain_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models of the server."""
     ListMethods: _aio.UnaryUnaryMultiCallable[_explain_pb2.ListMethodsRequest, _explain_pb2.ListMethodsResponse]  # type: ignore[assignment]
@@ -143,7 +151,9 @@ class ExplainServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _explain_pb2.ExplainStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_explain_pb2.ExplainStreamResponse], _abc.AsyncIterator[_explain_pb2.ExplainStreamResponse]]:
-        """Like Explain, but also sends progress, the levels of coarse-to-fine methods, and the maps of randomisation metrics."""
+        """Like Explain, but also sends progress, the levels of coarse-to-fine methods, and the maps of randomisation metrics. A
+        response from the result cache comes without progress and levels.
+        """
 
     @_abc_1.abstractmethod
     def Evaluate(
@@ -159,7 +169,9 @@ class ExplainServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _explain_pb2.EvaluateStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_explain_pb2.EvaluateStreamResponse], _abc.AsyncIterator[_explain_pb2.EvaluateStreamResponse]]:
-        """Like Evaluate, but also sends progress and the maps of randomisation metrics."""
+        """Like Evaluate, but also sends progress and the maps of randomisation metrics. A response from the result cache comes
+        without progress.
+        """
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -91,8 +91,9 @@ export class Card {
     this.find(".target").textContent = `${className(event.target)}, ${percent(event.target.probability)}`;
     const partial = event.share < 1 ? [`The method stopped early: the map contains ${percent(event.share)} of the full sum.`] : [];
     showList(this.find(".warnings"), [...partial, ...event.warnings]);
-    const { rows, batches, queue_ms: queue, compute_ms: compute } = event.cost;
+    const { rows, batches, queue_ms: queue, compute_ms: compute, cached } = event.cost;
     const facts = { Rows: number(rows), Batches: number(batches), Queue: `${queue.toFixed(1)} ms`, Computation: `${(compute / 1000).toFixed(2)} s` };
+    if (cached) facts.Result = "from the cache of the server";
     this.find(".facts").replaceChildren(
       ...Object.entries(facts).map(([name, value]) => make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))),
     );

@@ -34,6 +34,7 @@ class EventStream:
 
     Attributes:
         warnings: The warnings about the image and of the engine; complete at the end of `messages`.
+        randomised: The request has sent maps of networks with random weights, whether the call returns them or not.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class EventStream:
         heartbeats_only: bool = False,
     ) -> None:
         self.warnings = [*warnings]
+        self.randomised = False
         self._model = model
         self._map_format = map_format
         self._kinds = kinds
@@ -55,6 +57,7 @@ class EventStream:
 
     def notify(self, event: Event) -> None:
         """Add an event. The engine's thread calls it."""
+        self.randomised |= isinstance(event, Randomised)
         match event:
             case MapWarning(text):
                 self.warnings.append(text)

@@ -221,9 +221,9 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 parsed.model, parsed.method, parsed.rows, budget=parsed.budget, deadline=_deadline(context)
             )
             entry = None
-            if self.cache is not None and (heartbeats_only or not kinds):  # the events of other streams are not stored
-                owner = security.identity(context)
-                entry = await self.cache.look_up(request, parsed, lease, answer.kind, owner)
+            if self.cache is not None:
+                owner, events_too = security.identity(context), pb.Randomised in kinds
+                entry = await self.cache.look_up(request, parsed, lease, answer.kind, owner, randomised=events_too)
             if entry is not None and entry.value is not None:
                 call.facts |= {**_facts(parsed), "cached": True}
                 await (announce(context, call.request_id) if front_end is None else front_end.announce(call, parsed))
@@ -266,7 +266,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
 
                 response, value = await self.codec.run_after(job.future, respond)
                 if entry is not None and value is not None:
-                    entry.store(value)
+                    entry.store(value, randomised=events.randomised)
                 async for message in self._delivered(response, front_end):
                     yield message
             finally:

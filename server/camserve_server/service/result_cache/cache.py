@@ -18,6 +18,10 @@ from camserve_server.service.result_cache.key import Keys, Request
 from camserve_server.service.result_cache.memory import MemoryStore
 from camserve_server.service.result_cache.redis_store import RedisStore
 
+# The first byte of a stored value. The maps of networks with random weights are results that a stream sends beside its
+# response. Progress and levels are not, so a stored response can replace a stream that has them.
+_ALONE, _WITH_EVENTS = b"\0", b"\1"
+
 
 class ResultCache:
     """Stores responses by the keys of their requests. All methods belong to the event loop.
@@ -53,6 +57,8 @@ class ResultCache:
         lease: Lease,
         kind: type[Message],
         owner: Sequence[str],
+        *,
+        randomised: bool,
     ) -> Entry | None:
         """Return the entry of a request.
 
@@ -65,6 +71,7 @@ class ResultCache:
             lease: Its model.
             kind: The message that is stored.
             owner: What identifies the caller.
+            randomised: The caller wants the maps of networks with random weights, too, which are not stored.
         """
         if request.batch_sizes or lease.model.remote:
             return None
@@ -73,22 +80,28 @@ class ResultCache:
         key = await self._codec.run(
             self._keys.key, request, parsed, lease.settings, sizes, kind.DESCRIPTOR.full_name, caller
         )
-        return Entry(self, key, await self._get(key), sizes)
+        return Entry(self, key, await self._get(key, randomised=randomised), sizes)
 
-    async def _get(self, key: bytes) -> bytes | None:
-        value = self.memory.get(key)
-        if value is not None:
-            self.hits["memory"] += 1
-            return value
-        if self.redis is not None and (found := await self.redis.get(key)) is not None:
-            self.hits["redis"] += 1
+    async def _get(self, key: bytes, *, randomised: bool) -> bytes | None:
+        store, value = "memory", self.memory.get(key)
+        if value is None and self.redis is not None and (found := await self.redis.get(key)) is not None:
+            store, value = "redis", found.value
             self.memory.put(key, *found)
-            return found.value
-        self.misses += 1
-        return None
+        if value is None or (randomised and value[:1] == _WITH_EVENTS):
+            self.misses += 1
+            return None
+        self.hits[store] += 1
+        return value[1:]
 
-    def put(self, key: bytes, value: bytes) -> None:
-        """Store a response."""
+    def put(self, key: bytes, value: bytes, *, randomised: bool) -> None:
+        """Store a response.
+
+        Args:
+            key: The key of its request.
+            value: The serialised message.
+            randomised: The request has sent maps of networks with random weights before the response.
+        """
+        value = (_WITH_EVENTS if randomised else _ALONE) + value
         self.memory.put(key, value, self._config.ttl_s)
         if self.redis is not None:
             self.redis.put(key, value, self._config.ttl_s)
@@ -125,6 +138,6 @@ class Entry:
         """
         return not job.late and job.batch_sizes == self.batch_sizes
 
-    def store(self, value: bytes) -> None:
-        """Store the serialised response."""
-        self.cache.put(self.key, value)
+    def store(self, value: bytes, *, randomised: bool) -> None:
+        """Store the response. The arguments are those of `ResultCache.put`."""
+        self.cache.put(self.key, value, randomised=randomised)

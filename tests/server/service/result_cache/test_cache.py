@@ -42,7 +42,7 @@ def looked_up(model: Model, remote: object = None, **fields: Any) -> Entry | Non
         request.MergeFrom(REQUEST)
         lease: Any = SimpleNamespace(model=SimpleNamespace(remote=remote), settings=SETTINGS)
         parsed = parse_explain(request, model, Config())
-        return await cache.look_up(request, parsed, lease, pb.ExplainResponse, ())
+        return await cache.look_up(request, parsed, lease, pb.ExplainResponse, (), randomised=False)
 
     return asyncio.run(run())
 
