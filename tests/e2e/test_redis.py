@@ -36,17 +36,19 @@ USER_PART = ":a%20password@"
 
 
 class Redis:
-    """A Redis server on a Unix socket in a folder of its own, without files."""
+    """A Redis server on a Unix socket in a folder of its own and, if a port is given, on 127.0.0.1. It has no files."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int = 0) -> None:
         self.path = folder / "redis.sock"
-        self.url = f"unix://{USER_PART}{self.path}"
+        self.port = port
+        self.url = f"redis://{USER_PART}127.0.0.1:{port}/0" if port else f"unix://{USER_PART}{self.path}"
         self.client = redis.Redis(unix_socket_path=str(self.path), password=PASSWORD)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        command = ["redis-server", "--port", "0", "--unixsocket", str(self.path), "--save", "", "--appendonly", "no"]
-        with started([*command, "--requirepass", PASSWORD, "--dir", str(self.path.parent)]) as process:
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", str(self.path)]
+        command += ["--save", "", "--appendonly", "no", "--requirepass", PASSWORD, "--dir", str(self.path.parent)]
+        with started(command) as process:
             until = time.monotonic() + LIMIT_S
             while True:
                 with contextlib.suppress(redis.ConnectionError):
@@ -119,6 +121,18 @@ def test_servers_share_responses(stored: Redis) -> None:
         hits = server._servicer.cache.hits  # type: ignore[union-attr]  # the server has a cache
         assert hits == {"memory": 1, "redis": 1}, "the first response is then in memory, too"
         assert not explain(method=method("hires-cam")).cost.cached
+
+
+def test_servers_share_responses_over_tcp(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    stored = Redis(tmp_path, port)
+    with stored.running():
+        for cached in (False, True):
+            with cached_by(stored.url) as (_, explain):
+                assert explain().cost.cached is cached
+                wait_until(stored.values)
 
 
 @pytest.mark.slow
