@@ -7,7 +7,6 @@ others keep their results.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.render:
         _write_page(options.out, stored, sections)
         return 0
-    command = shlex.join(sys.argv[1:] if arguments is None else arguments)
     times = profile.load(options.profile)
     settings = Settings(times, capacity(times, MIX, CALLERS), MIX, requests=options.requests, seed=options.seed)
     if options.replicas:
@@ -68,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def keep(name: str, title: str, answer: Answer, seconds: float) -> None:
         """Write the page after each section, so that an interrupted run keeps its results."""
         made = f"*{here['date']}, commit {here['commit']}, {seconds:.0f} s.*"
-        run = f"python -m benchmarks.simulation {command}".strip()
-        sections[name] = page.Section(title, answer.text, answer.tables, answer.lines, made, run, round(seconds, 1))
+        sections[name] = page.Section(title, answer.text, answer.tables, answer.lines, made, round(seconds, 1))
         in_order = {each: sections[each] for each in SECTIONS if each in sections}
         page.write(data, here, in_order)
         _write_page(options.out, here, in_order)

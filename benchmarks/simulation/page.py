@@ -33,7 +33,6 @@ class Section:
         tables: Tables.
         lines: Charts.
         made: Date and commit.
-        command: Command that made the section.
         seconds: Duration of the command for this section.
     """
 
@@ -42,7 +41,6 @@ class Section:
     tables: Sequence[Table] = ()
     lines: Sequence[Lines] = ()
     made: str = ""
-    command: str = ""
     seconds: float = 0.0
 
     @staticmethod
