@@ -22,7 +22,8 @@ from benchmarks.simulation.events import Timeline
 from benchmarks.simulation.profile import FOLDER, MethodCost, Profile, Step, load
 from benchmarks.simulation.replica import Replica, Reply
 from benchmarks.simulation.run import Scenario, ZoneLoss, capacity, simulate
-from benchmarks.simulation.studies import MEAN_OF_DAY, MIX, STUDIES, Settings, day_curve
+from benchmarks.simulation.settings import MIX, Settings
+from benchmarks.simulation.studies import MEAN_OF_DAY, STUDIES, day_curve
 from camserve_server.config import ModelConfig
 
 # A server that runs one row in a second, and another one with short and long requests.
@@ -202,7 +203,7 @@ def test_command_writes_a_page_with_all_sections(tmp_path: Path, monkeypatch: py
         assert f"## {study.title}" in text
     assert "| rows per second | " in text
     assert "Not simulated" not in text
-    assert len([*(tmp_path / "pictures").glob("simulation-*.svg")]) == 4
+    assert len([*(tmp_path / "pictures").glob("simulation-*.svg")]) == 5
     (tmp_path / "simulation.md").unlink()
     assert simulation.main(["--render", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "simulation.md").read_text(encoding="utf-8") == text

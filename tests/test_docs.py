@@ -202,8 +202,9 @@ def test_readme_lists_each_method(name: str) -> None:
 
 
 def test_each_image_is_used() -> None:
+    pages = {"bench": "benchmarks.md", "simulation": "simulation.md"}
     for path in (ROOT / "docs" / "pictures").iterdir():
-        where = "benchmarks.md" if path.name.startswith("bench-") else "methods.md"
+        where = pages.get(path.name.partition("-")[0], "methods.md")
         assert f"(pictures/{path.name})" in page(where)
 
 

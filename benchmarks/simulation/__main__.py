@@ -22,7 +22,8 @@ from benchmarks.simulation import page, profile
 from benchmarks.simulation.measure import validation
 from benchmarks.simulation.profile import Profile
 from benchmarks.simulation.run import Ended, Scenario, capacity, simulate
-from benchmarks.simulation.studies import MIX, STUDIES, TITLES, Answer, Settings, Study
+from benchmarks.simulation.settings import MIX, TITLES, Answer, Settings, Study
+from benchmarks.simulation.studies import STUDIES
 from benchmarks.subjects import CONFIGS, from_config
 from camserve_server.torch_setup.allocator import keep_memory
 

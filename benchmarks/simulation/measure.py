@@ -14,7 +14,7 @@ from benchmarks.results import Table
 from benchmarks.simulation.events import Timeline
 from benchmarks.simulation.profile import MethodCost, Profile, Step
 from benchmarks.simulation.replica import Replica, Reply
-from benchmarks.simulation.studies import Answer
+from benchmarks.simulation.settings import Answer
 from benchmarks.subjects import Subject
 from benchmarks.timing import percentile
 from camserve_server.engine.engine import Engine

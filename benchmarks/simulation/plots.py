@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from benchmarks.plots import COLOURS
 
@@ -36,8 +37,10 @@ def draw(chart: Lines, path: Path) -> None:
         if chart.logarithmic:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         else:
             axes.set_ylim(0, 1.02)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel(chart.x)
         axes.set_ylabel(chart.y)
         axes.set_title(chart.title, loc="left")

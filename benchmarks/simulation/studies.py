@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -12,91 +11,10 @@ import numpy as np
 from benchmarks.results import Table
 from benchmarks.simulation.balancing import POLICIES
 from benchmarks.simulation.plots import Lines
-from benchmarks.simulation.profile import Profile
 from benchmarks.simulation.run import Ended, Scenario, ZoneLoss
+from benchmarks.simulation.settings import SOON_S, TITLES, Answer, Settings, Study
 
 HOURS = 24
-MIX = {"grad-cam": 0.8, "score-cam": 0.1, "poly-cam": 0.05, "opti-cam": 0.05}
-SOON_S = 1.0
-TITLES = {"grad-cam": "Grad-CAM", "score-cam": "Score-CAM", "poly-cam": "Poly-CAM", "opti-cam": "Opti-CAM"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Size of the simulation.
-
-    Attributes:
-        profile: Times of each replica.
-        capacity: Requests per second that one replica completes.
-        mix: Share of the requests by name of the method.
-        loads: Loads as shares of the capacity.
-        replicas: Numbers of replicas.
-        day_load: Load at the peak of the day.
-        zone_replicas: Number of replicas that lose a zone.
-        zone_s: Seconds before, during and after the loss of a zone.
-        policy_replicas: Number of replicas behind the compared policies.
-        clients: Numbers of clients with which policies are compared.
-        requests: Approximate number of requests after which a simulation ends, if `shortest_s` is over.
-        warm_up_s: Seconds at the start whose requests do not count.
-        shortest_s: Fewest seconds whose requests count.
-        seed: Seed of all random numbers.
-    """
-
-    profile: Profile
-    capacity: float
-    mix: Mapping[str, float]
-    loads: Sequence[float] = (0.3, 0.5, 0.7, 0.8, 0.9)
-    replicas: Sequence[int] = (1, 3, 10, 30, 100, 1000)
-    day_load: float = 0.8
-    zone_replicas: int = 12
-    zone_s: tuple[float, float, float] = (60.0, 180.0, 120.0)
-    policy_replicas: int = 30
-    clients: Sequence[int] = (1, 10, 100, 1000)
-    requests: int = 10_000
-    warm_up_s: float = 15.0
-    shortest_s: float = 15.0
-    seed: int = 0
-
-    def steady(self, load: float, replicas: int, policy: str = "round robin", clients: int = 100) -> Scenario:
-        """Return a scenario with a constant rate of requests."""
-        counted_s = max(self.shortest_s, self.requests / (load * self.capacity * replicas))
-        return self.scenario(load, self.warm_up_s + counted_s, replicas=replicas, policy=policy, clients=clients)
-
-    def scenario(self, load: float, seconds: float, **options: object) -> Scenario:
-        """Return a scenario with this profile and mix."""
-        common = partial(Scenario, self.profile, self.mix, self.capacity, seed=self.seed)
-        return common(load, seconds, **options)  # type: ignore[arg-type]  # the options are those of Scenario
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Answer to a question.
-
-    Attributes:
-        text: Paragraph of the page.
-        tables: Tables of the section.
-        lines: Charts of the section.
-    """
-
-    text: str
-    tables: Sequence[Table]
-    lines: Sequence[Lines]
-
-
-@dataclass(frozen=True)
-class Study:
-    """A question.
-
-    Attributes:
-        title: Heading of the section.
-        scenarios: Returns the scenarios to simulate.
-        answer: Returns the answer, from the settings and the results of the scenarios in their order.
-    """
-
-    title: str
-    scenarios: Callable[[Settings], Sequence[Scenario]]
-    answer: Callable[[Settings, Iterable[tuple[Scenario, Ended]]], Answer]
-
 
 # ---- load ------------------------------------------------------------------------------------------------------------
 
@@ -108,11 +26,16 @@ def _load_scenarios(settings: Settings) -> Sequence[Scenario]:
 def _load_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) -> Answer:
     shares: dict[int, dict[float, float]] = {}
     methods: dict[float, list[str]] = {}
+    by_method: dict[str, list[tuple[float, float]]] = {}
     for scenario, ended in results:
         counted = ended.since(settings.warm_up_s)
         shares.setdefault(scenario.replicas, {})[scenario.load] = counted.within(SOON_S)
-        by_method = [f"{counted.of(m).within(SOON_S):.1%} / {_s(counted.of(m).percentile(0.99))}" for m in settings.mix]
-        methods[scenario.load] = [f"{scenario.load:.0%}", *by_method]  # of the largest number of replicas
+        if scenario.replicas == max(settings.replicas):
+            parts = {TITLES[m]: counted.of(m) for m in settings.mix}
+            cells = [f"{part.within(SOON_S):.1%} / {_s(part.percentile(0.99))}" for part in parts.values()]
+            methods[scenario.load] = [f"{scenario.load:.0%}", *cells]
+            for title, part in parts.items():
+                by_method.setdefault(title, []).append((scenario.load, part.within(SOON_S)))
     rows = [[f"{r:,}", *(f"{share:.1%}" for share in by_load.values())] for r, by_load in shares.items()]
     most = max(shares)
     spread = max(
@@ -141,8 +64,14 @@ def _load_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) 
                 f"Requests with a result within {SOON_S:g} s",
                 "load (share of the capacity)",
                 "share",
-                {f"{r:,} replicas": [*by_load.items()] for r, by_load in shares.items()},
-            )
+                {_replicas(r): [*by_load.items()] for r, by_load in shares.items()},
+            ),
+            Lines(
+                f"Requests with a result within {SOON_S:g} s by method, {_replicas(most)}",
+                "load (share of the capacity)",
+                "share",
+                by_method,
+            ),
         ],
     )
 
@@ -183,7 +112,7 @@ def _day_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) -
         hour_s = scenario.seconds / HOURS
         hours = [ended.since(hour * hour_s, (hour + 1) * hour_s) for hour in range(HOURS)]
         shares = [hour.within(SOON_S) for hour in hours]
-        lines[f"{scenario.replicas:,} replicas"] = [(h + 0.5, share) for h, share in enumerate(shares)]
+        lines[_replicas(scenario.replicas)] = [(h + 0.5, share) for h, share in enumerate(shares)]
         worst = int(np.argmin(shares))
         rows.append(
             [
@@ -251,7 +180,7 @@ def _zone_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) 
             ]
         )
         if scenario.load in (_ZONE_LOADS[0], _ZONE_LOADS[-1]) and noticed_s != _NOTICED_S[-1]:
-            lines[f"load {scenario.load:.0%}, noticed after {noticed_s:g} s"] = [
+            lines[f"load {scenario.load:.0%}, noticed {f'after {noticed_s:g} s' if noticed_s else 'at once'}"] = [
                 (t - before_s, ended.since(t, t + _BIN_S).within(SOON_S))
                 for t in np.arange(0, sum(settings.zone_s), _BIN_S)
             ]
@@ -375,6 +304,10 @@ def _verdict(
         f"all requests (p99 at load {settings.loads[len(settings.loads) // 2]:.0%}; {by(min(by_clients))}; "
         f"{by(max(by_clients))}). A proxy in front of the replicas is such a single client."
     )
+
+
+def _replicas(number: int) -> str:
+    return f"{number:,} {'replica' if number == 1 else 'replicas'}"
 
 
 def _s(seconds: float) -> str:
