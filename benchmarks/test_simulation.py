@@ -210,6 +210,15 @@ def test_command_writes_a_page_with_all_sections(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
+def test_measured_profile_is_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
+    monkeypatch.setitem(subjects.CONFIGS, "tiny", tiny)
+    assert simulation.main(["--measure", str(tmp_path / "tiny.json"), "--network", "tiny"]) == 0
+    assert simulation.main(["model", "--profile", str(tmp_path / "tiny.json"), "--out", str(tmp_path)]) == 0
+    assert "Each replica serves tiny on a CPU." in (tmp_path / "simulation.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_simulated_engine_runs_the_rows_of_the_real_one() -> None:
     config = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
     subject = subjects.from_config(config, torch.device("cpu"), 0.01)

@@ -7,6 +7,7 @@ others keep their results.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from benchmarks.machine import ROOT, facts
 from benchmarks.results import Table
 from benchmarks.simulation import page, profile
-from benchmarks.simulation.measure import validation
+from benchmarks.simulation.measure import measure, validation
 from benchmarks.simulation.profile import Profile
 from benchmarks.simulation.run import Ended, Scenario, capacity, simulate
 from benchmarks.simulation.settings import MIX, TITLES, Answer, Settings, Study
 from benchmarks.simulation.studies import STUDIES
-from benchmarks.subjects import CONFIGS, from_config
+from benchmarks.subjects import CONFIGS, Subject, from_config
 from camserve_server.torch_setup.allocator import keep_memory
 
 MODEL, VALIDATION = "model", "validation"
@@ -42,11 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=profile.FOLDER / "h200.json",
         help="JSON file with the batch times of a replica (default: those of an H200)",
     )
+    parser.add_argument(
+        "--measure",
+        type=Path,
+        metavar="FILE",
+        help="only measure the batch times of a network on this CPU, and write them to a file for --profile",
+    )
     parser.add_argument("--replicas", type=int, nargs="+", help="numbers of replicas (default: 1 to 1,000)")
     parser.add_argument(
         "--requests", type=int, default=10_000, help="fewest requests of a simulation (default: 10,000)"
     )
-    parser.add_argument("--network", choices=CONFIGS, default=next(iter(CONFIGS)), help="network of the validation")
+    parser.add_argument("--network", choices=CONFIGS, default=next(iter(CONFIGS)), help="network to measure")
     parser.add_argument("--seconds", type=float, default=60, help="duration of the validation (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page, its data and its charts")
@@ -54,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.names if name not in SECTIONS]:
         parser.error(f"unknown section {unknown[0]}; expected one of {', '.join(SECTIONS)}")
+    if options.measure:
+        _measure(options.network, options.measure)
+        return 0
     data, here = options.out / "simulation.json", facts(torch.device("cpu"))
     stored, sections = page.read(data)
     if options.render:
@@ -115,10 +125,20 @@ def _answer(study: Study, settings: Settings, plan: Sequence[Scenario], tick: Ca
     return study.answer(settings, results())
 
 
-def _validation(options: argparse.Namespace, step: Callable[[str], None]) -> Answer:
+def _measure(network: str, path: Path) -> None:
+    with Console(stderr=True).status("") as status:
+        times = measure(_subject(network), status.update, rounds=1, methods={name: {} for name in MIX})
+    path.write_text(json.dumps(times.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _subject(network: str) -> Subject:
     keep_memory()  # the server does the same
+    return from_config(CONFIGS[network], torch.device("cpu"), 1.0)
+
+
+def _validation(options: argparse.Namespace, step: Callable[[str], None]) -> Answer:
     step(f"loading {options.network}")
-    return validation(from_config(CONFIGS[options.network], torch.device("cpu"), 1.0), step, options.seconds)
+    return validation(_subject(options.network), step, options.seconds)
 
 
 def _model(times: Profile, settings: Settings) -> Answer:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import Any
 
+import torch
+
 from benchmarks.engine_runs import TimedJob, engine, submit
+from benchmarks.machine import cpu_name
 from benchmarks.results import Table
 from benchmarks.simulation.events import Timeline
 from benchmarks.simulation.profile import MethodCost, Profile, Step
@@ -39,16 +42,22 @@ SHARES = (0.7, 0.2, 0.1)
 _TAKE_ROWS = (Predict, Capture, Score, Gradient, Ascend, Sum)
 
 
-def measure(subject: Subject, step: Callable[[str], None] = lambda text: None, rounds: int = 2) -> Profile:
-    """Measure the batches of an idle engine.
+def measure(
+    subject: Subject,
+    step: Callable[[str], None] = lambda text: None,
+    rounds: int = 2,
+    methods: Mapping[str, Mapping[str, Any]] = METHODS,
+) -> Profile:
+    """Measure the batches of an idle engine on a CPU.
 
     Args:
         subject: The network.
         step: Called with a description before each measurement.
         rounds: Number of measurements of each batch, of which the median counts.
+        methods: Methods of the profile with their parameters.
 
     Returns:
-        The profile of the engine, with the methods of `METHODS`.
+        The profile of the engine. Time outside of the engine counts as zero.
     """
     model = subject.model
     kinds: tuple[LaneKind, ...] = ("forward", "gradient", "ascend")
@@ -58,26 +67,28 @@ def measure(subject: Subject, step: Callable[[str], None] = lambda text: None, r
         for size in sorted({size for kind in kinds for size in (model.batch_sizes[kind], *equal[kind])}):
             step(f"{subject.name}: batches of {size} rows")
             for turn in range(rounds + 1):
-                jobs = [
-                    submit(running, model, subject.x, subject.call("rise", masks=size)),
-                    submit(running, model, subject.x, subject.call("grad-cam"), targets=size),
-                    submit(running, model, subject.x, subject.call("opti-cam", steps=2), targets=size),
+                calls = [  # one after another, so that no batch contains rows of two requests
+                    (subject.call("rise", masks=size), 1),
+                    (subject.call("grad-cam"), size),
+                    (subject.call("opti-cam", steps=2), size),
                 ]
-                for job in jobs:
-                    job.wait()
+                jobs = []
+                for call, targets in calls:
+                    jobs.append(submit(running, model, subject.x, call, targets=targets))
+                    jobs[-1].wait()
                 if turn:  # the first round warms up
                     _collect(jobs, times)
-        methods, measured_s = {}, {}
-        for name, parameters in METHODS.items():
+        costs, measured_s = {}, {}
+        for name, parameters in methods.items():
             step(f"{subject.name}: {name} alone")
             call = subject.call(name, **parameters)
-            methods[name], measured_s[name] = _method(running, subject, call, rounds)
+            costs[name], measured_s[name] = _method(running, subject, call, rounds)
     return Profile(
-        f"{subject.name} on {model.device.type}",
-        "measured at the start of the run",
+        f"{subject.name} on a CPU",
+        f"The times were measured on {cpu_name()} with {torch.get_num_threads()} threads, without gRPC.",
         {kind: model.batch_sizes[kind] for kind in kinds},
         {kind: {size: median(values) for size, values in by_size.items()} for kind, by_size in times.items()},
-        methods,
+        costs,
         equal_sizes=equal,
         measured_s=measured_s,
     )

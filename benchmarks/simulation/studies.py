@@ -88,9 +88,9 @@ MEAN_OF_DAY = 0.55  # of `day_curve`
 
 
 def _hour_s(settings: Settings, replicas: int) -> float:
-    """Return the simulated seconds of an hour: as long as the requests permit, from `shortest_s` / 3 to an hour."""
+    """Return the simulated seconds of an hour: as long as the requests permit, from `shortest_s` / 5 to an hour."""
     rate = settings.day_load * settings.capacity * replicas * MEAN_OF_DAY
-    return min(3600.0, max(settings.shortest_s / 3, 5 * settings.requests / rate / HOURS))
+    return min(3600.0, max(settings.shortest_s / 5, 5 * settings.requests / rate / HOURS))
 
 
 def _day_scenarios(settings: Settings) -> Sequence[Scenario]:
