@@ -20,28 +20,40 @@ HOURS = 24
 
 
 def _load_scenarios(settings: Settings) -> Sequence[Scenario]:
-    return [settings.steady(load, replicas) for replicas in settings.replicas for load in settings.loads]
+    return [
+        settings.steady(load, replicas)
+        for replicas in settings.replicas
+        for load in (settings.loads if replicas <= _MANY else [_middle(settings)])
+    ]
+
+
+_MANY = 100  # more replicas take minutes for each load
+
+
+def _middle(settings: Settings) -> float:
+    return settings.loads[len(settings.loads) // 2]
 
 
 def _load_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) -> Answer:
     shares: dict[int, dict[float, float]] = {}
     methods: dict[float, list[str]] = {}
     by_method: dict[str, list[tuple[float, float]]] = {}
+    most = max((r for r in settings.replicas if r <= _MANY), default=max(settings.replicas))
     for scenario, ended in results:
         counted = ended.since(settings.warm_up_s)
         shares.setdefault(scenario.replicas, {})[scenario.load] = counted.within(SOON_S)
-        if scenario.replicas == max(settings.replicas):
+        if scenario.replicas == most:
             parts = {TITLES[m]: counted.of(m) for m in settings.mix}
             cells = [f"{part.within(SOON_S):.1%} / {_s(part.percentile(0.99))}" for part in parts.values()]
             methods[scenario.load] = [f"{scenario.load:.0%}", *cells]
             for title, part in parts.items():
                 by_method.setdefault(title, []).append((scenario.load, part.within(SOON_S)))
-    rows = [[f"{r:,}", *(f"{share:.1%}" for share in by_load.values())] for r, by_load in shares.items()]
-    most = max(shares)
-    spread = max(
-        max(by_load[load] for by_load in shares.values()) - min(by_load[load] for by_load in shares.values())
-        for load in settings.loads
-    )
+    rows = [
+        [f"{r:,}", *(f"{by_load[load]:.1%}" if load in by_load else "–" for load in settings.loads)]
+        for r, by_load in shares.items()
+    ]
+    columns = [[by_load[load] for by_load in shares.values() if load in by_load] for load in settings.loads]
+    spread = max((max(column) - min(column) for column in columns if column), default=0.0)
     text = (
         f"Share of the requests with a result within {SOON_S:g} s. With round robin, each replica is a queue of its "
         "own, so more replicas carry more requests but do not make them faster: the shares of one column differ by at "
@@ -214,7 +226,7 @@ def _zone_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) 
 
 def _policy_scenarios(settings: Settings) -> Sequence[Scenario]:
     replicas = settings.policy_replicas
-    middle = settings.loads[len(settings.loads) // 2]
+    middle = _middle(settings)
     return [
         *(settings.steady(load, replicas, policy) for load in settings.loads for policy in POLICIES),
         *(settings.steady(middle, replicas, policy, n) for n in settings.clients for policy in _OF_CLIENTS),
@@ -254,7 +266,7 @@ def _policy_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]
                 rows,
             ),
             Table(
-                f"p99 in seconds by number of clients, load {settings.loads[len(settings.loads) // 2]:.0%}:",
+                f"p99 in seconds by number of clients, load {_middle(settings):.0%}:",
                 ["clients", *_OF_CLIENTS],
                 [[f"{n:,}", *(_s(values[policy]) for policy in _OF_CLIENTS)] for n, values in by_clients.items()],
             ),
@@ -301,7 +313,7 @@ def _verdict(
         f"{loss('two choices, rows every second')}. A client that does not know the rows, and compares its own "
         f"unfinished calls, loses {loss('two choices, own calls')}; one that compares the numbers in the last "
         f"responses of the replicas loses {loss('two choices, rows in responses')}. These two help if few clients send "
-        f"all requests (p99 at load {settings.loads[len(settings.loads) // 2]:.0%}; {by(min(by_clients))}; "
+        f"all requests (p99 at load {_middle(settings):.0%}; {by(min(by_clients))}; "
         f"{by(max(by_clients))}). A proxy in front of the replicas is such a single client."
     )
 
