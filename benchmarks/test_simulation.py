@@ -170,8 +170,6 @@ def test_curve_of_the_day() -> None:
 
 @pytest.mark.slow
 def test_command_writes_a_page_with_all_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
-    monkeypatch.setitem(subjects.CONFIGS, "tiny", tiny)
     small = {
         "loads": (0.3, 0.5),
         "replicas": (1, 2),
@@ -210,9 +208,7 @@ def test_command_writes_a_page_with_all_sections(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_measured_profile_is_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
-    monkeypatch.setitem(subjects.CONFIGS, "tiny", tiny)
+def test_measured_profile_is_simulated(tmp_path: Path) -> None:
     assert simulation.main(["--measure", str(tmp_path / "tiny.json"), "--network", "tiny"]) == 0
     assert simulation.main(["model", "--profile", str(tmp_path / "tiny.json"), "--out", str(tmp_path)]) == 0
     assert "Each replica serves tiny on a CPU." in (tmp_path / "simulation.md").read_text(encoding="utf-8")

@@ -74,7 +74,7 @@ def measure(
                 ]
                 jobs = []
                 for call, targets in calls:
-                    jobs.append(submit(running, model, subject.x, call, targets=targets))
+                    jobs.append(submit(running, model, subject.x, call, targets=(0,) * targets))
                     jobs[-1].wait()
                 if turn:  # the first round warms up
                     _collect(jobs, times)
