@@ -163,7 +163,9 @@ def _model(times: Profile, settings: Settings) -> Answer:
         "four attempts, after the delay that the server names or after 0.1, 0.4 and 1.6 s. 100 clients call all "
         "replicas in turn (round robin), each from another replica on. The network takes no time, and all replicas "
         "are equally fast. One request at a time uses the host of a replica (decoding and encoding). The simulation "
-        "leaves out that a GPU receives the next batch while it runs one."
+        "leaves out that a GPU receives the next batch while it runs one. Under a constant load, the first "
+        f"{settings.warm_up_s:.0f} s do not count; near the capacity, the slowest methods need longer to become "
+        "steady, so their latencies are lower limits there."
     )
     columns = ["method", "share", "rows", "alone, simulated, ms", "measured, ms", "ratio"]
     return Answer(text, [Table("The mix of requests, and the time of a request on an idle server:", columns, rows)], [])
