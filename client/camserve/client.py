@@ -212,19 +212,24 @@ class Client(BlockingConnection):
                         if event is not None:
                             yield event
                 return
-            except grpc.RpcError as error:
-                self._raise_or_wait(channels, error, call, delays_s)
-            except grpc.FutureCancelledError as error:
-                raise errors.Cancelled("the client was closed while the call was in flight") from error
+            except (grpc.RpcError, grpc.FutureCancelledError, ValueError, GeneratorExit) as error:
+                _read_to_end(rpc)  # the caller leaves the stream early, or another thread has cancelled the call
+                if isinstance(error, grpc.RpcError):
+                    self._raise_or_wait(channels, error, call, delays_s)
+                elif isinstance(error, GeneratorExit) or not self._closed:
+                    raise
+                else:
+                    raise errors.Cancelled("the client was closed while the call was in flight") from error
             finally:
-                _end(rpc)
+                rpc.cancel()  # This has no effect on a call that has finished.
 
 
-def _end(rpc: Any) -> None:
-    """Cancel a call unless it has finished.
+def _read_to_end(rpc: Any) -> None:
+    """Cancel a call, and read the events that are left.
 
     A stream of a single thread keeps its memory and its connection until its last event is read, even if the call is
-    cancelled and the channel is closed. After a cancellation, gRPC offers no public way to read the other events.
+    cancelled and the channel is closed. After a cancellation, gRPC offers no public way to read the other events. A
+    signal may have interrupted the reading of an event, which is then lost, so do not call this function after one.
     """
     rpc.cancel()
     read_event = getattr(rpc, "_consume_next_event", None)

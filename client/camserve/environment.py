@@ -23,11 +23,8 @@ class _Calls:
         problem: Reason why each call of this process would hang. May be empty.
     """
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.running = 0
-        self.used = False
-        self.problem = ""
+    lock = threading.Lock()
+    running, used, problem = 0, False, ""
 
     def __enter__(self) -> None:
         with self.lock:
