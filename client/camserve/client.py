@@ -213,7 +213,8 @@ class Client(BlockingConnection):
                             yield event
                 return
             except (grpc.RpcError, grpc.FutureCancelledError, ValueError, GeneratorExit) as error:
-                _read_to_end(rpc)  # the caller leaves the stream early, or another thread has cancelled the call
+                if self._closed or not isinstance(error, ValueError):  # which a handler of signals may raise
+                    _read_to_end(rpc)  # the caller leaves the stream early, or another thread has cancelled the call
                 if isinstance(error, grpc.RpcError):
                     self._raise_or_wait(channels, error, call, delays_s)
                 elif isinstance(error, GeneratorExit) or not self._closed:
@@ -231,7 +232,6 @@ def _read_to_end(rpc: Any) -> None:
     cancelled and the channel is closed. After a cancellation, gRPC offers no public way to read the other events. A
     signal may have interrupted the reading of an event, which is then lost, so do not call this function after one.
     """
-    rpc.cancel()
-    read_event = getattr(rpc, "_consume_next_event", None)
-    while read_event and rpc._state.due and not environment.calls.problem:
-        read_event()
+    rpc.cancel()  # without effect on a call that has finished, or whose response is malformed
+    while rpc.cancelled() and hasattr(rpc, "_consume_next_event") and rpc._state.due and not environment.calls.problem:
+        rpc._consume_next_event()

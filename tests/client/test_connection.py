@@ -8,6 +8,7 @@ import select
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -481,3 +482,24 @@ def test_closed_client_does_not_connect_again() -> None:
         time.sleep(3)  # gRPC connects again after at most 1.2 s.
         connected, _, _ = select.select([*listeners.values()], [], [], 0)
         assert [name for name, listener in listeners.items() if listener in connected] == []
+
+
+def test_malformed_response_ends_the_call_at_once() -> None:
+    """The server goes on with its call, of which the client reads nothing more."""
+    ended = threading.Event()
+
+    def malformed(request: bytes, context: Any) -> Any:
+        context.add_callback(ended.set)
+        yield b"\xff"
+        ended.wait(WAIT_S)
+
+    handler: Any = grpc.unary_stream_rpc_method_handler(malformed)
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_registered_method_handlers(connection.SERVICE, {"ExplainStream": handler})
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with camserve.Client(f"127.0.0.1:{port}", timeout=None, health_checks=False) as client:
+        with pytest.raises(camserve.CamserveError, match="deserializing"):
+            [*client.explain_stream(LARGE)]
+        assert not ended.is_set()
+    server.stop(None).wait()
