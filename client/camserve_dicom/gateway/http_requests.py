@@ -84,7 +84,7 @@ class HttpDestination:
         """
         if self._authorization is not None:
             # Any bytes are valid Latin-1, the character set of headers.
-            headers = {**headers, "Authorization": self._authorization.read_text("latin-1").strip()}
+            headers = {**headers, "Authorization": self._authorization.read_bytes().strip().decode("latin-1")}
         host, port = self._url.hostname or "", self._url.port
         connection = (
             http.client.HTTPConnection(host, port, timeout=self._timeout_s)
