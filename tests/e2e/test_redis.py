@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -253,6 +254,35 @@ def test_refused_password_is_an_error_of_redis(stored: Redis) -> None:
         assert not explain().cost.cached
         assert values(server)["camserve_cache_redis_errors_total"] >= 1
     assert "wrong@" not in str(logs)
+
+
+def test_log_does_not_quote_errors_of_redis(tmp_path: Path) -> None:
+    """Some servers and proxies quote the command that they do not know, which may contain the password."""
+
+    def quote(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while data := connection.recv(65536):
+                lines = data.replace(b"\r\n", b" ")
+                connection.sendall(b"-ERR unknown command " + lines + b"\r\n")
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "quoting.sock"))
+        listener.listen()
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=quote, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        url = f"unix://{USER_PART}{tmp_path}/quoting.sock"
+        with structlog.testing.capture_logs() as logs, cached_by(url) as (server, explain):
+            assert not explain().cost.cached
+            assert values(server)["camserve_cache_redis_errors_total"] >= 1
+        listener.shutdown(socket.SHUT_RDWR)
+    assert any(line["event"] == "result cache does without Redis" for line in logs)
+    assert PASSWORD not in str(logs)
+    assert PASSWORD.split()[1] not in str(logs)
 
 
 def test_invalid_option_of_the_url_stops_the_server() -> None:

@@ -70,6 +70,7 @@ class RedisStore:
                 socket_timeout=WRITE_TIMEOUT_S,
                 socket_connect_timeout=READ_TIMEOUT_S,
                 retry=Retry(NoBackoff(), 1),
+                protocol=2,  # of all versions of Redis
             )
         except (TypeError, ValueError):  # the message can contain parts of the URL
             raise ConfigError(
@@ -86,10 +87,10 @@ class RedisStore:
                 pipeline.get(_name(key))
                 pipeline.pttl(_name(key))
                 sealed, left_ms = await pipeline.execute()
+            if sealed is None or left_ms <= 0:
+                return None
         except Exception as error:
             self._failed(error)
-            return None
-        if sealed is None or left_ms <= 0:
             return None
         value = await self._codec.run(_unsealed, key, sealed)
         if value is None:
@@ -129,7 +130,7 @@ class RedisStore:
 
     def _failed(self, error: Exception) -> None:
         self._paused_until = time.monotonic() + PAUSE_S
-        self._count(f"{type(error).__name__}: {error}")
+        self._count(type(error).__name__)  # The text can quote the command that failed, which may have the password.
 
     def _count(self, reason: str) -> None:
         """Count an error, and log it unless another one has been logged just before."""
