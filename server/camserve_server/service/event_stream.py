@@ -34,7 +34,7 @@ class EventStream:
 
     Attributes:
         warnings: The warnings about the image and of the engine; complete at the end of `messages`.
-        randomised: The request has sent maps of networks with random weights, whether the call returns them or not.
+        randomised: The plan has made maps of networks with random weights, whether the call returns them or not.
     """
 
     def __init__(

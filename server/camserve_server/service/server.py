@@ -122,7 +122,12 @@ class Server:
         registry.discover()
         self.engine.start(device)
         if self.config.cache is not None:
-            self._servicer.cache = ResultCache(self.config.cache, Keys(self.config, device), self._servicer.codec)
+            self._servicer.cache = ResultCache(
+                self.config.cache,
+                Keys(self.config, device),
+                self._servicer.codec,
+                certificates=self.config.tls is not None and self.config.tls.client_ca is not None,
+            )
         models = ModelPool(self.config, self.engines, device)
         await models.load_all()
         self._servicer.models = models

@@ -79,7 +79,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         running: The calls that have not ended.
         draining: The server refuses new calls because it shuts down.
         codec: Decodes and encodes.
-        cache: The stored responses; None if the configuration does not enable the cache or the server starts.
+        cache: The stored responses; None if the configuration does not enable the cache or while the server starts.
     """
 
     def __init__(self, config: Config, metrics: Metrics, tracer: Tracer | None) -> None:
@@ -225,6 +225,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 owner, events_too = security.identity(context), pb.Randomised in kinds
                 entry = await self.cache.look_up(request, parsed, lease, answer.kind, owner, randomised=events_too)
             if entry is not None and entry.value is not None:
+                lease.release()  # a slow caller may read the response for long
                 call.facts |= {**_facts(parsed), "cached": True}
                 await (announce(context, call.request_id) if front_end is None else front_end.announce(call, parsed))
                 response = await self.codec.run(answer.restored, entry.value, call.request_id)
@@ -265,6 +266,8 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                     return answer.finished(made), value
 
                 response, value = await self.codec.run_after(job.future, respond)
+                if front_end is None:
+                    bounds.check_response(response, self._config)  # a response that is too large is not stored
                 if entry is not None and value is not None:
                     entry.store(value, randomised=events.randomised)
                 async for message in self._delivered(response, front_end):

@@ -30,6 +30,8 @@ class ResultCache:
         config: The table of the cache.
         keys: Computes the keys.
         codec: Its threads compute the keys and digests, which takes milliseconds for large messages.
+        certificates: Callers have certificates. One whose certificate has no name, and who has no token, then stores
+            responses only if all callers share them.
 
     Attributes:
         memory: The responses in the memory of this process.
@@ -41,12 +43,13 @@ class ResultCache:
         ConfigError: The URL of Redis is invalid, or the package redis is missing.
     """
 
-    def __init__(self, config: CacheConfig, keys: Keys, codec: CodecThreads) -> None:
+    def __init__(self, config: CacheConfig, keys: Keys, codec: CodecThreads, *, certificates: bool) -> None:
         self.memory = MemoryStore(config.max_bytes)
         self.redis = RedisStore(config.redis_url, codec) if config.redis_url else None
         self.hits = {"memory": 0} | ({"redis": 0} if self.redis else {})
         self.misses = 0
         self._config = config
+        self._needs_owner = certificates and not config.shared
         self._keys = keys
         self._codec = codec
 
@@ -63,7 +66,7 @@ class ResultCache:
         """Return the entry of a request.
 
         A request that names batch sizes has none: it is the replay of a receipt, which must be computed. Neither have
-        requests for remote models, because their weights are not known.
+        requests for remote models, whose weights are not known, and those of callers whose certificate has no name.
 
         Args:
             request: The message of the caller.
@@ -73,7 +76,7 @@ class ResultCache:
             owner: What identifies the caller.
             randomised: The caller wants the maps of networks with random weights, too, which are not stored.
         """
-        if request.batch_sizes or lease.model.remote:
+        if request.batch_sizes or lease.model.remote or (self._needs_owner and not any(owner)):
             return None
         sizes = {**parsed.model.batch_sizes}
         caller = () if self._config.shared else owner
@@ -99,7 +102,7 @@ class ResultCache:
         Args:
             key: The key of its request.
             value: The serialised message.
-            randomised: The request has sent maps of networks with random weights before the response.
+            randomised: The plan has made maps of networks with random weights before the response.
         """
         value = (_WITH_EVENTS if randomised else _ALONE) + value
         self.memory.put(key, value, self._config.ttl_s)

@@ -20,6 +20,7 @@ import PIL.features
 import torch
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+from torch import nn
 
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.config import Config, ModelConfig
@@ -99,6 +100,7 @@ class Keys:
         digest = hashlib.sha256()
         parts = (
             self._server,
+            request.DESCRIPTOR.full_name.encode(),
             kind.encode(),
             _json(owner),
             settings.model_dump_json().encode(),
@@ -151,6 +153,7 @@ def _model_facts(model: Model) -> bytes:
                 "digest": model.digest,
                 "code": model.code,
                 "network": repr(model.module),
+                "configurations": _configurations(model.module),
                 "channels_last": model.channels_last,
                 "one_row": model.one_row,
                 "fast_forward": model.fast_forward_size if model.fast_forward else 0,
@@ -162,6 +165,12 @@ def _model_facts(model: Model) -> bytes:
             }
         )
     return facts
+
+
+def _configurations(network: nn.Module) -> Sequence[str]:
+    """Return the configurations of networks of Hugging Face: two that differ may have equal weights and modules."""
+    configs: dict[int, Any] = {id(each.config): each.config for each in network.modules() if hasattr(each, "config")}
+    return [str(each.to_json_string()) for each in configs.values() if hasattr(each, "to_json_string")]
 
 
 def _versions() -> dict[str, object]:

@@ -33,16 +33,25 @@ def model() -> Model:
     return as_model(tiny_cnn())
 
 
-def looked_up(model: Model, remote: object = None, **fields: Any) -> Entry | None:
+def looked_up(
+    model: Model,
+    remote: object = None,
+    owner: tuple[str, ...] = ("", "", ""),
+    *,
+    certificates: bool = False,
+    shared: bool = False,
+    **fields: Any,
+) -> Entry | None:
     """Return the entry of a request in an empty cache."""
 
     async def run() -> Entry | None:
-        cache = ResultCache(CacheConfig(), Keys(Config(), torch.device("cpu")), CodecThreads())
+        keys = Keys(Config(), torch.device("cpu"))
+        cache = ResultCache(CacheConfig(shared=shared), keys, CodecThreads(), certificates=certificates)
         request = pb.ExplainRequest(**fields)
         request.MergeFrom(REQUEST)
         lease: Any = SimpleNamespace(model=SimpleNamespace(remote=remote), settings=SETTINGS)
         parsed = parse_explain(request, model, Config())
-        return await cache.look_up(request, parsed, lease, pb.ExplainResponse, (), randomised=False)
+        return await cache.look_up(request, parsed, lease, pb.ExplainResponse, owner, randomised=False)
 
     return asyncio.run(run())
 
@@ -53,6 +62,14 @@ def test_replays_and_remote_models_have_no_entry(model: Model) -> None:
     entry = looked_up(model)
     assert entry is not None
     assert entry.value is None
+
+
+def test_callers_whose_certificates_have_no_name_have_no_entry(model: Model) -> None:
+    """They cannot be told from each other."""
+    assert looked_up(model, certificates=True) is None
+    assert looked_up(model, certificates=True, shared=True) is not None
+    assert looked_up(model, owner=("", "", "anna"), certificates=True) is not None
+    assert looked_up(model, owner=("anna", "hash", ""), certificates=True) is not None
 
 
 def finished(model: Model, masks: int = 20, **limits: Any) -> Job[Any]:

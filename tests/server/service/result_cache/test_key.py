@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -248,6 +250,19 @@ def test_key_is_a_digest_that_does_not_depend_on_time_or_order() -> None:
 )
 def test_key_depends_on(change: dict[str, Any]) -> None:
     assert computed(**change) != computed()
+
+
+def test_configuration_of_a_network_changes_the_key() -> None:
+    """The number of attention heads is neither in the weights nor in the modules."""
+
+    def model(heads: int) -> Model:
+        module: Any = copy.deepcopy(MODEL.module)
+        module.config = SimpleNamespace(to_json_string=lambda: f"heads: {heads}")
+        return replace(MODEL, module=module)
+
+    two = computed(model=model(2))
+    assert two == computed(model=model(2))
+    assert two != computed(model=model(4))
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # about the type of the other value
