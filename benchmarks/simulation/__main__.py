@@ -161,7 +161,7 @@ def _model(times: Profile, settings: Settings) -> Answer:
         "requests divided by the capacity of all replicas. Requests arrive at random (a Poisson process), have a "
         "timeout of 30 s, and are sent again after UNAVAILABLE and RESOURCE_EXHAUSTED as the Python client does: up to "
         "four attempts, after the delay that the server names or after 0.1, 0.4 and 1.6 s. 100 clients call all "
-        "replicas in turn (round robin), each from another replica on. The network takes no time, and all replicas "
+        "replicas in turn (round robin), each from a random replica on. The network takes no time, and all replicas "
         "are equally fast. One request at a time uses the host of a replica (decoding and encoding). The simulation "
         "leaves out that a GPU receives the next batch while it runs one. Under a constant load, the first "
         f"{settings.warm_up_s:.0f} s do not count; near the capacity, the slowest methods need longer to become "

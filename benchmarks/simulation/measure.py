@@ -254,8 +254,8 @@ def validation(subject: Subject, step: Callable[[str], None], seconds: float = 6
         f"{len(requests)} requests ({', '.join(f'{n} {s:.0%}' for n, s in zip(METHODS, SHARES, strict=True))}) with "
         f"random arrivals, {rate:.2f} per second, ran in a real engine with {subject.name} on this machine, which "
         "other processes used, too. They ran again in a simulated engine, with the batch times that were measured "
-        "before, and with those of the real run itself, which removes the effect of the other processes. RISE has 48 "
-        "masks, Opti-CAM 10 steps."
+        "before, and with those of the real run itself, which contain the effect of the other processes on batches. "
+        "RISE has 48 masks, Opti-CAM 10 steps."
     )
     columns = ["", "real", "simulated, times from before", "ratio", "simulated, times of the run", "ratio"]
     return Answer(text, [Table("", columns, rows)], [])
