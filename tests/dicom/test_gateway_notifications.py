@@ -15,6 +15,7 @@ import trustme
 
 from camserve_dicom.gateway import workers
 from camserve_dicom.gateway.config import Config
+from camserve_dicom.gateway.http_requests import HttpDestination
 from camserve_dicom.gateway.notification_config import HL7_ATTRIBUTES
 from tests.dicom.conftest import LogLines
 from tests.dicom.gateways import OpenGateway
@@ -160,6 +161,18 @@ def test_unavailable_webhook_gets_the_same_message_later(gateway: OpenGateway, s
         wait_until(lambda: "notified" in running.events() and running.idle())
     assert len(hook.requests) == 3
     assert hook.requests[0] == hook.requests[1] == hook.requests[2]
+
+
+@pytest.mark.parametrize(
+    ("wait", "expected_s"),
+    [("20", 20.0), ("9" * 400, 3600.0), ("-1", None), ("", None), ("Fri, 27 Nov 2026 07:00:00 GMT", None)],
+)
+def test_wait_that_a_receiver_requests_is_limited(wait: str, expected_s: float | None) -> None:
+    with webhook() as hook:
+        hook.status = lambda: (503, {"Retry-After": wait})
+        response = HttpDestination(hook.url, None, None, timeout_s=60).post(b"{}", {"Content-Type": "application/json"})
+    assert response.is_temporary
+    assert response.retry_after_s == expected_s
 
 
 def test_rejecting_hl7_engine_gets_the_same_message_later(gateway: OpenGateway) -> None:

@@ -14,6 +14,7 @@ __all__ = ["TEMPORARY_STATUSES", "HttpDestination", "Response", "TooLarge"]
 
 # An operator may renew credentials that have expired. All statuses from 500 are temporary, too.
 TEMPORARY_STATUSES = (401, 403, 408, 425, 429)
+MAX_RETRY_AFTER_S = 3600.0  # another system must not stop the gateway for days
 
 
 class Response(NamedTuple):
@@ -22,7 +23,7 @@ class Response(NamedTuple):
     Attributes:
         status: HTTP status.
         body: Its body.
-        retry_after_s: Seconds of Retry-After, if the response has this header.
+        retry_after_s: Seconds of Retry-After, if the response has this header, but at most `MAX_RETRY_AFTER_S`.
         content_type: Content-Type.
     """
 
@@ -104,5 +105,5 @@ class HttpDestination:
         if max_bytes is not None and len(data) > max_bytes:
             raise TooLarge(f"the response has more than {max_bytes} bytes")
         wait = response.getheader("Retry-After", "")
-        retry_after_s = float(wait) if wait.isdecimal() else None
+        retry_after_s = min(float(wait), MAX_RETRY_AFTER_S) if wait.isdecimal() else None
         return Response(response.status, data, retry_after_s, response.getheader("Content-Type", ""))
