@@ -229,7 +229,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 call.facts |= {**_facts(parsed), "cached": True}
                 await (announce(context, call.request_id) if front_end is None else front_end.announce(call, parsed))
                 response = await self.codec.run(answer.restored, entry.value, call.request_id)
-                async for message in self._delivered(response, front_end):
+                async for message in self._delivered(self._checked(response, front_end), front_end):
                     yield message
                 return
             engine = lease.engine
@@ -263,11 +263,9 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                     result, warnings = job.future.result(), tuple(events.warnings)
                     made = answer.respond(call.request_id, parsed, pixels.input_digest, job, result, warnings)
                     value = made.SerializeToString() if entry is not None and entry.accepts(job) else None
-                    return answer.finished(made), value
+                    return self._checked(answer.finished(made), front_end), value
 
                 response, value = await self.codec.run_after(job.future, respond)
-                if front_end is None:
-                    bounds.check_response(response, self._config)  # a response that is too large is not stored
                 if entry is not None and value is not None:
                     entry.store(value, randomised=events.randomised)
                 async for message in self._delivered(response, front_end):
@@ -279,10 +277,14 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                     facts = {"rows": job.rows, "queue_ms": round(job.queue_ms), "compute_ms": round(job.compute_ms)}
                     call.facts |= facts
 
-    async def _delivered(self, response: Message, front_end: FrontEnd | None) -> AsyncIterator[Message]:
-        """Yield the response, and wait until the front end, if there is one, has finished it."""
+    def _checked(self, response: Message, front_end: FrontEnd | None) -> Message:
+        """Return a response that this process sends to the caller, unless it is too large. Raises CamserveError."""
         if front_end is None:
             bounds.check_response(response, self._config)
+        return response
+
+    async def _delivered(self, response: Message, front_end: FrontEnd | None) -> AsyncIterator[Message]:
+        """Yield the response, and wait until the front end, if there is one, has finished it."""
         yield response
         if front_end is not None:
             await front_end.finished()
