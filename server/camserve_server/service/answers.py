@@ -1,4 +1,4 @@
-"""How the responses to Explain and Evaluate are made, and restored from the result cache."""
+"""Responses to Explain and Evaluate: made from the results of jobs, or restored from the result cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Respond: TypeAlias = Callable[[str, ParsedRequest, str, "Job[RequestResult]", Re
 
 @dataclass(frozen=True)
 class Answer(Generic[Response]):
-    """How the response to a kind of request is made.
+    """The functions that make the response to a kind of request.
 
     Attributes:
         kind: The message that `respond` returns, which the result cache stores.
