@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from benchmarks.simulation.replica import Replica
 
 
-class Policy:
+class Policy(ABC):
     """Base class of the policies.
 
     Args:
@@ -21,14 +22,14 @@ class Policy:
         self._choices = choices
         self._clock = clock
 
+    @abstractmethod
     def pick(self, client: int, replicas: Sequence[Replica]) -> Replica:
         """Return one of the replicas that are ready, of which there is at least one."""
-        raise NotImplementedError
 
-    def started(self, client: int, replica: Replica) -> None:
+    def started(self, client: int, replica: Replica) -> None:  # noqa: B027 - most policies ignore it
         """Note that a call has started."""
 
-    def ended(self, client: int, replica: Replica) -> None:
+    def ended(self, client: int, replica: Replica) -> None:  # noqa: B027 - most policies ignore it
         """Note that a call has ended."""
 
 
