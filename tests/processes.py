@@ -144,6 +144,19 @@ def patient_client(address: str, **options: Any) -> camserve.Client:
 
 
 @contextmanager
+def listening(server: socketserver.TCPServer) -> Iterator[str]:
+    """Run a server of the loopback address in a thread, and close it at the end. The value is its HOST:PORT."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
 def overloaded_server() -> Iterator[str]:
     """Run a server that ends each HTTP/2 connection with GOAWAY; yield its address.
 
@@ -156,11 +169,5 @@ def overloaded_server() -> Iterator[str]:
             self.request.recv(1000)
             self.request.sendall(b"\0\0\0\4\0\0\0\0\0" + len(text).to_bytes(3) + b"\7\0\0\0\0\0" + text)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with listening(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as address:
+        yield address

@@ -9,14 +9,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socketserver import TCPServer
 from typing import Any
 
 import hl7.mllp
 from hl7apy.mllp import AbstractErrorHandler, AbstractHandler, MLLPServer
 from hl7apy.parser import parse_message
 
-__all__ = ["Engine", "QuietHandler", "Webhook", "hl7_engine", "serving", "tls_engine", "webhook"]
+from tests.processes import listening
+
+__all__ = ["Engine", "QuietHandler", "Webhook", "hl7_engine", "tls_engine", "webhook"]
 
 
 class QuietHandler(BaseHTTPRequestHandler):
@@ -24,19 +25,6 @@ class QuietHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Write nothing."""
-
-
-@contextmanager
-def serving(server: TCPServer) -> Iterator[str]:
-    """Run a server of the loopback address in a thread, and close it at the end. The value is its HOST:PORT."""
-    with server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 class Webhook:
@@ -69,7 +57,7 @@ def webhook() -> Iterator[Webhook]:
                 self.send_header(*header)
             self.end_headers()
 
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
         made.url = f"http://{address}/hooks/camserve?site=a"
         yield made
 
@@ -112,7 +100,7 @@ def hl7_engine() -> Iterator[Engine]:
         def reply(self) -> str:
             raise AssertionError(self.exc)
 
-    with serving(MLLPServer("127.0.0.1", 0, {"ORU^R01^ORU_R01": (Accept,), "ERR": (Refuse,)})) as engine.address:
+    with listening(MLLPServer("127.0.0.1", 0, {"ORU^R01^ORU_R01": (Accept,), "ERR": (Refuse,)})) as engine.address:
         yield engine
 
 

@@ -19,8 +19,8 @@ from camserve_dicom.gateway.config import Config
 from camserve_server.service.server import Server
 from tests.dicom.gateways import RULE, UNREACHABLE_SERVER, Spooled, config, opened
 from tests.dicom.pacs import Pacs, image, send, wait_until
-from tests.dicom.receivers import QuietHandler, serving
-from tests.processes import LIMIT_S
+from tests.dicom.receivers import QuietHandler
+from tests.processes import LIMIT_S, listening
 
 pytestmark = [
     pytest.mark.usefixtures("broken_associations"),
@@ -129,7 +129,7 @@ def web() -> Iterator[Web]:
             self.end_headers()
             self.wfile.write(content)
 
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
         service.url = f"http://{address}/dicom-web/studies"
         yield service
 

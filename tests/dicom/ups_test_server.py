@@ -19,7 +19,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydicom import Dataset
 
-from tests.dicom.receivers import QuietHandler, serving
+from tests.dicom.receivers import QuietHandler
+from tests.processes import listening
 
 __all__ = ["UpsServer", "code", "ups_server", "workitem"]
 
@@ -313,6 +314,6 @@ def ups_server() -> Iterator[UpsServer]:
         def handle_error(self, *_: Any) -> None:
             """Ignore a gateway that was killed."""
 
-    with serving(Server(("127.0.0.1", 0), Handler)) as address:
+    with listening(Server(("127.0.0.1", 0), Handler)) as address:
         made.url = f"http://{address}/dicom-web"
         yield made

@@ -24,6 +24,7 @@ from camserve_server.service.result_cache import redis_store
 from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.credentials import hashed
+from tests.e2e.engines import wait_until
 from tests.e2e.test_result_cache import SETTINGS, values, without_names
 from tests.processes import LIMIT_S, started
 from tests.server.service.frontends.test_calls import bearer, differing
@@ -98,13 +99,6 @@ def cached_by(url: str, **changes: Any) -> Iterator[tuple[Server, Callable[..., 
             return response
 
         yield server, explain
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_servers_share_responses(stored: Redis) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.e2e.engines import wait_until
 from tests.processes import LIMIT_S, TINY, Served, patient_client, served
 
 CALLERS = 3
@@ -49,19 +48,12 @@ class Callers:
 
     def wait_for_more(self, more: int = 30) -> None:
         wanted = len(self.answers) + more
-        wait_for(lambda: len(self.answers) >= wanted or bool(self.errors))
+        wait_until(lambda: len(self.answers) >= wanted or bool(self.errors))
 
     def stop(self) -> None:
         self._stopping.set()
         for thread in self._threads:
             thread.join()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def calls(server: Served) -> int:
@@ -82,12 +74,12 @@ def test_rolling_update_loses_no_request(tmp_path: Path) -> None:
         callers.wait_for_more()
         for i, server in enumerate(old):
             before = calls(server)
-            wait_for(lambda server=server, before=before: calls(server) > before)  # type: ignore[misc]
+            wait_until(lambda server=server, before=before: calls(server) > before)  # type: ignore[misc]
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(LIMIT_S) == 0
             callers.wait_for_more()
             new = start(f"new-{i}", server.address)
-            wait_for(lambda new=new: calls(new) > 0 or bool(callers.errors))  # type: ignore[misc]
+            wait_until(lambda new=new: calls(new) > 0 or bool(callers.errors))  # type: ignore[misc]
         callers.wait_for_more()
         callers.stop()
     assert callers.errors == []
