@@ -337,6 +337,21 @@ def test_size_is_bounded() -> None:
     assert now["camserve_cache_evictions_total"] == 7 - now["camserve_cache_entries"]
 
 
+def test_too_large_responses_are_not_stored() -> None:
+    """The size of native maps of RISE is known only when they are made."""
+    rise: dict[str, Any] = {"method": "rise", "parameters": {"masks": 4}, "top_k": 4, "native_maps": True}
+    with (
+        serving(Config(**SETTINGS, max_message_bytes=3 * 4096)) as server,
+        patient_client(server.address) as client,
+    ):
+        for _ in range(2):
+            with pytest.raises(camserve.TooLarge):
+                client.explain(IMAGE, **rise)
+        assert values(server)["camserve_cache_entries"] == 0
+        assert not client.explain(IMAGE, **rise | {"top_k": 1}).cost.cached
+        assert values(server)["camserve_cache_entries"] == 1
+
+
 def test_cache_is_off_by_default() -> None:
     with serving(Config(**SETTINGS | {"cache": None})) as server, camserve.Client(server.address) as client:
         costs = [client.explain(IMAGE, method="grad-cam", timeout=TIMEOUT_S).cost for _ in range(2)]
