@@ -186,10 +186,14 @@ class Pacs:
             event.assoc._reactor_checkpoint.clear()
         elif self.commits not in ("never", "later"):
             report = self._report_anew if self.commits == "anew" else self._send_report
-            thread = threading.Thread(target=report, args=(event.assoc, self._report(request)))
-            self._reports.append(thread)
-            self._after_response[event.assoc] = thread.start
+            arguments = (event.assoc, self._report(request))
+            self._after_response[event.assoc] = lambda: self._start(threading.Thread(target=report, args=arguments))
         return 0, None
+
+    def _start(self, report: threading.Thread) -> None:
+        """Start a report. `down` waits only for started ones: a killed gateway receives no response."""
+        report.start()
+        self._reports.append(report)
 
     def _sent(self, event: Any) -> None:
         """Continue after a response is sent."""
