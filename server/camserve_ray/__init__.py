@@ -1,0 +1,1 @@
+"""camserve on a Ray cluster."""
