@@ -32,7 +32,9 @@ __all__ = [
     "Variant",
     "evaluate_many",
     "explain_many",
+    "failure_text",
     "retry_wait_s",
+    "to_variants",
 ]
 
 ResultT = TypeVar("ResultT")
@@ -144,6 +146,13 @@ def retry_wait_s(error: Failure) -> float | None:
     return None
 
 
+def failure_text(error: Failure) -> str:
+    """Describe a failure in one line without the request id, so that equal failures have equal descriptions."""
+    if isinstance(error, CamserveError):
+        return " ".join(error.message.split())
+    return f"{error.strerror}: {error.filename}" if error.strerror else str(error) or type(error).__name__
+
+
 @dataclass(frozen=True, eq=False)
 class PendingRequest(Generic[ResultT]):
     """Request that is built shortly before it is sent, so that waiting requests do not hold their images in memory.
@@ -243,7 +252,7 @@ def evaluate_many(
         InvalidArgument: Two methods have the same label, `in_flight` is less than 1, or `images` is a single image.
         ValueError: The number of labels, boxes or masks differs from the number of images.
     """
-    variants = _variants(methods)
+    variants = to_variants(methods)
     labels_seen = [variant.label for variant in variants]
     if repeated := sorted({label for label in labels_seen if labels_seen.count(label) > 1}):
         raise InvalidArgument(
@@ -385,7 +394,8 @@ def _with_options(
         yield index, image, dict(zip(options, image_values, strict=True))
 
 
-def _variants(methods: str | Sequence[str | Variant] | Mapping[str, Parameters]) -> list[Variant]:
+def to_variants(methods: str | Sequence[str | Variant] | Mapping[str, Parameters]) -> list[Variant]:
+    """Convert method names, variants, or a mapping from method names to parameters to variants."""
     if isinstance(methods, Mapping):
         return [Variant(name, name, parameters) for name, parameters in methods.items()]
     names_or_variants = [methods] if isinstance(methods, str) else methods
