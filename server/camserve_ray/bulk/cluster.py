@@ -1,0 +1,99 @@
+"""Connection to a Ray cluster, and the engines that fit on its nodes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from camserve.errors import InvalidArgument, Unavailable
+from camserve_ray.connection import connect
+from camserve_server.config import Config
+from camserve_server.errors import ConfigError
+
+__all__ = ["Placement", "connected", "place"]
+
+DEFAULT_CPUS = 4
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The engines of a run.
+
+    Attributes:
+        engines: Number of engines.
+        cpus: CPUs of each engine.
+        gpus: GPUs of each engine, 0 or 1.
+    """
+
+    engines: int
+    cpus: int
+    gpus: int
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Connect to a cluster for the duration of the context, unless this process is connected already.
+
+    Args:
+        address: HOST:PORT of the cluster, "auto" for the cluster of this machine, or "local" to start one.
+
+    Raises:
+        Unavailable: There is no such cluster.
+    """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield
+        return
+    try:
+        connect(None if address == "local" else address)
+    except ConfigError as error:
+        raise Unavailable(
+            f"there is no Ray cluster at {address!r}; start one with `ray start --head`, name its HOST:PORT, or use "
+            "`local` to start one on this machine for this run"
+        ) from error
+    import ray.data  # not earlier: `connect` sets variables that Ray reads when it is imported
+
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # not the file in Ray's folder of logs
+            handler.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def place(config: Config, cpus_per_engine: int | None, nodes: Sequence[Mapping[str, Any]]) -> Placement:
+    """Decide how many engines run on the nodes of a cluster: one on each GPU, or one for a number of CPUs.
+
+    Args:
+        config: The configuration. `device` says whether GPUs are used: "auto" uses them if there are any.
+        cpus_per_engine: CPUs of each engine on CPUs. None selects `threads` of the configuration or, without it, four,
+            but at most those of the smallest node.
+        nodes: The nodes, as `ray.nodes` describes them.
+
+    Raises:
+        InvalidArgument: No engine fits on a node.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    gpus = sum(int(each.get("GPU", 0)) for each in alive)
+    if gpus and config.device != "cpu":
+        return Placement(gpus, cpus=1, gpus=1)
+    if config.device.startswith("cuda"):
+        raise InvalidArgument(
+            'the run needs GPUs, but no node of the cluster has one; add a node, or set device = "cpu" in the '
+            "configuration",
+            field="device",
+        )
+    cpus = [int(each.get("CPU", 0)) for each in alive]
+    wanted = cpus_per_engine or config.threads or max(1, min(DEFAULT_CPUS, *(each for each in cpus if each), 1024))
+    engines = sum(each // wanted for each in cpus)
+    if not engines:
+        raise InvalidArgument(
+            f"an engine needs {wanted} CPUs, but the largest node of the cluster has {max(cpus, default=0)}; use fewer "
+            "CPUs for each engine",
+            field="cpus_per_engine",
+        )
+    return Placement(engines, cpus=wanted, gpus=0)

@@ -1,0 +1,246 @@
+"""The images of a bulk run: what a folder, a Parquet file, a WebDataset archive or a DICOM folder contains.
+
+The driver lists the images, and the engines read them. Therefore the paths must be valid on all nodes.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import pyarrow
+from pyarrow import parquet
+
+from camserve.errors import InvalidArgument
+
+__all__ = ["BulkImage", "Kind", "find_images"]
+
+Kind: TypeAlias = Literal["file", "dicom", "tar", "parquet"]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+_EXPECTED = f"images ({', '.join(IMAGE_SUFFIXES)}), DICOM files, Parquet files (.parquet) or archives (.tar)"
+
+
+@dataclass(frozen=True)
+class BulkImage:
+    """An image of a bulk run, and where it is.
+
+    Attributes:
+        name: Its unique name in the output.
+        path: The absolute path of the file that contains it.
+        kind: How the file contains it: as an image file, as a DICOM file, as a file of a tar archive, or as a row of a
+            Parquet file.
+        offset: Position of the file in the tar archive in bytes, or row in the row group of the Parquet file.
+        size: Size of the file in the tar archive in bytes.
+        group: Row group of the Parquet file.
+        target: Class index or label. None stands for the predicted class.
+        boxes: Boxes of the target in pixels of the upright image, (left, top, right, bottom).
+    """
+
+    name: str
+    path: str
+    kind: Kind
+    offset: int = 0
+    size: int = 0
+    group: int = 0
+    target: int | str | None = None
+    boxes: Sequence[Sequence[float]] | None = None
+
+
+def find_images(
+    paths: Iterable[Path],
+    *,
+    target: int | str | None = None,
+    image_column: str = "image",
+    name_column: str | None = None,
+    target_column: str | None = None,
+) -> list[BulkImage]:
+    """List the images of files and folders.
+
+    Args:
+        paths: Image files, DICOM files, Parquet files, uncompressed tar archives, and folders of them. Folders include
+            their subfolders.
+        target: The target of all images, unless `target_column` is set.
+        image_column: The column of Parquet files with the encoded images: bytes, or a struct with the field "bytes".
+        name_column: The column of Parquet files with the names of the images. None names an image FILE.parquet/ROW.
+        target_column: The column of Parquet files, or the extension of files in archives, with the class index or the
+            label of each image.
+
+    Returns:
+        The images in the order of the paths, without duplicates. The files of a folder are sorted. Images are named by
+        their paths, and those of archives ARCHIVE.tar/FILE.
+
+    Raises:
+        OSError: A file or folder cannot be read.
+        InvalidArgument: A folder contains no images, a file has another form, or two images have the same name.
+    """
+    images: list[BulkImage] = []
+    for path in dict.fromkeys(file for each in paths for file in _files(each)):
+        match _kind(path):
+            case "parquet":
+                images += _rows(path, target, image_column, name_column, target_column)
+            case "tar":
+                images += _members(path, target, target_column)
+            case kind:
+                images.append(BulkImage(_text(path), str(path.absolute()), kind, target=target))
+    names = set[str]()
+    for image in images:
+        if image.name in names:
+            raise InvalidArgument(
+                f"two images have the name {image.name}; choose a column with distinct names, or remove one of them",
+                field="image",
+            )
+        names.add(image.name)
+    return images
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the files of a folder and its subfolders that contain images, or the path itself if it is no folder."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(each for each in path.rglob("*") if each.is_file() and _is_input(each))
+    if not found:
+        raise InvalidArgument(f"{path} contains no images; expected {_EXPECTED}", field="image")
+    return found
+
+
+def _is_input(path: Path) -> bool:
+    return path.suffix.lower() in (*IMAGE_SUFFIXES, ".parquet", ".tar") or _is_dicom(path)
+
+
+def _kind(path: Path) -> Kind:
+    """Return the kind of a file by its name, or by its first bytes. Every other file counts as an image file."""
+    match path.suffix.lower():
+        case ".parquet":
+            return "parquet"
+        case ".tar":
+            return "tar"
+        case suffix if suffix not in IMAGE_SUFFIXES and _is_dicom(path):
+            return "dicom"
+    return "file"
+
+
+def _is_dicom(path: Path) -> bool:
+    """Return True for a file with an extension of DICOM, or with no extension and the preamble of PS3.10."""
+    suffix = path.suffix.lower()
+    # Identifiers such as 1.2.840.10008 are common names of DICOM files. Their last part is not an extension.
+    if suffix and not suffix[1:].isdigit():
+        return suffix in DICOM_SUFFIXES
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _text(path: Path | str) -> str:
+    """Return a path as it appears in the output, with undecodable bytes escaped."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def _target(value: object, name: str) -> int | str:
+    match value:
+        case bool():
+            pass
+        case int():
+            return value
+        case str() if value.strip():
+            return int(value) if value.strip().isdecimal() and value.isascii() else value.strip()
+    raise InvalidArgument(f"the target of {name} is {value!r}; expected a class index or a label", field="target")
+
+
+# ---- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+def _rows(
+    path: Path, target: int | str | None, image_column: str, name_column: str | None, target_column: str | None
+) -> Iterator[BulkImage]:
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise InvalidArgument(f"{path} is not a Parquet file: {error}", field="image") from error
+    with file:
+        columns = {"image": image_column, "name": name_column, "target": target_column}
+        for kind, column in columns.items():
+            if column is not None and column not in file.schema_arrow.names:
+                raise InvalidArgument(
+                    f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}; choose another "
+                    f"{kind} column",
+                    field="image",
+                )
+        if not _holds_images(file.schema_arrow.field(image_column).type):
+            raise InvalidArgument(
+                f"the column {image_column!r} of {path} has the type {file.schema_arrow.field(image_column).type}; "
+                'expected binary, or a struct with the binary field "bytes"',
+                field="image",
+            )
+        row = 0
+        for group in range(file.num_row_groups):
+            wanted = [each for each in (name_column, target_column) if each is not None]
+            values = file.read_row_group(group, columns=wanted)
+            count = file.metadata.row_group(group).num_rows
+            names = values[name_column].to_pylist() if name_column else [None] * count
+            targets = values[target_column].to_pylist() if target_column else [target] * count
+            for offset, (name, value) in enumerate(zip(names, targets, strict=True)):
+                called = f"{_text(path)}/{row}" if name is None else str(name)
+                yield BulkImage(
+                    called,
+                    str(path.absolute()),
+                    "parquet",
+                    offset,
+                    group=group,
+                    target=_target(value, called) if target_column else target,
+                )
+                row += 1
+
+
+def _holds_images(kind: pyarrow.DataType) -> bool:
+    if pyarrow.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _holds_images(kind.field(index).type)
+    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+
+
+# ---- archives --------------------------------------------------------------------------------------------------------
+
+
+def _members(path: Path, target: int | str | None, target_column: str | None) -> Iterator[BulkImage]:
+    """Yield the images of a WebDataset archive. The files of a sample have the same name up to the first dot."""
+    images: list[tuple[str, BulkImage]] = []
+    targets: dict[str, str] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                key, extension = _sample(member.name)
+                if not member.isfile():
+                    continue
+                if f".{extension.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES:
+                    name = f"{_text(path)}/{_text(member.name)}"
+                    where = BulkImage(name, str(path.absolute()), "tar", member.offset_data, member.size, target=target)
+                    images.append((key, where))
+                elif target_column is not None and extension == target_column:
+                    content = archive.extractfile(member)
+                    assert content is not None, "the member is a file"
+                    targets[key] = content.read().decode("utf-8", "replace")
+    except tarfile.ReadError as error:
+        raise InvalidArgument(
+            f"{path} is not an uncompressed tar archive: {error}; decompress it first", field="image"
+        ) from error
+    if not images:
+        raise InvalidArgument(f"{path} contains no images; expected names that end with {', '.join(IMAGE_SUFFIXES)}")
+    for key, image in images:
+        if target_column is None:
+            yield image
+        else:
+            yield replace(image, target=_target(targets.get(key, ""), image.name))
+
+
+def _sample(name: str) -> tuple[str, str]:
+    """Split the name of a file in an archive into the key of its sample and the extension, as WebDataset does."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return folder + slash + stem, extension

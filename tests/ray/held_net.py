@@ -1,0 +1,39 @@
+"""Network that a test can hold on one node of a cluster while an engine there evaluates an image."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from tests.nets import tiny_cnn
+
+# Folder with a file hold-NODE for each node whose engines are held. Without this variable, none is.
+FOLDER = "CAMSERVE_TEST_HOLD"
+NODE = "CAMSERVE_TEST_NODE"
+# Normalised values of a white image are above 2; those of all other images of the tests have a mean below 1.
+_WHITE = 1.5
+
+
+class HeldNet(nn.Module):
+    """The tiny network, which waits at a white image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny_cnn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        folder, node = os.environ.get(FOLDER), os.environ.get(NODE)
+        if folder and float(x.mean(dim=(1, 2, 3)).max()) > _WHITE:
+            while Path(folder, f"hold-{node}").exists():
+                Path(folder, f"held-{node}").touch()
+                time.sleep(0.02)
+        logits: Tensor = self.net(x)
+        return logits
+
+
+def held_net() -> HeldNet:
+    """Return the network with the weights of `tiny_cnn`."""
+    return HeldNet()
