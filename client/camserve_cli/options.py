@@ -28,6 +28,7 @@ __all__ = [
     "NativeMaps",
     "Parameters",
     "Priority",
+    "RayOptions",
     "Seed",
     "Server",
     "read_box",
@@ -36,6 +37,7 @@ __all__ = [
     "read_variant",
     "select_model",
     "select_named",
+    "with_ray_options",
     "with_server_options",
 ]
 
@@ -97,6 +99,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per 
 
 def _option(*names: str, **settings: Any) -> Any:
     return typer.Option(*names, rich_help_panel="Server", **settings)
+
+
+def _ray_option(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Ray", **settings)
 
 
 @dataclass(frozen=True)
@@ -166,19 +172,78 @@ class Server:
         )
 
 
+@dataclass(frozen=True)
+class RayOptions:
+    """Options for a run on a Ray cluster. `with_ray_options` adds them to a command."""
+
+    ray: Annotated[
+        str | None,
+        _ray_option(
+            metavar="HOST:PORT|auto|local",
+            help="Evaluate on the devices of this Ray cluster, without a server: its address, `auto` for the cluster "
+            "of this machine, or `local` to start one. Images may also be Parquet files, WebDataset archives "
+            "(.tar) and DICOM files.",
+        ),
+    ] = None
+    out: Annotated[
+        Path | None,
+        _ray_option(metavar="DIR", help="Folder for the scores and maps. A second run computes only what is missing."),
+    ] = None
+    config: Annotated[
+        Path | None,
+        _ray_option(
+            metavar="FILE", help="Configuration file (TOML) of a server, with the models. Default: the embedded model."
+        ),
+    ] = None
+    no_maps: Annotated[bool, _ray_option("--no-maps", help="Save the scores only.")] = False
+    cpus_per_engine: Annotated[
+        int | None,
+        _ray_option(
+            metavar="N",
+            min=1,
+            help="CPUs of each engine in a cluster without GPUs. Default: `threads` of the configuration, or 4.",
+        ),
+    ] = None
+    image_column: Annotated[str, _ray_option(metavar="NAME", help="Column of Parquet files with the image files.")] = (
+        "image"
+    )
+    name_column: Annotated[
+        str | None,
+        _ray_option(metavar="NAME", help="Column of Parquet files with the names of the images. Default: FILE/ROW."),
+    ] = None
+    target_column: Annotated[
+        str | None,
+        _ray_option(
+            metavar="NAME",
+            help="Column of Parquet files, or extension of the files in archives (such as cls), with the class to "
+            "explain. Default: the predicted class.",
+        ),
+    ] = None
+
+
 def with_server_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace the parameter `server` of a command by the options of `Server`."""
-    own, servers = (inspect.signature(each, eval_str=True).parameters for each in (command, Server))
+    return _with_options(command, "server", Server)
+
+
+def with_ray_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter `on_ray` of a command by the options of `RayOptions`."""
+    return _with_options(command, "on_ray", RayOptions)
+
+
+def _with_options(command: Callable[..., None], name: str, group: type[Any]) -> Callable[..., None]:
+    """Replace a parameter of a command by the options that a data class has as its fields."""
+    own, options = (inspect.signature(each, eval_str=True).parameters for each in (command, group))
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
-        *(each for each in own.values() if each.name != "server"),
-        *(each.replace(kind=keyword) for each in servers.values()),
+        *(each for each in own.values() if each.name != name),
+        *(each.replace(kind=keyword) for each in options.values()),
     ]
 
     @functools.wraps(command)
     def wrapper(**arguments: Any) -> None:
-        server = Server(**{name: arguments.pop(name) for name in servers})
-        command(**arguments, server=server)
+        values = group(**{option: arguments.pop(option) for option in options})
+        command(**arguments, **{name: values})
 
     # typer derives the options of a command from its signature.
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

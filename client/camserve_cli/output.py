@@ -10,7 +10,14 @@ from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as ProgressBar
 
 from camserve.answers import Level, Progress, Randomised, SaliencyMap
@@ -20,6 +27,7 @@ __all__ = [
     "Failures",
     "error_text",
     "errors_as_lines",
+    "map_bar",
     "print_json",
     "print_table",
     "show_progress",
@@ -71,7 +79,17 @@ class Failures:
             error: Its error.
         """
         kind = error.reason or error.code.name if isinstance(error, CamserveError) else type(error).__name__
-        first, number = self._kinds.get(kind, (f"{subject}: {error_text(error)}", 0))
+        self.add_text(subject, error_text(error), kind)
+
+    def add_text(self, subject: str, text: str, kind: str) -> None:
+        """Add a failure whose error is a text.
+
+        Args:
+            subject: The request, such as the name of its image.
+            text: Its error.
+            kind: The kind of error.
+        """
+        first, number = self._kinds.get(kind, (f"{subject}: {text}", 0))
         self._kinds[kind] = first, number + 1
         self.count += 1
 
@@ -127,6 +145,33 @@ def show_progress(events: Iterable[Any], title: str) -> Any:
     if answer is None:
         raise InternalError("the server ended the stream without an answer; see the log of the server")
     return answer
+
+
+@contextmanager
+def map_bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on stderr for a number of maps.
+
+    Args:
+        total: Number of maps.
+        done: Number of maps that are finished at the start.
+
+    Yields:
+        A function to call after each map. It takes the number of failures so far.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[failed]} failed"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    console = Console(stderr=True)
+    with ProgressBar(
+        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
+    ) as bar:
+        task = bar.add_task("evaluate", total=total, completed=done, failed=0)
+        yield lambda failed: bar.update(task, advance=1, failed=failed)
 
 
 @contextmanager

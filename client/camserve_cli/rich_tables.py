@@ -75,11 +75,11 @@ def map_row(
     ]
 
 
-def means(rows: Sequence[Mapping[str, str]], metrics: Sequence[str]) -> Table:
+def means(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Table:
     """Return the table of a study with the numbers of maps and the mean of each metric.
 
     Args:
-        rows: Rows of the CSV file of the study.
+        rows: Rows of the CSV file of the study, or of the Parquet files of a bulk run.
         metrics: Names of the metrics.
     """
     table = plain_table("model", "method", "done", *metrics, "failed")

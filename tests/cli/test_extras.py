@@ -26,6 +26,12 @@ COMMANDS = [
         "report",
         ["jinja2", "matplotlib"],
     ),
+    (
+        "camserve evaluate --ray",
+        ["auto", "image.jpg", "--out", "out", "--method", "cam"],
+        "ray",
+        ["ray", "pyarrow", "torch"],
+    ),
     ("camserve kserve", [], "kserve", ["kserve", "grpc_health", "opentelemetry"]),
     ("camserve bench --report", ["report.html"], "report", ["jinja2"]),
     ("camserve ui", ["--no-browser"], "ui", ["starlette", "uvicorn"]),

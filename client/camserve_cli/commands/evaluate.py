@@ -11,8 +11,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 
 from camserve.answers import Evaluation
 from camserve.batches import Variant
@@ -20,6 +18,7 @@ from camserve.client import Client
 from camserve.errors import InvalidArgument
 from camserve.request_messages import DEFAULT_METRICS
 from camserve_cli import rich_tables, saved_maps
+from camserve_cli.commands import evaluate_on_ray
 from camserve_cli.extras import needs_extra
 from camserve_cli.options import (
     AsJson,
@@ -29,6 +28,7 @@ from camserve_cli.options import (
     NativeMaps,
     Parameters,
     Priority,
+    RayOptions,
     Seed,
     Server,
     read_parameters,
@@ -36,18 +36,23 @@ from camserve_cli.options import (
     read_variant,
     select_model,
     select_named,
+    with_ray_options,
     with_server_options,
 )
-from camserve_cli.output import Failures, errors_as_lines, print_json, print_table, show_progress, warn
+from camserve_cli.output import Failures, errors_as_lines, map_bar, print_json, print_table, show_progress, warn
 from camserve_cli.study import image_files, score_csv
 from camserve_cli.study.annotations import read_boxes, read_labels
 from camserve_cli.study.run import StudyRun, StudySpec, by_layer
 
 __all__ = ["evaluate"]
 
+DEFAULT_IN_FLIGHT = 8
 
+
+@with_ray_options
 @with_server_options
 def evaluate(
+    context: typer.Context,
     images: Annotated[
         list[Path],
         typer.Argument(metavar="IMAGE...", help="Image files, or folders of images. Several images need --csv."),
@@ -68,6 +73,7 @@ def evaluate(
         typer.Option(metavar="NAME", help=f"Metric. May be repeated. Default: {', '.join(DEFAULT_METRICS)}."),
     ] = None,
     server: Server,
+    on_ray: RayOptions,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -128,7 +134,15 @@ def evaluate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue with existing files, and compute only missing maps.")
     ] = False,
-    in_flight: Annotated[int, typer.Option(metavar="N", min=1, help="With --csv: number of pending requests.")] = 8,
+    in_flight: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With --csv: number of pending requests, by default 8. With --ray: number of images in progress on "
+            "each engine, by default 32.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a map from a file, or the maps of one or more methods.
@@ -139,7 +153,28 @@ def evaluate(
 
     With --report, the command also writes one HTML page that needs no other file and no network. The page is made from
     the CSV file and the maps, so the same command with --resume can write it again without repeating finished requests.
+
+    With --ray, the devices of a Ray cluster evaluate the images, without a server. The scores are in Parquet files and
+    the maps in npz files in the folder of --out. The same command continues an interrupted run and tries failures
+    again.
     """
+    if evaluate_on_ray.is_wanted(context, on_ray):
+        evaluate_on_ray.run(
+            images,
+            on_ray,
+            methods=method or [],
+            metrics=metric,
+            models=model,
+            target=target,
+            labels=labels,
+            boxes=boxes,
+            layers=layer,
+            parameters=param,
+            seed=seed,
+            budget=budget,
+            in_flight=in_flight,
+        )
+        return
     csv = csv or (report and report.with_suffix(".csv"))
     npz = npz or (report and report.with_suffix(".npz"))
     parameters = read_parameters(param)
@@ -205,7 +240,7 @@ def evaluate(
             native_maps=native_maps,
         )
         run = StudyRun(client, spec, csv, npz, resume)
-        rows = _evaluate_many(run, in_flight)
+        rows = _evaluate_many(run, in_flight or DEFAULT_IN_FLIGHT)
         print_table(rich_tables.means(rows, metrics))
         if report:
             _write_report(client, report, run, order=[each.label for each in variants], against=against)
@@ -240,25 +275,13 @@ def _evaluate_one(client: Client, image: Path, *, as_json: bool, **options: Any)
 
 def _evaluate_many(run: StudyRun, in_flight: int) -> list[score_csv.Row]:
     """Compute the missing maps, and return the lines of the CSV file."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[failed]} failed"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    console = Console(stderr=True)
     failures = Failures()
     try:
-        with ProgressBar(
-            *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
-        ) as bar:
-            task = bar.add_task("evaluate", total=run.spec.count, completed=len(run.done), failed=0)
+        with map_bar(run.spec.count, len(run.done)) as advance:
             for result in run.results(in_flight):
                 if result.error is not None:
                     failures.add(f"{run.names[result.index]}, {result.model}, {result.method}", result.error)
-                bar.update(task, advance=1, failed=failures.count)
+                advance(failures.count)
         return run.finish()
     except KeyboardInterrupt:
         typer.echo(f"{run.csv} contains the finished lines; continue with the same command and --resume", err=True)
