@@ -20,6 +20,7 @@ from camserve_cli.commands.health import health
 from camserve_cli.commands.kserve import kserve
 from camserve_cli.commands.listing import list_
 from camserve_cli.commands.models import models
+from camserve_cli.commands.ray import ray
 from camserve_cli.commands.replay import replay
 from camserve_cli.commands.sanity import sanity
 from camserve_cli.commands.serve import serve
@@ -62,3 +63,4 @@ app.add_typer(config, name="config")
 app.add_typer(models, name="models")
 app.add_typer(admin, name="admin")
 app.add_typer(dicom, name="dicom")
+app.add_typer(ray, name="ray")

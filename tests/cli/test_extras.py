@@ -34,6 +34,7 @@ COMMANDS = [
     ),
     ("camserve kserve", [], "kserve", ["kserve", "grpc_health", "opentelemetry"]),
     ("camserve bench --report", ["report.html"], "report", ["jinja2"]),
+    ("camserve ray serve", [], "ray", ["ray", "torch"]),
     ("camserve ui", ["--no-browser"], "ui", ["starlette", "uvicorn"]),
 ]
 

@@ -98,12 +98,14 @@ class Cluster:
         head: The node with the control services of the cluster.
         worker: The other node. A test may kill it.
         grpc_port: A free port for Serve's gRPC proxy on the head.
+        logs: The folder with the logs of all processes.
     """
 
     address: str
     head: Node
     worker: Node
     grpc_port: int
+    logs: Path
 
 
 @contextmanager
@@ -147,7 +149,7 @@ def cluster(*, head_cpus: int = 2, worker_cpus: int = 2, **variables: str) -> It
             assert process.stdout is not None
             address = process.stdout.readline().strip()
             assert address, log.read_text()
-            yield Cluster(address, head, worker, grpc_port)
+            yield Cluster(address, head, worker, grpc_port, folder / "ray" / "session_latest" / "logs")
     finally:
         worker.kill()
         head.kill()

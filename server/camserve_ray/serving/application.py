@@ -1,0 +1,128 @@
+"""The application of Ray Serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+
+from camserve.addresses import socket_path, split_host_port
+from camserve_ray.serving.autoscaling import RowsOwed
+from camserve_ray.serving.replica import Replica
+from camserve_ray.serving.routing import AnyNodeRouter
+from camserve_server.config import Config, read_config
+from camserve_server.errors import ConfigError
+
+__all__ = ["NAME", "PROXY_SERVICES", "Scale", "application", "build", "checked", "grpc_options"]
+
+# The name of the application and of its only deployment.
+NAME = "camserve"
+# The function that adds the services to a proxy, by its import path.
+PROXY_SERVICES = "camserve_ray.serving.proxy:add_services"
+# The calls that a replica accepts. This limit is not the one that callers meet: the engine refuses requests by rows.
+_MOST_CALLS = 10_000
+# Rows that a replica may owe. A GPU works through some 25,000 in the time in which a CPU works through 5,000.
+_ROWS_OF_CPU, _ROWS_OF_GPU = 5_000, 25_000
+# Settings of the server that have no effect in a replica.
+_IGNORED = ("health_listen", "metrics_listen", "admin_listen")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many replicas there are, and what each of them takes from the cluster.
+
+    Attributes:
+        replicas: The number of replicas, or the smallest and the largest number.
+        gpus: The GPUs of each replica.
+        rows_per_replica: With several numbers of replicas: the rows that a replica may owe on average. None: 5,000
+            without a GPU, 25,000 with one.
+    """
+
+    replicas: int | tuple[int, int] = 1
+    gpus: float = 0
+    rows_per_replica: int | None = None
+
+
+def checked(config: Config) -> list[str]:
+    """Check that Ray Serve can serve a configuration.
+
+    Returns:
+        Warnings about settings that have no effect.
+
+    Raises:
+        ConfigError: Ray Serve cannot do what a setting requires. The message has one line for each such setting.
+    """
+    errors = []
+    if config.tls is not None:
+        errors.append(
+            "tls: the proxies of Ray Serve do not use the certificates of the configuration; remove [tls], and let a "
+            "load balancer before the proxies terminate TLS"
+        )
+    if socket_path(config.listen) is not None or split_host_port(config.listen)[1] == "0":
+        errors.append(f"listen: {config.listen}; expected HOST:PORT with a fixed port, which all proxies use")
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return [f"{key}: has no effect with Ray Serve" for key in _IGNORED if getattr(config, key) is not None] + (
+        ["frontends: has no effect with Ray Serve"] if config.frontends > 1 else []
+    )
+
+
+def application(config: Config, scale: Scale) -> serve.Application:
+    """Return the application.
+
+    Args:
+        config: The configuration of each replica. A replica takes `threads` CPUs from the cluster, or one.
+        scale: The replicas.
+    """
+    options: dict[str, Any] = {"num_replicas": scale.replicas}
+    if isinstance(scale.replicas, tuple):
+        rows = scale.rows_per_replica or (_ROWS_OF_GPU if scale.gpus else _ROWS_OF_CPU)
+        make_policy: Any = AutoscalingPolicy
+        policy = make_policy(policy_function=RowsOwed, policy_kwargs={"rows_per_replica": rows})
+        least, most = scale.replicas
+        options = {"autoscaling_config": AutoscalingConfig(min_replicas=least, max_replicas=most, policy=policy)}
+    make_router: Any = RequestRouterConfig
+    deployment = serve.deployment(
+        Replica,
+        name=NAME,
+        max_ongoing_requests=_MOST_CALLS,
+        graceful_shutdown_timeout_s=config.grace_s,
+        request_router_config=make_router(request_router_class=AnyNodeRouter),
+        ray_actor_options={"num_cpus": config.threads or 1, "num_gpus": scale.gpus},
+        **options,
+    )
+    return deployment.bind(config)  # type: ignore[attr-defined, no-any-return]
+
+
+def grpc_options(config: Config) -> dict[str, Any]:
+    """Return the options for the gRPC proxies of Serve."""
+    return {
+        "port": int(split_host_port(config.listen)[1]),
+        "grpc_servicer_functions": [PROXY_SERVICES],
+        "enable_reflection": config.reflection,
+    }
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """Build the application for a configuration file of Serve, such as that in a RayService manifest.
+
+    Args:
+        arguments: "config": the path of the configuration file; and optionally "replicas", a number or a list of the
+            smallest and the largest one, "gpus" and "rows_per_replica", as in `Scale`.
+
+    Raises:
+        ConfigError: The configuration or an argument is invalid.
+    """
+    names = {"config", *Scale.__dataclass_fields__}
+    if unknown := set(arguments) - names:
+        raise ConfigError(f"args: {unknown.pop()!r} is unknown; expected some of {', '.join(sorted(names))}")
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()
+    }
+    path = values.pop("config", None)
+    config = read_config(Path(path) if path else None)
+    checked(config)
+    return application(config, Scale(**values))

@@ -1,0 +1,177 @@
+"""Deploys the application for as long as a process runs."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import grpc
+import ray
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ray import serve as ray_serve
+
+from camserve_ray.connection import connect
+from camserve_ray.serving.application import NAME, Scale, application, checked, grpc_options
+from camserve_server.config import Config, read_config
+from camserve_server.errors import ConfigError
+
+__all__ = ["serve"]
+
+# Seconds in which a proxy of a running application has to respond.
+_PROXY_S = 30.0
+_REPORT_S = 30.0
+
+
+def serve(
+    scale: Scale,
+    *,
+    config: Path | None = None,
+    listen: str | None = None,
+    insecure: bool | None = None,
+    address: str | None = None,
+) -> int:
+    """Deploy the application, wait for SIGINT or SIGTERM, and end it.
+
+    Args:
+        scale: The replicas.
+        config: The TOML file of the configuration; None for the environment and the defaults only.
+        listen: Overrides the address. Ray Serve uses its port, on all addresses of each node.
+        insecure: Overrides the permission to accept calls from other machines without TLS.
+        address: The Ray cluster; None starts one on this machine. See `camserve_ray.connection.connect`.
+
+    Returns:
+        The exit status: 0 after a signal, 1 if a replica could not start, 2 for an invalid configuration.
+    """
+    try:
+        settings = read_config(config, listen=listen, insecure=insecure)
+        for warning in checked(settings):
+            print(f"warning: {warning}", file=sys.stderr)
+        connect(address)
+    except ConfigError as error:
+        return _failed(error, 2)
+    except KeyboardInterrupt:
+        return 0
+    with _handling(_interrupt):  # not earlier, because Ray sets a handler when it connects
+        try:
+            at = _deploy(settings, scale)
+            names = ", ".join(model.name for model in settings.models)
+            print(f"camserve is ready on {at}, serving {names}", flush=True)
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            return 0
+        except ConfigError as error:
+            return _failed(error, 2)
+        except RuntimeError as error:
+            return _failed(error, 1)
+        finally:
+            _end(own_cluster=address is None)
+
+
+def _deploy(config: Config, scale: Scale) -> str:
+    """Start the replicas, and return the address of a proxy.
+
+    Raises:
+        ConfigError: The proxies of the cluster do not serve camserve.
+        RuntimeError: A replica could not start.
+    """
+    # camserve has no HTTP endpoint, and 8000, the default port, may be in use.
+    ray_serve.start(http_options={"host": "127.0.0.1", "port": 0}, grpc_options=grpc_options(config))
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its messages name an HTTP address
+    with _progress():
+        ray_serve.run(application(config, scale), name=NAME)
+    options = grpc_options(config)
+    address = f"{_head()}:{options['port']}"
+    if not _serves(address):
+        raise ConfigError(
+            f"listen: the proxy of Ray Serve at {address} does not serve camserve; if Serve was started on this "
+            "cluster with other options, end it with `serve shutdown` and run this command again"
+        )
+    return address
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """Print every half minute why the application is not ready, for example because the cluster has no free GPU."""
+    ready = threading.Event()
+
+    def report() -> None:
+        while not ready.wait(_REPORT_S):
+            found = ray_serve.status().applications.get(NAME)
+            for deployment in found.deployments.values() if found else ():
+                message = deployment.message or f"the replicas are {deployment.status.lower()}"
+                print(f"waiting: {message}", file=sys.stderr)
+
+    thread = threading.Thread(target=report, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ready.set()
+        thread.join()
+
+
+def _head() -> str:
+    """Return the address of the node with a proxy in any case, the head."""
+    nodes: Any = ray.nodes  # has no annotations
+    heads = [node for node in nodes() if "node:__internal_head__" in node["Resources"]]
+    return str(heads[0]["NodeManagerAddress"])
+
+
+def _serves(address: str) -> bool:
+    """Return True as soon as Health at the address reports that camserve is ready."""
+    with grpc.insecure_channel(address) as channel:
+        health, end = health_pb2_grpc.HealthStub(channel), time.monotonic() + _PROXY_S
+        while time.monotonic() < end:
+            try:
+                state = health.Check(health_pb2.HealthCheckRequest(), timeout=_PROXY_S, wait_for_ready=True).status
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    return False
+                state = None
+            if state == health_pb2.HealthCheckResponse.SERVING:
+                return True
+            time.sleep(0.5)
+    return False
+
+
+def _end(*, own_cluster: bool) -> None:
+    """End the application, and the cluster if this process has started it. Running calls are finished before."""
+    with _handling(signal.SIG_DFL):  # a second signal ends the process at once
+        if own_cluster:
+            end_serve: Any = ray_serve.shutdown
+            end_serve()
+        else:
+            ray_serve.delete(NAME)
+        shutdown: Any = ray.shutdown  # has no annotations
+        shutdown()
+
+
+def _failed(error: Exception, exit_status: int) -> int:
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return exit_status
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM with a function in the context."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)

@@ -1,0 +1,63 @@
+"""`camserve ray serve` on a cluster of the tests."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.processes import CAMSERVE, LIMIT_S, environment, started
+from tests.ray.cluster import Cluster
+
+
+@dataclass
+class Deployment:
+    """A `camserve ray serve` process that has reported that it is ready."""
+
+    process: subprocess.Popen[str]
+    address: str
+    cluster: Cluster
+
+    def log(self) -> list[dict[str, Any]]:
+        """Return the log lines of all replicas so far."""
+        lines = [line for path in self.cluster.logs.glob("worker-*.err") for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def calls(self, request_id: str) -> list[dict[str, Any]]:
+        """Return the log lines of the calls with an identifier."""
+        return [line for line in self.log() if line["event"] == "call" and line.get("request_id") == request_id]
+
+    def stop(self) -> str:
+        """Send SIGTERM, require a clean end, and return what the command has written to stderr."""
+        self.process.send_signal(signal.SIGTERM)
+        _, stderr = self.process.communicate(timeout=LIMIT_S)
+        assert self.process.returncode == 0, stderr
+        return stderr
+
+
+@contextmanager
+def deployed(cluster: Cluster, folder: Path, config: str, *options: str) -> Iterator[Deployment]:
+    """Run `camserve ray serve`, and yield it when it is ready. Its process is killed at the end if it still runs.
+
+    Args:
+        cluster: The cluster.
+        folder: The folder for the configuration file.
+        config: The configuration without `listen`.
+        options: Options of the command.
+    """
+    file = folder / "camserve.toml"
+    file.write_text(f'listen = "127.0.0.1:{cluster.grpc_port}"\n{config}')
+    command = [*CAMSERVE, "ray", "serve", "--config", str(file), "--address", cluster.address, *options]
+    with started(command, stderr=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        ready = process.stdout.readline()
+        found = re.fullmatch(r"camserve is ready on (\S+), serving .*\n", ready)
+        assert found, ready + process.stderr.read()
+        yield Deployment(process, found[1], cluster)
