@@ -90,6 +90,7 @@ def test_missing_extra_is_reported_with_its_installation(
         ("camserve dicom gateway", ["--config", "gateway.toml"], "camserve_dicom.gateway.config"),
         ("camserve evaluate --report", ["report.html", "image.jpg", "--method", "cam"], "camserve_cli.report.records"),
         ("camserve bench --report", ["report.html"], "camserve_cli.report.records"),
+        ("camserve ray serve", [], "camserve_ray.connection"),
         ("camserve ui", ["--no-browser"], "camserve_ui.app"),
     ],
 )
