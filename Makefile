@@ -78,16 +78,17 @@ PROTOC = $(BIN)/python -m grpc_tools.protoc --proto_path=proto \
 	  --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1)
 LINK := camserve_server/service/frontends
 INFERENCE := camserve_server/open_inference
+REPORTS := camserve_server/service/load_reports
 
 proto: install  ## generate the stubs from the files in proto/
 	$(call PROTOC,$(OUT)client) camserve/v1/explain.proto camserve/v1/admin.proto
-	$(call PROTOC,$(OUT)server) $(LINK)/link.proto $(INFERENCE)/inference.proto
+	$(call PROTOC,$(OUT)server) $(LINK)/link.proto $(INFERENCE)/inference.proto $(REPORTS)/orca.proto
 OUT ?=
 
 proto-check: install  # compare the committed stubs with newly generated ones
 	rm -rf build/stubs && mkdir -p build/stubs/client build/stubs/server
 	$(MAKE) --no-print-directory proto OUT=build/stubs/
-	for f in client/camserve/v1/* server/$(LINK)/link_pb2* server/$(INFERENCE)/inference_pb2*; do \
+	for f in client/camserve/v1/* server/$(LINK)/link_pb2* server/$(INFERENCE)/inference_pb2* server/$(REPORTS)/orca_pb2*; do \
 	  case "$$f" in */__init__.py|*/__pycache__) continue; esac; diff -u "$$f" "build/stubs/$$f" || exit 1; done
 
 node_modules/.installed: Makefile

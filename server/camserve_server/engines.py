@@ -79,6 +79,11 @@ class Engines:
         with self._lock:
             return sum(engine.rows_owed() for engine in (self.common, *self._remote))
 
+    def seconds_owed(self) -> float:
+        """Return the seconds that the engines need for the rows that they owe, all engines together."""
+        with self._lock:
+            return sum(engine.seconds_owed() for engine in (self.common, *self._remote))
+
     def lanes(self) -> dict[LaneKey, LaneCounters]:
         """Return the totals of the batches of all engines since the start of the server."""
         totals: dict[LaneKey, LaneCounters] = {}

@@ -27,11 +27,12 @@ from camserve_server.__main__ import serve
 from camserve_server.config import Config, ModelConfig, TLSConfig, TokenConfig, read_config
 from camserve_server.errors import ConfigError
 from camserve_server.service import security
+from camserve_server.service.load_reports.reports import SERVICE as LOAD_REPORTS
 from camserve_server.service.prometheus import Metrics
 from camserve_server.service.tls import credentials
 from tests.conftest import serving
 from tests.credentials import certify, hashed
-from tests.processes import TINY, patient_client, served
+from tests.processes import LIMIT_S, TINY, patient_client, served
 
 MODEL = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
 LOCAL: dict[str, Any] = {"listen": "127.0.0.1:0", "models": [MODEL], "device": "cpu"}
@@ -77,6 +78,15 @@ def reason(error: pytest.ExceptionInfo[grpc.RpcError]) -> str:
     assert request.request_id
     reason: str = info.reason
     return reason
+
+
+def load_report(channel: grpc.Channel) -> bytes:
+    """Return the first load report of a server."""
+    read: Any = channel.unary_stream(f"/{LOAD_REPORTS}/StreamCoreMetrics")
+    stream = read(b"", timeout=LIMIT_S)
+    report: bytes = next(stream)
+    stream.cancel()
+    return report
 
 
 def every_kind_of_call(channel: grpc.Channel, metadata: Any = ()) -> list[Any]:
@@ -238,6 +248,7 @@ def test_other_subjects_are_refused(tmp_path: Path, ca: trustme.CA) -> None:
                 with pytest.raises(grpc.RpcError) as refused:
                     call()
                 assert (code(refused), reason(refused)) == ("PERMISSION_DENIED", "PERMISSION_DENIED")
+            assert load_report(other)
             assert health_pb2_grpc.HealthStub(other).Check(health_pb2.HealthCheckRequest()).status
 
 
@@ -273,7 +284,7 @@ def bearer(secret: str) -> tuple[tuple[str, str], ...]:
         bearer("guessed") + bearer(SECRET),
     ],
 )
-def test_only_health_answers_without_a_valid_token(
+def test_only_health_and_load_reports_need_no_valid_token(
     with_tokens: tuple[grpc.Channel, grpc.Channel], metadata: Any
 ) -> None:
     calls, operations = with_tokens
@@ -287,6 +298,7 @@ def test_only_health_answers_without_a_valid_token(
         assert (code(refused), reason(refused)) == ("UNAUTHENTICATED", "UNAUTHENTICATED")
         assert SECRET not in str(refused.value.details())
     assert health_pb2_grpc.HealthStub(calls).Check(health_pb2.HealthCheckRequest()).status
+    assert load_report(calls)
 
 
 @pytest.mark.parametrize("secret", [SECRET, ADMIN_SECRET])

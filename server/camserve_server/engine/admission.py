@@ -156,6 +156,15 @@ class Admission:
         with self._lock:
             return sum(owed.rows for owed in self._owed.values())
 
+    def seconds_owed(self, rows_per_s: float) -> float:
+        """Return the seconds that all owed rows need, at most `LONGEST_RETRY_S`.
+
+        Args:
+            rows_per_s: The current rate of the device; 0 if it is unknown.
+        """
+        rows = self.rows_owed()
+        return _wait_s(rows, rows_per_s) if rows else 0.0
+
 
 def _rows_before(owed: Iterable[_Owed], rows: int, weight: float) -> int:
     """Return how many owed rows the scheduler runs before a request of `rows` rows and this weight.

@@ -163,6 +163,10 @@ class Engine:
         """Return the rows that all reserved and running requests still owe."""
         return self._admission.rows_owed()
 
+    def seconds_owed(self) -> float:
+        """Return the seconds that the engine needs for the rows that it owes."""
+        return self._admission.seconds_owed(self._loop.rows_per_s)
+
     def _run(self) -> None:
         if self._remote:
             compute_alone()

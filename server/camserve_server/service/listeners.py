@@ -19,6 +19,7 @@ from camserve_server.config import Config, TLSConfig
 from camserve_server.errors import ConfigError
 from camserve_server.service.bounds import SizeLimits
 from camserve_server.service.health import Health
+from camserve_server.service.load_reports.reports import LoadReports
 from camserve_server.service.security import CountRefusal, Guard
 from camserve_server.service.tls import credentials
 
@@ -64,6 +65,7 @@ def callers_server(
     health: Health,
     count_refusal: CountRefusal,
     inference: GRPCInferenceServiceServicer | None,
+    loads: LoadReports,
     *,
     port: tuple[str, int] = EXCLUSIVE_PORT,
 ) -> grpc.aio.Server:
@@ -75,6 +77,7 @@ def callers_server(
         health: Implements Health.
         count_refusal: Counts calls whose token or certificate is not allowed.
         inference: Implements the Open Inference Protocol; None if the configuration disables it.
+        loads: Implements the load reports.
         port: Whether several processes share the port.
     """
     files = []
@@ -95,6 +98,7 @@ def callers_server(
     explain_pb2_grpc.add_ExplainServiceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     add_inference(inference, server)
+    loads.add_to(server)
     if config.reflection:
         reflection.enable_server_reflection([*services(config), HEALTH_SERVICE, reflection.SERVICE_NAME], server)
     return server

@@ -18,6 +18,7 @@ from camserve_server.engine.admission import Caller, Priority
 from camserve_server.errors import CamserveError, PermissionDenied, Unauthenticated
 from camserve_server.service import status
 from camserve_server.service.call import checked_request_id
+from camserve_server.service.load_reports.reports import SERVICE as LOAD_REPORTS
 
 PRIORITIES = get_args(Priority)  # in ascending order
 ADMIN_SERVICE = "camserve.v1.AdminService"
@@ -102,7 +103,9 @@ def rights(context: Context, config: Config, requested: Priority | None) -> tupl
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Refuses calls whose token or certificate is not allowed. Health needs neither.
+    """Refuses calls whose token or certificate is not allowed. Health and load reports need neither.
+
+    gRPC itself reads these two, without the credentials of calls.
 
     Args:
         config: The configuration, with the tokens and the allowed subjects.
@@ -122,7 +125,7 @@ class Guard(grpc.aio.ServerInterceptor):
         """Return the handler of a call, or one that refuses the call."""
         handler = await continuation(handler_call_details)
         service, _, rpc = handler_call_details.method.removeprefix("/").partition("/")
-        if handler is None or service == health.SERVICE_NAME:
+        if handler is None or service in (health.SERVICE_NAME, LOAD_REPORTS):
             return handler
         if self._tokens:
             try:

@@ -35,6 +35,7 @@ from camserve_server.service.listeners import (
     callers_server,
     services,
 )
+from camserve_server.service.load_reports.reports import LoadReports, utilization
 from camserve_server.service.prometheus import Listener, Metrics
 from camserve_server.service.result_cache.cache import ResultCache
 from camserve_server.service.result_cache.key import Keys
@@ -79,10 +80,13 @@ class Server:
         self._metrics_listener: Listener | None = None
         self._health = Health()
         inference = _inference(self._servicer, self._health) if config.open_inference else None
+        loads = LoadReports(lambda: utilization(self.engines.seconds_owed()))
         self._callers: OwnPort | FrontEnds = (
-            OwnPort(callers_server(config, self._servicer, self._health, self._metrics.refused, inference), config)
+            OwnPort(
+                callers_server(config, self._servicer, self._health, self._metrics.refused, inference, loads), config
+            )
             if config.frontends == 1
-            else FrontEnds(config, self._servicer, self._health, self._metrics, inference)
+            else FrontEnds(config, self._servicer, self._health, self._metrics, inference, loads)
         )
         front_ends = self._callers if isinstance(self._callers, FrontEnds) else None
         self._metrics.registry.register(Gauges(self._servicer, self.engines, front_ends))

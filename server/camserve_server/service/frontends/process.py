@@ -16,6 +16,8 @@ from camserve_server.service.frontends.control import READY, Control
 from camserve_server.service.frontends.shared_memory import SharedMemory
 from camserve_server.service.health import Health
 from camserve_server.service.listeners import LINK, SHARED_PORT, STOP_GRACE_S, bind, callers_server, services
+from camserve_server.service.load_reports.orca_pb2 import LoadReport
+from camserve_server.service.load_reports.reports import LoadReports, copy_load
 from camserve_server.service.logs import log_to_stderr
 from camserve_server.torch_setup.allocator import keep_memory
 
@@ -44,9 +46,12 @@ async def _serve(config: Config, control: Control) -> None:
         from camserve_server.service.frontends.inference import FrontEndInferenceServicer
 
         inference = FrontEndInferenceServicer(servicer, channel)
-    server = callers_server(config, servicer, health, servicer.count_refusal, inference, port=SHARED_PORT)
+    load = LoadReport()
+    loads = LoadReports(lambda: load.application_utilization)
+    server = callers_server(config, servicer, health, servicer.count_refusal, inference, loads, port=SHARED_PORT)
     known = {service: asyncio.Event() for service in ("", *services(config))}
     copies = [asyncio.create_task(_copy_health(channel, health, *each)) for each in known.items()]
+    copies.append(asyncio.create_task(copy_load(channel, load)))
     await asyncio.gather(*(each.wait() for each in known.values()))
     bind(server, "listen", settings["address"], config.tls)
     await server.start()

@@ -31,6 +31,7 @@ from camserve_server.service.frontends.port import SharedPort
 from camserve_server.service.frontends.shared_memory import SharedMemory
 from camserve_server.service.health import Health
 from camserve_server.service.listeners import LINK, add_inference
+from camserve_server.service.load_reports.reports import LoadReports
 from camserve_server.service.prometheus import Metrics
 from camserve_server.service.servicer import Servicer
 from camserve_server.service.tls import credentials, paths
@@ -54,6 +55,7 @@ class FrontEnds:
         health: The states of the services, which the front ends copy.
         metrics: Counts the calls that front ends refuse.
         inference: Implements the Open Inference Protocol; None if the configuration disables it.
+        loads: The load reports, which the front ends copy.
 
     Attributes:
         restarts: The number of front ends that have been started in place of others that had ended.
@@ -66,6 +68,7 @@ class FrontEnds:
         health: Health,
         metrics: Metrics,
         inference: GRPCInferenceServiceServicer | None,
+        loads: LoadReports,
     ) -> None:
         self.restarts = 0
         self._config = config
@@ -75,6 +78,7 @@ class FrontEnds:
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
         add_inference(inference, self._server)
+        loads.add_to(self._server)
         self._identifiers = itertools.count(1)
         self._port: SharedPort | None = None
         self._folder: Path | None = None

@@ -27,6 +27,7 @@ from camserve_server.service.frontends.link import LinkServicer, _FrontEnd
 from camserve_server.service.frontends.shared_memory import SharedMemory, Slots
 from camserve_server.service.health import Health
 from camserve_server.service.listeners import callers_server
+from camserve_server.service.load_reports.reports import LoadReports
 from camserve_server.service.prometheus import Metrics
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CamserveError)]
@@ -154,7 +155,7 @@ def test_caller_may_try_again_if_the_engine_process_stops(tmp_path: Path) -> Non
         await link.start()
         async with grpc.aio.insecure_channel(f"unix:{tmp_path}/link") as channel:
             servicer = FrontEndServicer(config, 1, channel, SharedMemory(memory))
-            front = callers_server(config, servicer, Health(), servicer.count_refusal, None)
+            front = callers_server(config, servicer, Health(), servicer.count_refusal, None, LoadReports(lambda: 1.0))
             port = front.add_insecure_port("127.0.0.1:0")
             await front.start()
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as callers:
