@@ -69,7 +69,7 @@ class Client(BlockingConnection):
 
     Args:
         address: Address of the server, "host:port", or another gRPC name such as "dns:///host:port". If the name
-            resolves to several servers, calls are distributed over those that are ready (round robin).
+            resolves to several servers, calls are distributed over those that are ready, by their load.
         timeout: Timeout of a call in seconds, retries included. None means no timeout. The default is 30, except for
             each request of `explain_many` and `evaluate_many`, which have no timeout by default.
         tls: True to use TLS with the certificate authorities that gRPC trusts by default.

@@ -76,15 +76,15 @@ KEEPALIVE_TIMEOUT_MS = 10_000
 _COMMON_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", images.MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", images.MAX_MESSAGE_BYTES),
-    # gRPC does not retry larger requests. The default of 256 KiB is smaller than a photograph.
-    ("grpc.per_rpc_retry_buffer_size", images.MAX_MESSAGE_BYTES),
+    ("grpc.per_rpc_retry_buffer_size", images.MAX_MESSAGE_BYTES),  # the default would exclude photographs from retries
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    # The default of two minutes would delay the reconnection to a restarted server.
-    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 5_000),  # the default delays the reconnection to a restarted server by minutes
     ("grpc.primary_user_agent", f"camserve/{__version__}"),
 ]
 
+# Replicas report how much work they owe. The weights count from the first report on.
+_REPORTS = {"enableOobLoadReport": True, "oobReportingPeriod": "0.25s", "weightUpdatePeriod": "0.25s"}
 
 # A call that may take longer than this uses the streaming RPC, because its heartbeats every 15 s keep it alive in
 # proxies: they end calls without data, often after a minute, some after 20 s. Shorter calls save the cost of a stream.
@@ -109,7 +109,7 @@ class OpenChannels(NamedTuple):
 
 def _channel_options(retryable_codes: list[str], *, health_checks: bool) -> list[tuple[str, Any]]:
     service_config = {
-        "loadBalancingConfig": [{"round_robin": {}}],
+        "loadBalancingConfig": [{"weighted_round_robin": _REPORTS}] * health_checks + [{"round_robin": {}}],
         **({"healthCheckConfig": {"serviceName": SERVICE}} if health_checks else {}),
         "methodConfig": [
             {
