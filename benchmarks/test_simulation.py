@@ -16,7 +16,7 @@ import torch
 from benchmarks import engine_runs, subjects
 from benchmarks.simulation import __main__ as simulation
 from benchmarks.simulation import measure
-from benchmarks.simulation.balancing import RoundRobin
+from benchmarks.simulation.balancing import RoundRobin, WeightedRoundRobin
 from benchmarks.simulation.clients import Clients, Request
 from benchmarks.simulation.events import Timeline
 from benchmarks.simulation.profile import FOLDER, MethodCost, Profile, Step, load
@@ -87,7 +87,7 @@ def test_same_seed_gives_the_same_requests() -> None:
 
 @pytest.mark.parametrize("noticed_s", [0.0, 10.0])
 def test_loss_of_a_zone_loses_no_request_silently(noticed_s: float) -> None:
-    loss = two(0.65, 40.0, replicas=6, loss=ZoneLoss(15.0, 15.0, noticed_s))
+    loss = two(0.65, 40.0, replicas=6, policy="round robin", loss=ZoneLoss(15.0, 15.0, noticed_s))
     with_loss, without = simulate(loss), simulate(replace(loss, loss=None))
     assert sorted(with_loss.sent) == sorted(without.sent)  # the arrivals do not depend on the loss
     assert {*without.statuses.tolist()} == {"OK"}
@@ -122,6 +122,33 @@ def test_least_loaded_is_not_worse_than_round_robin() -> None:
     }
     assert p99["least loaded"] <= p99["two choices, current rows"] <= p99["round robin"]
     assert p99["least loaded"] < 0.8 * p99["round robin"]
+
+
+def test_load_reports_are_better_than_round_robin() -> None:
+    p99 = {
+        policy: simulate(two(0.8, 60.0, replicas=10, policy=policy)).since(5.0).percentile(0.99)
+        for policy in ("round robin", "load reports", "least loaded")
+    }
+    assert p99["least loaded"] < p99["load reports"] < 0.9 * p99["round robin"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "shares"),
+    [
+        ([0, 0], [1 / 2, 1 / 2]),
+        ([0, 4], [5 / 6, 1 / 6]),  # weights 1 / 0.2 and 1 / 1
+        ([1, 1, 1], [1 / 3, 1 / 3, 1 / 3]),
+        ([0, 10_000, 10_000], [30 / 32, 1 / 32, 1 / 32]),  # the mean is a third of the first weight
+    ],
+)
+def test_share_of_a_replica_is_proportional_to_its_weight(rows: list[int], shares: list[float]) -> None:
+    timeline = Timeline()
+    replicas = [Replica(timeline, ONE) for _ in rows]
+    for replica, owed in zip(replicas, rows, strict=True):
+        replica.seconds_owed = lambda owed=owed: owed / 5  # type: ignore[method-assign, misc]
+    policy = WeightedRoundRobin(random.Random(0), timeline.clock)
+    picked = [replicas.index(policy.pick(0, replicas)) for _ in range(6000)]
+    assert [picked.count(at) / len(picked) for at in range(len(rows))] == pytest.approx(shares, abs=0.01)
 
 
 def test_clients_call_all_replicas_in_turn() -> None:

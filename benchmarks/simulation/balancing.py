@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from benchmarks.simulation.replica import Replica
+from camserve_server.service.load_reports.reports import SHORTEST_INTERVAL_S, utilization
 
 
 class Policy(ABC):
@@ -34,7 +35,7 @@ class Policy(ABC):
 
 
 class RoundRobin(Policy):
-    """Each client calls all replicas in turn, from a random one on. This is the policy of the Python client."""
+    """Each client calls all replicas in turn, from a random one on."""
 
     def __init__(self, choices: random.Random, clock: Callable[[], float]) -> None:
         super().__init__(choices, clock)
@@ -47,6 +48,50 @@ class RoundRobin(Policy):
             at = self._choices.randrange(len(replicas))
         self._next[client] = at + 1
         return replicas[at % len(replicas)]
+
+
+class WeightedRoundRobin(Policy):
+    """gRPC's policy `weighted_round_robin` with the load reports of the replicas, as the Python client uses it.
+
+    A client visits the replicas in turn and skips each of them so often that its share of the calls is proportional to
+    its weight, as gRPC's static stride scheduler does it. All replicas report at the same times.
+    """
+
+    def __init__(self, choices: random.Random, clock: Callable[[], float]) -> None:
+        super().__init__(choices, clock)
+        self._visits: dict[int, int] = {}
+        self._weights: dict[int, float] = {}
+        self._reported = -1  # number of the last reports
+
+    def pick(self, client: int, replicas: Sequence[Replica]) -> Replica:
+        """Return the next replica that the client does not skip."""
+        if (number := int(self._clock() / SHORTEST_INTERVAL_S)) > self._reported:
+            self._reported = number
+            self._weights = {id(each): 1 / utilization(each.seconds_owed()) for each in replicas}
+        weights = _scaled([self._weights.get(id(each), 0.0) for each in replicas])
+        visit = self._visits.get(client)
+        if visit is None:
+            visit = self._choices.randrange(_MOST)
+        while True:
+            generation, at = divmod(visit, len(replicas))
+            visit += 1
+            if (generation * weights[at] + at * (_MOST // 2)) % _MOST >= _MOST - weights[at]:
+                self._visits[client] = visit
+                return replicas[at]
+
+
+_MOST = 65_535  # the largest weight of gRPC's scheduler
+
+
+def _scaled(weights: Sequence[float]) -> list[int]:
+    """Return weights from 1 to `_MOST`. No weight differs from the mean by more than a factor of ten.
+
+    A replica without a weight has the mean.
+    """
+    known = [weight for weight in weights if weight]
+    mean = sum(known) / len(known) if known else 1.0
+    limited = [min(max(weight or mean, mean / 10), mean * 10) for weight in weights]
+    return [max(1, round(_MOST * weight / max(limited))) for weight in limited]
 
 
 class LeastLoaded(Policy):
@@ -119,6 +164,7 @@ class TwoChoicesByPeriodicReports(Policy):
 
 POLICIES: dict[str, type[Policy]] = {
     "round robin": RoundRobin,
+    "load reports": WeightedRoundRobin,
     "two choices, own calls": TwoChoicesByOwnCalls,
     "two choices, rows in responses": TwoChoicesByResponses,
     "two choices, rows every second": TwoChoicesByPeriodicReports,

@@ -91,6 +91,10 @@ class Replica:
         """Return the rows that all admitted requests still owe."""
         return self._admission.rows_owed()
 
+    def seconds_owed(self) -> float:
+        """Return the seconds that the replica needs for the rows that it owes."""
+        return self._admission.seconds_owed(self._times.rows_per_s)
+
     def call(self, cost: MethodCost, deadline: float, reply: Callable[[Reply], None]) -> bool:
         """Send a request. `reply` is called once, unless the replica is lost first.
 

@@ -63,7 +63,7 @@ class Scenario:
     seconds: float
     curve: Callable[[float], float] = lambda time: 1.0
     replicas: int = 1
-    policy: str = "round robin"
+    policy: str = "load reports"
     clients: int = 100
     loss: ZoneLoss | None = None
     timeout_s: float = TIMEOUT_S

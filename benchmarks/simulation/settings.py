@@ -52,7 +52,7 @@ class Settings:
     shortest_s: float = 15.0
     seed: int = 0
 
-    def steady(self, load: float, replicas: int, policy: str = "round robin", clients: int = 100) -> Scenario:
+    def steady(self, load: float, replicas: int, policy: str = "load reports", clients: int = 100) -> Scenario:
         """Return a scenario with a constant rate of requests."""
         counted_s = max(self.shortest_s, self.requests / (load * self.capacity * replicas))
         return self.scenario(load, self.warm_up_s + counted_s, replicas=replicas, policy=policy, clients=clients)

@@ -55,10 +55,10 @@ def _load_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) 
     columns = [[by_load[load] for by_load in shares.values() if load in by_load] for load in settings.loads]
     spread = max((max(column) - min(column) for column in columns if column), default=0.0)
     text = (
-        f"Share of the requests with a result within {SOON_S:g} s. With round robin, each replica is a queue of its "
-        "own, so more replicas carry more requests but do not make them faster: the shares of one column differ by at "
-        f"most {100 * spread:.1f} percentage points. The scheduler runs the shortest request first, so long "
-        "methods wait."
+        f"Share of the requests with a result within {SOON_S:g} s. Each replica has a queue of its own, and a request "
+        "does not move to another one, so more replicas carry more requests but hardly make them faster: the shares of "
+        f"one column differ by at most {100 * spread:.1f} percentage points. The scheduler runs the shortest request "
+        "first, so long methods wait."
     )
     return Answer(
         text,
@@ -233,7 +233,7 @@ def _policy_scenarios(settings: Settings) -> Sequence[Scenario]:
     ]
 
 
-_OF_CLIENTS = ("round robin", "two choices, own calls", "two choices, rows in responses")
+_OF_CLIENTS = ("round robin", "load reports", "two choices, own calls", "two choices, rows in responses")
 
 
 def _policy_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) -> Answer:
@@ -292,14 +292,17 @@ def _verdict(
         shares = {load: values[policy] / values["least loaded"] - 1 for load, values in p99.items()}
         return ", ".join(f"{share:.0%} at load {load:.0%}" for load, share in shares.items())
 
+    def shares(policy: str) -> str:
+        values = {load: values[policy] / values["round robin"] for load, values in p99.items()}
+        return ", ".join(f"{share:.0%} at load {load:.0%}" for load, share in values.items())
+
     def by(clients: int) -> str:
         values = [f"{policy} {_s(by_clients[clients][policy])} s" for policy in _OF_CLIENTS]
         return f"{clients:,} {'client' if clients == 1 else 'clients'}: {', '.join(values)}"
 
     text = (
-        f"{settings.policy_replicas} replicas, 100 clients. Round robin is the policy of the Python client. Compared "
-        f"with a balancer that always knows the replica with the fewest owed rows, its p99 is longer by "
-        f"{loss('round robin')}. "
+        f"{settings.policy_replicas} replicas, 100 clients. Compared with a balancer that always knows the replica "
+        f"with the fewest owed rows, the p99 of round robin is longer by {loss('round robin')}. "
     )
     if all(values["round robin"] <= 1.2 * values["least loaded"] for values in p99.values()):
         return text + "That is at most 20 % at every load, so a better policy would bring little."
@@ -307,13 +310,17 @@ def _verdict(
         "**That is more than 20 %.** The rows of requests differ by a factor of thousands, and round robin does not "
         "know them: it queues long requests in one replica while others are idle. Short requests hardly notice, "
         "because the scheduler runs them first.\n\n"
-        "Which client policy would help: the power of two choices, which takes two random replicas and calls the one "
-        f"that owes fewer rows. With the current numbers, its p99 is longer than that of the least loaded replica by "
+        "Therefore the Python client uses gRPC's `weighted_round_robin` with **load reports**: each replica reports "
+        "four times a second how long it needs for the rows that it owes, and the share of a replica in the calls of a "
+        f"client is inversely proportional to that. Its p99 is longer than that of the least loaded replica by "
+        f"{loss('load reports')}, and it takes {shares('load reports')} of the p99 of round robin.\n\n"
+        "Other policies: the power of two choices takes two random replicas and calls the one that owes fewer rows. "
+        f"With the current numbers, its p99 is longer than that of the least loaded replica by "
         f"{loss('two choices, current rows')}; with numbers that all replicas report once per second, by "
         f"{loss('two choices, rows every second')}. A client that does not know the rows, and compares its own "
         f"unfinished calls, loses {loss('two choices, own calls')}; one that compares the numbers in the last "
-        f"responses of the replicas loses {loss('two choices, rows in responses')}. These two help if few clients send "
-        f"all requests (p99 at load {_middle(settings):.0%}; {by(min(by_clients))}; "
+        f"responses of the replicas loses {loss('two choices, rows in responses')}. The last two help if few clients "
+        f"send all requests (p99 at load {_middle(settings):.0%}; {by(min(by_clients))}; "
         f"{by(max(by_clients))}). A proxy in front of the replicas is such a single client."
     )
 
