@@ -6,7 +6,8 @@ import json
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,3 +62,13 @@ def deployed(cluster: Cluster, folder: Path, config: str, *options: str) -> Iter
         found = re.fullmatch(r"camserve is ready on (\S+), serving .*\n", ready)
         assert found, ready + process.stderr.read()
         yield Deployment(process, found[1], cluster)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition is true."""
+    pause = threading.Event()
+    for _ in range(int(LIMIT_S / 0.1)):
+        if condition():
+            return
+        pause.wait(0.1)
+    raise AssertionError("the condition did not become true")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,9 +23,9 @@ from camserve_server.config import Config
 from camserve_server.service.call import ADMITTED
 from camserve_server.service.listeners import SERVICE
 from tests.conftest import serving
-from tests.processes import LIMIT_S, patient_client
+from tests.processes import patient_client
 from tests.ray.cluster import cluster
-from tests.ray.serving import Deployment, deployed
+from tests.ray.serving import Deployment, deployed, wait_until
 from tests.server.service.frontends.test_calls import (
     EVALUATE,
     EXPLAIN,
@@ -84,15 +84,6 @@ def stubs(ray_serve: Deployment) -> Iterator[Stubs]:
         grpc.insecure_channel(server.address) as ours,
     ):
         yield ExplainServiceStub(theirs), ExplainServiceStub(ours)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(int(LIMIT_S / 0.1)):
-        if condition():
-            return
-        pause.wait(0.1)
-    raise AssertionError("the condition did not become true")
 
 
 @pytest.mark.parametrize("rpc", ["Explain", "ExplainStream"])

@@ -26,6 +26,8 @@ PROXY_SERVICES = "camserve_ray.serving.proxy:add_services"
 _MOST_CALLS = 10_000
 # Rows that a replica may owe. A GPU works through some 25,000 in the time in which a CPU works through 5,000.
 _ROWS_OF_CPU, _ROWS_OF_GPU = 5_000, 25_000
+# Rows owed are known work, so a shorter delay than Serve's 30 s suffices before replicas are added.
+_UPSCALE_S = 5
 # Settings of the server that have no effect in a replica.
 _IGNORED = ("health_listen", "metrics_listen", "admin_listen")
 
@@ -83,7 +85,11 @@ def application(config: Config, scale: Scale) -> serve.Application:
         make_policy: Any = AutoscalingPolicy
         policy = make_policy(policy_function=RowsOwed, policy_kwargs={"rows_per_replica": rows})
         least, most = scale.replicas
-        options = {"autoscaling_config": AutoscalingConfig(min_replicas=least, max_replicas=most, policy=policy)}
+        options = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=least, max_replicas=most, policy=policy, upscale_delay_s=_UPSCALE_S, look_back_period_s=10
+            )
+        }
     make_router: Any = RequestRouterConfig
     deployment = serve.deployment(
         Replica,
