@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,13 @@ import camserve
 from camserve.batches import Variant
 from camserve_ray import bulk
 from camserve_server.config import Config, ModelConfig
-from tests.client.fake_server import wait_until
 from tests.conftest import serving
 from tests.processes import LIMIT_S, environment
 from tests.ray.cluster import Node, cluster
 from tests.ray.held_net import FOLDER
 from tests.ray.test_bulk_engine import encoded, write_parquet, write_tar
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 METHODS = ("grad-cam", "opti-cam:steps=2")
 METRICS = ("insertion", "average-drop")
@@ -81,6 +82,14 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     """Return the rows of an output folder; empty if there are none."""
     parts = sorted((out / "scores").glob("part-*.parquet"))
     return [row for part in parts for row in parquet.read_table(part).to_pylist()]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds. On a busy machine, a cluster and its engines need minutes to start."""
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
+        time.sleep(0.05)
 
 
 class Hold:

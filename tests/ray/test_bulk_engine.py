@@ -319,7 +319,7 @@ def test_mistakes_are_found_before_a_cluster_is_needed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "cpus", "nodes", "expected"),
     [
-        ({}, None, [{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 4}, {"CPU": 64}], Placement(8, 1, 1)),
+        ({}, None, [{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 4}, {"CPU": 64}], Placement(8, 0, 1)),
         ({"device": "cpu"}, None, [{"CPU": 8, "GPU": 4}, {"CPU": 64}], Placement(18, 4, 0)),
         ({}, None, [{"CPU": 2}, {"CPU": 9}], Placement(5, 2, 0)),
         ({"threads": 3}, None, [{"CPU": 2}, {"CPU": 9}], Placement(3, 3, 0)),

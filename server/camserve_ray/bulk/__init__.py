@@ -132,7 +132,21 @@ def start(
     in_flight: int,
     cpus_per_engine: int | None,
 ) -> BulkRun:
-    """Prepare a run. The arguments are those of `evaluate`, and images with targets and boxes of their own.
+    """Prepare a run of images with targets and boxes of their own.
+
+    Args:
+        images: The images.
+        out: Folder for the output.
+        methods: The methods, with distinct labels.
+        metrics: Names of metrics that score each map.
+        models: Names of models of the configuration. Empty selects the first one.
+        config: Configuration of a server, or its TOML file. None selects the embedded model.
+        budget: Maximum number of rows for each map, metrics included. None means no limit.
+        maps: True to save the maps.
+        image_column: Column of Parquet files with the encoded images.
+        address: HOST:PORT of the cluster, "auto" or "local".
+        in_flight: Number of images that an engine evaluates at the same time, at least 1.
+        cpus_per_engine: CPUs of each engine, if the cluster has no GPUs.
 
     Returns:
         The run. `results` evaluates the images. The caller closes it.

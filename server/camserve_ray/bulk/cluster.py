@@ -25,7 +25,7 @@ class Placement:
 
     Attributes:
         engines: Number of engines.
-        cpus: CPUs of each engine.
+        cpus: CPUs of each engine; 0 for engines on GPUs.
         gpus: GPUs of each engine, 0 or 1.
     """
 
@@ -80,7 +80,7 @@ def place(config: Config, cpus_per_engine: int | None, nodes: Sequence[Mapping[s
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = sum(int(each.get("GPU", 0)) for each in alive)
     if gpus and config.device != "cpu":
-        return Placement(gpus, cpus=1, gpus=1)
+        return Placement(gpus, cpus=0, gpus=1)
     if config.device.startswith("cuda"):
         raise InvalidArgument(
             'the run needs GPUs, but no node of the cluster has one; add a node, or set device = "cpu" in the '

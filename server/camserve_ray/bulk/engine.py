@@ -26,13 +26,12 @@ from camserve_server.errors import CamserveError, ConfigError, InternalError, de
 from camserve_server.service.in_process import InProcessService
 from camserve_server.service.logs import log_to_stderr
 from camserve_server.torch_setup.allocator import keep_memory
-from camserve_server.torch_setup.device import pick_device
 
 __all__ = ["CHUNK", "RESULT", "BulkEngine", "BulkSpec", "Chunk", "ImageEvaluator", "Refused"]
 
 # Columns of the data sets that Ray passes to the engines and back. Their values are pickled.
 CHUNK, RESULT = "chunk", "result"
-# Not each result alone, because Ray Data needs about a millisecond for each batch that the driver receives.
+# Not each result alone, because the driver receives only some tens of batches a second from Ray Data.
 RESULTS_EVERY_S = 1.0
 ENGINE_FAILURE_S = 1.0
 
@@ -109,6 +108,9 @@ class ImageEvaluator:
             self.refused = Refused(str(error))
         except CamserveError as error:
             self.refused = Refused(error.message, error.field)
+        except Exception as error:  # Ray would start the engine again and again
+            log.exception("the engine cannot start")
+            self.refused = Refused(f"the engines cannot start: {describe(error)}; correct the cause")
 
     def results(self, chunk: Chunk) -> Iterator[list[Row]]:
         """Evaluate the images of a chunk at the same time, and yield the finished rows every second."""
@@ -175,7 +177,7 @@ class BulkEngine:
 
     def __init__(self, config: Config, spec: BulkSpec) -> None:
         log_to_stderr(config)
-        if pick_device(config.device).type == "cpu":
+        if config.device == "cpu":
             keep_memory()
         self._evaluator = ImageEvaluator(config, spec)
         # An engine whose thread has failed answers nothing any more. The run continues on other engines.
@@ -191,8 +193,11 @@ class BulkEngine:
 
 
 def _batch(results: Sequence[Row | Refused]) -> dict[str, NDArray[Any]]:
-    """Return a batch that contains pickled results."""
-    return {RESULT: np.array([pickle.dumps(each) for each in results], dtype=object)}
+    """Return a batch of one row, which contains the pickled results.
+
+    Ray Data passes each row to the driver on its own, which takes more time than a small result.
+    """
+    return {RESULT: np.array([pickle.dumps(results)], dtype=object)}
 
 
 def _text(error: Exception) -> tuple[str, str]:

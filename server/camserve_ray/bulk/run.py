@@ -127,9 +127,18 @@ class BulkRun:
                             f"the engines ended {losses} times without a result, and {len(self._missing)} maps are "
                             f"missing; the logs of Ray contain the cause: {error}"
                         ) from error
+                else:
+                    assert not self._missing, "a pass without an error returns all rows"
 
     def rows(self, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """Return columns of all rows that are on disk."""
+        """Write the rows that are not on disk yet, and return columns of all rows.
+
+        Args:
+            columns: Names of the columns.
+
+        Returns:
+            A mapping from names to values for each row.
+        """
         self._output.flush()
         return self._output.rows(columns)
 
@@ -200,12 +209,12 @@ class BulkRun:
                     max_concurrent_calls_per_actor=CHUNKS_AT_A_TIME,
                     enable_true_multi_threading=True,
                 ),
-                num_cpus=placement.cpus,
-                num_gpus=placement.gpus,
+                num_cpus=placement.cpus or None,
+                num_gpus=placement.gpus or None,
                 **no_restart,
             )
             for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-                for result in map(pickle.loads, batch[RESULT]):
+                for result in itertools.chain.from_iterable(map(pickle.loads, batch[RESULT])):
                     if isinstance(result, Refused):
                         raise InvalidArgument(result.message, field=result.field)
                     if self._missing.pop(rows.key(result.values), None) is not None:
@@ -214,7 +223,7 @@ class BulkRun:
 
     def _engine_config(self, placement: Placement) -> Config:
         """Return the configuration of an engine, which has as many threads as CPUs unless it uses a GPU."""
-        threads = self._config.threads or (None if placement.gpus else placement.cpus)
+        threads = self._config.threads or (placement.cpus or None)
         return self._config.model_copy(update={"threads": threads})
 
 
