@@ -18,6 +18,7 @@ MODULES = (
     "camserve",
     "camserve.aio",
     "camserve_dicom",
+    "camserve_ray.bulk",
     "camserve_server.registry",
     "camserve_server.plan",
     "camserve_server.rows",
