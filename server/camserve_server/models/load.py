@@ -31,7 +31,7 @@ from camserve_server.models.probe import ProbeResult, probe
 from camserve_server.models.remote import NO_ACTIVATIONS, NO_GRADIENTS, warnings_about
 from camserve_server.models.sources import build_network, with_channels_of_first_convolution, with_network_defaults
 from camserve_server.models.throughput import Throughput
-from camserve_server.torch_setup.arithmetic import gpu_arithmetic
+from camserve_server.torch_setup.arithmetic import full_precision
 
 log = structlog.get_logger()
 
@@ -49,7 +49,7 @@ _DTYPES: dict[Precision, torch.dtype] = {
 FP16_TOLERANCE = 0.03
 
 
-@gpu_arithmetic(tf32=False)
+@full_precision()
 def load(config: ModelConfig, device: torch.device) -> Model:
     """Load the model that a configuration describes.
 

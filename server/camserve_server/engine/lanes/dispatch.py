@@ -11,6 +11,7 @@ cores, the waits of libgomp block in the kernel, and the process loses a third o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ def run_batch(model: Model, lane: Lane, slices: Sequence[BatchSlice], size: int)
         size: Number of rows of the batch; padding rows fill it up.
     """
     try:
-        with gpu_arithmetic(tf32=model.precision == "tf32"):
+        # Another server computes the rows of a remote model. Engines of this machine must not wait for it.
+        with nullcontext() if model.remote else gpu_arithmetic(tf32=model.precision == "tf32"):
             _RUN[lane.kind](model, slices, size)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
