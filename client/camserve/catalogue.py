@@ -53,7 +53,7 @@ class Model:
         layers: Default layers of methods that use several layers, from fine to coarse.
         layer: Name of the default layer of methods that use one layer.
         precision: Default arithmetic, such as "fp32".
-        device: Device of the model.
+        device: Kind of device, such as "cpu" or "cuda".
         batch_sizes: Batch size of each kind of lane.
         methods: Names of the methods that the model supports.
         random_weights: True if the configuration requests random weights.
@@ -66,6 +66,7 @@ class Model:
         unavailable: Kinds of passes that the network cannot run ("gradient" or "ascend"), with the reason. Methods that
             need them are not in `methods`.
         warnings: Sentences about limitations with which the model is served, such as a batch size of 1.
+        devices: Names of the devices that hold the model. Empty if the server has one device.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Model:
     precisions: tuple[str, ...]
     unavailable: dict[str, str]
     warnings: tuple[str, ...]
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

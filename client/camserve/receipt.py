@@ -39,6 +39,8 @@ class Receipt:
         budget: Number of rows after which a budget or a deadline stopped the method early; 0 if it was not stopped.
         input_digest: "sha256:…" of the model's input, float32 [C, H, W] in little-endian order.
         map_digests: "sha256:…" of each map, float32 [H, W] in little-endian order.
+        device_name: Name of the device that computed the maps, such as "cuda:1", if the server has several. The maps do
+            not depend on it.
     """
 
     request_id: str
@@ -57,6 +59,7 @@ class Receipt:
     budget: int
     input_digest: str
     map_digests: tuple[str, ...]
+    device_name: str = ""
 
     def to_json(self) -> str:
         """Return the receipt as a JSON object."""
@@ -93,7 +96,7 @@ class Receipt:
 
 
 def differences(then: Receipt, now: Receipt) -> dict[str, tuple[Any, Any]]:
-    """Return the differences between two receipts, request ids excluded.
+    """Return the differences between two receipts, without the request ids and the names of devices.
 
     Args:
         then: The earlier receipt.
@@ -109,7 +112,7 @@ def differences(then: Receipt, now: Receipt) -> dict[str, tuple[Any, Any]]:
 
 def _flat_entries(receipt: Receipt) -> dict[str, Any]:
     fields = vars(receipt) | {"map_digests": dict(zip(receipt.targets, receipt.map_digests, strict=False))}
-    del fields["request_id"]
+    del fields["request_id"], fields["device_name"]
     entries: dict[str, Any] = {}
     for name, value in fields.items():
         entries |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}

@@ -151,7 +151,7 @@ def model_table(models: Sequence[Model], methods: Sequence[Method]) -> Table:
         description = [
             model.source + (", random weights" if model.random_weights else ""),
             f"{model.state}; {model.input_channels} × {height} × {width} → {model.classes:,} classes, {model.head}",
-            f"{', '.join(model.precisions)} on {model.device}",
+            f"{', '.join(model.precisions)} on {', '.join(model.devices) or model.device}",
             served_methods(model, methods),
             model.digest,
             *(f"no {kind} passes: {reason}" for kind, reason in sorted(model.unavailable.items())),

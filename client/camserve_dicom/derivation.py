@@ -187,8 +187,8 @@ class Derivation:
     def receipt_json(self) -> str:
         """The receipt as JSON, without the request id, and without batch sizes and device, which servers choose."""
         receipt = json.loads(self.explanation.receipt.to_json())
-        for name in ("request_id", "batch_sizes", "device"):
-            del receipt[name]
+        for name in ("request_id", "batch_sizes", "device", "device_name"):
+            receipt.pop(name, None)
         return json.dumps(receipt, sort_keys=True)
 
 

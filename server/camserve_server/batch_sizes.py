@@ -27,14 +27,9 @@ log = structlog.get_logger()
 
 
 class BatchSizes:
-    """The batch sizes that a load does not need to measure. All methods belong to the event loop.
+    """The batch sizes that a load does not need to measure. All methods belong to the event loop."""
 
-    Args:
-        engine: Runs the measurements between the batches of requests.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self) -> None:
         self._measured: dict[tuple[str, str, str], dict[LaneKind, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -44,21 +39,22 @@ class BatchSizes:
             return dict.fromkeys(get_args(LaneKind), settings.batch_size)
         return self._measured.get(_key(model), {})
 
-    def measure_later(self, settings: ModelConfig, model: Model, users: ModelUsers) -> None:
+    def measure_later(self, settings: ModelConfig, model: Model, engine: Engine, users: ModelUsers) -> None:
         """Measure the model again when the machine is idle, unless its batch sizes are known.
 
         Args:
             settings: The configuration of the model.
             model: The model. It can be unloaded in the meantime, which ends the measurement.
+            engine: Runs the measurements between the batches of requests.
             users: The requests that use the model; a measurement counts as one of them.
         """
         for each in model.precisions.values():
             if not self.known(settings, each):
-                task = asyncio.create_task(self._measure(weakref.ref(each), users))
+                task = asyncio.create_task(self._measure(weakref.ref(each), engine, users))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
-    async def _measure(self, reference: weakref.ref[Model], users: ModelUsers) -> None:
+    async def _measure(self, reference: weakref.ref[Model], engine: Engine, users: ModelUsers) -> None:
         wait_s, idle = FIRST_WAIT_S, False
         while not idle:
             await asyncio.sleep(wait_s)
@@ -66,21 +62,21 @@ class BatchSizes:
             model = reference()
             if model is None:
                 return
-            if not self._engine.rows_owed():
-                idle = await self._measure_now(model, users)
+            if not engine.rows_owed():
+                idle = await self._measure_now(model, engine, users)
             del model
 
-    async def _measure_now(self, model: Model, users: ModelUsers) -> bool:
+    async def _measure_now(self, model: Model, engine: Engine, users: ModelUsers) -> bool:
         """Measure a model. Return True if the machine was idle, so that the result counts."""
         started, sizes = time.monotonic(), dict[LaneKind, int]()
         leave = users.join()
         try:
-            await asyncio.wrap_future(self._engine.run_between_batches(measure_steps(model, {}, sizes)))
-        except CamserveError:  # the server shuts down
+            await asyncio.wrap_future(engine.run_between_batches(measure_steps(model, {}, sizes)))
+        except CamserveError:  # the server shuts down, or the device has failed
             return True
         finally:
             leave()
-        if self._engine.machine_was_busy(started):
+        if engine.machine_was_busy(started):
             return False
         self._measured[_key(model)] = sizes
         log.info(

@@ -6,6 +6,7 @@ environment variable, and an environment variable overrides the file.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,6 +27,19 @@ Listener = Annotated[str, AfterValidator(require_listener)]
 def embedded_model() -> ModelConfig:
     """Return the configuration of the default model, EfficientNet-Lite0 with its ImageNet weights."""
     return ModelConfig(name="efficientnet-lite0", source="embedded:efficientnet-lite0")
+
+
+def _require_device(value: str) -> str:
+    match = re.fullmatch(r"auto|all|cpu|cuda|(cuda|cpu):(\d+(?:,\d+)*)", value)
+    numbers = [int(each) for each in match[2].split(",")] if match and match[2] else []
+    if match is None or (match[1] == "cpu" and len(numbers) == 1):
+        raise ValueError(
+            f'{value!r} is not a device; expected "auto", "cpu", "cuda", "all" for all GPUs, one or several GPUs such '
+            'as "cuda:0" or "cuda:0,1", or several engines on the CPU such as "cpu:0,1"'
+        )
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{value!r} names a device twice; name each device once")
+    return value
 
 
 class Config(BaseSettings):
@@ -64,11 +78,13 @@ class Config(BaseSettings):
         bool, Field(description="Serve the Open Inference Protocol, for clients of Triton and KServe.")
     ] = True
     device: Annotated[
-        str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto selects a GPU if torch finds one.")
+        str,
+        AfterValidator(_require_device),
+        Field(description="auto selects a GPU if torch finds one; cuda:0,1 and all use several."),
     ] = "auto"
     models: Annotated[list[ModelConfig], Field(description="Models to serve; the embedded model if omitted.")] = []
     threads: Annotated[
-        int | None, Field(ge=1, description="CPU threads of the engine; the default of torch if omitted.")
+        int | None, Field(ge=1, description="CPU threads of each engine; the default of torch if omitted.")
     ] = None
     batch_invariant: Annotated[
         bool, Field(description="Pad every batch to its lane's size, so that a map does not depend on other requests.")

@@ -1,7 +1,8 @@
 """The pool of configured models: it leases them to requests, loads them, and unloads them to make room.
 
-All methods run on the event loop. A separate thread reads the weights, and the thread of the model's engine measures
-batch sizes. A remote model has an engine of its own, from its load to its last request.
+All methods run on the event loop. A separate thread reads the weights and copies them to further devices, and the
+thread of each device's engine warms its copy up. A remote model has an engine of its own, from its load to its last
+request.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -20,61 +21,52 @@ import torch
 from camserve_server.batch_sizes import BatchSizes
 from camserve_server.config import Config, ModelConfig
 from camserve_server.engine.engine import Engine
+from camserve_server.engine.outcomes import shut_down
 from camserve_server.engine.warmup import warm_up_steps
 from camserve_server.engines import Engines
-from camserve_server.errors import CamserveError, ConfigError, InvalidArgument, NotFound, OutOfMemory, Unservable
+from camserve_server.errors import (
+    CamserveError,
+    ConfigError,
+    InvalidArgument,
+    NotFound,
+    OutOfMemory,
+    Unavailable,
+    Unservable,
+)
+from camserve_server.models.copies import copied
 from camserve_server.models.factories import check_code
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
-from camserve_server.pool_entries import LoadedModel, Loads, ModelEntry, ModelUsers, State
+from camserve_server.pool_entries import Lease, LoadedModel, Loads, ModelEntry, ModelUsers, Replica, State
 from camserve_server.torch_setup.threads import in_own_thread
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
-class Lease:
-    """A model that stays loaded until the lease is released.
-
-    Attributes:
-        model: The model.
-        settings: The configuration with which the model was loaded.
-        engine: Runs the plans of requests for the model.
-        release: Ends the lease; further calls have no effect.
-    """
-
-    model: Model
-    settings: ModelConfig
-    engine: Engine
-    release: Callable[[], None]
-
-
 class ModelPool:
     """Leases the configured models, and loads them again after they have made room for others.
 
-    The weights of all loaded models take at most `max_model_bytes` of the configuration. When a model does not fit, the
-    least recently used ones are unloaded after their running requests. Models are loaded one at a time. All methods
-    belong to the event loop.
+    The weights of all loaded models take at most `max_model_bytes` of the configuration on each device. When a model
+    does not fit, the least recently used ones are unloaded after their running requests. Models are loaded one at a
+    time. All methods belong to the event loop.
 
     Args:
         config: The configuration of the server.
-        engines: Run the plans of requests and measure the batch sizes of new models.
-        device: Holds the weights.
+        engines: Run the plans of requests and warm up new models.
 
     Attributes:
         loads: The counters of each model by its name.
     """
 
-    def __init__(self, config: Config, engines: Engines, device: torch.device) -> None:
+    def __init__(self, config: Config, engines: Engines) -> None:
         self.loads: dict[str, Loads] = {}
         self._config = config
         self._engines = engines
-        self._device = device
         self._entries = {settings.name: ModelEntry(settings) for settings in config.models}
         self._leases = itertools.count(1)
         self._one_at_a_time = asyncio.Lock()
-        self._batch_sizes = BatchSizes(engines.common)
+        self._batch_sizes = BatchSizes()
 
     async def load_all(self) -> None:
         """Load the configured models in their order, as many as fit.
@@ -123,7 +115,7 @@ class ModelPool:
         try:
             loaded = loaded or await self._load_once(entry)
             loaded.used_at = next(self._leases)
-            lease = Lease(loaded.model, loaded.settings, loaded.engine, leave)
+            lease = Lease(loaded.replicas, loaded.settings, leave)
             del loaded
             yield lease
         except ConfigError as error:
@@ -250,7 +242,11 @@ class ModelPool:
         return loaded
 
     async def _read(self, settings: ModelConfig) -> Model:
-        model = await self._counted(settings, in_own_thread(lambda: load(settings, self._device)))
+        everywhere = zip(self._engines.local, self._engines.devices.values(), strict=True)
+        engine, device = next(iter((*self._engines.working().items(), *everywhere)))
+        model = await self._counted(settings, in_own_thread(lambda: load(settings, device)))
+        for each in model.precisions.values():
+            each.device_name = "" if each.remote else engine.device
         if model.weight_bytes > self._max_bytes:
             raise ConfigError(
                 f"max_model_bytes: {settings.name} alone has {model.weight_bytes} bytes of weights, but the limit is "
@@ -259,33 +255,61 @@ class ModelPool:
         return model
 
     async def _warm(self, settings: ModelConfig, model: Model, users: ModelUsers) -> LoadedModel:
-        common, remote = self._engines.common, model.remote
-        engine = self._engines.start_remote(settings.name, remote.connection) if remote else common
-
-        async def warm() -> None:
-            for each in model.precisions.values():
-                steps = warm_up_steps(each, self._batch_sizes.known(settings, each))
-                await asyncio.wrap_future(engine.run_between_batches(steps))
-
-        started = time.monotonic()
+        """Copy a model to the other devices, and warm up all copies, one after the other."""
+        started, engine = time.monotonic(), self._engine_of(model, settings)
         try:
-            await self._counted(settings, warm())
+            replicas = [Replica(model, engine)]
+            if engine.device:
+                replicas += await self._counted(settings, in_own_thread(partial(self._copies, model)))
+            for replica in [*replicas]:
+                if not await self._counted(settings, self._warm_up(settings, replica)):
+                    replicas.remove(replica)
+            if not replicas:
+                raise shut_down()
         except BaseException:
             await asyncio.to_thread(self._engines.close_remote, engine)
             raise
-        if engine is common and engine.machine_was_busy(started):
-            self._batch_sizes.measure_later(settings, model, users)
+        if not model.remote and engine.machine_was_busy(started):
+            self._batch_sizes.measure_later(settings, model, engine, users)
         self.loads[settings.name].done += 1
+        devices = tuple(replica.engine.device for replica in replicas if replica.engine.device)
+        for replica in replicas:
+            for each in replica.model.precisions.values():
+                each.devices = devices
         for each in model.precisions.values():
             log.info(
                 "loaded",
                 model=settings.name,
                 precision=each.precision,
                 digest=each.digest,
-                device=self._device.type,
+                device=", ".join(devices) or model.device.type,
                 batch_sizes=each.batch_sizes,
             )
-        return LoadedModel(model, settings, engine, model.weight_bytes, users)
+        return LoadedModel(replicas, settings, model.weight_bytes, users)
+
+    def _engine_of(self, model: Model, settings: ModelConfig) -> Engine:
+        """Return the engine of the device that holds a model, or a new one for a remote model."""
+        if model.remote:
+            return self._engines.start_remote(settings.name, model.remote.connection)
+        return next(each for each in self._engines.local if each.device == model.device_name)
+
+    def _copies(self, model: Model) -> list[Replica]:
+        """Copy a model to all other devices that work."""
+        others = [each for each in self._engines.working().items() if each[0].device != model.device_name]
+        return [Replica(copied(model, device, engine.device), engine) for engine, device in others]
+
+    async def _warm_up(self, settings: ModelConfig, replica: Replica) -> bool:
+        """Warm a replica up. Return False if its device has failed, and the server may have others."""
+        try:
+            for each in replica.model.precisions.values():
+                # The first replica measures. The others have its sizes, so that all devices give the same bits.
+                known = {**each.batch_sizes} or self._batch_sizes.known(settings, each)
+                await asyncio.wrap_future(replica.engine.run_between_batches(warm_up_steps(each, known)))
+        except Unavailable:
+            if replica.engine.device and not replica.engine.working:
+                return False
+            raise
+        return True
 
     async def _counted(self, settings: ModelConfig, work: Coroutine[Any, Any, T]) -> T:
         """Await a part of a load, count its time and its failure. Raises ConfigError or CamserveError."""
@@ -329,11 +353,13 @@ class ModelPool:
         while removed:
             await removed[-1].users.all_left()
             loaded = removed.pop()
-            await asyncio.to_thread(self._engines.close_remote, loaded.engine)
+            await asyncio.to_thread(self._engines.close_remote, loaded.replicas[0].engine)
             log.info("unloaded", model=loaded.model.name, digest=loaded.model.digest)
             del loaded
-        if self._device.type == "cuda":
-            await asyncio.wrap_future(self._engines.common.run_between_batches(_empty_cache()))
+        for engine, device in self._engines.working().items():
+            if device.type == "cuda":
+                with contextlib.suppress(Unavailable):  # the device fails, or the server shuts down
+                    await asyncio.wrap_future(engine.run_between_batches(_empty_cache()))
 
 
 def _empty_cache() -> Iterator[None]:

@@ -1,14 +1,15 @@
-"""Models of the pool in memory, their users, and counters of loads. All methods run on the event loop."""
+"""Models of the pool in memory, their users and leases, and counters of loads. All methods run on the event loop."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from camserve_server.config import ModelConfig
 from camserve_server.engine.engine import Engine
+from camserve_server.engine.outcomes import shut_down
 from camserve_server.models.model import Model
 
 State = Literal["ready", "waiting", "unloaded"]
@@ -57,19 +58,66 @@ class ModelUsers:
             await self._one_left.wait()
 
 
+@dataclass(frozen=True, eq=False)
+class Replica:
+    """A copy of a model on one device, and the engine of the device."""
+
+    model: Model
+    engine: Engine
+
+
 @dataclass(eq=False)
 class LoadedModel:
-    """A model in memory, the settings with which it was loaded, and its engine.
+    """A model in memory, with a replica on each device, and the settings with which it was loaded.
 
     `used_at` numbers the latest lease, in the order of all leases.
     """
 
-    model: Model
+    replicas: Sequence[Replica]
     settings: ModelConfig
-    engine: Engine
     weight_bytes: int
     users: ModelUsers
     used_at: int = 0
+
+    @property
+    def model(self) -> Model:
+        """The model on its first device."""
+        return self.replicas[0].model
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """A model that stays loaded until the lease is released.
+
+    Attributes:
+        replicas: The model on each device, with the engine that runs the plans of requests there.
+        settings: The configuration with which the model was loaded.
+        release: Ends the lease; further calls have no effect.
+    """
+
+    replicas: Sequence[Replica]
+    settings: ModelConfig
+    release: Callable[[], None]
+
+    @property
+    def model(self) -> Model:
+        """The model on its first device, for everything that does not depend on the device."""
+        return self.replicas[0].model
+
+    def least_busy(self) -> Replica:
+        """Return the replica on the working device that owes the fewest rows, the first one of equal ones.
+
+        Reserve the rows of a request before the event loop runs other tasks, which would choose the same device.
+
+        Raises:
+            Unavailable: No device of the model works any more, or the server shuts down.
+        """
+        if len(self.replicas) == 1:  # the engine itself refuses requests if it does not work
+            return self.replicas[0]
+        working = [each for each in self.replicas if each.engine.working]
+        if not working:
+            raise shut_down()
+        return min(working, key=lambda each: each.engine.rows_owed())
 
 
 @dataclass(eq=False)

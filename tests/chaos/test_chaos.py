@@ -1,7 +1,8 @@
 """Two replicas under a steady load from several client processes.
 
 Meanwhile one replica is killed, one is drained, a third of the requests is cancelled, a tenth is hostile, and the queue
-of one replica is filled. If replicas have several front ends, one of them is killed, too. The test requires:
+of one replica is filled. If replicas have several front ends, one of them is killed, too. One variant has replicas with
+two engines each. The test requires:
 
 - Each request ends with an answer or with a documented error.
 - Each answer is bitwise equal to the answer to the same request alone.
@@ -45,7 +46,7 @@ CONFIG = """
 listen = "127.0.0.1:{port}"
 metrics_listen = "127.0.0.1:{metrics}"
 frontends = {frontends}
-device = "cpu"
+device = "{device}"
 threads = 1
 grace_s = 120.0
 max_rows_owed = 1500
@@ -81,10 +82,12 @@ def free_port() -> int:
 class Replica:
     """A server process that can be killed, drained and started again on its port."""
 
-    def __init__(self, folder: Path, number: int, frontends: int) -> None:
+    def __init__(self, folder: Path, number: int, frontends: int, device: str) -> None:
         self.port, self.metrics_port = free_port(), free_port()
         self._config = folder / f"{number}.toml"
-        self._config.write_text(CONFIG.format(port=self.port, metrics=self.metrics_port, frontends=frontends))
+        self._config.write_text(
+            CONFIG.format(port=self.port, metrics=self.metrics_port, frontends=frontends, device=device)
+        )
         self._log = folder / f"{number}.log"
         self.start()
 
@@ -173,13 +176,13 @@ class Caller:
             self._reader.join()
 
 
-@pytest.fixture(params=[1, 2], ids=["one process", "two front ends"])
+@pytest.fixture(params=[(1, "cpu"), (2, "cpu"), (1, "cpu:0,1")], ids=["one process", "two front ends", "two devices"])
 def replicas(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[list[Replica]]:
     save_file(nets.tiny_cnn(seed=5).state_dict(), tmp_path / "tiny.safetensors")
     with ExitStack() as ends:
         started = []
         for number in range(2):
-            started.append(Replica(tmp_path, number, request.param))
+            started.append(Replica(tmp_path, number, *request.param))
             ends.callback(started[-1].end, signal.SIGKILL)
         for replica in started:
             replica.wait_until_ready()

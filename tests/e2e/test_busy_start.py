@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import torch
 from structlog.testing import capture_logs
 from torch import Tensor, nn
 
@@ -94,9 +93,9 @@ def test_batch_sizes_are_measured_again_for_the_next_load(monkeypatch: pytest.Mo
 
     async def life() -> None:
         engines = Engines(config)
-        engines.common.start()
+        engines.start()
         try:
-            models = ModelPool(config, engines, torch.device("cpu"))
+            models = ModelPool(config, engines)
             await models.load_all()
             monkeypatch.setitem(warmup.SIZES, "cpu", (4,))
             async with models.lease("tiny") as lease, asyncio.timeout(LIMIT_S):

@@ -16,7 +16,6 @@ import grpc
 import numpy as np
 import pytest
 import skimage.data
-import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
@@ -385,8 +384,8 @@ def test_cancelled_wait_for_a_model_blocks_no_other(tmp_path: Path, ticks: int) 
 
     async def main() -> None:
         engines = Engines(config)
-        engines.common.start()
-        pool = ModelPool(config, engines, torch.device("cpu"))
+        engines.start()
+        pool = ModelPool(config, engines)
         try:
             await pool.load_all()
             waiting = asyncio.create_task(use(pool, "b"))

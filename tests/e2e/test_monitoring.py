@@ -232,7 +232,7 @@ def test_all_metrics_are_documented(watched: Server, client: camserve.Client) ->
     missing = {
         name
         for name in described.keys() - exported.keys()
-        if not name.startswith(("camserve_device_memory_", "camserve_frontend", "camserve_cache"))
+        if not name.startswith(("camserve_device_", "camserve_frontend", "camserve_cache"))
     }
     assert not missing
     assert torch.cuda.is_available() or not [name for name in exported if "device_memory" in name]

@@ -858,6 +858,7 @@ class Receipt(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     INPUT_DIGEST_FIELD_NUMBER: _builtins.int
     MAP_DIGESTS_FIELD_NUMBER: _builtins.int
+    DEVICE_NAME_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name of the request."""
     model: _builtins.str
@@ -882,6 +883,10 @@ class Receipt(_message.Message):
     """
     input_digest: _builtins.str
     """"sha256:…" of the model's input after preprocessing: float32 [C, H, W], little-endian."""
+    device_name: _builtins.str
+    """Name of the device that computed the maps, such as "cuda:1", if the server has several. The maps do not depend on
+    it. Empty if the server has one device.
+    """
     @_builtins.property
     def parameters(self) -> _struct_pb2.Struct:
         """All parameters of the method, default values included."""
@@ -929,10 +934,11 @@ class Receipt(_message.Message):
         budget: _builtins.int = ...,
         input_digest: _builtins.str = ...,
         map_digests: _abc.Iterable[_builtins.str] | None = ...,
+        device_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "device", b"device", "input_digest", b"input_digest", "layers", b"layers", "map_digests", b"map_digests", "method", b"method", "model", b"model", "model_digest", b"model_digest", "parameters", b"parameters", "precision", b"precision", "preprocessing", b"preprocessing", "request_id", b"request_id", "seed", b"seed", "targets", b"targets", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "budget", b"budget", "device", b"device", "device_name", b"device_name", "input_digest", b"input_digest", "layers", b"layers", "map_digests", b"map_digests", "method", b"method", "model", b"model", "model_digest", b"model_digest", "parameters", b"parameters", "precision", b"precision", "preprocessing", b"preprocessing", "request_id", b"request_id", "seed", b"seed", "targets", b"targets", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1333,6 +1339,7 @@ class Model(_message.Message):
     PRECISIONS_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model in requests."""
     source: _builtins.str
@@ -1397,6 +1404,10 @@ class Model(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Sentences about limitations with which the model is served, such as a batch size of 1."""
 
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the devices that hold the model, such as "cuda:0" and "cuda:1". Empty if the server has one device."""
+
     def __init__(
         self,
         *,
@@ -1420,10 +1431,11 @@ class Model(_message.Message):
         precisions: _abc.Iterable[_builtins.str] | None = ...,
         unavailable: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "classes", b"classes", "device", b"device", "digest", b"digest", "head", b"head", "input_channels", b"input_channels", "input_size", b"input_size", "labels", b"labels", "layer", b"layer", "layers", b"layers", "methods", b"methods", "name", b"name", "named_layers", b"named_layers", "precision", b"precision", "precisions", b"precisions", "random_weights", b"random_weights", "source", b"source", "state", b"state", "unavailable", b"unavailable", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "classes", b"classes", "device", b"device", "devices", b"devices", "digest", b"digest", "head", b"head", "input_channels", b"input_channels", "input_size", b"input_size", "labels", b"labels", "layer", b"layer", "layers", b"layers", "methods", b"methods", "name", b"name", "named_layers", b"named_layers", "precision", b"precision", "precisions", b"precisions", "random_weights", b"random_weights", "source", b"source", "state", b"state", "unavailable", b"unavailable", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,7 +22,8 @@ def serve(
         str | None, typer.Option(metavar="HOST:PORT", help=f"Address to listen on. Default: {DEFAULT_ADDRESS}.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Device: auto, cpu, cuda or cuda:N. Default: auto.")
+        str | None,
+        typer.Option(metavar="NAME", help="Device: auto, cpu, cuda, cuda:N, cuda:N,M or all. Default: auto."),
     ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow connections without TLS from other machines.")

@@ -1,6 +1,6 @@
 """Admission control: accept or refuse a request by its rows, by the quota of its caller and by its deadline.
 
-The module counts rows and seconds. It does not know plans or devices, and any thread may call it.
+The module counts rows and seconds. It does not know plans, and knows devices by name only. Any thread may call it.
 """
 
 from __future__ import annotations
@@ -61,10 +61,13 @@ class _Owed:
     rows: int
     caller: str
     weight: float
+    device: str
 
 
 class Admission:
-    """The rows that all admitted requests still owe.
+    """The rows that all admitted requests still owe, on one or several devices.
+
+    The limit of rows and the quotas apply to all devices together. A deadline depends on the device of the request.
 
     Args:
         max_rows_owed: A request is refused if its rows and the rows that run before them exceed this limit.
@@ -77,15 +80,17 @@ class Admission:
         self._clock = clock or time.monotonic
         self._owed: dict[int, _Owed] = {}
         self._lock = threading.Lock()
-        self._closed = False
+        self._rows_per_s: dict[str, float] = {}  # of each device, when it was last asked for
+        self._closed: set[str] = set()
 
-    def admit(self, request: int, claim: Claim, rows_per_s: float) -> None:
+    def admit(self, request: int, claim: Claim, rows_per_s: float, device: str = "") -> None:
         """Admit a request and count its rows as owed.
 
         Args:
             request: The identifier that later calls use.
             claim: The resources that the request asks for.
             rows_per_s: The current rate of the device; 0 if it is unknown.
+            device: The name of the device that the request goes to.
 
         Raises:
             Unavailable: The server is shutting down.
@@ -93,13 +98,15 @@ class Admission:
             Expired: The deadline would pass even if every row ran at the best rate.
         """
         with self._lock:
-            self._check(claim, rows_per_s)
-            self._owed[request] = _Owed(claim.rows, claim.caller.name, WEIGHTS[claim.priority])
+            self._check(claim, rows_per_s, device)
+            self._owed[request] = _Owed(claim.rows, claim.caller.name, WEIGHTS[claim.priority], device)
 
-    def _check(self, claim: Claim, rows_per_s: float) -> None:
+    def _check(self, claim: Claim, rows_per_s: float, device: str) -> None:
         weight = WEIGHTS[claim.priority]
-        if self._closed:
+        if device in self._closed:
             raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)
+        self._rows_per_s[device] = rows_per_s
+        rows_per_s = sum(self._rows_per_s.values())  # all devices work on the rows that a refused request waits for
         callers_rows = sum(owed.rows for owed in self._owed.values() if owed.caller == claim.caller.name)
         quota = claim.caller.max_rows_owed
         if quota is not None and callers_rows and callers_rows + claim.rows > quota:
@@ -117,7 +124,8 @@ class Admission:
                 retry_after_s=_wait_s(rows_before + claim.rows - self._max_rows_owed, rows_per_s),
             )
         if claim.deadline is not None and claim.rows_per_s:
-            rows_before = _rows_before(self._owed.values(), claim.least, weight)
+            same_device = (owed for owed in self._owed.values() if owed.device == device)
+            rows_before = _rows_before(same_device, claim.least, weight)
             least_s = (rows_before + claim.least) / claim.rows_per_s
             left_s = max(0.0, claim.deadline - self._clock())
             if least_s > left_s:
@@ -142,27 +150,29 @@ class Admission:
         with self._lock:
             self._owed.pop(request, None)
 
-    def close(self) -> None:
-        """Refuse every request from now on."""
+    def close(self, device: str = "") -> None:
+        """Refuse every request for a device from now on."""
         with self._lock:
-            self._closed = True
+            self._closed.add(device)
+            self._rows_per_s.pop(device, None)
 
     def __len__(self) -> int:
         """Return the number of admitted requests that have not been released."""
         return len(self._owed)
 
-    def rows_owed(self) -> int:
-        """Return the rows that all admitted requests owe together."""
+    def rows_owed(self, device: str = "") -> int:
+        """Return the rows that all admitted requests for a device owe together."""
         with self._lock:
-            return sum(owed.rows for owed in self._owed.values())
+            return sum(owed.rows for owed in self._owed.values() if owed.device == device)
 
-    def seconds_owed(self, rows_per_s: float) -> float:
-        """Return the seconds that all owed rows need, at most `LONGEST_RETRY_S`.
+    def seconds_owed(self, rows_per_s: float, device: str = "") -> float:
+        """Return the seconds that all owed rows of a device need, at most `LONGEST_RETRY_S`.
 
         Args:
             rows_per_s: The current rate of the device; 0 if it is unknown.
+            device: The name of the device.
         """
-        rows = self.rows_owed()
+        rows = self.rows_owed(device)
         return _wait_s(rows, rows_per_s) if rows else 0.0
 
 

@@ -63,6 +63,7 @@ class BatchLoop:
 
     Attributes:
         counters: The totals of all batches.
+        closed: No job can begin, because the loop has been stopped or has failed.
         spinning: Observes the batches; set before `run`.
     """
 
@@ -84,7 +85,7 @@ class BatchLoop:
         self._steps = Steps(self._inbox.put)
         self._times = BatchTimes()
         self._stop = False
-        self._closed = False
+        self.closed = False
         self._closing = threading.Lock()  # no submission may enter the inbox after the command that ends the thread
 
     # ---- called from any thread --------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class BatchLoop:
             Unavailable: The loop has been stopped.
         """
         with self._closing:
-            if self._closed:
+            if self.closed:
                 raise shut_down()
             job.future.set_running_or_notify_cancel()  # only the engine sets the result
             self._arriving[job.id] = job
@@ -114,7 +115,7 @@ class BatchLoop:
     def run_between_batches(self, steps: Iterator[None]) -> Future[None]:
         """Run the steps of an iterator with batches between them; see `Engine.run_between_batches`."""
         with self._closing:
-            if not self._closed:
+            if not self.closed:
                 return self._steps.start(self._observed(steps))
         refused: Future[None] = Future()
         refused.set_exception(shut_down())
@@ -123,7 +124,7 @@ class BatchLoop:
     def stop(self) -> None:
         """Refuse new jobs, fail the running ones with Unavailable, and end the loop."""
         with self._closing:
-            self._closed = True
+            self.closed = True
             self._inbox.put(self._halt)
 
     def _observed(self, steps: Iterator[None]) -> Iterator[None]:
@@ -155,9 +156,8 @@ class BatchLoop:
                         self._times.idle()
         except BaseException:  # no caller may wait for a result that never comes
             log.exception("the engine's thread failed")
-            self._admission.close()
             with self._closing:
-                self._closed = True
+                self.closed = True
             self._jobs |= self._arriving
             for job in [*self._jobs.values()]:
                 self._finish(job, error=InternalError("the engine failed; the server's log contains the cause"))

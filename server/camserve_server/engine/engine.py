@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import structlog
 import torch
 
 from camserve_server.engine.admission import Admission, Caller, Claim, Priority
@@ -27,6 +28,7 @@ from camserve_server.torch_setup.threads import compute_alone
 
 UNNAMED = Caller()
 CPU = torch.device("cpu")
+_IDS = itertools.count(1)  # of requests; engines that share an admission need different ones
 T = TypeVar("T")
 
 
@@ -35,12 +37,15 @@ class Engine:
 
     Args:
         max_rows_owed: The limit of the rows that may wait; see Admission.
+        admission: Admits the requests of several engines with one limit; None for an admission of this engine alone.
         batch_invariant: Pad each batch to the size of its lane, so that a result does not depend on other requests.
         max_copies: The most random copies of networks at a time. Each request has at most one; further requests wait.
         remote: Runs the forward passes of all batches on another server; None if this process runs them.
         name: The name of the thread.
+        device: The name of the device if the server has several.
 
     Attributes:
+        device: The name of the device; empty if the server has only one.
         counters: The totals of all batches.
         ended: Done when the engine's thread has ended; it carries an exception if the thread failed.
     """
@@ -49,21 +54,29 @@ class Engine:
         self,
         *,
         max_rows_owed: int = 200_000,
+        admission: Admission | None = None,
         batch_invariant: bool = True,
         max_copies: int = 2,
         remote: Interruptible | None = None,
         name: str = "engine",
+        device: str = "",
     ) -> None:
-        self._admission = Admission(max_rows_owed)
+        self.device = device
+        self._admission = Admission(max_rows_owed) if admission is None else admission
         self._remote = remote is not None
         self._interruption = Interruption(remote)
         self._loop = BatchLoop(
             self._admission, self._interruption, batch_invariant=batch_invariant, max_copies=max_copies
         )
-        self._ids = itertools.count(1)
+        self._torch_device = CPU
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.counters = self._loop.counters
         self.ended: Future[None] = Future()
+
+    @property
+    def working(self) -> bool:
+        """False if the engine has been closed or its thread has failed."""
+        return not self._loop.closed
 
     def start(self, device: torch.device = CPU) -> None:
         """Start the engine's thread. Set the number of threads of torch before.
@@ -71,6 +84,7 @@ class Engine:
         Args:
             device: The device of the models.
         """
+        self._torch_device = device
         self._loop.spinning = no_control() if self._remote else spin_control(device)
         self._thread.start()
 
@@ -101,9 +115,9 @@ class Engine:
             QueueFull: Too many rows run before this request, or its caller already owes too many.
             Expired: The rows cannot run before the deadline.
         """
-        request = next(self._ids)
+        request = next(_IDS)
         claim = Claim(limits.within_budget(rows), limits.least, limits.rows_per_s, limits.deadline, caller, priority)
-        self._admission.admit(request, claim, self._loop.rows_per_s)
+        self._admission.admit(request, claim, self._loop.rows_per_s, self.device)
         reservation = Reservation(request, rows, limits, priority, self._loop.submit)
         try:
             yield reservation
@@ -153,7 +167,7 @@ class Engine:
 
     def close(self) -> None:
         """Refuse new requests, fail the running ones with Unavailable, and end the thread."""
-        self._admission.close()
+        self._admission.close(self.device)
         self._loop.stop()
         self._interruption.close()
         if self._thread.is_alive():
@@ -161,18 +175,23 @@ class Engine:
 
     def rows_owed(self) -> int:
         """Return the rows that all reserved and running requests still owe."""
-        return self._admission.rows_owed()
+        return self._admission.rows_owed(self.device)
 
     def seconds_owed(self) -> float:
         """Return the seconds that the engine needs for the rows that it owes."""
-        return self._admission.seconds_owed(self._loop.rows_per_s)
+        return self._admission.seconds_owed(self._loop.rows_per_s, self.device)
 
     def _run(self) -> None:
         if self._remote:
             compute_alone()
+        if self.device:
+            structlog.contextvars.bind_contextvars(device=self.device)  # for log lines of this thread
         try:
+            if self._torch_device.index is not None and self._torch_device.type == "cuda":
+                torch.cuda.set_device(self._torch_device)  # each thread has its own current device
             self._loop.run()
         except BaseException as error:
+            self._admission.close(self.device)
             self.ended.set_exception(error)
         else:
             self.ended.set_result(None)

@@ -36,6 +36,8 @@ class Model:
         code: SHA-256 of the code of the network (`factories.code_digest`), for the result cache.
         module: Network in evaluation mode, from [N, C, H, W] to logits [N, classes]; its parameters need no gradient.
         device: Device of the network.
+        device_name: Name of the device, if the server has several.
+        devices: Names of all devices that have a copy of this model, if the server has several.
         dtype: Data type that plans compute with.
         preprocessing: Conversion of images to the network's input.
         labels: Label of each class; empty if there are none.
@@ -108,6 +110,8 @@ class Model:
     linear_layers: tuple[str, ...] = ()
     throughput: defaultdict[LaneKind, Throughput] = field(default_factory=lambda: defaultdict(Throughput))
     compile: bool = False
+    device_name: str = ""
+    devices: tuple[str, ...] = ()
     fast_forward: Callable[[Tensor], Tensor] | None = None
     fast_forward_size: int = 0
 

@@ -37,6 +37,7 @@ class Gauges(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield all gauges. Prometheus calls it on the thread of its listener."""
         yield from self._server()
+        yield from self._devices()
         yield from self._queue()
         yield from self._lanes()
         yield from self._models()
@@ -57,6 +58,24 @@ class Gauges(Collector):
                 "Number of front ends that replaced others that had ended.",
                 self._front_ends.restarts,
             )
+
+    def _devices(self) -> Iterator[Metric]:
+        if not self._engines.several_devices:
+            return
+        working = GaugeMetricFamily(
+            "camserve_device_working", "1 if the engine of the device works, 0 if it has failed.", labels=["device"]
+        )
+        owed = GaugeMetricFamily(
+            "camserve_device_queue_rows", "Rows that the requests on the device still owe.", labels=["device"]
+        )
+        rows = CounterMetricFamily(
+            "camserve_device_rows", "Rows of requests that have run on the device.", labels=["device"]
+        )
+        for engine in self._engines.local:
+            working.add_metric([engine.device], engine.working)
+            owed.add_metric([engine.device], engine.rows_owed())
+            rows.add_metric([engine.device], engine.counters.rows)
+        yield from (working, owed, rows)
 
     def _queue(self) -> Iterator[Metric]:
         now, calls = time.monotonic(), [*self._servicer.running]
@@ -99,7 +118,7 @@ class Gauges(Collector):
         models = GaugeMetricFamily("camserve_models", "Number of configured models by state.", labels=["state"])
         info = GaugeMetricFamily(
             "camserve_model_info",
-            "1 for each loaded model and precision.",
+            "1 for each loaded model, precision and device.",
             labels=["model", "precision", "digest", "device"],
         )
         memory = GaugeMetricFamily(
@@ -122,7 +141,8 @@ class Gauges(Collector):
                 continue
             memory.add_metric([config.name], model.weight_bytes)
             for each in model.precisions.values():
-                info.add_metric([each.name, each.precision, each.digest, str(each.device)], 1)
+                for device in each.devices or [str(each.device)]:
+                    info.add_metric([each.name, each.precision, each.digest, device], 1)
                 for kind, size in [*each.batch_sizes.items()]:
                     sizes.add_metric([each.name, each.precision, kind], size)
         for each_state, count in states.items():

@@ -34,6 +34,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._changed.set()
         self._changed = asyncio.Event()
 
+    @property
+    def services(self) -> list[str]:
+        """The full names of all services."""
+        return [*self._states]
+
     def state(self, service: str) -> int:
         """Return the state of a service, a value of HealthCheckResponse.ServingStatus."""
         state: int = self._states.get(service, HealthCheckResponse.SERVICE_UNKNOWN)

@@ -8,8 +8,6 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-import torch
-
 from camserve.v1 import explain_pb2 as pb
 from camserve_server import registry
 from camserve_server.config import Config
@@ -22,7 +20,6 @@ from camserve_server.request_result import RequestResult
 from camserve_server.service import requests, responses
 from camserve_server.service.call import checked_request_id
 from camserve_server.service.codec import CodecThreads
-from camserve_server.torch_setup.device import pick_device
 
 # The caller bounds the number of requests, so the engine refuses none for the rows that wait.
 _NO_LIMIT = 2**62
@@ -40,7 +37,10 @@ class InProcessService:
         config: The configuration. The settings of listeners, tokens and the result cache have no effect.
 
     Attributes:
-        failed: Done when the thread of an engine has failed; it carries the exception.
+        failed: As in `Engines`.
+
+    Raises:
+        ConfigError: There is no such device.
     """
 
     def __init__(self, config: Config) -> None:
@@ -56,7 +56,7 @@ class InProcessService:
         """Load the models, and return when they are ready.
 
         Raises:
-            ConfigError: A model cannot be loaded, or there is no such device.
+            ConfigError: A model cannot be loaded.
             CamserveError: A model does not fit into the device's memory.
         """
         self._thread.start()
@@ -84,8 +84,10 @@ class InProcessService:
         """
         async with self._models.lease(request.model) as lease:
             parsed = requests.parse_explain(request, lease.model, self._config)
+            chosen = lease.least_busy()
+            parsed = parsed.on(chosen.model)
             bounded = limits(parsed.model, parsed.method, parsed.rows, budget=parsed.budget)
-            with lease.engine.reserve(parsed.rows.most, bounded, priority=parsed.priority or "normal") as reservation:
+            with chosen.engine.reserve(parsed.rows.most, bounded, priority=parsed.priority or "normal") as reservation:
                 pixels = await self._codec.run(requests.decode_pixels, parsed, self._config)
                 assert parsed.method is not None, "a request to Explain has a method"
                 warnings = [*pixels.warnings]
@@ -119,10 +121,7 @@ class InProcessService:
 
     async def _start(self) -> None:
         self._codec = CodecThreads()
-        device = pick_device(self._config.device)
-        if self._config.threads is not None:
-            torch.set_num_threads(self._config.threads)
         registry.discover()
-        self._engines.common.start(device)
-        self._models = ModelPool(self._config, self._engines, device)
+        self._engines.start()
+        self._models = ModelPool(self._config, self._engines)
         await self._models.load_all()

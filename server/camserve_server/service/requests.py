@@ -86,6 +86,10 @@ class ParsedRequest:
     top_k: int = 0
     raw: bool = False
 
+    def on(self, model: Model) -> ParsedRequest:
+        """Return the request for a copy of its model on another device, at the precision of the request."""
+        return replace(self, model=model.at(self.model.precision))
+
 
 @dataclass(frozen=True, eq=False)
 class Pixels:

@@ -190,6 +190,7 @@ def loaded_message(model: Model) -> pb.Model:
         unavailable={str(kind): reason for kind, reason in model.unavailable.items()},
         named_layers=[_layer(layer) for layer in model.spatial.values()],
         warnings=model.warnings,
+        devices=model.devices,
     )
 
 
@@ -296,6 +297,7 @@ def _constant_receipt(model: Model) -> pb.Receipt:
             model_digest=model.digest,
             precision=model.precision,
             device=model.device.type,
+            device_name=model.device_name,
             preprocessing=str(model.preprocessing),
             versions=versions(),
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import grpc
 import structlog
-import torch
 from grpc_health.v1 import health_pb2_grpc
 
 from camserve.v1 import admin_pb2_grpc
@@ -60,7 +60,7 @@ class Server:
     Attributes:
         config: The configuration.
         engines: Run the plans of all requests.
-        engine: The engine of all models of this device.
+        engine: The engine of the first device.
         address: HOST:PORT of the server, with the selected port, or its Unix socket.
         health_address: The address of the listener for probes; empty if there is none.
         admin_address: The address of the listener for operators; empty if there is none.
@@ -70,7 +70,7 @@ class Server:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.engines = Engines(config)
-        self.engine = self.engines.common
+        self.engine = self.engines.local[0]
         self.address = ""
         self.health_address = ""
         self.admin_address = ""
@@ -109,6 +109,8 @@ class Server:
         self.address = self._callers.bind()
         self._health.set("", SERVING)
         self._set_states(NOT_SERVING)
+        loop = asyncio.get_running_loop()
+        self.engines.on_device_failure = lambda device: _call_soon(loop, self._health.set, device, NOT_SERVING)
         if self.config.health_listen is not None:
             self.health_address = bind(self._probes, "health_listen", self.config.health_listen, socket_mode=mode)
             await self._probes.start()
@@ -120,19 +122,16 @@ class Server:
                 self._admin, "admin_listen", self.config.admin_listen, self.config.tls, socket_mode=mode
             )
         await self._callers.start()
-        device = pick_device(self.config.device)
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
         registry.discover()
-        self.engine.start(device)
+        self.engines.start()
         if self.config.cache is not None:
             self._servicer.cache = ResultCache(
                 self.config.cache,
-                Keys(self.config, device),
+                Keys(self.config, pick_device(self.config.device)),
                 self._servicer.codec,
                 certificates=self.config.tls is not None and self.config.tls.client_ca is not None,
             )
-        models = ModelPool(self.config, self.engines, device)
+        models = ModelPool(self.config, self.engines)
         await models.load_all()
         self._servicer.models = models
         if self.config.admin_listen is not None:
@@ -164,8 +163,18 @@ class Server:
                 await asyncio.to_thread(part.close)
 
     def _set_states(self, state: int) -> None:
+        """Set the state of all services. With several devices, Health has a service with the name of each."""
         for service in services(self.config):
             self._health.set(service, state)
+        if self.engines.several_devices:
+            for engine in self.engines.local:
+                self._health.set(engine.device, state if engine.working else NOT_SERVING)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> None:
+    """Call a function on an event loop, unless the loop is closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *arguments)
 
 
 def _inference(servicer: Servicer, health: Health) -> InferenceServicer:

@@ -23,8 +23,9 @@ from camserve_server import registry
 from camserve_server.config import Config
 from camserve_server.engine.job import Job
 from camserve_server.errors import CamserveError, Cancelled, Expired, InternalError, Unavailable
-from camserve_server.model_pool import Lease, ModelPool
+from camserve_server.model_pool import ModelPool
 from camserve_server.models.model import Model
+from camserve_server.pool_entries import Lease
 from camserve_server.registry import method_label
 from camserve_server.request_plan import limits, plan_request
 from camserve_server.request_result import RequestResult
@@ -217,9 +218,6 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             parsed = parse(request, lease.model, self._config)
             bounds.check_size(responses.least_bytes(parsed), self._config)
             caller, priority = security.rights(context, self._config, parsed.priority)
-            bounded = limits(
-                parsed.model, parsed.method, parsed.rows, budget=parsed.budget, deadline=_deadline(context)
-            )
             entry = None
             if self.cache is not None:
                 owner, events_too = security.identity(context), pb.Randomised in kinds
@@ -232,7 +230,11 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 async for message in self._delivered(self._checked(response, front_end), front_end):
                     yield message
                 return
-            engine = lease.engine
+            chosen = lease.least_busy()
+            engine, parsed = chosen.engine, parsed.on(chosen.model)
+            bounded = limits(
+                parsed.model, parsed.method, parsed.rows, budget=parsed.budget, deadline=_deadline(context)
+            )
             with engine.reserve(parsed.rows.most, bounded, caller, priority) as reservation:
                 if front_end is None:
                     await announce(context, call.request_id)
@@ -252,7 +254,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 )
             call.job = job
             context.add_done_callback(lambda *_: engine.cancel(job))  # type: ignore[arg-type]
-            call.facts |= _facts(parsed)
+            call.facts |= _facts(parsed, engine.device)
             try:
                 if kinds:
                     self._release_with(job, events, lease)
@@ -362,9 +364,10 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             )
 
 
-def _facts(parsed: ParsedRequest) -> dict[str, object]:
-    """Return what the log line of a request contains."""
-    return {"model": parsed.model.name, "method": parsed.method.method.name if parsed.method else ""}
+def _facts(parsed: ParsedRequest, device: str = "") -> dict[str, object]:
+    """Return what the log line of a request contains. `device` is empty if the server has only one."""
+    facts = {"model": parsed.model.name, "method": parsed.method.method.name if parsed.method else ""}
+    return {**facts, **({"device": device} if device else {})}
 
 
 def _deadline(context: Context) -> float | None:

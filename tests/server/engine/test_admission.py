@@ -84,3 +84,31 @@ def test_closed_admission_refuses_every_request() -> None:
     admission.close()
     with pytest.raises(Unavailable):
         admission.admit(1, Claim(1), 0.0)
+
+
+def test_devices_share_the_limit_of_rows_and_the_quotas() -> None:
+    admission, one = Admission(100), Caller("one", 50)
+    admission.admit(1, Claim(40, caller=one), 4.0, "a")
+    admission.admit(2, Claim(40), 6.0, "b")
+    assert (admission.rows_owed("a"), admission.rows_owed("b")) == (40, 40)
+    with pytest.raises(QueueFull, match="this request and the rows before it are 120 rows") as caught:
+        admission.admit(3, Claim(40), 6.0, "b")
+    assert caught.value.retry_after_s == pytest.approx((120 - 100) / (4.0 + 6.0)), "both devices work on the rows"
+    with pytest.raises(QueueFull, match="this caller owes 40 rows"):
+        admission.admit(3, Claim(20, caller=one), 6.0, "b")
+
+
+def test_deadline_depends_on_the_rows_of_its_device() -> None:
+    admission = Admission(1_000_000, clock=lambda: 0.0)
+    admission.admit(1, Claim(900), 1.0, "a")
+    with pytest.raises(Expired, match="needs 600 rows and 600 rows run before them"):
+        admission.admit(2, Claim(600, 600, 1.0, 1000.0), 1.0, "a")
+    admission.admit(2, Claim(600, 600, 1.0, 1000.0), 1.0, "b")
+
+
+def test_closed_device_refuses_requests_and_the_others_do_not() -> None:
+    admission = Admission(10)
+    admission.close("a")
+    with pytest.raises(Unavailable):
+        admission.admit(1, Claim(1), 1.0, "a")
+    admission.admit(1, Claim(1), 1.0, "b")

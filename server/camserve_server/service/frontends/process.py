@@ -15,7 +15,7 @@ from camserve_server.service.frontends.callers import FrontEndServicer
 from camserve_server.service.frontends.control import READY, Control
 from camserve_server.service.frontends.shared_memory import SharedMemory
 from camserve_server.service.health import Health
-from camserve_server.service.listeners import LINK, SHARED_PORT, STOP_GRACE_S, bind, callers_server, services
+from camserve_server.service.listeners import LINK, SHARED_PORT, STOP_GRACE_S, bind, callers_server
 from camserve_server.service.load_reports.orca_pb2 import LoadReport
 from camserve_server.service.load_reports.reports import LoadReports, copy_load
 from camserve_server.service.logs import log_to_stderr
@@ -49,7 +49,7 @@ async def _serve(config: Config, control: Control) -> None:
     load = LoadReport()
     loads = LoadReports(lambda: load.application_utilization)
     server = callers_server(config, servicer, health, servicer.count_refusal, inference, loads, port=SHARED_PORT)
-    known = {service: asyncio.Event() for service in ("", *services(config))}
+    known = {service: asyncio.Event() for service in settings["services"]}
     copies = [asyncio.create_task(_copy_health(channel, health, *each)) for each in known.items()]
     copies.append(asyncio.create_task(copy_load(channel, load)))
     await asyncio.gather(*(each.wait() for each in known.values()))

@@ -72,6 +72,7 @@ class FrontEnds:
     ) -> None:
         self.restarts = 0
         self._config = config
+        self._health = health
         self._link = LinkServicer(config, servicer, metrics)
         self._server = grpc.aio.server(interceptors=[TrustFrontEnds(config)], options=LINK)
         link_pb2_grpc.add_LinkServiceServicer_to_server(self._link, self._server)
@@ -220,6 +221,7 @@ class FrontEnds:
             "identifier": identifier,
             "folder": str(self._folder),
             "memory": memory,
+            "services": self._health.services,
         }
 
 

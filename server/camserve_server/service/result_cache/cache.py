@@ -10,8 +10,8 @@ from google.protobuf.message import Message
 
 from camserve_server.config import CacheConfig
 from camserve_server.engine.job import Job
-from camserve_server.model_pool import Lease
 from camserve_server.models.model import LaneKind
+from camserve_server.pool_entries import Lease
 from camserve_server.service.codec import CodecThreads
 from camserve_server.service.requests import ParsedRequest
 from camserve_server.service.result_cache.key import Keys, Request

@@ -1,0 +1,55 @@
+"""Copies of a model on further devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from camserve_server.config import ModelConfig
+from camserve_server.engine.warmup import warm_up
+from camserve_server.models.copies import copied
+from camserve_server.models.load import load
+from tests.support import call, explained, noise
+
+CPU = torch.device("cpu")
+TINY: dict[str, Any] = {"name": "tiny", "source": "python:tests.nets:tiny_cnn", "input_size": (32, 32)}
+
+
+def test_copy_has_weights_of_its_own_and_shares_batch_sizes() -> None:
+    model = load(ModelConfig(**TINY, precision=("fp32", "bf16", "fp64")), CPU)
+    copy = copied(model, CPU, "cpu:1")
+    assert [*copy.precisions] == [*model.precisions] == ["fp32", "bf16", "fp64"]
+    for precision, each in copy.precisions.items():
+        original = model.at(precision)
+        ours, theirs = each.module.state_dict(), original.module.state_dict()
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name])
+            assert value.data_ptr() != theirs[name].data_ptr(), "hooks and weights are used by one thread"
+        assert each.gap is not None
+        assert each.gap.weight.data_ptr() in {weight.data_ptr() for weight in each.module.parameters()}
+        assert each.device_name == "cpu:1"
+        assert each.throughput is not original.throughput
+        original.batch_sizes["forward"] = 8
+        assert each.batch_sizes["forward"] == 8, "also after a device has run out of memory"
+
+
+def test_precisions_with_the_same_weights_share_the_network_of_the_copy() -> None:
+    model = load(ModelConfig(**TINY), CPU)
+    model.others = {"tf32": model.with_module(model.module, precision="tf32")}
+    copy = copied(model, CPU, "cpu:1")
+    assert copy.others["tf32"].module is copy.module
+    assert copy.module is not model.module
+
+
+@pytest.mark.parametrize("method", ["grad-cam", "cam", "score-cam", "opti-cam", "poly-cam"])
+def test_copy_gives_the_same_bits(method: str) -> None:
+    model = load(ModelConfig(**TINY), CPU)
+    copy = copied(model, CPU, "cpu:1")
+    warm_up(model, 4)
+    warm_up(copy, 4)
+    parameters: dict[str, Any] = {"steps": 4} if method == "opti-cam" else {}
+    maps = [explained(each, noise(3, 32, 32), call(each, method, **parameters), 2).maps for each in (model, copy)]
+    assert torch.equal(*maps)
