@@ -68,8 +68,8 @@ def rendered(chart: str, *arguments: str | Path) -> dict[str, list[Manifest]]:
     return manifests
 
 
-def of(values: Path) -> dict[str, list[Manifest]]:
-    return rendered(values.parent.parent.name, "--values", values)
+def of(values: Path, *arguments: str) -> dict[str, list[Manifest]]:
+    return rendered(values.parent.parent.name, "--values", values, *arguments)
 
 
 def named(name: str) -> dict[str, list[Manifest]]:

@@ -14,6 +14,7 @@ from camserve.version import __version__
 from camserve_server.service.listeners import SERVICE
 from tests.credentials import hashed
 from tests.helm.charts import (
+    CHARTS,
     SERVER_VALUES,
     Manifest,
     configuration,
@@ -109,6 +110,9 @@ def test_gpu() -> None:
     assert container(manifests)["resources"]["limits"] == {"cpu": "4", "memory": "8Gi", "nvidia.com/gpu": "1"}
     assert {"name": "CAMSERVE_DEVICE", "value": "cuda"} in container(manifests)["env"]
     assert [each["key"] for each in pod(manifests)["tolerations"]] == ["nvidia.com/gpu"]
+    several = of(CHARTS / "camserve" / "ci" / "gpu-values.yaml", "--set", "gpu.count=4")
+    assert container(several)["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert {"name": "CAMSERVE_DEVICE", "value": "all"} in container(several)["env"]
     volumes = {each["name"]: each for each in pod(manifests)["volumes"]}
     assert volumes["model-chest"]["image"]["reference"] == "registry.example.org/weights/chest:3"
     assert volumes["model-skin"]["persistentVolumeClaim"]["claimName"] == "weights"
