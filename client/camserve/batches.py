@@ -32,7 +32,6 @@ __all__ = [
     "Variant",
     "evaluate_many",
     "explain_many",
-    "failure_text",
     "retry_wait_s",
     "to_variants",
 ]
@@ -41,7 +40,6 @@ ResultT = TypeVar("ResultT")
 
 # The errors that a single image can cause without stopping the others.
 Failure: TypeAlias = CamserveError | OSError
-
 # Index of the image, name of the model, and name of the method or label of the variant.
 ResultKey: TypeAlias = tuple[int, str, str]
 
@@ -144,13 +142,6 @@ def retry_wait_s(error: Failure) -> float | None:
     ):
         return None if error.retry_after_s is None else max(error.retry_after_s, MIN_RETRY_WAIT_S)
     return None
-
-
-def failure_text(error: Failure) -> str:
-    """Describe a failure in one line without the request id, so that equal failures have equal descriptions."""
-    if isinstance(error, CamserveError):
-        return " ".join(error.message.split())
-    return f"{error.strerror}: {error.filename}" if error.strerror else str(error) or type(error).__name__
 
 
 @dataclass(frozen=True, eq=False)

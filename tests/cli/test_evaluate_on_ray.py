@@ -9,6 +9,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from camserve_cli.app import app
+from camserve_cli.study import image_files
+from camserve_cli.study.score_csv import ScoreCsv
+from camserve_ray.bulk import inputs
+from camserve_ray.bulk.rows import schema
 from tests.ray.test_bulk_engine import write_parquet
 
 
@@ -48,6 +52,12 @@ def test_options_that_do_not_fit_are_refused(arguments: list[str], message: str)
     result = run("image.png", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_columns_and_image_files_are_those_of_other_runs() -> None:
+    assert inputs.SUFFIXES == image_files.SUFFIXES
+    metrics = ["insertion", "deletion"]
+    assert schema(metrics).names == [*ScoreCsv(Path("x.csv"), metrics).columns, "map_file", "map_name"]
 
 
 def test_settings_of_a_server_in_the_environment_are_ignored(tmp_path: Path) -> None:

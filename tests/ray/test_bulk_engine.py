@@ -19,6 +19,7 @@ from pyarrow import parquet
 import camserve
 import camserve_dicom
 from camserve.batches import Variant
+from camserve_cli.study import score_csv
 from camserve_ray.bulk import BulkImage, find_images, start
 from camserve_ray.bulk.cluster import Placement, place
 from camserve_ray.bulk.engine import BulkSpec, Chunk, ImageEvaluator
@@ -201,7 +202,7 @@ def test_failed_images_have_the_errors_of_a_server(evaluator: ImageEvaluator, se
         for name in ("broken.png", "deep.tif", "none.png"):
             [result] = client.evaluate_many([tmp_path / name], methods="grad-cam", metrics=["insertion"], models="tiny")
             assert result.error is not None
-            assert errors[name].values["error"] == camserve.batches.failure_text(result.error)
+            assert errors[name].values["error"] == score_csv.failure_text(result.error)
             assert errors[name].saliency is None
     assert errors["broken.png"].reason == "UNREADABLE_IMAGE"
     assert errors["scan.dcm"].reason == "NOT_DICOM"

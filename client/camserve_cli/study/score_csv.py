@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from camserve.batches import Result, Variant, failure_text
-from camserve.errors import InvalidArgument
+from camserve.batches import Failure, Result, Variant
+from camserve.errors import CamserveError, InvalidArgument
 from camserve.request_messages import BoxesLike
 
-__all__ = ["Key", "Row", "ScoreCsv", "check_row_matches", "read_metrics", "row_key", "split_label"]
+__all__ = ["Key", "Row", "ScoreCsv", "check_row_matches", "failure_text", "read_metrics", "row_key", "split_label"]
 
 # Image, model, method.
 Key: TypeAlias = tuple[str, str, str]
@@ -55,6 +55,13 @@ def read_metrics(path: Path) -> list[str]:
     if columns != [*_BEFORE, *metrics, *_AFTER]:
         raise InvalidArgument(f"{path} is not a CSV file that `camserve evaluate --csv` wrote")
     return metrics
+
+
+def failure_text(error: Failure) -> str:
+    """Describe a failure in one line without the request id, so that equal failures have equal descriptions."""
+    if isinstance(error, CamserveError):
+        return " ".join(error.message.split())
+    return f"{error.strerror}: {error.filename}" if error.strerror else str(error) or type(error).__name__
 
 
 def check_row_matches(row: Row, variant: Variant, target: int | str | None, boxes: BoxesLike | None) -> None:

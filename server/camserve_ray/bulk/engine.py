@@ -15,7 +15,7 @@ import structlog
 from numpy.typing import NDArray
 
 from camserve import errors, request_messages
-from camserve.batches import Variant, failure_text
+from camserve.batches import Variant
 from camserve.images import ImageLike
 from camserve.v1 import explain_pb2 as pb
 from camserve_ray.bulk.inputs import BulkImage
@@ -206,9 +206,11 @@ def _text(error: Exception) -> tuple[str, str]:
         case CamserveError():
             return " ".join(error.message.split()), error.reason
         case errors.CamserveError():
-            return failure_text(error), error.reason or error.code.name
+            return " ".join(error.message.split()), error.reason or error.code.name
+        case OSError(strerror=str(cause)):
+            return f"{cause}: {error.filename}", type(error).__name__
         case OSError():
-            return failure_text(error), type(error).__name__
+            return str(error) or type(error).__name__, type(error).__name__
         case _:
             log.exception("unexpected exception")
             return f"an internal error: {describe(error)}", "INTERNAL"

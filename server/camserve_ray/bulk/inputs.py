@@ -20,9 +20,9 @@ __all__ = ["BulkImage", "Kind", "find_images"]
 
 Kind: TypeAlias = Literal["file", "dicom", "tar", "parquet"]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-_EXPECTED = f"images ({', '.join(IMAGE_SUFFIXES)}), DICOM files, Parquet files (.parquet) or archives (.tar)"
+_EXPECTED = f"images ({', '.join(SUFFIXES)}), DICOM files, Parquet files (.parquet) or archives (.tar)"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _is_input(path: Path) -> bool:
-    return path.suffix.lower() in (*IMAGE_SUFFIXES, ".parquet", ".tar") or _is_dicom(path)
+    return path.suffix.lower() in (*SUFFIXES, ".parquet", ".tar") or _is_dicom(path)
 
 
 def _kind(path: Path) -> Kind:
@@ -119,7 +119,7 @@ def _kind(path: Path) -> Kind:
             return "parquet"
         case ".tar":
             return "tar"
-        case suffix if suffix not in IMAGE_SUFFIXES and _is_dicom(path):
+        case suffix if suffix not in SUFFIXES and _is_dicom(path):
             return "dicom"
     return "file"
 
@@ -218,7 +218,7 @@ def _members(path: Path, target: int | str | None, target_column: str | None) ->
                 key, extension = _sample(member.name)
                 if not member.isfile():
                     continue
-                if f".{extension.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES:
+                if f".{extension.rpartition('.')[2].lower()}" in SUFFIXES:
                     name = f"{_text(path)}/{_text(member.name)}"
                     where = BulkImage(name, str(path.absolute()), "tar", member.offset_data, member.size, target=target)
                     images.append((key, where))
@@ -231,7 +231,7 @@ def _members(path: Path, target: int | str | None, target_column: str | None) ->
             f"{path} is not an uncompressed tar archive: {error}; decompress it first", field="image"
         ) from error
     if not images:
-        raise InvalidArgument(f"{path} contains no images; expected names that end with {', '.join(IMAGE_SUFFIXES)}")
+        raise InvalidArgument(f"{path} contains no images; expected names that end with {', '.join(SUFFIXES)}")
     for key, image in images:
         if target_column is None:
             yield image
