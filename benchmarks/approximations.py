@@ -79,7 +79,7 @@ def section(bench: Bench) -> Result:
 
 
 def _precision(bench: Bench, findings: Findings, subject: Subject) -> None:
-    models = {precision: _warm(bench, subject, precision) for precision in ("fp32", "bf16")}
+    models = {precision: warm(bench, subject, precision) for precision in ("fp32", "bf16")}
     call = subject.call("poly-cam", (subject.model.layers[-1].name,))
     rows = max(64, round(subject.limit.rate * bench.seconds))
 
@@ -100,7 +100,7 @@ def _precision(bench: Bench, findings: Findings, subject: Subject) -> None:
         findings.rows.append([subject.name, precision, batch, f"{of.rate:.1f}"])
 
 
-def _warm(bench: Bench, subject: Subject, precision: str) -> Model:
+def warm(bench: Bench, subject: Subject, precision: str) -> Model:
     """Return the model at a precision, warmed up."""
     model = subject.model.at(precision)
     if not model.batch_sizes:
@@ -120,7 +120,7 @@ def _effects(bench: Bench, subject: Subject) -> dict[str, list[Effect]]:
         findings.setdefault("full map, fp32", []).append(_effect(whole, S, rows, 1.0))
         for precision in ("bf16", "fp16"):
             bench.step(f"{name}: in {precision}")
-            half = _run(_warm(bench, subject, precision), x, index)
+            half = _run(warm(bench, subject, precision), x, index)
             findings.setdefault(precision, []).append(_effect(half, S, rows, 1.0))
         for tolerance in TOLERANCES:
             bench.step(f"{name}: tolerance {tolerance}")

@@ -8,6 +8,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         ConfigError: The model cannot be loaded. The message names the model and the configuration key.
     """
     where = f"models.{config.name}"
+    _check_openvino(config, where)
     module = build_network(config, where)
     _freeze(module, where)
     config = with_network_defaults(config, module)
@@ -135,6 +137,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         random_weights=config.allow_random_weights and config.weights is None,
         no_layer=structure.no_layer,
         compile=config.compile,
+        openvino=config.openvino,
     )
     _limit_remote(model, config)
     for sentence in model.warnings:
@@ -145,6 +148,13 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     main = made.pop(precision)
     main.others = made
     return main
+
+
+def _check_openvino(config: ModelConfig, where: str) -> None:
+    if config.openvino and find_spec("openvino") is None:
+        raise ConfigError(
+            f"{where}.openvino: OpenVINO is not installed; run pip install 'camserve[openvino]', or remove the key"
+        )
 
 
 def _default_precision(module: nn.Module, device: torch.device) -> Precision:

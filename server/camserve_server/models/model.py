@@ -70,6 +70,7 @@ class Model:
         linear_layers: Names of the linear layers whose input is one vector per image, set at warm-up.
         throughput: Throughput of each kind of lane, first observed at warm-up.
         compile: True if the configuration requests torch.compile.
+        openvino: True if the configuration requests OpenVINO.
         fast_forward: Faster forward pass for batches of `fast_forward_size` rows without hooks, set at warm-up if there
             is one.
         fast_forward_size: Number of rows of the batches that `fast_forward` runs.
@@ -110,6 +111,7 @@ class Model:
     linear_layers: tuple[str, ...] = ()
     throughput: defaultdict[LaneKind, Throughput] = field(default_factory=lambda: defaultdict(Throughput))
     compile: bool = False
+    openvino: bool = False
     device_name: str = ""
     devices: tuple[str, ...] = ()
     fast_forward: Callable[[Tensor], Tensor] | None = None

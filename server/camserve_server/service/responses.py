@@ -17,6 +17,7 @@ from camserve.v1 import explain_pb2 as pb
 from camserve_server import registry
 from camserve_server.config import ModelConfig
 from camserve_server.engine.job import Job
+from camserve_server.engine.lanes.openvino_forward import OpenVinoForward
 from camserve_server.models.layers import Layer
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.servable import unsupported_reason
@@ -299,7 +300,7 @@ def _constant_receipt(model: Model) -> pb.Receipt:
             device=model.device.type,
             device_name=model.device_name,
             preprocessing=str(model.preprocessing),
-            versions=versions(),
+            versions={**versions(), **_versions_of(model)},
         )
     return receipt
 
@@ -310,6 +311,11 @@ def versions() -> Mapping[str, str]:
     packages = ("camserve", "torch", "torchvision", "timm", "pillow", "numpy")
     installed = {name: metadata.version(name) for name in packages}
     return {**installed, "python": platform.python_version()}
+
+
+def _versions_of(model: Model) -> Mapping[str, str]:
+    """Return the version of a package that runs the forward pass in place of torch."""
+    return {"openvino": model.fast_forward.version} if isinstance(model.fast_forward, OpenVinoForward) else {}
 
 
 def _batch_sizes(sizes: Mapping[LaneKind, int]) -> dict[str, int]:

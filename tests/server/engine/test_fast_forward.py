@@ -102,7 +102,7 @@ def test_technique_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, break
             raise RuntimeError("this network cannot be compiled\nsecond line")
         return lambda X: forward(X) + 0.1
 
-    monkeypatch.setattr(fast_forward, "_techniques", lambda model: [("torch.compile", technique)])
+    monkeypatch.setattr(fast_forward, "_techniques", lambda model, X: [("torch.compile", technique)])
     with capture_logs() as logs:
         model = load_small(compile=True)
     assert model.fast_forward is None

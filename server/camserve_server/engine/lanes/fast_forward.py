@@ -1,15 +1,18 @@
-"""Compiled forward pass for batches without hooks, replayed as a CUDA graph on a GPU."""
+"""Forward pass for batches without hooks: compiled, in OpenVINO, or replayed as a CUDA graph on a GPU."""
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from statistics import median
 
 import structlog
 import torch
 from torch import Tensor, nn
 
+from camserve_server.engine.lanes.openvino_forward import OpenVinoForward
 from camserve_server.models.model import Model, Precision
 from camserve_server.torch_setup.arithmetic import gpu_arithmetic
 
@@ -18,6 +21,9 @@ ForwardPass = Callable[[Tensor], Tensor]  # [N, C, H, W] → logits [N, classes]
 
 # Largest difference of the logits, as a share of the largest logit, that another order of additions can cause.
 LOGIT_TOLERANCE: dict[Precision, float] = {"fp64": 1e-9, "fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2, "fp16": 1e-2}
+# OpenVINO is used if it is at least this many times as fast as the network, because it needs memory for its weights.
+OPENVINO_SPEED = 1.15
+COMPARED_PASSES = 5
 
 
 class GraphedForward:
@@ -65,8 +71,8 @@ class GraphedForward:
 def build_fast_forward(model: Model, size: int) -> ForwardPass | None:
     """Build a faster forward pass for batches without hooks.
 
-    Each technique (torch.compile if the model's configuration requests it, CUDA graphs on a GPU) is used only if it
-    runs and its logits agree with those of the network.
+    Each technique (torch.compile or OpenVINO if the model's configuration requests it, CUDA graphs on a GPU) is used
+    only if it runs and its logits agree with those of the network, and OpenVINO only if it is faster.
 
     Args:
         model: Model to accelerate.
@@ -76,7 +82,7 @@ def build_fast_forward(model: Model, size: int) -> ForwardPass | None:
         A function from [size, C, H, W] to logits [size, classes], or None if no technique applies. Only the thread that
         calls `build_fast_forward` may call it.
     """
-    if not model.compile and model.device.type != "cuda":
+    if not (model.compile or model.openvino) and model.device.type != "cuda":
         return None
     shape = (size, model.preprocessing.channels, *model.preprocessing.size)
     X = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -90,13 +96,15 @@ def _accelerated(model: Model, X: Tensor) -> ForwardPass | None:
     # The copy has no hooks: hooks on the module itself must not be compiled and must not cause a recompilation.
     plain = _copy_with_shared_weights(model.module) if model.compile else model.module
     forward: ForwardPass = plain
-    for name, technique in _techniques(model):
+    for name, technique in _techniques(model, X):
         try:
             faster = technique(forward)
             faster(torch.zeros_like(X))  # records with another input, so that a constant answer shows below
             tolerance = LOGIT_TOLERANCE[model.precision] * float(logits.abs().max())
             agree = torch.allclose(faster(X), logits, rtol=0, atol=tolerance)
             reason = "" if agree else "its logits differ from those of the network"
+            if isinstance(faster, OpenVinoForward) and not reason:
+                reason = _too_slow(faster, forward, X)
         except Exception as error:  # a network may contain code that cannot be compiled or recorded
             reason = f"{type(error).__name__}: {error}"
         if reason:
@@ -108,13 +116,27 @@ def _accelerated(model: Model, X: Tensor) -> ForwardPass | None:
     return None if forward is plain else forward
 
 
+def _too_slow(faster: ForwardPass, plain: ForwardPass, X: Tensor) -> str:
+    """Return why a forward pass is not worth its memory, or an empty string."""
+    seconds: dict[ForwardPass, list[float]] = {plain: [], faster: []}
+    for _ in range(COMPARED_PASSES):  # alternately, so that other processes slow down both
+        for forward, times in seconds.items():
+            start = time.perf_counter()
+            forward(X)
+            times.append(time.perf_counter() - start)
+    speed = median(seconds[plain]) / median(seconds[faster])
+    return "" if speed >= OPENVINO_SPEED else f"it is only {speed:.2f} times as fast as the network"
+
+
 def _copy_with_shared_weights(module: nn.Module) -> nn.Module:
     weights = (*module.parameters(), *module.buffers())
     return copy.deepcopy(module, {id(weight): weight for weight in weights})
 
 
-def _techniques(model: Model) -> Iterator[tuple[str, Callable[[ForwardPass], ForwardPass]]]:
+def _techniques(model: Model, X: Tensor) -> Iterator[tuple[str, Callable[[ForwardPass], ForwardPass]]]:
     if model.compile:
         yield "torch.compile", partial(torch.compile, dynamic=False, options={"compile_threads": 1})
+    if model.openvino:
+        yield "OpenVINO", lambda _: OpenVinoForward(model, X)
     if model.device.type == "cuda":
         yield "CUDA graphs", GraphedForward
