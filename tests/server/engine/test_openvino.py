@@ -102,6 +102,13 @@ def test_reason_why_openvino_is_not_used_is_logged(
     assert re.fullmatch(reason, line["reason"])
 
 
+def test_one_of_several_devices_does_not_use_openvino() -> None:
+    model = load_small()
+    model.device_name = "cpu:1"
+    with pytest.raises(ValueError, match="one of several devices"):
+        OpenVinoForward(model, noise(4, 3, 32, 32))
+
+
 def test_missing_package_is_an_error_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_module, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"models.small.openvino: .*pip install 'camserve\[openvino\]'"):

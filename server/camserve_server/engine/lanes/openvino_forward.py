@@ -40,6 +40,8 @@ class OpenVinoForward:
             raise ValueError(
                 f"OpenVINO runs networks on CPUs in fp32 and bf16, not on {model.device} in {model.precision}"
             )
+        if model.device_name:  # the speeds of the copies differ, so that only some of them might use OpenVINO
+            raise ValueError("OpenVINO is not used on one of several devices, because all must give the same bits")
         # Without this, the import would send usage statistics to the internet.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         import openvino
