@@ -34,7 +34,7 @@ from benchmarks import (
 from benchmarks.bench_setup import Bench
 from benchmarks.machine import ROOT, facts
 from benchmarks.results import Claim, Result
-from benchmarks.subjects import CONFIGS
+from benchmarks.subjects import CONFIGS, PRECISION, TINY
 from camserve_server.torch_setup.allocator import keep_memory
 from camserve_server.torch_setup.device import pick_device
 
@@ -89,8 +89,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each side (default: 2)")
     parser.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if available)")
     parser.add_argument(
-        "--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="networks to measure (default: all)"
+        "--models",
+        nargs="+",
+        choices=[*CONFIGS, TINY.name],
+        default=list(CONFIGS),
+        help=f"networks to measure, or {TINY.name} to try the command (default: all networks)",
     )
+    parser.add_argument(
+        "--precision",
+        choices=[*PRECISION, "tf32"],
+        help="precision of camserve and of the passes and loops that have its precision (default: tf32 on a GPU, "
+        "otherwise fp32)",
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the forward passes with torch.compile")
     parser.add_argument(
         "--baseline",
         type=Path,
@@ -111,10 +122,19 @@ def main() -> int:
     device = pick_device(arguments.device)
     if device.type == "cpu":
         keep_memory()  # The server does the same.
-    bench = Bench(device, arguments.seconds, arguments.rounds, names=arguments.models, baseline=arguments.baseline)
+    precision = arguments.precision or ("tf32" if device.type == "cuda" else "fp32")
+    bench = Bench(
+        device,
+        arguments.seconds,
+        arguments.rounds,
+        names=arguments.models,
+        precision=precision,
+        compiled=arguments.compile,
+        baseline=arguments.baseline,
+    )
     command = "make bench" if len(sys.argv) == 1 else f"python -m benchmarks {shlex.join(sys.argv[1:])}"
 
-    here, data = facts(device), arguments.out / "benchmarks.json"
+    here, data = facts(device, precision), arguments.out / "benchmarks.json"
     results = page.read(data, here)
 
     def keep(name: str, result: Result) -> None:

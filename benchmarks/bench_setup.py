@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.separate_process import SeparateProcess
-from benchmarks.subjects import CONFIGS, Subject, subject
+from benchmarks.subjects import CONFIGS, Subject, from_config, served_config
 from benchmarks.timing import Rates, Side, alternate
 
 
@@ -26,6 +26,8 @@ class Bench:
         images: Number of concurrent images for Opti-CAM.
         callers: Number of concurrent callers of the service.
         names: Names of the networks.
+        precision: Precision of the networks.
+        compiled: True to compile the forward passes of the networks.
         baseline: Checkout of another commit, which the sections "Host" and "Load time" also measure; None for none.
         step: Function that is called with a description before each step.
         loaded: Networks that are already loaded, by name.
@@ -38,6 +40,8 @@ class Bench:
     images: int = 8
     callers: int = 16
     names: Sequence[str] = tuple(CONFIGS)
+    precision: str = "fp32"
+    compiled: bool = False
     baseline: Path | None = None
     step: Callable[[str], None] = lambda text: None
     loaded: dict[str, Subject] = field(default_factory=dict)
@@ -67,7 +71,8 @@ class Bench:
         """Return a network and load it on first use."""
         if name not in self.loaded:
             self.step(f"{name}: loading")
-            self.loaded[name] = subject(name, self.device, self.seconds)
+            config = served_config(name, self.precision, compile_=self.compiled)
+            self.loaded[name] = from_config(config, self.device, self.seconds)
         return self.loaded[name]
 
     def alternate(self, text: str, sides: dict[str, Side]) -> dict[str, Rates]:

@@ -14,15 +14,15 @@ from torch import Tensor
 from benchmarks import engine_runs, peers, separate_process
 from benchmarks.bench_setup import Bench
 from benchmarks.engine_runs import TimedJob
-from benchmarks.peers import GradCam, Library, Torchcam
+from benchmarks.peers import Library
 from benchmarks.results import Chart, Claim, Findings, Result, Table
-from benchmarks.subjects import Subject
+from benchmarks.subjects import Subject, at_equal_terms
 from benchmarks.timing import Rates, Timed, run_on_thread
 from camserve_server.maps.channels import select_channels
 from camserve_server.models.layers import Layer
 from camserve_server.request_result import RequestResult
 
-LOOP, KEPT = "official loop", "official loop, camserve's allocator"
+LOOP = "official loop"
 SHARE_AIM = 0.95
 DENSE_AIM = 2.0  # if all channels are non-zero; proportionally higher if fewer are
 TRAINED_AIM = {"efficientnet-lite0": 4.0}  # for the non-zero channels of the photograph
@@ -105,7 +105,7 @@ def poly(bench: Bench) -> Result:
                     "share",
                     "official variant",
                     LOOP,
-                    KEPT,
+                    at_equal_terms(LOOP, bench.device),
                 ],
                 findings.rows,
             )
@@ -115,14 +115,14 @@ def poly(bench: Bench) -> Result:
 
 
 def _poly_sides(bench: Bench, subject: Subject, layer: Layer, a: Tensor) -> dict[str, Callable[[], Timed]]:
-    net, x, rows = subject.made, subject.image.tensor[None], round(subject.limit.rate * bench.seconds)
+    net, x, rows = subject.at_precision, subject.image.tensor[None], round(subject.limit.rate * bench.seconds)
     n = max(1, rows // 2 // bench.channels) * bench.channels
     return {
         "plain pass": subject.limit.side(bench.seconds),
         "camserve": lambda: _poly_run(subject, layer, rows, "paper").timed,
         "official variant": lambda: _poly_run(subject, layer, rows, "official").timed,
         LOOP: lambda: bench.separate(separate_process.poly_cam, subject.config, layer.name, n),
-        KEPT: lambda: run_on_thread(peers.timed_poly_cam, net, x, a[:n]),
+        at_equal_terms(LOOP, subject.model.device): lambda: subject.alike(peers.timed_poly_cam, net, x, a[:n]),
     }
 
 
@@ -161,18 +161,18 @@ def poly_agreement(subject: Subject, n: int) -> float:
 
 def _poly_findings(findings: Findings, subject: Subject, levels: Sequence[Level], agree: float) -> None:
     owed, run = sum(level.layer.channels for level in levels), sum(level.run for level in levels)
-    share = ratio(levels, "plain pass", "camserve")
+    share, equal = ratio(levels, "plain pass", "camserve"), at_equal_terms(LOOP, subject.model.device)
     dense, photo = (ratio(levels, LOOP, "official variant", live=live) for live in (False, True))
-    kept_dense, kept_photo = (ratio(levels, KEPT, "official variant", live=live) for live in (False, True))
+    kept_dense, kept_photo = (ratio(levels, equal, "official variant", live=live) for live in (False, True))
     name, maps = f"PCAM±, {subject.name}", f"maps within {agree:.0e}"
     whole = f"{name}, one image, {run} non-zero of {owed} channels"
     claims = [Claim(f"{name}, rate", "plain pass", share, SHARE_AIM, "share")]
     if subject.name in TRAINED_AIM:
         claims.append(Claim(whole, LOOP, photo, TRAINED_AIM[subject.name], "×", maps))
-        claims.append(Claim(whole, KEPT, kept_photo, None, "×", maps))
+        claims.append(Claim(whole, equal, kept_photo, None, "×", maps))
     else:
         claims.append(Claim(f"{name}, one image, all channels", LOOP, dense, DENSE_AIM, "×", maps))
-        claims.append(Claim(f"{name}, one image, all channels", KEPT, kept_dense, None, "×", maps))
+        claims.append(Claim(f"{name}, one image, all channels", equal, kept_dense, None, "×", maps))
         if run < owed:
             claims.append(Claim(whole, LOOP, photo, DENSE_AIM * owed / run, "×", maps))
     budget = 2 + _whole(round(subject.limit.rate * subject.seconds), lane(subject))
@@ -182,7 +182,7 @@ def _poly_findings(findings: Findings, subject: Subject, levels: Sequence[Level]
     findings.bars[subject.name] = {
         "plain passes, all channels": seconds(levels, "plain pass", -1),
         LOOP: seconds(levels, LOOP, -1),
-        KEPT: seconds(levels, KEPT, -1),
+        equal: seconds(levels, equal, -1),
         "camserve, all channels": seconds(levels, "official variant", -1),
         "camserve, non-zero channels": seconds(levels, "official variant", -1, live=True),
     }
@@ -190,7 +190,7 @@ def _poly_findings(findings: Findings, subject: Subject, levels: Sequence[Level]
         rate = {side: f"{rates.rate:.1f}" for side, rates in level.rates.items()}
         share = level.rates["camserve"].over(level.rates["plain pass"])
         cells = [level.layer.name, str(level.layer.channels), str(level.run), rate["plain pass"], rate["camserve"]]
-        findings.rows.append([subject.name, *cells, f"{share:.2f}", rate["official variant"], rate[LOOP], rate[KEPT]])
+        findings.rows.append([subject.name, *cells, f"{share:.2f}", rate["official variant"], rate[LOOP], rate[equal]])
 
 
 # ---- Score-CAM -------------------------------------------------------------------------------------------------------
@@ -200,8 +200,8 @@ def score(bench: Bench) -> Result:
     """Compare Score-CAM with the plain pass, torchcam and pytorch-grad-cam."""
     findings = Findings()
     for subject in bench.subjects():
-        libraries = subject.name != "efficientnet-lite0"
-        _score_findings(bench, findings, subject, [Torchcam, GradCam] if libraries else [])
+        libraries = () if subject.name == "efficientnet-lite0" else peers.LIBRARIES.values()
+        _score_findings(bench, findings, subject, [each for each in libraries if peers.importable(each)])
     return Result(
         "Score-CAM",
         SCORE_TEXT,
@@ -233,19 +233,19 @@ def _score_findings(bench: Bench, findings: Findings, subject: Subject, librarie
     agree: dict[str, str] = {}
     cams: list[Library] = []
     for library in libraries:
-        cam = run_on_thread(partial(_library, library, subject, layer.name))
+        cam = subject.alike(_library, library, subject, layer.name)
         cams.append(cam)
 
         def there(n: int, batch: int, name: str = library.name) -> Timed:
             return bench.separate(separate_process.score_cam, subject.config, name, layer.name, n, batch)
 
         def here(n: int, batch: int, cam: Library = cam) -> Timed:
-            return run_on_thread(peers.timed_weights, cam, a[:n], 0, batch)
+            return subject.alike(peers.timed_weights, cam, a[:n], 0, batch)
 
-        r = run_on_thread(score_agreement, subject, cam, a, bench.channels)
+        r = subject.alike(score_agreement, subject, cam, a, bench.channels)
         ways: dict[str, Callable[[int, int], Timed]] = {
             library.name: there,
-            f"{library.name}, camserve's allocator": here,
+            at_equal_terms(library.name, subject.model.device): here,
         }
         for name, way in ways.items():
             bench.step(f"{subject.name}: the best batch of {name}")
@@ -278,7 +278,7 @@ def _score_findings(bench: Bench, findings: Findings, subject: Subject, librarie
 
 
 def _library(library: type[Library], subject: Subject, layer: str) -> Library:
-    return library(subject.made, layer, subject.image.tensor)
+    return library(subject.at_precision, layer, subject.image.tensor)
 
 
 def explained_by(claims: Sequence[Claim], why: Callable[[], str]) -> list[Claim]:

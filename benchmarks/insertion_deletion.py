@@ -9,8 +9,8 @@ from benchmarks import engine_runs, peers, separate_process
 from benchmarks.bench_setup import Bench
 from benchmarks.channel_masking import explained_by
 from benchmarks.results import Chart, Claim, Findings, Result, Table
-from benchmarks.subjects import Subject
-from benchmarks.timing import Timed, clock, run_on_thread
+from benchmarks.subjects import Subject, at_equal_terms
+from benchmarks.timing import Timed, clock
 from camserve_server.registry import METRICS
 from camserve_server.request_plan import MetricCall
 
@@ -60,17 +60,18 @@ def _one(bench: Bench, findings: Findings, subject: Subject) -> None:
     def loop() -> Timed:
         x = subject.image.tensor
         start = clock(x.device)
-        curves["loop"] = peers.curves(subject.made, x, S.to(x.device), index[0], steps).cpu()
+        curves["loop"] = peers.curves(subject.at_precision, x, S.to(x.device), index[0], steps).cpu()
         return Timed(2 * steps, clock(x.device) - start)
 
     def separate_loop() -> Timed:
         return bench.separate(separate_process.curves, subject.config, S.numpy(), index[0], steps)
 
+    equal = at_equal_terms("simple loop", subject.model.device)
     sides = {
         "plain pass": subject.limit.side(bench.seconds),
         "camserve": camserve_side,
         "simple loop": separate_loop,
-        "simple loop, camserve's allocator": lambda: run_on_thread(loop),
+        equal: lambda: subject.alike(loop),
     }
     rates = bench.alternate(f"{subject.name}: insertion and deletion", sides)
     differ = float((curves["camserve"] - curves["loop"]).abs().max())
@@ -79,7 +80,7 @@ def _one(bench: Bench, findings: Findings, subject: Subject) -> None:
         Claim(f"{name}, rate", "plain pass", rates["camserve"].over(rates["plain pass"]), 0.95, "share"),
         *(
             Claim(name, loop_, rates["camserve"].over(rates[loop_]), aim, "×", f"curves within {differ:.0e}")
-            for loop_, aim in (("simple loop", LOOP_AIM), ("simple loop, camserve's allocator", None))
+            for loop_, aim in (("simple loop", LOOP_AIM), (equal, None))
         ),
     ]
     findings.claims += explained_by(

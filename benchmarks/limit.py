@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.arithmetic import tf32 as tf32_setting
 from benchmarks.results import Chart, Findings, Result, Table
 from benchmarks.timing import Timed, clock, run_on_thread
 from camserve_server.engine.warmup import SIZES
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 # If a batch takes longer, larger batches are not measured.
 SLOW_S = 20.0
+COMPILED = "compiled"  # by torch.compile, from the fastest other format
 
 # (memory format, batch size) → rows per second.
 Grid = dict[tuple[str, int], float]
@@ -45,16 +48,23 @@ class Limit:
     """Fastest plain forward pass of a network.
 
     Attributes:
-        x: The image [C, H, W].
+        x: The image [C, H, W] in the data type of the passes.
         formats: The network by memory format. All variants have the same logits up to rounding.
         forward: Rate of each memory format and batch size.
         difference: Largest difference of the logits from those of the served model.
+        tf32: True if float32 may be rounded to TF32.
     """
 
     x: Tensor
-    formats: dict[str, nn.Module]
+    formats: dict[str, Network]
     forward: Grid
     difference: float
+    tf32: bool = False
+
+    @property
+    def with_gradients(self) -> tuple[str, int]:
+        """Memory format and batch size of the fastest forward pass that is not compiled."""
+        return max((at for at in self.forward if at[0] != COMPILED), key=lambda at: self.forward[at])
 
     @property
     def best(self) -> tuple[str, int]:
@@ -70,18 +80,42 @@ class Limit:
         """Return a side that runs the fastest forward pass for about this duration."""
         form, size = self.best
         rows = max(1, round(self.rate * seconds))
-        return lambda: run_on_thread(lambda: timed(forward, self.formats[form], self.batch(form, size), rows))
+        return lambda: self.timed(forward, form, size, rows)
+
+    def timed(self, pass_: Pass, form: str, size: int, rows: int) -> Timed:
+        """Time a pass on a new thread, see `timed`."""
+        with tf32_setting(self.tf32):
+            return run_on_thread(lambda: timed(pass_, self.formats[form], self.batch(form, size), rows))
 
     def batch(self, form: str, size: int) -> Tensor:
         """Return a batch of copies of the image in a memory format."""
         return self.x.expand(size, -1, -1, -1).contiguous(memory_format=_memory_format(form))
 
 
-def find_limit(made: nn.Module, served: nn.Module, x: Tensor, seconds: float) -> Limit:
-    """Measure the forward pass of the original network in all formats and batch sizes."""
-    formats, difference = in_formats(made, served, x[None])
-    limit = Limit(x, formats, {}, difference)
-    limit.forward = grid(limit, forward, seconds)
+def find_limit(
+    made: nn.Module, served: nn.Module, x: Tensor, seconds: float, *, tf32: bool = False, compiled: bool = False
+) -> Limit:
+    """Measure the forward pass of the original network in all formats and batch sizes.
+
+    Args:
+        made: The original network.
+        served: The network of the served model.
+        x: The image [C, H, W] in the data type of the passes.
+        seconds: Approximate duration of a measurement.
+        tf32: True if float32 may be rounded to TF32.
+        compiled: True to measure a compiled forward pass, too.
+    """
+    with tf32_setting(tf32):
+        formats, difference = in_formats(made, served, x[None])
+        limit = Limit(x, {**formats}, {}, difference, tf32)
+        limit.forward = grid(limit, forward, seconds)
+        if compiled:
+            form, size = limit.best
+            limit.formats[COMPILED] = torch.compile(formats[form], dynamic=False)
+            for n in dict.fromkeys((size, max(SIZES[x.device.type]))):
+                X = limit.batch(form, n)
+                one = timed(forward, limit.formats[COMPILED], X, max(2 * n, round(limit.rate * seconds)))
+                limit.forward[COMPILED, n] = one.rows / one.seconds
     return limit
 
 
@@ -89,19 +123,19 @@ def in_formats(module: nn.Module, served: nn.Module, x: Tensor) -> tuple[dict[st
     """Return the network by memory format, with and without folded batch norms, and the largest logit difference."""
     formats = {}
     folded = copy.deepcopy(module)
-    names = fold_batch_norm(folded, x)
+    names = fold_batch_norm(folded, x.to(next((weight.dtype for weight in module.parameters()), x.dtype)))
     for name, form in (("contiguous", torch.contiguous_format), ("channels-last", torch.channels_last)):
-        formats[name] = copy.deepcopy(module).to(memory_format=form)  # type: ignore[call-overload]
+        formats[name] = copy.deepcopy(module).to(x.dtype, memory_format=form)  # type: ignore[call-overload]
         if names:
-            formats[f"{name}, folded"] = copy.deepcopy(folded).to(memory_format=form)  # type: ignore[call-overload]
+            formats[f"{name}, folded"] = copy.deepcopy(folded).to(x.dtype, memory_format=form)  # type: ignore[call-overload]
     with torch.no_grad():
-        logits = served(x.contiguous(memory_format=torch.channels_last))
-        difference = max(float((net(x) - logits).abs().max()) for net in formats.values())
+        logits = served(x.contiguous(memory_format=torch.channels_last)).float()
+        difference = max(float((net(x).float() - logits).abs().max()) for net in formats.values())
     return formats, difference
 
 
 def _memory_format(form: str) -> torch.memory_format:
-    return torch.channels_last if form.startswith("channels-last") else torch.contiguous_format
+    return torch.contiguous_format if form.startswith("contiguous") else torch.channels_last
 
 
 # ---- passes ----------------------------------------------------------------------------------------------------------
@@ -135,6 +169,8 @@ def grid(limit: Limit, pass_: Pass, seconds: float, tick: Callable[[], None] = l
     """Measure all formats and batch sizes, each for about this duration and at least two batches."""
     rates: Grid = {}
     for form, net in limit.formats.items():
+        if form == COMPILED:
+            continue
         rate, took = 0.0, 0.0
         for size in SIZES[limit.x.device.type]:
             if took < SLOW_S:
@@ -145,17 +181,60 @@ def grid(limit: Limit, pass_: Pass, seconds: float, tick: Callable[[], None] = l
     return rates
 
 
+def recorded_ascent(net: nn.Module, X: Tensor, channels: int, steps: int) -> Timed:
+    """Time steps of Opti-CAM, forward and backward, on a GPU as a recorded CUDA graph. Each image counts as one row.
+
+    Args:
+        net: The network, in the data type of its arithmetic.
+        X: Images [N, C, H, W].
+        channels: Number of channels of the activations, which are random and have 7 × 7 positions.
+        steps: Number of steps.
+    """
+    A = torch.rand(len(X), channels, 7, 7, device=X.device)
+    u = torch.zeros(len(X), channels, device=X.device, requires_grad=True)
+    weight = next(net.parameters())
+
+    def step() -> Tensor:
+        S = torch.einsum("nk,nkhw->nhw", u.softmax(1), A)[:, None]
+        S = F.interpolate(S, X.shape[-2:], mode="bilinear")
+        low, high = S.amin((2, 3), keepdim=True), S.amax((2, 3), keepdim=True)
+        masked = (X * (S - low) / (high - low)).to(weight.dtype, memory_format=torch.channels_last)
+        (gradient,) = torch.autograd.grad(net(masked)[:, 0].float().sum(), u)
+        return gradient
+
+    run = _recorded(step) if X.is_cuda else step
+    run()
+    start = clock(X.device)
+    for _ in range(steps):
+        run()
+    return Timed(steps * len(X), clock(X.device) - start)
+
+
+def _recorded(step: Callable[[], object]) -> Callable[[], object]:
+    """Return a function that replays the kernels of a step."""
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 # ---- the section -----------------------------------------------------------------------------------------------------
 
 
 def section(bench: Bench) -> Result:
     """Measure all passes, and compare the fastest with the fastest convolution of the machine."""
     findings, arithmetic = Findings(), Findings()
-    fastest = run_on_thread(_fastest_convolution, bench.device, bench.seconds)
+    fastest = 0.0
     for subject in bench.subjects():
-        backward = run_on_thread(grid, subject.limit, forward_backward, bench.seconds / 4)
+        fastest = fastest or subject.alike(_fastest_convolution, subject.limit.x, bench.seconds)
+        backward = subject.alike(grid, subject.limit, forward_backward, bench.seconds / 4)
         for name, rates in (("forward", subject.limit.forward), ("forward + backward", backward)):
-            for form in subject.limit.formats:
+            for form in dict.fromkeys(form for form, _ in rates):
                 findings.rows.append(_row(subject, name, form, rates))
         operations = run_on_thread(_operations, subject) / 1e9
         done = operations * subject.limit.rate
@@ -189,10 +268,11 @@ def _operations(subject: Subject) -> int:
 
 
 @torch.no_grad()
-def _fastest_convolution(device: torch.device, seconds: float) -> float:
-    """Return the rate of a large convolution in GFLOP/s."""
-    net = nn.Conv2d(512, 512, 3, padding=1).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    X = torch.randn(8, 512, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
+def _fastest_convolution(like: Tensor, seconds: float) -> float:
+    """Return the rate of a large convolution in GFLOP/s, on the device and in the data type of a tensor."""
+    net = nn.Conv2d(512, 512, 3, padding=1).to(like, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    rows = 8 if like.device.type == "cpu" else 256
+    X = torch.randn(rows, 512, 28, 28).to(like).contiguous(memory_format=torch.channels_last)
     once = timed(forward, net, X, 1)
     many = timed(forward, net, X, max(1, round(once.rows * seconds / once.seconds)))
     return 2 * 9 * 512 * 512 * 28 * 28 * many.rows / many.seconds / 1e9

@@ -12,11 +12,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-def facts(device: torch.device) -> dict[str, str]:
-    """Return machine, versions, commit and date. Runs are combined if all but date and commit are equal."""
+def facts(device: torch.device, precision: str = "fp32") -> dict[str, str]:
+    """Return machine, precision, versions, commit and date. Runs are combined if all but date and commit are equal."""
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "device": device.type,
+        "precision": precision,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -41,5 +42,8 @@ def cpu_name() -> str:
 
 
 def _git(checkout: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # git is not installed
+        return ""
     return done.stdout.strip()

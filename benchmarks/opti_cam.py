@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import engine_runs, separate_process
 from benchmarks.bench_setup import Bench
-from benchmarks.channel_masking import KEPT, LOOP, explained_by
-from benchmarks.limit import forward_backward, timed
+from benchmarks.channel_masking import LOOP, explained_by
+from benchmarks.limit import forward_backward
 from benchmarks.peers import OptiCam
 from benchmarks.results import Chart, Claim, Findings, Result, Table
-from benchmarks.subjects import Subject
+from benchmarks.subjects import Subject, at_equal_terms
 from benchmarks.timing import Timed, run_on_thread
 
 LOOP_AIM, TOGETHER_AIM = 2.5, 1.3
@@ -49,17 +49,16 @@ def section(bench: Bench) -> Result:
 
 
 def _one(bench: Bench, findings: Findings, subject: Subject) -> None:
-    model, steps = subject.model, max(2, round(subject.limit.rate * bench.seconds / 8))
-    loop = run_on_thread(official, subject)
-    form, size = subject.limit.best
-    X = run_on_thread(subject.limit.batch, form, size)
+    model, steps = subject.model, min(ITERATIONS, max(2, round(subject.limit.rate * bench.seconds / 8)))
+    loop, equal = subject.alike(official, subject, subject.at_precision), at_equal_terms(LOOP, subject.model.device)
+    form, size = subject.limit.with_gradients
     rates = bench.alternate(
         f"{subject.name}: Opti-CAM, one image",
         {
-            "limit": lambda: run_on_thread(timed, forward_backward, subject.limit.formats[form], X, 2 * steps),
+            "limit": lambda: subject.limit.timed(forward_backward, form, size, 2 * steps),
             "camserve": lambda: engine_runs.run(model, subject.x, subject.call("opti-cam", steps=steps)).timed,
             LOOP: lambda: bench.separate(separate_process.opti_cam, subject.config, loop.name, loop.c, steps),
-            KEPT: lambda: run_on_thread(loop.timed, steps),
+            equal: lambda: subject.alike(loop.timed, steps),
         },
     )
     few = 3
@@ -67,34 +66,35 @@ def _one(bench: Bench, findings: Findings, subject: Subject) -> None:
     maps = f"maps within {differ:.0e} (float64, {few} iterations)"
     claims = [
         Claim(f"Opti-CAM, {subject.name}, one image", loop_, rates["camserve"].over(rates[loop_]), aim, "×", maps)
-        for loop_, aim in ((LOOP, LOOP_AIM), (KEPT, None))
+        for loop_, aim in ((LOOP, LOOP_AIM), (equal, None))
     ]
     findings.claims += explained_by(
         claims, lambda: engine_runs.time_profile(model, subject.x, subject.call("opti-cam", steps=steps))
     )
     findings.bars[subject.name] = {name: ITERATIONS / of.rate for name, of in rates.items()}
     batches = {"limit": f"{size}, {form}", "camserve": str(model.batch_sizes["ascend"])}
-    batches |= dict.fromkeys((LOOP, KEPT), "1, contiguous")
+    batches |= dict.fromkeys((LOOP, equal), "1, contiguous")
     for name, of in rates.items():
         share = f"{of.over(rates['limit']):.2f}"
         findings.rows.append([subject.name, name, batches[name], str(steps), f"{of.rate:.1f}", share])
 
 
-def official(subject: Subject) -> OptiCam:
-    """Return the official loop for the predicted class."""
+def official(subject: Subject, net: nn.Module) -> OptiCam:
+    """Return the official loop for the class that a network predicts."""
     image, layer = subject.image, subject.call("opti-cam").layers[0].name
-    index = int(subject.made(image.tensor[None]).argmax())
-    return OptiCam(subject.made, layer, image.tensor, image.mean, image.std, index)
+    index = int(net(image.tensor[None]).argmax())
+    return OptiCam(net, layer, image.tensor, image.mean, image.std, index)
 
 
 def agreement(subject: Subject, steps: int) -> float:
     """Return the largest difference to the map of the official loop after a number of iterations."""
     mine = engine_runs.run(subject.model, subject.x, subject.call("opti-cam", steps=steps)).result.maps[0]
-    return float((mine - official(subject)(steps).cpu()).abs().max())
+    return float((mine - official(subject, subject.made)(steps).cpu()).abs().max())
 
 
 def _several(bench: Bench, findings: Findings, subject: Subject) -> None:
-    model, steps = subject.model, max(5, round(subject.limit.rate * bench.seconds / 3 / bench.images))
+    model = subject.model
+    steps = min(ITERATIONS, max(5, round(subject.limit.rate * bench.seconds / 3 / bench.images)))
     images = run_on_thread(lambda: [subject.x.roll(16 * i, 2) for i in range(bench.images)])
     maps: dict[str, list[Tensor]] = {}
 

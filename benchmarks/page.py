@@ -11,18 +11,24 @@ from benchmarks.results import Claim, Result, Table
 
 HEAD = """# Benchmarks
 
-Machine: {machine}, {threads} threads, torch {torch}, Python {python}, fp32. Commands ({minutes:.0f} minutes):
+Machine: {machine}, {threads} threads, torch {torch}, Python {python}, {precision}. Commands ({minutes:.0f} minutes):
 
 ```console
 {commands}
 ```
 
-Each ratio compares two rates of the same run with equal inputs, weights, threads and precision. The sides alternate
+Each ratio compares two rates of the same run with equal inputs, {equal}. The sides alternate
 (A B A B …), nothing else runs, and the result is the median of the rounds. It varies by a few hundredths between runs.
-Other implementations run in a separate process with the default allocator, and again with
-[camserve's allocator settings](decisions/0008-allocator.md). EfficientNet-Lite0 has ImageNet weights. ResNet50 and
+{others} EfficientNet-Lite0 has ImageNet weights. ResNet50 and
 VGG16 have random weights, with logits scaled like those of a trained network.{gpu}
 """
+# How other implementations run, by the type of the device.
+OTHERS = {
+    "cpu": """Other implementations run in a separate process with the default allocator, and again with
+[camserve's allocator settings](decisions/0008-allocator.md).""",
+    "cuda": """Other implementations run in float32 with torch's defaults, which use TF32 for convolutions, and again at
+camserve's precision.""",
+}
 
 
 def load(path: Path) -> tuple[dict[str, str], dict[str, Result]]:
@@ -50,8 +56,16 @@ def page(facts: Mapping[str, str], results: Mapping[str, Result], missing: Seque
     """Return the text of the page and draw its charts into a folder."""
     commands = dict.fromkeys(f"$ {result.command}" for result in results.values())
     minutes = sum(result.seconds for result in results.values()) / 60
-    gpu = "" if facts["device"] == "cuda" else "\n\nThe benchmarks have not run on a GPU yet."
-    parts = [HEAD.format(**facts, commands="\n".join(commands), minutes=max(1, minutes), gpu=gpu)]
+    on_gpu = facts["device"] == "cuda"
+    head = HEAD.format(
+        **facts,
+        commands="\n".join(commands),
+        minutes=max(1, minutes),
+        equal="weights and threads" if on_gpu else "weights, threads and precision",
+        others=OTHERS["cuda" if on_gpu else "cpu"],
+        gpu="" if on_gpu else "\n\nMeasurements on a GPU: [Benchmarks on a GPU](benchmarks-gpu.md).",
+    )
+    parts = [head]
     claims = [claim for result in results.values() for claim in result.claims]
     if claims:
         parts.append("## Summary\n\n" + _claims(claims))

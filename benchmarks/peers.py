@@ -6,6 +6,8 @@ They use the original network in contiguous memory format, and nothing else runs
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,10 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.results import NOT_MEASURED
 from benchmarks.timing import Timed, clock
 from tests.oracles.insertion_deletion import gaussian_blur
 
 LOOP = 32  # batch size of the official loops
+
+
+def _needs_warm_up(x: Tensor) -> bool:
+    """Return True if the first passes of a thread are slow: cuDNN chooses its kernels for each thread and shape."""
+    return x.is_cuda
+
 
 # ---- Poly-CAM: github.com/andralex8/polycam --------------------------------------------------------------------------
 
@@ -60,7 +69,7 @@ def timed_poly_cam(net: nn.Module, x: Tensor, A: Tensor) -> Timed:
     """Time the rows of one level, after one pass that is not timed."""
     p = torch.tensor(0.5, device=x.device)
     with torch.no_grad():
-        net(x)
+        net(x.expand(LOOP, -1, -1, -1) if _needs_warm_up(x) else x)
     start = clock(x.device)
     poly_cam_weights(net, x, A, 0, p)
     return Timed(2 * len(A), clock(x.device) - start)
@@ -122,7 +131,7 @@ class OptiCam:
         with torch.enable_grad():
             y = self.net((self.image - self.mean) / self.std)[0, self.c]
             assert self.seen is not None
-            A = self.seen.detach().relu()
+            A = self.seen.detach().relu().to(self.image)
             u = torch.full((1, A.shape[1], 1, 1), 0.5, device=A.device, requires_grad=True)
             adam = torch.optim.Adam([u], lr=0.1)
             after()
@@ -141,6 +150,8 @@ class OptiCam:
 
     def timed(self, steps: int) -> Timed:
         """Time a number of steps. Each step counts as one row."""
+        if _needs_warm_up(self.image):
+            self(2)
         start = 0.0
 
         def after() -> None:
@@ -184,7 +195,7 @@ def curves(net: nn.Module, x: Tensor, S: Tensor, c: int, steps: int) -> Tensor:
 class Torchcam:
     """Score-CAM of torchcam for given channels of one layer."""
 
-    name = "torchcam"
+    name, package = "torchcam", "torchcam.methods"
     differs = "it scales masks before resizing"
 
     def __init__(self, net: nn.Module, layer: str, x: Tensor) -> None:
@@ -210,7 +221,7 @@ class Torchcam:
 class GradCam:
     """Score-CAM of pytorch-grad-cam for given channels of one layer."""
 
-    name = "pytorch-grad-cam"
+    name, package = "pytorch-grad-cam", "pytorch_grad_cam"
     differs = "it resizes with aligned corners"
 
     def __init__(self, net: nn.Module, layer: str, x: Tensor) -> None:
@@ -233,11 +244,25 @@ class GradCam:
 
 
 Library = Torchcam | GradCam
+
+
+def importable(library: type[Library]) -> bool:
+    """Return True if a library can be imported. Otherwise, print the reason."""
+    try:
+        importlib.import_module(library.package)
+    except ImportError as error:
+        print(f"{NOT_MEASURED}{library.name}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 LIBRARIES: dict[str, type[Library]] = {library.name: library for library in (Torchcam, GradCam)}
 
 
 def timed_weights(cam: Library, A: Tensor, c: int, batch: int) -> Timed:
     """Time the weights of all channels. Each channel counts as one row."""
+    if _needs_warm_up(A):
+        cam.weights(A[:batch], c, batch)
     start = clock(A.device)
     cam.weights(A, c, batch)
     return Timed(len(A), clock(A.device) - start)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+NOT_MEASURED = "not measured: "  # start of a line of output about an implementation that is not available
+
 
 @dataclass(frozen=True)
 class Claim:

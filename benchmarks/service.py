@@ -204,17 +204,26 @@ def _explained(
 @contextmanager
 def server(subject: Subject, device: str) -> Iterator[str]:
     """Run `camserve serve` as a process and yield its address."""
+    with running(
+        f'listen = "127.0.0.1:0"\ndevice = "{device}"\nlog_level = "error"\n\n[[models]]\n'
+        f'name = "{subject.name}"\nsource = "{subject.model.source}"\nbatch_size = {lane_size(subject)}\n'
+        f"input_size = {[*subject.config.input_size]}\n"
+        f'precision = "{subject.model.precision}"\ncompile = {str(subject.model.compile).lower()}\n'
+    ) as address:
+        yield address
+
+
+@contextmanager
+def running(config: str) -> Iterator[str]:
+    """Run `camserve serve` with a configuration in TOML as a process, and yield its address once it is ready."""
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "camserve.toml"
-        config.write_text(
-            f'listen = "127.0.0.1:0"\ndevice = "{device}"\nlog_level = "error"\n\n[[models]]\n'
-            f'name = "{subject.name}"\nsource = "{subject.model.source}"\nbatch_size = {lane_size(subject)}\n'
-        )
-        command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(config)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        path = Path(folder) / "camserve.toml"
+        path.write_text(config, encoding="utf-8")
+        command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(path)]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
             try:
-                assert process.stdout is not None
+                assert process.stdout is not None, "it is a pipe"
                 ready = re.match(r"camserve is ready on (\S+), serving", process.stdout.readline())
                 if ready is None:
                     raise RuntimeError("the server did not start; see its log above")

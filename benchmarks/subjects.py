@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, get_args
+from functools import cached_property, partial
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import PIL.Image
 import skimage.data
 import torch
 from torch import Tensor, nn
 
+from benchmarks.arithmetic import tf32, with_dtype
 from benchmarks.limit import Limit, find_limit
 from benchmarks.timing import run_on_thread
 from camserve_server import registry
@@ -29,6 +30,8 @@ from camserve_server.request_plan import MethodCall
 
 registry.discover()
 nets: Any = importlib.import_module("tests.nets")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -62,7 +65,21 @@ class Subject:
     @cached_property
     def limit(self) -> Limit:
         """The fastest plain forward pass, measured on first use."""
-        return run_on_thread(find_limit, self.made, self.model.module, self.image.tensor, self.seconds / 4)
+        model = self.model
+        x = self.image.tensor.to(model.compute_dtype)
+        compiled = model.compile and model.device.type == "cuda"
+        measure = partial(find_limit, tf32=model.precision == "tf32", compiled=compiled)
+        return run_on_thread(measure, self.made, model.module, x, self.seconds / 4)
+
+    @cached_property
+    def at_precision(self) -> nn.Module:
+        """The original network at the precision of the served model."""
+        return with_dtype(self.made, self.model.compute_dtype)
+
+    def alike(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run another implementation in this process on a new thread, with the TF32 setting of the served model."""
+        with tf32(self.model.precision == "tf32"):
+            return run_on_thread(lambda: work(*args, **kwargs))
 
     def in_float64(self) -> Subject:
         """Return the same network in float64 with batch size 1, to compare results that diverge in float32."""
@@ -84,6 +101,11 @@ class Subject:
         many = entry.layers == "many"
         chosen = self.model.find_layers(layers, "") if layers else self.model.default_layers(many)
         return MethodCall(entry, entry.check(parameters, ""), chosen)
+
+
+def at_equal_terms(name: str, device: torch.device) -> str:
+    """Return the name of a side that has what the served model has: its allocator, or on a GPU its precision."""
+    return f"{name}, camserve's {'precision' if device.type == 'cuda' else 'allocator'}"
 
 
 def photograph() -> PIL.Image.Image:
@@ -111,16 +133,30 @@ def calibrated(name: str) -> nn.Module:
 
 
 PRECISION: Any = ("fp32", "bf16", "fp16")
-CONFIGS = {
+CONFIGS = {  # the networks of a run without --models
     "efficientnet-lite0": embedded_model().model_copy(update={"precision": PRECISION}),
     "resnet50": ModelConfig(name="resnet50", source="python:benchmarks.subjects:resnet50", precision=PRECISION),
     "vgg16": ModelConfig(name="vgg16", source="python:benchmarks.subjects:vgg16", precision=PRECISION),
 }
 
 
-def subject(name: str, device: torch.device, seconds: float) -> Subject:
-    """Load and warm up a network by its name."""
-    return from_config(CONFIGS[name], device, seconds)
+# A small network with which the commands can be tried on a CPU.
+TINY = ModelConfig(
+    name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4, precision=PRECISION
+)
+
+
+def served_config(name: str, precision: str = "fp32", *, compile_: bool = False) -> ModelConfig:
+    """Return the configuration of a network whose first precision is `precision`.
+
+    Args:
+        name: One of `CONFIGS`, or "tiny".
+        precision: Precision that the model has if a request names none.
+        compile_: True to compile the forward pass.
+    """
+    config = TINY if name == TINY.name else CONFIGS[name]
+    precisions: Any = (precision, *(each for each in PRECISION if each != precision))
+    return config.model_copy(update={"precision": precisions} | ({"compile": True} if compile_ else {}))
 
 
 def from_config(config: ModelConfig, device: torch.device, seconds: float) -> Subject:

@@ -37,20 +37,13 @@ from benchmarks import (
 )
 from benchmarks.bench_setup import Bench
 from benchmarks.results import Claim, Findings, Result
-from benchmarks.subjects import Subject
+from benchmarks.subjects import TINY, Subject
 from benchmarks.timing import Rates, Timed, alternate, percentile
 from camserve_server.config import Config, ModelConfig
 from tests.conftest import serving
 from tests.oracles import insertion_deletion as oracle
 from tests.oracles import poly_cam
 
-TINY = ModelConfig(
-    name="tiny",
-    source="python:tests.nets:tiny_cnn",
-    input_size=(32, 32),
-    batch_size=4,
-    precision=("fp32", "bf16", "fp16"),
-)
 CPU = torch.device("cpu")
 
 
@@ -112,8 +105,7 @@ def test_service_and_engine_give_identical_maps(bench: Bench, subject: Subject) 
 def test_sections_of_two_runs_are_combined_into_one_page(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(subjects.CONFIGS, "tiny", TINY)
-    monkeypatch.setattr(bench_setup, "subject", lambda *_: subject)
+    monkeypatch.setattr(bench_setup, "from_config", lambda *_: subject)
     for names in (["limit"], ["curves"]):
         arguments = [*names, "--models", "tiny", "--seconds", "0.01", "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["bench", *arguments])
@@ -192,6 +184,13 @@ def test_folding_batch_norm_keeps_the_logits() -> None:
     assert set(limit.in_formats(net[2:], net[2:], torch.randn(1, 4, 6, 6))[0]) == {"contiguous", "channels-last"}
 
 
+def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert peers.importable(peers.Torchcam)
+    monkeypatch.setattr(peers.Torchcam, "package", "no_such_package")
+    assert not peers.importable(peers.Torchcam)
+    assert capsys.readouterr().err == "not measured: torchcam: No module named 'no_such_package'\n"
+
+
 # ---- measurements ----------------------------------------------------------------------------------------------------
 
 
@@ -247,5 +246,5 @@ def test_page_gives_each_reason_once(tmp_path: Path) -> None:
 
 
 def _facts(**given: str) -> dict[str, str]:
-    names = ("machine", "device", "threads", "torch", "python", "commit", "date")
+    names = ("machine", "device", "precision", "threads", "torch", "python", "commit", "date")
     return dict.fromkeys(names, "1") | given
