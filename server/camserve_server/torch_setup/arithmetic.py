@@ -28,17 +28,18 @@ class _Settings:
 
     def enter(self, tf32: bool) -> None:
         """Wait until no other thread needs other settings, and apply them."""
-        place = object()
         with self._changed:
-            self._waiting.append(place)
-            self._changed.wait_for(lambda: self._waiting[0] is place and (not self._users or self._tf32 == tf32))
-            self._waiting.popleft()
+            if self._waiting or not self._fits(tf32):
+                place = object()
+                self._waiting.append(place)
+                self._changed.wait_for(lambda: self._waiting[0] is place and self._fits(tf32))
+                self._waiting.popleft()
+                self._changed.notify_all()
             if not self._users:
                 self._restore = _restore_settings()
             self._users += 1
             self._tf32 = tf32
             _apply(tf32)
-            self._changed.notify_all()
 
     def leave(self) -> None:
         """Restore the settings of the program if no thread uses these any more."""
@@ -47,6 +48,9 @@ class _Settings:
             if not self._users:
                 self._restore()
                 self._changed.notify_all()
+
+    def _fits(self, tf32: bool) -> bool:
+        return not self._users or self._tf32 == tf32
 
 
 _settings = _Settings()
