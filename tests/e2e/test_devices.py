@@ -138,6 +138,10 @@ def test_requests_go_to_the_device_that_owes_the_fewest_rows(server: Server, cli
         ]:
             requests.append(submitted(server, client, method="rise", parameters={"masks": masks}))
             assert owed(server) == expected
+        each_s = [engine.seconds_owed() for engine in (first, second)]
+        assert server.engines.seconds_owed() == pytest.approx(sum(each_s) / 2), (
+            "load reports: the devices share requests"
+        )
     names = [each.explanation().receipt.device_name for each in requests]
     assert names == ["cpu:0", "cpu:1", "cpu:1", "cpu:1", "cpu:0", "cpu:1"]
     wait_until(lambda: owed(server) == [0, 0])
