@@ -221,6 +221,9 @@ def test_settings_that_fit_no_image_are_refused_once() -> None:
         made.service.close()
         assert made.refused is not None
         assert message in made.refused.message
+    made = ImageEvaluator(Config(device="cuda:99", models=[TINY]), SPEC)
+    assert made.refused is not None
+    assert "device: cuda:99" in made.refused.message
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------

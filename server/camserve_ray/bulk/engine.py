@@ -100,8 +100,9 @@ class ImageEvaluator:
         self._variants = {each.label: each for each in spec.variants}
         self._reader = ImageReader(spec.image_column)
         self.refused: Refused | None = None
-        self.service = InProcessService(config)
+        self.service: InProcessService
         try:
+            self.service = InProcessService(config)
             self.service.start()
             self._check()
         except ConfigError as error:
@@ -181,7 +182,8 @@ class BulkEngine:
             keep_memory()
         self._evaluator = ImageEvaluator(config, spec)
         # An engine whose thread has failed answers nothing any more. The run continues on other engines.
-        self._evaluator.service.failed.add_done_callback(lambda _: os._exit(1))
+        if self._evaluator.refused is None:
+            self._evaluator.service.failed.add_done_callback(lambda _: os._exit(1))
 
     def __call__(self, batch: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         """Evaluate the pickled chunks of a batch, and yield batches of pickled rows."""
