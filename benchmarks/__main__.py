@@ -28,6 +28,7 @@ from benchmarks import (
     openvino_pass,
     opti_cam,
     page,
+    ray_serve,
     savings,
     service,
 )
@@ -50,6 +51,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Result], int]] = {
     "openvino": (openvino_pass.section, 30),
     "service": (service.section, 24),
     "mixed": (mixed_load.section, 20),
+    "ray": (ray_serve.section, 12),
     "busy": (busy_machine.section, 30),
     "host": (host.section, 8),
     "load": (load_time.section, 20),

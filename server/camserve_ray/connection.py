@@ -9,27 +9,35 @@ import sys
 
 from camserve_server.errors import ConfigError
 
-__all__ = ["connect"]
+__all__ = ["connect", "prepare"]
 
 _CONNECT_S = 10.0
+
+
+def prepare(address: str | None) -> None:
+    """Let a cluster that `connect` starts listen on the loopback address only, and send no usage statistics.
+
+    Ray reads these variables when it is imported, so call this function before.
+
+    Args:
+        address: The argument of `connect`.
+    """
+    if address is None and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # or Ray replaces 127.0.0.1 by another address
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def connect(address: str | None = None) -> None:
     """Connect this process to a Ray cluster, or start one for it on this machine.
 
-    Ray sends no usage statistics for a cluster that this function starts.
-
     Args:
         address: HOST:PORT of the cluster, or "auto" for the one that runs on this machine. None starts a cluster that
-            listens on the loopback address only and ends with this process.
+            ends with this process. It listens on the loopback address only, unless Ray has been imported before.
 
     Raises:
         ConfigError: There is no cluster at the address.
     """
-    if address is None and "ray" not in sys.modules:
-        # Ray reads these variables when it is imported. Without the first, it listens on all interfaces.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    prepare(address)
     import ray
 
     missing = ConfigError(

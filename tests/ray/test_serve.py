@@ -22,6 +22,8 @@ from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from camserve_server.config import Config
 from camserve_server.service.call import ADMITTED
 from camserve_server.service.listeners import SERVICE
+from camserve_server.service.load_reports import reports
+from camserve_server.service.load_reports.orca_pb2 import LoadReport, LoadReportRequest
 from tests.conftest import serving
 from tests.processes import patient_client
 from tests.ray.cluster import cluster
@@ -233,6 +235,17 @@ def test_health_and_reflection(ray_serve: Deployment) -> None:
         question = reflection_pb2.ServerReflectionRequest(list_services="")
         (found,) = reflect(iter([question]), timeout=TIMEOUT_S)
         assert SERVICE in {each.name for each in found.list_services_response.service}
+
+
+def test_proxy_reports_a_constant_load(ray_serve: Deployment) -> None:
+    """Without reports, gRPC writes a line to stderr for each connection of a client."""
+    with grpc.insecure_channel(ray_serve.address) as channel:
+        read: Any = channel.unary_stream(
+            f"/{reports.SERVICE}/StreamCoreMetrics", LoadReportRequest.SerializeToString, LoadReport.FromString
+        )
+        stream = read(LoadReportRequest(), timeout=TIMEOUT_S)
+        assert next(stream).application_utilization == reports.utilization(0)
+        stream.cancel()
 
 
 def test_unmodified_client_with_its_health_checks(ray_serve: Deployment) -> None:

@@ -70,6 +70,9 @@ def serve(
         raise typer.BadParameter("give it together with --autoscale", param_hint="--rows-per-replica")
     count = _autoscaling(autoscale) if autoscale else replicas or 1
     with needs_extra("ray", "camserve ray serve"):
+        from camserve_ray.connection import prepare
+
+        prepare(address)
         from camserve_ray.serving.application import Scale
         from camserve_ray.serving.command import serve as run
     scale = Scale(count, gpus_per_replica, rows_per_replica)

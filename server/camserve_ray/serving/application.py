@@ -13,13 +13,12 @@ from camserve.addresses import socket_path, split_host_port
 from camserve_ray.serving.autoscaling import RowsOwed
 from camserve_ray.serving.replica import Replica
 from camserve_ray.serving.routing import AnyNodeRouter
+from camserve_ray.serving.services import NAME
 from camserve_server.config import Config, read_config
 from camserve_server.errors import ConfigError
 
-__all__ = ["NAME", "PROXY_SERVICES", "Scale", "application", "build", "checked", "grpc_options"]
+__all__ = ["PROXY_SERVICES", "Scale", "application", "build", "checked", "grpc_options"]
 
-# The name of the application and of its only deployment.
-NAME = "camserve"
 # The function that adds the services to a proxy, by its import path.
 PROXY_SERVICES = "camserve_ray.serving.proxy:add_services"
 # The calls that a replica accepts. This limit is not the one that callers meet: the engine refuses requests by rows.

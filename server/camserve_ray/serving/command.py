@@ -19,7 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve as ray_serve
 
 from camserve_ray.connection import connect
-from camserve_ray.serving.application import NAME, Scale, application, checked, grpc_options
+from camserve_ray.serving.application import Scale, application, checked, grpc_options
+from camserve_ray.serving.services import NAME
 from camserve_server.config import Config, read_config
 from camserve_server.errors import ConfigError
 
@@ -73,7 +74,7 @@ def serve(
         except RuntimeError as error:
             return _failed(error, 1)
         finally:
-            _end(own_cluster=address is None)
+            _end()
 
 
 def _deploy(config: Config, scale: Scale) -> str:
@@ -87,9 +88,8 @@ def _deploy(config: Config, scale: Scale) -> str:
     ray_serve.start(http_options={"host": "127.0.0.1", "port": 0}, grpc_options=grpc_options(config))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its messages name an HTTP address
     with _progress():
-        ray_serve.run(application(config, scale), name=NAME)
-    options = grpc_options(config)
-    address = f"{_head()}:{options['port']}"
+        ray_serve.run(application(config, scale), name=NAME, route_prefix=f"/{NAME}")
+    address = f"{_head()}:{grpc_options(config)['port']}"
     if not _serves(address):
         raise ConfigError(
             f"listen: the proxy of Ray Serve at {address} does not serve camserve; if Serve was started on this "
@@ -120,10 +120,11 @@ def _progress() -> Iterator[None]:
 
 
 def _head() -> str:
-    """Return the address of the node with a proxy in any case, the head."""
-    nodes: Any = ray.nodes  # has no annotations
-    heads = [node for node in nodes() if "node:__internal_head__" in node["Resources"]]
-    return str(heads[0]["NodeManagerAddress"])
+    """Return the host of the head, which always has a proxy; the loopback address if this machine is the head."""
+    untyped: Any = ray
+    [head] = [node for node in untyped.nodes() if "node:__internal_head__" in node["Resources"]]
+    host = str(head["NodeManagerAddress"])
+    return "127.0.0.1" if host == untyped.util.get_node_ip_address() else host
 
 
 def _serves(address: str) -> bool:
@@ -143,16 +144,15 @@ def _serves(address: str) -> bool:
     return False
 
 
-def _end(*, own_cluster: bool) -> None:
-    """End the application, and the cluster if this process has started it. Running calls are finished before."""
+def _end() -> None:
+    """End the application after its running calls, and the cluster if this process has started it."""
+    untyped_ray: Any = ray
+    untyped_serve: Any = ray_serve
     with _handling(signal.SIG_DFL):  # a second signal ends the process at once
-        if own_cluster:
-            end_serve: Any = ray_serve.shutdown
-            end_serve()
-        else:
-            ray_serve.delete(NAME)
-        shutdown: Any = ray.shutdown  # has no annotations
-        shutdown()
+        ray_serve.delete(NAME)
+        if not ray_serve.status().applications:  # those of others on this cluster
+            untyped_serve.shutdown()
+        untyped_ray.shutdown()
 
 
 def _failed(error: Exception, exit_status: int) -> int:

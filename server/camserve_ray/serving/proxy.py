@@ -8,6 +8,8 @@ thread, and a message with many small fields takes seconds.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -16,20 +18,25 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from camserve.v1 import explain_pb2 as pb
-from camserve_ray.serving.services import CHECK, EXPLAIN, FROM_REPLICA, INFERENCE, RPCS, TIMEOUT_MS, WATCH
+from camserve_ray.serving.services import CHECK, EXPLAIN, FROM_REPLICA, INFERENCE, NAME, RPCS, TIMEOUT_MS, WATCH
 from camserve_server.errors import Unavailable
 from camserve_server.service import status
 from camserve_server.service.call import MAX_REQUEST_ID, checked_request_id
+from camserve_server.service.load_reports import reports
+from camserve_server.service.load_reports.orca_pb2 import LoadReport
 
 # Seconds that a replica may take to respond to a health check. Calls without a replica wait in the proxy.
 _CHECK_S = 5.0
 # Seconds between the checks for Watch. Each sends the state again, because gRPC closes connections whose clients send
 # pings and get no data, and Serve offers no option for that.
 _WATCH_S = 10.0
+# Metadata of callers that would have a meaning for Serve or for a replica.
+_RESERVED = ("application", "multiplexed_model_id", "request_id", "session_id", TIMEOUT_MS)
 # The codes that Serve sets if the caller cancels a call or its deadline passes.
 _CODES_OF_CALLERS = (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 # The key of Serve's identifier of a call.
 _ID_OF_SERVE = "request_id"
+_REPORTS = f"/{reports.SERVICE}/StreamCoreMetrics"
 _SERVICES = ("", EXPLAIN, INFERENCE)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
@@ -59,11 +66,17 @@ class _Services(grpc.GenericRpcHandler):
             for rpc in (*RPCS, WATCH)
         }
 
+        # Encoded requests of Health, each with the time and the state of the last answer.
+        self._states: dict[bytes, tuple[float, int]] = {}
+        self._asking = asyncio.Lock()
+
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a call; None if there is no such RPC."""
         path = handler_call_details.method
         if path == WATCH.path:
             return grpc.unary_stream_rpc_method_handler(self._watch)
+        if path == _REPORTS:
+            return grpc.unary_stream_rpc_method_handler(_reports)
         if path == CHECK.path:
             return grpc.unary_unary_rpc_method_handler(self._check)
         of_serve = self._method_handlers.get(path)
@@ -84,9 +97,18 @@ class _Services(grpc.GenericRpcHandler):
         """Yield the state of a service, now and every few seconds."""
         known = HealthCheckRequest.FromString(request).service in _SERVICES
         while True:
-            state = await self._state(request, context) if known else HealthCheckResponse.SERVICE_UNKNOWN
+            state = await self._recent_state(request, context) if known else HealthCheckResponse.SERVICE_UNKNOWN
             yield _encoded(state)
             await asyncio.sleep(_WATCH_S)
+
+    async def _recent_state(self, request: bytes, context: Context) -> int:
+        """Return the state of a service of the last few seconds. All clients of the proxy share one question."""
+        async with self._asking:
+            asked, state = self._states.get(request, (-math.inf, 0))
+            if time.monotonic() - asked > _WATCH_S / 2:
+                state = await self._state(request, context)
+                self._states[request] = (time.monotonic(), state)
+            return state
 
     async def _state(self, request: bytes, context: Context) -> int:
         """Ask a replica for the state of a service, a value of HealthCheckResponse.ServingStatus."""
@@ -101,6 +123,13 @@ class _Services(grpc.GenericRpcHandler):
             return not_serving
         state: int = HealthCheckResponse.FromString(response).status
         return state
+
+
+async def _reports(request: bytes, context: Context) -> AsyncIterator[bytes]:
+    """Yield the same load report every few seconds. All proxies use all replicas, so clients need not prefer one."""
+    while True:
+        yield LoadReport(rps_fractional=1, application_utilization=reports.utilization(0)).SerializeToString()
+        await asyncio.sleep(_WATCH_S)
 
 
 def _replaced(request: bytes, context: Context) -> Any:
@@ -156,8 +185,9 @@ class _Recorded:
         return getattr(self._context, name)
 
     def invocation_metadata(self) -> list[tuple[str, Any]]:
-        """Return the metadata of the caller, with the time until its deadline."""
-        metadata = [(key, value) for key, value in self._context.invocation_metadata() or () if key != TIMEOUT_MS]
+        """Return the metadata of the caller, with the name of the application and the time until the deadline."""
+        given = self._context.invocation_metadata() or ()
+        metadata = [("application", NAME), *((key, value) for key, value in given if key not in _RESERVED)]
         left = self._context.time_remaining()
         return metadata if left is None else [*metadata, (TIMEOUT_MS, str(max(0, int(1e3 * left))))]
 

@@ -14,7 +14,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 
 from camserve.addresses import is_loopback
 from camserve_ray.serving.autoscaling import ROWS_OWED
-from camserve_ray.serving.services import FROM_REPLICA, RPCS, TIMEOUT_MS, Rpc
+from camserve_ray.serving.services import CHECK, FROM_REPLICA, RPCS, TIMEOUT_MS, Rpc
 from camserve_server.config import Config
 from camserve_server.errors import CamserveError, PermissionDenied
 from camserve_server.service import status
@@ -90,7 +90,8 @@ class Replica:
             context: The context of Serve, which gets the status of a failed call.
         """
         try:
-            self._check_peer(context)
+            if rpc != CHECK:
+                self._check_peer(context)
             send: Any = self._channel.unary_unary(rpc.path)
             response: bytes = await send(request, **_options(context))
             return Encoded(response)

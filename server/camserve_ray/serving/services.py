@@ -8,6 +8,8 @@ from grpc_health.v1 import health_pb2
 
 from camserve.v1 import explain_pb2
 
+# The name of the application and of its only deployment.
+NAME = "camserve"
 EXPLAIN = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 # The stubs are not imported: see camserve_server.open_inference.
