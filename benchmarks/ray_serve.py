@@ -9,11 +9,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +30,7 @@ from benchmarks.timing import Timed, percentile
 
 AIM = 0.95
 COUNT = 2
+IDLE_S = 10.0
 # The loads with their callers. Grad-CAM is the request with the least work, so its overhead is the largest share.
 LOADS = ((Load("score-cam", BUDGET), 8), (Load("grad-cam"), 8), (Load("score-cam", BUDGET), 1), (Load("grad-cam"), 1))
 
@@ -34,29 +38,41 @@ TEXT = (
     "Two replicas with one thread each behind the gRPC proxy of Ray Serve, and two `camserve serve` processes with one "
     "thread each, between which callers alternate. Both run all the time, and calls alternate between them, so that "
     "other processes disturb both alike. Callers, proxy and servers share the cores. A Score-CAM has a budget of "
-    "{budget} rows. *Single request*: one caller, whose requests wait for nothing."
+    "{budget} rows. With one caller, requests wait for nothing. *CPU*: time of all processes of the servers or of Ray "
+    "for a request, without what the idle processes use, which other processes on the machine change less than rates. "
+    "The idle processes of Ray use {idle:.0f} % of a core."
 )
+
+
+class Served(NamedTuple):
+    """A command that serves the model: its address and its process."""
+
+    address: str
+    pid: int
 
 
 def section(bench: Bench) -> Result:
     """Measure the throughput with several callers and the latency of a single one."""
-    findings = Findings()
+    findings, idle = Findings(), 0.0
     for subject in bench.subjects(MODEL):
         with ExitStack() as stack:
             bench.step("starting two servers")
             plain = [stack.enter_context(_process(subject, "serve")) for _ in range(COUNT)]
             bench.step("starting Ray Serve")
             ray = [stack.enter_context(_process(subject, "ray", "serve", "--replicas", str(COUNT)))]
+            served = {"plain": plain, "Ray Serve": ray}
+            idle_shares = {way: _idle(each) for way, each in served.items()}
+            idle = idle_shares["Ray Serve"]
             for load, count in LOADS:
-                _measure(bench, findings, subject, {"plain": plain, "Ray Serve": ray}, load, count)
+                _measure(bench, findings, subject, served, idle_shares, load, count)
     return Result(
         "Ray Serve",
-        TEXT.format(budget=BUDGET),
+        TEXT.format(budget=BUDGET, idle=100 * idle),
         claims=findings.claims,
         tables=[
             Table(
                 "Median of the rounds; latencies in milliseconds, all rounds:",
-                ["model", "method", "callers", "way", "requests/s", "p50", "p99"],
+                ["model", "method", "callers", "way", "requests/s", "p50", "p99", "CPU"],
                 findings.rows,
             )
         ],
@@ -64,37 +80,64 @@ def section(bench: Bench) -> Result:
 
 
 def _measure(
-    bench: Bench, findings: Findings, subject: Subject, addresses: dict[str, list[str]], load: Load, count: int
+    bench: Bench,
+    findings: Findings,
+    subject: Subject,
+    served: dict[str, list[Served]],
+    idle_shares: dict[str, float],
+    load: Load,
+    count: int,
 ) -> None:
     """Add the rates and latencies of one load with a number of callers."""
-    latencies: dict[str, list[float]] = {way: [] for way in addresses}
+    latencies: dict[str, list[float]] = {way: [] for way in served}
+    cpu: dict[str, list[float]] = {way: [] for way in served}
 
     def side(way: str, call: Callable[[], int]) -> Timed:
+        idle, before = idle_shares[way], _cpu_s(served[way])
         timed, times = callers(call, count, 4 * bench.seconds)
         latencies[way] += times
+        cpu[way].append((_cpu_s(served[way]) - before - idle * timed.seconds) / len(times))
         return Timed(len(times), timed.seconds)
 
     with ExitStack() as stack:
         sides: dict[str, Callable[[], Timed]] = {}
-        for way, targets in addresses.items():
-            clients = [stack.enter_context(camserve.Client(each, timeout=None)) for each in targets]
+        for way, targets in served.items():
+            clients = [stack.enter_context(camserve.Client(each.address, timeout=None)) for each in targets]
             call = _call(clients, subject, load)
             for _ in range(2 * COUNT):
                 call()
             sides[way] = partial(side, way, call)
         rates = bench.alternate(f"{count} callers of {load.method}", sides)
     for way, rate in rates.items():
-        milliseconds = (f"{1e3 * percentile(latencies[way], share):.1f}" for share in (0.5, 0.99))
-        findings.rows.append([subject.name, load.method, str(count), way, f"{rate.rate:.2f}", *milliseconds])
-    if count > 1:
-        share = rates["Ray Serve"].over(rates["plain"])
-        claim = Claim(f"two replicas, {load.method}", "two plain servers", share, AIM, "share")
-    else:
-        medians = {way: percentile(times, 0.5) for way, times in latencies.items()}
-        claim = Claim(
-            f"latency of a single {load.method}", "a plain server", medians["Ray Serve"] / medians["plain"], None
-        )
-    findings.claims.append(claim)
+        milliseconds = [percentile(latencies[way], 0.5), percentile(latencies[way], 0.99), median(cpu[way])]
+        cells = [subject.name, load.method, str(count), way, f"{rate.rate:.2f}"]
+        findings.rows.append([*cells, *(f"{1e3 * each:.1f}" for each in milliseconds)])
+    name = f"{count} callers of {load.method}" if count > 1 else f"one {load.method} at a time"
+    share = rates["Ray Serve"].over(rates["plain"])
+    findings.claims.append(
+        Claim(f"two replicas, {name}, rate", "two plain servers", share, AIM if count > 1 else None, "share")
+    )
+    more = median(cpu["Ray Serve"]) - median(cpu["plain"])
+    print(f"{name}: {1e3 * more:.1f} ms more CPU for a request", file=sys.stderr)
+
+
+def _cpu_s(served: Sequence[Served]) -> float:
+    """Return the CPU seconds of processes with all their descendants that run."""
+    total, left = 0.0, [each.pid for each in served]
+    while left:
+        pid = left.pop()
+        with suppress(OSError):  # it has ended
+            total += time.clock_gettime(~pid << 3 | 2)  # CPU clock of another process, as in libc
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                left += [int(child) for child in (thread / "children").read_text().split()]
+    return total
+
+
+def _idle(served: Sequence[Served]) -> float:
+    """Return the CPU seconds per second of idle processes."""
+    before, start = _cpu_s(served), time.perf_counter()
+    time.sleep(IDLE_S)
+    return (_cpu_s(served) - before) / (time.perf_counter() - start)
 
 
 def _call(clients: Sequence[camserve.Client], subject: Subject, load: Load) -> Callable[[], int]:
@@ -111,8 +154,8 @@ def _call(clients: Sequence[camserve.Client], subject: Subject, load: Load) -> C
 
 
 @contextmanager
-def _process(subject: Subject, *command: str) -> Iterator[str]:
-    """Run a command of camserve that serves the model, and yield its address."""
+def _process(subject: Subject, *command: str) -> Iterator[Served]:
+    """Run a command of camserve that serves the model, and yield it when it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +172,7 @@ def _process(subject: Subject, *command: str) -> Iterator[str]:
                 ready = re.match(r"camserve is ready on (\S+), serving", process.stdout.readline())
                 if ready is None:
                     raise RuntimeError("the server did not start; see its log above")
-                yield ready[1]
+                yield Served(ready[1], process.pid)
             finally:
                 process.terminate()
                 process.wait()
