@@ -24,13 +24,14 @@ import camserve
 from benchmarks.bench_setup import Bench
 from benchmarks.machine import ROOT
 from benchmarks.results import Claim, Findings, Result, Table
-from benchmarks.service import BUDGET, MODEL, Load, callers, lane_size
-from benchmarks.subjects import Subject, photograph
+from benchmarks.service import BUDGET, MODEL, Load, callers
+from benchmarks.subjects import photograph
 from benchmarks.timing import Timed, percentile
 
 AIM = 0.95
 COUNT = 2
 IDLE_S = 10.0
+BATCH_SIZE = 8
 # The loads with their callers. Grad-CAM is the request with the least work, so its overhead is the largest share.
 LOADS = ((Load("score-cam", BUDGET), 8), (Load("grad-cam"), 8), (Load("score-cam", BUDGET), 1), (Load("grad-cam"), 1))
 
@@ -53,18 +54,17 @@ class Served(NamedTuple):
 
 def section(bench: Bench) -> Result:
     """Measure the throughput with several callers and the latency of a single one."""
-    findings, idle = Findings(), 0.0
-    for subject in bench.subjects(MODEL):
-        with ExitStack() as stack:
-            bench.step("starting two servers")
-            plain = [stack.enter_context(_process(subject, "serve")) for _ in range(COUNT)]
-            bench.step("starting Ray Serve")
-            ray = [stack.enter_context(_process(subject, "ray", "serve", "--replicas", str(COUNT)))]
-            served = {"plain": plain, "Ray Serve": ray}
-            idle_shares = {way: _idle(each) for way, each in served.items()}
-            idle = idle_shares["Ray Serve"]
-            for load, count in LOADS:
-                _measure(bench, findings, subject, served, idle_shares, load, count)
+    findings = Findings()
+    with ExitStack() as stack:
+        bench.step("starting two servers")
+        plain = [stack.enter_context(_process("serve")) for _ in range(COUNT)]
+        bench.step("starting Ray Serve")
+        ray = [stack.enter_context(_process("ray", "serve", "--replicas", str(COUNT)))]
+        served = {"plain": plain, "Ray Serve": ray}
+        idle_shares = {way: _idle(each) for way, each in served.items()}
+        idle = idle_shares["Ray Serve"]
+        for load, count in LOADS:
+            _measure(bench, findings, served, idle_shares, load, count)
     return Result(
         "Ray Serve",
         TEXT.format(budget=BUDGET, idle=100 * idle),
@@ -82,7 +82,6 @@ def section(bench: Bench) -> Result:
 def _measure(
     bench: Bench,
     findings: Findings,
-    subject: Subject,
     served: dict[str, list[Served]],
     idle_shares: dict[str, float],
     load: Load,
@@ -103,14 +102,14 @@ def _measure(
         sides: dict[str, Callable[[], Timed]] = {}
         for way, targets in served.items():
             clients = [stack.enter_context(camserve.Client(each.address, timeout=None)) for each in targets]
-            call = _call(clients, subject, load)
+            call = _call(clients, load)
             for _ in range(2 * COUNT):
                 call()
             sides[way] = partial(side, way, call)
         rates = bench.alternate(f"{count} callers of {load.method}", sides)
     for way, rate in rates.items():
         milliseconds = [percentile(latencies[way], 0.5), percentile(latencies[way], 0.99), median(cpu[way])]
-        cells = [subject.name, load.method, str(count), way, f"{rate.rate:.2f}"]
+        cells = [MODEL, load.method, str(count), way, f"{rate.rate:.2f}"]
         findings.rows.append([*cells, *(f"{1e3 * each:.1f}" for each in milliseconds)])
     name = f"{count} callers of {load.method}" if count > 1 else f"one {load.method} at a time"
     share = rates["Ray Serve"].over(rates["plain"])
@@ -140,21 +139,21 @@ def _idle(served: Sequence[Served]) -> float:
     return (_cpu_s(served) - before) / (time.perf_counter() - start)
 
 
-def _call(clients: Sequence[camserve.Client], subject: Subject, load: Load) -> Callable[[], int]:
+def _call(clients: Sequence[camserve.Client], load: Load) -> Callable[[], int]:
     """Return a function that sends a request to the next client in turn and returns the rows of its response."""
     turns, lock, pixels = cycle(clients), threading.Lock(), np.asarray(photograph())
 
     def call() -> int:
         with lock:
             client = next(turns)
-        answer = client.explain(pixels, model=subject.name, method=load.method, budget=load.budget or None)
+        answer = client.explain(pixels, model=MODEL, method=load.method, budget=load.budget or None)
         return answer.cost.rows
 
     return call
 
 
 @contextmanager
-def _process(subject: Subject, *command: str) -> Iterator[Served]:
+def _process(*command: str) -> Iterator[Served]:
     """Run a command of camserve that serves the model, and yield it when it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -162,7 +161,7 @@ def _process(subject: Subject, *command: str) -> Iterator[Served]:
         config = Path(folder) / "camserve.toml"
         config.write_text(
             f'listen = "127.0.0.1:{port}"\ndevice = "cpu"\nthreads = 1\nlog_level = "error"\n\n[[models]]\n'
-            f'name = "{subject.name}"\nsource = "{subject.model.source}"\nbatch_size = {lane_size(subject)}\n'
+            f'name = "{MODEL}"\nsource = "embedded:{MODEL}"\nbatch_size = {BATCH_SIZE}\n'
         )
         arguments = [sys.executable, "-m", "camserve_cli", *command, "--config", str(config)]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
