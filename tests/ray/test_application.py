@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from camserve_cli.app import app
 from camserve_ray.serving.application import checked
 from camserve_ray.serving.autoscaling import ROWS_OWED, RowsOwed
+from camserve_ray.serving.command import summary
 from camserve_ray.serving.replica import Replica
 from camserve_ray.serving.services import EXPLAIN, INFERENCE, RPCS, Rpc
 from camserve_server import open_inference
@@ -55,6 +56,20 @@ def test_settings_that_serve_cannot_have_are_refused_or_named() -> None:
 def test_number_of_replicas_follows_the_rows_that_all_owe(owed: dict[str, float], replicas: int) -> None:
     context: Any = SimpleNamespace(aggregated_metrics={ROWS_OWED: owed} if owed else None, target_num_replicas=3)
     assert RowsOwed(1_000)(context) == (replicas, {})
+
+
+def test_message_of_serve_is_shown_without_the_traceback() -> None:
+    message = (
+        "The deployment failed to start 3 times in a row. Error:\n"
+        "\x1b[36mray::ServeReplica\nRuntimeError: Traceback (most recent call last):\n  File ...\n"
+        "camserve_server.errors.ConfigError: models.tiny.weights: there is no file x.pt\n"
+    )
+    assert summary(message) == (
+        "The deployment failed to start 3 times in a row. Error: "
+        "camserve_server.errors.ConfigError: models.tiny.weights: there is no file x.pt"
+    )
+    assert summary("2 replicas wait.\nThey need 1 GPU each.") == "2 replicas wait. They need 1 GPU each."
+    assert summary("") == ""
 
 
 class Context:

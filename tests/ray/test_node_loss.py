@@ -17,13 +17,13 @@ import camserve
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from tests.credentials import hashed
-from tests.processes import CAMSERVE, LIMIT_S, TINY, completed, patient_client
+from tests.processes import LIMIT_S, TINY, patient_client
 from tests.ray.cluster import cluster
 from tests.ray.serving import Deployment, deployed, wait_until
 from tests.server.service.frontends.test_calls import bearer
 from tests.server.service.test_errors import IMAGE, TIMEOUT_S, details, method, request
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TOKEN, LOW = "secret", "other-secret"
 CONFIG = f"""
@@ -137,10 +137,3 @@ def test_replicas_follow_rows_owed_and_calls_survive_the_loss_of_a_node(tmp_path
             assert details(error)["ErrorInfo"].reason == "REPLICA_LOST"
             assert details(error)["RequestInfo"].request_id == "raw"
         deployment.stop()
-
-        # The same cluster: a model that cannot be loaded ends the command with the reason.
-        broken = tmp_path / "broken.toml"
-        broken.write_text(f'listen = "127.0.0.1:{running.grpc_port}"\n{TINY}weights = "missing.safetensors"\n')
-        done = completed([*CAMSERVE, "ray", "serve", "--config", broken, "--address", running.address])
-        assert done.returncode == 1
-        assert "missing.safetensors" in done.stderr

@@ -72,7 +72,7 @@ def serve(
         except ConfigError as error:
             return _failed(error, 2)
         except RuntimeError as error:
-            return _failed(error, 1)
+            return _failed(RuntimeError("\n".join([str(error), *_messages()])), 1)
         finally:
             _end()
 
@@ -105,9 +105,7 @@ def _progress() -> Iterator[None]:
 
     def report() -> None:
         while not ready.wait(_REPORT_S):
-            found = ray_serve.status().applications.get(NAME)
-            for deployment in found.deployments.values() if found else ():
-                message = deployment.message or f"the replicas are {deployment.status.lower()}"
+            for message in _messages():
                 print(f"waiting: {message}", file=sys.stderr)
 
     thread = threading.Thread(target=report, name="progress", daemon=True)
@@ -117,6 +115,20 @@ def _progress() -> Iterator[None]:
     finally:
         ready.set()
         thread.join()
+
+
+def _messages() -> list[str]:
+    """Return what Serve says about the deployment: what it waits for, or why its replicas could not start."""
+    found = ray_serve.status().applications.get(NAME)
+    deployments = found.deployments.values() if found else ()
+    return [summary(each.message) or f"the replicas are {each.status.lower()}" for each in deployments]
+
+
+def summary(message: str) -> str:
+    """Return the first line of a message, and the last one of the traceback in it, which is in Ray's log, too."""
+    first, *others = [line.strip() for line in message.splitlines() if line.strip()] or [""]
+    traceback = any("Traceback (most recent call last)" in line for line in others)
+    return f"{first} {others[-1]}" if traceback else " ".join([first, *others])
 
 
 def _head() -> str:
