@@ -62,13 +62,19 @@ class WeightedRoundRobin(Policy):
         self._visits: dict[int, int] = {}
         self._weights: dict[int, float] = {}
         self._reported = -1  # number of the last reports
+        # The weights of the replicas that are ready, for all calls until the next reports.
+        self._ready: Sequence[Replica] = ()
+        self._scaled: list[int] = []
 
     def pick(self, client: int, replicas: Sequence[Replica]) -> Replica:
         """Return the next replica that the client does not skip."""
         if (number := int(self._clock() / SHORTEST_INTERVAL_S)) > self._reported:
             self._reported = number
             self._weights = {id(each): 1 / utilization(each.seconds_owed()) for each in replicas}
-        weights = _scaled([self._weights.get(id(each), 0.0) for each in replicas])
+            self._ready = ()
+        if replicas is not self._ready:
+            self._ready, self._scaled = replicas, _scaled([self._weights.get(id(each), 0.0) for each in replicas])
+        weights = self._scaled
         visit = self._visits.get(client)
         if visit is None:
             visit = self._choices.randrange(_MOST)
