@@ -63,7 +63,6 @@ RETRY_DELAYS_S = (0.1, 0.4, 1.6)
 # Seconds that the client waits for a response of Watch, to find out whether it is refused.
 WATCH_TIMEOUT_S = 5.0  # HAProxy tries to reach a server for three seconds
 
-# Full name of the gRPC service.
 SERVICE = pb.DESCRIPTOR.services_by_name["ExplainService"].full_name
 # HealthCheckRequest of grpc.health.v1, whose first field is the name of the service.
 _WATCH_REQUEST = b"\n" + bytes([len(SERVICE)]) + SERVICE.encode()
@@ -83,7 +82,6 @@ _COMMON_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.primary_user_agent", f"camserve/{__version__}"),
 ]
 
-# Replicas report how much work they owe. The weights count from the first report on.
 _REPORTS = {"enableOobLoadReport": True, "oobReportingPeriod": "0.25s", "weightUpdatePeriod": "0.25s"}
 
 # A call that may take longer than this uses the streaming RPC, because its heartbeats every 15 s keep it alive in

@@ -59,7 +59,7 @@ def _check_patches() -> None:
         )
     gevent = sys.modules.get("gevent.monkey")
     if gevent is not None and gevent.is_module_patched("threading"):
-        from grpc._cython import cygrpc  # type: ignore[attr-defined]
+        from grpc._cython import cygrpc
 
         if not cygrpc.g_gevent_activated:
             raise CamserveError(
