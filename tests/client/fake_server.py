@@ -29,6 +29,8 @@ import camserve
 from camserve.images import MAX_MESSAGE_BYTES
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceServicer, add_ExplainServiceServicer_to_server
+from camserve_server.service.load_reports.orca_pb2 import LoadReport
+from camserve_server.service.load_reports.reports import SERVICE
 
 # Timeout of every wait for an event, in seconds. Tests reach it only if they fail.
 WAIT_S = 60.0
@@ -250,6 +252,18 @@ class Health(HealthServicer):  # type: ignore[misc] # The package has no types.
             time.sleep(0.02)
 
 
+def _load_report(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+    """Report once. Without the service, gRPC would write a line to stderr."""
+    yield LoadReport(rps_fractional=1, application_utilization=1).SerializeToString()
+    while context.is_active():
+        time.sleep(0.02)
+
+
+LOAD_REPORTS = grpc.method_handlers_generic_handler(
+    SERVICE, {"StreamCoreMetrics": grpc.unary_stream_rpc_method_handler(_load_report)}
+)
+
+
 @contextmanager
 def listening(
     servicer: Servicer,
@@ -257,10 +271,11 @@ def listening(
     health: Health | None = None,
 ) -> Iterator[str]:
     """Yield the address of a server with this servicer."""
-    # Each watcher of the health service occupies a thread.
-    server = grpc.server(ThreadPoolExecutor(32), options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
+    # Each watcher of the health service occupies a thread, and so does each reader of load reports.
+    server = grpc.server(ThreadPoolExecutor(64), options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
     add_ExplainServiceServicer_to_server(servicer, server)
     add_HealthServicer_to_server(health or Health(), server)
+    server.add_generic_rpc_handlers((LOAD_REPORTS,))
     any_port = "127.0.0.1:0"
     port = server.add_secure_port(any_port, credentials) if credentials else server.add_insecure_port(any_port)
     server.start()

@@ -142,3 +142,24 @@ def test_client_without_health_checks_reads_no_reports(monkeypatch: pytest.Monke
             client.explain(IMAGE, method="grad-cam")
             wait_until(lambda: asked)
     assert asked[0] == 0.25e9
+
+
+def test_number_of_clients_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports need no token, so anybody could open any number of streams."""
+    monkeypatch.setattr(reports, "MOST_CLIENTS", 2)
+    with serving(Config(**LIMITS)) as server, ExitStack() as stack:
+        first, second = (stack.enter_context(reported(server.address)) for _ in range(2))
+        assert next(first) and next(second)
+        with pytest.raises(grpc.RpcError) as refused, reported(server.address) as third:
+            next(third)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+        first.cancel()  # type: ignore[attr-defined]
+
+        def accepted() -> bool:
+            with reported(server.address) as again:
+                try:
+                    return bool(next(again))
+                except grpc.RpcError:
+                    return False
+
+        wait_until(accepted)

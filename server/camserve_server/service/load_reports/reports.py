@@ -7,6 +7,7 @@ of the replicas depend only on the time that they need for the rows that they ow
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ SERVICE = "xds.service.orca.v3.OpenRcaService"
 # queues are empty again when the report of a long one arrives: see "Load balancing" in docs/simulation.md.
 SHORTEST_INTERVAL_S = 0.25
 REPORTS_PER_S = 400  # at most, for all clients; this takes about 4 % of a CPU core
+SHARED_S = 0.02  # counting the rows of many requests takes time
+MOST_CLIENTS = 4000  # with more, reports would come so rarely that gRPC ignores them
 IDLE_S = 0.2  # utilization of an idle server; a smaller one would attract all clients at once
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -43,6 +46,7 @@ class LoadReports:
     def __init__(self, current: Callable[[], float]) -> None:
         self._current = current
         self._clients = 0
+        self._utilization, self._until = 0.0, 0.0  # of the last moments
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Let a gRPC server serve the reports."""
@@ -55,15 +59,29 @@ class LoadReports:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     async def stream(self, request: LoadReportRequest, context: Context) -> AsyncIterator[LoadReport]:
-        """Yield a report now and after each interval. With many clients, the intervals are longer than requested."""
+        """Yield a report now and after each interval. With many clients, the intervals are longer than requested.
+
+        Abort with RESOURCE_EXHAUSTED if `MOST_CLIENTS` read reports already. gRPC tries again later.
+        """
+        if self._clients == MOST_CLIENTS:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MOST_CLIENTS} clients read load reports already; try again later"
+            )
         wanted = request.report_interval.seconds + request.report_interval.nanos / 1e9
         self._clients += 1
         try:
             while True:
-                yield LoadReport(rps_fractional=1, application_utilization=self._current())
+                yield LoadReport(rps_fractional=1, application_utilization=self._recent())
                 await asyncio.sleep(max(wanted, SHORTEST_INTERVAL_S, self._clients / REPORTS_PER_S))
         finally:
             self._clients -= 1
+
+    def _recent(self) -> float:
+        """Return the utilization, which all reports of a few milliseconds share."""
+        now = time.monotonic()
+        if now >= self._until:
+            self._utilization, self._until = self._current(), now + SHARED_S
+        return self._utilization
 
 
 async def copy_load(channel: grpc.aio.Channel, load: LoadReport) -> None:
