@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 
-from camserve_server.torch_setup.arithmetic import gpu_arithmetic
+from camserve_server.torch_setup.arithmetic import full_precision, gpu_arithmetic
 from tests.support import TIMEOUT_S
 
 
@@ -66,4 +67,52 @@ def test_thread_that_wants_other_settings_waits_and_is_not_overtaken() -> None:
     later.leave()
     assert order == [first, other, later]
     assert (first.seen, other.seen, later.seen) == ((True,) * 3, (False, False, True), (True,) * 3)
+    assert settings() == before
+
+
+@pytest.fixture
+def tf32_program() -> Iterator[None]:
+    """Let the program itself permit TF32, so that its settings differ from those of loads."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = settings()
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic = True, True, False
+    yield
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic = before
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.usefixtures("tf32_program")
+def test_load_that_ends_first_leaves_the_settings_of_batches(tf32: bool) -> None:
+    before = settings()
+    with full_precision():
+        batch = Thread(tf32)
+        assert batch.inside.wait(TIMEOUT_S)
+    batch.leave()
+    assert batch.seen == (tf32, tf32, True)
+    assert settings() == before
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.usefixtures("tf32_program")
+def test_load_that_begins_during_a_batch_does_not_change_its_settings(tf32: bool) -> None:
+    before = settings()
+    batch = Thread(tf32)
+    assert batch.inside.wait(TIMEOUT_S)
+    with full_precision():
+        assert settings() == (tf32, tf32, True)
+        batch.leave()
+        assert settings() == (False, False, True), "only the load is left"
+    assert batch.seen == (tf32, tf32, True)
+    assert settings() == before
+
+
+@pytest.mark.usefixtures("tf32_program")
+def test_loads_at_a_time_restore_the_settings_of_the_program() -> None:
+    before = settings()
+    first, second = full_precision(), full_precision()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert settings() == (False, False, True)
+    second.__exit__(None, None, None)
     assert settings() == before

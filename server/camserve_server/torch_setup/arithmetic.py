@@ -16,13 +16,15 @@ class _Settings:
     """The settings of the process, which several threads may use at a time if they want the same.
 
     torch has these settings once for all threads. The engine of each GPU runs batches on its own thread, so a thread
-    that wants other settings waits until the threads before it have finished.
+    that wants other settings waits until the threads before it have finished. Loads and batches do not
+    wait for each other. The settings of the program return when the last of both has ended.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: deque[object] = deque()  # in order of arrival, so that no thread waits forever
         self._users = 0
+        self._loads = 0
         self._tf32 = False
         self._restore: Callable[[], None] = lambda: None
 
@@ -35,19 +37,44 @@ class _Settings:
                 self._changed.wait_for(lambda: self._waiting[0] is place and self._fits(tf32))
                 self._waiting.popleft()
                 self._changed.notify_all()
-            if not self._users:
-                self._restore = _restore_settings()
+            self._remember()
             self._users += 1
             self._tf32 = tf32
             _apply(tf32)
 
     def leave(self) -> None:
-        """Restore the settings of the program if no thread uses these any more."""
+        """Restore the settings of the loads or of the program if no thread uses these any more."""
         with self._changed:
             self._users -= 1
+            self._restore_if_unused()
+            self._changed.notify_all()
+
+    def begin_load(self) -> None:
+        """Forbid TF32 without waiting, except while other threads need it."""
+        with self._changed:
+            self._remember()
+            self._loads += 1
             if not self._users:
-                self._restore()
-                self._changed.notify_all()
+                _apply(tf32=False)
+
+    def end_load(self) -> None:
+        """Restore the settings of the program if no batch and no other load runs."""
+        with self._changed:
+            self._loads -= 1
+            self._restore_if_unused()
+
+    def _remember(self) -> None:
+        """Note the settings of the program, which are the current ones if nothing has changed them."""
+        if not self._users and not self._loads:
+            self._restore = _restore_settings()
+
+    def _restore_if_unused(self) -> None:
+        if self._users:
+            return
+        if self._loads:
+            _apply(tf32=False)
+        else:
+            self._restore()
 
     def _fits(self, tf32: bool) -> bool:
         return not self._users or self._tf32 == tf32
@@ -77,14 +104,13 @@ def gpu_arithmetic(*, tf32: bool) -> Iterator[None]:
 def full_precision() -> Iterator[None]:
     """Forbid TF32 inside the context, without waiting for other threads: for the load of a model, which takes seconds.
 
-    Batches of engines change the settings meanwhile.
+    The settings of batches of engines take precedence while they run.
     """
-    restore = _restore_settings()
-    _apply(tf32=False)
+    _settings.begin_load()
     try:
         yield
     finally:
-        restore()
+        _settings.end_load()
 
 
 def _apply(tf32: bool) -> None:
