@@ -37,6 +37,7 @@ from camserve_server.models.copies import copied
 from camserve_server.models.factories import check_code
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
+from camserve_server.pool_devices import free_cached_memory, works
 from camserve_server.pool_entries import Lease, LoadedModel, Loads, ModelEntry, ModelUsers, Replica, State
 from camserve_server.torch_setup.threads import in_own_thread
 
@@ -242,11 +243,7 @@ class ModelPool:
         return loaded
 
     async def _read(self, settings: ModelConfig) -> Model:
-        everywhere = zip(self._engines.local, self._engines.devices.values(), strict=True)
-        engine, device = next(iter((*self._engines.working().items(), *everywhere)))
-        model = await self._counted(settings, in_own_thread(lambda: load(settings, device)))
-        for each in model.precisions.values():
-            each.device_name = "" if each.remote else engine.device
+        model = await self._counted(settings, self._read_on_working_device(settings))
         if model.weight_bytes > self._max_bytes:
             raise ConfigError(
                 f"max_model_bytes: {settings.name} alone has {model.weight_bytes} bytes of weights, but the limit is "
@@ -254,13 +251,27 @@ class ModelPool:
             )
         return model
 
+    async def _read_on_working_device(self, settings: ModelConfig) -> Model:
+        """Load a model on the first device that works, also if a device fails meanwhile."""
+        for engine, device in self._engines.working().items():
+            try:
+                model = await in_own_thread(partial(load, settings, device))
+            except Exception:
+                if await works(engine, device) or not self._engines.working():
+                    raise
+            else:
+                for each in model.precisions.values():
+                    each.device_name = "" if each.remote else engine.device
+                return model
+        raise shut_down()
+
     async def _warm(self, settings: ModelConfig, model: Model, users: ModelUsers) -> LoadedModel:
         """Copy a model to the other devices, and warm up all copies, one after the other."""
         started, engine = time.monotonic(), self._engine_of(model, settings)
         try:
             replicas = [Replica(model, engine)]
             if engine.device:
-                replicas += await self._counted(settings, in_own_thread(partial(self._copies, model)))
+                replicas += await self._counted(settings, self._copies(model))
             for replica in [*replicas]:
                 if not await self._counted(settings, self._warm_up(settings, replica)):
                     replicas.remove(replica)
@@ -293,10 +304,18 @@ class ModelPool:
             return self._engines.start_remote(settings.name, model.remote.connection)
         return next(each for each in self._engines.local if each.device == model.device_name)
 
-    def _copies(self, model: Model) -> list[Replica]:
-        """Copy a model to all other devices that work."""
-        others = [each for each in self._engines.working().items() if each[0].device != model.device_name]
-        return [Replica(copied(model, device, engine.device), engine) for engine, device in others]
+    async def _copies(self, model: Model) -> list[Replica]:
+        """Copy a model to all other devices that work. Leave those out that fail meanwhile."""
+        replicas = list[Replica]()
+        for engine, device in self._engines.working().items():
+            if engine.device != model.device_name:
+                try:
+                    copy = await in_own_thread(partial(copied, model, device, engine.device))
+                    replicas.append(Replica(copy, engine))
+                except Exception:
+                    if await works(engine, device):
+                        raise
+        return replicas
 
     async def _warm_up(self, settings: ModelConfig, replica: Replica) -> bool:
         """Warm a replica up. Return False if its device has failed, and the server may have others."""
@@ -356,16 +375,7 @@ class ModelPool:
             await asyncio.to_thread(self._engines.close_remote, loaded.replicas[0].engine)
             log.info("unloaded", model=loaded.model.name, digest=loaded.model.digest)
             del loaded
-        for engine, device in self._engines.working().items():
-            if device.type == "cuda":
-                with contextlib.suppress(Unavailable):  # the device fails, or the server shuts down
-                    await asyncio.wrap_future(engine.run_between_batches(_empty_cache()))
-
-
-def _empty_cache() -> Iterator[None]:
-    """Free cached memory on the engine's thread, because it must not happen while a CUDA graph is recorded."""
-    torch.cuda.empty_cache()
-    yield
+        await free_cached_memory(self._engines)
 
 
 def _unknown(name: str, configured: dict[str, Any]) -> CamserveError:

@@ -46,6 +46,7 @@ from camserve_server.plan import (
     WeightedLayers,
 )
 from camserve_server.torch_setup.arithmetic import gpu_arithmetic
+from camserve_server.torch_setup.device import use_device
 from camserve_server.torch_setup.spinning import SpinControl
 
 MAX_BATCH_RECORDS = 16  # per request; traces show these batches one by one
@@ -137,13 +138,15 @@ class BatchLoop:
 
     # ---- called on the engine's thread -------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Run batches until `stop` is called.
+    def run(self, device: torch.device) -> None:
+        """Run batches on a device until `stop` is called.
 
         Raises:
-            BaseException: A bug of the engine. All jobs have failed.
+            BaseException: A bug of the engine, or the device has failed. All jobs have failed.
         """
+        self._steps.device = device
         try:
+            use_device(device)
             with torch.no_grad():
                 while not self._stop:
                     self._read_inbox()

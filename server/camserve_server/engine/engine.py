@@ -23,11 +23,11 @@ from camserve_server.engine.job import NO_LIMITS, Event, Job, Limits
 from camserve_server.engine.reservation import Reservation, ignore_event
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Plan
+from camserve_server.torch_setup.device import CPU
 from camserve_server.torch_setup.spinning import no_control, spin_control
 from camserve_server.torch_setup.threads import compute_alone
 
 UNNAMED = Caller()
-CPU = torch.device("cpu")
 _IDS = itertools.count(1)  # of requests; engines that share an admission need different ones
 T = TypeVar("T")
 
@@ -187,9 +187,7 @@ class Engine:
         if self.device:
             structlog.contextvars.bind_contextvars(device=self.device)  # for log lines of this thread
         try:
-            if self._torch_device.index is not None and self._torch_device.type == "cuda":
-                torch.cuda.set_device(self._torch_device)  # each thread has its own current device
-            self._loop.run()
+            self._loop.run(self._torch_device)
         except BaseException as error:
             self._admission.close(self.device)
             self.ended.set_exception(error)

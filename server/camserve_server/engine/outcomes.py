@@ -9,6 +9,7 @@ import torch
 
 from camserve_server.engine.job import Event, Job
 from camserve_server.errors import CamserveError, Cancelled, Expired, InternalError, OutOfMemory, Unavailable
+from camserve_server.torch_setup.device import check_device
 
 log = structlog.get_logger()
 
@@ -59,8 +60,7 @@ def set_outcome(job: Job[Any], result: Any, error: Exception | None) -> None:
     else:
         job.context.run(log.error, "plan failed", exc_info=error)
         job.future.set_exception(InternalError("an internal error; the server's log contains the cause"))
-        if job.model.device.type == "cuda":  # raises and ends the engine if the CUDA context is broken
-            torch.cuda.synchronize(job.model.device)
+        check_device(job.model.device)  # raises and ends the engine if the CUDA context is broken
 
 
 def notify_job(job: Job[Any], event: Event) -> None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
+import torch
+
+from camserve_server.torch_setup.device import CPU, check_device
+
 
 class Steps:
     """Runs iterators on the engine's thread and lets batches run between their items.
 
     Args:
         put: Adds a command to the inbox of the engine.
+
+    Attributes:
+        device: The device of the engine, which is checked after an exception of a step.
     """
 
     def __init__(self, put: Callable[[Callable[[], None]], None]) -> None:
+        self.device: torch.device = CPU
         self._put = put
         self._unfinished: set[Future[None]] = set()
 
@@ -30,6 +38,9 @@ class Steps:
             except StopIteration:
                 done.set_result(None)
             except Exception as error:
+                # Ends the engine if the CUDA context is broken. `fail` then sets the exception of the future, so that
+                # its reader finds the engine closed.
+                check_device(self.device)
                 done.set_exception(error)
             else:
                 self._put(step)

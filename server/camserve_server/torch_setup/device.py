@@ -42,6 +42,22 @@ def pick_devices(value: str) -> dict[str, torch.device]:
     return _gpus([int(each) for each in numbers.split(",")]) if numbers else {"cuda": torch.device("cuda")}
 
 
+def use_device(device: torch.device) -> None:
+    """Make a GPU with a number the current device of the calling thread. Each thread has its own."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def check_device(device: torch.device) -> None:
+    """Wait for the work of a GPU. Do nothing for other devices.
+
+    Raises:
+        RuntimeError: An earlier operation has broken the GPU's context, so that this process cannot use it any more.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _gpus(numbers: Sequence[int]) -> dict[str, torch.device]:
     """Return GPUs by their names. Raises ConfigError if one is missing, or if they are of several kinds."""
     found = torch.cuda.device_count()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camserve_server.engine import batch_runner
+from camserve_server.engine import batch_loop, batch_runner, steps
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Event, Progress
 from camserve_server.engine.lanes import ascend, gradient
@@ -342,3 +342,46 @@ def test_padding_can_be_switched_off(model: Model) -> None:
         with running(batch_invariant=invariant) as engine:
             submit(engine, model, X, call(model, "grad-cam")).future.result(TIMEOUT_S)
             assert engine.counters.padding == padding, "there are two batches of four with one row each"
+
+
+def break_device(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+    """Let a function of a module raise the error of a broken GPU."""
+
+    def broken(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(module, name, broken)
+
+
+def failing_steps() -> Iterator[None]:
+    yield
+    raise ValueError("a step failed")
+
+
+def test_step_that_breaks_the_device_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_device(monkeypatch, steps, "check_device")
+    with running() as engine:
+        assert isinstance(engine.run_between_batches(failing_steps()).exception(TIMEOUT_S), Unavailable)
+        assert "illegal memory access" in str(engine.ended.exception(TIMEOUT_S))
+        assert not engine.working
+
+
+def test_step_that_fails_on_a_device_that_works_does_not_end_the_engine() -> None:
+    with running() as engine:
+        assert isinstance(engine.run_between_batches(failing_steps()).exception(TIMEOUT_S), ValueError)
+        assert engine.working
+
+
+def test_device_that_cannot_be_used_ends_the_engine(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    break_device(monkeypatch, batch_loop, "use_device")
+    engine = Engine()
+    waiting = engine.run_between_batches(failing_steps())
+    job = submit(engine, model, X, call(model, "grad-cam"), 1)
+    engine.start()
+    try:
+        assert isinstance(job.future.exception(TIMEOUT_S), InternalError)
+        assert isinstance(waiting.exception(TIMEOUT_S), Unavailable)
+        assert "illegal memory access" in str(engine.ended.exception(TIMEOUT_S))
+        assert not engine.working
+    finally:
+        engine.close()
