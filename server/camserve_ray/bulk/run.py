@@ -19,10 +19,11 @@ from camserve_ray.bulk.engine import CHUNK, RESULT, BulkEngine, BulkSpec, Chunk,
 from camserve_ray.bulk.inputs import BulkImage
 from camserve_ray.bulk.output import Output
 from camserve_ray.bulk.rows import Key, Row
+from camserve_ray.configuration import plain_config
 from camserve_server import registry
 from camserve_server.config import Config
 
-__all__ = ["DEFAULT_IN_FLIGHT", "BulkRun", "plain_config"]
+__all__ = ["DEFAULT_IN_FLIGHT", "BulkRun"]
 
 DEFAULT_IN_FLIGHT = 32  # images on each engine
 
@@ -225,16 +226,6 @@ class BulkRun:
         """Return the configuration of an engine, which has as many threads as CPUs unless it uses a GPU."""
         threads = self._config.threads or (placement.cpus or None)
         return self._config.model_copy(update={"threads": threads})
-
-
-def plain_config(config: Config) -> Config:
-    """Return a configuration that other processes can unpickle, with absolute paths.
-
-    `read_config` returns an object of a class that exists in one process only.
-    """
-    for model in config.models:
-        model._folder = model._folder.absolute()
-    return Config.model_construct(**dict(config))
 
 
 def _settings(spec: BulkSpec) -> dict[str, Any]:

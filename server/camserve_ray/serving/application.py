@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from camserve.addresses import socket_path, split_host_port
+from camserve_ray.configuration import plain_config
 from camserve_ray.serving.autoscaling import RowsOwed
 from camserve_ray.serving.replica import Replica
 from camserve_ray.serving.routing import AnyNodeRouter
@@ -99,7 +100,7 @@ def application(config: Config, scale: Scale) -> serve.Application:
         ray_actor_options={"num_cpus": config.threads or 1, "num_gpus": scale.gpus},
         **options,
     )
-    return deployment.bind(config)  # type: ignore[attr-defined, no-any-return]
+    return deployment.bind(plain_config(config))  # type: ignore[attr-defined, no-any-return]
 
 
 def grpc_options(config: Config) -> dict[str, Any]:
