@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
+import structlog
 from ray.serve.grpc_util import RayServegRPCContext
 
 from camserve.addresses import is_loopback
@@ -28,6 +31,8 @@ from camserve_server.torch_setup.device import pick_device
 # Seconds that the server may take to stop; Serve has already waited for running calls.
 _STOP_S = 1.0
 _PASSED_ON = ("authorization", "traceparent", "tracestate")
+
+log = structlog.get_logger()
 
 
 class Encoded:
@@ -64,6 +69,8 @@ class Replica:
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
+        # Serve would send calls to this replica until it has failed several health checks, which takes half a minute.
+        self._server.engines.failed.add_done_callback(_end_process)
         self._channel = grpc.aio.insecure_channel(listen, options=LINK)
 
     async def __del__(self) -> None:
@@ -71,11 +78,6 @@ class Replica:
         await self._channel.close()
         await self._server.stop(_STOP_S)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def check_health(self) -> None:
-        """Let Serve replace this replica if the engine has failed."""
-        if self._server.engines.failed.done():
-            raise RuntimeError("the engine's thread failed")
 
     def record_autoscaling_stats(self) -> dict[str, int]:
         """Return the metric for autoscaling."""
@@ -126,6 +128,12 @@ class Replica:
                 "the call comes from another machine, and listen of the server is a loopback address; set "
                 'listen = "0.0.0.0:PORT" and insecure = true if you trust the network'
             )
+
+
+def _end_process(failed: Future[None]) -> None:
+    """End the process at once, so that Serve replaces the replica."""
+    log.error("the engine's thread failed; the replica ends")
+    os._exit(1)
 
 
 def _method(rpc: Rpc) -> Callable[..., Any]:
