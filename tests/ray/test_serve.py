@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from camserve_server.service.listeners import SERVICE
 from camserve_server.service.load_reports import reports
 from camserve_server.service.load_reports.orca_pb2 import LoadReport, LoadReportRequest
 from tests.conftest import serving
-from tests.processes import patient_client
+from tests.processes import CAMSERVE, LIMIT_S, environment, patient_client
 from tests.ray.cluster import cluster
 from tests.ray.serving import Deployment, deployed, wait_until
 from tests.server.service.frontends.test_calls import (
@@ -261,6 +262,16 @@ def test_unmodified_client_with_its_health_checks(ray_serve: Deployment) -> None
     for each in many:
         assert isinstance(each.outcome, camserve.Explanation)
         assert np.array_equal(each.outcome.saliency, explanation.saliency)
+
+
+def test_second_deployment_is_refused(ray_serve: Deployment) -> None:
+    """It would replace the first one, and end it."""
+    command = [*CAMSERVE, "ray", "serve", "--address", ray_serve.cluster.address, "--listen", ray_serve.address]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment(), check=False)
+    assert ran.returncode == 2, ran.stderr
+    assert "the application 'camserve' already runs on this cluster" in ran.stderr
+    with patient_client(ray_serve.address) as client:
+        assert client.explain(IMAGE, model="tiny", method="grad-cam").target is not None
 
 
 def test_what_serve_cannot_do(stubs: Stubs, ray_serve: Deployment) -> None:

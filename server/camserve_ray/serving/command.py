@@ -29,6 +29,9 @@ __all__ = ["serve"]
 # Seconds in which a proxy of a running application has to respond.
 _PROXY_S = 30.0
 _REPORT_S = 30.0
+# Seconds that the end of replicas may take after `grace_s`, and between looks at the state.
+_END_S = 30.0
+_POLL_S = 0.2
 
 
 def serve(
@@ -60,9 +63,10 @@ def serve(
         return _failed(error, 2)
     except KeyboardInterrupt:
         return 0
+    deployment = _Deployment(settings, scale)
     with _handling(_interrupt):  # not earlier, because Ray sets a handler when it connects
         try:
-            at = _deploy(settings, scale)
+            at = deployment.start()
             names = ", ".join(model.name for model in settings.models)
             print(f"camserve is ready on {at}, serving {names}", flush=True)
             while True:
@@ -74,28 +78,72 @@ def serve(
         except RuntimeError as error:
             return _failed(RuntimeError("\n".join([str(error), *_messages()])), 1)
         finally:
-            _end()
+            with _handling(signal.SIG_DFL):  # a second signal ends the process at once
+                deployment.end()
 
 
-def _deploy(config: Config, scale: Scale) -> str:
-    """Start the replicas, and return the address of a proxy.
+class _Deployment:
+    """The application on the cluster that this process is connected to.
 
-    Raises:
-        ConfigError: The proxies of the cluster do not serve camserve.
-        RuntimeError: A replica could not start.
+    Args:
+        config: The configuration of each replica.
+        scale: The replicas.
     """
-    # camserve has no HTTP endpoint, and 8000, the default port, may be in use.
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": 0}, grpc_options=grpc_options(config))
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its messages name an HTTP address
-    with _progress():
-        ray_serve.run(application(config, scale), name=NAME, route_prefix=f"/{NAME}")
-    address = f"{_head()}:{grpc_options(config)['port']}"
-    if not _serves(address):
-        raise ConfigError(
-            f"listen: the proxy of Ray Serve at {address} does not serve camserve; if Serve was started on this "
-            "cluster with other options, end it with `serve shutdown` and run this command again"
-        )
-    return address
+
+    def __init__(self, config: Config, scale: Scale) -> None:
+        self._config = config
+        self._scale = scale
+        self._started = False
+        self._deployed = False
+
+    def start(self) -> str:
+        """Start the replicas, and return the address of a proxy.
+
+        Raises:
+            ConfigError: The cluster already runs camserve, or its proxies do not serve it.
+            RuntimeError: A replica could not start.
+        """
+        # camserve has no HTTP endpoint, and 8000, the default port, may be in use.
+        ray_serve.start(http_options={"host": "127.0.0.1", "port": 0}, grpc_options=grpc_options(self._config))
+        self._started = True
+        if NAME in ray_serve.status().applications:
+            raise ConfigError(
+                f"the application {NAME!r} already runs on this cluster; expected a cluster without it; end the "
+                "command that has deployed it and wait until its calls have ended, or use another cluster"
+            )
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its messages name an HTTP address
+        self._deployed = True
+        with _progress():
+            ray_serve.run(application(self._config, self._scale), name=NAME, route_prefix=f"/{NAME}")
+        address = f"{_head()}:{grpc_options(self._config)['port']}"
+        if not _serves(address):
+            raise ConfigError(
+                f"listen: the proxy of Ray Serve at {address} does not serve camserve; if Serve was started on this "
+                "cluster with other options, end it with `serve shutdown` and run this command again"
+            )
+        return address
+
+    def end(self) -> None:
+        """End the application after its running calls, and the cluster if this process has started it."""
+        untyped_ray: Any = ray
+        untyped_serve: Any = ray_serve
+        try:
+            if self._deployed:
+                ray_serve.delete(NAME, _blocking=False)  # or Serve waits for a minute, whatever the running calls need
+                self._wait_for_end()
+            if self._started and not ray_serve.status().applications:  # those of others on this cluster
+                untyped_serve.shutdown()
+        finally:
+            untyped_ray.shutdown()
+
+    def _wait_for_end(self) -> None:
+        """Wait until the application has ended. Serve ends replicas whose calls take longer than `grace_s`."""
+        end = time.monotonic() + self._config.grace_s + _END_S
+        while NAME in ray_serve.status().applications:
+            if time.monotonic() > end:
+                print(f"warning: the application {NAME!r} still ends; Ray Serve goes on with that", file=sys.stderr)
+                return
+            time.sleep(_POLL_S)
 
 
 @contextmanager
@@ -154,17 +202,6 @@ def _serves(address: str) -> bool:
                 return True
             time.sleep(0.5)
     return False
-
-
-def _end() -> None:
-    """End the application after its running calls, and the cluster if this process has started it."""
-    untyped_ray: Any = ray
-    untyped_serve: Any = ray_serve
-    with _handling(signal.SIG_DFL):  # a second signal ends the process at once
-        ray_serve.delete(NAME)
-        if not ray_serve.status().applications:  # those of others on this cluster
-            untyped_serve.shutdown()
-        untyped_ray.shutdown()
 
 
 def _failed(error: Exception, exit_status: int) -> int:
