@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 from google.rpc import status_pb2
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from typer.testing import CliRunner
 
 from camserve_cli.app import app
-from camserve_ray.serving.application import checked
+from camserve_ray.serving import command, proxy
+from camserve_ray.serving.application import Scale, application, checked
 from camserve_ray.serving.autoscaling import ROWS_OWED, RowsOwed
 from camserve_ray.serving.command import summary
 from camserve_ray.serving.replica import Replica
-from camserve_ray.serving.services import EXPLAIN, INFERENCE, RPCS, Rpc
+from camserve_ray.serving.services import CHECK, EXPLAIN, INFERENCE, RPCS, Rpc
 from camserve_server import open_inference
-from camserve_server.config import Config, TLSConfig
+from camserve_server.config import Config, TLSConfig, read_config
 from camserve_server.errors import ConfigError
 from camserve_server.open_inference import inference_pb2
+from tests.processes import LIMIT_S, TINY, environment
+
+SERVING, UNKNOWN = HealthCheckResponse.SERVING, HealthCheckResponse.SERVICE_UNKNOWN
 
 
 @pytest.mark.parametrize(
@@ -70,6 +80,165 @@ def test_message_of_serve_is_shown_without_the_traceback() -> None:
     )
     assert summary("2 replicas wait.\nThey need 1 GPU each.") == "2 replicas wait. They need 1 GPU each."
     assert summary("") == ""
+
+
+def test_configuration_of_replicas_has_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas have another working directory, and the class of the driver's object does not exist there."""
+    monkeypatch.chdir(tmp_path)
+    Path("camserve.toml").write_text(f'{TINY}weights = "net.pt"\n')
+    bound: Any = application(read_config(Path("camserve.toml")), Scale())
+    config = pickle.loads(pickle.dumps(bound._bound_deployment.init_args[0]))
+    assert config.models[0].resolve("net.pt") == tmp_path / "net.pt"
+
+
+class ServeWithCalls:
+    """Ray Serve with an application whose calls end after some looks at the state."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+        self.done: list[str] = []
+
+    def delete(self, name: str, _blocking: bool = True) -> None:
+        assert not _blocking, "Serve raises TimeoutError after a minute"
+        self.done.append(name)
+
+    def status(self) -> Any:
+        self.looks -= 1
+        if self.looks == 0:
+            self.done.append("end of calls")
+        return SimpleNamespace(applications={"camserve": None} if self.looks > 0 else {})
+
+    def shutdown(self) -> None:
+        self.done.append("shutdown")
+
+
+def ended(serve: ServeWithCalls, monkeypatch: pytest.MonkeyPatch, *, deployed: bool) -> list[str]:
+    """Return what the end of a deployment does."""
+    monkeypatch.setattr(command, "ray_serve", serve)
+    monkeypatch.setattr(command, "ray", SimpleNamespace(shutdown=lambda: serve.done.append("disconnect")))
+    monkeypatch.setattr(command, "_POLL_S", 0)
+    deployment = command._Deployment(Config(), Scale())
+    deployment._started, deployment._deployed = True, deployed
+    deployment.end()
+    return serve.done
+
+
+def test_end_waits_for_running_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = ended(ServeWithCalls(5), monkeypatch, deployed=True)
+    assert done == ["camserve", "end of calls", "shutdown", "disconnect"]
+
+
+def test_end_after_the_grace_period_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "_END_S", -Config().grace_s)
+    assert ended(ServeWithCalls(1_000_000), monkeypatch, deployed=True) == ["camserve", "disconnect"]
+    assert "still ends" in capsys.readouterr().err
+
+
+def test_end_keeps_the_application_of_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ended(ServeWithCalls(1_000_000), monkeypatch, deployed=False) == ["disconnect"]
+
+
+FAILING_REPLICA = """
+import asyncio
+from camserve_ray.serving.replica import Replica
+from camserve_server.config import Config
+
+async def main():
+    replica = Replica.__new__(Replica)
+    await replica.__init__(Config(device="cpu"))
+    print("started", flush=True)
+    replica._server.engines.failed.set_exception(RuntimeError("a defect"))
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_replica_ends_if_its_engine_fails() -> None:
+    """Serve would send calls to it until several health checks have failed."""
+    command = [sys.executable, "-c", FAILING_REPLICA]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment(), check=False)
+    assert ran.stdout == "started\n", ran.stderr
+    assert ran.returncode == 1
+    assert "the engine's thread failed; the replica ends" in ran.stderr
+
+
+# ---- health in proxies -----------------------------------------------------------------------------------------------
+
+
+class ReplicaHealth:
+    """Serve's handler of Check, which answers when `go` is set."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.asked: list[bytes] = []
+        self.codes: list[grpc.StatusCode] = []
+
+    async def __call__(self, request: bytes, context: Any) -> bytes:
+        self.asked.append(request)
+        assert context.invocation_metadata() == [("application", "camserve")]
+        await self.go.wait()
+        if self.codes:
+            context.set_code(self.codes.pop())
+            return b""
+        return bytes(HealthCheckResponse(status=SERVING).SerializeToString())
+
+
+def services(replica: ReplicaHealth) -> Any:
+    found = proxy._Services()
+    found._method_handlers[CHECK.path] = grpc.unary_unary_rpc_method_handler(replica)
+    return found
+
+
+async def watched(found: Any, request: bytes = b"") -> int:
+    """Return the first state that Watch reports."""
+    context: Any = None
+    watch = found._watch(request, context)
+    try:
+        return int(HealthCheckResponse.FromString(await anext(watch)).status)
+    finally:
+        await watch.aclose()
+
+
+def test_cancelled_watcher_does_not_decide_for_others() -> None:
+    async def run() -> None:
+        replica = ReplicaHealth()
+        found = services(replica)
+        first, second = (asyncio.create_task(watched(found)) for _ in range(2))
+        while not replica.asked:
+            await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first])
+        replica.go.set()
+        assert await second == SERVING
+        assert first.cancelled()
+        assert replica.asked == [b""], "both share one question"
+        # Unknown fields make a different message for the same service.
+        assert await watched(found, b"\x78\x01") == SERVING
+        assert len(replica.asked) == 1
+        assert await watched(found, HealthCheckRequest(service="other").SerializeToString()) == UNKNOWN
+        assert [*found._states] == [""]
+
+    asyncio.run(run())
+
+
+def test_state_without_an_answer_of_a_replica_is_asked_for_again() -> None:
+    async def run() -> None:
+        replica = ReplicaHealth()
+        replica.go.set()
+        replica.codes = [grpc.StatusCode.DEADLINE_EXCEEDED]
+        found = services(replica)
+        assert await watched(found) == HealthCheckResponse.NOT_SERVING
+        assert await watched(found) == SERVING
+        replica.codes = [grpc.StatusCode.UNAVAILABLE]
+        assert await watched(found) == SERVING, "the state of the last seconds"
+
+    asyncio.run(run())
+
+
+# ---- callers on other machines ---------------------------------------------------------------------------------------
 
 
 class Context:

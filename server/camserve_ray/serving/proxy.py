@@ -66,9 +66,9 @@ class _Services(grpc.GenericRpcHandler):
             for rpc in (*RPCS, WATCH)
         }
 
-        # Encoded requests of Health, each with the time and the state of the last answer.
-        self._states: dict[bytes, tuple[float, int]] = {}
-        self._asking = asyncio.Lock()
+        # The time and the value of the last state of each service, and the questions that are not answered yet.
+        self._states: dict[str, tuple[float, int]] = {}
+        self._questions: dict[str, asyncio.Task[int]] = {}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a call; None if there is no such RPC."""
@@ -91,37 +91,46 @@ class _Services(grpc.GenericRpcHandler):
         service = HealthCheckRequest.FromString(request).service
         if service not in _SERVICES:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {service!r}")
-        return _encoded(await self._state(request, context))
+        return _encoded(await self._state(service))
 
     async def _watch(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
         """Yield the state of a service, now and every few seconds."""
-        known = HealthCheckRequest.FromString(request).service in _SERVICES
+        service = HealthCheckRequest.FromString(request).service
         while True:
-            state = await self._recent_state(request, context) if known else HealthCheckResponse.SERVICE_UNKNOWN
+            asked, state = self._states.get(service, (-math.inf, HealthCheckResponse.SERVICE_UNKNOWN))
+            if service in _SERVICES and time.monotonic() - asked > _WATCH_S / 2:
+                state = await self._state(service)
             yield _encoded(state)
             await asyncio.sleep(_WATCH_S)
 
-    async def _recent_state(self, request: bytes, context: Context) -> int:
-        """Return the state of a service of the last few seconds. All clients of the proxy share one question."""
-        async with self._asking:
-            asked, state = self._states.get(request, (-math.inf, 0))
-            if time.monotonic() - asked > _WATCH_S / 2:
-                state = await self._state(request, context)
-                self._states[request] = (time.monotonic(), state)
-            return state
+    async def _state(self, service: str) -> int:
+        """Return the state of a service. Callers that ask at the same time share one question.
 
-    async def _state(self, request: bytes, context: Context) -> int:
+        The question is a task of its own, so it continues for the other callers if one of them cancels its call.
+        """
+        question = self._questions.get(service)
+        if question is None:
+            question = asyncio.create_task(self._ask(service))
+            self._questions[service] = question
+            question.add_done_callback(lambda _: self._questions.pop(service))
+        return await asyncio.shield(question)
+
+    async def _ask(self, service: str) -> int:
         """Ask a replica for the state of a service, a value of HealthCheckResponse.ServingStatus."""
-        not_serving: int = HealthCheckResponse.NOT_SERVING
-        recorded = _Recorded(context)
+        recorded = _Recorded(_NoCaller())
+        state: int = HealthCheckResponse.NOT_SERVING
         try:
             check = self._method_handlers[CHECK.path].unary_unary
+            request = HealthCheckRequest(service=service).SerializeToString()
             response = await asyncio.wait_for(check(request, recorded), _CHECK_S)
         except TimeoutError:
-            return not_serving
-        if recorded.failed():
-            return not_serving
-        state: int = HealthCheckResponse.FromString(response).status
+            pass
+        else:
+            if recorded.code() in _CODES_OF_CALLERS:  # says nothing about the replicas
+                return state
+            if not recorded.failed():
+                state = HealthCheckResponse.FromString(response).status
+        self._states[service] = (time.monotonic(), state)
         return state
 
 
@@ -168,6 +177,31 @@ def _encoded(state: int) -> bytes:
     return data
 
 
+class _NoCaller:
+    """The context of a call that the proxy itself makes, with what Serve reads from a context."""
+
+    def invocation_metadata(self) -> tuple[tuple[str, Any], ...]:
+        """Return no metadata."""
+        return ()
+
+    def time_remaining(self) -> None:
+        """Return no deadline."""
+
+    def auth_context(self) -> dict[str, Any]:
+        """Return no properties."""
+        return {}
+
+    def peer(self) -> str:
+        """Return no address."""
+        return ""
+
+    def peer_identities(self) -> None:
+        """Return no identity."""
+
+    def peer_identity_key(self) -> None:
+        """Return no key."""
+
+
 class _Recorded:
     """The context that Serve's handlers get. It records the status, and the handler around them ends the call.
 
@@ -175,7 +209,7 @@ class _Recorded:
         context: The context of the call.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context | _NoCaller) -> None:
         self._context = context
         self._code: Any = 0
         self._details = ""
