@@ -18,7 +18,8 @@ from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from tests.credentials import hashed
 from tests.processes import LIMIT_S, TINY, patient_client
-from tests.ray.cluster import cluster
+from tests.ray.cluster import Node, cluster
+from tests.ray.held_net import FOLDER
 from tests.ray.serving import Deployment, deployed, wait_until
 from tests.server.service.frontends.test_calls import bearer
 from tests.server.service.test_errors import IMAGE, TIMEOUT_S, details, method, request
@@ -29,6 +30,12 @@ TOKEN, LOW = "secret", "other-secret"
 CONFIG = f"""
 device = "cpu"
 {TINY}
+[[models]]
+name = "held"
+source = "python:tests.ray.held_net:held_net"
+input_size = [32, 32]
+batch_size = 2
+
 [[tokens]]
 name = "team"
 sha256 = "{hashed(TOKEN)}"
@@ -39,6 +46,29 @@ sha256 = "{hashed(LOW)}"
 priority = "low"
 """
 CALLERS = 4
+WHITE = pb.Image(pixels=pb.Pixels(height=40, width=30, data=b"\xff" * (3 * 40 * 30)))  # HeldNet waits at this image
+
+
+def held(stub: ExplainServiceStub, worker: Node, folder: Path) -> grpc.Future[pb.ExplainResponse]:
+    """Return a call that runs on the replica of a node and does not end."""
+    (folder / f"hold-{worker.mark}").touch()
+    reached = folder / f"held-{worker.mark}"
+    message = request(model="held", image=WHITE, request_id="held")
+
+    def send() -> grpc.Future[pb.ExplainResponse]:
+        return stub.Explain.future(message, metadata=bearer(TOKEN), timeout=LIMIT_S)
+
+    call = send()
+
+    def is_held() -> bool:
+        nonlocal call
+        if not reached.exists() and call.done():
+            call.result()  # the other replica has answered
+            call = send()
+        return reached.exists()
+
+    wait_until(is_held)
+    return call
 
 
 def replicas(deployment: Deployment) -> int:
@@ -104,7 +134,7 @@ def refused(stub: ExplainServiceStub, metadata: Any, **changes: Any) -> grpc.Rpc
 def test_replicas_follow_rows_owed_and_calls_survive_the_loss_of_a_node(tmp_path: Path) -> None:
     quick = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5"}
     with (
-        cluster(head_cpus=1, worker_cpus=1, **quick) as running,
+        cluster(head_cpus=1, worker_cpus=1, **quick, **{FOLDER: str(tmp_path)}) as running,
         deployed(running, tmp_path, CONFIG, "--autoscale", "1:2", "--rows-per-replica", "1000") as deployment,
         grpc.insecure_channel(deployment.address) as channel,
     ):
@@ -127,7 +157,13 @@ def test_replicas_follow_rows_owed_and_calls_survive_the_loss_of_a_node(tmp_path
         callers = Callers(deployment.address, expected)
         with callers.running():
             callers.wait_for_more(20)
+            call = held(stub, running.worker, tmp_path)
             running.worker.kill()
+            lost = call.exception()
+            assert isinstance(lost, grpc.RpcError)
+            assert lost.code() is grpc.StatusCode.UNAVAILABLE
+            assert details(lost)["ErrorInfo"].reason == "REPLICA_LOST"
+            assert details(lost)["RequestInfo"].request_id == "held"
             callers.wait_for_more(40)
         print(f"{len(callers.results)} results, errors: {callers.errors}")
         assert all(callers.results)
