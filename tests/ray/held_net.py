@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tests.nets import tiny_cnn
 
-# Folder with a file hold-NODE for each node whose engines are held. Without this variable, none is.
+# Folder with a file hold-NODE for each node whose engines are held. Without this variable, none is. An engine that is
+# held creates the file held-NODE-PID.
 FOLDER = "CAMSERVE_TEST_HOLD"
 NODE = "CAMSERVE_TEST_NODE"
 # Normalised values of a white image are above 2; those of all other images of the tests have a mean below 1.
@@ -28,7 +29,7 @@ class HeldNet(nn.Module):
         folder, node = os.environ.get(FOLDER), os.environ.get(NODE)
         if folder and float(x.mean(dim=(1, 2, 3)).max()) > _WHITE:
             while Path(folder, f"hold-{node}").exists():
-                Path(folder, f"held-{node}").touch()
+                Path(folder, f"held-{node}-{os.getpid()}").touch()
                 time.sleep(0.02)
         logits: Tensor = self.net(x)
         return logits

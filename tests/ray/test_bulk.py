@@ -97,19 +97,29 @@ class Hold:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.seen = set[Path]()
 
     def start(self, *nodes: Node) -> None:
         for node in nodes:
             (self.folder / f"hold-{node.mark}").touch()
 
     def wait(self, node: Node, run: subprocess.Popen[str]) -> None:
-        """Wait until an engine of the node is held."""
-        wait_until(lambda: (self.folder / f"held-{node.mark}").exists() or run.poll() is not None)
+        """Wait until another engine of the node is held than in earlier calls.
+
+        The engine of a killed driver may be held a little longer.
+        """
+        found = set[Path]()
+
+        def is_held() -> bool:
+            found.update(self.folder.glob(f"held-{node.mark}-*"))
+            return not found <= self.seen or run.poll() is not None
+
+        wait_until(is_held)
         assert run.poll() is None, run.communicate()[1]
+        self.seen |= found
 
     def end(self, node: Node) -> None:
         (self.folder / f"hold-{node.mark}").unlink()
-        (self.folder / f"held-{node.mark}").unlink(missing_ok=True)
 
 
 def test_lost_node_and_killed_driver_leave_each_image_exactly_once(inputs: Path, tmp_path: Path) -> None:
@@ -127,7 +137,6 @@ def test_lost_node_and_killed_driver_leave_each_image_exactly_once(inputs: Path,
         assert 3 <= len(kept) < 2 * (len(contents(inputs)) - WHITE) + 1
 
         hold.end(running.head)
-        (tmp_path / f"held-{running.worker.mark}").unlink()
         second = started(inputs, out, running.address)
         hold.wait(running.worker, second)  # its engine evaluates an image now
         running.worker.kill()
