@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import os
+import pickle
+import re
 import tarfile
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import PIL.Image
@@ -20,13 +25,13 @@ import camserve
 import camserve_dicom
 from camserve.batches import Variant
 from camserve_cli.study import score_csv
-from camserve_ray.bulk import BulkImage, find_images, start
-from camserve_ray.bulk.cluster import Placement, place
+from camserve_ray.bulk import BulkImage, BulkRun, find_images, start
+from camserve_ray.bulk.cluster import Placement, place, reporting_wait
 from camserve_ray.bulk.engine import BulkSpec, Chunk, ImageEvaluator
 from camserve_ray.bulk.output import Output
 from camserve_ray.bulk.reading import ImageReader
 from camserve_ray.bulk.rows import Row, failed_row
-from camserve_server.config import Config, ModelConfig
+from camserve_server.config import CacheConfig, Config, ModelConfig, TokenConfig
 from camserve_server.service.server import Server
 from tests.dicom import samples
 
@@ -143,6 +148,21 @@ def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
             find_images([path], **options)
 
 
+@pytest.mark.parametrize("out", [".", "results", "linked"])
+def test_scores_of_an_earlier_run_are_no_images(tmp_path: Path, out: str) -> None:
+    (tmp_path / "linked").symlink_to("deep/results")
+    for name in ("a.png", "b/scores/c.png", "deep/d.png", "results/e.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "deep" / "results").mkdir()
+    before = find_images([tmp_path], out=tmp_path / out)
+    assert len(before) == 4
+    output = Output(tmp_path / out, [], {})
+    output.add(row_of("a"))
+    output.close()
+    assert find_images([tmp_path], out=tmp_path / out) == before
+
+
 # ---- engines --------------------------------------------------------------------------------------------------------
 
 
@@ -195,8 +215,9 @@ def test_failed_images_have_the_errors_of_a_server(evaluator: ImageEvaluator, se
     (tmp_path / "fine.png").write_bytes(encoded(1))
     images = [*find_images([tmp_path, tmp_path / "none.png"])]
     unknown = replace(images[-3], name="unknown class", target="no such class")
-    rows = evaluated(evaluator, [*images, unknown])
-    assert len(rows) == 2 * 8
+    undecodable = Path(os.fsdecode(bytes(tmp_path) + b"/\xff.png"))
+    rows = evaluated(evaluator, [*images, unknown, *find_images([undecodable])])
+    assert len(rows) == 2 * 9
     errors = {name.removeprefix(f"{tmp_path}/"): row for (name, method), row in rows.items() if method == "grad-cam"}
     with camserve.Client(server.address) as client:
         for name in ("broken.png", "deep.tif", "none.png"):
@@ -208,6 +229,13 @@ def test_failed_images_have_the_errors_of_a_server(evaluator: ImageEvaluator, se
     assert errors["scan.dcm"].reason == "NOT_DICOM"
     assert errors["d.parquet/0"].values["error"] == "the column 'image' is empty in this row"
     assert errors["unknown class"].values["error"] == "tiny has no labels; give the index of the class"
+    assert errors["unknown class"].values["requested_target"] == "no such class"
+    assert errors["\\udcff.png"].values["error"] == f"No such file or directory: {tmp_path}/\\udcff.png"
+    output = Output(tmp_path / "out", SPEC.metrics, {})
+    for row in rows.values():
+        output.add(row)
+    output.close()
+    assert len(images_in(tmp_path / "out")) == len(rows)
     assert errors["d.parquet/1"].values["error"] == errors["fine.png"].values["error"] == ""
 
 
@@ -231,8 +259,11 @@ def test_settings_that_fit_no_image_are_refused_once() -> None:
 
 def row_of(image: str, digest: str = "a", map_value: float | None = None) -> Row:
     receipt = json.dumps({"model_digest": digest})
-    values = {"image": image, "model": "m", "method": "cam", "boxes": "", "error": "", "target": 1, "receipt": receipt}
-    return Row(values, None if map_value is None else np.full((2, 2), map_value, np.float32))
+    values = {"image": image, "model": "m", "method": "cam", "requested_target": "", "boxes": "", "error": ""}
+    return Row(
+        {**values, "target": 1, "receipt": receipt},
+        None if map_value is None else np.full((2, 2), map_value, np.float32),
+    )
 
 
 def images_in(folder: Path) -> list[str]:
@@ -242,7 +273,7 @@ def images_in(folder: Path) -> list[str]:
 def test_output_keeps_complete_parts_and_drops_failed_rows(tmp_path: Path) -> None:
     output = Output(tmp_path / "out", ["insertion"], {"budget": None})
     output.add(row_of("a", map_value=0.25))
-    output.add(failed_row(("b", "m", "cam"), "broken", "BROKEN", None))
+    output.add(failed_row(("b", "m", "cam"), "broken", "BROKEN", BulkImage("b", "/b", "file")))
     output.flush()
     output.add(row_of("c"))
     assert images_in(tmp_path / "out") == ["a", "b"], "a killed run has no incomplete part"
@@ -251,7 +282,7 @@ def test_output_keeps_complete_parts_and_drops_failed_rows(tmp_path: Path) -> No
     (tmp_path / "out" / "maps" / "part-00002.npz").write_bytes(b"of a killed run")
 
     output = Output(tmp_path / "out", ["insertion"], {"budget": None})
-    assert output.finished == {("a", "m", "cam"): (1, ""), ("c", "m", "cam"): (1, "")}
+    assert output.finished == {("a", "m", "cam"): ("", ""), ("c", "m", "cam"): ("", "")}
     output.add(row_of("b", map_value=0.5))
     output.close()
     rows = parquet.read_table(tmp_path / "out" / "scores").to_pylist()
@@ -261,6 +292,25 @@ def test_output_keeps_complete_parts_and_drops_failed_rows(tmp_path: Path) -> No
         if value is not None:
             maps = np.load(tmp_path / "out" / row["map_file"])
             assert np.array_equal(maps[row["map_name"]], np.full((2, 2), value))
+
+
+def test_killed_run_leaves_a_readable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(_: pyarrow.Table, file: BinaryIO) -> None:
+        file.write(b"PAR1 half")
+        raise KeyboardInterrupt
+
+    output = Output(tmp_path, [], {})
+    output.add(row_of("a"))
+    output.flush()
+    output.add(row_of("b"))
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet, "write_table", killed)
+        with pytest.raises(KeyboardInterrupt):
+            output.flush()
+    assert len([*(tmp_path / "scores").iterdir()]) == 2, "the folder contains half a file"
+    assert images_in(tmp_path) == ["a"]
+    output.close()
+    assert images_in(tmp_path) == ["a", "b"]
 
 
 def test_output_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -292,19 +342,21 @@ def test_large_parts_are_written_at_once(tmp_path: Path, monkeypatch: pytest.Mon
 # ---- checks before a run --------------------------------------------------------------------------------------------
 
 
+OPTIONS: dict[str, Any] = {
+    "methods": SPEC.variants,
+    "metrics": ["insertion"],
+    "models": [],
+    "config": Config(models=[TINY]),
+    "budget": None,
+    "maps": True,
+    "image_column": "image",
+    "address": "auto",
+    "in_flight": 2,
+    "cpus_per_engine": None,
+}
+
+
 def test_mistakes_are_found_before_a_cluster_is_needed(tmp_path: Path) -> None:
-    options: dict[str, Any] = {
-        "methods": SPEC.variants,
-        "metrics": ["insertion"],
-        "models": [],
-        "config": Config(models=[TINY]),
-        "budget": None,
-        "maps": True,
-        "image_column": "image",
-        "address": "auto",
-        "in_flight": 2,
-        "cpus_per_engine": None,
-    }
     image = BulkImage("a", "/a.png", "file")
     cases: list[tuple[dict[str, Any], type[camserve.CamserveError], str]] = [
         ({"models": ["large"]}, camserve.NotFound, "no model 'large'; there are: tiny"),
@@ -316,8 +368,76 @@ def test_mistakes_are_found_before_a_cluster_is_needed(tmp_path: Path) -> None:
     ]
     for changes, kind, message in cases:
         with pytest.raises(kind, match=message):
-            start([image], tmp_path / "out", **{**options, **changes})
+            start([image], tmp_path / "out", **{**OPTIONS, **changes})
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_other_targets_and_boxes_are_refused(evaluator: ImageEvaluator, tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(encoded(0))
+    images = [BulkImage(name, str(file), "file", target=target) for name, target in (("none", None), ("two", 2))]
+    images.append(BulkImage("box", str(file), "file", boxes=[(0, 0, 9, 9)]))
+    run: BulkRun = start(images, tmp_path / "out", **OPTIONS)
+    run.close()
+    output = Output(tmp_path / "out", ["insertion"], json.loads((tmp_path / "out" / "run.json").read_text()))
+    for row in evaluated(evaluator, images).values():
+        output.add(row)
+    output.close()
+    predicted = parquet.read_table(tmp_path / "out" / "scores").to_pylist()[0]["target"]
+    run = start(images, tmp_path / "out", **OPTIONS)
+    run.close()
+    assert run.done == run.count == 6
+    for image, message in [
+        (replace(images[0], target=predicted), f"has target the predicted class; this run uses {predicted};"),
+        (replace(images[0], target="cat"), "has target the predicted class; this run uses cat;"),
+        (replace(images[1], target=None), "has target 2; this run uses the predicted class;"),
+        (replace(images[1], target="cat"), "has target 2; this run uses cat;"),
+        (replace(images[2], boxes=None), r"has boxes \[\[0.0, 0.0, 9.0, 9.0\]\]; this run uses none;"),
+    ]:
+        with pytest.raises(camserve.InvalidArgument, match=message):
+            start([image], tmp_path / "out", **OPTIONS)
+
+
+def test_engines_receive_no_secrets(tmp_path: Path) -> None:
+    secrets = Config(
+        models=[TINY],
+        tokens=[TokenConfig(name="alice", sha256="ab" * 32)],
+        cache=CacheConfig(redis_url="redis://user:secret@127.0.0.1:6379/0"),
+        admin_listen="127.0.0.1:50999",
+    )
+    run = start([BulkImage("a", "/a.png", "file")], tmp_path, **{**OPTIONS, "config": secrets})
+    run.close()
+    sent = pickle.dumps(run._engine_config(Placement(1, 1, 0)))
+    assert b"tiny" in sent
+    for secret in (b"secret", b"ab" * 32, b"alice", b"50999"):
+        assert secret not in sent
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (Placement(3, cpus=4, gpus=0), "waiting for CPUs.* 3 .* with 4 CPU.* each, and 2 CPU"),
+        (Placement(2, cpus=0, gpus=1), "waiting for GPUs.* 2 .* with 1 GPU.* each, and 0 GPU"),
+    ],
+)
+def test_wait_for_devices_is_reported(
+    placement: Placement, message: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("camserve_ray.bulk.cluster.WAIT_REPORT_S", 0.001)
+    calls, asked_again = iter([ConnectionError("the head node is lost"), None]), threading.Event()
+
+    def free() -> dict[str, float]:
+        try:
+            if error := next(calls):
+                raise error
+        except StopIteration:
+            asked_again.set()
+        return {"CPU": 2.0}
+
+    with caplog.at_level(logging.WARNING), reporting_wait(placement, free) as first_result:
+        assert asked_again.wait(60)
+        first_result.set()
+    assert re.search(message, caplog.messages[0])
 
 
 @pytest.mark.parametrize(

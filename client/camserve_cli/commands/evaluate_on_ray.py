@@ -97,6 +97,7 @@ def run(
             image_column=options.image_column,
             name_column=options.name_column,
             target_column=options.target_column,
+            out=options.out,
         )
         if any(each.kind == "dicom" for each in images):
             with needs_extra("dicom", "camserve evaluate --ray with DICOM files"):

@@ -93,6 +93,7 @@ def evaluate(
         image_column=image_column,
         name_column=name_column,
         target_column=target_column,
+        out=Path(out),
     )
     run = start(
         images,

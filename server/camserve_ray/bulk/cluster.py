@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,12 @@ from camserve_ray.connection import connect
 from camserve_server.config import Config
 from camserve_server.errors import ConfigError
 
-__all__ = ["Placement", "connected", "place"]
+__all__ = ["Placement", "connected", "place", "reporting_wait"]
 
 DEFAULT_CPUS = 4
+WAIT_REPORT_S = 30.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,3 +101,44 @@ def place(config: Config, cpus_per_engine: int | None, nodes: Sequence[Mapping[s
             field="cpus_per_engine",
         )
     return Placement(engines, cpus=wanted, gpus=0)
+
+
+@contextmanager
+def reporting_wait(placement: Placement, free: Callable[[], Mapping[str, float]]) -> Iterator[threading.Event]:
+    """Log every 30 seconds what a run waits for, because Ray waits without a limit for devices that others use.
+
+    Args:
+        placement: The engines of the run.
+        free: Returns the resources of the cluster that nobody uses, such as `ray.available_resources`.
+
+    Yields:
+        An event. Setting it ends the messages, as does the end of the context.
+    """
+    ended = threading.Event()
+    thread = threading.Thread(target=_report_wait, args=(placement, free, ended), daemon=True)
+    thread.start()
+    try:
+        yield ended
+    finally:
+        ended.set()
+        thread.join(1.0)  # not longer: `free` waits for the head node, which may be lost
+
+
+def _report_wait(placement: Placement, free: Callable[[], Mapping[str, float]], ended: threading.Event) -> None:
+    kind, each = ("GPU", placement.gpus) if placement.gpus else ("CPU", placement.cpus)
+    while not ended.wait(WAIT_REPORT_S):
+        try:
+            number = free().get(kind, 0)
+        except Exception as error:  # the run itself reports a lost cluster
+            log.debug("the resources of the cluster are unknown: %s", error)
+            continue
+        log.warning(
+            "waiting for %ss, or for models to load: the run can use %d engine(s) with %d %s(s) each, and %g %s(s) of "
+            "the cluster are free",
+            kind,
+            placement.engines,
+            each,
+            kind,
+            number,
+            kind,
+        )

@@ -135,7 +135,7 @@ class ImageEvaluator:
         try:
             pixels = await asyncio.to_thread(self._reader.read, image)
         except Exception as error:
-            return [failed_row(each, *_text(error), image.boxes) for each in keys]
+            return [failed_row(each, *_text(error), image) for each in keys]
         return [*await asyncio.gather(*(self._row(image, pixels, each) for each in keys))]
 
     async def _row(self, image: BulkImage, pixels: ImageLike, key: Key) -> Row:
@@ -150,12 +150,12 @@ class ImageEvaluator:
                 predictions=1,
             )
             response = await self.service.explain(cast(pb.ExplainRequest, call.request))
-            return row(key, call.parse_response(response), image.boxes, with_map=self._spec.maps)
+            return row(key, call.parse_response(response), image, with_map=self._spec.maps)
         except Exception as error:
             if isinstance(error, InternalError):
                 # If the engine's thread fails, the process ends meanwhile, and another engine evaluates the image.
                 await asyncio.sleep(ENGINE_FAILURE_S)
-            return failed_row(key, *_text(error), image.boxes)
+            return failed_row(key, *_text(error), image)
 
     def _options(self, model: str, variant: Variant) -> dict[str, Any]:
         return {

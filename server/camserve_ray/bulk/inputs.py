@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from camserve.errors import InvalidArgument
 
-__all__ = ["BulkImage", "Kind", "find_images"]
+__all__ = ["BulkImage", "Kind", "escaped", "find_images", "scores_folder"]
 
 Kind: TypeAlias = Literal["file", "dicom", "tar", "parquet"]
 
@@ -58,6 +58,7 @@ def find_images(
     image_column: str = "image",
     name_column: str | None = None,
     target_column: str | None = None,
+    out: Path | None = None,
 ) -> list[BulkImage]:
     """List the images of files and folders.
 
@@ -69,6 +70,7 @@ def find_images(
         name_column: The column of Parquet files with the names of the images. None names an image FILE.parquet/ROW.
         target_column: The column of Parquet files, or the extension of files in archives, with the class index or the
             label of each image.
+        out: The output folder of the run. The scores in it, which are Parquet files, are not searched for images.
 
     Returns:
         The images in the order of the paths, without duplicates. The files of a folder are sorted. Images are named by
@@ -79,14 +81,14 @@ def find_images(
         InvalidArgument: A folder contains no images, a file has another form, or two images have the same name.
     """
     images: list[BulkImage] = []
-    for path in dict.fromkeys(file for each in paths for file in _files(each)):
+    for path in dict.fromkeys(file for each in paths for file in _files(each, out)):
         match _kind(path):
             case "parquet":
                 images += _rows(path, target, image_column, name_column, target_column)
             case "tar":
                 images += _members(path, target, target_column)
             case kind:
-                images.append(BulkImage(_text(path), str(path.absolute()), kind, target=target))
+                images.append(BulkImage(escaped(path), str(path.absolute()), kind, target=target))
     names = set[str]()
     for image in images:
         if image.name in names:
@@ -98,14 +100,22 @@ def find_images(
     return images
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, out: Path | None) -> list[Path]:
     """Return the files of a folder and its subfolders that contain images, or the path itself if it is no folder."""
     if not path.is_dir():
         return [path]
     found = sorted(each for each in path.rglob("*") if each.is_file() and _is_input(each))
+    if out is not None and (scores := scores_folder(out).resolve()).is_relative_to(root := path.resolve()):
+        left_out = path / scores.relative_to(root)
+        found = [each for each in found if not each.is_relative_to(left_out)]
     if not found:
         raise InvalidArgument(f"{path} contains no images; expected {_EXPECTED}", field="image")
     return found
+
+
+def scores_folder(out: Path) -> Path:
+    """Return the folder of the scores in an output folder."""
+    return out / "scores"
 
 
 def _is_input(path: Path) -> bool:
@@ -137,8 +147,8 @@ def _is_dicom(path: Path) -> bool:
         return False
 
 
-def _text(path: Path | str) -> str:
-    """Return a path as it appears in the output, with undecodable bytes escaped."""
+def escaped(path: Path | str) -> str:
+    """Return a path, or a text with one, as it appears in the output, with undecodable bytes escaped."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
@@ -186,7 +196,7 @@ def _rows(
             names = values[name_column].to_pylist() if name_column else [None] * count
             targets = values[target_column].to_pylist() if target_column else [target] * count
             for offset, (name, value) in enumerate(zip(names, targets, strict=True)):
-                called = f"{_text(path)}/{row}" if name is None else str(name)
+                called = f"{escaped(path)}/{row}" if name is None else str(name)
                 yield BulkImage(
                     called,
                     str(path.absolute()),
@@ -219,7 +229,7 @@ def _members(path: Path, target: int | str | None, target_column: str | None) ->
                 if not member.isfile():
                     continue
                 if f".{extension.rpartition('.')[2].lower()}" in SUFFIXES:
-                    name = f"{_text(path)}/{_text(member.name)}"
+                    name = f"{escaped(path)}/{escaped(member.name)}"
                     where = BulkImage(name, str(path.absolute()), "tar", member.offset_data, member.size, target=target)
                     images.append((key, where))
                 elif target_column is not None and extension == target_column:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import os
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow
@@ -22,6 +24,7 @@ from pyarrow import compute, parquet
 
 from camserve.errors import InvalidArgument
 from camserve_ray.bulk import rows
+from camserve_ray.bulk.inputs import scores_folder
 from camserve_ray.bulk.rows import Key, Row
 
 __all__ = ["Output"]
@@ -41,7 +44,8 @@ class Output:
         settings: The settings of the run, as JSON values. A folder accepts rows of equal settings only.
 
     Attributes:
-        finished: The keys of the rows of earlier runs without error, with the index of the target and the boxes.
+        finished: The keys of the rows of earlier runs without error, with the requested target and the
+            boxes, as `rows.requested` returns them.
 
     Raises:
         OSError: A file cannot be read or written.
@@ -51,7 +55,7 @@ class Output:
     def __init__(self, folder: Path, metrics: Sequence[str], settings: Mapping[str, Any]) -> None:
         self.folder = folder
         self._schema = rows.schema(metrics)
-        self._scores, self._maps = folder / "scores", folder / "maps"
+        self._scores, self._maps = scores_folder(folder), folder / "maps"
         self._scores.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / ".lock").open("w")
         try:
@@ -120,9 +124,8 @@ class Output:
             return "", [None] * len(self._pending)
         self._maps.mkdir(exist_ok=True)
         path = self._maps / f"{part}.npz"
-        temporary = path.with_name(path.name + ".tmp")
         names: list[str | None] = []
-        with zipfile.ZipFile(temporary, "w") as archive:
+        with _replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
             for row in self._pending:
                 names.append(None if row.saliency is None else "/".join(rows.key(row.values)))
                 if row.saliency is not None:
@@ -130,7 +133,6 @@ class Output:
                     np.save(data, row.saliency)
                     # A ZipInfo without a time makes the bytes of the file reproducible.
                     archive.writestr(zipfile.ZipInfo(f"{names[-1]}.npy"), data.getvalue())
-        temporary.replace(path)
         return str(path.relative_to(self.folder)), names
 
     # ---- the parts of earlier runs -----------------------------------------------------------------------------------
@@ -156,9 +158,8 @@ class Output:
             return
         if self._parts():
             raise InvalidArgument(f"{self.folder} has results without run.json; choose another folder")
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(current, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with _replacing(path) as file:
+            file.write(json.dumps(current, indent=1).encode() + b"\n")
 
     def _drop_failed(self) -> None:
         """Remove the rows of failed images, so that this run tries them again."""
@@ -170,9 +171,9 @@ class Output:
             elif kept.num_rows < table.num_rows:
                 _replace(path, kept)
 
-    def _read_finished(self) -> Iterator[tuple[Key, tuple[int, str]]]:
-        for each in self.rows(["image", "model", "method", "target", "boxes"]):
-            yield rows.key(each), (each["target"], each["boxes"])
+    def _read_finished(self) -> Iterator[tuple[Key, tuple[str, str]]]:
+        for each in self.rows(["image", "model", "method", "requested_target", "boxes"]):
+            yield rows.key(each), (each["requested_target"], each["boxes"])
 
     def _read_digests(self) -> Iterator[tuple[str, str]]:
         for table in self._tables(["model", "receipt"]):
@@ -192,7 +193,19 @@ class Output:
 
 
 def _replace(path: Path, table: pyarrow.Table) -> None:
-    """Write a Parquet file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    parquet.write_table(table, temporary)
+    with _replacing(path) as file:
+        parquet.write_table(table, file)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file, which replaces the file at the path when the context ends without an exception.
+
+    The contents are on disk before that, so that after a power failure no incomplete file has the name.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")  # readers of Parquet folders ignore names that begin with a dot
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

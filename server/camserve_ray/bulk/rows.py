@@ -12,8 +12,9 @@ import pyarrow
 from numpy.typing import NDArray
 
 from camserve.answers import Explanation
+from camserve_ray.bulk.inputs import BulkImage, escaped
 
-__all__ = ["Key", "Row", "boxes_text", "failed_row", "key", "row", "schema"]
+__all__ = ["Key", "Row", "failed_row", "key", "requested", "row", "schema"]
 
 # Image, model, method.
 Key: TypeAlias = tuple[str, str, str]
@@ -38,7 +39,8 @@ class Row:
 def schema(metrics: Sequence[str]) -> pyarrow.Schema:
     """Return the columns of the Parquet files.
 
-    They are those of the CSV file of `camserve evaluate`, and two columns that say where the map is.
+    They are those of the CSV file of `camserve evaluate`, the target that the run asked for, and two columns that say
+    where the map is.
 
     Args:
         metrics: Names of the metrics.
@@ -56,7 +58,7 @@ def schema(metrics: Sequence[str]) -> pyarrow.Schema:
             ("compute_ms", number),
             ("share", number),
             *((name, text) for name in ("left_out", "warnings", "error", "boxes", "receipt", "curves")),
-            *((name, text) for name in ("map_file", "map_name")),
+            *((name, text) for name in ("requested_target", "map_file", "map_name")),
         ]
     )
 
@@ -66,13 +68,13 @@ def key(values: Mapping[str, Any]) -> Key:
     return values["image"], values["model"], values["method"]
 
 
-def row(of: Key, explanation: Explanation, boxes: Sequence[Sequence[float]] | None, *, with_map: bool) -> Row:
+def row(of: Key, explanation: Explanation, image: BulkImage, *, with_map: bool) -> Row:
     """Return the row of an explanation.
 
     Args:
         of: Image, model and method.
         explanation: The explanation with its scores.
-        boxes: The boxes of the target.
+        image: The image.
         with_map: Keep the map.
     """
     cost = explanation.cost
@@ -80,7 +82,7 @@ def row(of: Key, explanation: Explanation, boxes: Sequence[Sequence[float]] | No
         name: [float(f"{y:.6g}") for y in score.curve] for name, score in explanation.scores.items() if score.curve
     }
     values = {
-        **_named(of, boxes),
+        **_named(of, image),
         "target": explanation.target.index,
         "label": explanation.target.label,
         "probability": explanation.target.probability,
@@ -98,22 +100,27 @@ def row(of: Key, explanation: Explanation, boxes: Sequence[Sequence[float]] | No
     return Row(values, explanation.saliency if with_map else None)
 
 
-def failed_row(of: Key, error: str, reason: str, boxes: Sequence[Sequence[float]] | None) -> Row:
+def failed_row(of: Key, error: str, reason: str, image: BulkImage) -> Row:
     """Return the row of a failed image.
 
     Args:
         of: Image, model and method.
-        error: The error in one line.
+        error: The error in one line. It may contain the undecodable bytes of a file name.
         reason: The kind of the error.
-        boxes: The boxes of the target.
+        image: The image.
     """
-    return Row({**_named(of, boxes), "error": error}, reason=reason)
+    return Row({**_named(of, image), "error": escaped(error)}, reason=reason)
 
 
-def boxes_text(boxes: Sequence[Sequence[float]] | None) -> str:
-    """Return boxes as JSON, or an empty string if there are none."""
-    return json.dumps(np.atleast_2d(np.asarray(boxes, float)).tolist()) if boxes else ""
+def requested(image: BulkImage) -> tuple[str, str]:
+    """Return the target and the boxes of an image as texts: the class index or label, and JSON.
+
+    The target is empty for the predicted class, and the boxes are empty if there are none.
+    """
+    target = "" if image.target is None else escaped(str(image.target))
+    return target, json.dumps(np.atleast_2d(np.asarray(image.boxes, float)).tolist()) if image.boxes else ""
 
 
-def _named(of: Key, boxes: Sequence[Sequence[float]] | None) -> dict[str, str]:
-    return {**dict(zip(("image", "model", "method"), of, strict=True)), "boxes": boxes_text(boxes)}
+def _named(of: Key, image: BulkImage) -> dict[str, str]:
+    target, boxes = requested(image)
+    return {**dict(zip(("image", "model", "method"), of, strict=True)), "requested_target": target, "boxes": boxes}

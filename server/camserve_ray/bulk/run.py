@@ -14,7 +14,7 @@ from typing import Any
 
 from camserve.errors import InvalidArgument, NotFound, Unavailable
 from camserve_ray.bulk import rows
-from camserve_ray.bulk.cluster import Placement, connected, place
+from camserve_ray.bulk.cluster import Placement, connected, place, reporting_wait
 from camserve_ray.bulk.engine import CHUNK, RESULT, BulkEngine, BulkSpec, Chunk, Refused
 from camserve_ray.bulk.inputs import BulkImage
 from camserve_ray.bulk.output import Output
@@ -31,6 +31,15 @@ DEFAULT_IN_FLIGHT = 32  # images on each engine
 CHUNKS_AT_A_TIME = 2
 # A run ends when engines are lost this often without any result in between.
 MAX_LOSSES = 5
+# Tables with secrets, and listeners. The engines need neither, and Ray stores their configuration in the cluster.
+_ONLY_FOR_SERVERS: dict[str, Any] = {
+    "tokens": [],
+    "cache": None,
+    "tls": None,
+    "health_listen": None,
+    "metrics_listen": None,
+    "admin_listen": None,
+}
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +80,7 @@ class BulkRun:
         _check(images, spec, config)
         wanted = set(spec.models)
         self._config = plain_config(config).model_copy(
-            update={"models": [each for each in config.models if each.name in wanted]}
+            update={**_ONLY_FOR_SERVERS, "models": [each for each in config.models if each.name in wanted]}
         )
         self.folder = out
         self._images = images
@@ -156,14 +165,12 @@ class BulkRun:
                 if existing is None:
                     missing[key] = image
                     continue
-                target, boxes = existing
-                pairs = {"boxes": (boxes or "none", rows.boxes_text(image.boxes) or "none")}
-                if isinstance(image.target, int):
-                    pairs["target"] = (str(target), str(image.target))
-                for name, (old, new) in pairs.items():
+                for name, old, new in zip(("target", "boxes"), existing, rows.requested(image), strict=True):
                     if old != new:
+                        default = "none" if name == "boxes" else "the predicted class"
                         raise InvalidArgument(
-                            f"{image.name} by {variant.label}: its row has {name} {old}; this run uses {new}; "
+                            f"{image.name} by {variant.label}: its row has {name} {old or default}; this run uses "
+                            f"{new or default}; "
                             "use the same settings, or choose another folder"
                         )
         return missing
@@ -185,13 +192,18 @@ class BulkRun:
 
     def _pass(self, placement: Placement) -> Iterator[Row]:
         """Run the missing work on engines that are started now. Raises RayError if an engine is lost."""
+        import ray
         import ray.data
         from ray.data import ActorPoolStrategy, DataContext
 
         context = DataContext.get_current().copy()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.target_max_block_size = 1  # the driver receives each result when it is finished
-        with DataContext.current(context), warnings.catch_warnings():
+        with (
+            DataContext.current(context),
+            warnings.catch_warnings(),
+            reporting_wait(placement, ray.available_resources) as first_result,
+        ):
             chunks = [{CHUNK: pickle.dumps(each)} for each in self._chunks(placement.engines)]
             dataset: ray.data.Dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks))
             # A lost engine is not started again, because Ray would wait for a place even if no node has one: the next
@@ -215,6 +227,7 @@ class BulkRun:
                 **no_restart,
             )
             for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+                first_result.set()
                 for result in itertools.chain.from_iterable(map(pickle.loads, batch[RESULT])):
                     if isinstance(result, Refused):
                         raise InvalidArgument(result.message, field=result.field)
