@@ -152,7 +152,7 @@ def test_number_of_clients_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         assert next(first) and next(second)
         with pytest.raises(grpc.RpcError) as refused, reported(server.address) as third:
             next(third)
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         first.cancel()  # type: ignore[attr-defined]
 
         def accepted() -> bool:
