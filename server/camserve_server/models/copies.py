@@ -6,7 +6,7 @@ import copy
 from collections import defaultdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from camserve_server.models.model import Model
 from camserve_server.models.throughput import Throughput
@@ -30,7 +30,7 @@ def copied(model: Model, device: torch.device, name: str) -> Model:
     copies: dict[str, Model] = {}
     for precision, each in model.precisions.items():
         if each.module not in modules:
-            modules[each.module] = copy.deepcopy(each.module).to(device)
+            modules[each.module] = _copied_module(each.module, device)
         copies[precision] = each.with_module(
             modules[each.module],
             device=device,
@@ -43,3 +43,14 @@ def copied(model: Model, device: torch.device, name: str) -> Model:
     result = copies.pop(model.precision)
     result.others = {each.precision: each for each in copies.values()}
     return result
+
+
+def _copied_module(module: nn.Module, device: torch.device) -> nn.Module:
+    """Copy a network directly to a device: a first copy on the device of the network could exceed its memory."""
+    memo: dict[int, object] = {}  # deepcopy takes the copies of these tensors from it, so that shared ones stay shared
+    for each in (*module.parameters(), *module.buffers()):
+        if id(each) not in memo and type(each) in (Tensor, nn.Parameter):
+            copied_tensor = each.detach().to(device, copy=True)
+            is_parameter = type(each) is nn.Parameter
+            memo[id(each)] = nn.Parameter(copied_tensor, each.requires_grad) if is_parameter else copied_tensor
+    return copy.deepcopy(module, memo).to(device)  # `to` moves tensors of other types

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from camserve_server.config import ModelConfig
 from camserve_server.engine.warmup import warm_up
+from camserve_server.models import copies
 from camserve_server.models.copies import copied
 from camserve_server.models.load import load
 from tests.support import call, explained, noise
@@ -53,3 +55,25 @@ def test_copy_gives_the_same_bits(method: str) -> None:
     parameters: dict[str, Any] = {"steps": 4} if method == "opti-cam" else {}
     maps = [explained(each, noise(3, 32, 32), call(each, method, **parameters), 2).maps for each in (model, copy)]
     assert torch.equal(*maps)
+
+
+def test_tensors_are_copied_directly_to_the_device_and_shared_ones_stay_shared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(tensor: Tensor, memo: dict[int, object]) -> Tensor:
+        raise AssertionError("a copy on the device of the network needs memory there")
+
+    network = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1))
+    network[2].weight = network[0].weight
+    network[1].weight.requires_grad_(False)
+    for kind in (Tensor, nn.Parameter):
+        monkeypatch.setattr(kind, "__deepcopy__", refuse)
+    for device in (CPU, torch.device("meta")):
+        copy = copies._copied_module(network, device)
+        assert isinstance(copy, nn.Sequential)
+        assert copy[2].weight is copy[0].weight
+        for name, value in network.state_dict(keep_vars=True).items():
+            theirs = copy.state_dict(keep_vars=True)[name]
+            assert (theirs.device, theirs.requires_grad, type(theirs)) == (device, value.requires_grad, type(value))
+            assert theirs.data_ptr() != value.data_ptr()
+            assert device.type == "meta" or torch.equal(theirs, value)
