@@ -23,6 +23,7 @@ from camserve_server.service.codec import CodecThreads
 
 # The caller bounds the number of requests, so the engine refuses none for the rows that wait.
 _NO_LIMIT = 2**62
+_CLOSE_S = 1.0  # codec threads need less, also for large images
 
 T = TypeVar("T")
 
@@ -113,11 +114,22 @@ class InProcessService:
             return await self._codec.run_after(job.future, respond)
 
     def close(self) -> None:
-        """Fail the running requests with Unavailable, and end all threads."""
+        """Fail the running requests with Unavailable, cancel what still waits, and end all threads."""
         self._engines.close()
+        if self._thread.is_alive():
+            self.submit(self._end_tasks()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end_tasks(self) -> None:
+        """Let the codec threads answer the requests that the engines have failed, and cancel all other tasks."""
+        tasks = {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+        if tasks:
+            _, waiting = await asyncio.wait(tasks, timeout=_CLOSE_S)
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _start(self) -> None:
         self._codec = CodecThreads()
