@@ -37,7 +37,7 @@ from camserve_server.models.copies import copied
 from camserve_server.models.factories import check_code
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
-from camserve_server.pool_devices import free_cached_memory, works
+from camserve_server.pool_devices import free_cached_memory, unify_fast_forwards, works
 from camserve_server.pool_entries import Lease, LoadedModel, Loads, ModelEntry, ModelUsers, Replica, State
 from camserve_server.torch_setup.threads import in_own_thread
 
@@ -277,6 +277,7 @@ class ModelPool:
                     replicas.remove(replica)
             if not replicas:
                 raise shut_down()
+            unify_fast_forwards(replicas)
         except BaseException:
             await asyncio.to_thread(self._engines.close_remote, engine)
             raise

@@ -1,16 +1,17 @@
-"""Work of the model pool on the threads of the engines: checks of devices, and freeing of memory."""
+"""Work of the model pool for all devices: checks of devices and replicas, and freeing of memory."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import structlog
 import torch
 
 from camserve_server.engine.engine import Engine
 from camserve_server.engines import Engines
+from camserve_server.pool_entries import Replica
 from camserve_server.torch_setup.device import check_device
 
 log = structlog.get_logger()
@@ -44,6 +45,19 @@ async def free_cached_memory(engines: Engines) -> None:
                 await asyncio.wrap_future(engine.run_between_batches(_empty_cache()))
             except Exception as error:  # a device fails, or the server shuts down
                 log.warning("cached memory not freed", device=engine.device, reason=str(error))
+
+
+def unify_fast_forwards(replicas: Sequence[Replica]) -> None:
+    """Drop the fast forward passes of replicas that do not all have the same kind, which could give other bits.
+
+    Args:
+        replicas: All replicas of a model, after their warm-up and before their first request.
+    """
+    for same in zip(*(replica.model.precisions.values() for replica in replicas), strict=True):
+        if len({type(each.fast_forward) for each in same}) > 1:
+            log.warning("devices differ in their faster forward pass, so none uses it", model=same[0].name)
+            for each in same:
+                each.fast_forward, each.fast_forward_size = None, 0
 
 
 def _empty_cache() -> Iterator[None]:

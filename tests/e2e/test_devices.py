@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from camserve.v1 import admin_pb2 as admin
 from camserve.v1.admin_pb2_grpc import AdminServiceStub
 from camserve_server import model_pool, pool_devices
 from camserve_server.config import CacheConfig, Config, ModelConfig, TokenConfig, read_config
-from camserve_server.engine import steps
+from camserve_server.engine import batch_runner, steps, warmup
 from camserve_server.engine.engine import Engine
+from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, run_batch
+from camserve_server.models.model import Model
 from camserve_server.service.listeners import SERVICE
 from camserve_server.service.server import Server
 from tests import nets
@@ -249,13 +251,42 @@ def test_result_cache_serves_the_requests_of_all_devices() -> None:
     assert stored.receipt.device_name == "cpu:0", "the device that has computed the response"
 
 
-def test_lack_of_memory_on_one_device_changes_the_batch_size_of_both(server: Server) -> None:
-    [loaded] = [entry.loaded for entry in server._servicer.loaded_models()._entries.values()]
-    assert loaded is not None
-    first, second = (replica.model for replica in loaded.replicas)
-    assert first.module is not second.module
-    assert first.batch_sizes is second.batch_sizes
-    assert first.equal_sizes == second.equal_sizes
+@pytest.mark.slow
+def test_lack_of_memory_on_one_device_changes_the_batch_size_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = threading.Event()
+
+    def fails_once(model: Model, lane: Lane, slices: Sequence[BatchSlice], size: int) -> None:
+        if threading.current_thread().name == "engine-cpu:1" and size == 4 and not failed.is_set():
+            failed.set()
+            raise torch.OutOfMemoryError("no memory")
+        run_batch(model, lane, slices, size)
+
+    with serving(Config(**TWO)) as server, patient_client(server.address) as client:
+        before = client.explain(IMAGE, **RISE).receipt
+        monkeypatch.setattr(batch_runner, "run_batch", fails_once)
+        with first_device_busy(server, client):
+            halved = client.explain(IMAGE, **RISE).receipt
+        assert failed.is_set()
+        after = client.explain(IMAGE, **RISE).receipt
+    assert [each.device_name for each in (before, halved, after)] == ["cpu:0", "cpu:1", "cpu:0"]
+    assert [each.batch_sizes["forward"] for each in (before, after)] == [4, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("built_on", "used"), [(("cpu:0", "cpu:1"), True), (("cpu:1",), False), (("cpu:0",), False)])
+def test_devices_use_a_faster_forward_pass_only_if_all_have_it(
+    monkeypatch: pytest.MonkeyPatch, built_on: tuple[str, ...], used: bool
+) -> None:
+    def build(model: Model, size: int) -> Any:
+        return model.module if model.device_name in built_on else None
+
+    monkeypatch.setattr(warmup, "build_fast_forward", build)
+    with serving(Config(**TWO)) as server:
+        [loaded] = [entry.loaded for entry in server._servicer.loaded_models()._entries.values()]
+        assert loaded is not None
+        for replica in loaded.replicas:
+            assert (replica.model.fast_forward is not None) == used
+            assert replica.model.fast_forward_size == (4 if used else 0)
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------
