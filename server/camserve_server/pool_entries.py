@@ -9,7 +9,7 @@ from typing import Literal
 
 from camserve_server.config import ModelConfig
 from camserve_server.engine.engine import Engine
-from camserve_server.engine.outcomes import shut_down
+from camserve_server.errors import Unavailable
 from camserve_server.models.model import Model
 
 State = Literal["ready", "waiting", "unloaded"]
@@ -116,7 +116,12 @@ class Lease:
             return self.replicas[0]
         working = [each for each in self.replicas if each.engine.working]
         if not working:
-            raise shut_down()
+            names = ", ".join(each.engine.device for each in self.replicas)
+            raise Unavailable(
+                f"the devices of {self.model.name} ({names}) have failed, or the server is shutting down; "
+                "try another server",
+                retry_after_s=1.0,
+            )
         return min(working, key=lambda each: each.engine.rows_owed())
 
 

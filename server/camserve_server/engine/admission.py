@@ -93,7 +93,7 @@ class Admission:
             device: The name of the device that the request goes to.
 
         Raises:
-            Unavailable: The server is shutting down.
+            Unavailable: The device has failed, or the server is shutting down.
             QueueFull: Too many rows run before this request, or its caller already owes too many.
             Expired: The deadline would pass even if every row ran at the best rate.
         """
@@ -104,7 +104,11 @@ class Admission:
     def _check(self, claim: Claim, rows_per_s: float, device: str) -> None:
         weight = WEIGHTS[claim.priority]
         if device in self._closed:
-            raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)
+            if device:
+                message = f"{device} has failed, or the server is shutting down; try again"
+            else:
+                message = "the server is shutting down; try another one"
+            raise Unavailable(message, retry_after_s=1.0)
         self._rows_per_s[device] = rows_per_s
         rows_per_s = sum(self._rows_per_s.values())  # all devices work on the rows that a refused request waits for
         callers_rows = sum(owed.rows for owed in self._owed.values() if owed.caller == claim.caller.name)
