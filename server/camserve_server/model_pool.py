@@ -37,7 +37,7 @@ from camserve_server.models.copies import copied
 from camserve_server.models.factories import check_code
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
-from camserve_server.pool_devices import free_cached_memory, unify_fast_forwards, works
+from camserve_server.pool_devices import free_cached_memory, unify_fast_forwards, warm_up_all, works
 from camserve_server.pool_entries import Lease, LoadedModel, Loads, ModelEntry, ModelUsers, Replica, State
 from camserve_server.torch_setup.threads import in_own_thread
 
@@ -272,9 +272,9 @@ class ModelPool:
             replicas = [Replica(model, engine)]
             if engine.device:
                 replicas += await self._counted(settings, self._copies(model))
-            for replica in [*replicas]:
-                if not await self._counted(settings, self._warm_up(settings, replica)):
-                    replicas.remove(replica)
+            replicas = await self._counted(
+                settings, warm_up_all(replicas, partial(self._warm_up, settings), fixed=bool(settings.batch_size))
+            )
             if not replicas:
                 raise shut_down()
             unify_fast_forwards(replicas)

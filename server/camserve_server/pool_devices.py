@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import structlog
 import torch
 
 from camserve_server.engine.engine import Engine
 from camserve_server.engines import Engines
+from camserve_server.models.model import Model
 from camserve_server.pool_entries import Replica
 from camserve_server.torch_setup.device import check_device
 
@@ -45,6 +46,48 @@ async def free_cached_memory(engines: Engines) -> None:
                 await asyncio.wrap_future(engine.run_between_batches(_empty_cache()))
             except Exception as error:  # a device fails, or the server shuts down
                 log.warning("cached memory not freed", device=engine.device, reason=str(error))
+
+
+async def warm_up_all(
+    replicas: Sequence[Replica], warm_up: Callable[[Replica], Awaitable[bool]], *, fixed: bool
+) -> list[Replica]:
+    """Warm replicas up one after the other. The first one measures the batch sizes of all.
+
+    If they do not fit into the memory of another device, halve them and warm all replicas up again.
+
+    Args:
+        replicas: All replicas of a model.
+        warm_up: Warms up one replica, and returns False if its device has failed.
+        fixed: True if the batch sizes are configured, so that they must not change.
+
+    Returns:
+        The replicas whose devices work.
+
+    Raises:
+        torch.OutOfMemoryError: The model does not fit into the memory of a device.
+    """
+    working = list[Replica]()
+    for replica in replicas:
+        try:
+            if await warm_up(replica):
+                working.append(replica)
+            continue
+        except torch.OutOfMemoryError:
+            if fixed or not working or not _halve_batch_sizes(replica.model):
+                raise
+        return await warm_up_all(replicas, warm_up, fixed=fixed)
+    return working
+
+
+def _halve_batch_sizes(model: Model) -> bool:
+    """Halve the batch sizes, which all replicas of a model share. Return False if all sizes are 1."""
+    sizes = [each.batch_sizes for each in model.precisions.values()]
+    if all(size <= 1 for each in sizes for size in each.values()):
+        return False
+    for each in sizes:
+        each.update({kind: max(1, size // 2) for kind, size in each.items()})
+    log.warning("out of memory on a device, batches halved", model=model.name, device=model.device_name)
+    return True
 
 
 def unify_fast_forwards(replicas: Sequence[Replica]) -> None:

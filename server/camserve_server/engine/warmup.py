@@ -57,6 +57,7 @@ def warm_up_steps(model: Model, known: Mapping[LaneKind, int]) -> Iterator[None]
     Yields:
         None, before each batch.
     """
+    model.fast_forward = None  # of an earlier warm-up
     yield from measure_steps(model, known, model.batch_sizes)
     yield from _compare_steps(model)
     yield
