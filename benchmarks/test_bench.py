@@ -113,7 +113,7 @@ def test_sections_of_two_runs_are_combined_into_one_page(
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert text.index("## Plain passes") < text.index("## Insertion and deletion")
     assert "$ python -m benchmarks limit --models tiny" in text
-    assert "Not measured: poly, score, opti, savings, shortcuts, service, mixed" in text
+    assert "Not measured: poly, score, opti, savings, shortcuts, openvino, service, mixed" in text
     for chart in ("bench-limit.svg", "bench-curves.svg"):
         assert f"(pictures/{chart})" in text
         assert (tmp_path / "pictures" / chart).stat().st_size < 50_000

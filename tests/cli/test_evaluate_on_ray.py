@@ -57,7 +57,12 @@ def test_options_that_do_not_fit_are_refused(arguments: list[str], message: str)
 def test_columns_and_image_files_are_those_of_other_runs() -> None:
     assert inputs.SUFFIXES == image_files.SUFFIXES
     metrics = ["insertion", "deletion"]
-    assert schema(metrics).names == [*ScoreCsv(Path("x.csv"), metrics).columns, "map_file", "map_name"]
+    assert schema(metrics).names == [
+        *ScoreCsv(Path("x.csv"), metrics).columns,
+        "requested_target",
+        "map_file",
+        "map_name",
+    ]
 
 
 def test_settings_of_a_server_in_the_environment_are_ignored(tmp_path: Path) -> None:

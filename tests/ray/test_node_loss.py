@@ -52,7 +52,6 @@ WHITE = pb.Image(pixels=pb.Pixels(height=40, width=30, data=b"\xff" * (3 * 40 * 
 def held(stub: ExplainServiceStub, worker: Node, folder: Path) -> grpc.Future[pb.ExplainResponse]:
     """Return a call that runs on the replica of a node and does not end."""
     (folder / f"hold-{worker.mark}").touch()
-    reached = folder / f"held-{worker.mark}"
     message = request(model="held", image=WHITE, request_id="held")
 
     def send() -> grpc.Future[pb.ExplainResponse]:
@@ -62,10 +61,11 @@ def held(stub: ExplainServiceStub, worker: Node, folder: Path) -> grpc.Future[pb
 
     def is_held() -> bool:
         nonlocal call
-        if not reached.exists() and call.done():
+        reached = any(folder.glob(f"held-{worker.mark}-*"))
+        if not reached and call.done():
             call.result()  # the other replica has answered
             call = send()
-        return reached.exists()
+        return reached
 
     wait_until(is_held)
     return call
