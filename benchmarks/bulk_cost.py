@@ -22,8 +22,8 @@ from camserve_server.models.model import LaneKind
 
 # Measured: ResNet50 on the GPU of the profile was ready after this time.
 START_S = 36.0
-# Measured on two cores with other work: the driver received and wrote 514 maps of 224 × 224 pixels a second.
-DRIVER_S = 1 / 514
+# Measured by `python -m benchmarks.bulk_driver` on two cores of an Intel Xeon, 2026-11-27, the slower one of two runs.
+DRIVER_S = 1 / 577
 METRICS = ("insertion", "deletion", "average-gain")
 
 

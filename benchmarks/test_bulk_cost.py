@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from benchmarks import bulk_cost
 from benchmarks.simulation import profile
 from benchmarks.simulation.profile import MethodCost, Profile, Step
+from tests.processes import completed
 
 ROOT = Path(__file__).parent.parent
 TIMES = Profile(
@@ -38,3 +41,11 @@ def test_cost_follows_the_formula() -> None:
 def test_page_contains_the_table_of_the_command() -> None:
     table = bulk_cost.cost_table(profile.load(profile.FOLDER / "h200.json"), 100_000, 8)
     assert table in (ROOT / "docs" / "bulk.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_driver_receives_all_maps() -> None:
+    """The command runs in a process of its own, because Ray leaves threads and sockets behind."""
+    done = completed([sys.executable, "-m", "benchmarks.bulk_driver", "--maps", "40"], cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"[1-9]\d* maps of 224 × 224 pixels a second\n", done.stdout)
