@@ -104,6 +104,7 @@ REPORTS := camserve_server/service/load_reports
 proto: install  ## generate the stubs from the files in proto/
 	$(call PROTOC,$(OUT)client) camserve/v1/explain.proto camserve/v1/admin.proto
 	$(call PROTOC,$(OUT)server) $(LINK)/link.proto $(INFERENCE)/inference.proto $(REPORTS)/orca.proto
+	rm $(OUT)server/$(REPORTS)/orca_pb2_grpc.*  # it defines no service
 OUT ?=
 
 proto-check: install  # compare the committed stubs with newly generated ones
