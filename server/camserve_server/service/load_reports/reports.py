@@ -16,10 +16,10 @@ import grpc
 from camserve_server.service.load_reports.orca_pb2 import LoadReport, LoadReportRequest
 
 SERVICE = "xds.service.orca.v3.OpenRcaService"
-# Seconds between two reports. A longer interval balances worse than round robin while the load is low, because most
-# queues are empty again when the report of a long one arrives: see "Load balancing" in docs/simulation.md.
+# Seconds between two reports. While the load is low, most queues are empty again some tenths of a second later, so that
+# rarer reports would mislead clients.
 SHORTEST_INTERVAL_S = 0.25
-REPORTS_PER_S = 400  # at most, for all clients; this takes about 4 % of a CPU core
+REPORTS_PER_S = 400  # at most, for all clients together, to limit their CPU time
 SHARED_S = 0.02  # counting the rows of many requests takes time
 MOST_CLIENTS = 4000  # with more, reports would come so rarely that gRPC ignores them
 IDLE_S = 0.2  # utilization of an idle server; a smaller one would attract all clients at once
