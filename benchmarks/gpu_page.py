@@ -70,7 +70,7 @@ class Done:
 
     @property
     def outcome(self) -> str:
-        """What happened, in words."""
+        """The outcome of the step as a phrase."""
         if not self.command:
             return "did not start, because no time was left"
         if self.status is None:

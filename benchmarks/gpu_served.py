@@ -43,7 +43,7 @@ PRECISIONS = {"cuda": (("fp16", "tf32"), ("bf16", "tf32")), "cpu": (("fp32", "bf
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much is measured.
+    """Numbers of requests, steps and callers that are measured.
 
     Attributes:
         repeats: Number of requests of each latency, after two that are not timed.

@@ -40,7 +40,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class BulkSpec:
-    """What a bulk run computes for each image.
+    """Methods, metrics and models that a bulk run applies to each image.
 
     Attributes:
         variants: The methods with their parameters.
@@ -72,7 +72,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Refused:
-    """What an engine returns instead of rows if no image can be evaluated.
+    """Answer of an engine in place of rows if no image can be evaluated.
 
     Attributes:
         message: The reason, for people.

@@ -34,7 +34,7 @@ _IGNORED = ("health_listen", "metrics_listen", "admin_listen")
 
 @dataclass(frozen=True)
 class Scale:
-    """How many replicas there are, and what each of them takes from the cluster.
+    """Number of replicas, and the share of the cluster that each of them takes.
 
     Attributes:
         replicas: The number of replicas, or the smallest and the largest number.

@@ -1,4 +1,4 @@
-"""What a gRPC proxy of Serve does with the calls of callers.
+"""Handlers of the RPCs in a gRPC proxy of Serve.
 
 Serve's own handlers pass a call on to a replica. The handlers around them add what Serve omits: the deadline of the
 caller, the details of errors, and Health without a replica. Messages are not parsed here, because a proxy has one

@@ -1,4 +1,4 @@
-"""Which requests have an entry, and which responses an entry accepts."""
+"""Entries of the cache: the requests that have one, and the responses that it accepts."""
 
 from __future__ import annotations
 
