@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import shutil
+import socket
 import socketserver
 import subprocess
 import sys
@@ -95,8 +98,24 @@ def completed(
 
 def children(pid: int) -> set[int]:
     """Return the identifiers of the child processes of a process."""
-    threads = Path(f"/proc/{pid}/task").iterdir()
-    return {int(child) for thread in threads for child in (thread / "children").read_text().split()}
+    found: set[int] = set()
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
+            found.update(map(int, (thread / "children").read_text().split()))
+    return found
+
+
+def free_port() -> int:
+    """Return a port of the loopback address that is free now and stays free while nothing listens.
+
+    It is below the range from which the kernel takes ports of outgoing connections and of listeners on port 0.
+    Otherwise one of them, even a connection to this port itself, might occupy it until a server listens there.
+    """
+    for port in random.SystemRandom().sample(range(12_000, 32_000), 1000):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from subprocess import DEVNULL
 import pytest
 
 from tests.http2 import wait_until
-from tests.processes import started
+from tests.processes import free_port, started
 
 NGINX = """
 daemon off;
@@ -79,13 +79,6 @@ def needs(proxy: str) -> None:
     """Skip the test if the proxy is not installed."""
     if shutil.which(proxy) is None:
         pytest.skip(f"needs {proxy}, a Debian package")
-
-
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @contextmanager

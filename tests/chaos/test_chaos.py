@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -39,7 +37,7 @@ from safetensors.torch import save_file
 import camserve
 from tests import nets
 from tests.chaos.caller import HOSTILE, IMAGES, TIMEOUT_S, VALID, digest, image, request_name
-from tests.processes import CAMSERVE, LIMIT_S, ROOT, children, environment
+from tests.processes import CAMSERVE, LIMIT_S, ROOT, children, environment, free_port
 
 CALLERS = 3
 CONFIG = """
@@ -63,20 +61,6 @@ batch_size = 4
 EXPECTED_ERRORS = {"RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
 # Further errors that a hostile request may get.
 REFUSALS = {"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
-
-
-def free_port() -> int:
-    """Return a free port below those that the kernel gives to outgoing connections.
-
-    A replica starts again on its own port. Another process must not get that port in the meantime.
-    """
-    while True:
-        with socket.socket() as listener:
-            try:
-                listener.bind(("127.0.0.1", random.SystemRandom().randrange(10_000, 32_000)))
-            except OSError:
-                continue
-            return int(listener.getsockname()[1])
 
 
 class Replica:

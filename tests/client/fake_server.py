@@ -269,15 +269,16 @@ def listening(
     servicer: Servicer,
     credentials: grpc.ServerCredentials | None = None,
     health: Health | None = None,
+    port: int = 0,
 ) -> Iterator[str]:
-    """Yield the address of a server with this servicer."""
+    """Yield the address of a server with this servicer. Without a port, the kernel chooses one."""
     # Each watcher of the health service occupies a thread, and so does each reader of load reports.
     server = grpc.server(ThreadPoolExecutor(64), options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
     add_ExplainServiceServicer_to_server(servicer, server)
     add_HealthServicer_to_server(health or Health(), server)
     server.add_generic_rpc_handlers((LOAD_REPORTS,))
-    any_port = "127.0.0.1:0"
-    port = server.add_secure_port(any_port, credentials) if credentials else server.add_insecure_port(any_port)
+    address = f"127.0.0.1:{port}"
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     server.start()
     try:
         yield f"127.0.0.1:{port}"

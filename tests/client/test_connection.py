@@ -26,6 +26,7 @@ from camserve_server.errors import QueueFull, TooLarge, Unavailable
 from camserve_server.service import status
 from tests.client.fake_server import WAIT_S, Health, Servicer, listening, wait_until
 from tests.client.proxy import forwarding
+from tests.processes import free_port
 
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
@@ -475,7 +476,11 @@ def test_closed_client_does_not_connect_again() -> None:
     with contextlib.ExitStack() as ends:
         listeners = {}
         for leave in ways:
-            with listening(Servicer()) as address, camserve.Client(address, timeout=WAIT_S) as client:
+            # No other client has used this port, so that none of them connects again.
+            with (
+                listening(Servicer(), port=free_port()) as address,
+                camserve.Client(address, timeout=WAIT_S) as client,
+            ):
                 leave(client)
             listener = ends.enter_context(socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))))
             listeners[leave.__name__] = listener

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from camserve_dicom.gateway import steps
 from camserve_dicom.gateway.config import Config, read
 from camserve_dicom.gateway.process import Gateway, run
-from tests.dicom.pacs import Pacs, free_port
-from tests.processes import CAMSERVE, LIMIT_S, ROOT, started
+from tests.dicom.pacs import Pacs
+from tests.processes import CAMSERVE, LIMIT_S, ROOT, free_port, started
 
 if TYPE_CHECKING:  # the forked gateways do not need torch, which takes seconds to import
     from camserve_server.service.server import Server

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import socket
 import ssl
 import threading
 import time
@@ -25,7 +23,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     Verification,
 )
 
-from tests.processes import LIMIT_S
+from tests.processes import LIMIT_S, free_port
 
 NAME = "Zwetschge^Quirin"
 
@@ -85,19 +83,6 @@ def send(
     return statuses
 
 
-def free_port() -> int:
-    """Return a port of the loopback address that is free now and stays free while nothing listens.
-
-    It is below the range from which the kernel takes ports of outgoing connections. Otherwise one of them, even a
-    connection to this port itself, might occupy it until a gateway listens again.
-    """
-    for port in random.SystemRandom().sample(range(12_000, 32_000), 1000):
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port")
-
-
 class Pacs:
     """A PACS that stores objects and answers requests for storage commitment.
 
@@ -126,7 +111,7 @@ class Pacs:
         self.reporter, self.selects_role = "PACS", True
         self.hangs_up = False
         self.gateway = ""
-        self._port = 0  # of the first `up`, and of each later one
+        self._port = free_port()  # of each `up`
         self._ae = AE("PACS")
         # Under load, a response to a report can be lost between two threads of pynetdicom. The default is 30 s.
         self._ae.dimse_timeout = 5
@@ -153,8 +138,7 @@ class Pacs:
             (evt.EVT_PDU_SENT, self._sent),
         ]
         listener = self._ae.start_server(("127.0.0.1", self._port), block=False, evt_handlers=handlers, ssl_context=tls)
-        assert listener is not None and listener.socket is not None
-        self._port = int(listener.socket.getsockname()[1])
+        assert listener is not None
 
     def down(self) -> None:
         """Stop listening and abort all associations."""

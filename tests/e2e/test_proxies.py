@@ -25,8 +25,8 @@ from camserve_server.service.server import Server
 from tests import nets
 from tests.conftest import serving
 from tests.e2e.engines import after_submit
-from tests.processes import LIMIT_S, overloaded_server, served
-from tests.proxies import Settings, free_port, proxied
+from tests.processes import LIMIT_S, free_port, overloaded_server, served
+from tests.proxies import Settings, proxied
 
 pytestmark = pytest.mark.slow
 

@@ -26,7 +26,7 @@ from tests.conftest import serving
 from tests.credentials import hashed
 from tests.e2e.engines import wait_until
 from tests.e2e.test_result_cache import SETTINGS, values, without_names
-from tests.processes import LIMIT_S, started
+from tests.processes import LIMIT_S, free_port, started
 from tests.server.service.frontends.test_calls import bearer, differing
 from tests.server.service.test_errors import IMAGE, TIMEOUT_S, method, request
 
@@ -119,10 +119,7 @@ def test_servers_share_responses(stored: Redis) -> None:
 
 
 def test_servers_share_responses_over_tcp(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    stored = Redis(tmp_path, port)
+    stored = Redis(tmp_path, free_port())
     with stored.running():
         for cached in (False, True):
             with cached_by(stored.url) as (_, explain):

@@ -24,7 +24,7 @@ from camserve_server.config import Config, ModelConfig
 from tests import nets
 from tests.conftest import serving
 from tests.e2e.engines import wait_until
-from tests.processes import LIMIT_S, patient_client
+from tests.processes import LIMIT_S, free_port, patient_client
 
 FILES = Path(__file__).parent.parent / "inference_servers"
 IMAGE = skimage.data.chelsea()
@@ -38,17 +38,9 @@ def interpreter(package: str) -> str:
     pytest.skip(f"INFERENCE_SERVERS names no Python interpreter with {package}")
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 def mlserver(python: str, folder: Path, weights: Path) -> tuple[list[str], int]:
     """Write the files of MLServer. Return its command and its gRPC port."""
-    http_port, grpc_port, metrics_port = free_ports(3)
+    http_port, grpc_port, metrics_port = (free_port() for _ in range(3))
     settings = {"host": "127.0.0.1", "http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port}
     (folder / "settings.json").write_text(json.dumps({**settings, "parallel_workers": 0}))
     tensors = [{"name": "images", "datatype": "FP32", "shape": [-1, 3, 32, 32]}]
@@ -59,7 +51,7 @@ def mlserver(python: str, folder: Path, weights: Path) -> tuple[list[str], int]:
 
 def kserve(python: str, folder: Path, weights: Path) -> tuple[list[str], int]:
     """Return the command of KServe's model server and its gRPC port."""
-    [port] = free_ports(1)
+    port = free_port()
     return [python, str(folder / "kserve_model.py"), str(weights), str(port)], port
 
 

@@ -13,8 +13,7 @@ import pytest
 
 from tests.client.fake_server import Servicer, listening
 from tests.http2 import wait_until
-from tests.processes import LIMIT_S, completed, environment, started
-from tests.proxies import free_port
+from tests.processes import LIMIT_S, completed, environment, free_port, started
 
 pytestmark = pytest.mark.slow
 

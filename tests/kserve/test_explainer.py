@@ -32,7 +32,7 @@ from tests.client.fake_server import Servicer, listening
 from tests.conftest import serving
 from tests.credentials import certify, hashed
 from tests.e2e.engines import engine_of, wait_until, wait_until_idle
-from tests.processes import CAMSERVE, LIMIT_S, completed, environment, patient_client, started
+from tests.processes import CAMSERVE, LIMIT_S, completed, environment, free_port, patient_client, started
 
 pytestmark = pytest.mark.slow
 
@@ -404,8 +404,7 @@ def test_trace_context_request_id_and_busy_server(tmp_path: Path) -> None:
 
 
 def test_readiness_follows_the_server(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     with explainer(address, tmp_path) as waiting:
         paths = ("/v2/health/ready", "/v2/models/net/ready", "/v1/models/net")
         assert {waiting.get(path).status_code for path in paths} == {503}

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.processes import LIMIT_S, children, environment, started
+from tests.processes import LIMIT_S, children, environment, free_port, started
 
 HOST = "127.0.0.1"
 # Without this variable, Ray replaces 127.0.0.1 by an address that other machines can reach. It reads the variable when
@@ -123,7 +122,7 @@ def cluster(*, head_cpus: int = 2, worker_cpus: int = 2, **variables: str) -> It
     # Ray creates Unix sockets in this folder, and their paths may have 107 bytes at most.
     folder = Path(tempfile.mkdtemp(prefix="camserve-ray-", dir="/tmp"))
     # Serve may start a proxy on both nodes, which have the same address.
-    grpc_port, worker_grpc_port, *agents = _free_ports(4)
+    grpc_port, worker_grpc_port, *agents = (free_port() for _ in range(4))
     nodes = [
         {
             _MARK: node.mark,
@@ -154,12 +153,3 @@ def cluster(*, head_cpus: int = 2, worker_cpus: int = 2, **variables: str) -> It
         worker.kill()
         head.kill()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return free ports of the loopback address. Another process may take them before they are used."""
-    sockets = [socket.create_server((HOST, 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 
 from camserve_ray.connection import connect
 from camserve_server.errors import ConfigError
+from tests.processes import free_port
 
 
 def test_an_address_without_a_cluster_is_an_error_at_once() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        address = f"127.0.0.1:{bound.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     with pytest.raises(ConfigError, match=f"there is no Ray cluster at {address}; .*ray start --head"):
         connect(address)
 

@@ -22,9 +22,8 @@ from camserve_server.service.server import Server
 from camserve_ui import image_files
 from tests import nets
 from tests.browser import contrast_ratios
-from tests.chaos.test_chaos import free_port
 from tests.conftest import serving
-from tests.processes import ROOT
+from tests.processes import ROOT, free_port
 from tests.ui.conftest import Running, Visit, running_ui, visit
 
 pytestmark = pytest.mark.slow

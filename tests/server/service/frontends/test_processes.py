@@ -25,7 +25,6 @@ import camserve
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from camserve_server.service.listeners import SERVICE
-from tests.chaos.test_chaos import free_port
 from tests.credentials import certify, hashed
 from tests.processes import (
     CAMSERVE,
@@ -36,6 +35,7 @@ from tests.processes import (
     children,
     completed,
     environment,
+    free_port,
     patient_client,
     served,
     started,
