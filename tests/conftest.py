@@ -15,12 +15,17 @@ from contextlib import contextmanager
 import pytest
 import structlog
 import torch
+from hypothesis import HealthCheck, settings
 
 from camserve_server.config import Config, ModelConfig, embedded_model
 from camserve_server.service.server import Server
 from tests.processes import LIMIT_S
 
 torch.set_num_threads(1)
+# The same examples in each run, and no limit for the time of an example or of its generation: a busy machine would
+# exceed it.
+settings.register_profile("tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 # By default, structlog lists the local variables of each frame, which takes seconds for a traceback.
 structlog.configure(
     processors=[structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)],
