@@ -63,8 +63,10 @@ def test_utilization_grows_with_the_time_that_the_owed_rows_need(frontends: int)
             next(each for each in stream if each.application_utilization > 1)
             # The rate of the engine is an average of its first batches, so it may double until the next look.
             wait_until(
-                lambda: next(stream).application_utilization
-                == pytest.approx(IDLE_S + engine_of(server).seconds_owed(), rel=0.1)
+                lambda: (
+                    next(stream).application_utilization
+                    == pytest.approx(IDLE_S + engine_of(server).seconds_owed(), rel=0.1)
+                )
             )
         last = next(each for each in stream if each.application_utilization == IDLE_S)
     assert last.rps_fractional == 1
