@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,7 +78,11 @@ def as_model(
 
 
 class Clock:
-    """Clock that a test advances. `install` puts it in the place of `time.monotonic`."""
+    """Clock that a test advances. `install` puts it in the place of `time.monotonic`.
+
+    The event loops of other servers in this process keep the real time. Otherwise, timers that they set in the meantime
+    would expire too late.
+    """
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -91,6 +97,8 @@ class Clock:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> Clock:
         """Replace `time.monotonic` until the end of the test."""
+        real = time.monotonic
+        monkeypatch.setattr(asyncio.BaseEventLoop, "time", lambda loop: real())
         monkeypatch.setattr(time, "monotonic", self)
         return self
 
@@ -104,6 +112,25 @@ def running(**options: Any) -> Iterator[Engine]:
         yield engine
     finally:
         engine.close()
+
+
+@contextmanager
+def stopped(engine: Engine) -> Iterator[None]:
+    """Keep the engine from running batches for the duration of the context."""
+    reached, resume = threading.Event(), threading.Event()
+
+    def wait() -> Iterator[None]:
+        reached.set()
+        assert resume.wait(TIMEOUT_S)
+        yield
+
+    done = engine.run_between_batches(wait())
+    assert reached.wait(TIMEOUT_S)
+    try:
+        yield
+    finally:
+        resume.set()
+        done.result(TIMEOUT_S)
 
 
 def call(

@@ -36,7 +36,7 @@ from tests.e2e.test_faults import CONFIG as TRICKY
 from tests.e2e.test_faults import LETHAL, VALID
 from tests.e2e.test_monitoring import Scrape
 from tests.processes import LIMIT_S, children, patient_client, served
-from tests.server.service.test_errors import stopped
+from tests.support import stopped
 
 IMAGE = skimage.data.chelsea()
 SMALL: dict[str, Any] = {"source": "python:tests.nets:tiny_cnn", "input_size": (32, 32), "batch_size": 4}

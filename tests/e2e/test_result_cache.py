@@ -26,7 +26,8 @@ from tests.credentials import hashed
 from tests.processes import CAMSERVE, completed, patient_client
 from tests.promql import documented
 from tests.server.service.frontends.test_calls import bearer, differing
-from tests.server.service.test_errors import IMAGE, TIMEOUT_S, method, metric, request, stopped, tensor
+from tests.server.service.test_errors import IMAGE, TIMEOUT_S, method, metric, request, tensor
+from tests.support import stopped
 
 TINY = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
 SETTINGS: dict[str, Any] = {

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +26,7 @@ from camserve_server.models.throughput import Throughput
 from camserve_server.service import servicer
 from camserve_server.service.server import Server
 from tests.conftest import serving
+from tests.support import stopped
 
 TIMEOUT_S = 120.0  # of calls that succeed on every machine
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
@@ -356,25 +355,6 @@ def test_message_over_the_size_limit_is_refused(stub: ExplainServiceStub) -> Non
     assert stub.Explain(request(), timeout=TIMEOUT_S).maps
 
 
-@contextmanager
-def stopped(engine: Engine) -> Iterator[None]:
-    """Keep the engine from running batches for the duration of the context."""
-    reached, resume = threading.Event(), threading.Event()
-
-    def wait() -> Iterator[None]:
-        reached.set()
-        assert resume.wait(TIMEOUT_S)
-        yield
-
-    done = engine.run_between_batches(wait())
-    assert reached.wait(TIMEOUT_S)
-    try:
-        yield
-    finally:
-        resume.set()
-        done.result(TIMEOUT_S)
-
-
 def wait_until_idle(engine: Engine) -> None:
     """Wait for requests of other tests that have been cancelled."""
     until = time.monotonic() + TIMEOUT_S
@@ -463,16 +443,17 @@ def test_full_queue_is_refused_with_a_retry_delay_before_decoding() -> None:
         next(stream)
         # A plain channel is used because that of the client would wait and retry.
         refusable = request(model="", method=method("opti-cam", steps=500))
-        with pytest.raises(grpc.RpcError) as caught:
-            ExplainServiceStub(channel).Explain(refusable, timeout=TIMEOUT_S)
-        refused = errors.from_rpc(caught.value, address=server.address, timeout_s=None)
-        assert isinstance(refused, camserve.ResourceExhausted)
-        assert refused.reason == "QUEUE_FULL"
-        assert refused.retry_after_s is not None
-        assert refused.retry_after_s > 0
-        # An image that cannot be read shows that a refused request is not decoded.
-        refusable.image.CopyFrom(pb.Image(encoded=b"no image"))
-        with pytest.raises(grpc.RpcError) as caught:
-            ExplainServiceStub(channel).Explain(refusable, timeout=TIMEOUT_S)
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        with stopped(server.engine):  # so that the stream owes its rows meanwhile
+            with pytest.raises(grpc.RpcError) as caught:
+                ExplainServiceStub(channel).Explain(refusable, timeout=TIMEOUT_S)
+            refused = errors.from_rpc(caught.value, address=server.address, timeout_s=None)
+            assert isinstance(refused, camserve.ResourceExhausted)
+            assert refused.reason == "QUEUE_FULL"
+            assert refused.retry_after_s is not None
+            assert refused.retry_after_s > 0
+            # An image that cannot be read shows that a refused request is not decoded.
+            refusable.image.CopyFrom(pb.Image(encoded=b"no image"))
+            with pytest.raises(grpc.RpcError) as caught:
+                ExplainServiceStub(channel).Explain(refusable, timeout=TIMEOUT_S)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         stream.close()

@@ -28,7 +28,8 @@ from tests.conftest import serving
 from tests.credentials import hashed
 from tests.processes import completed
 from tests.server.service.frontends.test_calls import LIMITS, bearer, sample, wait_until
-from tests.server.service.test_errors import IMAGE, TIMEOUT_S, method, metric, png, request, stopped, tensor
+from tests.server.service.test_errors import IMAGE, TIMEOUT_S, method, metric, png, request, tensor
+from tests.support import stopped
 
 TENSOR = np.linspace(-1, 1, 3 * 32 * 32, dtype=np.float32).reshape(3, 32, 32)
 CALLS = Path(__file__).parents[2] / "inference_servers" / "triton_calls.py"

@@ -25,7 +25,8 @@ from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.credentials import hashed
 from tests.fuzz.sample_images import VALID
-from tests.server.service.test_errors import CASES, TIMEOUT_S, box, method, metric, request, stopped, tensor
+from tests.server.service.test_errors import CASES, TIMEOUT_S, box, method, metric, request, tensor
+from tests.support import stopped
 
 TINY: dict[str, Any] = {"source": "python:tests.nets:tiny_cnn", "input_size": (32, 32), "batch_size": 4}
 LIMITS: dict[str, Any] = {
