@@ -26,7 +26,7 @@ from camserve_server.request_plan import MethodCall, plan_request, rows_needed
 from camserve_server.request_result import RequestResult
 from camserve_server.service.map_format import native_maps
 from tests import nets
-from tests.support import as_model, call, explained, metric, noise, running, submit
+from tests.support import as_model, call, explained, metric, noise, running, stopped, submit
 
 METHODS = sorted(registry.METHODS)
 METRICS = sorted(registry.METRICS)
@@ -140,7 +140,8 @@ def test_concurrent_requests_do_not_change_the_bits(network: str) -> None:
         return submit(engine, model, x, quick(model, method), targets, metrics)
 
     with running() as engine:
-        together = [ask(engine, *request) for request in requests]
+        with stopped(engine):  # so that no request ends before the last one arrives
+            together = [ask(engine, *request) for request in requests]
         in_company = [job.future.result(timeout=120) for job in together]
         batches, rows = engine.counters.batches, engine.counters.rows
         alone = [ask(engine, *request).future.result(timeout=120) for request in requests]

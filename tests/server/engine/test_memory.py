@@ -74,6 +74,7 @@ def test_memory_is_bounded_by_the_batch(method: str, parameters: dict[str, Any],
 
 
 def test_live_bytes_counts_a_new_tensor() -> None:
+    gc.collect()  # otherwise, garbage of other tests could go in between
     before = live_bytes()
     kept = torch.zeros(1000, 3, *SIZE)
     assert live_bytes() - before == kept.numel() * 4

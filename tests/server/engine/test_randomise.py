@@ -22,7 +22,7 @@ from camserve_server.models.randomise import RandomCopy, weighted_layers
 from camserve_server.plan import Plan, Predict, Randomise, Randomised
 from camserve_server.rows import normal
 from tests import nets
-from tests.support import TIMEOUT_S, Clock, as_model, call, explained, metric, noise, running, submit
+from tests.support import TIMEOUT_S, Clock, as_model, call, explained, metric, noise, running, stopped, submit
 
 SIZE = (37, 29)
 X = noise(3, *SIZE)
@@ -49,9 +49,13 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     return made
 
 
-def count_alive(copies: list[weakref.ref[Any]]) -> int:
-    gc.collect()
-    return sum(copy() is not None for copy in copies)
+def wait_until_released(copies: list[weakref.ref[Any]]) -> None:
+    """Wait until no copy is alive. The engine's thread can refer to the last one shortly after the end of a request."""
+    until = time.monotonic() + TIMEOUT_S
+    while any(copy() is not None for copy in copies):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+        gc.collect()
 
 
 def randomised(model: Model, method: str = "layer-cam", **parameters: Any) -> list[Randomised]:
@@ -182,7 +186,7 @@ def test_copies_change_neither_the_served_network_nor_other_requests(
             assert result.scores == (alone.scores if i % 2 else ((),))
         assert torch.equal(submit(engine, model, X, plain).future.result(TIMEOUT_S).maps, expected.maps)
         assert len(copies) == 5
-        assert count_alive(copies) == 0
+        wait_until_released(copies)
     assert state_digest(model.module) == before
     other = explained(model, X, plain, [1], [metric("randomisation-ssim", seed=4)]).scores[0][0]
     assert other.curve != alone.scores[0][1].curve
@@ -205,7 +209,8 @@ def copy_counts(monkeypatch: pytest.MonkeyPatch, copies: list[weakref.ref[Any]])
 @pytest.mark.parametrize("limit", [1, 3])
 def test_number_of_copies_never_exceeds_the_limit(model: Model, copy_counts: list[int], limit: int) -> None:
     with running(max_copies=limit) as engine:
-        jobs = [submit(engine, model, X, call(model, "grad-cam"), [1, 2], ALL) for _ in range(6)]
+        with stopped(engine):  # so that no request ends before the last one arrives
+            jobs = [submit(engine, model, X, call(model, "grad-cam"), [1, 2], ALL) for _ in range(6)]
         assert len({job.future.result(TIMEOUT_S).scores for job in jobs}) == 1
     assert max(copy_counts) == limit
 
@@ -247,7 +252,7 @@ def test_request_that_ends_early_releases_its_copy(
             holds.future.result(TIMEOUT_S)
         assert len(waits.future.result(TIMEOUT_S).scores[0]) == 3
         assert len(copies) == 2
-        assert count_alive(copies) == 0
+        wait_until_released(copies)
 
 
 def test_copy_that_does_not_fit_fails_its_request_only(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
