@@ -5,21 +5,24 @@ from __future__ import annotations
 import gc
 import logging
 import socketserver
+import threading
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom import Dataset
 from structlog.testing import capture_logs
 
+from camserve_dicom import explain
 from camserve_dicom.gateway import steps, workers
 from camserve_server.config import Config, ModelConfig
 from camserve_server.service.server import Server
 from tests.client.conftest import address, client, servicer
 from tests.conftest import serving
 from tests.dicom.gateways import OpenGateway, config, opened
-from tests.dicom.pacs import Pacs, listening
+from tests.dicom.pacs import Pacs, listening, send
 from tests.processes import LIMIT_S
 
 __all__ = ["address", "client", "servicer"]
@@ -67,6 +70,28 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_report_in_same_association(short_waits: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not wait in the association of a commitment request for a report that comes in another one, or never."""
     monkeypatch.setattr(steps, "REPORT_WAIT_S", 0.02)
+
+
+@pytest.fixture
+def send_together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int | None]]:
+    """Return a function that sends images as `send`, and delays explanations until all of them have been received.
+
+    Otherwise, the gateway could report their study in between if the machine is busy.
+    """
+    received = threading.Event()
+
+    def explain_later(*arguments: Any, **options: Any) -> Any:
+        assert received.wait(LIMIT_S)
+        return explain(*arguments, **options)
+
+    def send_images(address: str, *images: Dataset) -> list[int | None]:
+        try:
+            return send(address, *images)
+        finally:
+            received.set()
+
+    monkeypatch.setattr(steps, "explain", explain_later)
+    return send_images
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_commitment_report_of_another_ae_title(gateway: OpenGateway, pacs: Pacs,
     pacs.commits, pacs.reporter, pacs.selects_role = "anew", "ARCHIVE", selects_role
     with gateway(pacs={"commitment_ae_title": "ARCHIVE"}) as running:
         assert send(running.address, image()) == [0]
-        wait_until(lambda: "committed" in running.events())
+        wait_until(lambda: "committed" in running.events() and pacs.answers)
         assert send(running.address, image(1), calling="ARCHIVE") == [0x0124], "it may only report commitments"
         pacs.report_now("1.2.3")
         pacs.reporter = "MODALITY"
@@ -98,7 +98,7 @@ def test_results_and_other_objects_are_dropped(gateway: OpenGateway, pacs: Pacs)
     """The gateway accepts and drops its own results, derived and raw images, and objects without pixels."""
     with gateway() as running:
         assert send(running.address, image()) == [0]
-        wait_until(lambda: "committed" in running.events())
+        wait_until(lambda: "committed" in running.events() and running.idle())
         [own] = pacs.objects()
         report = image(1, SOPClassUID=BasicTextSRStorage)
         for attribute in ("Rows", "Columns", "PixelData"):

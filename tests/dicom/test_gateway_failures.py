@@ -200,8 +200,8 @@ def test_commitment_request_without_report_is_repeated(
     pacs.commits = commits
     with gateway(pacs={"commitment_timeout_s": 0.2}) as running:
         assert send(running.address, image()) == [0]
-        wait_until(lambda: len(pacs.requests) == 2)
-        assert len(set(pacs.requests)) == 2
+        wait_until(lambda: len(pacs.requests) >= 2)
+        assert len(set(pacs.requests[:2])) == 2
         assert len(pacs.stores) == 1
         pacs.commits = "anew"
         wait_until(lambda: "committed" in running.events())
@@ -213,7 +213,7 @@ def test_late_report_on_an_earlier_request(gateway: OpenGateway, pacs: Pacs) -> 
     pacs.commits = "later"
     with gateway(pacs={"commitment_timeout_s": 0.2}) as running:
         assert send(running.address, image()) == [0]
-        wait_until(lambda: len(pacs.requests) == 2)
+        wait_until(lambda: len(pacs.requests) >= 2)
         pacs.report_now(pacs.requests[0])
         wait_until(lambda: "committed" in running.events())
         wait_until(running.idle)

@@ -33,7 +33,7 @@ CONFIG = """
 commitment_timeout_s = {commitment_timeout_s}
 
 [study]
-quiet_s = {quiet_s}
+{study}
 
 [[flags]]
 min_probability = 0.0
@@ -56,13 +56,11 @@ def write_config(
     method: str = "grad-cam",
     parameters: str = "{}",
     commitment_timeout_s: float = 3600,
-    quiet_s: float = 3600,
+    study: str = "quiet_s = 3600",
     hook: str | None = None,
 ) -> Path:
     """Write the configuration of a gateway that reports studies, and perhaps notifies a webhook."""
-    text = CONFIG.format(
-        method=method, parameters=parameters, commitment_timeout_s=commitment_timeout_s, quiet_s=quiet_s
-    )
+    text = CONFIG.format(method=method, parameters=parameters, commitment_timeout_s=commitment_timeout_s, study=study)
     notification = f'[[notifications]]\nname = "ris"\nurl = "{hook}"\n' if hook else ""
     return gateways.write_config(folder, server, pacs, text + notification)
 
@@ -185,7 +183,8 @@ def test_commitment_report_while_the_gateway_is_down(tmp_path: Path, tiny: Serve
 @pytest.mark.parametrize("moment", ["before the entry", "after the entry", "after storage"])
 def test_kill_while_a_study_is_reported(tmp_path: Path, tiny: Server, pacs: Pacs, moment: str) -> None:
     """The gateway is killed after it has recorded a report, and before it has recorded that the entry was added."""
-    path, spool = write_config(tmp_path, tiny.address, pacs, quiet_s=0.3), tmp_path / "spool"
+    study = "quiet_s = 3600\nexpected_images = 2"  # however slowly the images arrive
+    path, spool = write_config(tmp_path, tiny.address, pacs, study=study), tmp_path / "spool"
     pacs.before = lambda dataset: 0xA700 if moment != "after storage" and dataset.SeriesNumber >= 9008 else None
     with forked(path, spool) as running:
         assert send(running.address, image(0), image(1)) == [0, 0]
@@ -240,7 +239,7 @@ def test_kill_at_random_times(tmp_path: Path, tiny: Server, pacs: Pacs, hook: We
     The webhook is told about each image. It gets the same message if it is told again.
     """
     images = [image(number) for number in range(8)]
-    path = write_config(tmp_path, tiny.address, pacs, commitment_timeout_s=0.5, quiet_s=0.4, hook=hook.url)
+    path = write_config(tmp_path, tiny.address, pacs, commitment_timeout_s=0.5, study="quiet_s = 0.4", hook=hook.url)
     spool = tmp_path / "spool"
     rng, unsent = random.Random(7), [*images]
 

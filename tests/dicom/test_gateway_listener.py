@@ -167,6 +167,8 @@ def test_saturation_is_reported(gateway: OpenGateway, log: LogLines) -> None:
         assert "camserve_gateway_rejected_associations_total 1.0" in metrics
         assert [line["peer"] for line in log if line["event"] == "association rejected"] == ["'MODALITY'"]
         first.release()
+        # The gateway counts the association until a moment after its response to the release.
+        wait_until(lambda: "camserve_gateway_associations 1.0" in request(running, "/metrics")[1])
         assert send(running.address, image()) == [0]
         second.abort()
         wait_until(lambda: request(running, "/health")[0] == 200)

@@ -288,7 +288,9 @@ def test_study_gets_a_message(gateway: OpenGateway, pacs: Pacs) -> None:
             {"name": "b", "mllp": engine.address, "about": ["studies"], "attributes": ["PatientID", "AccessionNumber"]},
             {"name": "c", "url": hook.url, "about": ["images"]},
         ]
-        with gateway(study={"quiet_s": 0.3}, flags=[{"min_probability": 0.0}], notifications=tables) as running:
+        with gateway(
+            study={"quiet_s": 3600, "expected_images": 2}, flags=[{"min_probability": 0.0}], notifications=tables
+        ) as running:
             assert send(running.address, image(0), image(1)) == [0, 0]
             wait_until(lambda: running.events().count("notified") == 6 and running.idle())
             audit = running.audit()

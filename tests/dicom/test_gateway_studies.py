@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,12 @@ def wait_for_reports(running: Spooled, number: int) -> None:
 
 
 @needs_dciodvfy
-def test_report_references_all_results(gateway: OpenGateway, pacs: Pacs, tmp_path: Path) -> None:
+def test_report_references_all_results(
+    gateway: OpenGateway, pacs: Pacs, send_together: Callable[..., list[int | None]], tmp_path: Path
+) -> None:
     rule = RULE | {"outputs": ["sc", "sr", "pdf"]}
     with gateway(study=STUDY, rules=[rule], flags=[{"min_probability": 0.0}]) as running:
-        assert send(running.address, image(0), image(1)) == [0, 0]
+        assert send_together(running.address, image(0), image(1)) == [0, 0]
         wait_for_reports(running, 1)
         [report], [selection] = reports(pacs), selections(pacs)
         results = {str(each.SOPInstanceUID) for each in pacs.objects()} - {
@@ -147,9 +150,11 @@ def test_report_waits_for_the_results(gateway: OpenGateway, pacs: Pacs) -> None:
     assert len(reports(pacs)) == 2
 
 
-def test_report_counts_images_that_could_not_be_explained(gateway: OpenGateway, pacs: Pacs) -> None:
+def test_report_counts_images_that_could_not_be_explained(
+    gateway: OpenGateway, pacs: Pacs, send_together: Callable[..., list[int | None]]
+) -> None:
     with gateway(study=STUDY) as running:
-        assert send(running.address, image(0), image(1, BurnedInAnnotation="YES")) == [0, 0]
+        assert send_together(running.address, image(0), image(1, BurnedInAnnotation="YES")) == [0, 0]
         wait_for_reports(running, 1)
         assert len(running.dead()) == 1
     [report] = reports(pacs)
@@ -171,11 +176,13 @@ def test_study_is_complete_with_the_expected_number(gateway: OpenGateway, pacs: 
     assert predecessors(second) == [first.SOPInstanceUID]
 
 
-def test_report_says_how_many_images_were_left_out(gateway: OpenGateway, pacs: Pacs) -> None:
+def test_report_says_how_many_images_were_left_out(
+    gateway: OpenGateway, pacs: Pacs, send_together: Callable[..., list[int | None]]
+) -> None:
     rules = [{"modality": "DX", "ignore": True}, RULE]
     images = [image(number) for number in range(4)]
     with gateway(study=STUDY | {"max_images": 2}, rules=rules) as running:
-        assert send(running.address, image(8, Modality="DX"), *images, images[3], images[0]) == [0] * 7
+        assert send_together(running.address, image(8, Modality="DX"), *images, images[3], images[0]) == [0] * 7
         wait_for_reports(running, 1)
         dropped = [line["reason"] for line in running.audit() if line["event"] == "dropped"]
     assert dropped.count("the study has max_images") == 3
