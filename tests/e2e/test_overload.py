@@ -16,8 +16,9 @@ from camserve_server.config import Config, ModelConfig, TokenConfig
 from camserve_server.engine.job import Job
 from camserve_server.service.server import Server
 from tests.conftest import serving
-from tests.e2e.engines import after_submit, wait_until, wait_until_idle
+from tests.e2e.engines import after_submit, engine_of, wait_until, wait_until_idle
 from tests.processes import LIMIT_S, patient_client
+from tests.support import stopped
 
 IMAGE = skimage.data.chelsea()
 LONG: dict[str, Any] = {"method": "rise", "parameters": {"masks": 6000}}
@@ -59,31 +60,31 @@ def running_stream(client: camserve.Client, **arguments: Any) -> Any:
 @pytest.mark.slow
 def test_high_priority_request_ends_before_earlier_ones(server: Server) -> None:
     """All requests have the same length. The map is the same at each priority."""
-    order: list[str] = []
-    maps = {}
+    priorities = ("low", "normal", "high")
     submitted: list[Job[Any]] = []
+    ended: list[Job[Any]] = []
+
+    def note(job: Job[Any]) -> None:
+        submitted.append(job)
+        job.future.add_done_callback(lambda _: ended.append(job))
+
     with (
         patient_client(server.address, token="anna") as anna,
         ThreadPoolExecutor(3) as pool,
-        after_submit(submitted.append),
+        after_submit(note),
     ):
-        first = running_stream(anna, method="rise", parameters={"masks": 4000}, priority="high")
 
-        def explain(priority: str) -> None:
-            explanation = anna.explain(IMAGE, method="rise", parameters={"masks": 1900}, priority=priority)
-            order.append(priority)
-            maps[priority] = explanation.saliency
+        def explain(priority: str) -> camserve.Explanation:
+            return anna.explain(IMAGE, method="rise", parameters={"masks": 1900}, priority=priority)
 
-        # The first request keeps the device busy until the others are in the queue.
         calls = []
-        for priority in ("low", "normal", "high"):
-            calls.append(pool.submit(explain, priority))
-            wait_until(lambda: len(submitted) == 1 + len(calls))
-        first.close()
-        for call in calls:
-            call.result(LIMIT_S)
-    assert order == ["high", "normal", "low"]
-    assert all(np.array_equal(each, maps["low"]) for each in maps.values())
+        with stopped(engine_of(server)):  # no request runs before all of them are in the queue
+            for priority in priorities:
+                calls.append(pool.submit(explain, priority))
+                wait_until(lambda: len(submitted) == len(calls))
+        maps = [call.result(LIMIT_S).saliency for call in calls]
+    assert [priorities[submitted.index(job)] for job in ended] == ["high", "normal", "low"]
+    assert all(np.array_equal(each, maps[0]) for each in maps)
 
 
 def test_quota_delays_one_caller_and_not_others(server: Server) -> None:
