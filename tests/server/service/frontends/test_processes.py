@@ -26,6 +26,7 @@ from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from camserve_server.service.listeners import SERVICE
 from tests.credentials import certify, hashed
+from tests.gated import GATE
 from tests.processes import (
     CAMSERVE,
     LIMIT_S,
@@ -50,14 +51,20 @@ pytestmark = pytest.mark.slow  # each test starts several processes
 def config(tmp_path: Path) -> Path:
     """A configuration of a server with two front ends; the link is in the folder `run` beside it."""
     path = tmp_path / "camserve.toml"
-    path.write_text(f"frontends = 2\n{CONFIG}{TINY}")
+    path.write_text(f"frontends = 2\n{CONFIG}{TINY.replace('nets:tiny_cnn', 'gated:Gated')}")
     (tmp_path / "run").mkdir()
     return path
 
 
+@pytest.fixture
+def gate(config: Path) -> Path:
+    """The file that holds the batches of the server while it exists."""
+    return config.parent / "gate"
+
+
 @contextmanager
 def serving(config: Path) -> Iterator[Served]:
-    with served(config, TMPDIR=str(config.parent / "run")) as server:
+    with served(config, TMPDIR=str(config.parent / "run"), **{GATE: str(config.parent / "gate")}) as server:
         yield server
 
 
@@ -103,14 +110,14 @@ def request(method: str = "grad-cam", **parameters: float) -> pb.ExplainRequest:
     return pb.ExplainRequest(image=pb.Image(pixels=pixels), method=spec)
 
 
-def stream(stub: ExplainServiceStub, **parameters: float) -> Any:
-    """Start a long request and return its stream after the first event."""
-    running = stub.ExplainStream(pb.ExplainStreamRequest(request=request("opti-cam", **parameters)), timeout=LIMIT_S)
-    next(running)
+def stream(stub: ExplainServiceStub) -> Any:
+    """Start a request and return its stream when the server has admitted it."""
+    running = stub.ExplainStream(pb.ExplainStreamRequest(request=request("opti-cam", steps=20)), timeout=LIMIT_S)
+    running.initial_metadata()
     return running
 
 
-def test_dead_front_end_fails_its_own_calls_and_is_replaced(config: Path) -> None:
+def test_dead_front_end_fails_its_own_calls_and_is_replaced(config: Path, gate: Path) -> None:
     metrics = f"127.0.0.1:{free_port()}"
     config.write_text(f'metrics_listen = "{metrics}"\n{config.read_text()}')
 
@@ -131,10 +138,13 @@ def test_dead_front_end_fails_its_own_calls_and_is_replaced(config: Path) -> Non
             stack.callback(channel.close)
             stubs.append(ExplainServiceStub(channel))
             assert stubs[-1].Explain(request(), timeout=LIMIT_S).maps
-        streams = [stream(stub, steps=400) for stub in stubs]
+        gate.touch()
+        streams = [stream(stub) for stub in stubs]
         victim = min(before)
         lost = connections(victim, server.address)
         os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: counts() == (2, 1), "the front end is not replaced")
+        gate.unlink()
         outcomes = []
         for each in streams:
             try:
@@ -143,13 +153,12 @@ def test_dead_front_end_fails_its_own_calls_and_is_replaced(config: Path) -> Non
             except grpc.RpcError as error:
                 outcomes.append(error.code().name)
         assert sorted(outcomes) == ["UNAVAILABLE"] * lost + ["result"] * (len(stubs) - lost)
-        wait_until(lambda: len(front_ends(server)) == 2, "the front end is not replaced")
         for stub in stubs:
             assert stub.Explain(request(), timeout=LIMIT_S, wait_for_ready=True).maps
         (line,) = [json.loads(line) for line in server.stderr().splitlines() if "front end ended" in line]
         assert (line["pid"], line["exit_code"]) == (victim, -signal.SIGKILL)
-        cancelled = [json.loads(line) for line in server.stderr().splitlines() if '"CANCELLED"' in line]
-        assert len(cancelled) == lost
+        wait_until(lambda: server.stderr().count('"CANCELLED"') >= lost, "a lost call is not cancelled")
+        assert server.stderr().count('"CANCELLED"') == lost
         assert counts() == (2, 1)
 
 
@@ -177,10 +186,11 @@ def test_nothing_is_left_when_the_engine_process_is_killed(config: Path) -> None
         assert not folder.exists()
 
 
-def test_second_signal_ends_everything_at_once(config: Path) -> None:
+def test_second_signal_ends_everything_at_once(config: Path, gate: Path) -> None:
     with serving(config) as server, grpc.insecure_channel(server.address) as channel:
         before = front_ends(server)
-        running = stream(ExplainServiceStub(channel), steps=10_000)
+        gate.touch()
+        running = stream(ExplainServiceStub(channel))
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "draining" in server.stderr(), "the server does not drain")
         server.process.send_signal(signal.SIGTERM)
@@ -190,13 +200,14 @@ def test_second_signal_ends_everything_at_once(config: Path) -> None:
             list(running)
 
 
-def test_drain_finishes_running_calls_and_refuses_new_ones(config: Path) -> None:
+def test_drain_finishes_running_calls_and_refuses_new_ones(config: Path, gate: Path) -> None:
     with serving(config) as server, grpc.insecure_channel(server.address) as channel:
         before = front_ends(server)
         stub, health = ExplainServiceStub(channel), health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=LIMIT_S)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-        running = stream(stub, steps=1000)
+        gate.touch()
+        running = stream(stub)
         server.process.send_signal(signal.SIGTERM)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         wait_until(lambda: "draining" in server.stderr(), "the server does not drain")
@@ -206,6 +217,7 @@ def test_drain_finishes_running_calls_and_refuses_new_ones(config: Path) -> None
         assert refused.code() is grpc.StatusCode.UNAVAILABLE
         assert "shutting down" in refused.details()
         assert ("grpc-retry-pushback-ms", "1000") in {(each.key, each.value) for each in refused.trailing_metadata()}
+        gate.unlink()
         *_, last = running
         assert last.HasField("result")
         assert server.process.wait(LIMIT_S) == 0
@@ -250,7 +262,7 @@ def network():
 
 def test_front_ends_answer_while_the_models_are_loaded(config: Path) -> None:
     (config.parent / "waiting.py").write_text(WAITING)
-    config.write_text(config.read_text().replace("tests.nets:tiny_cnn", "waiting:network"))
+    config.write_text(config.read_text().replace("tests.gated:Gated", "waiting:network"))
     port = free_port()
     config.write_text(config.read_text().replace("127.0.0.1:0", f"127.0.0.1:{port}", 1))
     variables = environment(PYTHONPATH=f"{ROOT}:{config.parent}", TMPDIR=str(config.parent / "run"))
