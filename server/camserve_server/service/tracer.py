@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 
 import grpc
@@ -34,6 +34,7 @@ SERVICES = {
     for service in file.services_by_name.values()
     for rpc in service.methods
 } | dict.fromkeys(("ModelInfer", "ModelMetadata", "ModelConfig"), open_inference.SERVICE)
+Clock = Callable[[float], int]
 LAST_SPANS_S = 5.0  # the server exits after this time even if the collector does not answer
 
 
@@ -79,16 +80,16 @@ class Tracer:
             span.set_attribute("camserve.method", call.method)
         if code in FAILURES:
             span.set_status(Status(StatusCode.ERROR))
-        end = time.monotonic()
+        end, clock = time.monotonic(), _clock()
         if call.job is not None:
-            self._add_phases(call, call.job, span, end)
-        span.end(_clock(end))
+            self._add_phases(call, call.job, span, end, clock)
+        span.end(clock(end))
 
-    def _add_phases(self, call: Call, job: Job[object], span: Span, end: float) -> None:
+    def _add_phases(self, call: Call, job: Job[object], span: Span, end: float, clock: Clock) -> None:
         """Add the spans read, queue, compute (with the first batches) and write, as far as the request got."""
         first, finished = job.first_batch or job.finished or end, job.finished or end
-        self._child(span, "read", call.started, job.submitted)
-        self._child(span, "queue", job.submitted, first)
+        self._child(span, "read", clock(call.started), clock(job.submitted))
+        self._child(span, "queue", clock(job.submitted), clock(first))
         if job.first_batch is None:
             return
         cost: dict[str, AttributeValue] = {
@@ -96,13 +97,13 @@ class Tracer:
             "camserve.rows": job.rows,
             "camserve.batches": job.batches,
         }
-        compute = self._child(span, "compute", first, finished, cost)
+        compute = self._child(span, "compute", clock(first), clock(finished), cost)
         for batch, rows in [*job.batch_records]:
             self._child(
                 compute,
                 "batch",
-                batch.started,
-                batch.finished,
+                clock(batch.started),
+                clock(batch.finished),
                 {
                     "camserve.batch": batch.number,
                     "camserve.lane": batch.kind,
@@ -112,14 +113,14 @@ class Tracer:
                 },
             )
         if job.finished is not None:
-            self._child(span, "write", job.finished, end)
+            self._child(span, "write", clock(job.finished), clock(end))
 
     def _child(
-        self, parent: Span, name: str, start: float, end: float, attributes: Mapping[str, AttributeValue] | None = None
+        self, parent: Span, name: str, start: int, end: int, attributes: Mapping[str, AttributeValue] | None = None
     ) -> Span:
         context = set_span_in_context(parent, Context())
-        span = self._tracer.start_span(name, context, attributes=attributes, start_time=_clock(start))
-        span.end(_clock(end))
+        span = self._tracer.start_span(name, context, attributes=attributes, start_time=start)
+        span.end(end)
         return span
 
     def close(self) -> None:
@@ -129,6 +130,11 @@ class Tracer:
         closing.join(LAST_SPANS_S)
 
 
-def _clock(monotonic: float) -> int:
-    """Convert a time of `time.monotonic()` to nanoseconds since 1970."""
-    return time.time_ns() - int(1e9 * (time.monotonic() - monotonic))
+def _clock() -> Clock:
+    """Return a function that converts times of `time.monotonic()` to nanoseconds since 1970.
+
+    All of its results have one offset. The thread can be preempted while it reads the two clocks; with an offset for
+    each time, phases of a request would seem to begin before earlier ones.
+    """
+    offset = time.time_ns() - int(1e9 * time.monotonic())
+    return lambda monotonic: offset + int(1e9 * monotonic)
