@@ -25,6 +25,7 @@ from camserve_server.engine.engine import Engine
 from camserve_server.service.listeners import SERVICE
 from camserve_server.service.server import Server
 from tests.conftest import serving
+from tests.gated import GATE
 from tests.processes import LIMIT_S, TINY, patient_client, served
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -56,8 +57,15 @@ def running_stream(stub: ExplainServiceStub, steps: int) -> Iterator[pb.ExplainS
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "camserve.toml"
-    path.write_text('listen = "127.0.0.1:0"\nhealth_listen = "127.0.0.1:0"\ndevice = "cpu"\ngrace_s = 600\n' + TINY)
+    gated = TINY.replace("nets:tiny_cnn", "gated:Gated")
+    path.write_text('listen = "127.0.0.1:0"\nhealth_listen = "127.0.0.1:0"\ndevice = "cpu"\ngrace_s = 600\n' + gated)
     return path
+
+
+@pytest.fixture
+def gate(config: Path) -> Path:
+    """The file that holds the batches of the server while it exists."""
+    return config.parent / "gate"
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -158,16 +166,18 @@ def batches_during_health_checks(address: str, engine: Engine, checks: int = 200
 
 
 @pytest.mark.slow
-def test_draining_server_refuses_new_requests_and_finishes_running_ones(config: Path) -> None:
+def test_draining_server_refuses_new_requests_and_finishes_running_ones(config: Path, gate: Path) -> None:
     with (
-        served(config) as server,
+        served(config, **{GATE: str(gate)}) as server,
         grpc.insecure_channel(server.address) as channel,
         grpc.insecure_channel(server.health_address) as probes,
     ):
         stub = ExplainServiceStub(channel)
         watch = health_pb2_grpc.HealthStub(channel).Watch(check_request())
         assert next(watch).status == SERVING
-        stream = running_stream(stub, steps=1000)
+        gate.touch()
+        stream = stub.ExplainStream(pb.ExplainStreamRequest(request=opti_cam(steps=20)))
+        stream.initial_metadata()  # the server has admitted the request
         server.process.send_signal(signal.SIGTERM)
         assert next(watch).status == NOT_SERVING
         assert health_pb2_grpc.HealthStub(probes).Check(check_request()).status == NOT_SERVING
@@ -179,14 +189,18 @@ def test_draining_server_refuses_new_requests_and_finishes_running_ones(config: 
                 with pytest.raises(grpc.RpcError) as refused:
                     late.Explain(opti_cam(steps=1))
                 assert_unavailable(refused.value)
+        gate.unlink()
         *_, last = stream
         assert last.result.maps, "the running request is answered"
         assert server.process.wait(LIMIT_S) == 0, "the open Watch call does not delay the end by the grace period"
 
 
 @pytest.mark.slow
-def test_request_that_exceeds_the_grace_period_fails(config: Path) -> None:
-    with served(config, CAMSERVE_GRACE_S="0.2") as server, grpc.insecure_channel(server.address) as channel:
+def test_request_that_exceeds_the_grace_period_fails(config: Path, gate: Path) -> None:
+    with (
+        served(config, CAMSERVE_GRACE_S="0.2", **{GATE: str(gate)}) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
         stream = running_stream(ExplainServiceStub(channel), steps=10_000)
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(grpc.RpcError) as failed:
