@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.engines import wait_until
-from tests.processes import LIMIT_S, TINY, Served, patient_client, served
+from tests.processes import LIMIT_S, TINY, Served, free_port, patient_client, served
 
 CALLERS = 3
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -64,12 +64,12 @@ def calls(server: Served) -> int:
 def test_rolling_update_loses_no_request(tmp_path: Path) -> None:
     with ExitStack() as stack:
 
-        def start(name: str, listen: str = "127.0.0.1:0") -> Served:
+        def start(name: str, listen: str) -> Served:
             config = tmp_path / f"{name}.toml"
             config.write_text(TINY, encoding="utf-8")
             return stack.enter_context(served(config, "--listen", listen))
 
-        old = [start("old-0"), start("old-1")]
+        old = [start(f"old-{i}", f"127.0.0.1:{free_port()}") for i in range(2)]
         callers = Callers("ipv4:" + ",".join(server.address for server in old), stack)
         callers.wait_for_more()
         for i, server in enumerate(old):
