@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -20,18 +18,14 @@ import PIL.features
 import torch
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from torch import nn
 
 from camserve.v1 import explain_pb2 as pb
 from camserve_server.config import Config, ModelConfig
 from camserve_server.models.model import LaneKind, Model
+from camserve_server.models.structure import structure
 from camserve_server.service.requests import ParsedRequest
 from camserve_server.service.responses import struct
-
-# Beginnings of environment variables that select kernels.
-_VARIABLES = ("ATEN_", "CUBLAS_", "CUDNN_", "DNNL_", "KMP_", "MKL_", "NVIDIA_TF32_", "OMP_", "ONEDNN_", "TORCH_")
-# Keys of /proc/cpuinfo that describe the processor and its instructions.
-_CPU_LINES = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features", "CPU part")
+from camserve_server.torch_setup.machine import machine_facts
 
 Request = pb.ExplainRequest | pb.EvaluateRequest
 M = TypeVar("M", bound=Message)
@@ -73,8 +67,7 @@ class Keys:
                 "batch_invariant": config.batch_invariant,
                 "max_image_pixels": config.max_image_pixels,
                 **_versions(),
-                **_processor(),
-                **(_gpu(device) if device.type == "cuda" else {}),
+                **machine_facts(device),
             }
         )
 
@@ -152,8 +145,7 @@ def _model_facts(model: Model) -> bytes:
             {
                 "digest": model.digest,
                 "code": model.code,
-                "network": repr(model.module),
-                "configurations": _configurations(model.module),
+                "network": structure(model.module),
                 "channels_last": model.channels_last,
                 "one_row": model.one_row,
                 "fast_forward": model.fast_forward_size if model.fast_forward else 0,
@@ -167,46 +159,11 @@ def _model_facts(model: Model) -> bytes:
     return facts
 
 
-def _configurations(network: nn.Module) -> Sequence[str]:
-    """Return the configurations of networks of Hugging Face: two that differ may have equal weights and modules."""
-    configs: dict[int, Any] = {id(each.config): each.config for each in network.modules() if hasattr(each, "config")}
-    return [str(each.to_json_string()) for each in configs.values() if hasattr(each, "to_json_string")]
-
-
 def _versions() -> dict[str, object]:
     """Return the versions of all installed packages, because methods and networks can come from any of them."""
     packages = sorted((each.name or "", each.version) for each in metadata.distributions())
     images = {name: PIL.features.version(name) for name in ("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")}
     return {"python": platform.python_version(), "packages": packages, "images": images}
-
-
-def _processor() -> dict[str, object]:
-    return {
-        "machine": platform.machine(),
-        "processor": _cpu_model(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__config__.show(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "environment": sorted(item for item in os.environ.items() if item[0].startswith(_VARIABLES)),
-    }
-
-
-def _cpu_model() -> Sequence[str]:
-    """Return the lines of /proc/cpuinfo that name the first processor and its instructions; none on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    except OSError:
-        return ()
-    return [line for line in lines if line.partition("\t")[0].rstrip() in _CPU_LINES]
-
-
-def _gpu(device: torch.device) -> dict[str, object]:
-    facts: Any = torch.cuda.get_device_properties(device)
-    cudnn: Any = torch.backends.cudnn
-    return {
-        "gpu": [facts.name, facts.major, facts.minor, facts.multi_processor_count],
-        "cudnn": cudnn.version(),
-    }
 
 
 def _json(value: Mapping[Any, object] | Iterable[object]) -> bytes:

@@ -22,8 +22,8 @@ from camserve_server.config import Config, ModelConfig
 from camserve_server.models.model import Model
 from camserve_server.service import requests
 from camserve_server.service.requests import ParsedRequest
-from camserve_server.service.result_cache import key as key_module
 from camserve_server.service.result_cache.key import Keys, Request, canonical, digested
+from camserve_server.torch_setup import machine
 from tests.nets import tiny_cnn
 from tests.support import as_model
 
@@ -280,7 +280,7 @@ def test_each_setting_of_a_model_changes_the_key() -> None:
         (torch.backends.cpu, "get_cpu_capability", lambda: "another"),
         (metadata, "distributions", lambda: ()),
         (PIL.features, "version", lambda name: "another"),
-        (key_module, "_cpu_model", lambda: ["model name\t: another"]),
+        (machine, "cpu_lines", lambda: ["model name\t: another"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -300,4 +300,4 @@ def test_variables_that_select_kernels_change_the_key(monkeypatch: pytest.Monkey
 
 
 def test_cpu_is_known() -> None:
-    assert key_module._cpu_model()
+    assert machine.cpu_lines()
