@@ -25,6 +25,8 @@ def _reset_environment() -> None:
     # Otherwise pytest and each of the hundred processes of the tests compile all modules again.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
+    # Tests must neither change the user's cache folder nor depend on it. Those of the folder name one of their own.
+    os.environ["CAMSERVE_CACHE_DIR"] = ""
     os.environ["OMP_NUM_THREADS"] = "1"  # several pytest processes must not compete for the cores
 
 

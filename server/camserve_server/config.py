@@ -6,6 +6,7 @@ environment variable, and an environment variable overrides the file.
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -105,6 +106,13 @@ class Config(BaseSettings):
     max_message_bytes: Annotated[Positive, Field(description="Most bytes of a gRPC message in either direction.")] = (
         64 << 20
     )
+    cache_dir: Annotated[
+        str | None,
+        Field(
+            description="Folder that keeps measured batch sizes and compiled code between starts; empty for none; the "
+            "user's cache folder if omitted."
+        ),
+    ] = None
     grace_s: Annotated[float, Field(ge=0, description="Seconds that running requests may take after SIGTERM.")] = 30.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="Lowest level of the log on stderr.")
@@ -120,6 +128,19 @@ class Config(BaseSettings):
             ConfigError: The file is missing or invalid.
         """
         return read_config(self._file, **self._flags).models if self._file else self.models
+
+    @property
+    def cache_path(self) -> Path | None:
+        """The folder of `cache_dir`, by default that of the XDG Base Directory Specification; None for none."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir) if self.cache_dir else None
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if base.is_absolute():  # the specification says that other values are invalid
+            return base / "camserve"
+        try:
+            return Path.home() / ".cache" / "camserve"
+        except RuntimeError:  # the user has no home
+            return None
 
     @model_validator(mode="after")
     def _check_model_names(self) -> Self:
@@ -196,6 +217,8 @@ def read_config(path: Path | None = None, **flags: Any) -> Config:
     config.models = config.models or [embedded_model()]
     config._file, config._flags = path, flags
     folder = path.parent if path else Path()
+    if config.cache_dir:
+        config.cache_dir = str((folder / config.cache_dir).absolute())
     for table in (*config.models, *([config.tls] if config.tls else [])):
         table._folder = folder
     return config

@@ -19,6 +19,7 @@ import structlog
 import torch
 
 from camserve_server.batch_sizes import BatchSizes
+from camserve_server.cache_folder import open_cache_folder
 from camserve_server.config import Config, ModelConfig
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.outcomes import shut_down
@@ -67,7 +68,10 @@ class ModelPool:
         self._entries = {settings.name: ModelEntry(settings) for settings in config.models}
         self._leases = itertools.count(1)
         self._one_at_a_time = asyncio.Lock()
-        self._batch_sizes = BatchSizes()
+        cache = open_cache_folder(config.cache_path, chosen=config.cache_dir is not None)
+        if cache is not None:
+            cache.keep_compiled_code()
+        self._batch_sizes = BatchSizes(cache)
 
     async def load_all(self) -> None:
         """Load the configured models in their order, as many as fit.
@@ -272,9 +276,9 @@ class ModelPool:
             replicas = [Replica(model, engine)]
             if engine.device:
                 replicas += await self._counted(settings, self._copies(model))
-            replicas = await self._counted(
-                settings, warm_up_all(replicas, partial(self._warm_up, settings), fixed=bool(settings.batch_size))
-            )
+            warm_up, forget = partial(self._warm_up, settings), partial(self._batch_sizes.forget, settings, model)
+            warming = warm_up_all(replicas, warm_up, fixed=bool(settings.batch_size), forget=forget)
+            replicas = await self._counted(settings, warming)
             if not replicas:
                 raise shut_down()
             unify_fast_forwards(replicas)
@@ -283,6 +287,8 @@ class ModelPool:
             raise
         if not model.remote and engine.machine_was_busy(started):
             self._batch_sizes.measure_later(settings, model, engine, users)
+        elif engine.machine_was_idle(started):
+            await self._batch_sizes.keep(settings, model)
         self.loads[settings.name].done += 1
         devices = tuple(replica.engine.device for replica in replicas if replica.engine.device)
         for replica in replicas:
@@ -323,7 +329,7 @@ class ModelPool:
         try:
             for each in replica.model.precisions.values():
                 # The first replica measures. The others have its sizes, so that all devices give the same bits.
-                known = {**each.batch_sizes} or self._batch_sizes.known(settings, each)
+                known = {**each.batch_sizes} or await self._batch_sizes.find(settings, each)
                 await asyncio.wrap_future(replica.engine.run_between_batches(warm_up_steps(each, known)))
         except Unavailable:
             if replica.engine.device and not replica.engine.working:

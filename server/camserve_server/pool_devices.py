@@ -49,16 +49,22 @@ async def free_cached_memory(engines: Engines) -> None:
 
 
 async def warm_up_all(
-    replicas: Sequence[Replica], warm_up: Callable[[Replica], Awaitable[bool]], *, fixed: bool
+    replicas: Sequence[Replica],
+    warm_up: Callable[[Replica], Awaitable[bool]],
+    *,
+    fixed: bool,
+    forget: Callable[[], bool],
 ) -> list[Replica]:
-    """Warm replicas up one after the other. The first one measures the batch sizes of all.
+    """Warm replicas up one after the other. The first one measures the batch sizes of all, unless they are known.
 
-    If they do not fit into the memory of another device, halve them and warm all replicas up again.
+    If known ones do not fit into its memory, measure them. If they do not fit into the memory of another device, halve
+    them. Then warm all replicas up again.
 
     Args:
         replicas: All replicas of a model.
         warm_up: Warms up one replica, and returns False if its device has failed.
         fixed: True if the batch sizes are configured, so that they must not change.
+        forget: Forgets the known batch sizes, and returns False if there are none.
 
     Returns:
         The replicas whose devices work.
@@ -73,9 +79,9 @@ async def warm_up_all(
                 working.append(replica)
             continue
         except torch.OutOfMemoryError:
-            if fixed or not working or not _halve_batch_sizes(replica.model):
+            if fixed or not (_halve_batch_sizes(replica.model) if working else forget()):
                 raise
-        return await warm_up_all(replicas, warm_up, fixed=fixed)
+        return await warm_up_all(replicas, warm_up, fixed=fixed, forget=forget)
     return working
 
 

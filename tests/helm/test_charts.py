@@ -91,7 +91,7 @@ def test_pods_have_no_privileges(values: Path) -> None:
         }
         assert {"cpu", "memory"} <= each["resources"]["requests"].keys()
         for mount in each["volumeMounts"]:
-            writable = mount["name"] in {"tmp", "data"}
+            writable = mount["name"] in {"tmp", "data", "cache"}
             assert mount.get("readOnly", False) != writable
     mounted = [mount["name"] for each in spec["containers"] for mount in each["volumeMounts"]]
     assert sorted(mounted) == sorted(each["name"] for each in spec["volumes"])

@@ -116,6 +116,7 @@ def test_gpu() -> None:
     volumes = {each["name"]: each for each in pod(manifests)["volumes"]}
     assert volumes["model-chest"]["image"]["reference"] == "registry.example.org/weights/chest:3"
     assert volumes["model-skin"]["persistentVolumeClaim"]["claimName"] == "weights"
+    assert volumes["cache"] == {"name": "cache", "persistentVolumeClaim": {"claimName": "camserve-cache"}}
 
 
 @pytest.mark.parametrize(("name", "rows"), [("gpu", 25_000), ("keda", 5_000)])

@@ -79,6 +79,11 @@ WRONG = {
         ["modelVolumes[0].name=a", "modelVolumes[0].volume.emptyDir=", "modelVolumes[0].volume.nfs="],
         "/modelVolumes/0/volume",
     ),
+    "cache volume with two sources": (
+        "camserve",
+        ["cacheVolume.emptyDir.sizeLimit=1Gi", "cacheVolume.nfs.path=/"],
+        "/cacheVolume",
+    ),
     "gateway without TLS": ("camserve-gateway", ["config.insecure=false"], "tls.secretName: set"),
     "policy without peers": ("camserve-gateway", ["networkPolicy.enabled=true"], "networkPolicy.senders: list"),
     "policy without a way out": ("camserve-gateway", ["networkPolicy.enabled=true"], "networkPolicy.egress: list"),
@@ -124,6 +129,7 @@ def test_schemas_know_all_keys_of_the_configuration() -> None:
     read = [json.loads((CHARTS / name / "values.schema.json").read_text()) for name in ("camserve", "camserve-gateway")]
     server, gateway = (each["properties"] for each in read)
     own = {"listen", "health_listen", "metrics_listen", "insecure", "tls", "tokens", "models", "device", "threads"}
+    own |= {"cache_dir"}
     assert server["config"]["properties"].keys() == Config.model_fields.keys() - own - {"socket_mode", "admin_listen"}
     assert server["models"]["items"]["properties"].keys() == ModelConfig.model_fields.keys()
     assert server["tokens"]["properties"]["list"]["items"]["properties"].keys() == TokenConfig.model_fields.keys()

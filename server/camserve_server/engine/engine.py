@@ -92,6 +92,14 @@ class Engine:
         """Return True if other processes slowed batches down after `since`, on the clock of `time.monotonic()`."""
         return self._loop.spinning.was_busy(since)
 
+    def machine_was_idle(self, since: float) -> bool:
+        """Return True if no other process slowed batches down after `since`, as far as that can be found out.
+
+        On a GPU it cannot, so the answer is True. On a CPU, the answer is False if the batches are not observed.
+        """
+        observed = self._torch_device.type != "cpu" or self._loop.spinning.observes
+        return observed and not self.machine_was_busy(since)
+
     @contextmanager
     def reserve(
         self, rows: int, limits: Limits = NO_LIMITS, caller: Caller = UNNAMED, priority: Priority = "normal"

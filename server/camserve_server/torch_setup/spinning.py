@@ -102,6 +102,11 @@ class SpinControl:
         """True if waiting threads sleep, because the machine is busy."""
         return self._team is not None
 
+    @property
+    def observes(self) -> bool:
+        """True if the control finds out whether the machine is busy."""
+        return self._start_team is not None
+
     def was_busy(self, since: float) -> bool:
         """Return True if the machine was found busy after `since`, a time on the clock, or has not been idle again."""
         return self.sleeps or self.busy_at >= since
