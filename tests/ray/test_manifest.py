@@ -12,8 +12,9 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
+from camserve_ray.connection import QUICK_SERVE
 from camserve_ray.serving import application
-from camserve_ray.serving.application import Scale
+from camserve_ray.serving.application import LOGGING, Scale
 from camserve_server.config import Config, read_config
 from camserve_server.errors import ConfigError
 from camserve_server.service.listeners import SERVICE
@@ -115,6 +116,12 @@ def test_ports_probes_and_selectors_fit_together(config: Path) -> None:
     assert all(selected <= group["template"]["metadata"]["labels"].items() for group in (HEAD, WORKER))
     user = HEAD["template"]["spec"]["securityContext"]["runAsUser"]
     assert f"\nUSER {user}:{user}\n" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_proxies_and_replicas_have_the_variables_of_quick_calls() -> None:
+    for group in (HEAD, WORKER):
+        assert {each["name"]: each["value"] for each in container(group)["env"]}.items() >= QUICK_SERVE.items()
+    assert SERVE["logging_config"] == {"enable_access_log": LOGGING.enable_access_log}
 
 
 def test_unknown_argument_is_refused(config: Path) -> None:

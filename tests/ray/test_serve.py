@@ -20,6 +20,7 @@ import camserve
 from camserve.v1 import admin_pb2, admin_pb2_grpc
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
+from camserve_ray.connection import QUICK_SERVE
 from camserve_server.config import Config
 from camserve_server.service.call import ADMITTED
 from camserve_server.service.listeners import SERVICE
@@ -63,6 +64,8 @@ input_size = [32, 32]
 batch_size = 4
 precision = ["fp64"]
 """
+# A request that takes minutes on any machine.
+ENDLESS: dict[str, Any] = {"method": method("rise", masks=4_900), "metrics": [metric("sensitivity-max", samples=1000)]}
 Stubs = tuple[ExplainServiceStub, ExplainServiceStub]
 
 
@@ -70,7 +73,7 @@ Stubs = tuple[ExplainServiceStub, ExplainServiceStub]
 def ray_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """A deployment with one replica on each of two nodes."""
     with (
-        cluster(head_cpus=1, worker_cpus=1) as running,
+        cluster(head_cpus=1, worker_cpus=1, **QUICK_SERVE) as running,
         deployed(running, tmp_path_factory.mktemp("ray"), CONFIG, "--replicas", "2") as deployment,
     ):
         yield deployment
@@ -191,9 +194,9 @@ def test_full_queue_is_refused_with_a_retry_delay(stubs: Stubs) -> None:
 
 def test_deadline_reaches_the_admission_of_the_replica(stubs: Stubs) -> None:
     """Serve does not tell replicas the deadline of a call."""
-    long = request(request_id="late", target_top_k=7, metrics=[metric("insertion", steps=10_000)])
+    endless = request(request_id="late", **ENDLESS)
     with pytest.raises(grpc.RpcError) as caught:
-        stubs[0].Explain(long, timeout=8)
+        stubs[0].Explain(endless, timeout=8)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert details(caught.value)["ErrorInfo"].reason == "DEADLINE_UNREACHABLE"
     assert details(caught.value)["RequestInfo"].request_id == "late"
@@ -201,14 +204,14 @@ def test_deadline_reaches_the_admission_of_the_replica(stubs: Stubs) -> None:
 
 @pytest.mark.parametrize("rpc", ["Explain", "ExplainStream"])
 def test_cancellation_reaches_the_replica(ray_serve: Deployment, stubs: Stubs, rpc: str) -> None:
-    endless = request(request_id=f"cancelled {rpc}", method=method("rise", masks=4_900))
+    endless = request(request_id=f"cancelled {rpc}", **ENDLESS)
 
     def cancel_one() -> bool:
         if rpc == "Explain":
-            running: Any = stubs[0].Explain.future(endless, timeout=TIMEOUT_S)
+            running: Any = stubs[0].Explain.future(endless)  # without a deadline, which would be too early
             threading.Event().wait(0.3)  # a call that has not reached a replica leaves no line in its log
         else:
-            running = stubs[0].ExplainStream(pb.ExplainStreamRequest(request=endless), timeout=TIMEOUT_S)
+            running = stubs[0].ExplainStream(pb.ExplainStreamRequest(request=endless))
             next(running)
         running.cancel()
         return any(line["code"] == "CANCELLED" for line in ray_serve.calls(endless.request_id))

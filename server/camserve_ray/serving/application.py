@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from camserve.addresses import socket_path, split_host_port
 from camserve_ray.configuration import plain_config
@@ -18,10 +19,12 @@ from camserve_ray.serving.services import NAME
 from camserve_server.config import Config, read_config
 from camserve_server.errors import ConfigError
 
-__all__ = ["PROXY_SERVICES", "Scale", "application", "build", "checked", "grpc_options"]
+__all__ = ["LOGGING", "PROXY_SERVICES", "Scale", "application", "build", "checked", "grpc_options"]
 
 # The function that adds the services to a proxy, by its import path.
 PROXY_SERVICES = "camserve_ray.serving.proxy:add_services"
+# The server in the replica logs each call, and the lines of Serve take as much time as a small request in the proxy.
+LOGGING = LoggingConfig(enable_access_log=False)
 # The calls that a replica accepts. This limit is not the one that callers meet: the engine refuses requests by rows.
 _MOST_CALLS = 10_000
 # Rows that a replica may owe. A GPU works through some 25,000 in the time in which a CPU works through 5,000.
@@ -96,6 +99,7 @@ def application(config: Config, scale: Scale) -> serve.Application:
         name=NAME,
         max_ongoing_requests=_MOST_CALLS,
         graceful_shutdown_timeout_s=config.grace_s,
+        logging_config=LOGGING,
         request_router_config=make_router(request_router_class=AnyNodeRouter),
         ray_actor_options={"num_cpus": config.threads or 1, "num_gpus": scale.gpus},
         **options,

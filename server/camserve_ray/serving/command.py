@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve as ray_serve
 
 from camserve_ray.connection import connect
-from camserve_ray.serving.application import Scale, application, checked, grpc_options
+from camserve_ray.serving.application import LOGGING, Scale, application, checked, grpc_options
 from camserve_ray.serving.services import NAME
 from camserve_server.config import Config, read_config
 from camserve_server.errors import ConfigError
@@ -104,7 +104,11 @@ class _Deployment:
             RuntimeError: A replica could not start.
         """
         # camserve has no HTTP endpoint, and 8000, the default port, may be in use.
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": 0}, grpc_options=grpc_options(self._config))
+        ray_serve.start(
+            http_options={"host": "127.0.0.1", "port": 0},
+            grpc_options=grpc_options(self._config),
+            logging_config=LOGGING,
+        )
         self._started = True
         if NAME in ray_serve.status().applications:
             raise ConfigError(
