@@ -45,7 +45,6 @@ class Slow(nn.Module):
 @pytest.fixture
 def slow_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Run a server whose network was slow while it was loaded: 20 batches per second."""
-    monkeypatch.setattr(throughput, "WINDOW_S", WINDOW_S)
     monkeypatch.setattr(Slow, "seconds", 0.05)
     model = ModelConfig(name="slow", source=f"python:{__name__}:Slow", input_size=(32, 32), batch_size=4)
     with serving(Config(listen="127.0.0.1:0", models=[model])) as server:
@@ -72,8 +71,9 @@ def test_short_requests_correct_the_throughput_that_the_start_measured(slow_star
 
 
 @pytest.mark.slow
-def test_refusals_end_without_any_observation(slow_start: Server) -> None:
+def test_refusals_end_without_any_observation(slow_start: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """If every request were refused, no batch would correct the throughput."""
+    monkeypatch.setattr(throughput, "WINDOW_S", WINDOW_S)
     with patient_client(slow_start.address) as client:
         end = time.monotonic() + LIMIT_S
         while slow_start.models["slow"].throughput["forward"].best():

@@ -147,9 +147,8 @@ def test_function_of_a_cancelled_request_that_has_not_begun_is_not_called(
 
 def test_deadline_ends_a_request_before_its_function_on_an_idle_engine(model: Model, blocking: Blocking) -> None:
     with running() as engine:
-        job = submit_function(engine, model, blocking, Limits(deadline=time.monotonic() + 0.1))
         with pytest.raises(Expired):
-            job.future.result(TIMEOUT_S)
+            submit_function(engine, model, blocking, Limits(deadline=time.monotonic() + 0.1)).future.result(TIMEOUT_S)
         assert not blocking.ended.is_set()
         assert engine.rows_owed() == 0
 

@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from camserve_server.config import Config, ModelConfig, TokenConfig
+from camserve_server.service import servicer
 from camserve_server.service.listeners import SERVICE
 from camserve_server.service.server import Server
 from tests.conftest import serving
@@ -247,6 +248,7 @@ def test_messages_that_cannot_be_parsed_are_refused(front: Server) -> None:
 def test_full_queue_refuses_before_decoding(front: Server, stubs: tuple[ExplainServiceStub, Any]) -> None:
     long = request(method=method("rise", masks=4_500), image=pb.Image(encoded=VALID["png"]))
     unreadable = request(method=method("rise", masks=4_500), image=pb.Image(encoded=b"no image"))
+    before = sample(front, 'code="CANCELLED"')
     with stopped(front.engine):
         running = stubs[0].Explain.future(long, timeout=TIMEOUT_S)
         wait_until(lambda: front.engine.rows_owed() > 4_500)
@@ -255,14 +257,21 @@ def test_full_queue_refuses_before_decoding(front: Server, stubs: tuple[ExplainS
         assert int(dict(metadata)["grpc-retry-pushback-ms"]) > 0
         running.cancel()
     wait_until(lambda: not front.engine.rows_owed())
+    wait_until(lambda: sample(front, 'code="CANCELLED"') > before)  # later tests count cancelled calls
 
 
-def test_expired_deadline_is_reported_and_costs_no_rows(front: Server, stubs: tuple[ExplainServiceStub, Any]) -> None:
-    rows = front.engine.counters.rows
+def test_expired_deadline_is_reported_and_costs_no_rows(
+    front: Server, stubs: tuple[ExplainServiceStub, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servicer, "EXPIRED_SHARE", 1.0)  # so that a cancellation at the deadline counts as expired
+    rows, timeout_s = front.engine.counters.rows, 1
     with stopped(front.engine):
-        code, _, _ = refusal(stubs[0].Explain, request(), timeout=1)
-        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-        wait_until(lambda: sample(front, 'code="DEADLINE_EXCEEDED"') > 0)
+        # A call whose deadline passes before it reaches the server is not counted.
+        while not sample(front, 'code="DEADLINE_EXCEEDED"'):
+            code, _, _ = refusal(stubs[0].Explain, request(), timeout=timeout_s)
+            assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+            wait_until(lambda: not sample(front, "", "camserve_requests_in_flight"))
+            timeout_s *= 2
     wait_until(lambda: not front.engine.rows_owed())
     assert front.engine.counters.rows == rows
 
