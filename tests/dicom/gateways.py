@@ -79,9 +79,9 @@ class Spooled:
         self.monitor = ready.rpartition(" ")[2]
 
     def audit(self) -> list[dict[str, Any]]:
-        """Return the lines of the audit trail."""
+        """Return the complete lines of the audit trail."""
         path = self.spool / "audit.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
     def events(self) -> list[str]:
         """Return the events of the audit trail."""

@@ -18,8 +18,9 @@ from camserve_server.config import Config, ModelConfig, embedded_model
 from camserve_server.engine.job import Job
 from camserve_server.service.server import Server
 from tests.conftest import serving
-from tests.e2e.engines import after_submit, engine_of, wait_until_idle
+from tests.e2e.engines import after_submit, engine_of, wait_until, wait_until_idle
 from tests.processes import patient_client
+from tests.support import stopped
 
 CAT = skimage.data.chelsea()
 
@@ -75,9 +76,12 @@ def test_concurrent_answers_equal_answers_alone_bitwise(server: Server) -> None:
         return client.explain(images[i], model=model, method=method, parameters=parameters, metrics=metrics)
 
     with patient_client(server.address) as client:
-        start = engine_of(server).counters.batches
-        with ThreadPoolExecutor(32) as pool:
-            together = dict(zip(order, pool.map(lambda i: explain(client, i), order), strict=True))
+        start, submitted = engine_of(server).counters.batches, list[Job[Any]]()
+        with ThreadPoolExecutor(32) as pool, after_submit(submitted.append):
+            with stopped(engine_of(server)):  # so that no request ends before the last one arrives
+                answers = pool.map(lambda i: explain(client, i), order)
+                wait_until(lambda: len(submitted) == len(order))
+            together = dict(zip(order, answers, strict=True))
         batches_together = engine_of(server).counters.batches - start
         alone = {i: explain(client, i) for i in order}
         batches_alone = engine_of(server).counters.batches - start - batches_together

@@ -26,8 +26,8 @@ class Deployment:
     cluster: Cluster
 
     def log(self) -> list[dict[str, Any]]:
-        """Return the log lines of all replicas so far."""
-        lines = [line for path in self.cluster.logs.glob("worker-*.err") for line in path.read_text().splitlines()]
+        """Return the complete log lines of all replicas so far."""
+        lines = [line for path in self.cluster.logs.glob("worker-*.err") for line in path.read_text().split("\n")[:-1]]
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def calls(self, request_id: str) -> list[dict[str, Any]]:

@@ -194,6 +194,8 @@ def test_full_queue_is_refused_with_a_retry_delay(stubs: Stubs) -> None:
 
 def test_deadline_reaches_the_admission_of_the_replica(stubs: Stubs) -> None:
     """Serve does not tell replicas the deadline of a call."""
+    for _ in range(12):  # so that both replicas know their rate; a rate is forgotten after two minutes
+        stubs[0].Explain(request(), timeout=TIMEOUT_S)
     endless = request(request_id="late", **ENDLESS)
     with pytest.raises(grpc.RpcError) as caught:
         stubs[0].Explain(endless, timeout=8)
