@@ -22,6 +22,7 @@ from benchmarks.results import Claim, Result
 from benchmarks.subjects import TINY
 from camserve_server.models.load import load
 from tests import nets
+from tests.processes import LIMIT_S
 
 KNOWN = {"date": "2026-01-01", "commit": "abc", "Card": "H200"}
 JUNIT = """<testsuites><testsuite><testcase classname="tests.a" name="test_one"/>
@@ -128,7 +129,7 @@ def test_tests_that_did_not_all_run_miss_the_target(tmp_path: Path) -> None:
 def test_command_needs_a_gpu() -> None:
     command = [sys.executable, "-m", "benchmarks.gpu"]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=LIMIT_S)
     assert done.returncode == 2
     assert "torch finds no CUDA GPU" in done.stderr
 

@@ -27,6 +27,7 @@ from camserve_cli.study.annotations import read_boxes, read_labels
 from camserve_server.service.server import Server
 from tests.client.fake_server import WAIT_S, Servicer, wait_until
 from tests.client.proxy import forwarding
+from tests.processes import LIMIT_S
 
 METRICS = ("insertion", "average-drop")
 # The list contains one method twice, with different parameters.
@@ -126,7 +127,7 @@ def command(address: str, *arguments: object) -> list[str]:
 def run(server: Server, *arguments: object) -> subprocess.CompletedProcess[str]:
     line = command(server.address, *arguments)
     env = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120, env=env)
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=LIMIT_S, env=env)
 
 
 def table(path: Path) -> list[dict[str, str]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from tests.processes import completed
 
 # Each command that needs an extra, with its arguments, the extra, and packages that the test hides one at a time.
 COMMANDS = [
@@ -49,7 +52,7 @@ class Hidden:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Hidden)
 """
-    return subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True, check=False, timeout=120)
+    return completed([sys.executable, "-c", hide + code], env={**os.environ})
 
 
 def run_command_without(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -102,7 +102,7 @@ def test_call_is_not_repeated_after_its_start(
 ) -> None:
     def before(context: Any) -> None:
         context.send_initial_metadata(((intermediaries.ADMITTED, "räq".encode()),))
-        time.sleep(0.3)  # so that the status does not arrive together with the initial metadata
+        time.sleep(1)  # so that the status does not arrive together with the initial metadata
         context.abort(CODE.UNAVAILABLE, "gone")
 
     servicer.before = before

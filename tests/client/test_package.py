@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import camserve
+from tests.processes import completed
 
 PACKAGE = Path(camserve.__file__).parent
 OTHER_PACKAGES = {
@@ -24,7 +24,7 @@ OTHER_PACKAGES = {
 
 def test_import_loads_no_other_package() -> None:
     code = "import camserve, sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    loaded = completed([sys.executable, "-c", code]).stdout
     assert "camserve" in loaded.split()
     assert not OTHER_PACKAGES & set(loaded.split())
 

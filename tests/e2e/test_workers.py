@@ -79,6 +79,8 @@ def test_fork_during_a_call_is_an_error_with_a_remedy(address: str) -> None:
         START
         + IN_CHILDREN
         + """
+from camserve import environment
+
 def wait():
     try:
         client.explain(IMAGE, model="slow", timeout=5)
@@ -88,7 +90,8 @@ def wait():
 rows()
 waiting = threading.Thread(target=wait)
 waiting.start()
-time.sleep(0.5)
+while not environment.calls.running:
+    time.sleep(0.01)
 in_child(rows)
 waiting.join()
 print("parent", rows())
@@ -177,7 +180,7 @@ def rows():
 if __name__ == "__main__":
     app.set_current()
     import celery_app
-    print([each.get(timeout=120) for each in [celery_app.rows.delay() for _ in range(6)]])
+    print([each.get(timeout={LIMIT_S}) for each in [celery_app.rows.delay() for _ in range(6)]])
 """
     )
     command = [sys.executable, "-m", "celery", "--app", "celery_app:app", "worker", "--pool", "prefork"]
@@ -204,7 +207,7 @@ def tick():
         ticks.append(1)
         gevent.sleep(0.01)
 ticking = gevent.spawn(tick)
-jobs = [gevent.spawn(lambda: client.explain(IMAGE, model="slow", timeout=1))]
+jobs = [gevent.spawn(lambda: client.explain(IMAGE, model="slow", timeout=3))]
 gevent.joinall(jobs)
 print({type(job.exception).__name__ for job in jobs}, len(ticks) > 20)
 print(client.explain(IMAGE).cost.rows)

@@ -26,7 +26,7 @@ from camserve_server.request_plan import MethodCall, plan_request, rows_needed
 from camserve_server.request_result import RequestResult
 from camserve_server.service.map_format import native_maps
 from tests import nets
-from tests.support import as_model, call, explained, metric, noise, running, stopped, submit
+from tests.support import TIMEOUT_S, as_model, call, explained, metric, noise, running, stopped, submit
 
 METHODS = sorted(registry.METHODS)
 METRICS = sorted(registry.METRICS)
@@ -142,9 +142,9 @@ def test_concurrent_requests_do_not_change_the_bits(network: str) -> None:
     with running() as engine:
         with stopped(engine):  # so that no request ends before the last one arrives
             together = [ask(engine, *request) for request in requests]
-        in_company = [job.future.result(timeout=120) for job in together]
+        in_company = [job.future.result(timeout=TIMEOUT_S) for job in together]
         batches, rows = engine.counters.batches, engine.counters.rows
-        alone = [ask(engine, *request).future.result(timeout=120) for request in requests]
+        alone = [ask(engine, *request).future.result(timeout=TIMEOUT_S) for request in requests]
         assert engine.counters.rows == 2 * rows
         assert engine.counters.batches - batches > 1.05 * batches, "concurrent requests must share batches"
     for one, other in zip(alone, in_company, strict=True):
@@ -199,7 +199,7 @@ def test_map_depends_on_no_randomness_except_the_seed(network: str, model: Model
 def test_budget_limits_the_rows(model: Model, method: str, x: Tensor) -> None:
     with running() as engine:
         whole = submit(engine, model, x, quick(model, method), [2])
-        full = whole.future.result(timeout=120)
+        full = whole.future.result(timeout=TIMEOUT_S)
         entry, scores = registry.METHODS[method], [metric("average-gain")]
         if entry.min_rows is None:
             if whole.rows > 1:
@@ -207,16 +207,16 @@ def test_budget_limits_the_rows(model: Model, method: str, x: Tensor) -> None:
                     submit(engine, model, x, quick(model, method), [2], budget=whole.rows - 1)
             return
         half = submit(engine, model, x, quick(model, method), [2], scores, budget=whole.rows // 2)
-        cut = half.future.result(timeout=120)
+        cut = half.future.result(timeout=TIMEOUT_S)
         assert half.rows <= whole.rows // 2
         assert 0 < cut.share < 1
         check(cut, model.preprocessing.size)
         again = submit(engine, model, x, quick(model, method), [2], budget=half.rows_at_early_stop).future.result(
-            timeout=120
+            timeout=TIMEOUT_S
         )
         assert torch.equal(cut.maps, again.maps), "the budget of the receipt reproduces the map"
         enough = submit(engine, model, x, quick(model, method), [2], budget=whole.rows)
-        assert torch.equal(enough.future.result(timeout=120).maps, full.maps)
+        assert torch.equal(enough.future.result(timeout=TIMEOUT_S).maps, full.maps)
         assert enough.rows_at_early_stop == 0
         with pytest.raises(OutOfRange, match="at least"):
             submit(engine, model, x, quick(model, method), [2], budget=1)
@@ -323,7 +323,7 @@ def test_rows_do_not_exceed_the_announced_number(model: Model, method: str, x: T
     method_call = quick(model, method)
     with running() as engine:
         job = submit(engine, model, x, method_call, [1, 2])
-        job.future.result(timeout=120)
+        job.future.result(timeout=TIMEOUT_S)
     assert 1 <= job.rows <= rows_needed(model, method_call, (), 2).most
     entry = registry.METHODS[method]
     sizes = registry.Sizes([layer.channels for layer in method_call.layers], 2, model.preprocessing.size)
@@ -412,7 +412,7 @@ def test_metric_depends_only_on_the_seed_and_keeps_the_announced_rows(model: Mod
         def score(seed: int) -> MetricResult:
             scored = [metric(name, seed=seed, **QUICK_METRICS.get(name, {}))]
             job = submit(engine, model, x, method_call, [1], scored)
-            result = job.future.result(timeout=120)
+            result = job.future.result(timeout=TIMEOUT_S)
             assert job.rows <= rows_needed(model, method_call, scored, 1).most
             return result.scores[0][0]
 
@@ -431,8 +431,10 @@ def test_map_cut_by_a_deadline_can_be_reproduced() -> None:
     with running() as engine:
         plan = plan_request(model, model.image(x), [2], method_call, ())
         late = engine.submit(plan, model, rows=100, limits=Limits(answer_early_from=time.monotonic()))
-        cut = late.future.result(timeout=60)
-        again = submit(engine, model, x, method_call, [2], budget=late.rows_at_early_stop).future.result(timeout=60)
+        cut = late.future.result(timeout=TIMEOUT_S)
+        again = submit(engine, model, x, method_call, [2], budget=late.rows_at_early_stop).future.result(
+            timeout=TIMEOUT_S
+        )
     assert 0 < cut.share < 1
     assert torch.equal(cut.maps, again.maps)
 
@@ -464,6 +466,6 @@ def test_no_parameter_blocks_the_engine_before_the_first_row(method: str) -> Non
     with running() as engine:
         begun = time.process_time()  # Other processes must not fail the test.
         job = submit(engine, model, noise(3, 32, 32), call(model, method, None, **most))
-        submit(engine, model, noise(3, 32, 32), call(model, "grad-cam"), 1).future.result(timeout=240)
+        submit(engine, model, noise(3, 32, 32), call(model, "grad-cam"), 1).future.result(timeout=TIMEOUT_S)
         engine.cancel(job)
         assert time.process_time() - begun < 15

@@ -24,7 +24,7 @@ from camserve_server.plan import Box, MetricResult, Truth
 from camserve_server.service.server import Server
 from tests import nets
 from tests.oracles import localisation as oracle
-from tests.support import as_model, explained, metric, noise, running, submit
+from tests.support import TIMEOUT_S, as_model, explained, metric, noise, running, submit
 
 H, W = SIZE = (37, 29)
 X = noise(3, *SIZE).double()
@@ -183,7 +183,7 @@ def test_only_the_saliency_metric_needs_a_row() -> None:
     assert set(names) == needs_truth(registry.METRICS.values())
     with running() as engine:
         job = submit(engine, model(), X, filled(WIDE), [C], [metric(name) for name in (*names, "saliency-metric")])
-        job.future.result(60)
+        job.future.result(TIMEOUT_S)
     assert job.rows == 1 + 1
 
 

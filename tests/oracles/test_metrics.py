@@ -13,7 +13,7 @@ from torch import Tensor
 from camserve_server.models.model import Model
 from camserve_server.rows import generator, normal
 from tests import nets
-from tests.support import as_model, call, explained, metric, noise
+from tests.support import TIMEOUT_S, as_model, call, explained, metric, noise
 
 SIZE = (37, 29)
 C = 3
@@ -128,7 +128,7 @@ def test_insertion_deletion_shares_rows_with_other_metrics() -> None:
     names = ("insertion-deletion", "deletion", "insertion", "adcc", "average-gain")
     with running() as engine:
         job = submit(engine, model(), X, call(model(), "grad-cam"), [C], [metric(name) for name in names])
-        job.future.result(60)
+        job.future.result(TIMEOUT_S)
     assert job.rows == 2 + 2 * 224 + 1 + 2, "rows of the map, two curves, a masked image, and its map"
 
 

@@ -157,7 +157,7 @@ def test_error_names_the_entry_point_of_a_broken_package(tmp_path: Path, code: s
     entry_points = {"camserve.methods": {"my-method": "broken_cam"}}
     install(tmp_path, {"name": "broken", "version": "1.0", "entry-points": entry_points}, "broken_cam", code)
     done = subprocess.run(
-        serve(tmp_path), capture_output=True, text=True, env=environment(tmp_path), timeout=60, check=False
+        serve(tmp_path), capture_output=True, text=True, env=environment(tmp_path), timeout=240, check=False
     )
     assert done.returncode == 2
     [error] = done.stderr.splitlines()

@@ -34,6 +34,7 @@ from camserve_ray.bulk.rows import Row, failed_row
 from camserve_server.config import CacheConfig, Config, ModelConfig, TokenConfig
 from camserve_server.service.server import Server
 from tests.dicom import samples
+from tests.processes import LIMIT_S
 
 TINY = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
 SPEC = BulkSpec(
@@ -435,7 +436,7 @@ def test_wait_for_devices_is_reported(
         return {"CPU": 2.0}
 
     with caplog.at_level(logging.WARNING), reporting_wait(placement, free) as first_result:
-        assert asked_again.wait(60)
+        assert asked_again.wait(LIMIT_S)
         first_result.set()
     assert re.search(message, caplog.messages[0])
 

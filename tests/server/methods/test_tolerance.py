@@ -8,7 +8,7 @@ from camserve_server.maps.channels import select_channels
 from camserve_server.models.model import Model
 from camserve_server.request_result import RequestResult
 from tests import nets
-from tests.support import as_model, call, explained, noise, running, submit
+from tests.support import TIMEOUT_S, as_model, call, explained, noise, running, submit
 
 METHODS = ("poly-cam", "poly-cam+", "poly-cam-")
 TARGETS = [2, 5]
@@ -63,7 +63,7 @@ def test_channels_left_out_save_rows(model: Model, x: Tensor) -> None:
     def rows(tolerance: float) -> tuple[int, RequestResult]:
         with running() as engine:
             job = submit(engine, model, x, call(model, "poly-cam", tolerance=tolerance), TARGETS)
-            result = job.future.result(60)
+            result = job.future.result(TIMEOUT_S)
             return job.rows, result
 
     all_rows, _ = rows(0)
@@ -78,9 +78,9 @@ def test_batches_do_not_change_the_channels_left_out(model: Model, x: Tensor) ->
     with running() as engine:
         others = [submit(engine, model, noise(3, 37, 29, seed=i), call(model, "rise", masks=50)) for i in range(5)]
         mine = submit(engine, model, x, call(model, "poly-cam", tolerance=0.1), TARGETS)
-        amid = mine.future.result(60)
+        amid = mine.future.result(TIMEOUT_S)
         for other in others:
-            other.future.result(60)
+            other.future.result(TIMEOUT_S)
     assert torch.equal(amid.maps, alone.maps) and amid.left_out == alone.left_out
 
 
@@ -100,5 +100,7 @@ def test_constant_channels_are_merged() -> None:
 
 def test_budget_that_cuts_the_map_leaves_out_nothing(model: Model, x: Tensor) -> None:
     with running() as engine:
-        result = submit(engine, model, x, call(model, "poly-cam", tolerance=1e-4), TARGETS, budget=8).future.result(60)
+        result = submit(engine, model, x, call(model, "poly-cam", tolerance=1e-4), TARGETS, budget=8).future.result(
+            TIMEOUT_S
+        )
     assert result.share < 1 and result.left_out == ()

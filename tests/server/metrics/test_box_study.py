@@ -14,7 +14,7 @@ from camserve_server.models.model import Model
 from camserve_server.plan import Truth
 from tests import nets
 from tests.oracles.average import average_of_one
-from tests.support import as_model, explained, metric, noise, running, submit
+from tests.support import TIMEOUT_S, as_model, explained, metric, noise, running, submit
 
 SIZE = (H, W) = (32, 24)
 REGIONS, MEASURES = ("box", "inside", "outside"), ("drop", "increase", "gain")
@@ -68,7 +68,7 @@ def test_target_that_fills_the_image() -> None:
 def test_nine_metrics_share_three_rows() -> None:
     with running() as engine:
         job = submit(engine, model(), X, S, [1], [metric(name) for name in NAMES + AVERAGES])
-        job.future.result(60)
+        job.future.result(TIMEOUT_S)
     assert job.rows == 1 + 3 + 1
 
 

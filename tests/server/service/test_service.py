@@ -209,11 +209,11 @@ def test_health_and_reflection_name_the_service(server: Server) -> None:
     with grpc.insecure_channel(server.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", SERVICE):
-            answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
+            answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT_S)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
         query = reflection_pb2.ServerReflectionRequest(list_services="")
-        (answer,) = reflection.ServerReflectionInfo(iter([query]), timeout=60)
+        (answer,) = reflection.ServerReflectionInfo(iter([query]), timeout=TIMEOUT_S)
         assert SERVICE in {service.name for service in answer.list_services_response.service}
 
 
