@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ import torch
 from benchmarks import gpu_page
 from benchmarks.gpu_page import Done
 from benchmarks.machine import ROOT
+from camserve_server.torch_setup.compiler import compile_obstacle
 
 LIMIT_S = 480.0
 LEAST_S = 5.0  # a step that has less time does not start
@@ -90,15 +90,6 @@ def _pytest(junit: Path, limit_s: float) -> list[str]:
     if importlib.util.find_spec("xdist"):
         command.append(f"--numprocesses={min(4, len(os.sched_getaffinity(0)))}")
     return command
-
-
-def why_not_compiled() -> str:
-    """Return the reason why torch.compile cannot work on this machine. Empty if there is none."""
-    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang") if name):
-        return "there is no C compiler (gcc, clang, or the one that CC names)"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        return "the headers of Python (Python.h) are missing"
-    return ""
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -227,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    reason = why_not_compiled()
+    reason = compile_obstacle()
     remarks = [f"Compiled forward passes: {reason}."] if reason else []
     if given.device == "cpu":
         remarks.insert(0, CPU_REMARK)

@@ -105,7 +105,7 @@ class Measuring:
     def run(self) -> Served:
         """Measure everything. A measurement that fails leaves a reason, and the next ones still run."""
         for precisions in PRECISIONS[self._device]:
-            self.served.arithmetic = f"{precisions[0]}{', compiled' * self._config.compile}"
+            self.served.arithmetic = f"{precisions[0]}{', compiled' * (self._config.compile is True)}"
             if self._attempt(f"server with {' and '.join(precisions)}", partial(self._first_server, precisions)):
                 self._attempt(
                     f"server with {self._amounts.front_ends} front ends", partial(self._second_server, precisions)
@@ -133,7 +133,7 @@ class Measuring:
         with running(
             f'listen = "127.0.0.1:0"\ndevice = "{self._device}"\nlog_level = "warning"\nfrontends = {front_ends}\n\n'
             f'[[models]]\nname = "{config.name}"\nsource = "{config.source}"\ninput_size = {[*config.input_size]}\n'
-            f"precision = {[*precisions]}\ncompile = {str(config.compile).lower()}\n"
+            f"precision = {[*precisions]}\ncompile = {json.dumps(config.compile)}\n"
             f"{f'batch_size = {config.batch_size}' if config.batch_size else ''}\n"
         ) as address:
             took = time.perf_counter() - start
@@ -242,6 +242,11 @@ def main() -> int:
     on_gpu = arguments.device == "cuda"
     amounts = Amounts(front_ends=max(2, min(8, len(os.sched_getaffinity(0)) // 2))) if on_gpu else SMALL
     config = (CONFIGS["resnet50"] if on_gpu else TINY).model_copy(update={"compile": arguments.compile})
+    # The second server is a second start with the cache folder of the first.
+    cache = arguments.out.resolve().parent / "cache"
+    os.environ["CAMSERVE_CACHE_DIR"] = str(cache)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "torch")  # torch may have set another one in this process
+    os.environ["TRITON_CACHE_DIR"] = str(cache / "triton")
     served = Measuring(config, arguments.device, arguments.out, amounts).run()
     for what, text in served.rows:
         print(f"{what}: {text}")

@@ -25,8 +25,8 @@ from camserve_server.rows import Masked
 TEXT = (
     "These optimisations change maps only by rounding; the tests allow 1e-5. The first table adds the optimisations "
     "of the network step by step. It starts like the official loops (contiguous, batches of {batch}, default "
-    "allocator, separate process). `torch.compile` is an option of the server that is off by default. The second "
-    "table shows avoided work for the photograph."
+    "allocator, separate process). `torch.compile` is an option of the server that is off by default on CPUs. The "
+    "second table shows avoided work for the photograph."
 )
 
 

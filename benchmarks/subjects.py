@@ -156,7 +156,7 @@ def served_config(name: str, precision: str = "fp32", *, compile_: bool = False)
     """
     config = TINY if name == TINY.name else CONFIGS[name]
     precisions: Any = (precision, *(each for each in PRECISION if each != precision))
-    return config.model_copy(update={"precision": precisions} | ({"compile": True} if compile_ else {}))
+    return config.model_copy(update={"precision": precisions, "compile": compile_})
 
 
 def from_config(config: ModelConfig, device: torch.device, seconds: float) -> Subject:

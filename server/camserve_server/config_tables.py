@@ -122,9 +122,12 @@ class ModelConfig(ConfigTable):
         Field(description="Merge convolutions with the batch norms after them; the result is equal up to rounding."),
     ] = True
     compile: Annotated[
-        bool,
-        Field(description="Compile the forward pass with torch.compile at load; on a CPU, this needs a C++ compiler."),
-    ] = False
+        bool | Literal["auto"],
+        Field(
+            description="Compile the forward pass with torch.compile at load; auto does it on GPUs if there is a C "
+            "compiler. On a CPU, true needs a C++ compiler."
+        ),
+    ] = "auto"
     openvino: Annotated[
         bool,
         Field(
@@ -167,7 +170,7 @@ class ModelConfig(ConfigTable):
 
     @model_validator(mode="after")
     def _check_forward_pass(self) -> Self:
-        if self.compile and self.openvino:
+        if self.compile is True and self.openvino:
             raise ValueError("openvino: it takes the place of torch.compile; remove the key openvino or compile")
         return self
 
@@ -184,7 +187,7 @@ class ModelConfig(ConfigTable):
             raise ValueError(f"source: {error}; expected triton:HOST:PORT/MODEL") from error
         if not model:
             raise ValueError("source: the name of the model is missing; expected triton:HOST:PORT/MODEL")
-        if self.precision not in (None, ("fp32",)) or self.compile or self.openvino:
+        if self.precision not in (None, ("fp32",)) or self.compile is True or self.openvino:
             raise ValueError(
                 "precision: a remote server chooses its own arithmetic; remove the keys precision, compile and openvino"
             )

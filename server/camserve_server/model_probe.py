@@ -92,7 +92,7 @@ def probe_source(
         photograph = example_image() if image is None else _read_image(image, settings)
         [config] = settings.models
         on_step("load")
-        model = load(config, pick_device(settings.device))
+        model = load(config.model_copy(update={"compile": False}), pick_device(settings.device))
         on_step("warm-up")
         warm_up(model, batch_size=1)
         return _report(model, config, photograph, on_step)

@@ -103,10 +103,10 @@ def unify_fast_forwards(replicas: Sequence[Replica]) -> None:
         replicas: All replicas of a model, after their warm-up and before their first request.
     """
     for same in zip(*(replica.model.precisions.values() for replica in replicas), strict=True):
-        if len({type(each.fast_forward) for each in same}) > 1:
+        if len({(type(each.fast_forward), each.compiled) for each in same}) > 1:
             log.warning("devices differ in their faster forward pass, so none uses it", model=same[0].name)
             for each in same:
-                each.fast_forward, each.fast_forward_size = None, 0
+                each.fast_forward, each.fast_forward_size, each.compiled = None, 0, False
 
 
 def _empty_cache() -> Iterator[None]:

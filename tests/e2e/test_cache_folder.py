@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,20 @@ from camserve_server.config import Config, ModelConfig
 from camserve_server.engine import warmup
 from camserve_server.engine.engine import Engine
 from tests.conftest import serving
-from tests.processes import patient_client
+from tests.processes import completed, environment, patient_client
 
+CODE = """
+import sys
+from camserve_server.config import Config, ModelConfig
+from camserve_server.service.in_process import InProcessService
+
+model = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4, compile=True)
+service = InProcessService(Config(cache_dir=sys.argv[1], models=[model]))
+service.start()
+service.close()
+from torch._dynamo.utils import counters
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 METHODS = ("poly-cam", "opti-cam", "grad-cam")
 
@@ -45,3 +59,14 @@ def test_second_start_uses_the_sizes_of_the_first_and_gives_the_same_bits(
         assert np.array_equal(before.saliency, after.saliency)
         assert before.receipt.map_digests == after.receipt.map_digests
     assert {size for each in first for size in each.receipt.batch_sizes.values()} <= {1, 2, 4}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_second_start_uses_the_compiled_code_of_the_first(tmp_path: Path) -> None:
+    variables = environment()
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        variables.pop(name, None)  # torch may have set them in this process
+    command: list[str | Path] = [sys.executable, "-W", "ignore", "-c", CODE, tmp_path / "cache"]
+    starts = [completed(command, env=variables) for _ in range(2)]
+    assert [each.stdout.splitlines()[-1:] for each in starts] == [["0 1"], ["1 0"]], starts[0].stderr

@@ -235,7 +235,12 @@ def test_all_metrics_are_documented(watched: Server, client: camserve.Client) ->
 
 @pytest.mark.gpu
 def test_metrics_of_gpu_memory() -> None:
-    config = Config(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", models=[TINY], device="cuda")
+    config = Config(
+        listen="127.0.0.1:0",
+        metrics_listen="127.0.0.1:0",
+        models=[TINY.model_copy(update={"compile": False})],
+        device="cuda",
+    )
     with serving(config) as server:
         now = Scrape(server)
         used, held, total = (

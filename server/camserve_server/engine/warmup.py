@@ -34,7 +34,7 @@ MAX_BATCH_S = 2.0  # a batch that takes longer would make cancellation slow, eve
 
 
 def warm_up(model: Model, batch_size: int | None = None) -> None:
-    """Set `batch_sizes`, `throughput`, `fast_forward` and `fast_forward_size` of the model.
+    """Set `batch_sizes`, `throughput`, `fast_forward`, `fast_forward_size` and `compiled` of the model.
 
     Args:
         model: Model to warm up.

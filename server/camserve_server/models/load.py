@@ -33,6 +33,7 @@ from camserve_server.models.remote import NO_ACTIVATIONS, NO_GRADIENTS, warnings
 from camserve_server.models.sources import build_network, with_channels_of_first_convolution, with_network_defaults
 from camserve_server.models.throughput import Throughput
 from camserve_server.torch_setup.arithmetic import full_precision
+from camserve_server.torch_setup.compiler import compile_obstacle, use_compile
 
 log = structlog.get_logger()
 
@@ -136,7 +137,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
         aliases=aliases,
         random_weights=config.allow_random_weights and config.weights is None,
         no_layer=structure.no_layer,
-        compile=config.compile,
+        compile=_compiles(config, device),
         openvino=config.openvino,
     )
     _limit_remote(model, config)
@@ -148,6 +149,13 @@ def load(config: ModelConfig, device: torch.device) -> Model:
     main = made.pop(precision)
     main.others = made
     return main
+
+
+def _compiles(config: ModelConfig, device: torch.device) -> bool:
+    used, obstacle = use_compile(config.compile, device.type, compile_obstacle)
+    if obstacle:
+        log.info("torch.compile is not used", model=config.name, reason=obstacle)
+    return used
 
 
 def _check_openvino(config: ModelConfig, where: str) -> None:

@@ -69,10 +69,11 @@ class Model:
             warm-up; empty for kinds that were not compared.
         linear_layers: Names of the linear layers whose input is one vector per image, set at warm-up.
         throughput: Throughput of each kind of lane, first observed at warm-up.
-        compile: True if the configuration requests torch.compile.
+        compile: True if torch.compile is used, provided that it works for this network.
         openvino: True if the configuration requests OpenVINO.
         fast_forward: Faster forward pass for batches of `fast_forward_size` rows without hooks, set at warm-up if there
             is one.
+        compiled: True if torch.compile has compiled `fast_forward`.
         fast_forward_size: Number of rows of the batches that `fast_forward` runs.
     """
 
@@ -116,6 +117,7 @@ class Model:
     devices: tuple[str, ...] = ()
     fast_forward: Callable[[Tensor], Tensor] | None = None
     fast_forward_size: int = 0
+    compiled: bool = False
 
     @property
     def remote(self) -> RemoteNetwork | None:
@@ -183,7 +185,8 @@ class Model:
             at = gap.weight.data_ptr()
             name = next(name for name, weight in self.module.named_parameters() if weight.data_ptr() == at)
             gap = replace(gap, weight=module.get_parameter(name).flatten(1))
-        return replace(self, module=module, gap=gap, fast_forward=None, fast_forward_size=0, **changes)
+        none: dict[str, Any] = {"fast_forward": None, "fast_forward_size": 0, "compiled": False}
+        return replace(self, module=module, gap=gap, **none, **changes)
 
     def image(self, tensor: Tensor) -> Image:
         """Return a preprocessed image [C, H, W] with its normalisation, on the model's device and in its `dtype`."""

@@ -314,7 +314,9 @@ def versions() -> Mapping[str, str]:
 
 
 def _versions_of(model: Model) -> Mapping[str, str]:
-    """Return the version of a package that runs the forward pass in place of torch."""
+    """Return the version of what runs or has compiled the forward pass in place of the network itself."""
+    if model.compiled:
+        return {"torch.compile": versions()["torch"]}
     return {"openvino": model.fast_forward.version} if isinstance(model.fast_forward, OpenVinoForward) else {}
 
 

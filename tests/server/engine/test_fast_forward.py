@@ -1,6 +1,7 @@
 """Fast forward passes of batches without hooks: torch.compile on request, CUDA graphs on a GPU."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from camserve_server.engine.warmup import warm_up
 from camserve_server.models.load import load
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Predict
+from camserve_server.service import responses
 from tests import nets
 from tests.support import TIMEOUT_S, call, explained, metric, noise, running, submit
 
@@ -28,7 +30,8 @@ compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compil
 
 
 def load_small(device: torch.device = CPU, **config: object) -> Model:
-    model = load(ModelConfig.model_validate({"precision": "fp32", **SMALL, **config}), device)
+    # Not "auto", with which the tests on a GPU would compile all of their networks.
+    model = load(ModelConfig.model_validate({"precision": "fp32", "compile": False, **SMALL, **config}), device)
     for each in model.precisions.values():
         warm_up(each, 4)
     return model
@@ -37,6 +40,10 @@ def load_small(device: torch.device = CPU, **config: object) -> Model:
 def maps(model: Model, method: str) -> Tensor:
     parameters = {"masks": 20} if method == "rise" else {}
     return explained(model, noise(3, 32, 32), call(model, method, None, **parameters), [1, 2]).maps
+
+
+def receipt_versions(model: Model) -> Mapping[str, str]:
+    return responses._constant_receipt(model).versions
 
 
 def weights_of(module: object) -> list[Tensor]:
@@ -54,6 +61,7 @@ def compiled() -> Model:
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_network_gives_the_same_maps(compiled: Model, method: str) -> None:
     assert compiled.fast_forward is not None
+    assert compiled.compiled
     assert {id(weight) for weight in weights_of(compiled.fast_forward)} == {
         id(weight) for weight in weights_of(compiled.module)
     }
@@ -91,8 +99,18 @@ def test_random_copy_does_not_use_the_compiled_weights(compiled: Model) -> None:
     assert scores[0] < 0.99
 
 
-def test_network_is_not_compiled_by_default() -> None:
-    assert load_small().fast_forward is None
+def test_networks_on_cpus_are_not_compiled_by_default() -> None:
+    assert ModelConfig.model_validate(SMALL).compile == "auto"
+    model = load_small(compile="auto")
+    assert (model.fast_forward, model.compile, model.compiled) == (None, False, False)
+
+
+@pytest.mark.slow
+@compiler
+def test_receipts_name_the_compiler_only_if_it_is_used(compiled: Model) -> None:
+    assert receipt_versions(compiled)["torch.compile"] == torch.__version__
+    for other in (load_small(), compiled.with_module(compiled.module)):
+        assert "torch.compile" not in receipt_versions(other)
 
 
 @pytest.mark.parametrize("breaks", [True, False], ids=["exception", "wrong logits"])
@@ -105,7 +123,7 @@ def test_technique_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, break
     monkeypatch.setattr(fast_forward, "_techniques", lambda model, X: [("torch.compile", technique)])
     with capture_logs() as logs:
         model = load_small(compile=True)
-    assert model.fast_forward is None
+    assert (model.fast_forward, model.compiled) == (None, False)
     reason = (
         "RuntimeError: this network cannot be compiled" if breaks else "its logits differ from those of the network"
     )

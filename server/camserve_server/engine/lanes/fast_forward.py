@@ -24,6 +24,7 @@ LOGIT_TOLERANCE: dict[Precision, float] = {"fp64": 1e-9, "fp32": 1e-4, "tf32": 1
 # OpenVINO is used if it is at least this many times as fast as the network, because it needs memory for its weights.
 OPENVINO_SPEED = 1.15
 COMPARED_PASSES = 5
+COMPILE = "torch.compile"
 
 
 class GraphedForward:
@@ -69,10 +70,10 @@ class GraphedForward:
 
 @torch.no_grad()
 def build_fast_forward(model: Model, size: int) -> ForwardPass | None:
-    """Build a faster forward pass for batches without hooks.
+    """Build a faster forward pass for batches without hooks, and set `compiled` of the model.
 
-    Each technique (torch.compile or OpenVINO if the model's configuration requests it, CUDA graphs on a GPU) is used
-    only if it runs and its logits agree with those of the network, and OpenVINO only if it is faster.
+    Each technique (torch.compile or OpenVINO if the model asks for it, CUDA graphs on a GPU) is used only if it runs
+    and its logits agree with those of the network, and OpenVINO only if it is faster.
 
     Args:
         model: Model to accelerate.
@@ -82,6 +83,7 @@ def build_fast_forward(model: Model, size: int) -> ForwardPass | None:
         A function from [size, C, H, W] to logits [size, classes], or None if no technique applies. Only the thread that
         calls `build_fast_forward` may call it.
     """
+    model.compiled = False
     if not (model.compile or model.openvino) and model.device.type != "cuda":
         return None
     shape = (size, model.preprocessing.channels, *model.preprocessing.size)
@@ -113,6 +115,7 @@ def _accelerated(model: Model, X: Tensor) -> ForwardPass | None:
             )
         else:
             forward = faster
+            model.compiled |= name == COMPILE
     return None if forward is plain else forward
 
 
@@ -135,7 +138,7 @@ def _copy_with_shared_weights(module: nn.Module) -> nn.Module:
 
 def _techniques(model: Model, X: Tensor) -> Iterator[tuple[str, Callable[[ForwardPass], ForwardPass]]]:
     if model.compile:
-        yield "torch.compile", partial(torch.compile, dynamic=False, options={"compile_threads": 1})
+        yield COMPILE, partial(torch.compile, dynamic=False, options={"compile_threads": 1})
     if model.openvino:
         yield "OpenVINO", lambda _: OpenVinoForward(model, X)
     if model.device.type == "cuda":

@@ -149,6 +149,7 @@ def _model_facts(model: Model) -> bytes:
                 "channels_last": model.channels_last,
                 "one_row": model.one_row,
                 "fast_forward": model.fast_forward_size if model.fast_forward else 0,
+                "compiled": model.compiled,
                 "head": model.head,
                 "labels": model.labels,
                 "preprocessing": str(model.preprocessing),
