@@ -37,7 +37,9 @@ FROM python:3.11-slim
 LABEL org.opencontainers.image.title="camserve" \
       org.opencontainers.image.description="Explains image classifiers over gRPC" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN useradd --uid 10001 --user-group --create-home camserve
+# A volume at .cache gets the owner of the folder.
+RUN useradd --uid 10001 --user-group --create-home camserve \
+ && install --directory --owner camserve --group camserve --mode 700 /home/camserve/.cache
 COPY --from=build /opt/camserve /opt/camserve
 # PYTHONDONTWRITEBYTECODE: the image contains the bytecode, and the file system may be read-only.
 # CAMSERVE_LISTEN: all interfaces of the container, so that its port can be published. Without TLS the server refuses to
