@@ -31,6 +31,7 @@ from benchmarks import (
     ray_serve,
     savings,
     service,
+    start_time,
 )
 from benchmarks.bench_setup import Bench
 from benchmarks.machine import ROOT, facts
@@ -55,6 +56,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Result], int]] = {
     "busy": (busy_machine.section, 30),
     "host": (host.section, 8),
     "load": (load_time.section, 20),
+    "start": (start_time.section, 6),
 }
 
 

@@ -214,13 +214,19 @@ def server(subject: Subject, device: str) -> Iterator[str]:
 
 
 @contextmanager
-def running(config: str) -> Iterator[str]:
-    """Run `camserve serve` with a configuration in TOML as a process, and yield its address once it is ready."""
+def running(config: str, **variables: str) -> Iterator[str]:
+    """Run `camserve serve` with a configuration in TOML as a process, and yield its address once it is ready.
+
+    Args:
+        config: The configuration.
+        **variables: Environment variables.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "camserve.toml"
         path.write_text(config, encoding="utf-8")
         command = [sys.executable, "-m", "camserve_cli", "serve", "--config", str(path)]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        env = {**os.environ, "PYTHONPATH": python_path, **variables}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
             try:
                 assert process.stdout is not None, "it is a pipe"

@@ -33,6 +33,7 @@ from benchmarks import (
     savings,
     separate_process,
     service,
+    start_time,
     subjects,
 )
 from benchmarks.bench_setup import Bench
@@ -76,6 +77,7 @@ def bench(subject: Subject) -> Iterator[Bench]:
         busy_machine.section,
         host.section,
         load_time.section,
+        start_time.section,
     ],
 )
 def test_section_gives_a_complete_result(
