@@ -15,7 +15,7 @@ from camserve_server.models.cuts import MAX_CUT, CutMeter, layers_with_cuts, mea
 from camserve_server.models.load import load
 from camserve_server.models.probe import probe
 from tests import nets
-from tests.support import as_model, call, explained, noise
+from tests.support import as_model, call, explained, noise, without_calls
 
 import timm  # isort: skip
 import torchvision  # isort: skip
@@ -297,7 +297,7 @@ def test_configured_layer_in_a_side_branch_is_reported() -> None:
     assert [each["reason"] for each in logs if each["log_level"] == "warning"] == [warning]
     with structlog.testing.capture_logs() as logs:
         assert load(config.model_copy(update={"layer": "down"}), torch.device("cpu")).warnings == ()
-    assert logs == []
+    assert without_calls(logs) == []
 
 
 # ---- published networks ----------------------------------------------------------------------------------------------
