@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -43,10 +44,11 @@ def reported(address: str) -> Iterator[Iterator[LoadReport]]:
 
 
 @contextmanager
-def busy(server: Server) -> Iterator[None]:
+def busy(server: Server, method: str = "opti-cam", **parameters: int) -> Iterator[None]:
     """Let the server work on a request that takes longer than the test."""
+    parameters = parameters or {"steps": 10_000}
     with patient_client(server.address) as client:
-        stream = client.explain_stream(IMAGE, method="opti-cam", parameters={"steps": 10_000})
+        stream = client.explain_stream(IMAGE, method=method, parameters=parameters)
         next(event for event in stream if getattr(event, "rows_done", 0))
         try:
             yield
@@ -82,7 +84,7 @@ def test_client_prefers_the_server_that_owes_less() -> None:
     with ExitStack() as stack:
         loaded, idle = (stack.enter_context(serving(Config(**LIMITS))) for _ in range(2))
         client = stack.enter_context(patient_client(f"ipv4:{loaded.address},{idle.address}"))
-        stack.enter_context(busy(loaded))
+        stack.enter_context(busy(loaded, "rise", masks=1_000_000))
 
         def most_calls_reach_the_idle_server() -> bool:
             before = rows(idle)
@@ -125,7 +127,7 @@ def test_interval_is_as_requested_within_limits(
         await anext(streams[0])
         assert waits[-1] == max(requested_s, SHORTEST_INTERVAL_S)
 
-    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(reports, "asyncio", SimpleNamespace(sleep=sleep))  # servers of other tests sleep, too
     asyncio.run(read())
 
 
