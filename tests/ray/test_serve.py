@@ -43,7 +43,7 @@ from tests.server.service.frontends.test_calls import (
 )
 from tests.server.service.test_errors import CASES, IMAGE, TIMEOUT_S, details, method, metric, request
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test also starts the cluster
 
 CONFIG = f"""
 device = "cpu"
