@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, get_args
+from weakref import WeakKeyDictionary
 
 import structlog
 
@@ -49,6 +50,7 @@ class BatchSizes:
 
     def __init__(self, cache: CacheFolder | None = None) -> None:
         self._cache = cache
+        self._keys: WeakKeyDictionary[Model, dict[str, Any]] = WeakKeyDictionary()
         self._measured: dict[str, dict[LaneKind, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -64,7 +66,7 @@ class BatchSizes:
         """
         if settings.batch_size or model.remote:
             return self._known(settings, model)
-        key, source = measurement_key(model), "earlier load"
+        key, source = self._key(model), "earlier load"
         if _name(key) not in self._measured and self._cache is not None:
             source = "cache folder"
             stored = await asyncio.to_thread(self._cache.read, KIND, key)
@@ -109,18 +111,24 @@ class BatchSizes:
             return False
         log.warning("known batch sizes do not fit into memory, measured again", model=model.name)
         for each in model.precisions.values():
-            self._measured[_name(measurement_key(each))] = {}
+            self._measured[_name(self._key(each))] = {}
             each.batch_sizes.clear()
         return True
+
+    def _key(self, model: Model) -> dict[str, Any]:
+        key = self._keys.get(model)
+        if key is None:
+            key = self._keys[model] = measurement_key(model)
+        return key
 
     def _known(self, settings: ModelConfig, model: Model) -> Mapping[LaneKind, int]:
         """Return the batch sizes that are configured or in memory."""
         if settings.batch_size:
             return dict.fromkeys(get_args(LaneKind), settings.batch_size)
-        return self._measured.get(_name(measurement_key(model)), {})
+        return self._measured.get(_name(self._key(model)), {})
 
     async def _store(self, model: Model, sizes: Mapping[LaneKind, int]) -> None:
-        key = measurement_key(model)
+        key = self._key(model)
         self._measured[_name(key)] = {**sizes}
         if self._cache is not None:
             await asyncio.to_thread(self._cache.write, KIND, key, {**sizes})
