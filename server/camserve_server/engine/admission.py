@@ -111,15 +111,16 @@ class Admission:
             raise Unavailable(message, retry_after_s=1.0)
         self._rows_per_s[device] = rows_per_s
         rows_per_s = sum(self._rows_per_s.values())  # all devices work on the rows that a refused request waits for
-        callers_rows = sum(owed.rows for owed in self._owed.values() if owed.caller == claim.caller.name)
         quota = claim.caller.max_rows_owed
-        if quota is not None and callers_rows and callers_rows + claim.rows > quota:
-            raise QueueFull(
-                f"this caller owes {callers_rows} rows, and this request needs {claim.rows} more; the caller's limit "
-                f"is {quota} rows; wait for its other requests",
-                reason="QUOTA_EXCEEDED",
-                retry_after_s=_wait_s(callers_rows + claim.rows - quota, rows_per_s),
-            )
+        if quota is not None:
+            callers_rows = sum(owed.rows for owed in self._owed.values() if owed.caller == claim.caller.name)
+            if callers_rows and callers_rows + claim.rows > quota:
+                raise QueueFull(
+                    f"this caller owes {callers_rows} rows, and this request needs {claim.rows} more; the caller's "
+                    f"limit is {quota} rows; wait for its other requests",
+                    reason="QUOTA_EXCEEDED",
+                    retry_after_s=_wait_s(callers_rows + claim.rows - quota, rows_per_s),
+                )
         rows_before = _rows_before(self._owed.values(), claim.rows, weight)
         if rows_before and rows_before + claim.rows > self._max_rows_owed:
             raise QueueFull(

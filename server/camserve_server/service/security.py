@@ -28,7 +28,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 CountRefusal = Callable[[str, str], Awaitable[None]]
 # gRPC runs the interceptors and the handler of a call in the same task.
 _token: ContextVar[TokenConfig | None] = ContextVar("token", default=None)
-_checked_subject: ContextVar[str | None] = ContextVar("checked_subject", default=None)  # by a front end
+_known_subject: ContextVar[str | None] = ContextVar("known_subject", default=None)  # that gRPC need not be asked for
 
 
 def caller(context: Context) -> str:
@@ -44,8 +44,8 @@ def caller(context: Context) -> str:
 
 def subject(context: Context) -> str:
     """Return the subject of the client certificate; empty if there is none. Call it in the task of the call."""
-    checked = _checked_subject.get()
-    return next(iter(_subjects(context)), "") if checked is None else checked
+    known = _known_subject.get()
+    return next(iter(_subjects(context)), "") if known is None else known
 
 
 def token_name() -> str:
@@ -75,7 +75,7 @@ def trust(config: Config, token: str, subject: str) -> None:
         subject: The subject of the caller's certificate; empty if it has none.
     """
     _token.set(next((each for each in config.tokens if each.name == token), None))
-    _checked_subject.set(subject)
+    _known_subject.set(subject)
 
 
 def rights(context: Context, config: Config, requested: Priority | None) -> tuple[Caller, Priority]:
@@ -116,6 +116,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._count = count
         self._tokens = config.tokens
         self._allowed = config.tls.allowed_subjects if config.tls else None
+        self._certificates = config.tls is not None and config.tls.client_ca is not None
 
     async def intercept_service(
         self,
@@ -127,6 +128,8 @@ class Guard(grpc.aio.ServerInterceptor):
         service, _, rpc = handler_call_details.method.removeprefix("/").partition("/")
         if handler is None or service in (health.SERVICE_NAME, LOAD_REPORTS):
             return handler
+        if not self._certificates:
+            _known_subject.set("")
         if self._tokens:
             try:
                 token = _authenticate(handler_call_details, self._tokens)
