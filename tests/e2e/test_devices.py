@@ -432,7 +432,11 @@ def test_requests_of_all_devices_are_finished_when_the_server_drains(tmp_path: P
     )
     with served(config) as server, patient_client(server.address) as client:
         assert len(children(server.process.pid)) >= (front_ends if front_ends > 1 else 0)
-        streams = [client.explain_stream(IMAGE, **RISE) for _ in range(4)]
+        longer: dict[str, Any] = {
+            "method": "rise",
+            "parameters": {"masks": 1500},
+        }  # no request ends before the next one arrives
+        streams = [client.explain_stream(IMAGE, **longer) for _ in range(4)]
         for stream in streams:
             next(stream)
         server.process.terminate()

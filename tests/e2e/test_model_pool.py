@@ -33,8 +33,9 @@ from camserve_server.models.load import load
 from camserve_server.service.server import Server
 from tests import nets
 from tests.conftest import serving
-from tests.e2e.engines import wait_until
+from tests.e2e.engines import engine_of, wait_until
 from tests.processes import LIMIT_S, patient_client
+from tests.support import stopped
 
 IMAGE = skimage.data.chelsea()
 TABLE = """
@@ -97,12 +98,13 @@ def test_unloading_waits_for_running_requests(tmp_path: Path) -> None:
         weight = weakref.ref(next(server.models["b"].module.parameters()))
         stream = client.explain_stream(IMAGE, model="b", **LONG)
         next(event for event in stream if isinstance(event, camserve.Progress))
-        command = admin.UnloadModel.future(pb.UnloadModelRequest(model="b"))
-        wait_until(lambda: states(client)["b"] != "ready")
-        with pytest.raises(camserve.FailedPrecondition, match="an operator has unloaded it") as caught:
-            client.explain(IMAGE, model="b", method="grad-cam")
-        assert caught.value.reason == "UNLOADED"
-        assert not command.done(), "a request still runs"
+        with stopped(engine_of(server)):  # so that the request cannot end meanwhile
+            command = admin.UnloadModel.future(pb.UnloadModelRequest(model="b"))
+            wait_until(lambda: states(client)["b"] != "ready")
+            with pytest.raises(camserve.FailedPrecondition, match="an operator has unloaded it") as caught:
+                client.explain(IMAGE, model="b", method="grad-cam")
+            assert caught.value.reason == "UNLOADED"
+            assert not command.done(), "a request still runs"
         *_, explanation = stream
         assert isinstance(explanation, camserve.Explanation)
         command.result(timeout=LIMIT_S)
