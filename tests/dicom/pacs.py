@@ -75,12 +75,29 @@ def send(
         if not association.is_established:
             break
         try:
-            statuses.append(association.send_c_store(each).get("Status"))
+            with parked(association):
+                statuses.append(association.send_c_store(each).get("Status"))
         except RuntimeError:  # the gateway ended the association at this moment
             statuses.append(None)
     if association.is_established:
         association.release()
     return statuses
+
+
+@contextmanager
+def parked(association: Any) -> Iterator[None]:
+    """Let the reactor of an association pause before a message is sent.
+
+    pynetdicom requests the pause itself, but can send while the reactor ends its turn. On a busy machine, the reactor
+    then takes the response, and the sender waits for it in vain.
+    """
+    checkpoint = association._reactor_checkpoint
+    checkpoint.clear()
+    wait_until(lambda: checkpoint._cond._waiters or not association.is_alive(), 0.001)
+    try:
+        yield
+    finally:
+        checkpoint.set()
 
 
 class Pacs:
@@ -218,7 +235,7 @@ class Pacs:
             association.release()
 
     def _send_report(self, association: Any, report: Dataset) -> None:
-        with contextlib.suppress(RuntimeError):  # the gateway may have been killed
+        with contextlib.suppress(RuntimeError), parked(association):  # the gateway may have been killed
             response, _ = association.send_n_event_report(
                 report,
                 2 if "FailedSOPSequence" in report else 1,
