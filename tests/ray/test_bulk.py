@@ -136,9 +136,9 @@ def test_lost_node_and_killed_driver_leave_each_image_exactly_once(inputs: Path,
         kept = [row for row in rows_of(out) if not row["error"]]
         assert 3 <= len(kept) < 2 * (len(contents(inputs)) - WHITE) + 1
 
-        hold.end(running.head)
         second = started(inputs, out, running.address)
         hold.wait(running.worker, second)  # its engine evaluates an image now
+        hold.end(running.head)  # not earlier: the head could evaluate all images before the worker has started
         running.worker.kill()
         _, stderr = second.communicate(timeout=LIMIT_S)
     assert second.returncode == 1, "one image is broken"
