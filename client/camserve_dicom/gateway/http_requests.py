@@ -14,6 +14,8 @@ __all__ = ["TEMPORARY_STATUSES", "HttpDestination", "Response", "TooLarge"]
 
 # An operator may renew credentials that have expired. All statuses from 500 are temporary, too.
 TEMPORARY_STATUSES = (401, 403, 408, 425, 429)
+# Responses to results, messages and workitems are small. A larger one is refused, so that it does not fill the memory.
+MAX_SMALL_BYTES = 16 << 20
 MAX_RETRY_AFTER_S = 3600.0  # another system must not stop the gateway for days
 
 
@@ -64,10 +66,13 @@ class HttpDestination:
     def post(self, body: bytes, headers: dict[str, str]) -> Response:
         """Send a POST request to the URL and return the response, see `request`."""
         target = f"{self._url.path or '/'}{'?' if self._url.query else ''}{self._url.query}"
-        return self.request("POST", target, body, headers)
+        try:
+            return self.request("POST", target, body, headers, MAX_SMALL_BYTES)
+        except TooLarge as error:
+            raise TemporaryFailure(str(error)) from error
 
     def request(
-        self, method: str, target: str, body: bytes | None, headers: dict[str, str], max_bytes: int | None = None
+        self, method: str, target: str, body: bytes | None, headers: dict[str, str], max_bytes: int
     ) -> Response:
         """Send a request to the host of the URL and return the response.
 
@@ -79,7 +84,7 @@ class HttpDestination:
             max_bytes: Maximum size of the body of the response.
 
         Raises:
-            TemporaryFailure: If there is no response.
+            TemporaryFailure: If there is no complete response.
             TooLarge: If the body of the response has more than `max_bytes`.
             OSError: If the file of the Authorization header cannot be read.
         """
@@ -95,14 +100,16 @@ class HttpDestination:
         try:
             connection.request(method, target, body, headers)
             response = connection.getresponse()
-            data = response.read(None if max_bytes is None else max_bytes + 1)
+            data = response.read(max_bytes + 1)
+            if len(data) <= max_bytes and response.length:  # `read` with a limit does not notice a lost connection
+                raise http.client.IncompleteRead(data, response.length)
         except (OSError, http.client.HTTPException) as error:
             raise TemporaryFailure(f"no connection to {host}") from error
         except ValueError:  # it has the value of the header, which must not get into reason.json
             raise TemporaryFailure("the Authorization header has characters that are not allowed") from None
         finally:
             connection.close()
-        if max_bytes is not None and len(data) > max_bytes:
+        if len(data) > max_bytes:
             raise TooLarge(f"the response has more than {max_bytes} bytes")
         wait = response.getheader("Retry-After", "")
         retry_after_s = min(float(wait), MAX_RETRY_AFTER_S) if wait.isdecimal() else None

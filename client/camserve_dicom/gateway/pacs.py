@@ -260,5 +260,5 @@ def _parse_statuses(body: bytes) -> dict[str, int]:
                 if reason in item:
                     statuses[item["00081155"]["Value"][0]] = int(item[reason]["Value"][0])
         return statuses
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}

@@ -13,7 +13,7 @@ import structlog
 from pydicom import Dataset, Sequence, dcmread
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from camserve_dicom.gateway.http_requests import HttpDestination, Response, TooLarge
+from camserve_dicom.gateway.http_requests import MAX_SMALL_BYTES, HttpDestination, Response, TooLarge
 from camserve_dicom.gateway.intake import HEADER
 from camserve_dicom.gateway.workers import PermanentFailure, TemporaryFailure
 from camserve_dicom.gateway.worklist_config import WorklistConfig
@@ -23,8 +23,6 @@ __all__ = ["ImageReference", "Unreadable", "Worklist", "input_images"]
 log = structlog.get_logger()
 
 DICOM_JSON = "application/dicom+json"
-# Workitems are small. A larger response is refused, so that it does not fill the memory.
-MAX_JSON_BYTES = 16 << 20
 # Workitems that one search returns.
 SEARCH_LIMIT = 100
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
@@ -203,7 +201,7 @@ class Worklist:
             headers["Content-Type"] = DICOM_JSON
             body = json.dumps([payload.to_json_dict()]).encode()
         try:
-            response = self._http.request(method, self._path + path, body, headers, MAX_JSON_BYTES)
+            response = self._http.request(method, self._path + path, body, headers, MAX_SMALL_BYTES)
         except TooLarge as error:
             raise PermanentFailure(str(error)) from error
         if response.is_temporary:
