@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from prometheus_client import CollectorRegistry
 
 from camserve_dicom.gateway import workers
 from camserve_dicom.gateway.audit import Audit
-from camserve_dicom.gateway.spool import Spool, Stage
+from camserve_dicom.gateway.config import Config
+from camserve_dicom.gateway.process import Gateway
+from camserve_dicom.gateway.spool import Spool, Stage, write_file
 
 
 def test_retry_delay_doubles_up_to_a_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +66,34 @@ def test_object_that_arrives_twice_at_once_is_in_one_stage(tmp_path: Path, monke
     assert (spool.folder(Stage.outbox) / "x" / "source.dcm").read_bytes() == b"first"
     assert [*(spool.root / "incoming").iterdir()] == []
     spool.close()
+
+
+def test_entry_that_has_moved_is_not_created_again(tmp_path: Path) -> None:
+    """An entry without an image would count as its object in progress, so that the object is never explained."""
+    spool, audit = Spool(tmp_path / "spool"), Audit(tmp_path / "audit.jsonl", CollectorRegistry())
+    assert spool.add("a", {"source.dcm": b"image"})
+    entry = spool.folder(Stage.inbox) / "a"
+    moved = spool.move(entry, Stage.outbox)
+    with pytest.raises(FileNotFoundError):
+        workers.move_to_dead(spool, audit, entry, "the entry is older than retention_h")
+    for file in ("begun.json", "results/sc.dcm"):
+        with pytest.raises(FileNotFoundError):
+            write_file(entry / file, {}, new_folder="/" in file)
+    assert [spool.entries(stage) for stage in (Stage.inbox, Stage.outbox, Stage.dead)] == [[], [moved], []]
+    assert not (tmp_path / "audit.jsonl").exists()
+
+
+def test_cleanup_goes_on_if_a_stage_cannot_be_read(tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {"spool": tmp_path / "spool", "callers": ["A"], "pacs": {"ae_title": "PACS", "address": "127.0.0.1:104"}}
+    )
+    gateway = Gateway(config)
+    try:
+        assert gateway._spool.add("a", {"source.dcm": b"image"}, Stage.stored)
+        os.utime(gateway._spool.folder(Stage.stored) / "a" / "source.dcm", (0, 0))
+        gateway._spool.folder(Stage.inbox).rename(tmp_path / "away")
+        gateway.clean_up()
+        assert [each.name for each in gateway._spool.entries(Stage.dead)] == ["a"]
+    finally:
+        gateway._client.close()
+        gateway._spool.close()

@@ -94,7 +94,7 @@ def record_results(spool: Spool, entry: Path) -> None:
     if not entry.exists():  # another thread removed it
         return
     for each in workitems:
-        write_file(each / "done" / entry.name, {"results": results})
+        write_file(each / "done" / entry.name, {"results": results}, new_folder=True)
     spool.arrived[Stage.worklist].set()
 
 

@@ -61,7 +61,7 @@ def write_messages(config: Config, spool: Spool, entry: Path, made: DicomExplana
     results = [(kind, str(each.SOPClassUID), str(each.SOPInstanceUID)) for kind, each in made.objects.items()]
     message = ("results.stored", entry.name, datetime.now(UTC), made.image.source, results, [finding])
     for name, content in _messages(config, spool, "images", *message).items():
-        write_file(entry / UNSENT / name, content)
+        write_file(entry / UNSENT / name, content, new_folder=True)
 
 
 def study_messages(

@@ -255,7 +255,7 @@ class Performer:
         if len(images) > self._table.max_images:
             raise PermanentFailure(f"the workitem has more than {self._table.max_images} images")
         for each in images:
-            write_file(entry / "images" / self._spool.entry_name(each.sop_instance), each._asdict())
+            write_file(entry / "images" / self._spool.entry_name(each.sop_instance), each._asdict(), new_folder=True)
 
     def _retrieve(self, entry: Path, name: str) -> None:
         """Retrieve an image, and add it to the inbox."""
@@ -269,12 +269,12 @@ class Performer:
             dropped = self._intake.add(header, part10, CALLER)
         except PermanentFailure as failure:
             self._audit.write_once("not retrieved", object=name, workitem=entry.name, reason=failure.reason)
-            write_file(entry / "failed" / name, {"reason": failure.reason})
+            write_file(entry / "failed" / name, {"reason": failure.reason}, new_folder=True)
         except SpoolFull as error:
             raise TemporaryFailure("the spool is full") from error
         else:
             kind = "added" if dropped in (None, IN_PROGRESS) else "skipped"
-            write_file(entry / kind / name, {"reason": dropped})
+            write_file(entry / kind / name, {"reason": dropped}, new_folder=True)
 
     def _decide_from(self, entry: Path, record: dict[str, Any], workitem: Dataset, images: Images) -> None:
         """Write the outcome of a workitem whose images are finished."""

@@ -154,7 +154,12 @@ class Gateway:
         except OSError as error:
             log.info("studies not cleaned up", errno=error.errno)
         for stage in Stage:
-            for entry, changed in self._spool.entries_with_times(stage):
+            try:
+                entries = [*self._spool.entries_with_times(stage)]
+            except OSError as error:  # such as too many open files, which must not end the gateway
+                log.error("the spool cannot be read", errno=error.errno)
+                continue
+            for entry, changed in entries:
                 # Images of a workitem move first. The workitem is then canceled, which may take a while.
                 if changed > (oldest - retention_s if stage is Stage.worklist else oldest):
                     continue

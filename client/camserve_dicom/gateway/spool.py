@@ -204,15 +204,21 @@ class Spool:
         return path.read_bytes()
 
 
-def write_file(path: Path, data: bytes | Mapping[str, Any]) -> None:
-    """Write a file of an entry atomically, and wait until it is on the disk. Its folder is created if necessary.
+def write_file(path: Path, data: bytes | Mapping[str, Any], *, new_folder: bool = False) -> None:
+    """Write a file of an entry atomically, and wait until it is on the disk.
 
     Args:
         path: The file.
         data: Its content; a mapping is written as JSON.
+        new_folder: Create the folder of the file if necessary. Use it for folders in an entry only: another thread may
+            have moved the entry, and a new one in its place would have no image.
+
+    Raises:
+        OSError: If the entry does not exist any more, or the file cannot be written.
     """
     content = data if isinstance(data, bytes) else json.dumps(data, ensure_ascii=False).encode()
-    path.parent.mkdir(mode=0o700, exist_ok=True)
+    if new_folder:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
     new = path.with_name(f".{path.name}")
     new.unlink(missing_ok=True)
     _write(new, content)

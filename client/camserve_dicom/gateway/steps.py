@@ -112,7 +112,7 @@ class ExplanationStep:
         seconds = round(time.monotonic() - started, 3)
         shutil.rmtree(entry / "results", ignore_errors=True)  # an interrupted attempt may have left some
         for kind, each in made.objects.items():
-            write_file(entry / "results" / f"{kind}.dcm", file_bytes(each))
+            write_file(entry / "results" / f"{kind}.dcm", file_bytes(each), new_folder=True)
         self._studies.add_explained(entry.name, made)
         write_messages(self._config, self._spool, entry, made)
         self._audit.write(

@@ -69,7 +69,7 @@ class Studies:
             if limit is not None and _count(path.parent) >= limit:
                 _write_mark(path.parent.parent / "left_out" / entry)
                 return False
-            write_file(path, {"state": "received"})
+            write_file(path, {"state": "received"}, new_folder=True)
             (path.parent.parent / "not_selected" / entry).unlink(missing_ok=True)  # the rules have changed
             return True
 
@@ -103,7 +103,7 @@ class Studies:
             header = path.parent.parent / "header.dcm"
             if not header.exists():
                 write_file(header, file_bytes(patient_and_study(source)))
-            write_file(path, {"state": "explained", "image": image.to_json()})
+            write_file(path, {"state": "explained", "image": image.to_json()}, new_folder=True)
 
     def _image_path(self, study_uid: str, entry: str) -> Path:
         """Return the path of the file of an image. The folder of its study is created if necessary."""
@@ -292,7 +292,7 @@ def _count(folder: Path) -> int:
 def _write_mark(path: Path) -> None:
     """Create an empty file, unless it exists."""
     if not path.exists():
-        write_file(path, b"")
+        write_file(path, b"", new_folder=True)
 
 
 def _change_time(folder: Path) -> float | None:
