@@ -128,7 +128,7 @@ def _struct(parameters: Parameters, field: str) -> Struct:
     struct = Struct()
     try:
         struct.update({name: v.item() if isinstance(v, np.generic) else v for name, v in parameters.items()})
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InvalidArgument(
             f"the parameters are {parameters!r}; expected numbers, booleans or strings", field=field
         ) from None

@@ -92,6 +92,7 @@ NativeMaps = Annotated[
 ]
 # Longer than the default of the client library: a user sees the progress and can press Ctrl-C.
 DEFAULT_TIMEOUT_S = DefaultTimeout(300)
+_MAX_DIGITS = 20  # of a class index; Python refuses to convert some thousands of them
 Named = TypeVar("Named", Model, Layer, Method, Metric)
 Connected = TypeVar("Connected")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per line on stdout instead of a table.")]
@@ -253,7 +254,7 @@ def _with_options(command: Callable[..., None], name: str, group: type[Any]) -> 
 
 def read_target(text: str) -> int | str:
     """Parse a target. Digits are a class index, and any other text is a label."""
-    return int(text) if text.isascii() and text.isdigit() else text
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else text
 
 
 def read_variant(text: str, parameters: dict[str, Any], layers: list[str] | None, seed: int) -> Variant:
@@ -290,7 +291,7 @@ def read_parameters(texts: list[str] | None, option: str = "--param") -> dict[st
             raise typer.BadParameter(f"{each!r} does not have the form KEY=VALUE", param_hint=option)
         try:
             parameters[key] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             parameters[key] = text
     return parameters
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,9 @@ def errors_as_lines() -> Iterator[None]:
         yield
     except (CamserveError, OSError) as error:
         typer.echo(f"error: {error_text(error)}", err=True)
+        raise typer.Exit(1) from None
+    except UnicodeEncodeError as error:  # of an argument; requests contain UTF-8
+        typer.echo(f"error: {error.object!a} contains bytes that are not UTF-8; expected UTF-8", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("cancelled", err=True)
@@ -227,4 +231,9 @@ def warn(image: Path, result: SaliencyMap) -> None:
 
 def print_json(record: dict[str, Any]) -> None:
     """Print an object as one line of JSON on stdout."""
-    typer.echo(json.dumps(record, ensure_ascii=False))
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(record)
+    typer.echo(text)

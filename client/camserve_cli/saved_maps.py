@@ -51,7 +51,8 @@ def save(image: Path, explanation: Explanation, out: Path, stem: str) -> list[Fi
         **_shared_fields(explanation),
     }
     text = json.dumps(record, ensure_ascii=False, indent=2)
-    record_path(out, stem).write_text(text + "\n", encoding="utf-8")
+    # The escapes of bytes in file names that are not UTF-8 are those of JSON.
+    record_path(out, stem).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     return written
 
 
