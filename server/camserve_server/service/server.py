@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import grpc
@@ -208,7 +208,13 @@ async def run(config: Config, ready: Callable[[Server], None]) -> int:
     signals = (signal.SIGINT, signal.SIGTERM)
     server = Server(config)
     starting = asyncio.create_task(server.start())
-    _on_signals(loop, signals, starting.cancel)
+
+    def stop() -> None:
+        stopping.set()
+        starting.cancel()  # without effect after the start
+
+    for number in signals:
+        loop.add_signal_handler(number, stop)
     try:
         await starting
     except asyncio.CancelledError:
@@ -217,7 +223,6 @@ async def run(config: Config, ready: Callable[[Server], None]) -> int:
     except (CamserveError, ConfigError) as error:
         await server.stop(0)
         raise ConfigError(str(error)) from error
-    _on_signals(loop, signals, stopping.set)
     ready(server)
     server.engines.failed.add_done_callback(lambda _: loop.call_soon_threadsafe(stopping.set))
     await stopping.wait()
@@ -231,10 +236,3 @@ async def run(config: Config, ready: Callable[[Server], None]) -> int:
     log.info("draining", grace_s=config.grace_s)
     await server.stop(config.grace_s)
     return 0
-
-
-def _on_signals(
-    loop: asyncio.AbstractEventLoop, signals: Sequence[signal.Signals], callback: Callable[[], object]
-) -> None:
-    for number in signals:
-        loop.add_signal_handler(number, callback)
