@@ -92,8 +92,12 @@ class BatchRunner:
                 self._in_flight.popleft().synchronize()
 
     def _run(self, model: Model, lane: Lane, slices: list[BatchSlice]) -> None:
-        """Run the slices as one batch or, if it does not fit into memory, as halves of it."""
-        size = self._size(model, lane, sum(each.stop - each.start for each in slices))
+        """Run the slices as one batch or, if it does not fit into memory, in parts of it."""
+        rows = sum(each.stop - each.start for each in slices)
+        if rows > self.batch_size(lane):  # memory ran out, then another error occurred, and the slice is run alone
+            self._run_parts(model, lane, slices, self.batch_size(lane))
+            return
+        size = self._size(model, lane, rows)
         full = self.batch_size(lane) if self._padded else size
         try:
             with full_linear_layers(model, size, full):
@@ -111,7 +115,10 @@ class BatchRunner:
         torch.cuda.empty_cache()
         self._largest[lane.model, lane.kind] = size // 2
         self._on_halved(model, lane.kind, size // 2)
-        for chunk in _chunks(slices, size // 2):
+        self._run_parts(model, lane, slices, size // 2)
+
+    def _run_parts(self, model: Model, lane: Lane, slices: list[BatchSlice], size: int) -> None:
+        for chunk in _chunks(slices, size):
             self._run(model, lane, chunk)
 
 

@@ -283,7 +283,8 @@ class StoppingRule:
         Returns:
             True if the remaining channels cannot change S_l by more than the tolerance.
         """
-        self._rows = torch.cat([self._rows, scores.probabilities])
+        # A batch that failed in this function is run again.
+        self._rows = torch.cat([self._rows[:start], scores.probabilities])
         while self.error is None and self._parts * (self.done + 1) <= len(self._rows):
             at = self._parts * self.done
             w = self._weights([self._rows[at + i : at + i + 1] for i in range(self._parts)])  # [1, T]

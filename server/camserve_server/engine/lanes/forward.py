@@ -71,9 +71,10 @@ class ForwardQuery:
         raise NotImplementedError
 
     def take_logits(self, start: int, stop: int, logits: Tensor) -> None:
-        """Store the logits [stop − start, classes] of rows [start, stop) unless they are stored already."""
-        if stop > self.done:  # a batch that is run again repeats rows
-            self.store_logits(start, stop, logits)
+        """Store the logits [stop − start, classes] of those rows [start, stop) that are not stored already."""
+        first = max(start, self.done)  # a batch that is run again repeats rows
+        if first < stop:
+            self.store_logits(first, stop, logits[first - start :])
             self.done = stop
 
     def store_logits(self, start: int, stop: int, logits: Tensor) -> None:

@@ -46,17 +46,21 @@ class GradientQuery:
     def take_gradients(self, start: int, stop: int, activations: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Store copies of the activations and gradients of rows [start, stop), or add them to the sum.
 
+        Rows that are stored already are left out, because a batch that is run again repeats rows.
+
         Args:
             start: Index of the first row.
             stop: Index after the last row.
             activations: Activations [stop − start, K, h, w] of each layer.
             gradients: Gradients ∂y_c/∂A of the same shapes.
         """
-        if stop <= self._done:  # a batch that is run again repeats rows
+        first = max(start, self._done)
+        if first >= stop:
             return
-        batch = Gradients(detached_copies(activations, self._dtype), detached_copies(gradients, self._dtype))
+        new = [[value[first - start :] for value in values] for values in (activations, gradients)]
+        batch = Gradients(*(detached_copies(values, self._dtype) for values in new))
         if self._sum:
-            self._sum.add(start, [_row(batch, i) for i in range(stop - start)])
+            self._sum.add(first, [_row(batch, i) for i in range(stop - first)])
         else:
             self._batches.append(batch)
         self._done = stop
