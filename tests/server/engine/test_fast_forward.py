@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from camserve_server.engine.lanes.dispatch import BatchSlice, start_query
 from camserve_server.engine.warmup import warm_up
 from camserve_server.models.load import load
 from camserve_server.models.model import LaneKind, Model
-from camserve_server.plan import Predict
+from camserve_server.plan import Capture, Predict, Query
 from camserve_server.service import responses
 from tests import nets
-from tests.support import TIMEOUT_S, call, explained, metric, noise, running, submit
+from tests.support import TIMEOUT_S, call, explained, metric, noise, running, stopped, submit
 
 CPU = torch.device("cpu")
 SMALL = {"name": "small", "source": "python:tests.nets:tiny_cnn", "input_size": (32, 32), "batch_size": 4}
@@ -150,6 +151,29 @@ def test_only_batches_of_the_configured_size_use_fast_forward(compiled: Model) -
         sizes: dict[LaneKind, int] = {"forward": size, "gradient": size, "ascend": size}
         explained(model, noise(3, 32, 32), call(model, "score-cam"), [1], batch_sizes=sizes)
     assert set(sizes_seen) == {4}
+
+
+@pytest.mark.parametrize("sizes", [(), (1, 2, 4)], ids=["padded", "small batches"])
+def test_bits_of_short_queries_do_not_depend_on_other_requests(sizes: tuple[int, ...]) -> None:
+    """On a CPU, they run on the network, whether the batch is full or contains queries with hooks."""
+    model = load_small()
+
+    def other_bits(X: Tensor) -> Tensor:
+        return model.module(X) + 1e-3  # type: ignore[no-any-return]
+
+    model.fast_forward, model.fast_forward_size, model.equal_sizes = other_bits, 4, {"forward": sizes} if sizes else {}
+    x = model.image(noise(3, 32, 32))
+    capture = Capture(x, (model.layers[0].name,))
+    cases: list[tuple[int, list[Query[Any]]]] = [(2, [Predict(x)] * 3), (3, [capture])]
+    with running() as engine:
+        alone = engine.submit(iter(Predict(x)), model, rows=1).future.result(TIMEOUT_S)
+        for batches, others in cases:
+            with stopped(engine):
+                among = engine.submit(iter(Predict(x)), model, rows=1)
+                for query in others:
+                    engine.submit(iter(query), model, rows=1)
+            assert torch.equal(among.future.result(TIMEOUT_S), alone)
+            assert engine.counters.batches == batches, "the queries share one batch"
 
 
 @pytest.mark.gpu

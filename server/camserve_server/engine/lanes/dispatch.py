@@ -10,7 +10,7 @@ cores, the waits of libgomp block in the kernel, and the process loses a third o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -83,13 +83,6 @@ def start_query(
     return Lane(model.lane_key, kind, sizes[kind], layers, copy, fast_forward), started
 
 
-_RUN: dict[LaneKind, Callable[[Model, Sequence[BatchSlice], int], None]] = {
-    "forward": run_forward,
-    "gradient": run_gradient,
-    "ascend": run_ascend,
-}
-
-
 def run_batch(model: Model, lane: Lane, slices: Sequence[BatchSlice], size: int) -> None:
     """Run the slices as one batch and hand each query the results of its rows.
 
@@ -102,7 +95,13 @@ def run_batch(model: Model, lane: Lane, slices: Sequence[BatchSlice], size: int)
     try:
         # Another server computes the rows of a remote model. Engines of this machine must not wait for it.
         with nullcontext() if model.remote else gpu_arithmetic(tf32=model.precision == "tf32"):
-            _RUN[lane.kind](model, slices, size)
+            match lane.kind:
+                case "forward":
+                    run_forward(model, slices, size, fast=lane.fast_forward)
+                case "gradient":
+                    run_gradient(model, slices, size)
+                case "ascend":
+                    run_ascend(model, slices, size)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

@@ -214,13 +214,14 @@ class ScoreQuery(ForwardQuery):
         return Scores(self._logits[: self.done], self._probabilities[: self.done])
 
 
-def run_forward(model: Model, slices: Sequence[BatchSlice], size: int) -> None:
+def run_forward(model: Model, slices: Sequence[BatchSlice], size: int, *, fast: bool) -> None:
     """Run one batch of a lane of the kind "forward".
 
     Args:
         model: Network to run.
         slices: Rows of one or more queries.
         size: Number of rows of the batch; padding rows fill it up.
+        fast: True for a lane of the fast forward pass, whose queries have no hooks (`Lane.fast_forward`).
     """
     X = padded_batch(model, [each.query.make(each.start, each.stop) for each in slices], size)
     spans = batch_spans(slices)
@@ -241,8 +242,8 @@ def run_forward(model: Model, slices: Sequence[BatchSlice], size: int) -> None:
 
     layers = dict.fromkeys(layer for query in queries for layer in query.layers)
     with hooks(model, layers, on_output):
-        forward = model.fast_forward
-        if layers or forward is None or size != model.fast_forward_size:
+        forward = model.fast_forward if fast else None
+        if forward is None or size != model.fast_forward_size:  # a fast forward pass ends when memory runs out
             forward = model.module
         logits = forward(X).to(model.dtype)
     for query, each, (start, stop) in zip(queries, slices, spans, strict=True):
