@@ -116,7 +116,8 @@ def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> FinishedMaps:
     if result.finish is None and (fast := _resize_minmax_on_host(result.raw, size)) is not None:
         return FinishedMaps(fast, ((),) * len(fast))
     maps = (result.finish or resize_minmax)(result.raw, size)
-    finite = maps.isfinite().flatten(1).all(dim=1)
+    # Scaling can hide values that are not finite.
+    finite = result.raw.isfinite().flatten(1).all(dim=1) & maps.isfinite().flatten(1).all(dim=1)
     low, high = maps.flatten(1).amin(dim=1), maps.flatten(1).amax(dim=1)
     constant = finite & (low == high)
     maps = torch.where((finite & ~constant)[:, None, None], maps.clamp(0, 1), 0.0)

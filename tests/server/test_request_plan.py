@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -75,12 +76,25 @@ def test_maps_on_the_host_are_finished_with_the_same_bits(
     assert warnings == ((),) * targets
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_a_constant_or_infinite_map_among_others_becomes_zeros(value: float) -> None:
+@pytest.mark.parametrize("size", [(7, 7), (96, 96)])
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ((0.0, 0.0), "constant"),
+        ((math.nan, 0.0), "not finite"),
+        ((math.inf, 0.0), "not finite"),
+        ((math.nan, math.nan), "not finite"),
+        ((-math.inf, -math.inf), "not finite"),
+    ],
+)
+def test_a_constant_or_infinite_map_among_others_becomes_zeros(
+    values: tuple[float, float], problem: str, size: tuple[int, int]
+) -> None:
     raw = noise(3, 7, 7)
-    raw[1] = value
-    maps, warnings = finish_maps(SaliencyMaps(raw), (96, 96))
+    raw[1] = values[1]
+    raw[1, 0, 0] = values[0]
+    maps, warnings = finish_maps(SaliencyMaps(raw), size)
     assert [bool(each.any()) for each in maps] == [True, False, True]
-    assert [len(each) for each in warnings] == [0, 1, 0]
-    alone, _ = finish_maps(SaliencyMaps(raw[:1]), (96, 96))
+    assert warnings == ((), (f"degenerate: the map is {problem}; zeros are returned",), ())
+    alone, _ = finish_maps(SaliencyMaps(raw[:1]), size)
     assert torch.equal(maps[0], alone[0])

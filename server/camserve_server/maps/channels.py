@@ -67,11 +67,27 @@ class SelectedChannels:
             done: Number of selected channels that were run.
 
         Returns:
-            The share, in [0, 1]. It is 1 if all activations are zero.
+            The share, in [0, 1]. It is 1 if all activations are zero, and the share of the channels if some activations
+            are not finite.
         """
         ones = torch.ones(done, 1, dtype=self.strength.dtype, device=self.strength.device)
-        total = self.strength.sum()
-        return float((self.to_all_channels(ones)[:, 0] * self.strength).sum() / total) if total > 0 else 1.0
+        return share_of(self.to_all_channels(ones)[:, 0], self.strength)
+
+
+def share_of(done: Tensor, strength: Tensor) -> float:
+    """Return the share of the total strength that some channels have.
+
+    Args:
+        done: 1 [K] for these channels, 0 for the others.
+        strength: Strength [K] of all channels, ≥ 0.
+
+    Returns:
+        The share, in [0, 1]. It is 1 if the total is zero, and the share of the channels if the total is not finite.
+    """
+    total = strength.sum()
+    if not total.isfinite():
+        return float(done.mean())
+    return float((done * strength).sum() / total) if total > 0 else 1.0
 
 
 def select_channels(A: Tensor, *, include_zero: bool) -> SelectedChannels:

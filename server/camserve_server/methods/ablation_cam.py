@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from camserve_server.maps.channels import share_of
 from camserve_server.plan import Ablate, Capture, Image, MapWarning, Plan, ReleaseRows, Report, SaliencyMaps, Targets
 from camserve_server.registry import method
 
@@ -41,7 +42,7 @@ def ablation_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     strength = A.abs().sum(dim=(-2, -1), dtype=torch.float64)
     order = strength.argsort(descending=True, stable=True)  # The strongest first, in case it is cut short.
-    order = order[strength[order] > 0]
+    order = order[strength[order] != 0]  # Includes channels that are not finite: the map must show them.
     yield from ReleaseRows(len(A) - len(order))
     if not len(order):
         return SaliencyMaps(A.new_zeros(len(c), *A.shape[1:]))
@@ -54,4 +55,4 @@ def ablation_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
     done = order[: len(scores.logits)]
     w = (c.y - scores.logits) / c.y  # eq. 3, [K, T]
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A[done]).relu()  # eq. 4
-    return SaliencyMaps(S, share=float(strength[done].sum() / strength.sum()))
+    return SaliencyMaps(S, share=share_of(torch.zeros_like(strength).index_fill(0, done, 1), strength))

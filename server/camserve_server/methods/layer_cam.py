@@ -64,7 +64,7 @@ def layer_cam(
 
 
 def _scaled(S: Tensor, *, tanh: bool) -> Tensor:
-    """Divide maps [T, h, w] ≥ 0 by their maxima. Maps of zeros stay zeros."""
+    """Divide maps [T, h, w] ≥ 0 by their maxima. Maps of zeros stay zeros, and maps that are not finite stay so."""
     most = S.amax(dim=(-2, -1), keepdim=True)
-    S = torch.where(most > 0, S / most, 0.0)
+    S = torch.where(most == 0, 0.0, S / most)
     return (2 * S).tanh() if tanh else S

@@ -114,7 +114,8 @@ def _has_fallen(period: int, history: Sequence[float]) -> bool:
 
 def _by_max(S: Tensor, size: tuple[int, int]) -> Tensor:
     s = resize(S, size)
-    return s / s.amax(dim=(-2, -1), keepdim=True)
+    most = s.amax(dim=(-2, -1), keepdim=True)
+    return torch.where(most == 0, 0.0, s / most)
 
 
 def _by_sigmoid(S: Tensor, size: tuple[int, int]) -> Tensor:

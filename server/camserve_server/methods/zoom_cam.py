@@ -44,6 +44,6 @@ def zoom_cam(x: Image, c: Targets, layers: Sequence[str]) -> Plan[SaliencyMaps]:
 
 
 def _scaled(S: Tensor) -> Tensor:
-    """Scale maps [T, h, w] ≥ 0 to [0, 1]. Maps of zeros stay zeros."""
+    """Scale maps [T, h, w] ≥ 0 to [0, 1]. Maps of zeros stay zeros, and maps that are not finite stay so."""
     low, high = S.amin(dim=(-2, -1), keepdim=True), S.amax(dim=(-2, -1), keepdim=True)
-    return torch.where(high > 0, (S - low) / high, 0.0)
+    return torch.where(high == 0, 0.0, (S - low) / high)

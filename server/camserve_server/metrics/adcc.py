@@ -35,7 +35,7 @@ def adcc(x: Image, c: Targets, S: Tensor, *, explain: Explainer) -> Plan[MetricR
     """
     scores = yield from Cached("masked", 1, lambda: iter(Score(Masked(x, S[None], mask=resize), c)))
     p, o = float(c.p[0]), float(scores.probabilities[0, 0])
-    kept = 1 - max(p - o, 0.0) / p if p > 0 else 0.0
+    kept = 0.0 if p == 0 else 1 - max(p - o, 0.0) / p
     other = yield from explain(x.with_tensor(x.tensor * S))
     parts = [(1 + _correlation(S, other)) / 2, 1 - float(S.mean()), kept]
     return MetricResult(3 / sum(1 / part for part in parts) if min(parts) > 0 else 0.0)

@@ -12,6 +12,7 @@ the same three metrics. If the model uses the target, S ∩ B scores as well as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,18 +28,18 @@ def _rows(sizes: Sizes) -> int:
 
 
 def _drop(p: float, o: float) -> float:
-    """Average drop, Opti-CAM eq. 13, in [0, 100]."""
-    return 100 * max(p - o, 0.0) / p if p > 0 else 0.0
+    """Average drop, Opti-CAM eq. 13, in [0, 100]; NaN if p or o is."""
+    return 0.0 if p == 0 else 100 * max(p - o, 0.0) / p
 
 
 def _increase(p: float, o: float) -> float:
-    """Average increase, Opti-CAM eq. 14, 0 or 100."""
-    return 100.0 * (p < o)
+    """Average increase, Opti-CAM eq. 14, 0 or 100; NaN if p or o is."""
+    return math.nan if math.isnan(p - o) else 100.0 * (p < o)
 
 
 def _gain(p: float, o: float) -> float:
-    """Average gain, Opti-CAM eq. 15, in [0, 100]."""
-    return 100 * max(o - p, 0.0) / (1 - p) if p < 1 else 0.0
+    """Average gain, Opti-CAM eq. 15, in [0, 100]; NaN if p or o is."""
+    return 0.0 if p >= 1 else 100 * max(o - p, 0.0) / (1 - p)
 
 
 @metric("average-drop", title="Average drop", paper="arXiv:1710.11063", rows=_rows, unit="%", higher_is_better=False)
