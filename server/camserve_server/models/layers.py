@@ -80,17 +80,29 @@ class ReadOnlyOutput(nn.Module):
         return x
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class GapHead:
     """Linear head behind global average pooling: the logits are a linear function of a layer's mean over positions.
 
     Attributes:
         layer: Layer whose mean is taken.
-        weight: Weights [classes, K]. The bias of the head is not stored.
+        module: Name of the linear module that computes the logits.
     """
 
     layer: Layer
-    weight: Tensor
+    module: str
+
+    def weight(self, network: nn.Module) -> Tensor:
+        """Return the weights [classes, K], without the bias.
+
+        Weights of a parametrisation, such as `weight_norm`, are computed at each access, so they cannot be stored.
+
+        Args:
+            network: Network, or a copy of it with other weights.
+        """
+        head = network.get_submodule(self.module)
+        assert isinstance(head.weight, Tensor), "the probe found a linear module"
+        return head.weight.detach().flatten(1)
 
 
 def modules_with_hooks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

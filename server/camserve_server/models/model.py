@@ -177,16 +177,11 @@ class Model:
         """Return the same model with a copy of its network.
 
         Args:
-            module: Copy of the network. The weights of the linear head (`gap`) are taken from it.
+            module: Copy of the network.
             **changes: Further attributes to replace.
         """
-        gap = self.gap
-        if gap is not None:
-            at = gap.weight.data_ptr()
-            name = next(name for name, weight in self.module.named_parameters() if weight.data_ptr() == at)
-            gap = replace(gap, weight=module.get_parameter(name).flatten(1))
         none: dict[str, Any] = {"fast_forward": None, "fast_forward_size": 0, "compiled": False}
-        return replace(self, module=module, gap=gap, **none, **changes)
+        return replace(self, module=module, **none, **changes)
 
     def image(self, tensor: Tensor) -> Image:
         """Return a preprocessed image [C, H, W] with its normalisation, on the model's device and in its `dtype`."""
@@ -225,7 +220,8 @@ class Model:
             index: T class indices.
         """
         assert self.gap is not None, "only models with a linear head receive a ClassWeights query"
-        weight = torch.cat([self.gap.weight, -self.gap.weight]) if self.binary else self.gap.weight
+        weight = self.gap.weight(self.module)
+        weight = torch.cat([weight, -weight]) if self.binary else weight
         return self.gap.layer.name, weight[list(index)].to(self.dtype)
 
     def label(self, index: int) -> str:

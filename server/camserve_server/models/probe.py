@@ -85,7 +85,7 @@ def probe(module: nn.Module, example: Tensor, token_grid: Grid | None = None) ->
         layers=defaults.layers,
         layer=defaults.layer,
         classes=logits.shape[1],
-        gap=_gap_head(trace.calls, spatial, head),
+        gap=_gap_head(module, trace.calls, spatial, head),
         attention=attention,
         attention_prefix=prefix,
         attention_grid=grid,
@@ -118,7 +118,9 @@ def _head(trace: Trace) -> HeadCall | None:
     return next((h for h in reversed(trace.heads) if torch.equal(h.output.flatten(1), logits)), None)
 
 
-def _gap_head(calls: Sequence[Call], spatial: dict[str, Layer], head: HeadCall | None) -> GapHead | None:
+def _gap_head(
+    module: nn.Module, calls: Sequence[Call], spatial: dict[str, Layer], head: HeadCall | None
+) -> GapHead | None:
     """Return the linear head if its input equals the mean of a layer over its positions."""
     if head is None or not head.x.any():
         return None
@@ -128,7 +130,7 @@ def _gap_head(calls: Sequence[Call], spatial: dict[str, Layer], head: HeadCall |
             continue
         output = call.output.detach().transpose(0, layer.batch_dim)
         if close(layer.grid(output).mean(dim=(2, 3)), head.x):
-            return GapHead(layer, head.weight.detach())
+            return GapHead(layer, next(name for name, each in module.named_modules() if each is head.module))
     return None
 
 

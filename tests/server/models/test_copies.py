@@ -30,8 +30,6 @@ def test_copy_has_weights_of_its_own_and_shares_batch_sizes() -> None:
         for name, value in ours.items():
             assert torch.equal(value, theirs[name])
             assert value.data_ptr() != theirs[name].data_ptr(), "hooks and weights are used by one thread"
-        assert each.gap is not None
-        assert each.gap.weight.data_ptr() in {weight.data_ptr() for weight in each.module.parameters()}
         assert each.device_name == "cpu:1"
         assert each.throughput is not original.throughput
         original.batch_sizes["forward"] = 8

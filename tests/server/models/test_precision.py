@@ -17,6 +17,7 @@ from camserve_server.config import Config, ModelConfig, embedded_model, read_con
 from camserve_server.errors import ConfigError, Unservable
 from camserve_server.models.load import load
 from camserve_server.models.model import Model, Precision
+from camserve_server.models.randomise import RandomCopy, weighted_layers
 from camserve_server.service.server import Server
 from camserve_server.torch_setup.arithmetic import gpu_arithmetic
 from tests import nets
@@ -61,7 +62,7 @@ def test_each_precision_has_its_own_network(model: Model) -> None:
         assert {each.dtype for each in at.module.parameters()} == {compute_dtype}
         assert (at.precision, at.dtype, at.digest) == (precision, dtype, model.digest)
         assert at.gap is not None
-        assert at.gap.weight.data_ptr() in {each.data_ptr() for each in at.module.parameters()}
+        assert at.gap.weight(at.module).dtype == compute_dtype
     assert model.at("") is model
     with pytest.raises(Unservable, match="small computes in fp32, bf16, fp16, fp64, not in tf32"):
         model.at("tf32")
@@ -211,6 +212,27 @@ def test_networks_that_fp16_changes_are_refused(factory: str, problem: str) -> N
     with pytest.raises(ConfigError, match=f"^models.small.precision: in fp16, the logits {problem}.*; choose bf16"):
         load(ModelConfig(**config, precision=("fp16",)), CPU)
     load(ModelConfig(**config, precision=("bf16",)), CPU)
+
+
+def normed_head() -> nn.Module:
+    """Return a network whose head computes its weights from others; the configuration names this factory."""
+    net = nets.tiny_cnn()
+    net.fc = nn.utils.parametrizations.weight_norm(net.fc)
+    return net
+
+
+def test_head_with_computed_weights_has_those_of_each_copy() -> None:
+    config = SMALL | {"source": "python:tests.server.models.test_precision:normed_head"}
+    model = load(ModelConfig(**config, precision=("fp32", "bf16")), CPU)
+    copy = RandomCopy(model)
+    for each in (model, model.at("bf16"), copy.model):
+        name, weights = each.class_weights([2, 0])
+        torch.testing.assert_close(weights, nets.tiny_cnn().fc.weight[[2, 0]].detach(), rtol=1e-2, atol=0)
+        assert name == "r3"
+    before = model.class_weights([2])[1]
+    copy.randomise([name for name in weighted_layers(model) if name.startswith("fc")], seed=1)
+    assert not torch.allclose(copy.model.class_weights([2])[1], before)
+    assert torch.equal(model.class_weights([2])[1], before)
 
 
 def settings_of_process() -> tuple[bool, bool, bool]:

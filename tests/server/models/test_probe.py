@@ -354,13 +354,13 @@ def test_linear_head_reproduces_the_logits_except_for_a_constant(name: str, size
     net = build(name)
     structure = probe(net, noise(1, 3, *size))
     assert structure.gap is not None
-    assert structure.gap.weight.shape == (structure.classes, structure.gap.layer.channels)
+    assert structure.gap.weight(net).shape == (structure.classes, structure.gap.layer.channels)
     biases = []
     for seed in (1, 2):
         x = noise(1, 3, *size, seed=seed)
         [A] = outputs(net, x, structure.gap.layer.module)
         with torch.no_grad():
-            biases.append(net(x) - structure.gap.layer.grid(A).mean(dim=(2, 3)) @ structure.gap.weight.T)
+            biases.append(net(x) - structure.gap.layer.grid(A).mean(dim=(2, 3)) @ structure.gap.weight(net).T)
     torch.testing.assert_close(biases[0], biases[1], rtol=1e-3, atol=1e-4)
 
 
