@@ -1,11 +1,12 @@
 """Law: metrics do their long work on the host through `OnHost`, because all requests wait for the engine's thread.
 
-The test counts work instead of time, so that it does not depend on the machine.
+The first test counts work instead of time, so that it does not depend on the machine.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +24,7 @@ from camserve_server.maps import boxes
 from camserve_server.plan import Answer, Plan, Query, Rows, Score, Sum
 from camserve_server.request_plan import plan_request, rows_needed
 from tests import nets
-from tests.support import TIMEOUT_S, as_model, call, metric, noise, running
+from tests.support import TIMEOUT_S, as_model, call, explained, metric, noise, running
 
 T = TypeVar("T")
 SIZE = (224, 224)
@@ -121,3 +123,17 @@ def test_metric_does_its_long_work_on_another_thread(name: str) -> None:
     assert max(step.values / pixels for step in steps) < MAX_MAPS
     assert all(work.calls < MAX_CALLS * rows for rows, work in makes)
     assert all(work.values / pixels < MAX_MAPS * rows for rows, work in makes)
+
+
+def test_nodes_of_the_quadrature_are_computed_on_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    original = np.polynomial.legendre.leggauss
+
+    def leggauss(steps: int) -> Any:
+        threads.append(threading.current_thread().name)
+        return original(steps)
+
+    monkeypatch.setattr(np.polynomial.legendre, "leggauss", leggauss)
+    model = as_model(nets.tiny_cnn())
+    explained(model, noise(3, 32, 32), call(model, "integrated-gradients", steps=3))
+    assert [name.partition("_")[0] for name in threads] == ["host"]

@@ -5,12 +5,13 @@ Sundararajan, Taly, Yan 2017, arXiv:1703.01365.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import numpy as np
 from torch import Tensor
 
-from camserve_server.plan import INPUT, Gradient, Gradients, Image, Plan, SaliencyMaps, Sum, Targets
+from camserve_server.plan import INPUT, Gradient, Gradients, Image, OnHost, Plan, SaliencyMaps, Sum, Targets
 from camserve_server.registry import Range, Sizes, method
 from camserve_server.rows import Perturbed, RepeatInterleaved
 
@@ -46,7 +47,7 @@ def integrated_gradients(
         is as fine as the image, and noisy. It cannot stop early, because the quadrature needs every node.
     """
     T = len(c)
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    nodes, weights = yield from OnHost(partial(np.polynomial.legendre.leggauss, steps))  # a second for 1000 steps
     along = RepeatInterleaved(Perturbed(x, (0.5 * (nodes + 1)).tolist(), sigma=0, seed=0), T)
 
     def term(i: int, answer: Gradients) -> Tensor:
