@@ -90,4 +90,5 @@ def infidelity(
     summed = yield from Sum(Score(rows, c), term)
     pp, pa, aa = summed.total[0].tolist()
     beta = pa / pp if pp > 0 else 0.0
-    return MetricResult((beta * beta * pp - 2 * beta * pa + aa) / samples)
+    # Rounding can give a negative value. NaN stays NaN in this order of arguments.
+    return MetricResult(max((beta * beta * pp - 2 * beta * pa + aa) / samples, 0.0))
