@@ -45,9 +45,21 @@ class CacheFolder:
         torch has one folder for all models of a process, which it chooses when its compiler is first imported. Building
         a network can import it, so call this before.
         """
-        if self._writable:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self._path / "torch"))
-            os.environ.setdefault("TRITON_CACHE_DIR", str(self._path / "triton"))
+        if not self._writable:
+            return
+        for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "torch"), ("TRITON_CACHE_DIR", "triton")):
+            if variable in os.environ:
+                continue
+            folder = self._path / name
+            try:
+                folder.mkdir(mode=0o700, exist_ok=True)  # torch would use the umask, which may let others write
+                reason = _why_unsafe(folder.stat())
+            except OSError as error:
+                reason = str(error)
+            if reason:
+                log.warning("compiled code is not kept", folder=str(folder), reason=reason)
+            else:
+                os.environ[variable] = str(folder)
 
     def read(self, kind: str, key: Mapping[str, Any]) -> Any:
         """Return what is stored for a key.

@@ -156,6 +156,25 @@ def test_torch_keeps_compiled_code_inside_unless_the_user_chose_a_folder(
     assert os.environ["TRITON_CACHE_DIR"] == "/of/the/user"
 
 
+def test_others_cannot_write_compiled_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch creates folders with the umask, and a folder that exists may permit everything."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # restores the variable at the end
+        monkeypatch.delenv(name)
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton").chmod(0o775)
+    before = os.umask(0)
+    try:
+        with capture_logs() as log:
+            opened(tmp_path).keep_compiled_code()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "torch").stat().st_mode) == 0o700
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torch")
+    assert "TRITON_CACHE_DIR" not in os.environ
+    assert [line["event"] for line in log] == ["compiled code is not kept"]
+
+
 def test_link_to_a_folder_is_followed_once(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "real")
