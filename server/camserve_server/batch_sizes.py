@@ -168,6 +168,14 @@ class BatchSizes:
             await asyncio.wrap_future(engine.run_between_batches(measure_steps(model, {}, sizes)))
         except CamserveError:  # the server shuts down, or the device has failed
             return True
+        except Exception as error:  # such as a lack of memory beside requests, which use the sizes of the load
+            log.warning(
+                "batch sizes cannot be measured again",
+                model=model.name,
+                precision=model.precision,
+                reason=f"{type(error).__name__}: {error}".partition("\n")[0],
+            )
+            return False
         finally:
             leave()
         if engine.machine_was_busy(started):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -196,6 +196,40 @@ def test_sizes_that_are_measured_later_are_stored(tmp_path: Path, monkeypatch: p
 
     asyncio.run(life())
     assert start(tmp_path, 4)[0] == all_lanes(2)
+
+
+def test_failed_measurement_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device may have too little memory beside the requests that run."""
+    monkeypatch.setattr(batch_sizes, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setitem(warmup.SIZES, "cpu", (2,))
+    busy, failures = iter([True]), iter([True])  # at the load, and at the first measurement after it
+    monkeypatch.setattr(Engine, "machine_was_busy", lambda self, since: next(busy, False))
+    measure_steps = warmup.measure_steps
+
+    def failing_once(*arguments: Any) -> Iterator[None]:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("too little memory")
+        yield from measure_steps(*arguments)
+
+    monkeypatch.setattr(batch_sizes, "measure_steps", failing_once)
+    config = Config(cache_dir=str(tmp_path), models=[ModelConfig(**TINY)])
+
+    async def life() -> None:
+        engines = Engines(config)
+        engines.start()
+        try:
+            pool = ModelPool(config, engines)  # keeps the model
+            await pool.load_all()
+            async with asyncio.timeout(LIMIT_S):
+                while not stored(tmp_path):
+                    await asyncio.sleep(0.01)
+        finally:
+            engines.close()
+
+    with capture_logs() as log:
+        asyncio.run(life())
+    reasons = [line["reason"] for line in log if line["event"] == "batch sizes cannot be measured again"]
+    assert reasons == ["OutOfMemoryError: too little memory"]
 
 
 # ---- the key ---------------------------------------------------------------------------------------------------------
