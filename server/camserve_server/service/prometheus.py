@@ -21,6 +21,7 @@ from camserve_server.engine.job import Job
 from camserve_server.errors import ConfigError
 from camserve_server.service.call import Call
 
+IDLE_S = 10.0  # until the connection of a silent peer is closed, so that it does not keep a thread
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -108,6 +109,9 @@ class Listener:
                 f"metrics_listen: cannot bind {address}; check that the address belongs to this machine and "
                 "that the port is free"
             ) from error
+        handler: Any = self._http.RequestHandlerClass
+        self._http.RequestHandlerClass = type(handler.__name__, (handler,), {"timeout": IDLE_S})
+        self._http.handle_error = _ignore  # type: ignore[method-assign, assignment]  # the default prints a traceback
         self.address = f"{address.rpartition(':')[0]}:{self._http.server_port}"
 
     def close(self) -> None:
@@ -115,3 +119,7 @@ class Listener:
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
+
+
+def _ignore(request: Any, peer: Any) -> None:
+    """Ignore a peer that sends no request in time or closes its connection early."""
