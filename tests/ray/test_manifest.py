@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,28 @@ def test_proxies_and_replicas_have_the_variables_of_quick_calls() -> None:
 def test_unknown_argument_is_refused(config: Path) -> None:
     with pytest.raises(ConfigError, match=r"args: 'replica' is unknown; expected some of config, gpus"):
         application.build({"config": str(config), "replica": 2})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"replicas": "2"}, "args.replicas: '2'; expected a number from 1"),
+        ({"replicas": [8, 2]}, r"args.replicas: \(8, 2\); expected"),
+        ({"replicas": [1, 2, 3]}, r"args.replicas: \(1, 2, 3\); expected"),
+        ({"replicas": 0}, "args.replicas: 0; expected"),
+        ({"gpus": "1"}, "args.gpus: '1'; expected a whole number"),
+        ({"gpus": 1.5}, "args.gpus: 1.5; expected a whole number"),
+        ({"gpus": math.nan}, "args.gpus: nan; expected a whole number"),
+        ({"replicas": [1, 2], "rows_per_replica": 0}, "args.rows_per_replica: 0; expected a number from 1"),
+        ({"config": 3}, "args.config: 3; expected the path of a file"),
+    ],
+    ids=str,
+)
+def test_wrong_argument_is_refused(config: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        application.build({"config": str(config), **arguments})
+
+
+@pytest.mark.filterwarnings("error:`look_back_period_s`:FutureWarning")
+def test_autoscaling_is_valid_for_later_versions_of_ray(config: Path) -> None:
+    application.build({"config": str(config), "replicas": [1, 2], "gpus": 0.5, "rows_per_replica": None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from camserve_ray.serving.services import NAME
 from camserve_server.config import Config, read_config
 from camserve_server.errors import ConfigError
 
-__all__ = ["LOGGING", "PROXY_SERVICES", "Scale", "application", "build", "checked", "grpc_options"]
+__all__ = ["LOGGING", "PROXY_SERVICES", "Scale", "application", "build", "check_scale", "checked", "grpc_options"]
 
 # The function that adds the services to a proxy, by its import path.
 PROXY_SERVICES = "camserve_ray.serving.proxy:add_services"
@@ -31,6 +32,8 @@ _MOST_CALLS = 10_000
 _ROWS_OF_CPU, _ROWS_OF_GPU = 5_000, 25_000
 # Rows owed are known work, so a shorter delay than Serve's 30 s suffices before replicas are added.
 _UPSCALE_S = 5
+# Serve averages the rows of this time, which must be longer than the ten seconds between two reports of a replica.
+_AVERAGED_S = 11
 # Settings of the server that have no effect in a replica.
 _IGNORED = ("health_listen", "metrics_listen", "admin_listen")
 
@@ -49,6 +52,25 @@ class Scale:
     replicas: int | tuple[int, int] = 1
     gpus: float = 0
     rows_per_replica: int | None = None
+
+
+def check_scale(scale: Scale) -> None:
+    """Check the values of a scale, which can have any type if they come from a file. Raises ConfigError."""
+    replicas: Any = scale.replicas
+    least, most = replicas if isinstance(replicas, tuple) and len(replicas) == 2 else (replicas, replicas)
+    if not (_is_count(least) and _is_count(most) and least <= most):
+        raise ConfigError(
+            f"replicas: {scale.replicas!r}; expected a number from 1, or the smallest and the largest number"
+        )
+    gpus: Any = scale.gpus
+    if type(gpus) not in (int, float) or not 0 <= gpus < math.inf or (gpus > 1 and gpus % 1):
+        raise ConfigError(f"gpus: {gpus!r}; expected a whole number, or a part of a GPU from 0 to 1")
+    if scale.rows_per_replica is not None and not _is_count(scale.rows_per_replica):
+        raise ConfigError(f"rows_per_replica: {scale.rows_per_replica!r}; expected a number from 1")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
 
 def checked(config: Config) -> list[str]:
@@ -90,7 +112,11 @@ def application(config: Config, scale: Scale) -> serve.Application:
         least, most = scale.replicas
         options = {
             "autoscaling_config": AutoscalingConfig(
-                min_replicas=least, max_replicas=most, policy=policy, upscale_delay_s=_UPSCALE_S, look_back_period_s=10
+                min_replicas=least,
+                max_replicas=most,
+                policy=policy,
+                upscale_delay_s=_UPSCALE_S,
+                look_back_period_s=_AVERAGED_S,
             )
         }
     make_router: Any = RequestRouterConfig
@@ -130,9 +156,16 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     if unknown := set(arguments) - names:
         raise ConfigError(f"args: {unknown.pop()!r} is unknown; expected some of {', '.join(sorted(names))}")
     values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()
+        key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items() if value is not None
     }
-    path = values.pop("config", None)
+    path = values.pop("config", "")
+    if not isinstance(path, str):
+        raise ConfigError(f"args.config: {path!r}; expected the path of a file")
+    scale = Scale(**values)
+    try:
+        check_scale(scale)
+    except ConfigError as error:
+        raise ConfigError(f"args.{error}") from error
     config = read_config(Path(path) if path else None)
     checked(config)
-    return application(config, Scale(**values))
+    return application(config, scale)

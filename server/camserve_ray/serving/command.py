@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve as ray_serve
 
 from camserve_ray.connection import connect
-from camserve_ray.serving.application import LOGGING, Scale, application, checked, grpc_options
+from camserve_ray.serving.application import LOGGING, Scale, application, check_scale, checked, grpc_options
 from camserve_ray.serving.services import NAME
 from camserve_server.config import Config, read_config
 from camserve_server.errors import ConfigError
@@ -55,6 +55,7 @@ def serve(
         The exit status: 0 after a signal, 1 if a replica could not start, 2 for an invalid configuration.
     """
     try:
+        check_scale(scale)
         settings = read_config(config, listen=listen, insecure=insecure)
         for warning in checked(settings):
             print(f"warning: {warning}", file=sys.stderr)
