@@ -55,7 +55,7 @@ def occlusion(
         x: Image [3, H, W].
         c: T target classes.
         window: Side of the window in pixels. 0 stands for 2/7 of each side, 64 of 224 pixels.
-        stride: Distance between windows in pixels. 0 stands for 1/28 of each side, 8 of 224 pixels.
+        stride: Distance between windows in pixels, at most their side. 0 stands for 1/28 of each side, 8 of 224 pixels.
         signed: Keep the sign, so that windows with evidence against the class get the lowest values.
 
     Returns:
