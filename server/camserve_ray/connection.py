@@ -11,8 +11,8 @@ from camserve_server.errors import ConfigError
 
 __all__ = ["QUICK_SERVE", "connect", "prepare"]
 
-# Variables of all processes of a cluster. With them, a proxy of Ray Serve selects the replica in its event loop and
-# sends messages to it over gRPC, which takes half of the CPU time of another thread and of calls of actors.
+# Variables of all processes of a cluster. With them, a proxy of Ray Serve selects the replica in its event loop instead
+# of another thread, and sends messages to it over gRPC instead of by calls of actors, which takes less CPU time.
 QUICK_SERVE = {
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",

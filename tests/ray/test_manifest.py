@@ -150,6 +150,15 @@ def test_wrong_argument_is_refused(config: Path, arguments: dict[str, Any], mess
         application.build({"config": str(config), **arguments})
 
 
+@pytest.mark.parametrize(("gpus", "rows"), [(0, 5_000), (0.5, 25_000)])
+def test_replicas_take_their_share_of_the_cluster(config: Path, gpus: float, rows: int) -> None:
+    built = application.build({"config": str(config), "replicas": [1, 2], "gpus": gpus})
+    deployment = vars(built)["_bound_deployment"]
+    assert deployment.ray_actor_options == {"num_cpus": cpus(WORKER), "num_gpus": gpus}
+    policy = deployment._deployment_config.autoscaling_config.policy
+    assert policy.policy_kwargs == {"rows_per_replica": rows}
+
+
 @pytest.mark.filterwarnings("error:`look_back_period_s`:FutureWarning")
 def test_autoscaling_is_valid_for_later_versions_of_ray(config: Path) -> None:
     application.build({"config": str(config), "replicas": [1, 2], "gpus": 0.5, "rows_per_replica": None})

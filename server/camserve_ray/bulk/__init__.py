@@ -75,7 +75,7 @@ def evaluate(
             effect if this process is connected to a cluster.
         in_flight: Number of images that an engine evaluates at the same time, at least 1.
         cpus_per_engine: CPUs of each engine, if the cluster has no GPUs. None selects `threads` of the configuration
-            or, without it, four.
+            or, without it, four, but at most those of the smallest node.
 
     Returns:
         The number of rows in the output, and the number of failed ones.
