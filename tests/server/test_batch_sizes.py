@@ -175,26 +175,27 @@ def test_sizes_that_do_not_fit_into_memory_are_measured_again(tmp_path: Path, mo
     assert "known batch sizes do not fit into memory, measured again" in [line["event"] for line in log]
 
 
+async def load_until_stored(folder: Path) -> None:
+    """Load a model, and wait until its batch sizes are in the cache folder."""
+    config = Config(cache_dir=str(folder), models=[ModelConfig(**TINY)])
+    engines = Engines(config)
+    engines.start()
+    try:
+        pool = ModelPool(config, engines)  # keeps the model
+        await pool.load_all()
+        async with asyncio.timeout(LIMIT_S):
+            while not stored(folder):
+                await asyncio.sleep(0.01)
+    finally:
+        engines.close()
+
+
 def test_sizes_that_are_measured_later_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_sizes, "FIRST_WAIT_S", 0.01)
     monkeypatch.setitem(warmup.SIZES, "cpu", (2,))
     busy = iter([True])  # at the load
     monkeypatch.setattr(Engine, "machine_was_busy", lambda self, since: next(busy, False))
-    config = Config(cache_dir=str(tmp_path), models=[ModelConfig(**TINY)])
-
-    async def life() -> None:
-        engines = Engines(config)
-        engines.start()
-        try:
-            pool = ModelPool(config, engines)
-            await pool.load_all()
-            async with asyncio.timeout(LIMIT_S):
-                while not stored(tmp_path):
-                    await asyncio.sleep(0.01)
-        finally:
-            engines.close()
-
-    asyncio.run(life())
+    asyncio.run(load_until_stored(tmp_path))
     assert start(tmp_path, 4)[0] == all_lanes(2)
 
 
@@ -212,22 +213,8 @@ def test_failed_measurement_is_repeated(tmp_path: Path, monkeypatch: pytest.Monk
         yield from measure_steps(*arguments)
 
     monkeypatch.setattr(batch_sizes, "measure_steps", failing_once)
-    config = Config(cache_dir=str(tmp_path), models=[ModelConfig(**TINY)])
-
-    async def life() -> None:
-        engines = Engines(config)
-        engines.start()
-        try:
-            pool = ModelPool(config, engines)  # keeps the model
-            await pool.load_all()
-            async with asyncio.timeout(LIMIT_S):
-                while not stored(tmp_path):
-                    await asyncio.sleep(0.01)
-        finally:
-            engines.close()
-
     with capture_logs() as log:
-        asyncio.run(life())
+        asyncio.run(load_until_stored(tmp_path))
     reasons = [line["reason"] for line in log if line["event"] == "batch sizes cannot be measured again"]
     assert reasons == ["OutOfMemoryError: too little memory"]
 
