@@ -46,18 +46,18 @@ def test_decision(setting: CompileSetting, device: str, obstacle: str, expected:
 @pytest.mark.parametrize(
     ("environment", "programs", "found"),
     [
-        ({}, {"gcc", "clang"}, "/bin/gcc"),
-        ({}, {"clang"}, "/bin/clang"),
-        ({}, {"cc", "g++"}, None),
-        ({"CC": "mycc"}, {"gcc", "mycc"}, "/bin/mycc"),
-        ({"CC": "mycc"}, {"gcc"}, None),
-        ({"CC": "ccache gcc"}, {"gcc", "ccache"}, None),
-        ({"CC": ""}, {"gcc"}, None),
+        ({}, ["gcc", "clang"], "/bin/gcc"),
+        ({}, ["clang"], "/bin/clang"),
+        ({}, ["cc", "g++"], None),
+        ({"CC": "mycc"}, ["gcc", "mycc"], "/bin/mycc"),
+        ({"CC": "mycc"}, ["gcc"], None),
+        ({"CC": "ccache gcc"}, ["gcc", "ccache"], None),
+        ({"CC": ""}, ["gcc"], None),
     ],
     ids=str,
 )
 def test_c_compiler_is_the_one_that_triton_calls(
-    environment: Mapping[str, str], programs: set[str], found: str | None
+    environment: Mapping[str, str], programs: list[str], found: str | None
 ) -> None:
     assert find_c_compiler(environment, lambda name: f"/bin/{name}" if name in programs else None) == found
 
