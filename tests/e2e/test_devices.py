@@ -31,7 +31,7 @@ from camserve_server.service.server import Server
 from tests import nets
 from tests.conftest import serving
 from tests.credentials import hashed
-from tests.e2e.engines import wait_until
+from tests.e2e.engines import after_submit, wait_until
 from tests.e2e.test_faults import CONFIG as TRICKY
 from tests.e2e.test_faults import LETHAL, VALID
 from tests.e2e.test_monitoring import Scrape
@@ -105,11 +105,12 @@ class Waiting:
         return outcome
 
 
-def submitted(server: Server, client: camserve.Client, **arguments: Any) -> Waiting:
-    """Send a request, and return when its rows are reserved."""
-    before = server.engines.rows_owed()
-    request = Waiting(client, **arguments)
-    wait_until(lambda: server.engines.rows_owed() > before)
+def submitted(client: camserve.Client, **arguments: Any) -> Waiting:
+    """Send a request, and return when an engine has its plan."""
+    jobs: list[Any] = []
+    with after_submit(jobs.append):
+        request = Waiting(client, **arguments)
+        wait_until(lambda: jobs)
     return request
 
 
@@ -141,7 +142,7 @@ def test_requests_go_to_the_device_that_owes_the_fewest_rows(server: Server, cli
             (9, [110, 100]),  # the first one again, because both owe as much
             (4, [110, 105]),
         ]:
-            requests.append(submitted(server, client, method="rise", parameters={"masks": masks}))
+            requests.append(submitted(client, method="rise", parameters={"masks": masks}))
             assert owed(server) == expected
         each_s = [engine.seconds_owed() for engine in (first, second)]
         assert server.engines.seconds_owed() == pytest.approx(sum(each_s) / 2), (
@@ -170,11 +171,11 @@ def test_devices_share_the_limit_of_rows_and_the_quotas() -> None:
         stopped(server.engines.local[0]),
         stopped(server.engines.local[1]),
     ):
-        requests = [submitted(server, anna, **RISE)]
+        requests = [submitted(anna, **RISE)]
         with pytest.raises(camserve.ResourceExhausted) as caught:
             anna.explain(IMAGE, **RISE)
         assert caught.value.reason == "QUOTA_EXCEEDED", "the other device owes no rows"
-        requests.append(submitted(server, bert, **RISE))
+        requests.append(submitted(bert, **RISE))
         assert owed(server) == [401, 401]
         with pytest.raises(camserve.ResourceExhausted) as caught:
             bert.explain(IMAGE, **RISE)
@@ -185,7 +186,7 @@ def test_devices_share_the_limit_of_rows_and_the_quotas() -> None:
 
 def test_cancelled_request_frees_its_device(server: Server, client: camserve.Client) -> None:
     with stopped(server.engines.local[0]):
-        waiting = submitted(server, client, **RISE)
+        waiting = submitted(client, **RISE)
         with open_stream(client, **ENDLESS) as stream:
             next(iter(stream))
             assert owed(server)[1] > 50_000
@@ -291,7 +292,7 @@ def test_device_that_fails_does_not_stop_the_others(
         with ExitStack() as ends:
             for engine in server.engines.local:
                 ends.enter_context(stopped(engine))
-            requests = [submitted(server, client, **RISE) for _ in range(4)]
+            requests = [submitted(client, **RISE) for _ in range(4)]
             fail(server.engines.local[failing], monkeypatch)
         outcomes = [each.outcome() for each in requests]
         for number, outcome in enumerate(outcomes):
@@ -392,7 +393,7 @@ def test_models_are_reloaded_swapped_and_unloaded_on_all_devices(
             with ExitStack() as ends:
                 for engine in server.engines.local:
                     ends.enter_context(stopped(engine))
-                requests = [submitted(server, client, model=model, **RISE) for _ in range(2)]
+                requests = [submitted(client, model=model, **RISE) for _ in range(2)]
             results = [each.explanation() for each in requests]
             assert [each.receipt.device_name for each in results] == ["cpu:0", "cpu:1"]
             assert np.array_equal(results[0].saliency, results[1].saliency)
