@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -136,7 +137,7 @@ def test_lost_node_and_killed_driver_leave_each_image_exactly_once(inputs: Path,
         kept = [row for row in rows_of(out) if not row["error"]]
         assert 3 <= len(kept) < 2 * (len(contents(inputs)) - WHITE) + 1
 
-        second = started(inputs, out, running.address)
+        second = started(inputs, out, running.address, FORCE_COLOR="1")  # shows the progress bar without a terminal
         hold.wait(running.worker, second)  # its engine evaluates an image now
         hold.end(running.head)  # not earlier: the head could evaluate all images before the worker has started
         running.worker.kill()
@@ -145,6 +146,10 @@ def test_lost_node_and_killed_driver_leave_each_image_exactly_once(inputs: Path,
     assert "engines were lost" in stderr
     assert stderr.count("error: ") == 1, stderr
     assert stderr.endswith(" (1 more: UNREADABLE_IMAGE)\n"), stderr
+    progress = re.findall(r"(\d+)/(\d+)\x1b.* failed", stderr)
+    total = str(2 * (len(contents(inputs)) + 1))
+    assert progress[0] == (str(len(kept)), total)
+    assert progress[-1] == (total, total)
 
     rows = rows_of(out)
     by_key = {(row["image"], row["method"]): row for row in rows}
