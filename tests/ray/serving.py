@@ -13,8 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from camserve.v1 import explain_pb2 as pb
 from tests.processes import CAMSERVE, LIMIT_S, environment, started
 from tests.ray.cluster import Cluster
+
+# The network that a test can hold, and the image at which it waits: see held_net.py.
+HELD = """
+[[models]]
+name = "held"
+source = "python:tests.ray.held_net:held_net"
+input_size = [32, 32]
+batch_size = 2
+"""
+WHITE = pb.Image(pixels=pb.Pixels(height=40, width=30, data=b"\xff" * (3 * 40 * 30)))
 
 
 @dataclass
@@ -34,12 +45,21 @@ class Deployment:
         """Return the log lines of the calls with an identifier."""
         return [line for line in self.log() if line["event"] == "call" and line.get("request_id") == request_id]
 
+    def replicas(self) -> list[int]:
+        """Return the processes of all replicas that have been ready, in the order of their file names."""
+        logs = [path for path in self.cluster.logs.glob("worker-*.err") if '"event":"ready"' in _compact(path)]
+        return [int(path.stem.rpartition("-")[2]) for path in sorted(logs)]
+
     def stop(self) -> str:
         """Send SIGTERM, require a clean end, and return what the command has written to stderr."""
         self.process.send_signal(signal.SIGTERM)
         _, stderr = self.process.communicate(timeout=LIMIT_S)
         assert self.process.returncode == 0, stderr
         return stderr
+
+
+def _compact(path: Path) -> str:
+    return path.read_text().replace(" ", "")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from tests.credentials import hashed
 from tests.processes import LIMIT_S, TINY, patient_client
 from tests.ray.cluster import Node, cluster
 from tests.ray.held_net import FOLDER
-from tests.ray.serving import Deployment, deployed, wait_until
+from tests.ray.serving import HELD, WHITE, Deployment, deployed, wait_until
 from tests.server.service.frontends.test_calls import bearer
 from tests.server.service.test_errors import IMAGE, TIMEOUT_S, details, method, request
 
@@ -30,13 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 TOKEN, LOW = "secret", "other-secret"
 CONFIG = f"""
 device = "cpu"
-{TINY}
-[[models]]
-name = "held"
-source = "python:tests.ray.held_net:held_net"
-input_size = [32, 32]
-batch_size = 2
-
+{TINY}{HELD}
 [[tokens]]
 name = "team"
 sha256 = "{hashed(TOKEN)}"
@@ -47,7 +41,6 @@ sha256 = "{hashed(LOW)}"
 priority = "low"
 """
 CALLERS = 4
-WHITE = pb.Image(pixels=pb.Pixels(height=40, width=30, data=b"\xff" * (3 * 40 * 30)))  # HeldNet waits at this image
 
 
 def held(stub: ExplainServiceStub, worker: Node, folder: Path) -> grpc.Future[pb.ExplainResponse]:
@@ -177,3 +170,18 @@ def test_replicas_follow_rows_owed_and_calls_survive_the_loss_of_a_node(
             assert details(error)["ErrorInfo"].reason == "REPLICA_LOST"
             assert details(error)["RequestInfo"].request_id == "raw"
         deployment.stop()
+
+
+def test_command_ends_if_the_head_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a minute by default
+    with (
+        cluster(head_cpus=0, worker_cpus=1, **QUICK_SERVE) as running,
+        deployed(running, tmp_path, f'device = "cpu"\n{TINY}') as deployment,
+    ):
+        running.head.kill()
+        _, stderr = deployment.process.communicate(timeout=LIMIT_S)
+        assert deployment.process.returncode == 1
+        assert "Failed to connect to GCS within 5 seconds" in stderr
+        with camserve.Client(deployment.address, timeout=2) as client, pytest.raises(camserve.CamserveError) as caught:
+            client.explain(IMAGE, model="tiny", method="cam")
+        assert isinstance(caught.value, camserve.Unavailable | camserve.DeadlineExceeded)
