@@ -1,4 +1,4 @@
-"""The result cache in a real Redis: servers that share it, its faults, and what it contains."""
+"""The result cache in a real Redis or Valkey: servers that share it, its faults, and what it contains."""
 
 from __future__ import annotations
 
@@ -31,16 +31,19 @@ from tests.server.service.frontends.test_calls import bearer, differing
 from tests.server.service.test_errors import IMAGE, TIMEOUT_S, method, request
 
 redis = pytest.importorskip("redis")
-pytestmark = pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
+# Debian has redis-server, and valkey-server in versions after 12. The tests use both if both are installed.
+PROGRAMS = [name for name in ("redis-server", "valkey-server") if shutil.which(name)]
+pytestmark = pytest.mark.skipif(not PROGRAMS, reason="redis-server is not installed")
 
 PASSWORD = "a password"
 USER_PART = ":a%20password@"
 
 
 class Redis:
-    """A Redis server on a Unix socket in a folder of its own and, if a port is given, on 127.0.0.1. It has no files."""
+    """A server on a Unix socket in a folder of its own and, if a port is given, on 127.0.0.1. It has no files."""
 
-    def __init__(self, folder: Path, port: int = 0) -> None:
+    def __init__(self, program: str, folder: Path, port: int = 0) -> None:
+        self.program = program
         self.path = folder / "redis.sock"
         self.port = port
         self.url = f"redis://{USER_PART}127.0.0.1:{port}/0" if port else f"unix://{USER_PART}{self.path}"
@@ -48,7 +51,7 @@ class Redis:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", str(self.path)]
+        command = [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", str(self.path)]
         command += ["--save", "", "--appendonly", "no", "--requirepass", PASSWORD, "--dir", str(self.path.parent)]
         with started(command) as process:
             until = time.monotonic() + LIMIT_S
@@ -56,7 +59,7 @@ class Redis:
                 with contextlib.suppress(redis.ConnectionError):
                     if self.client.ping():
                         break
-                assert process.poll() is None, "redis-server has ended"
+                assert process.poll() is None, f"{self.program} has ended"
                 assert time.monotonic() < until
                 time.sleep(0.02)
             yield
@@ -66,9 +69,9 @@ class Redis:
         return {key: self.client.get(key) for key in self.client.scan_iter()}
 
 
-@pytest.fixture
-def stored(tmp_path: Path) -> Iterator[Redis]:
-    server = Redis(tmp_path)
+@pytest.fixture(params=PROGRAMS)
+def stored(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Redis]:
+    server = Redis(request.param, tmp_path)
     with server.running():
         yield server
 
@@ -118,8 +121,9 @@ def test_servers_share_responses(stored: Redis) -> None:
         assert not explain(method=method("hires-cam")).cost.cached
 
 
-def test_servers_share_responses_over_tcp(tmp_path: Path) -> None:
-    stored = Redis(tmp_path, free_port())
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_servers_share_responses_over_tcp(program: str, tmp_path: Path) -> None:
+    stored = Redis(program, tmp_path, free_port())
     with stored.running():
         for cached in (False, True):
             with cached_by(stored.url) as (_, explain):
@@ -206,7 +210,7 @@ def test_server_works_without_redis_and_uses_it_again(
     monkeypatch.setattr(redis_store, "LOG_EVERY_S", 3600.0)  # longer than the test takes
     folder = tmp_path / "other"
     folder.mkdir()
-    other = Redis(folder)
+    other = Redis(stored.program, folder)
     structlog.contextvars.clear_contextvars()
     with structlog.testing.capture_logs() as logs, cached_by(other.url) as (server, explain):
         first, second = explain(), explain()
