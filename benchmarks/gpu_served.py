@@ -148,6 +148,7 @@ class Measuring:
             self._server(precisions, 1, "ready_first") as address,
             camserve.Client(address, timeout=120) as client,
         ):
+            self._attempt("batch sizes", partial(self._batch_sizes, client))
             for method in METHODS:
                 self._attempt(f"{method}, one at a time", partial(self._latency, client, method, precisions[0]))
             self._attempt("identical bits", partial(self._compare, client))
@@ -162,6 +163,12 @@ class Measuring:
         parameters = {"steps": self._amounts.steps} if method == "opti-cam" else None
         pixels: NDArray[np.uint8] = np.roll(self._pixels, 8 * image, axis=1)
         return client.explain(pixels, model=self._config.name, method=method, parameters=parameters)
+
+    def _batch_sizes(self, client: camserve.Client) -> None:
+        """Add the size of each kind of lane at the first precision, those of the small lanes included."""
+        sizes = self._ask(client, "grad-cam").receipt.batch_sizes
+        text = ", ".join(f"{kind} {size}" for kind, size in sorted(sizes.items()))
+        self.served.rows.append(("Batch size of each kind of lane", text))
 
     def _latency(self, client: camserve.Client, method: str, precision: str) -> None:
         for image in range(2):

@@ -31,7 +31,7 @@ from benchmarks.subjects import Subject, from_config, photograph
 from benchmarks.timing import Timed, percentile
 from camserve_server.config import ModelConfig
 from camserve_server.engine.engine import Engine
-from camserve_server.models.model import LaneKind
+from camserve_server.models.model import Passes
 
 AIM = 0.97
 MODEL = "efficientnet-lite0"
@@ -184,7 +184,7 @@ def _request(running: Engine, subject: Subject, load: Load) -> int:
 
 def _submitted(running: Engine, subject: Subject, x: Tensor, load: Load) -> TimedJob:
     """Submit one request with the batch sizes of the server."""
-    sizes = dict.fromkeys(get_args(LaneKind), lane_size(subject))
+    sizes = dict.fromkeys(get_args(Passes), lane_size(subject))
     return engine_runs.submit(
         running, subject.model, x, subject.call(load.method), budget=load.budget, after=0, batch_sizes=sizes
     )

@@ -21,7 +21,7 @@ from camserve_server.config import ModelConfig, embedded_model
 from camserve_server.engine.warmup import warm_up
 from camserve_server.models.layers import Layer
 from camserve_server.models.load import load
-from camserve_server.models.model import LaneKind, Model
+from camserve_server.models.model import Model, Passes
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.models.sources import build_network
 from camserve_server.plan import Image, as_row
@@ -85,7 +85,7 @@ class Subject:
         """Return the same network in float64 with batch size 1, to compare results that diverge in float32."""
         config = self.config.model_copy(update={"precision": ("fp64",)})
         model, made = run_on_thread(_loaded, config, self.model.device)
-        model.batch_sizes.update(dict.fromkeys(get_args(LaneKind), 1))
+        model.batch_sizes.update(dict.fromkeys(get_args(Passes), 1))
         return Subject(model, made, self.x, self.seconds, config)
 
     def activations(self, layers: Sequence[Layer]) -> list[Tensor]:

@@ -22,7 +22,7 @@ from benchmarks.subjects import Subject
 from benchmarks.timing import percentile
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.lanes.dispatch import start_query
-from camserve_server.models.model import LaneKind, Model
+from camserve_server.models.model import PASSES, SMALL_KINDS, LaneKind, Model
 from camserve_server.plan import (
     Ascend,
     Capture,
@@ -60,11 +60,11 @@ def measure(
         The profile of the engine. Time outside of the engine counts as zero.
     """
     model = subject.model
-    kinds: tuple[LaneKind, ...] = ("forward", "gradient", "ascend")
-    equal = {kind: tuple(model.equal_sizes.get(kind, ())) for kind in kinds}
+    kinds: tuple[LaneKind, ...] = (*model.batch_sizes,)
+    equal = {kind: model.equal_sizes.get(PASSES[kind], ()) for kind in kinds if kind not in SMALL_KINDS.values()}
     times: dict[LaneKind, dict[int, list[float]]] = {kind: {} for kind in kinds}
     with engine() as running:
-        for size in sorted({size for kind in kinds for size in (model.batch_sizes[kind], *equal[kind])}):
+        for size in sorted({size for kind in kinds for size in (model.batch_sizes[kind], *equal.get(kind, ()))}):
             step(f"{subject.name}: batches of {size} rows")
             for turn in range(rounds + 1):
                 calls = [  # one after another, so that no batch contains rows of two requests

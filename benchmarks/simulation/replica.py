@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 from benchmarks.simulation.events import Timeline
 from benchmarks.simulation.profile import MethodCost, Profile, Step
@@ -251,5 +252,4 @@ class Replica:
         job.reply(Reply(early=job.early))
 
 
-_KINDS: tuple[LaneKind, ...] = ("forward", "gradient", "ascend")
-_LANES = {kind: Lane("simulated", kind, 0) for kind in _KINDS}
+_LANES: dict[LaneKind, Lane] = {kind: Lane("simulated", kind, 0) for kind in get_args(LaneKind)}

@@ -27,7 +27,7 @@ from camserve_server.config import ModelConfig
 from camserve_server.engine.engine import Engine
 from camserve_server.engine.warmup import measure_steps
 from camserve_server.errors import CamserveError
-from camserve_server.models.model import LaneKind, Model
+from camserve_server.models.model import LaneKind, Model, Passes
 from camserve_server.models.structure import structure
 from camserve_server.pool_entries import ModelUsers
 from camserve_server.torch_setup.machine import machine_facts
@@ -124,7 +124,7 @@ class BatchSizes:
     def _known(self, settings: ModelConfig, model: Model) -> Mapping[LaneKind, int]:
         """Return the batch sizes that are configured or in memory."""
         if settings.batch_size:
-            return dict.fromkeys(get_args(LaneKind), settings.batch_size)
+            return dict.fromkeys(get_args(Passes), settings.batch_size)
         return self._measured.get(_name(self._key(model)), {})
 
     async def _store(self, model: Model, sizes: Mapping[LaneKind, int]) -> None:

@@ -150,7 +150,15 @@ def limits(
     if deadline is not None and rows.can_stop_early and throughput.average:
         # Keep time for the metrics, for the encoding of the response and for its transfer.
         answer_early_from = deadline - 1.5 * rows.metrics / throughput.average - 0.1 * (deadline - time.monotonic())
-    return Limits(deadline, answer_early_from, budget or None, rows.metrics, rows.least, throughput.best())
+    return Limits(deadline, answer_early_from, budget or None, rows.metrics, rows.least, _best_rate(model, rows))
+
+
+def _best_rate(model: Model, rows: RowsNeeded) -> float:
+    """Return the highest recent rate at which the rows of a request can run; 0 if it is unknown."""
+    best = model.throughput["forward"].best()
+    if rows.most <= model.batch_sizes.get("forward-small", 0):  # all of its queries have small lanes
+        best = max(best, model.throughput["forward-small"].best())
+    return best
 
 
 def plan_request(

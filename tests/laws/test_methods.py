@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Job, Limits
 from camserve_server.errors import InvalidArgument, OutOfRange
 from camserve_server.metrics import road
-from camserve_server.models.model import Model
+from camserve_server.models.model import LaneKind, Model
 from camserve_server.models.servable import unsupported_reason
 from camserve_server.plan import MetricResult
 from camserve_server.request_plan import MethodCall, plan_request, rows_needed
@@ -35,6 +36,7 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int]]] = {
     "vit": (nets.tiny_vit, (32, 32)),
 }
 CONTROLS = {"center-gaussian", "fake-cam", "random"}  # They do not use the network.
+SMALL: dict[LaneKind, int] = {"forward-small": 2, "gradient-small": 2}
 QUICK: dict[str, dict[str, Any]] = {
     "occlusion": {"window": 9, "stride": 5},
     "opti-cam": {"steps": 12},
@@ -52,6 +54,11 @@ QUICK: dict[str, dict[str, Any]] = {
 def model_of(network: str, seed: int = 0, batch_size: int = 4) -> Model:
     net, size = NETWORKS[network]
     return as_model(net(seed), size, batch_size=batch_size)
+
+
+def with_sizes(model: Model, sizes: dict[LaneKind, int]) -> Model:
+    """Return the model with further batch sizes."""
+    return replace(model, batch_sizes={**model.batch_sizes, **sizes})
 
 
 def served(method: str, network: str) -> bool:
@@ -127,10 +134,12 @@ def test_other_targets_do_not_change_a_map(model: Model, method: str, x: Tensor)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("small", [{}, SMALL], ids=["one size", "small lanes"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_concurrent_requests_do_not_change_the_bits(network: str) -> None:
+def test_concurrent_requests_do_not_change_the_bits(network: str, small: dict[LaneKind, int]) -> None:
     """Requests of all methods run concurrently in random order, then one by one."""
-    model, methods = model_of(network), [method for n, method in CASES if n == network]
+    methods = [method for n, method in CASES if n == network]
+    model = with_sizes(model_of(network), small)
     size = model.preprocessing.size
     metrics = [metric("insertion", steps=5), metric("average-gain")]
     requests = [(methods[i % len(methods)], noise(3, *size, seed=i), [i % 7]) for i in range(len(methods) + 7)]
@@ -168,10 +177,11 @@ def test_batch_size_does_not_change_the_map(network: str, method: str, x: Tensor
 @each
 def test_batch_sizes_of_a_receipt_reproduce_its_bits(network: str, method: str, x: Tensor) -> None:
     """Lanes with different batch sizes can run in one engine."""
-    small, large = model_of(network, batch_size=3), model_of(network, batch_size=16)
-    theirs = explained(small, x, quick(small, method), [2])
-    ours = explained(large, x, quick(large, method), [2], batch_sizes=small.batch_sizes)
-    assert torch.equal(ours.maps, theirs.maps)
+    plain, large = model_of(network, batch_size=3), model_of(network, batch_size=16)
+    for theirs, ours in ((plain, large), (with_sizes(plain, SMALL), large), (plain, with_sizes(large, SMALL))):
+        expected = explained(theirs, x, quick(theirs, method), [2])
+        replayed = explained(ours, x, quick(ours, method), [2], batch_sizes=theirs.batch_sizes)
+        assert torch.equal(replayed.maps, expected.maps)
 
 
 @each

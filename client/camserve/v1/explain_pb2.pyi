@@ -385,9 +385,11 @@ class ExplainRequest(_message.Message):
 
     @_builtins.property
     def batch_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Batch size of each kind of lane ("forward", "gradient" or "ascend"), 1 to 1024, as in a receipt. The same sizes give
-        bitwise identical maps on the same CPU with the same number of threads. Empty: the server's batch sizes. A request
-        with batch sizes, such as the replay of a receipt, is always computed: the server does not use its result cache.
+        """Batch size of each kind of lane ("forward", "gradient", "ascend", "forward-small" or "gradient-small"), 1 to 1024, as
+        in a receipt. The same sizes give bitwise identical maps on the same CPU with the same number of threads. Kinds that
+        are not named have the server's sizes. But if "forward" is named and "forward-small" is not, there is no small lane
+        for forward passes, as on the server that made such a receipt; the same holds for gradients. A request with batch
+        sizes, such as the replay of a receipt, is always computed: the server does not use its result cache.
         """
 
     @_builtins.property
@@ -901,7 +903,8 @@ class Receipt(_message.Message):
 
     @_builtins.property
     def batch_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Fixed batch size of each kind of lane. The same sizes give bitwise identical maps on the same CPU with
+        """Fixed batch size of each kind of lane. "forward-small" and "gradient-small", which are for queries with at most as
+        many rows, are missing if there are no such lanes. The same sizes give bitwise identical maps on the same CPU with
         the same number of threads.
         """
 
@@ -1380,7 +1383,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def batch_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Batch size of each kind of lane."""
+        """Batch size of each kind of lane, as in a receipt."""
 
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

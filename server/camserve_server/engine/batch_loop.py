@@ -277,7 +277,7 @@ class BatchLoop:
     def _schedule(self, job: Job[Any], query: Query[Any]) -> Answer[Any] | None:
         """Give the query to the scheduler and return None, or return its answer if it may take no row."""
         copy = job.id if job.copy else 0
-        lane, started = start_query(query, job.network, job.batch_sizes, copy)
+        lane, started = start_query(query, job.network, job.batch_sizes, copy, small_lanes=self._runner.padded)
         job.query_rows, job.query_done = started.rows, 0
         if started.min_rows is not None:
             early_from = job.limits.answer_early_from
@@ -322,17 +322,15 @@ class BatchLoop:
 
     def _halve(self, model: Model, kind: LaneKind, size: int) -> None:
         """Reduce the size of later batches of a kind of lane, and note it in the receipts of running requests."""
-        model.batch_sizes[kind] = min(model.batch_sizes[kind], size)
-        for job in [job for job in self._jobs.values() if job.model.lane_key == model.lane_key]:
-            job.batch_sizes[kind] = min(job.batch_sizes[kind], size)
+        jobs = [job for job in self._jobs.values() if job.model.lane_key == model.lane_key]
+        warning = f"memory ran out; later batches have {size} rows; a replay may therefore give different bits"
+        for sizes in (model.batch_sizes, *(job.batch_sizes for job in jobs)):
+            if kind in sizes:  # only a request that names its size has a small lane on some models
+                sizes[kind] = min(sizes[kind], size)
+        for job in jobs:
             job.context.run(log.warning, "out of memory, batch halved", model=model.name, lane=kind, size=size)
             if job.rows:
-                notify_job(
-                    job,
-                    MapWarning(
-                        f"memory ran out; later batches have {size} rows; a replay may therefore give different bits"
-                    ),
-                )
+                notify_job(job, MapWarning(warning))
 
     def _advance(self, job: Job[Any], rows_run: BatchSlice, failure: Exception | None) -> None:
         if failure is not None:

@@ -27,10 +27,13 @@ class BatchRunner:
         padded: Fill each batch up to its lane's size with padding rows.
         on_halved: Callback `(model, kind, size)`, called when the batches of a model and lane kind have permanently
             become smaller because memory has run out.
+
+    Attributes:
+        padded: Batches have padding rows.
     """
 
     def __init__(self, *, padded: bool, on_halved: Callable[[Model, LaneKind, int], None]) -> None:
-        self._padded = padded
+        self.padded = padded
         self._on_halved = on_halved
         self._largest: dict[tuple[str, LaneKind], int] = {}  # largest batch that fits, once memory has run out
         self._in_flight: deque[torch.cuda.Event] = deque()
@@ -55,10 +58,10 @@ class BatchRunner:
 
     def _size(self, model: Model, lane: Lane, rows: int) -> int:
         """Return the number of rows of a batch with `rows` real rows."""
-        if not self._padded:
+        if not self.padded:
             return rows
         full = self.batch_size(lane)
-        return full if lane.fast_forward else batch_size_for(model.equal_sizes.get(lane.kind, ()), full, rows)
+        return full if lane.fast_forward else batch_size_for(model.equal_sizes.get(lane.passes, ()), full, rows)
 
     def run(self, model: Model, lane: Lane, slices: list[BatchSlice]) -> dict[int, Exception]:
         """Run the slices as one batch; if that fails because of a slice, run each slice alone.
@@ -98,7 +101,7 @@ class BatchRunner:
             self._run_parts(model, lane, slices, self.batch_size(lane))
             return
         size = self._size(model, lane, rows)
-        full = self.batch_size(lane) if self._padded else size
+        full = self.batch_size(lane) if self.padded else size
         try:
             with full_linear_layers(model, size, full):
                 run_batch(model, lane, slices, size)

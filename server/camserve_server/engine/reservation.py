@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from camserve_server.engine.admission import WEIGHTS, Priority
 from camserve_server.engine.job import Event, Job, Limits
+from camserve_server.engine.lanes.dispatch import merged_sizes
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Plan
 
@@ -57,7 +58,7 @@ class Reservation:
         Args:
             plan: A generator that usually takes at most as many rows as were reserved.
             model: The model that answers the queries of the plan.
-            batch_sizes: Batch sizes by kind of lane that replace those of the model.
+            batch_sizes: Batch sizes by kind of lane that replace those of the model (`merged_sizes`).
             notify: Receives the events of the request on the engine's thread; it must not block.
 
         Returns:
@@ -78,7 +79,7 @@ class Reservation:
             rows_owed=self._rows,
             limits=self._limits,
             submitted=time.monotonic(),
-            batch_sizes={**model.batch_sizes, **(batch_sizes or {})},
+            batch_sizes=merged_sizes(model.batch_sizes, batch_sizes or {}),
             weight=WEIGHTS[self._priority],
         )
         self._start(job)

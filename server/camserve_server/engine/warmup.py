@@ -1,6 +1,7 @@
 """Warm-up of a model.
 
-The warm-up measures the batch size of each kind of lane and runs everything that is slow the first time.
+The warm-up measures the batch size of each kind of lane and runs everything that is slow the first time. Queries with
+few rows have small lanes where a batch cannot become smaller without a change of bits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from camserve_server.engine.lanes.dispatch import BatchSlice, run_batch, start_q
 from camserve_server.engine.lanes.fast_forward import build_fast_forward
 from camserve_server.engine.lanes.smaller_batches import compare_sizes, find_linear_layers
 from camserve_server.errors import RemoteFailed, Unservable, describe
-from camserve_server.models.model import LaneKind, Model
+from camserve_server.models.model import SMALL_KINDS, LaneKind, Model, Passes
 from camserve_server.plan import INPUT, Ascend, Gradient, Query, Score, Targets
 from camserve_server.rows import Repeated
 
@@ -27,7 +28,8 @@ SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256)}
 REMOTE_SIZES = (1, 4, 16)  # few, because each takes several requests to a server with other callers
 # Share of the best throughput that a batch size must reach. It is smaller for ascents, because a single ascent has one
 # row in each batch and pays for the padding rows of a large one.
-MIN_THROUGHPUT_SHARE: dict[LaneKind, float] = {"forward": 0.97, "gradient": 0.95, "ascend": 0.7}
+MIN_THROUGHPUT_SHARE: dict[Passes, float] = {"forward": 0.97, "gradient": 0.95, "ascend": 0.7}
+MIN_SMALL_SHARE = 0.5  # the same of small lanes, in which many requests with few rows must run fast, too
 MEASURE_S = 0.4  # measuring time of each batch size where sizes are compared
 SHORT_MEASURE_S = 0.05  # measuring time where the batch size is configured
 MAX_BATCH_S = 2.0  # a batch that takes longer would make cancellation slow, even if its throughput is high
@@ -38,10 +40,10 @@ def warm_up(model: Model, batch_size: int | None = None) -> None:
 
     Args:
         model: Model to warm up.
-        batch_size: Number of rows of a batch for all kinds of lane. If None, each kind gets the smallest size whose
-            throughput is close enough to the best (`MIN_THROUGHPUT_SHARE`).
+        batch_size: Number of rows of all batches; there are no small lanes then. If None, each kind gets the smallest
+            size whose throughput is close enough to the best (`MIN_THROUGHPUT_SHARE`, `MIN_SMALL_SHARE`).
     """
-    for _ in warm_up_steps(model, dict.fromkeys(get_args(LaneKind), batch_size) if batch_size else {}):
+    for _ in warm_up_steps(model, dict.fromkeys(get_args(Passes), batch_size) if batch_size else {}):
         pass
 
 
@@ -52,7 +54,8 @@ def warm_up_steps(model: Model, known: Mapping[LaneKind, int]) -> Iterator[None]
 
     Args:
         model: Model to warm up.
-        known: Batch sizes that are configured or were measured before. The others are measured.
+        known: Batch sizes that are configured or were measured before. The others are measured. If the size of a lane
+            is known, but not that of the small lane for the same passes, there is no such small lane.
 
     Yields:
         None, before each batch.
@@ -75,7 +78,8 @@ def measure_steps(model: Model, known: Mapping[LaneKind, int], sizes: dict[LaneK
     Args:
         model: Model to measure.
         known: As in `warm_up_steps`.
-        sizes: Receives the batch size of each kind of lane.
+        sizes: Receives the batch size of each kind of lane. Small lanes that are useless because the model has
+            `equal_sizes` are included.
 
     Yields:
         None, before each batch.
@@ -84,12 +88,8 @@ def measure_steps(model: Model, known: Mapping[LaneKind, int], sizes: dict[LaneK
         if model.remote and kind in model.unavailable:
             sizes[kind] = sizes["forward"]
             continue
-        tried = _tried_sizes(model, known.get(kind))
         try:
-            at_least_s = 0.0 if model.remote else SHORT_MEASURE_S if len(tried) == 1 else MEASURE_S
-            seconds = partial(_batch_seconds, model, query, at_least_s)
-            size, rows_per_s = yield from best_batch_size(seconds, tried, MIN_THROUGHPUT_SHARE[kind])
-            model.throughput[kind].observe(size, size / rows_per_s)
+            found = yield from _measure_kind(model, kind, query, known)
         except (Unservable, NotImplementedError, RuntimeError, TypeError) as error:
             if kind == "forward" or isinstance(error, torch.OutOfMemoryError) or _is_device_failure(error):
                 raise
@@ -97,23 +97,58 @@ def measure_steps(model: Model, known: Mapping[LaneKind, int], sizes: dict[LaneK
             reason = error.message if isinstance(error, Unservable) else describe(error)
             log.warning("a kind of lane cannot be served", model=model.name, lane=kind, reason=reason)
             model.unavailable[kind] = reason
-            size = sizes["forward"]
-        sizes[kind] = size
+            found = {kind: sizes["forward"]}
+        if kind in SMALL_KINDS:
+            sizes.pop(SMALL_KINDS[kind], None)  # of an earlier warm-up
+        sizes.update(found)
+
+
+def _measure_kind(
+    model: Model, kind: Passes, query: Callable[[int], Query[Any]], known: Mapping[LaneKind, int]
+) -> Generator[None, None, dict[LaneKind, int]]:
+    """Return the batch size of the lane for these passes, and that of their small lane if there is one."""
+    tried = _tried_sizes(model, known.get(kind))
+    at_least_s = 0.0 if model.remote else SHORT_MEASURE_S if len(tried) == 1 else MEASURE_S
+    seconds = partial(_batch_seconds, model, query, at_least_s)
+    rates = yield from measure_rates(seconds, tried, MIN_THROUGHPUT_SHARE[kind])
+    size = smallest_size(rates, MIN_THROUGHPUT_SHARE[kind])
+    sizes: dict[LaneKind, int] = {kind: size}
+    if kind in SMALL_KINDS:
+        if kind in known:
+            small = known.get(SMALL_KINDS[kind], size)
+        else:
+            small = smallest_size(rates, MIN_SMALL_SHARE)
+            if kind == "gradient" and model.device.type == "cpu":
+                small = max(2, small)  # torch computes wrong gradients of some batch norms in batches of one row
+        if small < size:
+            sizes[SMALL_KINDS[kind]] = small
+            if small not in rates:  # its first batches are slow, like those of any other size
+                rates |= yield from measure_rates(seconds, (small,), MIN_SMALL_SHARE)
+    for each, rows in sizes.items():
+        model.throughput[each].observe(rows, rows / rates[rows])
+    return sizes
 
 
 def _compare_steps(model: Model) -> Iterator[None]:
-    """Find the smaller batch sizes that give the same bits, and yield before each batch."""
+    """Find the smaller batch sizes that give the same bits, and yield before each batch.
+
+    Where there are such sizes, small lanes could only give a query with few rows other bits. They are removed.
+    """
     # Kernels of GPUs split their work by the whole batch. Remote servers can add rows of other callers.
     if model.device.type != "cpu" or model.remote is not None:
         return
     model.linear_layers = find_linear_layers(model)
     found: dict[tuple[int, bool], tuple[int, ...]] = {}
-    for kind, size in model.batch_sizes.items():
+    kinds: tuple[Passes, ...] = get_args(Passes)
+    for kind in kinds:
+        size = model.batch_sizes[kind]
         key = size, kind != "forward"
         if kind not in model.unavailable and size > 1:
             if key not in found:
                 found[key] = yield from compare_sizes(model, size, gradients=key[1])
             model.equal_sizes[kind] = found[key]
+            if kind in SMALL_KINDS and len(found[key]) > 1:
+                model.batch_sizes.pop(SMALL_KINDS[kind], None)
 
 
 def _tried_sizes(model: Model, known: int | None) -> tuple[int, ...]:
@@ -131,10 +166,10 @@ def _is_device_failure(error: Exception) -> bool:
     return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
 
 
-def best_batch_size(
+def measure_rates(
     seconds: Callable[[int], Generator[None, None, float]], sizes: tuple[int, ...], min_share: float
-) -> Generator[None, None, tuple[int, float]]:
-    """Measure batch sizes and return the smallest whose throughput is close enough to the best.
+) -> Generator[None, None, dict[int, float]]:
+    """Measure the throughput of batch sizes.
 
     The measurement ends early at a size that does not fit into memory or that a remote server refuses, at a batch that
     takes longer than `MAX_BATCH_S`, and once two sizes in a row are below `min_share` of the best throughput.
@@ -142,13 +177,13 @@ def best_batch_size(
     Args:
         seconds: Generator function from a batch size to the time of one batch in seconds.
         sizes: Batch sizes in ascending order.
-        min_share: Share of the best throughput that is close enough, in [0, 1].
+        min_share: Share of the best throughput, in [0, 1].
 
     Yields:
         None, whenever `seconds` does.
 
     Returns:
-        The batch size and its throughput in rows per second.
+        The throughput in rows per second by batch size, ascending.
 
     Raises:
         torch.OutOfMemoryError: Not even the first size fits into memory.
@@ -165,10 +200,20 @@ def best_batch_size(
         best = max(rates.values())
         if took > MAX_BATCH_S or (len(rates) > 2 and max([*rates.values()][-2:]) < min_share * best):
             break
-    return next((size, rate) for size, rate in rates.items() if rate >= min_share * max(rates.values()))
+    return rates
 
 
-def _example_queries(model: Model) -> dict[LaneKind, Callable[[int], Query[Any]]]:
+def smallest_size(rates: Mapping[int, float], min_share: float) -> int:
+    """Return the smallest batch size whose throughput is close enough to the best.
+
+    Args:
+        rates: Throughput by batch size, ascending.
+        min_share: Share of the best throughput that is close enough, in [0, 1].
+    """
+    return next(size for size, rate in rates.items() if rate >= min_share * max(rates.values()))
+
+
+def _example_queries(model: Model) -> dict[Passes, Callable[[int], Query[Any]]]:
     """Return for each kind of lane a function from a batch size to a query that fills one batch."""
     x = model.image(torch.zeros(model.preprocessing.channels, *model.preprocessing.size))
     none = torch.zeros(1, dtype=torch.float64, device=model.device)
@@ -194,7 +239,7 @@ def _batch_seconds(
     times: list[float] = []
     while len(times) < 3 or sum(times) < at_least_s:
         yield
-        lane, started = start_query(query(size), model, dict.fromkeys(get_args(LaneKind), size))
+        lane, started = start_query(query(size), model, dict.fromkeys(get_args(Passes), size))
         _synchronize(model)
         start = time.perf_counter()
         with torch.no_grad():

@@ -21,7 +21,17 @@ from camserve_server.models.remote import RemoteNetwork
 from camserve_server.models.throughput import Throughput
 from camserve_server.plan import Image, as_row
 
-LaneKind = Literal["forward", "gradient", "ascend"]
+Passes = Literal["forward", "gradient", "ascend"]
+LaneKind = Literal[Passes, "forward-small", "gradient-small"]
+# The lanes with small batches, for queries with few rows, by their passes.
+SMALL_KINDS: Mapping[Passes, LaneKind] = {"forward": "forward-small", "gradient": "gradient-small"}
+PASSES: Mapping[LaneKind, Passes] = {
+    "forward": "forward",
+    "gradient": "gradient",
+    "ascend": "ascend",
+    "forward-small": "forward",
+    "gradient-small": "gradient",
+}
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp64"]
 
 
@@ -59,13 +69,14 @@ class Model:
         channels_last: True if weights and batches have the memory format "channels last".
         one_row: True if a batch must contain one row only.
         warnings: Sentences about how the network is served.
-        unavailable: Kinds of lane that the network cannot run, with the reason, set at warm-up.
+        unavailable: Passes that the network cannot run, with the reason, set at warm-up.
         random_weights: True if the configuration allows random weights and names none.
         precision: Precision of the network's arithmetic.
         others: The same model at other precisions.
         serial: Number that differs each time a model is loaded.
-        batch_sizes: Batch size of each kind of lane in rows, set at warm-up.
-        equal_sizes: Batch sizes that give the same bits as `batch_sizes` for each kind of lane, ascending, set at
+        batch_sizes: Batch size of each kind of lane in rows, set at warm-up. A kind of `SMALL_KINDS` is missing if
+            there is no such lane.
+        equal_sizes: Batch sizes that give the same bits as `batch_sizes` for each kind of passes, ascending, set at
             warm-up; empty for kinds that were not compared.
         linear_layers: Names of the linear layers whose input is one vector per image, set at warm-up.
         throughput: Throughput of each kind of lane, first observed at warm-up.
@@ -99,7 +110,7 @@ class Model:
     binary: bool = False
     channels_last: bool = True
     one_row: bool = False
-    unavailable: dict[LaneKind, str] = field(default_factory=dict)
+    unavailable: dict[Passes, str] = field(default_factory=dict)
     random_weights: bool = False
     code: str = ""
     no_layer: str = "it has no layer with a spatial output"
@@ -108,7 +119,7 @@ class Model:
     others: Mapping[Precision, Model] = field(default_factory=dict)
     serial: int = field(default_factory=itertools.count(1).__next__)
     batch_sizes: dict[LaneKind, int] = field(default_factory=dict)
-    equal_sizes: dict[LaneKind, tuple[int, ...]] = field(default_factory=dict)
+    equal_sizes: dict[Passes, tuple[int, ...]] = field(default_factory=dict)
     linear_layers: tuple[str, ...] = ()
     throughput: defaultdict[LaneKind, Throughput] = field(default_factory=lambda: defaultdict(Throughput))
     compile: bool = False

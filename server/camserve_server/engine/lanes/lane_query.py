@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from camserve_server.models.model import LaneKind
+from camserve_server.models.model import PASSES, LaneKind, Passes
 from camserve_server.plan import Sum, Sums
 
 
@@ -21,9 +21,9 @@ class Lane:
 
     Attributes:
         model: Lane key of the model (`Model.lane_key`).
-        kind: Kind of passes: forward, gradient or ascend.
+        kind: Kind of passes: forward, gradient or ascend. Queries with few rows have small lanes (`SMALL_KINDS`).
         size: Number of rows of a full batch.
-        layers: Layers to differentiate. Empty unless `kind` is "gradient".
+        layers: Layers to differentiate. Empty unless `passes` is "gradient".
         copy: Job id of the request that owns the random copy of the model; 0 for the served model.
         fast_forward: True if the batches use `Model.fast_forward`. Only queries without hooks do. They have a lane of
             their own, so that the bits of a row do not depend on the queries that share its batch.
@@ -35,6 +35,11 @@ class Lane:
     layers: tuple[str, ...] = ()
     copy: int = 0
     fast_forward: bool = False
+
+    @property
+    def passes(self) -> Passes:
+        """What the network runs for each row."""
+        return PASSES[self.kind]
 
 
 class LaneQuery(Protocol):
