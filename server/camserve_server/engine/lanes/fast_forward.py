@@ -12,6 +12,7 @@ import structlog
 import torch
 from torch import Tensor, nn
 
+from camserve_server.engine.lanes.cuda_graph import record
 from camserve_server.engine.lanes.openvino_forward import OpenVinoForward
 from camserve_server.models.model import Model, Precision
 from camserve_server.torch_setup.arithmetic import gpu_arithmetic
@@ -44,28 +45,13 @@ class GraphedForward:
     def __call__(self, X: Tensor) -> Tensor:
         """Return the logits [N, classes] of X [N, C, H, W]."""
         if self._recorded is None:
-            with torch.cuda.device(X.device):
-                self._recorded = self._record(X)
+            x = X.clone()
+            graph, y = record(lambda: self._forward(x), X.device)
+            self._recorded = graph, x, y
         graph, x, y = self._recorded
         x.copy_(X)
         graph.replay()
         return y.clone()  # the next replay overwrites y
-
-    def _record(self, X: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        x, graph = X.clone(), torch.cuda.CUDAGraph()
-        before, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(before)
-        with torch.cuda.stream(aside):  # a recording must not contain the allocations that only the first passes make
-            for _ in range(3):
-                self._forward(x)
-        before.wait_stream(aside)
-        try:
-            # "thread_local", because other threads may copy images to the device during the recording.
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                y = self._forward(x)
-        finally:
-            torch.cuda.set_stream(before)  # a recording that fails at its end does not restore the stream
-        return graph, x, y
 
 
 @torch.no_grad()

@@ -1,0 +1,43 @@
+"""Recording of kernels as a CUDA graph, which launches all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+WARM_UP_CALLS = 3
+
+
+def record(function: Callable[[], T], device: torch.device, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Record the kernels of a function on a GPU.
+
+    The function is called a few times before, because a recording must not contain the allocations that only the first
+    calls make. Replays use the memory of the tensors that the function used during the recording.
+
+    Args:
+        function: Function without arguments that reads no value of a tensor on the host.
+        device: The GPU.
+        pool: Memory of other graphs (`CUDAGraph.pool`) to use for temporary tensors. Graphs with the same memory must
+            not run at the same time.
+
+    Returns:
+        The graph, and what the function returned during the recording. Each replay overwrites its tensors.
+    """
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        before, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(before)
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP_CALLS):
+                function()
+        before.wait_stream(aside)
+        try:
+            # "thread_local", because other threads may copy images to the device during the recording.
+            with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+                result = function()
+        finally:
+            torch.cuda.set_stream(before)  # a recording that fails at its end does not restore the stream
+    return graph, result
