@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from camserve_server.engine.lanes.ascend import forget_slots
 from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, run_batch
 from camserve_server.engine.lanes.smaller_batches import batch_size_for, full_linear_layers
 from camserve_server.errors import OF_WHOLE_BATCH, OutOfMemory
@@ -115,6 +116,7 @@ class BatchRunner:
                 "use a smaller model or a device with more memory"
             )
         model.fast_forward = None  # a CUDA graph keeps memory of its own
+        forget_slots(model)
         torch.cuda.empty_cache()
         self._largest[lane.model, lane.kind] = size // 2
         self._on_halved(model, lane.kind, size // 2)

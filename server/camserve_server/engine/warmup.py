@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
 import structlog
 import torch
+from torch import Tensor
 
+from camserve_server.engine.lanes.ascend import forget_slots
 from camserve_server.engine.lanes.dispatch import BatchSlice, run_batch, start_query
 from camserve_server.engine.lanes.fast_forward import build_fast_forward
 from camserve_server.engine.lanes.smaller_batches import compare_sizes, find_linear_layers
@@ -101,6 +104,7 @@ def measure_steps(model: Model, known: Mapping[LaneKind, int], sizes: dict[LaneK
         if kind in SMALL_KINDS:
             sizes.pop(SMALL_KINDS[kind], None)  # of an earlier warm-up
         sizes.update(found)
+    forget_slots(model)  # of the sizes that were tried
 
 
 def _measure_kind(
@@ -224,12 +228,25 @@ def _example_queries(model: Model) -> dict[Passes, Callable[[int], Query[Any]]]:
         "gradient": lambda size: Gradient(Repeated(x, size), [0] * size, (layer,)),
         "ascend": lambda size: Ascend(
             torch.ones(size, 1, device=model.device, dtype=model.dtype),
-            lambda u: x.tensor * u,
-            lambda t, y: y[0],
+            ScaledImages(),
+            (x.tensor.expand(size, -1, -1, -1),),
             1,
             1.0,
         ),
     }
+
+
+@dataclass(frozen=True)
+class ScaledImages:
+    """Step of an ascent: images [B, 3, H, W], multiplied by variables [B, 1], and the logit of the first class."""
+
+    def rows(self, u: Tensor, of: tuple[Tensor]) -> Tensor:
+        """Return the products."""
+        return of[0] * u[:, :, None, None]
+
+    def objectives(self, y: Tensor, of: tuple[Tensor]) -> Tensor:
+        """Return the logits [B]."""
+        return y[:, 0]
 
 
 def _batch_seconds(

@@ -6,15 +6,20 @@ Zhang, Torres, Sicre, Avrithis, Ayache 2024, CVIU 248:104101, arXiv:2301.07002.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from camserve_server.plan import Ascend, Capture, Image, Plan, ReleaseRows, SaliencyMaps, Targets
+from camserve_server.plan import Ascend, Capture, Image, Plan, ReleaseRows, Resize, SaliencyMaps, Targets
 from camserve_server.registry import Range, Sizes, method
-from camserve_server.rows import resize, resize_minmax
+from camserve_server.rows import resize, resize_minmax, to_device
+
+Norm = Literal["range", "max", "sigmoid"]
+MaskSpace = Literal["raw", "normalised"]
+Objective = Literal["mask", "diff"]
 
 
 def _rows(sizes: Sizes, *, steps: int = 100, **_: object) -> int:
@@ -38,9 +43,9 @@ def opti_cam(
     steps: Annotated[int, Range(1, 10_000)] = 100,
     rate: Annotated[float, Range(1e-6, 100.0)] = 0.1,
     relu: bool = True,
-    norm: Literal["range", "max", "sigmoid"] = "range",
-    mask_space: Literal["raw", "normalised"] = "raw",
-    objective: Literal["mask", "diff"] = "mask",
+    norm: Norm = "range",
+    mask_space: MaskSpace = "raw",
+    objective: Objective = "mask",
     stop: Literal["none", "official"] = "none",
 ) -> Plan[SaliencyMaps]:
     """Combination of activations, optimised so that the image under its mask has the highest logit.
@@ -80,30 +85,74 @@ def opti_cam(
     (A,) = yield from Capture(x, (layer,))  # [K, h, w]
     if relu:
         A = A.relu()
-    pixels = x.tensor * x.std + x.mean
-
-    def S(u: Tensor) -> Tensor:
-        return torch.einsum("k,khw->hw", u.softmax(dim=0), A)  # eq. 8
-
-    def masked(u: Tensor) -> Tensor:
-        s = _NORMS[norm](S(u), x.size)
-        return x.tensor * s if mask_space == "normalised" else (pixels * s - x.mean) / x.std
-
-    def gain(t: int, y: Tensor) -> Tensor:
-        return y[c.index[t]] if objective == "mask" else -(y[c.index[t]] - c.y[t].to(y.dtype)).abs()
-
     u, share = A.new_full((len(c), len(A)), 0.5), 1.0
     # If all channels are constant, every combination is constant, and there is nothing to optimise.
     if (A.amin(dim=(1, 2)) < A.amax(dim=(1, 2))).any():
-        stop_rule = partial(_has_fallen, max(1, steps // 10)) if stop == "official" else None
-        ascent = yield from Ascend(u, masked, gain, steps, rate, stop_rule, min_rows=len(c))  # eq. 9
+        period = max(1, steps // 10)
+        stop_rule = partial(_has_fallen, period) if stop == "official" else None
+        image = x.tensor if mask_space == "normalised" else x.tensor * x.std + x.mean
+        As, images, means, stds = (each.expand(len(c), *each.shape) for each in (A, image, x.mean, x.std))
+        constants = Constants(As, images, means, stds, to_device(A.device, c.index), c.y.to(A.dtype))
+        step = Step(norm, mask_space, objective)
+        ascent = yield from Ascend(u, step, constants, steps, rate, stop_rule, period, min_rows=len(c))  # eq. 9
         u = ascent.u
         done = sum(len(history) for history in ascent.history)
         share = 1.0 if all(ascent.ended) else done / (steps * len(c))
     else:
         yield from ReleaseRows(steps * len(c))
     finish = None if norm == "range" else _NORMS[norm]  # None stands for the same function
-    return SaliencyMaps(torch.stack([S(u_t) for u_t in u]), finish, share)
+    return SaliencyMaps(torch.cat([combination(u_t[None], A[None]) for u_t in u]), finish, share)
+
+
+class Constants(NamedTuple):
+    """What does not change during B ascents.
+
+    Attributes:
+        A: Activations [B, K, h, w].
+        image: Image [B, 3, H, W] that the mask multiplies.
+        mean: Mean [B, 3, 1, 1] of the normalisation.
+        std: Standard deviation [B, 3, 1, 1] of the normalisation.
+        classes: Class indices [B].
+        y: Logits [B] of the classes for the unmasked image.
+    """
+
+    A: Tensor
+    image: Tensor
+    mean: Tensor
+    std: Tensor
+    classes: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One iteration: the masked images of variables u [B, K], and what the ascent maximises.
+
+    Attributes:
+        norm: Function that makes a mask of the map.
+        mask_space: Image that the mask multiplies.
+        objective: Objective of the ascent.
+    """
+
+    norm: Norm
+    mask_space: MaskSpace
+    objective: Objective
+
+    def rows(self, u: Tensor, of: Constants) -> Tensor:
+        """Return the images [B, 3, H, W] under their masks."""
+        _, _, height, width = of.image.shape
+        masked = of.image * _NORMS[self.norm](combination(u, of.A), (height, width))[:, None]
+        return masked if self.mask_space == "normalised" else (masked - of.mean) / of.std
+
+    def objectives(self, y: Tensor, of: Constants) -> Tensor:
+        """Return the objectives [B] for the logits y [B, classes] of the masked images."""
+        y_c = y.gather(1, of.classes[:, None])[:, 0]
+        return y_c if self.objective == "mask" else -(y_c - of.y).abs()  # eq. 10, eq. 19
+
+
+def combination(u: Tensor, A: Tensor) -> Tensor:
+    """Return the maps S(u) [B, h, w] of variables u [B, K] and activations A [B, K, h, w] (eq. 8)."""
+    return torch.einsum("bk,bkhw->bhw", u.softmax(dim=1), A)
 
 
 def _has_fallen(period: int, history: Sequence[float]) -> bool:
@@ -122,4 +171,4 @@ def _by_sigmoid(S: Tensor, size: tuple[int, int]) -> Tensor:
     return resize(S, size).sigmoid()  # The official code writes it as ½(tanh(S/2) + 1).
 
 
-_NORMS = {"range": resize_minmax, "max": _by_max, "sigmoid": _by_sigmoid}
+_NORMS: dict[Norm, Resize] = {"range": resize_minmax, "max": _by_max, "sigmoid": _by_sigmoid}

@@ -86,6 +86,7 @@ class Model:
             is one.
         compiled: True if torch.compile has compiled `fast_forward`.
         fast_forward_size: Number of rows of the batches that `fast_forward` runs.
+        ascents: What lanes of the kind "ascend" keep from batch to batch (`AscentLanes`); None if they keep nothing.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Model:
     fast_forward: Callable[[Tensor], Tensor] | None = None
     fast_forward_size: int = 0
     compiled: bool = False
+    ascents: object = field(init=False, default=None)  # a model that is made from this one has its own
 
     @property
     def remote(self) -> RemoteNetwork | None:

@@ -43,6 +43,7 @@ from camserve_server.plan.queries import (
 from camserve_server.plan.values import (
     INPUT,
     Ascent,
+    AscentStep,
     Attentions,
     Box,
     Explainer,
@@ -66,6 +67,7 @@ __all__ = [
     "Answer",
     "Ascend",
     "Ascent",
+    "AscentStep",
     "Attentions",
     "Box",
     "Cached",

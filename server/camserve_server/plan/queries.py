@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from camserve_server.plan.events import PlanEvent
 from camserve_server.plan.protocol import Plan, Query
-from camserve_server.plan.values import Ascent, Attentions, Gradients, Image, Rows, Scores, Sums, Targets
+from camserve_server.plan.values import Ascent, AscentStep, Attentions, Gradients, Image, Rows, Scores, Sums, Targets
 
 if TYPE_CHECKING:  # plans and methods can be imported without torch
     from torch import Tensor
 
 T = TypeVar("T")
+C = TypeVar("C", bound="tuple[Tensor, ...]")
 
 
 # ---- queries that take rows ------------------------------------------------------------------------------------------
@@ -119,29 +120,33 @@ class Sum(Query[Sums], Generic[T]):
 
 
 @dataclass(frozen=True, eq=False)
-class Ascend(Query[Ascent]):
+class Ascend(Query[Ascent], Generic[C]):
     """T·`steps` rows, each with a forward and a backward pass. The answer is the result of a gradient ascent by Adam.
 
-    The ascent maximises `objective(t, y)` over `u0[t]`, where y [classes] are the logits of the row `row(u)`. One
-    iteration follows the other, and the T variables advance side by side.
+    The ascent maximises `step.objectives(y, constants)` over the variables, where y [T, classes] are the logits of
+    the rows `step.rows(u, constants)`. One iteration follows the other, and the T variables advance side by side, also
+    with those of other queries whose step is equal.
 
     Attributes:
         u0: Initial variables [T, K].
-        row: Differentiable function of a variable [K] that returns a row [3, H, W].
-        objective: Differentiable function of the index t and the logits [classes] that returns a scalar.
+        step: Rows and objectives of variables.
+        constants: Constants of the variables, each [T, …]: a tuple, or a named tuple, which `step` then receives.
         steps: Number of iterations.
         rate: Learning rate of Adam.
         stop: Function of the objective's values so far. If it returns True, the ascent of this variable ends before
             the update of the current step.
+        stop_period: Number of steps from one call of `stop` to the next; the first call is at the first step. Each call
+            waits for a GPU.
         min_rows: As for `Score`.
     """
 
     u0: Tensor
-    row: Callable[[Tensor], Tensor]
-    objective: Callable[[int, Tensor], Tensor]
+    step: AscentStep[C]
+    constants: C
     steps: int
     rate: float
     stop: Callable[[Sequence[float]], bool] | None = None
+    stop_period: int = 1
     min_rows: int | None = None
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from camserve_server.plan.protocol import Plan
 
 if TYPE_CHECKING:  # plans and methods can be imported without torch
     from torch import Tensor
+
+C_contra = TypeVar("C_contra", bound="tuple[Tensor, ...]", contravariant=True)
 
 INPUT = "<input>"
 """Layer name that stands for the model's input [3, H, W]."""
@@ -43,6 +45,38 @@ class Rows(Protocol):
 
         Returns:
             The rows [stop − start, 3, H, W], normalised, on the model's device.
+        """
+        ...
+
+
+class AscentStep(Protocol[C_contra]):
+    """What an ascent maximises, as functions of B variables at once.
+
+    The engine computes ascents together whose steps are equal. A step is therefore hashable and keeps no tensors: a
+    frozen dataclass of the options, defined at the top of a module. Everything that belongs to one variable is in the
+    constants. Entry b of a result depends only on entry b of the arguments.
+
+    A step reads no value of a tensor on the host, so that a GPU can record it.
+    """
+
+    def rows(self, u: Tensor, of: C_contra, /) -> Tensor:
+        """Return the rows of the network's input, differentiable.
+
+        Args:
+            u: Variables [B, K].
+            of: Constants of the variables, each [B, …].
+
+        Returns:
+            The rows [B, 3, H, W], normalised.
+        """
+        ...
+
+    def objectives(self, y: Tensor, of: C_contra, /) -> Tensor:
+        """Return the values [B] to maximise, differentiable.
+
+        Args:
+            y: Logits [B, classes] of the rows.
+            of: Constants of the variables, each [B, …].
         """
         ...
 

@@ -182,7 +182,7 @@ def test_number_of_rows_selects_the_lane() -> None:
     assert kind_of(Predict(model.image(X)), model) == "forward-small"
     sums = [Sum(query, lambda i, answer: torch.zeros(1), 1) for query in rows_of(model, 1)]
     assert tuple(kind_of(query, model) for query in sums) == small
-    ascend = Ascend(torch.ones(1, 1), lambda u: model.image(X).tensor * u, lambda t, y: y[0], 5, 1.0)
+    ascend = Ascend(torch.ones(1, 1), warmup.ScaledImages(), (X[None],), 5, 1.0)
     assert kind_of(ascend, model) == "ascend"
 
 

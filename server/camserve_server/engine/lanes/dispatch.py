@@ -87,7 +87,8 @@ def start_query(
         case Sum(query=Gradient() as gradients):
             kind, started = "gradient", GradientQuery(gradients, model, query)
         case Ascend():
-            kind, started = "ascend", AscendQuery(query, model)
+            ascent = AscendQuery(query, model)
+            return Lane(model.lane_key, "ascend", sizes["ascend"], copy=copy, ascent=ascent.lane_key), ascent
         case _:
             raise TypeError(
                 f"the engine does not know the query {type(query).__name__}; expected one of camserve_server.plan"
@@ -121,7 +122,7 @@ def run_batch(model: Model, lane: Lane, slices: Sequence[BatchSlice], size: int)
                 case "gradient":
                     run_gradient(model, slices, size)
                 case "ascend":
-                    run_ascend(model, slices, size)
+                    run_ascend(model, lane, slices, size)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

@@ -223,12 +223,14 @@ def run_forward(model: Model, slices: Sequence[BatchSlice], size: int, *, fast: 
         size: Number of rows of the batch; padding rows fill it up.
         fast: True for a lane of the fast forward pass, whose queries have no hooks (`Lane.fast_forward`).
     """
-    X = padded_batch(model, [each.query.make(each.start, each.stop) for each in slices], size)
     spans = batch_spans(slices)
     queries: list[ForwardQuery] = []
     for each in slices:
         assert isinstance(each.query, ForwardQuery)
         queries.append(each.query)
+    rows = [query.make(each.start, each.stop) for query, each in zip(queries, slices, strict=True)]
+    X = padded_batch(model, rows, size)
+    del rows  # they may be copies, which the forward pass does not need
 
     def on_output(layer: str, output: Tensor) -> Tensor | None:
         changed = None

@@ -103,7 +103,12 @@ def run_gradient(model: Model, slices: Sequence[BatchSlice], size: int) -> None:
         Unservable: No gradient of the logits reaches the layers.
     """
     layers = slices[0].query.layers
-    X = padded_batch(model, [each.query.make(each.start, each.stop) for each in slices], size)
+    rows = []
+    for each in slices:
+        assert isinstance(each.query, GradientQuery)
+        rows.append(each.query.make(each.start, each.stop))
+    X = padded_batch(model, rows, size)
+    del rows  # they may be copies, which the passes do not need
     outputs: dict[str, Tensor] = {}
 
     def capture(layer: str, output: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ class Lane:
         copy: Job id of the request that owns the random copy of the model; 0 for the served model.
         fast_forward: True if the batches use `Model.fast_forward`. Only queries without hooks do. They have a lane of
             their own, so that the bits of a row do not depend on the queries that share its batch.
+        ascent: What ascents must have in common to share a batch (`AscendQuery.lane_key`). None unless `kind` is
+            "ascend".
     """
 
     model: str
@@ -35,6 +37,7 @@ class Lane:
     layers: tuple[str, ...] = ()
     copy: int = 0
     fast_forward: bool = False
+    ascent: Hashable = None
 
     @property
     def passes(self) -> Passes:
@@ -43,7 +46,7 @@ class Lane:
 
 
 class LaneQuery(Protocol):
-    """Query of a plan in progress: it makes the rows, collects their results and gives the plan its answer."""
+    """Query of a plan in progress: it collects the results of its rows and gives the plan its answer."""
 
     @property
     def rows(self) -> int:
@@ -63,10 +66,6 @@ class LaneQuery(Protocol):
     @property
     def min_rows(self) -> int | None:
         """Number of rows after which the query may be answered early; None if it needs all of them."""
-        ...
-
-    def make(self, start: int, stop: int) -> Tensor:
-        """Return rows [start, stop) of the model's input, [stop − start, C, H, W]."""
         ...
 
     def is_complete(self) -> bool:
