@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,6 +10,8 @@ import torch
 
 T = TypeVar("T")
 WARM_UP_CALLS = 3
+
+_recording = threading.Lock()  # torch permits one recording at a time, and each GPU has a thread of its own
 
 
 def record(function: Callable[[], T], device: torch.device, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
@@ -26,7 +29,7 @@ def record(function: Callable[[], T], device: torch.device, pool: Any = None) ->
     Returns:
         The graph, and what the function returned during the recording. Each replay overwrites its tensors.
     """
-    with torch.cuda.device(device):
+    with _recording, torch.cuda.device(device):
         graph = torch.cuda.CUDAGraph()
         before, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(before)
