@@ -9,23 +9,16 @@ import sys
 
 from camserve_server.errors import ConfigError
 
-__all__ = ["QUICK_SERVE", "connect", "prepare"]
+__all__ = ["connect", "prepare"]
 
-# Variables of all processes of a cluster. With them, a proxy of Ray Serve selects the replica in its event loop instead
-# of another thread, and sends messages to it over gRPC instead of by calls of actors, which takes less CPU time.
-QUICK_SERVE = {
-    "RAY_SERVE_PROXY_USE_GRPC": "1",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # the server in the replica has a limit of its own
-}
 _CONNECT_S = 10.0
 
 
 def prepare(address: str | None) -> None:
     """Set the environment variables of a cluster that `connect` starts.
 
-    It listens on the loopback address only, sends no usage statistics, and has the variables of `QUICK_SERVE`. Ray
-    reads variables when it is imported, so call this function before.
+    It listens on the loopback address only, and sends no usage statistics. Ray reads variables when it is imported, so
+    call this function before.
 
     Args:
         address: The argument of `connect`.
@@ -33,8 +26,6 @@ def prepare(address: str | None) -> None:
     if address is None and "ray" not in sys.modules:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # or Ray replaces 127.0.0.1 by another address
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        for name, value in QUICK_SERVE.items():
-            os.environ.setdefault(name, value)
 
 
 def connect(address: str | None = None) -> None:

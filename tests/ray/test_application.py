@@ -6,13 +6,14 @@ import asyncio
 import pickle
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
-from google.rpc import status_pb2
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from typer.testing import CliRunner
 
@@ -21,11 +22,13 @@ from camserve_ray.serving import command, proxy
 from camserve_ray.serving.application import Scale, application, checked
 from camserve_ray.serving.autoscaling import ROWS_OWED, RowsOwed
 from camserve_ray.serving.command import summary
-from camserve_ray.serving.replica import Replica
-from camserve_ray.serving.services import CHECK, EXPLAIN, INFERENCE, RPCS, Rpc
+from camserve_ray.serving.connections import Connections
+from camserve_ray.serving.endpoints import Endpoint, learn
+from camserve_ray.serving.replica import _ProxiesOnly
+from camserve_ray.serving.services import CHECK, EXPLAIN, HEALTH, HOLD, INFERENCE, RPCS, SECRET, Rpc
 from camserve_server import open_inference
 from camserve_server.config import Config, TLSConfig, read_config
-from camserve_server.errors import ConfigError
+from camserve_server.errors import ConfigError, PermissionDenied
 from camserve_server.open_inference import inference_pb2
 from tests.processes import LIMIT_S, TINY, environment
 
@@ -165,31 +168,39 @@ def test_replica_ends_if_its_engine_fails() -> None:
     assert "the engine's thread failed; the replica ends" in ran.stderr
 
 
-# ---- health in proxies -----------------------------------------------------------------------------------------------
+# ---- proxies ---------------------------------------------------------------------------------------------------------
 
 
 class ReplicaHealth:
-    """Serve's handler of Check, which answers when `go` is set."""
+    """The server of a replica. Its Health answers when `go` is set."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
         self.asked: list[bytes] = []
         self.codes: list[grpc.StatusCode] = []
 
-    async def __call__(self, request: bytes, context: Any) -> bytes:
+    async def check(self, request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         self.asked.append(request)
-        assert context.invocation_metadata() == [("application", "camserve")]
         await self.go.wait()
         if self.codes:
-            context.set_code(self.codes.pop())
-            return b""
+            await context.abort(self.codes.pop())
         return bytes(HealthCheckResponse(status=SERVING).SerializeToString())
 
 
-def services(replica: ReplicaHealth) -> Any:
-    found = proxy._Services()
-    found._method_handlers[CHECK.path] = grpc.unary_unary_rpc_method_handler(replica)
-    return found
+@asynccontextmanager
+async def running(health: ReplicaHealth, secret: str = "secret") -> AsyncIterator[str]:
+    """Run the server of a replica, tell the proxies of this process its endpoint, and yield its address."""
+    server = grpc.aio.server(interceptors=[_ProxiesOnly("secret")])
+    handler: Any = grpc.unary_unary_rpc_method_handler(health.check)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(HEALTH, {CHECK.name: handler}),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    learn(health, [Endpoint(address, secret, local_callers_only=True)])
+    try:
+        yield address
+    finally:
+        learn(health, [])
+        await server.stop(None)
 
 
 async def watched(found: Any, request: bytes = b"") -> int:
@@ -204,73 +215,120 @@ async def watched(found: Any, request: bytes = b"") -> int:
 
 def test_cancelled_watcher_does_not_decide_for_others() -> None:
     async def run() -> None:
-        replica = ReplicaHealth()
-        found = services(replica)
-        first, second = (asyncio.create_task(watched(found)) for _ in range(2))
-        while not replica.asked:
-            await asyncio.sleep(0)
-        first.cancel()
-        await asyncio.wait([first])
-        replica.go.set()
-        assert await second == SERVING
-        assert first.cancelled()
-        assert replica.asked == [b""], "both share one question"
-        # Unknown fields make a different message for the same service.
-        assert await watched(found, b"\x78\x01") == SERVING
-        assert len(replica.asked) == 1
-        assert await watched(found, HealthCheckRequest(service="other").SerializeToString()) == UNKNOWN
-        assert [*found._states] == [""]
+        replica, found = ReplicaHealth(), proxy._Services()
+        async with running(replica):
+            first, second = (asyncio.create_task(watched(found)) for _ in range(2))
+            while not replica.asked:
+                await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.wait([first])
+            replica.go.set()
+            assert await second == SERVING
+            assert first.cancelled()
+            assert replica.asked == [b""], "both share one question"
+            # Unknown fields make a different message for the same service.
+            assert await watched(found, b"\x78\x01") == SERVING
+            assert len(replica.asked) == 1
+            assert await watched(found, HealthCheckRequest(service="other").SerializeToString()) == UNKNOWN
+            assert [*found._states] == [""]
 
     asyncio.run(run())
 
 
-def test_state_without_an_answer_of_a_replica_is_asked_for_again() -> None:
+def test_health_asks_again_if_a_replica_does_not_answer() -> None:
     async def run() -> None:
         replica = ReplicaHealth()
         replica.go.set()
-        replica.codes = [grpc.StatusCode.DEADLINE_EXCEEDED]
-        found = services(replica)
-        assert await watched(found) == HealthCheckResponse.NOT_SERVING
-        assert await watched(found) == SERVING
         replica.codes = [grpc.StatusCode.UNAVAILABLE]
-        assert await watched(found) == SERVING, "the state of the last seconds"
+        async with running(replica):
+            assert await watched(proxy._Services()) == SERVING
+        assert len(replica.asked) == 2
 
     asyncio.run(run())
 
 
-# ---- callers on other machines ---------------------------------------------------------------------------------------
+def test_health_without_a_replica_is_not_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "_CHECK_S", 0.2)
+    assert asyncio.run(watched(proxy._Services())) == HealthCheckResponse.NOT_SERVING
 
 
-class Context:
-    """Records the status, like the context of Serve."""
+def test_port_of_a_replica_is_for_proxies_only() -> None:
+    async def run() -> None:
+        replica = ReplicaHealth()
+        replica.go.set()
+        async with running(replica) as address, grpc.aio.insecure_channel(address) as channel:
+            check: Any = channel.unary_unary(CHECK.path)
+            for metadata in ((), ((SECRET, "wrong"),)):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await check(b"", metadata=metadata)
+                assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+            await check(b"", metadata=((SECRET, "secret"),))
+        assert len(replica.asked) == 1
 
-    def __init__(self, peer: str) -> None:
-        self.status: dict[str, Any] = {}
-        self.peer = lambda: peer
+    asyncio.run(run())
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda value: self.status.update({name.removeprefix("set_"): value})
+
+def test_connections_follow_the_replicas_and_close_after_their_calls() -> None:
+    async def run() -> None:
+        replica, connections = ReplicaHealth(), Connections()
+        replica.go.set()
+        async with running(replica):
+            first = await connections.pick()
+            first.running += 1
+        other = ReplicaHealth()
+        async with running(other):
+            second = await connections.pick()
+            assert second is not first
+            assert set(connections._all.values()) == {first, second}, "a call runs on the first one"
+            first.running -= 1
+            assert await connections.pick() is second
+            assert [*connections._all.values()] == [second]
+
+    asyncio.run(run())
+
+
+def test_serve_counts_a_call_while_the_proxy_passes_on_calls() -> None:
+    """It would end the proxy of a node without replicas otherwise."""
+
+    async def run() -> None:
+        found, ended = proxy._Services(), list[bool]()
+
+        async def hold(request: bytes, context: Any) -> bytes:
+            assert context.invocation_metadata() == (("application", "camserve"),)
+            await asyncio.sleep(0)
+            ended.append(True)
+            return b""
+
+        found._method_handlers[HOLD.path] = grpc.unary_unary_rpc_method_handler(hold)
+        with found._counted(), found._counted():
+            while len(ended) < 3:
+                await asyncio.sleep(0)
+        holding = found._holding
+        assert holding is not None
+        await holding
+        with found._counted():
+            assert found._holding is not holding
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("peer", ["ipv4:192.0.2.7:4711", "ipv6:%5B2001:db8::7%5D:4711"])
 def test_callers_on_other_machines_are_refused_if_listen_is_a_loopback_address(peer: str) -> None:
     """Serve's proxies listen on all addresses."""
-    replica: Any = Replica.__new__(Replica)
-    replica.__class__ = type("WithoutServer", (Replica,), {"__del__": lambda self: None})
-    replica._local_callers_only = True
-    context: Any = Context(peer)
-    asyncio.run(replica.Explain(b"", grpc_context=context))
-    assert context.status["code"].name == "PERMISSION_DENIED"
-    assert "listen of the server is a loopback address" in context.status["details"]
-    details = dict(context.status["trailing_metadata"])["grpc-status-details-bin"]
-    assert status_pb2.Status.FromString(details).details
+    with pytest.raises(PermissionDenied, match="listen of the server is a loopback address"):
+        check_peer(peer, local_callers_only=True)
+    check_peer(peer, local_callers_only=False)
 
 
 @pytest.mark.parametrize("peer", ["ipv4:127.0.0.1:4711", "ipv6:%5B::1%5D:4711", "unix:"])
 def test_callers_on_the_machine_of_the_proxy_are_accepted(peer: str) -> None:
-    replica: Any = SimpleNamespace(_local_callers_only=True)
-    context: Any = Context(peer)
-    Replica._check_peer(replica, context)
+    check_peer(peer, local_callers_only=True)
+
+
+def check_peer(peer: str, *, local_callers_only: bool) -> None:
+    connection: Any = SimpleNamespace(endpoint=Endpoint("127.0.0.1:1", "secret", local_callers_only))
+    context: Any = SimpleNamespace(peer=lambda: peer)
+    proxy._check_peer(connection, context)
 
 
 def test_all_rpcs_of_the_open_inference_protocol_are_passed_on() -> None:

@@ -16,7 +16,6 @@ import pytest
 import camserve
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
-from camserve_ray.connection import QUICK_SERVE
 from tests.credentials import hashed
 from tests.processes import LIMIT_S, TINY, patient_client
 from tests.ray.cluster import Node, cluster
@@ -125,11 +124,8 @@ def refused(stub: ExplainServiceStub, metadata: Any, **changes: Any) -> grpc.Rpc
     return caught.value
 
 
-@pytest.mark.parametrize("variables", [QUICK_SERVE, {}], ids=["quick", "defaults of Ray"])
-def test_replicas_follow_rows_owed_and_calls_survive_the_loss_of_a_node(
-    variables: dict[str, str], tmp_path: Path
-) -> None:
-    quick = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5", **variables}
+def test_replicas_follow_rows_owed_and_calls_survive_the_loss_of_a_node(tmp_path: Path) -> None:
+    quick = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5"}
     with (
         cluster(head_cpus=1, worker_cpus=1, **quick, **{FOLDER: str(tmp_path)}) as running,
         deployed(running, tmp_path, CONFIG, "--autoscale", "1:2", "--rows-per-replica", "1000") as deployment,
@@ -175,7 +171,7 @@ def test_replicas_follow_rows_owed_and_calls_survive_the_loss_of_a_node(
 def test_command_ends_if_the_head_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a minute by default
     with (
-        cluster(head_cpus=0, worker_cpus=1, **QUICK_SERVE) as running,
+        cluster(head_cpus=0, worker_cpus=1) as running,
         deployed(running, tmp_path, f'device = "cpu"\n{TINY}') as deployment,
     ):
         running.head.kill()

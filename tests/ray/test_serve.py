@@ -20,7 +20,6 @@ import camserve
 from camserve.v1 import admin_pb2, admin_pb2_grpc
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
-from camserve_ray.connection import QUICK_SERVE
 from camserve_server.config import Config
 from camserve_server.service.call import ADMITTED
 from camserve_server.service.listeners import SERVICE
@@ -73,7 +72,7 @@ Stubs = tuple[ExplainServiceStub, ExplainServiceStub]
 def ray_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """A deployment with one replica on each of two nodes."""
     with (
-        cluster(head_cpus=1, worker_cpus=1, **QUICK_SERVE) as running,
+        cluster(head_cpus=1, worker_cpus=1) as running,
         deployed(running, tmp_path_factory.mktemp("ray"), CONFIG, "--replicas", "2") as deployment,
     ):
         yield deployment

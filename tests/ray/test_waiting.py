@@ -19,7 +19,6 @@ import camserve
 from camserve import connection
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
-from camserve_ray.connection import QUICK_SERVE
 from camserve_ray.serving import proxy
 from tests.credentials import hashed
 from tests.processes import LIMIT_S, TINY, patient_client
@@ -72,6 +71,7 @@ class OneReplica:
     @contextmanager
     def held(self, name: str = "hold") -> Iterator[None]:
         """Hold the network in the context: see held_net.py."""
+        self.is_held()  # forget those that earlier tests have held
         file = self.folder / f"{name}-{self.node.mark}"
         file.touch()
         try:
@@ -97,7 +97,7 @@ class OneReplica:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneReplica]:
     folder = tmp_path_factory.mktemp("ray")
     with (
-        cluster(head_cpus=1, worker_cpus=0, **QUICK_SERVE, **{FOLDER: str(folder)}) as running,
+        cluster(head_cpus=1, worker_cpus=0, **{FOLDER: str(folder)}) as running,
         deployed(running, folder, CONFIG) as deployment,
     ):
         yield OneReplica(deployment, folder)

@@ -15,7 +15,7 @@ from camserve.addresses import socket_path, split_host_port
 from camserve_ray.configuration import plain_config
 from camserve_ray.serving.autoscaling import RowsOwed
 from camserve_ray.serving.replica import Replica
-from camserve_ray.serving.routing import AnyNodeRouter
+from camserve_ray.serving.routing import EndpointRouter
 from camserve_ray.serving.services import NAME
 from camserve_server.config import Config, read_config
 from camserve_server.errors import ConfigError
@@ -126,7 +126,7 @@ def application(config: Config, scale: Scale) -> serve.Application:
         max_ongoing_requests=_MOST_CALLS,
         graceful_shutdown_timeout_s=config.grace_s,
         logging_config=LOGGING,
-        request_router_config=make_router(request_router_class=AnyNodeRouter),
+        request_router_config=make_router(request_router_class=EndpointRouter),
         ray_actor_options={"num_cpus": config.threads or 1, "num_gpus": scale.gpus},
         **options,
     )

@@ -1,8 +1,7 @@
 """Handlers of the RPCs in a gRPC proxy of Serve.
 
-Serve's own handlers pass a call on to a replica. The handlers around them add what Serve omits: the deadline of the
-caller, the details of errors, and Health without a replica. Messages are not parsed here, because a proxy has one
-thread, and a message with many small fields takes seconds.
+Serve tells its proxies which replicas there are. The handlers pass calls on to the servers of the replicas, and answer
+Health. Messages are not parsed here: a proxy has one thread, and a message with many small fields takes seconds.
 """
 
 from __future__ import annotations
@@ -10,32 +9,34 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
+from camserve.addresses import is_loopback
 from camserve.v1 import explain_pb2 as pb
-from camserve_ray.serving.services import CHECK, EXPLAIN, FROM_REPLICA, INFERENCE, NAME, RPCS, TIMEOUT_MS, WATCH
-from camserve_server.errors import Unavailable
+from camserve_ray.serving.connections import Connection, Connections
+from camserve_ray.serving.services import CHECK, EXPLAIN, HOLD, INFERENCE, NAME, RPCS, WATCH, Rpc
+from camserve_server.errors import CamserveError, PermissionDenied, Unavailable
 from camserve_server.service import status
 from camserve_server.service.call import MAX_REQUEST_ID, checked_request_id
 from camserve_server.service.load_reports import reports
 from camserve_server.service.load_reports.orca_pb2 import LoadReport
 
-# Seconds that a replica may take to respond to a health check. Calls without a replica wait in the proxy.
+# Seconds that a replica may take to respond to a health check, and between the attempts.
 _CHECK_S = 5.0
+_RETRY_S = 0.1
 # Seconds between the checks for Watch. Each sends the state again, because gRPC closes connections whose clients send
 # pings and get no data, and Serve offers no option for that.
 _WATCH_S = 10.0
-# Metadata of callers that would have a meaning for Serve or for a replica.
-_RESERVED = ("application", "multiplexed_model_id", "request_id", "session_id", TIMEOUT_MS)
-# The codes that Serve sets if the caller cancels a call or its deadline passes.
-_CODES_OF_CALLERS = (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
-# The key of Serve's identifier of a call.
-_ID_OF_SERVE = "request_id"
+# The codes by which gRPC reports a connection that has ended. The server of a replica adds details to its own errors.
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_DETAILS = "grpc-status-details-bin"
 _REPORTS = f"/{reports.SERVICE}/StreamCoreMetrics"
 _SERVICES = ("", EXPLAIN, INFERENCE)
 
@@ -55,36 +56,94 @@ def add_services(servicer: Any, server: Any) -> None:
 class _Services(grpc.GenericRpcHandler):
     """The handlers of all RPCs.
 
-    Serve replaces the values of `_method_handlers` by its own, as it does in the handlers of generated stubs.
+    Serve replaces the values of `_method_handlers` by its own, as it does in the handlers of generated stubs. Only that
+    of `HOLD` is used. Reflection names the services of the keys.
     """
 
     def __init__(self) -> None:
-        self._method_handlers: dict[str, Any] = {
-            rpc.path: (grpc.unary_stream_rpc_method_handler if rpc.streaming else grpc.unary_unary_rpc_method_handler)(
-                _replaced
-            )
-            for rpc in (*RPCS, WATCH)
+        paths = [each.path for each in (*RPCS, CHECK, WATCH, HOLD)]
+        self._method_handlers: dict[str, Any] = dict.fromkeys(paths, grpc.unary_unary_rpc_method_handler(_replaced))
+        self._handlers: dict[str, Any] = {
+            **{rpc.path: self._forwarding(rpc) for rpc in RPCS},
+            CHECK.path: grpc.unary_unary_rpc_method_handler(self._check),
+            WATCH.path: grpc.unary_stream_rpc_method_handler(self._watch),
+            _REPORTS: grpc.unary_stream_rpc_method_handler(_reports),
         }
-
+        self._connections = Connections()
+        self._running = 0
+        self._holding: asyncio.Task[None] | None = None
         # The time and the value of the last state of each service, and the questions that are not answered yet.
         self._states: dict[str, tuple[float, int]] = {}
         self._questions: dict[str, asyncio.Task[int]] = {}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a call; None if there is no such RPC."""
-        path = handler_call_details.method
-        if path == WATCH.path:
-            return grpc.unary_stream_rpc_method_handler(self._watch)
-        if path == _REPORTS:
-            return grpc.unary_stream_rpc_method_handler(_reports)
-        if path == CHECK.path:
-            return grpc.unary_unary_rpc_method_handler(self._check)
-        of_serve = self._method_handlers.get(path)
-        if of_serve is None:
-            return None
-        if of_serve.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(_streaming(path, of_serve.unary_stream))
-        return grpc.unary_unary_rpc_method_handler(_unary(path, of_serve.unary_unary))
+        return self._handlers.get(handler_call_details.method)
+
+    # ---- calls that are passed on ------------------------------------------------------------------------------------
+
+    def _forwarding(self, rpc: Rpc) -> Any:
+        """Return the handler that passes calls on."""
+
+        async def unary(request: bytes, context: Context) -> bytes:
+            with self._counted():
+                connection = await self._connections.pick()
+                with _runs_on(connection):
+                    try:
+                        _check_peer(connection, context)
+                        response: bytes = await _sent(connection, rpc, request, context)
+                        return response
+                    except grpc.aio.AioRpcError as error:
+                        await _abort(rpc, request, context, error)
+                    except CamserveError as error:
+                        await _abort_with(error, rpc, request, context)
+            raise AssertionError("abort raises")
+
+        async def stream(request: bytes, context: Context) -> AsyncIterator[bytes]:
+            with self._counted():
+                connection = await self._connections.pick()
+                with _runs_on(connection):
+                    try:
+                        _check_peer(connection, context)
+                        call = _sent(connection, rpc, request, context)
+                        try:
+                            async for response in call:
+                                yield response
+                        finally:
+                            call.cancel()  # has no effect on a call that has ended
+                    except grpc.aio.AioRpcError as error:
+                        await _abort(rpc, request, context, error)
+                    except CamserveError as error:
+                        await _abort_with(error, rpc, request, context)
+
+        if rpc.streaming:
+            return grpc.unary_stream_rpc_method_handler(stream)
+        return grpc.unary_unary_rpc_method_handler(unary)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count a call, and let Serve count at least one while there are any."""
+        self._running += 1
+        if self._holding is None or self._holding.done():
+            self._holding = asyncio.create_task(self._hold())
+        try:
+            yield
+        finally:
+            self._running -= 1
+
+    async def _hold(self) -> None:
+        """Keep a call that Serve counts while this proxy passes on calls, of which Serve does not know.
+
+        Serve ends the proxy of a node that has no replica any more when the proxy has no calls, and Ray may then remove
+        the node.
+        """
+        while self._running:
+            context = _Context()
+            await self._method_handlers[HOLD.path].unary_unary(b"", context)
+            if context.code() not in (0, grpc.StatusCode.OK):
+                await asyncio.sleep(1)
+
+    # ---- Health ------------------------------------------------------------------------------------------------------
 
     async def _check(self, request: bytes, context: Context) -> bytes:
         """Return the state of a service: that in a replica, or not ready if no replica responds."""
@@ -116,22 +175,24 @@ class _Services(grpc.GenericRpcHandler):
         return await asyncio.shield(question)
 
     async def _ask(self, service: str) -> int:
-        """Ask a replica for the state of a service, a value of HealthCheckResponse.ServingStatus."""
-        recorded = _Recorded(_NoCaller())
+        """Ask replicas for the state of a service, a value of HealthCheckResponse.ServingStatus, until one responds."""
         state: int = HealthCheckResponse.NOT_SERVING
-        try:
-            check = self._method_handlers[CHECK.path].unary_unary
-            request = HealthCheckRequest(service=service).SerializeToString()
-            response = await asyncio.wait_for(check(request, recorded), _CHECK_S)
-        except TimeoutError:
-            pass
-        else:
-            if recorded.code() in _CODES_OF_CALLERS:  # says nothing about the replicas
-                return state
-            if not recorded.failed():
-                state = HealthCheckResponse.FromString(response).status
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CHECK_S):
+                state = await self._response(service)
         self._states[service] = (time.monotonic(), state)
         return state
+
+    async def _response(self, service: str) -> int:
+        request = HealthCheckRequest(service=service).SerializeToString()
+        while True:
+            connection = await self._connections.pick()
+            with _runs_on(connection), suppress(grpc.aio.AioRpcError):  # the replica has ended: ask another one
+                response = await connection.call(
+                    CHECK.path, streaming=False, request=request, given=(), timeout=_CHECK_S
+                )
+                return int(HealthCheckResponse.FromString(response).status)
+            await asyncio.sleep(_RETRY_S)
 
 
 async def _reports(request: bytes, context: Context) -> AsyncIterator[bytes]:
@@ -145,31 +206,73 @@ def _replaced(request: bytes, context: Context) -> Any:
     raise NotImplementedError("Serve replaces this function")
 
 
-def _unary(path: str, of_serve: Callable[[bytes, Any], Any]) -> Callable[[bytes, Context], Any]:
-    """Return the handler around Serve's handler of an RPC with one response."""
-
-    async def handler(request: bytes, context: Context) -> bytes:
-        recorded = _Recorded(context)
-        response: bytes = await of_serve(request, recorded)
-        if recorded.failed():
-            await _abort(path, request, context, recorded)
-        return response
-
-    return handler
+@contextmanager
+def _runs_on(connection: Connection) -> Iterator[None]:
+    connection.running += 1
+    try:
+        yield
+    finally:
+        connection.running -= 1
 
 
-def _streaming(path: str, of_serve: Callable[[bytes, Any], Any]) -> Callable[[bytes, Context], Any]:
-    """Return the handler around Serve's handler of an RPC with several responses."""
+def _sent(connection: Connection, rpc: Rpc, request: bytes, context: Context) -> Any:
+    """Send the request of a caller with its metadata and its deadline."""
+    return connection.call(
+        rpc.path,
+        streaming=rpc.streaming,
+        request=request,
+        given=context.invocation_metadata() or (),
+        timeout=context.time_remaining(),
+    )
 
-    async def handler(request: bytes, context: Context) -> AsyncIterator[bytes]:
-        recorded = _Recorded(context)
-        async for response in of_serve(request, recorded):
-            if not recorded.failed():  # the message that carries the status of a failed call is empty
-                yield response
-        if recorded.failed():
-            await _abort(path, request, context, recorded)
 
-    return handler
+def _check_peer(connection: Connection, context: Context) -> None:
+    """Refuse callers on other machines if `listen` is a loopback address. Serve listens on all addresses."""
+    if connection.endpoint.local_callers_only and not is_loopback(unquote(context.peer())):
+        raise PermissionDenied(
+            "the call comes from another machine, and listen of the server is a loopback address; set "
+            'listen = "0.0.0.0:PORT" and insecure = true if you trust the network'
+        )
+
+
+async def _abort(rpc: Rpc, request: bytes, context: Context, error: grpc.aio.AioRpcError) -> None:
+    """End a call with the status from the replica, or with another one if the replica has been lost."""
+    trailing = tuple(error.trailing_metadata() or ())
+    if error.code() in _LOST and all(key != _DETAILS for key, _ in trailing):
+        lost = Unavailable(
+            "the replica that ran the request has ended; try again "
+            f"({error.code().name}, {_first_line(error.details() or '')})",
+            reason="REPLICA_LOST",
+            retry_after_s=1.0,
+        )
+        await _abort_with(lost, rpc, request, context)
+    await context.abort(error.code(), error.details() or "", trailing)
+
+
+async def _abort_with(error: CamserveError, rpc: Rpc, request: bytes, context: Context) -> None:
+    details = status.trailing_metadata(error, _request_id(rpc, request), context.time_remaining())
+    await context.abort(status.code(error), error.message, details)
+
+
+def _request_id(rpc: Rpc, request: bytes) -> str:
+    """Return the identifier that the caller has given to a request, or a new one."""
+    kinds: dict[str, Any] = {
+        f"/{EXPLAIN}/Explain": pb.ExplainRequest,
+        f"/{EXPLAIN}/ExplainStream": pb.ExplainStreamRequest,
+        f"/{EXPLAIN}/Evaluate": pb.EvaluateRequest,
+        f"/{EXPLAIN}/EvaluateStream": pb.EvaluateStreamRequest,
+    }
+    try:
+        message = kinds[rpc.path].FromString(request)
+    except (KeyError, DecodeError):
+        message = None
+    message = getattr(message, "request", message)
+    request_id = getattr(message, "request_id", "")
+    return checked_request_id(request_id if len(request_id) <= MAX_REQUEST_ID and request_id.isprintable() else "")
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
 
 
 def _encoded(state: int) -> bytes:
@@ -177,15 +280,16 @@ def _encoded(state: int) -> bytes:
     return data
 
 
-class _NoCaller:
-    """The context of a call that the proxy itself makes, with what Serve reads from a context."""
+class _Context:
+    """The context of a call that the proxy itself makes by means of Serve, with what Serve uses of a context."""
 
-    def invocation_metadata(self) -> tuple[tuple[str, Any], ...]:
-        """Return no metadata."""
-        return ()
+    def __init__(self) -> None:
+        self._code: Any = 0
+        self._details = ""
 
-    def time_remaining(self) -> None:
-        """Return no deadline."""
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        """Return the name of the application."""
+        return (("application", NAME),)
 
     def auth_context(self) -> dict[str, Any]:
         """Return no properties."""
@@ -201,34 +305,6 @@ class _NoCaller:
     def peer_identity_key(self) -> None:
         """Return no key."""
 
-
-class _Recorded:
-    """The context that Serve's handlers get. It records the status, and the handler around them ends the call.
-
-    Args:
-        context: The context of the call.
-    """
-
-    def __init__(self, context: Context | _NoCaller) -> None:
-        self._context = context
-        self._code: Any = 0
-        self._details = ""
-        self._trailing: Sequence[tuple[str, str | bytes]] = ()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
-
-    def invocation_metadata(self) -> list[tuple[str, Any]]:
-        """Return the metadata of the caller, with the name of the application and the time until the deadline."""
-        given = self._context.invocation_metadata() or ()
-        metadata = [("application", NAME), *((key, value) for key, value in given if key not in _RESERVED)]
-        left = self._context.time_remaining()
-        return metadata if left is None else [*metadata, (TIMEOUT_MS, str(max(0, int(1e3 * left))))]
-
-    def failed(self) -> bool:
-        """Return True if the call has another status than OK."""
-        return self._code not in (0, grpc.StatusCode.OK)
-
     def code(self) -> Any:
         """Return the code, or 0 for none."""
         return self._code
@@ -237,9 +313,9 @@ class _Recorded:
         """Return the message of the status."""
         return self._details
 
-    def trailing_metadata(self) -> Sequence[tuple[str, str | bytes]]:
-        """Return the metadata that follow the response."""
-        return self._trailing
+    def trailing_metadata(self) -> tuple[()]:
+        """Return no metadata."""
+        return ()
 
     def set_code(self, code: Any) -> None:
         """Record the code."""
@@ -249,47 +325,5 @@ class _Recorded:
         """Record the message of the status."""
         self._details = details
 
-    def set_trailing_metadata(self, metadata: Sequence[tuple[str, str | bytes]]) -> None:
-        """Record the metadata that follow the response."""
-        self._trailing = metadata
-
-
-async def _abort(path: str, request: bytes, context: Context, recorded: _Recorded) -> None:
-    """End a call with the recorded status.
-
-    A status that does not come from the replica comes from Serve: the replica has been lost, or there is none. The
-    caller may then repeat the call.
-    """
-    trailing = {key: value for key, value in recorded.trailing_metadata() if key != _ID_OF_SERVE}
-    from_replica = trailing.pop(FROM_REPLICA, None) is not None
-    if from_replica or recorded.code() in _CODES_OF_CALLERS:
-        await context.abort(recorded.code(), recorded.details(), tuple(trailing.items()))
-    error = Unavailable(
-        "the replica that ran the request has ended, or there is none; try again "
-        f"(Ray Serve: {recorded.code().name}, {_first_line(recorded.details())})",
-        reason="REPLICA_LOST",
-        retry_after_s=1.0,
-    )
-    details = status.trailing_metadata(error, _request_id(path, request), context.time_remaining())
-    await context.abort(status.code(error), error.message, details)
-
-
-def _request_id(path: str, request: bytes) -> str:
-    """Return the identifier that the caller has given to a request, or a new one."""
-    kinds: dict[str, Any] = {
-        f"/{EXPLAIN}/Explain": pb.ExplainRequest,
-        f"/{EXPLAIN}/ExplainStream": pb.ExplainStreamRequest,
-        f"/{EXPLAIN}/Evaluate": pb.EvaluateRequest,
-        f"/{EXPLAIN}/EvaluateStream": pb.EvaluateStreamRequest,
-    }
-    try:
-        message = kinds[path].FromString(request)
-    except (KeyError, DecodeError):
-        message = None
-    message = getattr(message, "request", message)
-    request_id = getattr(message, "request_id", "")
-    return checked_request_id(request_id if len(request_id) <= MAX_REQUEST_ID and request_id.isprintable() else "")
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        """Ignore the metadata that Serve adds."""

@@ -1,4 +1,4 @@
-"""The RPCs that proxies and replicas pass on. Requests and responses stay encoded."""
+"""The RPCs that proxies pass on, and those of proxies themselves. Requests and responses stay encoded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ _INFERENCE_RPCS = (
     "ModelInfer",
     "ModelConfig",
 )
-# Metadata that a proxy adds: the milliseconds until the caller's deadline. Serve itself does not pass the deadline on.
-TIMEOUT_MS = "camserve-timeout-ms"
-# Trailing metadata that a replica adds to a status, because Serve itself also ends calls with errors.
-FROM_REPLICA = "camserve-from-replica"
+# Metadata by which a replica recognises proxies.
+SECRET = "camserve-replica-secret"
 
 
 class Rpc(NamedTuple):
@@ -48,12 +46,13 @@ class Rpc(NamedTuple):
 
 CHECK = Rpc(f"/{HEALTH}/Check", streaming=False)
 WATCH = Rpc(f"/{HEALTH}/Watch", streaming=True)
-# The RPCs of replicas. Proxies implement Watch by means of Check.
+# The only method of replicas that proxies call by means of Serve, while they pass on calls. No caller can call it.
+HOLD = Rpc(f"/{HEALTH}/Hold", streaming=False)
+# The RPCs that proxies pass on.
 RPCS = (
     *(
         Rpc(f"/{EXPLAIN}/{rpc.name}", rpc.server_streaming)
         for rpc in explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].methods
     ),
     *(Rpc(f"/{INFERENCE}/{name}", streaming=False) for name in _INFERENCE_RPCS),
-    CHECK,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,7 @@ def callers_server(
     loads: LoadReports,
     *,
     port: tuple[str, int] = EXCLUSIVE_PORT,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> grpc.aio.Server:
     """Return the gRPC server for callers, without a port.
 
@@ -79,6 +81,7 @@ def callers_server(
         inference: Implements the Open Inference Protocol; None if the configuration disables it.
         loads: Implements the load reports.
         port: Whether several processes share the port.
+        interceptors: Interceptors that run before those of the server.
     """
     files = []
     if inference is not None:
@@ -86,7 +89,7 @@ def callers_server(
 
         files.append(inference_pb2.DESCRIPTOR)
     server = grpc.aio.server(
-        interceptors=[Guard(config, count_refusal), SizeLimits(*files)],
+        interceptors=[*interceptors, Guard(config, count_refusal), SizeLimits(*files)],
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", config.max_message_bytes),

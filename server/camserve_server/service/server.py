@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import grpc
@@ -56,6 +56,7 @@ class Server:
 
     Args:
         config: The configuration.
+        interceptors: Interceptors of calls that run before those of the server. They need a single front end.
 
     Attributes:
         config: The configuration.
@@ -67,7 +68,7 @@ class Server:
         metrics_address: The address of the listener for Prometheus; empty if there is none.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
         self.config = config
         self.engines = Engines(config)
         self.engine = self.engines.local[0]
@@ -83,7 +84,16 @@ class Server:
         loads = LoadReports(lambda: utilization(self.engines.seconds_owed()))
         self._callers: OwnPort | FrontEnds = (
             OwnPort(
-                callers_server(config, self._servicer, self._health, self._metrics.refused, inference, loads), config
+                callers_server(
+                    config,
+                    self._servicer,
+                    self._health,
+                    self._metrics.refused,
+                    inference,
+                    loads,
+                    interceptors=interceptors,
+                ),
+                config,
             )
             if config.frontends == 1
             else FrontEnds(config, self._servicer, self._health, self._metrics, inference, loads)
