@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -29,6 +30,8 @@ __all__ = ["serve"]
 # Seconds in which a proxy of a running application has to respond.
 _PROXY_S = 30.0
 _REPORT_S = 30.0
+# Ray by default runs its processes with a low priority, so other programs on the machine would delay requests.
+_PRIORITY = ("RAY_worker_niceness", "0")
 # Seconds that the end of replicas may take after `grace_s`, and between looks at the state.
 _END_S = 30.0
 _POLL_S = 0.2
@@ -59,6 +62,8 @@ def serve(
         settings = read_config(config, listen=listen, insecure=insecure)
         for warning in checked(settings):
             print(f"warning: {warning}", file=sys.stderr)
+        if address is None:
+            os.environ.setdefault(*_PRIORITY)  # of the cluster that `connect` starts
         connect(address)
     except ConfigError as error:
         return _failed(error, 2)
