@@ -146,7 +146,7 @@ class Step:
 
     def objectives(self, y: Tensor, of: Constants) -> Tensor:
         """Return the objectives [B] for the logits y [B, classes] of the masked images."""
-        y_c = y.gather(1, of.classes[:, None])[:, 0]
+        y_c = y.gather(1, of.classes[:, None]).squeeze(1)
         return y_c if self.objective == "mask" else -(y_c - of.y).abs()  # eq. 10, eq. 19
 
 

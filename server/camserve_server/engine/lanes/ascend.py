@@ -216,7 +216,9 @@ def _make_step(model: Model, query: Ascend[Any], groups: Sequence[SlotGroup], si
         logits = model.module(padded_batch(model, rows, size)).to(model.dtype)
         check_differentiable(model, logits.requires_grad)
         counts = [len(each) for each in rows]
-        *ys, _ = logits.split_with_sizes([*counts, size - sum(counts)])
+        if size > sum(counts):
+            counts.append(size - sum(counts))  # padding rows
+        ys = logits.split_with_sizes(counts)[: len(rows)]
         objectives = [query.step.objectives(y, of) for y, of in zip(ys, constants, strict=True)]
         gradients = torch.autograd.grad(objectives, leaves, [torch.ones_like(each) for each in objectives])
     adam_ascent_step(
@@ -227,7 +229,7 @@ def _make_step(model: Model, query: Ascend[Any], groups: Sequence[SlotGroup], si
             for gradient, state in zip(gradients_of_group.unbind(), group.states, strict=True)
         ],
     )
-    return torch.cat([each.detach() for each in objectives])
+    return torch.cat([each.detach() for each in objectives]) if len(objectives) > 1 else objectives[0].detach()
 
 
 def adam_ascent_step(rate: float, variables: Sequence[Sequence[Tensor]]) -> None:

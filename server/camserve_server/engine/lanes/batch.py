@@ -24,8 +24,9 @@ def padded_batch(model: Model, rows: list[Tensor], size: int) -> Tensor:
         The batch [size, C, H, W] in the memory format of the model. The padding rows are zeros and come last.
     """
     if any(each.requires_grad for each in rows):  # an ascent differentiates its rows
-        padding = rows[0].new_zeros(size - sum(map(len, rows)), *rows[0].shape[1:])
-        together = torch.cat([*rows, padding])
+        missing = size - sum(map(len, rows))
+        parts = [*rows, rows[0].new_zeros(missing, *rows[0].shape[1:])] if missing else rows
+        together = torch.cat(parts) if len(parts) > 1 else parts[0]
         return together.to(model.device, model.compute_dtype, memory_format=model.memory_format)
     batch = torch.empty(  # one pass over the rows, without an intermediate batch in another memory format
         (size, *rows[0].shape[1:]),
