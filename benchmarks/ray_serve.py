@@ -114,7 +114,14 @@ def _measure(
     name = f"{count} callers of {load.method}" if count > 1 else f"one {load.method} at a time"
     share = rates["Ray Serve"].over(rates["plain"])
     findings.claims.append(
-        Claim(f"two replicas, {name}, rate", "two plain servers", share, AIM if count > 1 else None, "share")
+        Claim(
+            f"two replicas, {name}, rate",
+            "two plain servers",
+            share,
+            AIM if count > 1 else None,
+            "share",
+            because="the proxy receives and sends each message once more, and shares the cores with the replicas",
+        )
     )
     more = median(cpu["Ray Serve"]) - median(cpu["plain"])
     print(f"{name}: {1e3 * more:.1f} ms more CPU for a request", file=sys.stderr)
