@@ -12,6 +12,7 @@ T = TypeVar("T")
 WARM_UP_CALLS = 3
 
 _recording = threading.Lock()  # torch permits one recording at a time, and each GPU has a thread of its own
+_streams: dict[int, torch.cuda.Stream] = {}  # of each GPU; graphs share memory only if their stream is the same
 
 
 def record(function: Callable[[], T], device: torch.device, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
@@ -30,17 +31,38 @@ def record(function: Callable[[], T], device: torch.device, pool: Any = None) ->
         The graph, and what the function returned during the recording. Each replay overwrites its tensors.
     """
     with _recording, torch.cuda.device(device):
-        graph = torch.cuda.CUDAGraph()
-        before, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        gpu, before = torch.cuda.current_device(), torch.cuda.current_stream()
+        if gpu not in _streams:
+            _streams[gpu] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside = _streams[gpu]
         aside.wait_stream(before)
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP_CALLS):
-                function()
-        before.wait_stream(aside)
+        try:
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP_CALLS):
+                    function()
+        finally:
+            before.wait_stream(aside)  # also after an error, because kernels of earlier calls may still run
+        graph = torch.cuda.CUDAGraph()
+        pool = pool or torch.cuda.graph_pool_handle()
         try:
             # "thread_local", because other threads may copy images to the device during the recording.
             with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
                 result = function()
+        except BaseException:
+            _end_allocations(gpu, pool)
+            raise
         finally:
             torch.cuda.set_stream(before)  # a recording that fails at its end does not restore the stream
     return graph, result
+
+
+def _end_allocations(gpu: int, pool: Any) -> None:
+    """Tell torch's allocator that a recording has failed.
+
+    If the end of a recording fails, torch goes on as if it were underway, and cannot free cached memory any more.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(gpu, pool)
+    except (AttributeError, RuntimeError):  # the recording has ended, or torch is too old
+        return
+    torch._C._cuda_releasePool(gpu, pool)
