@@ -10,6 +10,7 @@ import structlog
 import torch
 
 from camserve_server.engine.engine import Engine
+from camserve_server.engine.lanes.cuda_graph import empty_cache
 from camserve_server.engines import Engines
 from camserve_server.models.model import Model
 from camserve_server.pool_entries import Replica
@@ -111,5 +112,5 @@ def unify_fast_forwards(replicas: Sequence[Replica]) -> None:
 
 def _empty_cache() -> Iterator[None]:
     """Free cached memory on the engine's thread, because it must not happen while a CUDA graph is recorded."""
-    torch.cuda.empty_cache()
+    empty_cache()
     yield

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from camserve_server.engine.lanes.ascend import forget_slots
+from camserve_server.engine.lanes.cuda_graph import empty_cache
 from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, run_batch
 from camserve_server.engine.lanes.smaller_batches import batch_size_for, full_linear_layers
 from camserve_server.errors import OF_WHOLE_BATCH, OutOfMemory
@@ -117,7 +118,7 @@ class BatchRunner:
             )
         model.fast_forward = None  # a CUDA graph keeps memory of its own
         forget_slots(model)
-        torch.cuda.empty_cache()
+        empty_cache()
         self._largest[lane.model, lane.kind] = size // 2
         self._on_halved(model, lane.kind, size // 2)
         self._run_parts(model, lane, slices, size // 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from camserve_server.engine.lanes.cuda_graph import record
+from camserve_server.engine.lanes.cuda_graph import empty_cache, record
 
 GPU = torch.device("cuda")
 MIB = 2**20
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 def reserved() -> int:
     """Return the bytes that torch cannot return to the GPU."""
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()
+    empty_cache()
     return torch.cuda.memory_reserved()
 
 
@@ -59,7 +59,7 @@ def test_failed_recording_leaves_no_trace(shared: bool) -> None:
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
     if not shared:  # otherwise the memory belongs to the graph before
         assert reserved() < memory + 64 * MIB
-    torch.cuda.empty_cache()
+    empty_cache()
     graph, doubled = record(lambda: x[:4] * 2, GPU)
     graph.replay()
     assert doubled.tolist() == [2] * 4

@@ -56,6 +56,12 @@ def record(function: Callable[[], T], device: torch.device, pool: Any = None) ->
     return graph, result
 
 
+def empty_cache() -> None:
+    """Return the memory that torch keeps for later tensors to the GPUs, while nothing is recorded on any of them."""
+    with _recording:
+        torch.cuda.empty_cache()
+
+
 def _end_allocations(gpu: int, pool: Any) -> None:
     """Tell torch's allocator that a recording has failed.
 
