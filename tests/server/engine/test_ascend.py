@@ -157,9 +157,30 @@ def test_ascents_share_a_batch_if_step_rate_and_shapes_are_equal() -> None:
     others = [
         ascent(model, 1, step=Step("max", "raw", "mask")),
         ascent(model, 1, rate=0.2),
+        ascent(model, 1, constants=tuple(constants(model, [1]))),
         ascent(model, 1, u0=torch.zeros(1, 12), constants=constants(model, [1])._replace(A=torch.rand(1, 12, 8, 8))),
     ]
-    assert len({lane, *(start(model, each)[0] for each in others)}) == 4
+    assert len({lane, *(start(model, each)[0] for each in others)}) == 5
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """Step without constants: rows of one value, the variable."""
+
+    def rows(self, u: Tensor, of: tuple[()]) -> Tensor:
+        return u[:, :1, None, None].expand(-1, 3, 32, 32)
+
+    def objectives(self, y: Tensor, of: tuple[()]) -> Tensor:
+        return y[:, 0]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_step_needs_no_constants(monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+    monkeypatch.setattr(ascend, "computes_together", lambda model: together)
+    monkeypatch.setattr(ascend, "record", recorded_in_name_only)
+    answer = finish(model_in(), Ascend(torch.zeros(2, 1), Enlarged(), (), 4, 0.1))
+    assert (answer.u != 0).all()
+    assert torch.equal(answer.u[0], answer.u[1])
 
 
 def test_few_slots_are_kept() -> None:

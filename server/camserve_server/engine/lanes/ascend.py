@@ -38,7 +38,8 @@ class AscendQuery:
         min_rows: Number of rows after which the query may be answered early; None if it needs all of them.
         rows: Number of rows in all: steps × T.
         max_per_batch: Largest number of rows that one batch may contain: T, because a step needs the one before it.
-        lane_key: What queries that share a batch have in common: the step, the rate, and the shapes of their tensors.
+        lane_key: What queries that share a batch have in common: the step, the rate, the type of the constants, and
+            the shapes of their tensors.
     """
 
     layers: tuple[str, ...] = ()
@@ -49,7 +50,7 @@ class AscendQuery:
         self.max_per_batch = len(query.u0)
         self.rows = query.steps * self.max_per_batch
         self._variables = [_variable(query, t) for t in range(self.max_per_batch)]
-        self.lane_key = (query.step, query.rate, self._variables[0].signature)
+        self.lane_key = (query.step, query.rate, type(query.constants), self._variables[0].signature)
 
     def variable(self, row: int) -> Variable:
         """Return the variable whose step the row is."""

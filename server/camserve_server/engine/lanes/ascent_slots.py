@@ -94,7 +94,7 @@ class AscentSlots:
         self.recordable = True
         self.graph: torch.cuda.CUDAGraph | None = None
         self.objectives = torch.empty(0)
-        self._constants = [*zip(*(each.unbind() for each in constants), strict=True)]
+        self._constants = [tuple(each[slot] for each in constants) for slot in range(size)]  # there may be none
         self._variables: list[weakref.ref[Variable] | None] = [None] * size
         self._unused = [*range(size)]  # from the slot that has been unused for the longest time
 
