@@ -336,7 +336,9 @@ def test_rate_of_small_lanes_limits_requests_that_only_use_them() -> None:
 
 @pytest.mark.gpu
 def test_single_grad_cam_on_a_gpu_runs_in_small_batches() -> None:
-    config = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), precision=("fp32",))
+    config = ModelConfig(
+        name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), precision=("fp32",), compile=False
+    )
     model = load(config, torch.device("cuda"))
     sizes: dict[LaneKind, int] = {**dict.fromkeys(WITHOUT, 64), "forward-small": 8, "gradient-small": 16}
     for _ in warm_up_steps(model, sizes):
