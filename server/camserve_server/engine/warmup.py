@@ -253,6 +253,7 @@ def _batch_seconds(
     model: Model, query: Callable[[int], Query[Any]], at_least_s: float, size: int
 ) -> Generator[None, None, float]:
     """Run batches for `at_least_s` seconds, at least three, and return the shortest time; yield before each batch."""
+    forget_slots(model)  # of smaller sizes, whose graphs keep memory
     times: list[float] = []
     while len(times) < 3 or sum(times) < at_least_s:
         yield

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from camserve_server.config import ModelConfig
+from camserve_server.engine import warmup
 from camserve_server.engine.lanes import ascend
 from camserve_server.engine.lanes.ascend import AscendQuery, AscentLanes
 from camserve_server.engine.lanes.ascent_slots import AscentSlots, Variable
@@ -429,6 +430,15 @@ def test_warm_up_measures_recorded_steps_and_forgets_them(as_on_gpu: list[object
     assert model.batch_sizes["ascend"] == 2
     assert isinstance(model.ascents, AscentLanes)
     assert not model.ascents._slots
+
+
+def test_warm_up_frees_the_memory_of_each_size_before_the_next(
+    as_on_gpu: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warmup, "MEASURE_S", 0)
+    monkeypatch.setitem(warmup.SIZES, "cpu", (2, 4))
+    warm_up(model_in())
+    assert as_on_gpu == [None, None], "no recording shares memory with that of another size"
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
