@@ -188,11 +188,11 @@ class ReplicaHealth:
 
 
 @asynccontextmanager
-async def running(health: ReplicaHealth, secret: str = "secret") -> AsyncIterator[str]:
+async def running(health: ReplicaHealth, *others: grpc.GenericRpcHandler, secret: str = "secret") -> AsyncIterator[str]:
     """Run the server of a replica, tell the proxies of this process its endpoint, and yield its address."""
     server = grpc.aio.server(interceptors=[_ProxiesOnly("secret")])
     handler: Any = grpc.unary_unary_rpc_method_handler(health.check)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(HEALTH, {CHECK.name: handler}),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(HEALTH, {CHECK.name: handler}), *others))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     learn(health, [Endpoint(address, secret, local_callers_only=True)])

@@ -34,8 +34,9 @@ _RETRY_S = 0.1
 # Seconds between the checks for Watch. Each sends the state again, because gRPC closes connections whose clients send
 # pings and get no data, and Serve offers no option for that.
 _WATCH_S = 10.0
-# The codes by which gRPC reports a connection that has ended. The server of a replica adds details to its own errors.
-_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+# The codes by which gRPC reports a connection that has ended, and the code of a replica for a wrong secret: a new
+# replica can have the port of an old one. The server of a replica adds details to its own errors.
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.PERMISSION_DENIED)
 _DETAILS = "grpc-status-details-bin"
 _REPORTS = f"/{reports.SERVICE}/StreamCoreMetrics"
 _SERVICES = ("", EXPLAIN, INFERENCE)

@@ -292,7 +292,8 @@ def details(error: grpc.RpcError) -> dict[str, Any]:
 
 
 def trailing_metadata(error: grpc.RpcError) -> dict[str, Any]:
-    return {each.key: each.value for each in error.trailing_metadata()}
+    metadata: Any = error.trailing_metadata()
+    return dict(iter(metadata))  # pairs, those of grpc or of grpc.aio
 
 
 @pytest.mark.parametrize("name", CASES)
