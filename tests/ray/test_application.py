@@ -287,6 +287,27 @@ def test_connections_follow_the_replicas_and_close_after_their_calls() -> None:
     asyncio.run(run())
 
 
+def test_failure_of_hold_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "_HOLD_RETRY_S", 0)
+
+    async def run() -> None:
+        found, held = proxy._Services(), asyncio.Event()
+
+        async def hold(request: bytes, context: Any) -> bytes:
+            await asyncio.sleep(0)
+            if failures:
+                raise failures.pop()
+            held.set()
+            return b""
+
+        failures = [RuntimeError("the router of Serve has ended"), RuntimeError("the router of Serve has ended")]
+        found._method_handlers[HOLD.path] = grpc.unary_unary_rpc_method_handler(hold)
+        with found._counted():
+            await held.wait()
+
+    asyncio.run(run())
+
+
 def test_serve_counts_a_call_while_the_proxy_passes_on_calls() -> None:
     """It would end the proxy of a node without replicas otherwise."""
 

@@ -7,6 +7,7 @@ Health. Messages are not parsed here: a proxy has one thread, and a message with
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -31,6 +32,8 @@ from camserve_server.service.load_reports.orca_pb2 import LoadReport
 # Seconds that a replica may take to respond to a health check, and between the attempts.
 _CHECK_S = 5.0
 _RETRY_S = 0.1
+# Seconds before another call of `Hold` if one has failed.
+_HOLD_RETRY_S = 1.0
 # Seconds between the checks for Watch. Each sends the state again, because gRPC closes connections whose clients send
 # pings and get no data, and Serve offers no option for that.
 _WATCH_S = 10.0
@@ -40,6 +43,8 @@ _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode
 _DETAILS = "grpc-status-details-bin"
 _REPORTS = f"/{reports.SERVICE}/StreamCoreMetrics"
 _SERVICES = ("", EXPLAIN, INFERENCE)
+
+log = logging.getLogger("ray.serve")  # the log of Serve in this process
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
@@ -140,9 +145,13 @@ class _Services(grpc.GenericRpcHandler):
         """
         while self._running:
             context = _Context()
-            await self._method_handlers[HOLD.path].unary_unary(b"", context)
+            try:
+                await self._method_handlers[HOLD.path].unary_unary(b"", context)
+            except Exception as error:  # the task must not end while calls run
+                context.set_code(grpc.StatusCode.INTERNAL)
+                log.warning("Serve could not call Hold: %s", _first_line(repr(error)))
             if context.code() not in (0, grpc.StatusCode.OK):
-                await asyncio.sleep(1)
+                await asyncio.sleep(_HOLD_RETRY_S)
 
     # ---- Health ------------------------------------------------------------------------------------------------------
 
