@@ -247,6 +247,25 @@ def test_health_asks_again_if_a_replica_does_not_answer() -> None:
     asyncio.run(run())
 
 
+def test_health_asks_another_replica_if_one_does_not_respond(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection to a node that has lost its power stays open for some time."""
+    monkeypatch.setattr(proxy, "_CHECK_S", LIMIT_S)
+    monkeypatch.setattr(proxy, "_NEXT_S", 0.1)
+
+    async def run() -> None:
+        hung, other = ReplicaHealth(), ReplicaHealth()
+        other.go.set()
+        async with running(hung):
+            watching = asyncio.create_task(watched(proxy._Services()))
+            while not hung.asked:
+                await asyncio.sleep(0)
+            async with running(other):
+                assert await watching == SERVING
+            hung.go.set()
+
+    asyncio.run(run())
+
+
 def test_health_without_a_replica_is_not_serving(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "_CHECK_S", 0.2)
     assert asyncio.run(watched(proxy._Services())) == HealthCheckResponse.NOT_SERVING

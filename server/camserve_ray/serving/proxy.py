@@ -29,8 +29,11 @@ from camserve_server.service.call import MAX_REQUEST_ID, checked_request_id
 from camserve_server.service.load_reports import reports
 from camserve_server.service.load_reports.orca_pb2 import LoadReport
 
-# Seconds that a replica may take to respond to a health check, and between the attempts.
+# Seconds that replicas may take to respond to a health check, and after which a further one is asked. A replica whose
+# node has lost its power does not respond, and Serve notices the loss later.
 _CHECK_S = 5.0
+_NEXT_S = 1.0
+# Seconds before another attempt if a replica has ended.
 _RETRY_S = 0.1
 # Seconds before another call of `Hold` if one has failed.
 _HOLD_RETRY_S = 1.0
@@ -194,15 +197,29 @@ class _Services(grpc.GenericRpcHandler):
         return state
 
     async def _response(self, service: str) -> int:
+        """Return the first response. Meanwhile, one replica after another is asked."""
+        asked: set[asyncio.Task[int | None]] = set()
+        try:
+            while True:
+                asked.add(asyncio.create_task(self._response_of_one(service)))
+                done, asked = await asyncio.wait(asked, timeout=_NEXT_S, return_when=asyncio.FIRST_COMPLETED)
+                for each in done:
+                    if (state := each.result()) is not None:
+                        return state
+                if done:
+                    await asyncio.sleep(_RETRY_S)
+        finally:
+            for each in asked:
+                each.cancel()
+
+    async def _response_of_one(self, service: str) -> int | None:
+        """Ask a replica for the state of a service. Returns None if the replica has ended."""
         request = HealthCheckRequest(service=service).SerializeToString()
-        while True:
-            connection = await self._connections.pick()
-            with _runs_on(connection), suppress(grpc.aio.AioRpcError):  # the replica has ended: ask another one
-                response = await connection.call(
-                    CHECK.path, streaming=False, request=request, given=(), timeout=_CHECK_S
-                )
-                return int(HealthCheckResponse.FromString(response).status)
-            await asyncio.sleep(_RETRY_S)
+        connection = await self._connections.pick()
+        with _runs_on(connection), suppress(grpc.aio.AioRpcError):
+            response = await connection.call(CHECK.path, streaming=False, request=request, given=(), timeout=_CHECK_S)
+            return int(HealthCheckResponse.FromString(response).status)
+        return None
 
 
 async def _reports(request: bytes, context: Context) -> AsyncIterator[bytes]:
