@@ -14,9 +14,10 @@ import pytest
 from camserve.v1 import explain_pb2 as pb
 from camserve_ray.serving import proxy
 from camserve_ray.serving.replica import _ProxiesOnly, _refuse
-from camserve_ray.serving.services import EXPLAIN, HOLD, SECRET, Rpc
+from camserve_ray.serving.services import CHECK, EXPLAIN, HOLD, RPCS, SECRET, WATCH, Rpc
 from camserve_server.errors import Unavailable
 from camserve_server.service import status
+from camserve_server.service.bounds import MAX_OTHER_BYTES
 from tests.ray.test_application import ReplicaHealth, running
 from tests.server.service.test_errors import details
 
@@ -158,3 +159,28 @@ def test_wrong_secret_may_contain_any_characters() -> None:
 
     call: Any = SimpleNamespace(invocation_metadata=((SECRET, "sécret"),))
     assert asyncio.run(_ProxiesOnly("secret").intercept_service(serve, call)).unary_unary is _refuse
+
+
+@pytest.mark.parametrize("rpc", [CHECK, WATCH], ids=lambda rpc: rpc.name)
+@pytest.mark.parametrize(
+    ("request_bytes", "code"),
+    [
+        (b"\xff" * 99, grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\x0a\x00" * MAX_OTHER_BYTES, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ],
+    ids=["malformed", "large"],
+)
+def test_health_refuses_requests_that_it_would_not_parse(rpc: Rpc, request_bytes: bytes, code: grpc.StatusCode) -> None:
+    async def run() -> None:
+        async with proxied() as channel:
+            assert (await refused(channel, rpc, request_bytes)).code() is code
+
+    asyncio.run(run())
+
+
+def test_identifier_of_a_message_with_many_fields_is_not_read() -> None:
+    """The proxy would parse it for seconds."""
+    many = pb.ExplainRequest(request_id="r-1", targets=[pb.Target()] * MAX_OTHER_BYTES).SerializeToString()
+    assert proxy._request_id(UNARY, many) != "r-1"
+    assert proxy._request_id(UNARY, REQUESTS[UNARY]) == "r-1"
+    assert proxy._request_id(next(rpc for rpc in RPCS if rpc.name == "ListModels"), b"") != ""

@@ -1,7 +1,8 @@
 """Handlers of the RPCs in a gRPC proxy of Serve.
 
 Serve tells its proxies which replicas there are. The handlers pass calls on to the servers of the replicas, and answer
-Health. Messages are not parsed here: a proxy has one thread, and a message with many small fields takes seconds.
+Health. A proxy has one thread, and to parse a message with many small fields takes seconds. The messages of calls are
+therefore parsed only for the identifier in an error of the proxy itself, within the limits of the server.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from camserve.addresses import is_loopback
@@ -25,6 +25,7 @@ from camserve_ray.serving.connections import Connection, Connections
 from camserve_ray.serving.services import CHECK, EXPLAIN, HOLD, INFERENCE, NAME, RPCS, WATCH, Rpc
 from camserve_server.errors import CamserveError, PermissionDenied, Unavailable
 from camserve_server.service import status
+from camserve_server.service.bounds import parse
 from camserve_server.service.call import MAX_REQUEST_ID, checked_request_id
 from camserve_server.service.load_reports import reports
 from camserve_server.service.load_reports.orca_pb2 import LoadReport
@@ -160,14 +161,14 @@ class _Services(grpc.GenericRpcHandler):
 
     async def _check(self, request: bytes, context: Context) -> bytes:
         """Return the state of a service: that in a replica, or not ready if no replica responds."""
-        service = HealthCheckRequest.FromString(request).service
+        service = await _service(CHECK, request, context)
         if service not in _SERVICES:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {service!r}")
         return _encoded(await self._state(service))
 
     async def _watch(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
         """Yield the state of a service, now and every few seconds."""
-        service = HealthCheckRequest.FromString(request).service
+        service = await _service(WATCH, request, context)
         while True:
             asked, state = self._states.get(service, (-math.inf, HealthCheckResponse.SERVICE_UNKNOWN))
             if service in _SERVICES and time.monotonic() - asked > _WATCH_S / 2:
@@ -227,6 +228,15 @@ async def _reports(request: bytes, context: Context) -> AsyncIterator[bytes]:
     while True:
         yield LoadReport(rps_fractional=1, application_utilization=reports.utilization(0)).SerializeToString()
         await asyncio.sleep(_WATCH_S)
+
+
+async def _service(rpc: Rpc, request: bytes, context: Context) -> str:
+    """Return the service that a request of Health names. Ends the call if the request is not valid."""
+    try:
+        message: Any = parse(HealthCheckRequest, request)
+    except CamserveError as error:
+        await _abort_with(error, rpc, request, context)
+    return str(message.service)
 
 
 def _replaced(request: bytes, context: Context) -> Any:
@@ -290,8 +300,8 @@ def _request_id(rpc: Rpc, request: bytes) -> str:
         f"/{EXPLAIN}/EvaluateStream": pb.EvaluateStreamRequest,
     }
     try:
-        message = kinds[rpc.path].FromString(request)
-    except (KeyError, DecodeError):
+        message = parse(kinds[rpc.path], request)
+    except (KeyError, CamserveError):
         message = None
     message = getattr(message, "request", message)
     request_id = getattr(message, "request_id", "")
