@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,15 +22,18 @@ class Endpoint(NamedTuple):
     local_callers_only: bool
 
 
-# The endpoints that each router knows. Routers may run in a thread of their own, so tuples replace each other.
+# The endpoints that each router knows. Serve runs routers in a thread of their own.
+_lock = threading.Lock()
 _known: WeakKeyDictionary[object, tuple[Endpoint, ...]] = WeakKeyDictionary()
 
 
 def learn(router: object, endpoints: Iterable[Endpoint]) -> None:
     """Replace the endpoints that a router knows."""
-    _known[router] = tuple(endpoints)
+    with _lock:
+        _known[router] = tuple(endpoints)
 
 
 def known() -> set[Endpoint]:
     """Return the endpoints of all running replicas."""
-    return {endpoint for endpoints in list(_known.values()) for endpoint in endpoints}
+    with _lock:
+        return {endpoint for endpoints in _known.values() for endpoint in endpoints}
