@@ -22,7 +22,8 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
     # A node that loses its power closes no connection.
     ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),  # for the acknowledgement of sent data
+    ("grpc.http2.ping_timeout_ms", 20_000),  # for the response to a ping; the default is a minute
     ("grpc.http2.max_pings_without_data", 0),
 )
 
