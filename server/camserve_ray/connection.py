@@ -9,7 +9,7 @@ import sys
 
 from camserve_server.errors import ConfigError
 
-__all__ = ["connect", "prepare"]
+__all__ = ["connect", "host_of_node", "prepare"]
 
 _CONNECT_S = 10.0
 
@@ -60,3 +60,8 @@ def connect(address: str | None = None) -> None:
         )
     except ConnectionError as error:
         raise missing from error
+
+
+def host_of_node(address: str) -> str:
+    """Return the address of a node as the host of HOST:PORT. It is an IP address, or the name that `ray start` got."""
+    return f"[{address}]" if ":" in address else address

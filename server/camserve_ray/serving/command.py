@@ -19,7 +19,7 @@ import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve as ray_serve
 
-from camserve_ray.connection import connect
+from camserve_ray.connection import connect, host_of_node
 from camserve_ray.serving.application import LOGGING, Scale, application, check_scale, checked, grpc_options
 from camserve_ray.serving.services import NAME
 from camserve_server.config import Config, read_config
@@ -194,12 +194,12 @@ def _head() -> str:
     untyped: Any = ray
     [head] = [node for node in untyped.nodes() if "node:__internal_head__" in node["Resources"]]
     host = str(head["NodeManagerAddress"])
-    return "127.0.0.1" if host == untyped.util.get_node_ip_address() else host
+    return "127.0.0.1" if host == untyped.util.get_node_ip_address() else host_of_node(host)
 
 
 def _serves(address: str) -> bool:
     """Return True as soon as Health at the address reports that camserve is ready."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:  # a node of the cluster
         health, end = health_pb2_grpc.HealthStub(channel), time.monotonic() + _PROXY_S
         while time.monotonic() < end:
             try:

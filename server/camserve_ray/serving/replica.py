@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,6 +15,7 @@ import ray
 import structlog
 
 from camserve.addresses import is_loopback
+from camserve_ray.connection import host_of_node
 from camserve_ray.serving.autoscaling import ROWS_OWED
 from camserve_ray.serving.endpoints import Endpoint
 from camserve_ray.serving.services import SECRET
@@ -118,8 +118,7 @@ def _end_process(failed: Future[None]) -> None:
 def _node() -> str:
     """Return the address of this node, by which other nodes reach it."""
     untyped: Any = ray
-    address = str(untyped.util.get_node_ip_address())
-    return f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
+    return host_of_node(str(untyped.util.get_node_ip_address()))
 
 
 def _of_replica(config: Config, host: str) -> Config:
