@@ -118,6 +118,19 @@ def test_ports_probes_and_selectors_fit_together(config: Path) -> None:
     assert f"\nUSER {user}:{user}\n" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
+def test_callers_reach_the_proxies_only_and_nodes_reach_each_other_on_all_ports() -> None:
+    """The server of each replica has a port that the system selects."""
+    policy = MANIFESTS["NetworkPolicy"]["spec"]
+    assert policy["policyTypes"] == ["Ingress"]
+    callers, nodes = policy["ingress"]
+    assert callers["ports"] == [{"port": "grpc"}]
+    [caller] = callers["from"]
+    assert caller == {"podSelector": {"matchLabels": {"camserve/client": "true"}}}
+    assert not caller["podSelector"]["matchLabels"].items() <= WORKER["template"]["metadata"]["labels"].items()
+    assert "ports" not in nodes
+    assert nodes["from"][0] == {"podSelector": policy["podSelector"]}
+
+
 def test_serve_writes_no_lines_for_calls() -> None:
     assert SERVE["logging_config"] == {"enable_access_log": LOGGING.enable_access_log}
 
