@@ -50,7 +50,7 @@ class Rows(Protocol):
 
 
 class AscentStep(Protocol[C_contra]):
-    """What an ascent maximises, as functions of B variables at once.
+    """Rows and objectives of an ascent, as functions of B variables at once.
 
     The engine computes ascents together whose steps are equal. A step is therefore hashable and keeps no tensors: a
     frozen dataclass of the options, defined at the top of a module. Everything that belongs to one variable is in the
