@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 READY, STOP = "ready", "stop"  # the lines that a front end writes and reads
+_END_S = 10.0
 
 
 class Control:
@@ -29,7 +30,15 @@ class Control:
     def __init__(self) -> None:
         self.stop: Callable[[], object] = lambda: os._exit(0)
         self.settings: dict[str, Any] = json.loads(sys.stdin.readline() or "{}")
-        threading.Thread(target=self._follow, name="control", daemon=True).start()
+        self._thread = threading.Thread(target=self._follow, name="control", daemon=True)
+        self._thread.start()
+
+    def wait_for_end(self) -> None:
+        """Wait some seconds for the end of the input, which ends this process.
+
+        The link is lost first if the engine process has been killed, and this process must still remove its folder.
+        """
+        self._thread.join(_END_S)
 
     def _follow(self) -> None:
         for line in sys.stdin:

@@ -58,6 +58,8 @@ async def _serve(config: Config, control: Control) -> None:
     print(READY, flush=True)
     await asyncio.wait([asyncio.create_task(stopping.wait()), *copies], return_when=asyncio.FIRST_COMPLETED)
     await server.stop(STOP_GRACE_S)
+    if not stopping.is_set():  # the link is lost
+        control.wait_for_end()
     # Nothing is left to save. A complete end takes a second, and gRPC logs errors about watchers of Health.
     os._exit(0)
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 import urllib.request
@@ -103,6 +104,14 @@ def connections(pid: int, address: str) -> int:
     return count
 
 
+def accepts_connections(address: str) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=LIMIT_S).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 def request(method: str = "grad-cam", **parameters: float) -> pb.ExplainRequest:
     spec = pb.MethodSpec(name=method)
     spec.parameters.update(parameters)
@@ -182,6 +191,21 @@ def test_nothing_is_left_when_the_engine_process_is_killed(config: Path) -> None
         assert folder.stat().st_mode & 0o777 == 0o700
         server.process.kill()
         server.process.wait(LIMIT_S)
+        wait_until(lambda: not any(map(exists, before)), "a front end goes on without its engine")
+        assert not folder.exists()
+
+
+def test_folder_is_removed_also_if_front_ends_notice_the_lost_link_first(config: Path) -> None:
+    with serving(config) as server:
+        before = front_ends(server)
+        (folder,) = (config.parent / "run").iterdir()
+        with ExitStack() as held:
+            for each in before:  # a second writer of the standard input of each front end keeps it open
+                held.enter_context(Path(f"/proc/{each}/fd/0").open("w"))
+            server.process.kill()
+            server.process.wait(LIMIT_S)
+            wait_until(lambda: not accepts_connections(server.address), "a front end goes on serving")
+            assert folder.exists()
         wait_until(lambda: not any(map(exists, before)), "a front end goes on without its engine")
         assert not folder.exists()
 
