@@ -21,6 +21,10 @@ def forwarding(address: str, silent: threading.Event) -> Iterator[str]:
                     if not silent.is_set():
                         sink.sendall(data)
 
+        def end_connection(connection: socket.socket) -> None:
+            with contextlib.suppress(OSError):  # both sides have ended it already
+                connection.shutdown(socket.SHUT_RDWR)
+
         def accept() -> None:
             with contextlib.suppress(OSError):
                 while not silent.is_set():
@@ -28,7 +32,7 @@ def forwarding(address: str, silent: threading.Event) -> Iterator[str]:
                     far = socket.create_connection(tuple(address.split(":")))  # type: ignore[arg-type]
                     for each in (near, far):
                         stack.callback(each.close)
-                        stack.callback(each.shutdown, socket.SHUT_RDWR)
+                        stack.callback(end_connection, each)
                     for pair in ((near, far), (far, near)):
                         threading.Thread(target=carry, args=pair, daemon=True).start()
 
