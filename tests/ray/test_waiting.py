@@ -1,4 +1,4 @@
-"""What docs/ray.md says about calls that wait: for a replica, for their deadline, and for callers that do not read."""
+"""Calls through Ray Serve that wait: for a replica, for their deadline, and for callers that do not read."""
 
 from __future__ import annotations
 

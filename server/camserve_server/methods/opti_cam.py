@@ -105,7 +105,7 @@ def opti_cam(
 
 
 class Constants(NamedTuple):
-    """What does not change during B ascents.
+    """Constants of B ascents.
 
     Attributes:
         A: Activations [B, K, h, w].

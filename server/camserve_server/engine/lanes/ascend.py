@@ -38,7 +38,7 @@ class AscendQuery:
         min_rows: Number of rows after which the query may be answered early; None if it needs all of them.
         rows: Number of rows in all: steps × T.
         max_per_batch: Largest number of rows that one batch may contain: T, because a step needs the one before it.
-        lane_key: What queries that share a batch have in common: the step, the rate, the type of the constants, and
+        lane_key: Properties that queries in one batch share: the step, the rate, the type of the constants, and
             the shapes of their tensors.
     """
 
@@ -95,7 +95,7 @@ def _variable(query: Ascend[Any], t: int) -> Variable:
 
 
 class AscentLanes:
-    """What the lanes of the kind "ascend" of a model keep from batch to batch.
+    """The slots and graphs that the lanes of the kind "ascend" of a model keep from batch to batch.
 
     Attributes:
         recordable: False once a step of the network could not be recorded as a CUDA graph.

@@ -36,7 +36,7 @@ class Variable:
 
     @property
     def signature(self) -> Hashable:
-        """What the tensors of variables must have in common to be stacked."""
+        """The shapes, strides and types of its tensors, in which variables must agree to be stacked."""
         return tuple((each.shape, each.stride(), each.dtype) for each in (self.state[0], *self.constants))
 
     def history(self) -> list[float]:

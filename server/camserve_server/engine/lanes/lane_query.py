@@ -27,7 +27,7 @@ class Lane:
         copy: Job id of the request that owns the random copy of the model; 0 for the served model.
         fast_forward: True if the batches use `Model.fast_forward`. Only queries without hooks do. They have a lane of
             their own, so that the bits of a row do not depend on the queries that share its batch.
-        ascent: What ascents must have in common to share a batch (`AscendQuery.lane_key`). None unless `kind` is
+        ascent: Properties that ascents must share to be in one batch (`AscendQuery.lane_key`). None unless `kind` is
             "ascend".
     """
 
@@ -41,7 +41,7 @@ class Lane:
 
     @property
     def passes(self) -> Passes:
-        """What the network runs for each row."""
+        """Passes of the network for each row."""
         return PASSES[self.kind]
 
 
