@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -72,6 +73,18 @@ def test_public_name_has_a_docstring_with_a_first_line_that_stands_alone(value: 
     first = text.splitlines()[0]
     assert not START.match(first), first
     assert first.rstrip("`").endswith((".", ":", "?")), first
+
+
+@pytest.mark.parametrize("folder", ["client", "server", "benchmarks"])
+def test_docstrings_of_all_names_begin_with_a_line_that_stands_alone(folder: str) -> None:
+    fragments = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if START.match(text) and "_pb2" not in path.name:
+                    fragments.append(f"{path.name}: {text.splitlines()[0]}")
+    assert fragments == []
 
 
 @pytest.mark.parametrize("value", FUNCTIONS)
