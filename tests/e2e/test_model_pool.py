@@ -396,8 +396,9 @@ def test_cancelled_wait_for_a_model_blocks_no_other(tmp_path: Path, ticks: int) 
             for _ in range(ticks):
                 await asyncio.sleep(0)
             waiting.cancel()
-            await asyncio.wait_for(use(pool, "a"), LIMIT_S)
-            await asyncio.wait_for(use(pool, "b"), LIMIT_S)
+            async with asyncio.timeout(LIMIT_S):
+                await use(pool, "a")
+                await use(pool, "b")
         finally:
             engines.close()
 

@@ -90,7 +90,8 @@ class EventStream:
         while True:
             heartbeat_s = max(0.0, quiet_since + HEARTBEAT_S - time.monotonic()) if pb.Progress in self._kinds else None
             try:
-                item = await asyncio.wait_for(self._queue.get(), heartbeat_s)
+                async with asyncio.timeout(heartbeat_s):
+                    item = await self._queue.get()
             except TimeoutError:
                 quiet_since = time.monotonic()
                 yield progress

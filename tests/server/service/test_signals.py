@@ -42,6 +42,7 @@ def test_signal_at_the_end_of_the_start_is_not_lost(iterations: int, monkeypatch
     config = Config(listen="127.0.0.1:0", models=[TINY], device="cpu", threads=1, cache_dir="", grace_s=0)
 
     async def run() -> int:
-        return await asyncio.wait_for(server.run(config, lambda _: None), TIMEOUT_S)
+        async with asyncio.timeout(TIMEOUT_S):
+            return await server.run(config, lambda _: None)
 
     assert asyncio.run(run()) == 0

@@ -171,7 +171,8 @@ class FrontEnds:
                 return
             delay_s = FIRST_DELAY_S if time.monotonic() - started > STABLE_S else delay_s
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), delay_s)
+                async with asyncio.timeout(delay_s):
+                    await self._stopping.wait()
             delay_s = min(2 * delay_s, LAST_DELAY_S)
 
     async def _run(self, identifier: int, ready: asyncio.Future[None]) -> int:
