@@ -229,6 +229,16 @@ def test_table_shows_means_intervals_and_the_best_method(text: str) -> None:
     assert text.index("Controls (they explain nothing)") < text.index('<th scope="row">fake-cam')
 
 
+def test_mean_of_a_single_image_has_no_interval(tmp_path: Path) -> None:
+    files = write_study(tmp_path, images=1)
+    report.write(tmp_path / "r.html", **files, **catalogue_of_study(), order=METHODS, command="camserve evaluate")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert 'class="interval"' not in text
+    assert row_of("poly-cam", text).split()[:5] == ["poly-cam", "(reference)", "0.600", "best", "0.400"]
+    assert "Scores of one image" in plain(text)
+    assert "The scores of a single image have no confidence intervals." in plain(text)
+
+
 def test_page_shows_warnings_failures_layers_and_provenance(text: str) -> None:
     content = plain(text)
     for expected in [

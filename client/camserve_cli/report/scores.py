@@ -25,11 +25,13 @@ class Mean:
         value: The mean.
         low: Lower end of its 95 % confidence interval.
         high: Upper end of its 95 % confidence interval.
+        count: Number of images. One image determines no interval, so `low` and `high` are the mean.
     """
 
     value: float
     low: float
     high: float
+    count: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def means(records: Iterable[Record], metrics: Sequence[Metric]) -> dict[str, Mea
         return {}
     low, high = statistics.interval(values)
     return {
-        metric.name: Mean(float(values[:, i].mean()), float(low[i]), float(high[i])) for i, metric in enumerate(metrics)
+        metric.name: Mean(float(values[:, i].mean()), float(low[i]), float(high[i]), len(values))
+        for i, metric in enumerate(metrics)
     }
 
 
