@@ -37,6 +37,11 @@ def test_replay_prints_differences_from_saved_maps(
     assert (result.exit_code, result.stdout.splitlines()[0]) == (1, "not the same map")
     assert re.search(r"map_digests\.281 +sha256:\w{12}… +sha256:\w{12}…", result.stdout)
     assert re.search(r"tabby, cat \(281\) +0\.5 +0\.0625", result.stdout)
+    hint = "A receipt does not contain the CPU and the number of threads"
+    assert hint in result.stdout
+    servicer.receipt_overrides = {"precision": "bf16"}
+    assert hint not in run(*arguments).stdout, "the receipts show another reason"
+    servicer.receipt_overrides = {}
     np.save(tmp_path / "elsewhere.npy", ramp + 2)
     assert re.search(r" 2 +1\.94 *\n", run(*arguments, "--saliency", tmp_path / "elsewhere.npy").stdout)
     np.save(tmp_path / "elsewhere.npy", ramp[:4])

@@ -71,3 +71,8 @@ def _print_result(result: Replay) -> None:
     typer.echo(f"the same {map_or_maps}, bit for bit" if result.same else f"not the same {map_or_maps}")
     if result.differences:
         print_table("", rich_tables.differences(result))
+    if not result.same and all(name.startswith("map_digests") for name in result.differences):
+        typer.echo(
+            "The receipts agree in all else. A receipt does not contain the CPU and the number of threads, which can "
+            "change the last bits of a map."
+        )
