@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import structlog
 from numpy.typing import NDArray
+from pyarrow import ArrowException
 
 from camserve import errors, request_messages
 from camserve.batches import Variant
@@ -209,10 +210,10 @@ def _text(error: Exception) -> tuple[str, str]:
             return " ".join(error.message.split()), error.reason
         case errors.CamserveError():
             return " ".join(error.message.split()), error.reason or error.code.name
-        case OSError(strerror=str(cause)):
-            return f"{cause}: {error.filename}", type(error).__name__
-        case OSError():
-            return str(error) or type(error).__name__, type(error).__name__
+        case OSError(strerror=str(cause), filename=str(path)):
+            return f"{cause}: {path}", type(error).__name__
+        case OSError() | ArrowException():  # of Arrow, for damaged Parquet files
+            return " ".join(str(error).split()) or type(error).__name__, type(error).__name__
         case _:
             log.exception("unexpected exception")
             return f"an internal error: {describe(error)}", "INTERNAL"

@@ -5,9 +5,11 @@ The driver lists the images, and the engines read them. Therefore the paths must
 
 from __future__ import annotations
 
+import os
+import posixpath
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -22,6 +24,10 @@ Kind: TypeAlias = Literal["file", "dicom", "tar", "parquet"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+# Names are parts of the names in zip archives, which have at most 65,535 bytes and end at NUL.
+_MAX_NAME_BYTES = 4096
+_SCAN_BYTES = 1 << 20
 _EXPECTED = f"images ({', '.join(SUFFIXES)}), DICOM files, Parquet files (.parquet) or archives (.tar)"
 
 
@@ -64,7 +70,7 @@ def find_images(
 
     Args:
         paths: Image files, DICOM files, Parquet files, uncompressed tar archives, and folders of them. Folders include
-            their subfolders.
+            their subfolders, also those behind symbolic links. Each folder is searched once.
         target: The target of all images, unless `target_column` is set.
         image_column: The column of Parquet files with the encoded images: bytes, or a struct with the field "bytes".
         name_column: The column of Parquet files with the names of the images. None names an image FILE.parquet/ROW.
@@ -78,7 +84,8 @@ def find_images(
 
     Raises:
         OSError: A file or folder cannot be read.
-        InvalidArgument: A folder contains no images, a file has another form, or two images have the same name.
+        InvalidArgument: There are no images, a file has another form, an image has no usable name, or two images have
+            the same name.
     """
     images: list[BulkImage] = []
     for path in dict.fromkeys(file for each in paths for file in _files(each, out)):
@@ -89,8 +96,16 @@ def find_images(
                 images += _members(path, target, target_column)
             case kind:
                 images.append(BulkImage(escaped(path), str(path.absolute()), kind, target=target))
+    if not images:
+        raise InvalidArgument(f"there are no images; expected paths of {_EXPECTED}", field="image")
     names = set[str]()
     for image in images:
+        if not image.name or "\0" in image.name or len(image.name.encode()) > _MAX_NAME_BYTES:
+            raise InvalidArgument(
+                f"an image in {escaped(image.path)} has the name {image.name[:80]!r}; expected 1 to {_MAX_NAME_BYTES} "
+                "bytes without NUL; choose another column with names",
+                field="image",
+            )
         if image.name in names:
             raise InvalidArgument(
                 f"two images have the name {image.name}; choose a column with distinct names, or remove one of them",
@@ -104,13 +119,29 @@ def _files(path: Path, out: Path | None) -> list[Path]:
     """Return the files of a folder and its subfolders that contain images, or the path itself if it is no folder."""
     if not path.is_dir():
         return [path]
-    found = sorted(each for each in path.rglob("*") if each.is_file() and _is_input(each))
-    if out is not None and (scores := scores_folder(out).resolve()).is_relative_to(root := path.resolve()):
-        left_out = path / scores.relative_to(root)
-        found = [each for each in found if not each.is_relative_to(left_out)]
+    found = sorted(each for each in _walk(path, out) if _is_input(each))
     if not found:
         raise InvalidArgument(f"{path} contains no images; expected {_EXPECTED}", field="image")
     return found
+
+
+def _walk(root: Path, out: Path | None) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders. A link that leads nowhere is a file that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # otherwise the images of an unreadable folder would be missing without a message
+
+    seen = set() if out is None else {os.path.realpath(scores_folder(out))}
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        for name in names:
+            path = Path(folder, name)
+            if path.is_file() or not path.exists():
+                yield path
 
 
 def scores_folder(out: Path) -> Path:
@@ -129,6 +160,8 @@ def _kind(path: Path) -> Kind:
             return "parquet"
         case ".tar":
             return "tar"
+        case _ if path.name.lower().endswith(_COMPRESSED):
+            return "tar"  # which is refused
         case suffix if suffix not in SUFFIXES and _is_dicom(path):
             return "dicom"
     return "file"
@@ -169,43 +202,61 @@ def _target(value: object, name: str) -> int | str:
 def _rows(
     path: Path, target: int | str | None, image_column: str, name_column: str | None, target_column: str | None
 ) -> Iterator[BulkImage]:
+    path.stat()  # the message of a missing file is that of other files
     try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise InvalidArgument(f"{path} is not a Parquet file: {error}", field="image") from error
-    with file:
-        columns = {"image": image_column, "name": name_column, "target": target_column}
-        for kind, column in columns.items():
-            if column is not None and column not in file.schema_arrow.names:
-                raise InvalidArgument(
-                    f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}; choose another "
-                    f"{kind} column",
-                    field="image",
-                )
-        if not _holds_images(file.schema_arrow.field(image_column).type):
+        with parquet.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow, image_column, name_column, target_column)
+            row = 0
+            for group in range(file.num_row_groups):
+                wanted = {each for each in (name_column, target_column) if each is not None}
+                values = file.read_row_group(group, columns=[*wanted])
+                count = file.metadata.row_group(group).num_rows
+                names = values[name_column].to_pylist() if name_column else [None] * count
+                targets = values[target_column].to_pylist() if target_column else [target] * count
+                for offset, (name, value) in enumerate(zip(names, targets, strict=True)):
+                    called = f"{escaped(path)}/{row}" if name is None else str(name)
+                    yield BulkImage(
+                        called,
+                        str(path.absolute()),
+                        "parquet",
+                        offset,
+                        group=group,
+                        target=_target(value, called) if target_column else target,
+                    )
+                    row += 1
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"{path} has names or targets that are not UTF-8", field="image") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        # Arrow raises an OSError without a number for damaged data.
+        raise InvalidArgument(
+            f"{path} is not a Parquet file, or is damaged: {' '.join(str(error).split())}", field="image"
+        ) from error
+
+
+def _check_columns(
+    path: Path, schema: pyarrow.Schema, image_column: str, name_column: str | None, target_column: str | None
+) -> None:
+    for kind, column in {"image": image_column, "name": name_column, "target": target_column}.items():
+        if column is not None and (count := schema.names.count(column)) != 1:
+            has = f"{count} columns" if count else "no column"
             raise InvalidArgument(
-                f"the column {image_column!r} of {path} has the type {file.schema_arrow.field(image_column).type}; "
-                'expected binary, or a struct with the binary field "bytes"',
+                f"{path} has {has} {column!r}; it has {', '.join(schema.names)}; choose another {kind} column",
                 field="image",
             )
-        row = 0
-        for group in range(file.num_row_groups):
-            wanted = [each for each in (name_column, target_column) if each is not None]
-            values = file.read_row_group(group, columns=wanted)
-            count = file.metadata.row_group(group).num_rows
-            names = values[name_column].to_pylist() if name_column else [None] * count
-            targets = values[target_column].to_pylist() if target_column else [target] * count
-            for offset, (name, value) in enumerate(zip(names, targets, strict=True)):
-                called = f"{escaped(path)}/{row}" if name is None else str(name)
-                yield BulkImage(
-                    called,
-                    str(path.absolute()),
-                    "parquet",
-                    offset,
-                    group=group,
-                    target=_target(value, called) if target_column else target,
-                )
-                row += 1
+    if not _holds_images(schema.field(image_column).type):
+        raise InvalidArgument(
+            f"the column {image_column!r} of {path} has the type {schema.field(image_column).type}; "
+            'expected binary, or a struct with the binary field "bytes"',
+            field="image",
+        )
+    if name_column is not None and not _holds_names(schema.field(name_column).type):
+        raise InvalidArgument(
+            f"the column {name_column!r} of {path} has the type {schema.field(name_column).type}; expected string or "
+            "integer; choose another name column",
+            field="image",
+        )
 
 
 def _holds_images(kind: pyarrow.DataType) -> bool:
@@ -215,38 +266,86 @@ def _holds_images(kind: pyarrow.DataType) -> bool:
     return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
 
 
+def _holds_names(kind: pyarrow.DataType) -> bool:
+    if pyarrow.types.is_dictionary(kind):
+        return _holds_names(kind.value_type)
+    return any(
+        test(kind)
+        for test in (
+            pyarrow.types.is_string,
+            pyarrow.types.is_large_string,
+            pyarrow.types.is_string_view,
+            pyarrow.types.is_integer,
+        )
+    )
+
+
 # ---- archives --------------------------------------------------------------------------------------------------------
 
 
 def _members(path: Path, target: int | str | None, target_column: str | None) -> Iterator[BulkImage]:
     """Yield the images of a WebDataset archive. The files of a sample have the same name up to the first dot."""
-    images: list[tuple[str, BulkImage]] = []
+    found: list[tarfile.TarInfo] = []
+    files: dict[str, tarfile.TarInfo] = {}
     targets: dict[str, str] = {}
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 key, extension = _sample(member.name)
-                if not member.isfile():
+                if member.isfile():
+                    files[posixpath.normpath(member.name)] = member
+                elif not (member.islnk() or member.issym()):
                     continue
                 if f".{extension.rpartition('.')[2].lower()}" in SUFFIXES:
-                    name = f"{escaped(path)}/{escaped(member.name)}"
-                    where = BulkImage(name, str(path.absolute()), "tar", member.offset_data, member.size, target=target)
-                    images.append((key, where))
+                    found.append(member)
                 elif target_column is not None and extension == target_column:
                     content = archive.extractfile(member)
-                    assert content is not None, "the member is a file"
-                    targets[key] = content.read().decode("utf-8", "replace")
-    except tarfile.ReadError as error:
+                    targets[key] = "" if content is None else content.read().decode("utf-8", "replace")
+            end = archive.offset
+    except (tarfile.ReadError, KeyError) as error:  # KeyError: a target is a link that leads nowhere
         raise InvalidArgument(
-            f"{path} is not an uncompressed tar archive: {error}; decompress it first", field="image"
+            f"{escaped(path)} is not an uncompressed tar archive, or is damaged: {error}; decompress it first, or "
+            "create it again",
+            field="image",
         ) from error
-    if not images:
-        raise InvalidArgument(f"{path} contains no images; expected names that end with {', '.join(SUFFIXES)}")
-    for key, image in images:
-        if target_column is None:
-            yield image
-        else:
-            yield replace(image, target=_target(targets.get(key, ""), image.name))
+    _check_end(path, end)
+    if not found:
+        raise InvalidArgument(
+            f"{escaped(path)} contains no images; expected names that end with {', '.join(SUFFIXES)}", field="image"
+        )
+    for member in found:
+        name = f"{escaped(path)}/{escaped(member.name)}"
+        place = _linked(member, files)
+        if place is not None and place.issparse():
+            raise InvalidArgument(
+                f"{name} is a sparse file; create the archive without the option --sparse of tar", field="image"
+            )
+        # A link that leads nowhere is an image without data, which cannot be read.
+        offset, size = (0, 0) if place is None else (place.offset_data, place.size)
+        wanted = target if target_column is None else _target(targets.get(_sample(member.name)[0], ""), name)
+        yield BulkImage(name, str(path.absolute()), "tar", offset, size, target=wanted)
+
+
+def _linked(member: tarfile.TarInfo, files: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """Return the file with the data of a member, which may be a link; None if the archive does not contain it."""
+    if member.isfile():
+        return member
+    # The place of a hard link is a name in the archive. That of a symbolic link is relative to the folder of the link.
+    folder = posixpath.dirname(member.name) if member.issym() else ""
+    return files.get(posixpath.normpath(posixpath.join(folder, member.linkname)))
+
+
+def _check_end(path: Path, end: int) -> None:
+    """Refuse an archive with data after the place where tarfile has stopped, whose images would be missing."""
+    with path.open("rb") as file:
+        file.seek(end)
+        while data := file.read(_SCAN_BYTES):
+            if data.strip(b"\0"):
+                raise InvalidArgument(
+                    f"{escaped(path)} is damaged, or consists of several archives: what follows byte {end} cannot be "
+                    "read; create it again, or separate the archives",
+                    field="image",
+                )
 
 
 def _sample(name: str) -> tuple[str, str]:

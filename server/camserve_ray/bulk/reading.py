@@ -11,7 +11,7 @@ from pyarrow import parquet
 from camserve import images
 from camserve.errors import InvalidArgument
 from camserve.images import ImageLike
-from camserve_ray.bulk.inputs import BulkImage
+from camserve_ray.bulk.inputs import BulkImage, escaped
 
 __all__ = ["ImageReader"]
 
@@ -53,7 +53,10 @@ class ImageReader:
                 images.check_size(image.size, image.name)
                 with Path(image.path).open("rb") as file:
                     file.seek(image.offset)
-                    return file.read(image.size)
+                    data = file.read(image.size)
+                if len(data) < image.size:
+                    raise _changed(image)
+                return data
             case _:
                 return images.to_wire(image.path).encoded
 
@@ -62,14 +65,24 @@ class ImageReader:
             if self._group != (image.path, image.group):
                 self._group = self._values = None  # frees the memory of the previous group
                 with parquet.ParquetFile(image.path) as file:
+                    if image.group >= file.num_row_groups:
+                        raise _changed(image)
                     self._values = file.read_row_group(image.group, columns=[self._image_column])[self._image_column]
                 self._group = (image.path, image.group)
             assert self._values is not None, "the row group has been read"
+            if image.offset >= len(self._values):
+                raise _changed(image)
             value = self._values[image.offset].as_py()
         encoded = value.get("bytes") if isinstance(value, dict) else value
         if encoded is None:
             raise InvalidArgument(f"the column {self._image_column!r} is empty in this row", field="image")
         return bytes(encoded)
+
+
+def _changed(image: BulkImage) -> InvalidArgument:
+    return InvalidArgument(
+        f"{escaped(image.path)} has changed since the run listed its images; run the command again", field="image"
+    )
 
 
 def _rendered(path: str) -> ImageLike:
