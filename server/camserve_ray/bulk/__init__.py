@@ -162,8 +162,8 @@ def start(
         raise InvalidArgument(str(error), field="config") from error
     spec = BulkSpec(
         methods,
-        metrics,
-        [*models] or [settings.models[0].name],
+        list(dict.fromkeys(metrics)),
+        list(dict.fromkeys(models)) or [settings.models[0].name],
         budget=budget,
         maps=maps,
         image_column=image_column,

@@ -60,11 +60,14 @@ class Output:
         self._lock = (folder / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.close()
             raise InvalidArgument(
                 f"another run writes to {folder}; wait for its end, or choose another folder"
             ) from error
+        except OSError as error:  # for example of a network file system without locks
+            self._lock.close()
+            raise OSError(error.errno, f"cannot lock the folder ({error.strerror})", str(folder)) from error
         try:
             self._check_settings(settings)
             self._drop_failed()
@@ -138,7 +141,7 @@ class Output:
     # ---- the parts of earlier runs -----------------------------------------------------------------------------------
 
     def _parts(self) -> list[Path]:
-        return sorted(self._scores.glob("part-*.parquet"))
+        return sorted(self._scores.glob("part-[0-9]*.parquet"))
 
     def _tables(self, columns: Sequence[str]) -> Iterator[pyarrow.Table]:
         for path in self._parts():
@@ -148,13 +151,17 @@ class Output:
         path = self.folder / "run.json"
         current = json.loads(json.dumps(settings))
         if path.exists():
-            existing = json.loads(path.read_text(encoding="utf-8"))
-            for name, value in current.items():
-                if existing.get(name) != value:
-                    raise InvalidArgument(
-                        f"{self.folder} has results with {name} {json.dumps(existing.get(name))}; this run uses "
-                        f"{json.dumps(value)}; use the same settings, or choose another folder"
-                    )
+            try:
+                existing = json.loads(path.read_bytes())
+                if not isinstance(existing, dict):
+                    raise ValueError("no object")
+            except ValueError as error:
+                raise InvalidArgument(f"{path} is damaged ({error}); choose another folder") from error
+            for name, old, new in _differences(existing, current):
+                raise InvalidArgument(
+                    f"{self.folder} has results with {name} {json.dumps(old)}; this run uses {json.dumps(new)}; use "
+                    "the same settings, or choose another folder"
+                )
             return
         if self._parts():
             raise InvalidArgument(f"{self.folder} has results without run.json; choose another folder")
@@ -164,7 +171,15 @@ class Output:
     def _drop_failed(self) -> None:
         """Remove the rows of failed images, so that this run tries them again."""
         for path in self._parts():
-            table = parquet.read_table(path)
+            try:
+                table = parquet.read_table(path)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise InvalidArgument(
+                    f"{path} is damaged ({' '.join(str(error).split())}); remove it to evaluate its images again, or "
+                    "choose another folder"
+                ) from error
+            if not table.schema.equals(self._schema):
+                raise InvalidArgument(f"{path} has other columns than this run; choose another folder")
             kept = table.filter(compute.equal(table["error"], ""))
             if not kept.num_rows:
                 path.unlink()
@@ -192,6 +207,16 @@ class Output:
             )
 
 
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name, the old and the new value of each setting that differs. A missing one is None."""
+    for name in {**old, **new}:
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield f"{prefix}{name}", before, after
+
+
 def _replace(path: Path, table: pyarrow.Table) -> None:
     with _replacing(path) as file:
         parquet.write_table(table, file)
@@ -204,8 +229,12 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     The contents are on disk before that, so that after a power failure no incomplete file has the name.
     """
     temporary = path.with_name(f".{path.name}.tmp")  # readers of Parquet folders ignore names that begin with a dot
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # half a file is of no use, and the disk may be full
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error

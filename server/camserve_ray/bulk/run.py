@@ -40,6 +40,12 @@ _ONLY_FOR_SERVERS: dict[str, Any] = {
     "metrics_listen": None,
     "admin_listen": None,
 }
+# Keys of a model that may change between the runs of a folder. Its weights have a digest.
+_NOT_OF_VALUES = {
+    "name",
+    *("source", "weights", "weights_key", "allow_random_weights", "allow_code", "remote_ca"),
+    *("compile", "openvino", "batch_size"),
+}
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +84,9 @@ class BulkRun:
         cpus_per_engine: int | None = None,
     ) -> None:
         _check(images, spec, config)
+        for name, number in {"in_flight": in_flight, "cpus_per_engine": cpus_per_engine}.items():
+            if number is not None and number < 1:
+                raise InvalidArgument(f"{name} is {number}; expected at least 1", field=name)
         wanted = set(spec.models)
         self._config = plain_config(config).model_copy(
             update={**_ONLY_FOR_SERVERS, "models": [each for each in config.models if each.name in wanted]}
@@ -88,7 +97,7 @@ class BulkRun:
         self._address = address
         self._in_flight = in_flight
         self._cpus = cpus_per_engine
-        self._output = Output(out, spec.metrics, _settings(spec))
+        self._output = Output(out, spec.metrics, _settings(spec, self._config))
         try:
             self._missing = self._find_missing()
         except BaseException:
@@ -241,11 +250,17 @@ class BulkRun:
         return self._config.model_copy(update={"threads": threads})
 
 
-def _settings(spec: BulkSpec) -> dict[str, Any]:
+def _settings(spec: BulkSpec, config: Config) -> dict[str, Any]:
+    """Return what the rows of an output folder have in common, for `run.json`."""
     return {
         "methods": [asdict(each) for each in spec.variants],
         "metrics": spec.metrics,
         "models": spec.models,
+        "model_settings": {
+            each.name: each.model_dump(mode="json", exclude=_NOT_OF_VALUES, exclude_defaults=True)
+            for each in config.models
+        },
+        "image_column": spec.image_column,
         "budget": spec.budget,
         "maps": spec.maps,
     }
@@ -254,6 +269,8 @@ def _settings(spec: BulkSpec) -> dict[str, Any]:
 def _check(images: Sequence[BulkImage], spec: BulkSpec, config: Config) -> None:
     """Find mistakes that would make every image fail. Raises CamserveError."""
     registry.discover()
+    if not spec.variants:
+        raise InvalidArgument("there are no methods; give at least one", field="methods")
     labels = [variant.label for variant in spec.variants]
     if repeated := sorted({label for label in labels if labels.count(label) > 1}):
         raise InvalidArgument(
