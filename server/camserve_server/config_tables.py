@@ -305,9 +305,10 @@ class CacheConfig(BaseModel):
             description="redis://, rediss:// or unix:// URL of a Redis or Valkey server that replicas share.",
         ),
     ] = None
-    ttl_s: Annotated[float, Field(ge=1, description="Seconds after which a stored response is not used any more.")] = (
-        86400.0
-    )
+    # Redis has no larger times than 2**63 milliseconds after 1970. This one has a century.
+    ttl_s: Annotated[
+        float, Field(ge=1, le=3.2e9, description="Seconds after which a stored response is not used any more.")
+    ] = 86400.0
     shared: Annotated[bool, Field(description="Use the responses of a caller for all other callers, too.")] = False
 
     @field_validator("redis_url")

@@ -233,6 +233,33 @@ def test_server_works_without_redis_and_uses_it_again(
     assert stored.values() == {}
 
 
+def test_redis_that_refuses_to_store_is_still_read(stored: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_store, "PAUSE_S", float(LIMIT_S))
+    with cached_by(stored.url) as (server, explain):
+        assert not explain(budget=101).cost.cached
+        wait_until(lambda: len(stored.values()) == 1)
+        stored.client.config_set("maxmemory", 1)  # the policy noeviction, which is the default, refuses all writes
+        assert not explain(budget=102).cost.cached
+        wait_until(lambda: values(server)["camserve_cache_redis_errors_total"] == 1)
+        assert not explain(budget=103).cost.cached, "no writes are tried for some time"
+        assert explain(budget=101).cost.cached
+        assert values(server)["camserve_cache_redis_errors_total"] == 1
+
+
+def test_value_of_another_type_does_not_pause_redis(stored: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_store, "PAUSE_S", float(LIMIT_S))
+    with cached_by(stored.url) as (server, explain):
+        assert not explain().cost.cached
+        wait_until(lambda: len(stored.values()) == 1)
+        [key] = stored.values()
+        stored.client.delete(key)
+        stored.client.lpush(key, "foreign")
+        assert not explain().cost.cached
+        assert values(server)["camserve_cache_redis_errors_total"] == 1
+        wait_until(lambda: stored.client.type(key) == b"string")
+        assert explain().cost.cached
+
+
 def test_slow_redis_delays_a_request_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis accepts connections and does not answer. After the first error, the server does not ask it for a while."""
     monkeypatch.setattr(redis_store, "READ_TIMEOUT_S", 0.05)
@@ -283,10 +310,22 @@ def test_log_does_not_quote_errors_of_redis(tmp_path: Path) -> None:
     assert PASSWORD.split()[1] not in str(logs)
 
 
-def test_invalid_option_of_the_url_stops_the_server() -> None:
+@pytest.mark.parametrize(
+    "option",
+    [
+        "db=secret",
+        "frobnicate=secret",
+        "retry=secret",
+        "parser_class=secret",
+        "protocol=9",
+        "decode_responses=secret",
+        "decode_responses=1&encoding=latin-1",
+    ],
+)
+def test_invalid_option_of_the_url_stops_the_server(option: str) -> None:
     with (
         pytest.raises(ConfigError, match=r"^cache\.redis_url: an option after \? is invalid") as caught,
-        serving(Config(**SETTINGS | {"cache": CacheConfig(redis_url="redis://:secret@localhost?db=secret")})),
+        serving(Config(**SETTINGS | {"cache": CacheConfig(redis_url=f"redis://:secret@localhost?{option}")})),
     ):
         pass
     assert "secret" not in str(caught.value)

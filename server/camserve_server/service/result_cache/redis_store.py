@@ -54,15 +54,22 @@ class RedisStore:
             from redis.asyncio import Redis
             from redis.asyncio.retry import Retry
             from redis.backoff import NoBackoff
+            from redis.exceptions import ResponseError
         except ImportError as error:
             raise ConfigError(
                 "cache.redis_url: the package redis is missing; install camserve[redis], or remove the key"
             ) from error
         self.errors = 0
+        self._refusal = ResponseError
         self._codec = codec
-        self._paused_until = self._logged = float("-inf")  # on the clock of `time.monotonic()`
+        # On the clock of `time.monotonic()`.
+        self._paused_until = self._writes_paused_until = self._logged = float("-inf")
         self._unlogged = 0
         self._writes: set[asyncio.Task[None]] = set()
+        wrong_option = ConfigError(
+            "cache.redis_url: an option after ? is invalid; expected options of redis-py, such as ssl_ca_certs=FILE, "
+            "but none that decodes values"
+        )
         try:
             # One retry, because Redis may have closed an idle connection. It does not wait.
             self._redis: Any = Redis.from_url(
@@ -72,10 +79,13 @@ class RedisStore:
                 retry=Retry(NoBackoff(), 1),
                 protocol=2,  # of all versions of Redis
             )
-        except (TypeError, ValueError):  # the message can contain parts of the URL
-            raise ConfigError(
-                "cache.redis_url: an option after ? is invalid; expected options of redis-py, such as ssl_ca_certs=FILE"
-            ) from None
+            # redis-py checks most options when it makes its first connection. This one is not opened.
+            pool = self._redis.connection_pool
+            decodes = pool.connection_class(**pool.connection_kwargs).encoder.decode_responses
+        except Exception:  # of many kinds; the message can contain parts of the URL
+            raise wrong_option from None
+        if decodes:
+            raise wrong_option
 
     async def get(self, key: bytes) -> Found | None:
         """Return the value of a key; None if there is none, or if Redis fails."""
@@ -90,7 +100,8 @@ class RedisStore:
             if sealed is None or left_ms <= 0:
                 return None
         except Exception as error:
-            self._failed(error)
+            # A refusal, such as of a value that is no string, took no time and says nothing about other keys.
+            self._failed(error, pause=not isinstance(error, self._refusal))
             return None
         value = await self._codec.run(_unsealed, key, sealed)
         if value is None:
@@ -106,7 +117,8 @@ class RedisStore:
             value: The value.
             ttl_s: The seconds after which it expires.
         """
-        if time.monotonic() >= self._paused_until and len(self._writes) < MAX_WRITES:
+        now = time.monotonic()
+        if now >= self._paused_until and now >= self._writes_paused_until and len(self._writes) < MAX_WRITES:
             task = asyncio.create_task(self._write(key, value, ttl_s))
             self._writes.add(task)
             task.add_done_callback(self._writes.discard)
@@ -126,10 +138,14 @@ class RedisStore:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await self._redis.set(_name(key), sealed, px=max(1, round(1e3 * ttl_s)))
         except Exception as error:
-            self._failed(error)
+            refused = isinstance(error, self._refusal)  # Redis is full, or read-only: it can still be read
+            if refused:
+                self._writes_paused_until = time.monotonic() + PAUSE_S
+            self._failed(error, pause=not refused)
 
-    def _failed(self, error: Exception) -> None:
-        self._paused_until = time.monotonic() + PAUSE_S
+    def _failed(self, error: Exception, *, pause: bool) -> None:
+        if pause:
+            self._paused_until = time.monotonic() + PAUSE_S
         self._count(type(error).__name__)  # The text can quote the command that failed, which may have the password.
 
     def _count(self, reason: str) -> None:

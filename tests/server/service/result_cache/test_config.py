@@ -28,6 +28,7 @@ def test_cache_is_off_without_the_table(tmp_path: Path) -> None:
         ("max_bytes = 0", "cache: max_bytes: a cache of 0 bytes stores nothing"),
         ("max_bytes = -1", "cache.max_bytes: "),
         ("ttl_s = 0.5", "cache.ttl_s: "),
+        ("ttl_s = inf", "cache.ttl_s: "),  # Redis would refuse to store any response
         ("size = 7", "cache.size: "),
         ('redis_url = "http://:secret@localhost"', "cache.redis_url: the URL is invalid"),
         ('redis_url = "secret"', "cache.redis_url: the URL is invalid"),
