@@ -172,11 +172,9 @@ class FrontEndServicer(explain_pb2_grpc.ExplainServiceServicer):
                         )
                     await announce(context, admitted.request_id)
                     if slot is not None:
-                        decoding = self.codec.run(
+                        decoded = await self.codec.run(
                             slot.write, self._memory, request, preprocessing, self._config.max_image_pixels
                         )
-                        decoding.add_done_callback(lambda _: slot.abandon())
-                        decoded = await decoding
                 except Exception as error:
                     await _fail(link, error)
                 if slot is not None:
@@ -228,12 +226,14 @@ class _Slot:
         self._shape = (*preprocessing.size, preprocessing.channels)
         self._offset = slots.take(self._shape)
         self._users = 2  # the call, and the thread that writes
-        self._begun = threading.Lock()  # acquired by the thread that writes, or by `abandon`
+        self._begun = threading.Lock()  # acquired by the thread that writes, or at the end of the call
 
     def __enter__(self) -> _Slot:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._begun.acquire(blocking=False):  # `write` has not begun, and may not begin any more
+            self._leave()
         if self.unused:
             self._leave()
         else:
@@ -273,11 +273,6 @@ class _Slot:
         finally:
             with contextlib.suppress(RuntimeError):  # the loop may be closed by now
                 self._loop.call_soon_threadsafe(self._leave)
-
-    def abandon(self) -> None:
-        """Prevent `write` from running if it has not begun."""
-        if self._begun.acquire(blocking=False):
-            self._leave()
 
     def _leave(self) -> None:
         self._users -= 1

@@ -21,7 +21,7 @@ from camserve_server.errors import CamserveError
 from camserve_server.models.pixels import Preprocessing
 from camserve_server.service import status
 from camserve_server.service.call import Call
-from camserve_server.service.frontends import link_pb2, link_pb2_grpc, messages, shared_memory
+from camserve_server.service.frontends import callers, link_pb2, link_pb2_grpc, messages, shared_memory
 from camserve_server.service.frontends.callers import FrontEndServicer, _Slot
 from camserve_server.service.frontends.link import LinkServicer, _FrontEnd
 from camserve_server.service.frontends.shared_memory import SharedMemory, Slots
@@ -126,14 +126,66 @@ def test_slot_is_released_if_the_call_ends_before_it_is_written() -> None:
         async def unused() -> None:
             """Return at once."""
 
-        with _Slot(slots, preprocessing, unused) as slot:
-            slot.abandon()
+        slot = _Slot(slots, preprocessing, unused)
+        with slot:
+            assert slots.take((4, 4, 1)), "another slot"
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert slots.take((4, 4, 1)) == 0, "the first slot is free again"
         with pytest.raises(asyncio.CancelledError):
             slot.write(memory, pb.ExplainRequest(), preprocessing, 1)
         os.close(file)
+
+    asyncio.run(run())
+
+
+class Admitting(LinkServicer):
+    """The end of the link of an engine process that admits a call and waits for its image."""
+
+    async def Run(self, _: object, context: Any) -> None:  # type: ignore[override]  # the stubs know generators only
+        await context.read()
+        admitted = link_pb2.Admitted(request_id="r", size=(4, 4), mean=[0.0], std=[1.0], interpolation="nearest")
+        await context.write(link_pb2.RunResponse(admitted=admitted))
+        await context.read()
+
+
+class Announcing:
+    """The context of a call whose connection does not take the initial metadata."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+
+    def time_remaining(self) -> None:
+        """Return no deadline."""
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def auth_context(self) -> dict[str, Any]:
+        return {}
+
+    async def send_initial_metadata(self, _: object) -> None:
+        self.begun.set()
+        await asyncio.get_running_loop().create_future()
+
+
+def test_slot_is_released_if_the_call_is_cancelled_while_it_is_announced(tmp_path: Path) -> None:
+    async def run() -> None:
+        config, link, memory = Config(open_inference=False), grpc.aio.server(), shared_memory.create()
+        link_pb2_grpc.add_LinkServiceServicer_to_server(Admitting(config, None, Metrics()), link)  # type: ignore[arg-type]
+        link.add_insecure_port(f"unix:{tmp_path}/link")
+        await link.start()
+        async with grpc.aio.insecure_channel(f"unix:{tmp_path}/link") as channel:
+            servicer, context = FrontEndServicer(config, 1, channel, SharedMemory(memory)), Announcing()
+            call = asyncio.create_task(servicer.Explain(pb.ExplainRequest(), context))  # type: ignore[arg-type]
+            await context.begun.wait()
+            call.cancel()
+            await asyncio.wait([call, *callers._waiting])
+            await asyncio.gather(*callers._waiting)
+            await asyncio.sleep(0)
+            assert servicer._slots.take((4, 4, 1)) == 0, "the first slot is free again"
+        await link.stop(0)
+        os.close(memory)
 
     asyncio.run(run())
 
