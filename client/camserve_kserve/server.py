@@ -99,9 +99,6 @@ def run(
     """
     configure_logging()
     warnings.filterwarnings("ignore", "ORJSONResponse is deprecated")  # The SDK uses it.
-    # uvicorn handles these signals while it serves, and raises them again when it has stopped.
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: None)
     asyncio.run(_serve(settings, client, credentials, ready))
 
 
@@ -126,6 +123,10 @@ async def _serve(
         # log_config=None keeps the configuration of the SDK.
         config = uvicorn.Config(_application(dataplane, settings), log_config=None, timeout_graceful_shutdown=GRACE_S)
         http_server = _HttpServer(config, grpc_server)
+        # uvicorn handles signals only while it serves. One that comes earlier must also end this process, and uvicorn
+        # raises signals again when it has stopped.
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, http_server.handle_exit)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         ready(f"{host}:{listener.getsockname()[1]}", f"{host}:{grpc_port}")
         await http_server.serve([listener])

@@ -457,6 +457,22 @@ def test_a_stopped_process_finishes_its_requests(tiny: Server, tmp_path: Path) -
         assert process.process.wait(LIMIT_S) == 0
 
 
+SIGNALLED_WHEN_READY = """
+import os, sys
+from camserve import aio
+from camserve_kserve import Settings, run
+
+settings = Settings("net", None, "127.0.0.1", http_port=0, grpc_port=0, max_body_bytes=1 << 20)
+run(settings, aio.Client("127.0.0.1:1"), None, lambda *_: os.kill(os.getpid(), int(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_at_the_end_of_the_start_is_not_lost(number: signal.Signals) -> None:
+    ran = completed([sys.executable, "-c", SIGNALLED_WHEN_READY, str(int(number))])
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.parametrize("option", ["--http_port", "--grpc_port"])
 def test_port_in_use_is_named(option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as used:
