@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 
@@ -24,6 +24,8 @@ class Admin(BlockingConnection):
     server started. Loading a large model can take longer than the default `timeout`. Close the client when it is no
     longer needed, preferably with a `with` statement.
     """
+
+    _stub: ClassVar[Any] = AdminServiceStub
 
     def load(self, model: str) -> Model:
         """Load a model and warm it up.
@@ -86,7 +88,7 @@ class Admin(BlockingConnection):
         call = request_messages.PreparedCall[Any](rpc, request, lambda response: response)
         channels = self._channels()
         try:
-            return getattr(AdminServiceStub(channels.many), rpc)(request, **self._call_options(call))
+            return getattr(channels.stubs[1], rpc)(request, **self._call_options(call))
         except grpc.RpcError as error:
             if self._without_watch(channels, error):
                 return self._call(rpc, request)

@@ -123,8 +123,7 @@ class Client(Connection):
         """Return the running event loop, and forget the channels of those that are closed."""
         loop = _running_loop()
         with self._lock:
-            for other in [each for each in self._opened if each.is_closed()]:
-                del self._opened[other]
+            self._opened = {other: each for other, each in self._opened.items() if not other.is_closed()}
         return loop
 
     async def _run(self, call: request_messages.PreparedCall[ResultT], *, one_of_many: bool = False) -> ResultT:
@@ -177,7 +176,7 @@ class Client(Connection):
         delays_s = iter(RETRY_DELAYS_S)
         while True:
             channels = self._channels()
-            rpc: Any = getattr(channels.stub(one_of_many=one_of_many), sent.rpc)(sent.request, **options)
+            rpc: Any = getattr(channels.stubs[one_of_many], sent.rpc)(sent.request, **options)
             try:
                 with environment.calls:
                     if isinstance(rpc, grpc.aio.UnaryUnaryCall):
@@ -188,6 +187,10 @@ class Client(Connection):
                         if event is not None:
                             yield event
                 return
+            except asyncio.CancelledError as error:
+                if not self._closed or asyncio.current_task().cancelling():  # type: ignore[union-attr]  # in a task
+                    raise
+                raise errors.Cancelled("the client was closed while the call was in flight") from error
             except grpc.RpcError as error:
                 await asyncio.to_thread(self._raise_or_wait, channels, error, call, delays_s)
             finally:

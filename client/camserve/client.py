@@ -123,8 +123,7 @@ class Client(BlockingConnection):
     def _run_many(self, many: batches.ConcurrentRequests[ResultT]) -> Generator[ResultT, None, None]:
         in_flight: set[Any] = set()
         left = threading.Event()  # the caller does not want further results
-        # One function for each finished request. It returns the result in a list, or an empty list if the request is
-        # sent again.
+        # A function for each finished request. It returns the result in a list, or [] if the request is sent again.
         finished: SimpleQueue[Callable[[], list[ResultT]]] = SimpleQueue()
 
         def start(request: batches.PendingRequest[ResultT]) -> None:
@@ -158,9 +157,8 @@ class Client(BlockingConnection):
             except errors.CamserveError as error:
                 if not (retry := request.retry(error)):
                     return [request.to_result(error)]
-            wait_s, next_request = retry
-            time.sleep(wait_s)  # The server is busy, so no other request starts during the wait.
-            start(next_request)
+            time.sleep(retry[0])  # The server is busy, so no other request starts during the wait.
+            start(retry[1])
             return []
 
         try:
@@ -200,12 +198,12 @@ class Client(BlockingConnection):
         delays_s = iter(RETRY_DELAYS_S)
         while True:
             channels = self._channels()
-            rpc_method = getattr(channels.stub(one_of_many=one_of_many), sent.rpc)
+            rpc_method, rpc = getattr(channels.stubs[one_of_many], sent.rpc), None
             # A future, because the blocking form does not cancel the call on the server when it is interrupted.
             unary = getattr(rpc_method, "future", None)
-            rpc = (unary or rpc_method)(sent.request, **options)
             try:
                 with environment.calls:
+                    rpc = (unary or rpc_method)(sent.request, **options)
                     started(rpc)
                     for message in [rpc.result()] if unary else rpc:
                         event = sent.parse_response(message)
@@ -213,7 +211,7 @@ class Client(BlockingConnection):
                             yield event
                 return
             except (grpc.RpcError, grpc.FutureCancelledError, ValueError, GeneratorExit) as error:
-                if self._closed or not isinstance(error, ValueError):  # which a handler of signals may raise
+                if rpc is not None and (self._closed or not isinstance(error, ValueError)):  # of a signal handler
                     _read_to_end(rpc)  # the caller leaves the stream early, or another thread has cancelled the call
                 if isinstance(error, grpc.RpcError):
                     self._raise_or_wait(channels, error, call, delays_s)
@@ -222,7 +220,8 @@ class Client(BlockingConnection):
                 else:
                     raise errors.Cancelled("the client was closed while the call was in flight") from error
             finally:
-                rpc.cancel()  # This has no effect on a call that has finished.
+                if rpc is not None:
+                    rpc.cancel()  # This has no effect on a call that has finished.
 
 
 def _read_to_end(rpc: Any) -> None:

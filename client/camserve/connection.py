@@ -94,15 +94,13 @@ class OpenChannels(NamedTuple):
     """The channels of a client.
 
     `explain_many` and `evaluate_many` wait and retry by themselves if the server is busy, so that each attempt has the
-    whole timeout. gRPC must therefore not retry RESOURCE_EXHAUSTED on their channel, `many`.
+    whole timeout. gRPC must therefore not retry RESOURCE_EXHAUSTED on their channel, `many`. `stubs` are those of the
+    two channels, in this order.
     """
 
     default: Any
     many: Any
-
-    def stub(self, *, one_of_many: bool = False) -> Any:
-        """Return the stub of a channel."""
-        return ExplainServiceStub(self.many if one_of_many else self.default)
+    stubs: tuple[Any, Any]
 
 
 def _channel_options(retryable_codes: list[str], *, health_checks: bool) -> list[tuple[str, Any]]:
@@ -138,6 +136,7 @@ class Connection:
 
     # The module that creates channels: `grpc` for blocking clients, `grpc.aio` for asyncio.
     _grpc: ClassVar[Any] = grpc
+    _stub: ClassVar[Any] = ExplainServiceStub
     # Channel options of a subclass, in addition to the common ones.
     _extra_options: ClassVar[list[tuple[str, Any]]] = []
 
@@ -195,17 +194,19 @@ class Connection:
         """Return the channels. They are opened when they are first used.
 
         Raises:
-            CamserveError: The client is closed, or gRPC does not work in this process.
+            Cancelled: The client is closed.
+            CamserveError: gRPC does not work in this process.
         """
         environment.check()
         self._leave_parent()
         owner = self._owner()
         with self._lock:
             if self._closed:
-                raise errors.CamserveError("the client is closed; create a new one")
+                raise errors.Cancelled("the client is closed; create a new one")
             if owner not in self._opened:
                 default, many = self._channel("UNAVAILABLE", "RESOURCE_EXHAUSTED"), self._channel("UNAVAILABLE")
-                self._opened[owner] = OpenChannels(default, many)
+                # Not for each call: gRPC crashes if another thread closes the channel before the stub is made.
+                self._opened[owner] = OpenChannels(default, many, (self._stub(default), self._stub(many)))
             return self._opened[owner]
 
     def _leave_parent(self) -> None:
@@ -281,7 +282,7 @@ class Connection:
             self._closed = True
             taken = [*self._opened.items(), *self._retired]
             self._opened, self._retired = {}, []
-        return [(owner, channel) for owner, channels in taken for channel in channels]
+        return [(owner, channel) for owner, channels in taken for channel in channels[:2]]
 
     def _call_options(self, call: request_messages.PreparedCall[Any], *, one_of_many: bool = False) -> dict[str, Any]:
         """Return the timeout and the metadata of a call."""
@@ -294,10 +295,8 @@ class Connection:
         self, call: request_messages.PreparedCall[Any], options: dict[str, Any]
     ) -> request_messages.PreparedCall[Any]:
         """Return the call of the streaming RPC if a call may take long, otherwise the same call."""
-        timeout = options["timeout"]
-        if isinstance(call, request_messages.StreamableCall) and (timeout is None or timeout > LONG_CALL_S):
-            return call.with_heartbeats()
-        return call
+        is_long = options["timeout"] is None or options["timeout"] > LONG_CALL_S
+        return call.with_heartbeats() if is_long and isinstance(call, request_messages.StreamableCall) else call
 
     def _translate(self, error: grpc.RpcError, call: request_messages.PreparedCall[Any]) -> errors.CamserveError:
         return errors.from_rpc(

@@ -169,16 +169,14 @@ class Sampler:
         return result.error is None
 
     def _outcome(self, image: ImageLike, options: dict[str, Any]) -> Any:
-        failure: Failure
         try:
             return self._client.explain(image, **options)
-        except CamserveError as error:
-            failure = error
-            failure.request_id = failure.request_id or options.get("request_id") or ""
-        except OSError as error:
-            failure = error
+        except (CamserveError, OSError) as error:
+            failure: Failure = error
         except Exception as error:  # For instance an image of a wrong type, or a closed client.
-            failure = CamserveError(f"{type(error).__name__}: {error}", request_id=options.get("request_id") or "")
+            failure = CamserveError(f"{type(error).__name__}: {error}")
+        if isinstance(failure, CamserveError):
+            failure.request_id = failure.request_id or options.get("request_id") or ""
         return failure
 
     def _count(self, future: Future[bool]) -> None:

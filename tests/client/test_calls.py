@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 import camserve
 from camserve import Evaluation, Explanation, Level, Progress, Randomised, Replay, request_messages
+from camserve.connection import LONG_CALL_S
 from camserve.v1 import explain_pb2 as pb
 from tests.client.fake_server import WAIT_S, Servicer, wait_until
 
@@ -294,6 +296,32 @@ def test_closing_the_client_cancels_calls_in_flight(
     assert servicer.cancelled.wait(WAIT_S)
 
 
+class ClosedByAnotherThread(camserve.Client):
+    """Client that another thread closes at the moment at which a call begins."""
+
+    def _channels(self) -> Any:
+        channels = super()._channels()
+        self.close()
+        return channels
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client, image: client.explain(image),
+        lambda client, image: [*client.explain_stream(image)],
+        lambda client, image: client.models(),
+        lambda client, image: [each.explanation for each in client.explain_many([image])],
+    ],
+)
+def test_closing_the_client_while_a_call_begins_cancels_it(
+    call: Callable[[camserve.Client, Any], Any], servicer: Servicer, address: str, pixels: NDArray[np.uint8]
+) -> None:
+    with pytest.raises(camserve.Cancelled, match="the client was closed while the call was in flight"):
+        call(ClosedByAnotherThread(address), pixels)
+    assert not servicer.requests
+
+
 def test_client_timeout_applies_to_calls(address: str, pixels: NDArray[np.uint8]) -> None:
     with (
         camserve.Client(address, timeout=0.2) as client,
@@ -371,6 +399,37 @@ def test_aio_cancelling_a_task_cancels_the_call(servicer: Servicer, address: str
             assert await asyncio.to_thread(servicer.cancelled.wait, WAIT_S)
 
     asyncio.run(cancel())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client, image: client.explain(image, model="slow", timeout=WAIT_S),
+        lambda client, image: client.explain(image, model="slow", timeout=1.0 + LONG_CALL_S),
+        lambda client, image: last(client.explain_stream(image, model="slow")),
+        lambda client, image: last(client.explain_many([image], model="slow")),
+    ],
+)
+def test_aio_closing_the_client_does_not_cancel_the_task(
+    call: Callable[[camserve.aio.Client, Any], Any], servicer: Servicer, address: str, pixels: NDArray[np.uint8]
+) -> None:
+    async def close() -> None:
+        client = camserve.aio.Client(address)
+        task = asyncio.create_task(call(client, pixels))
+        assert await asyncio.to_thread(servicer.started.wait, WAIT_S)
+        await client.close()
+        await asyncio.wait([task])
+        assert not task.cancelled()
+        with pytest.raises(camserve.Cancelled, match="the client was closed while the call was in flight"):
+            await task
+
+    asyncio.run(close())
+
+
+async def last(events: Any) -> Any:
+    """Return the last event of a stream, or the explanation in the last result of many."""
+    found = [each async for each in events][-1]
+    return found.explanation if isinstance(found, camserve.Result) else found
 
 
 # ---- interface ------------------------------------------------------------------------------------------------------
