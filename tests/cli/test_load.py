@@ -326,3 +326,25 @@ def test_ended_load_cancels_pending_requests(address: str, servicer: Servicer) -
     assert [each.code for each in found.records] == [stats.UNFINISHED] * 2
     assert 0 < found.seconds < 600
     assert found.summary().latency_ms["max"] >= 0
+
+
+@pytest.mark.parametrize("ticks", range(4))
+def test_cancelled_load_sends_no_further_requests(address: str, servicer: Servicer, ticks: int) -> None:
+    """A second Ctrl-C cancels all tasks at the same time, as `asyncio.run` does it."""
+
+    async def scenario() -> None:
+        load = Load(make_mix(model="slow"), 0, 600, senders=[Sender(address)])
+        measuring = asyncio.create_task(measure.run_closed_loop(load, 2))
+        assert await asyncio.to_thread(servicer.started.wait, LIMIT_S)
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        _, running = await asyncio.wait(tasks, timeout=LIMIT_S)
+        await load.senders[0].close()
+        assert not running
+        assert measuring.cancelled()
+
+    asyncio.run(scenario())
+    assert len(servicer.requests) <= 2

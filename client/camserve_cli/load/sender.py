@@ -120,7 +120,7 @@ class LoadRun:
         self._sent += 1
         sender = self.senders[number % len(self.senders)]
         self.pending[number] = intended_s
-        sent_s, cost, reason = self.now_s, (0, 0, 0.0, 0.0), ""
+        sent_s, cost, code, reason = self.now_s, (0, 0, 0.0, 0.0), UNFINISHED, ""
         try:
             cost = await sender.send(request.message)
             code = "OK"
@@ -129,10 +129,10 @@ class LoadRun:
             reason = (error_details.read(error.trailing_metadata()) or {}).get("reason", "")
             if error.code() in _PERMANENT_ERRORS:
                 self._permanent_error = errors.from_rpc(error, address=sender.address, timeout_s=sender.timeout)
-        except asyncio.CancelledError:
-            code = UNFINISHED
-        del self.pending[number]
-        self.records.append(Record(request.method, request.image, intended_s, sent_s, self.now_s, code, reason, *cost))
+        finally:
+            del self.pending[number]
+            record = Record(request.method, request.image, intended_s, sent_s, self.now_s, code, reason, *cost)
+            self.records.append(record)
 
     async def run_until(self, sending: Coroutine[Any, Any, None], should_continue: ShouldContinue) -> LoadRun:
         """Run `sending` until it is complete or `should_continue` returns False.
