@@ -111,7 +111,11 @@ class InProcessService:
                 request_id = checked_request_id(request.request_id)
                 return responses.explain_response(request_id, parsed, pixels.input_digest, job, result, warnings)
 
-            return await self._codec.run_after(job.future, respond)
+            try:
+                return await self._codec.run_after(job.future, respond)
+            except asyncio.CancelledError:
+                chosen.engine.cancel(job)
+                raise
 
     def close(self) -> None:
         """Fail the running requests with Unavailable, cancel what still waits, and end all threads."""

@@ -11,9 +11,24 @@ import pytest
 from camserve_server.config import Config, ModelConfig
 from camserve_server.errors import Unavailable
 from camserve_server.service.in_process import InProcessService
+from tests.e2e.engines import wait_until
+from tests.server.service.test_errors import method, request
 from tests.support import TIMEOUT_S
 
 TINY = ModelConfig(name="tiny", source="python:tests.nets:tiny_cnn", input_size=(32, 32), batch_size=4)
+
+
+def test_cancelled_request_computes_nothing_more() -> None:
+    service = InProcessService(Config(models=[TINY], device="cpu", threads=1, cache_dir=""))
+    try:
+        service.start()
+        engine, image = service._engines.local[0], request(model="tiny", method=method("rise", masks=1_000_000))
+        future = service.submit(service.explain(image))
+        wait_until(lambda: engine.counters.batches > 0)
+        future.cancel()
+        wait_until(lambda: engine.rows_owed() == 0)
+    finally:
+        service.close()
 
 
 def test_all_futures_end_when_the_service_closes(monkeypatch: pytest.MonkeyPatch) -> None:
