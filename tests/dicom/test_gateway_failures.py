@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from camserve import Client
 from camserve.errors import InternalError
 from camserve_dicom import explain
 from camserve_dicom.gateway import pacs as pacs_module
@@ -127,6 +128,27 @@ def test_internal_server_errors_are_retried_ten_times(
         assert send(running.address, image(1)) == [0]
         wait_until(running.dead)
         assert (running.dead()[0]["reason"], times) == ("InternalError", 10)
+
+
+def test_shutdown_before_the_request_is_no_failure_of_the_server(
+    gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's failures are counted, and the tenth one moves the object to `dead`."""
+    reading, workers_of_images = threading.Event(), list[threading.Thread]()
+
+    def explain_late(client: Client, *arguments: Any, **options: Any) -> Any:
+        workers_of_images.append(threading.current_thread())
+        reading.set()
+        wait_until(lambda: client._closed)
+        return explain(client, *arguments, **options)
+
+    monkeypatch.setattr(steps, "explain", explain_late)
+    with gateway(grace_s=0) as running:
+        assert send(running.address, image()) == [0]
+        assert reading.wait(LIMIT_S)
+    workers_of_images[0].join(LIMIT_S)
+    [entry] = running.entries("inbox")
+    assert sorted(each.name for each in entry.iterdir()) == ["entry.json", "source.dcm"]
 
 
 def test_too_long_pdu_is_not_read(gateway: OpenGateway) -> None:
