@@ -171,6 +171,29 @@ def test_lost_node_and_killed_driver_leave_each_image_exactly_once(inputs: Path,
     assert summary == bulk.BulkSummary(maps=2 * len(contents(inputs)), failed=0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_run_and_keep_the_finished_images(inputs: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out, hold = tmp_path / "out", tmp_path / "hold-None"  # nodes that Ray itself starts have no marks
+    hold.touch()
+    run = started(inputs, out, "local", **{FOLDER: str(tmp_path)})
+    try:
+        wait_until(lambda: run.poll() is not None or (bool(rows_of(out)) and any(tmp_path.glob("held-None-*"))))
+        assert run.poll() is None, run.communicate()[1]
+        before = rows_of(out)
+        run.send_signal(number)
+        _, stderr = run.communicate(timeout=LIMIT_S)
+    finally:
+        hold.unlink()
+        run.kill()
+    assert run.returncode == 128 + number
+    assert f"{out} contains the finished images; continue with the same command" in stderr
+    assert "Traceback" not in stderr
+    assert "***" not in stderr, "Ray aborts no process"
+    keys = [(row["image"], row["method"]) for row in rows_of(out)]
+    assert len({*keys}) == len(keys) >= len(before)
+    assert not [*out.rglob(".part*")]
+
+
 def check_values(inputs: Path, out: Path, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
     """Compare rows and maps with those of a server, bit for bit."""
     images = contents(inputs)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
@@ -147,16 +150,34 @@ def _evaluate(run: BulkRun, metrics: Sequence[str]) -> list[dict[str, object]]:
     """Evaluate the missing images, and return the columns of all rows that the summary needs."""
     failures = Failures()
     try:
-        with map_bar(run.count, run.done) as advance:
+        with _ended_by_sigterm(), map_bar(run.count, run.done) as advance:
             for row in run.results():
                 if row.values["error"]:
                     subject = ", ".join(row.values[name] for name in ("image", "model", "method"))
                     failures.add_text(subject, row.values["error"], row.reason)
                 advance(failures.count)
         return run.rows(["model", "method", "error", *metrics])
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         typer.echo(f"{run.folder} contains the finished images; continue with the same command", err=True)
         raise
     finally:
         run.close()
         failures.print_summary()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command like Ctrl-C, so that it writes the finished images.
+
+    A second signal ends it at once.
+    """
+
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +52,7 @@ def connected(address: str) -> Iterator[None]:
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
         return
+    before = signal.getsignal(signal.SIGTERM)
     try:
         connect(None if address == "local" else address)
     except ConfigError as error:
@@ -58,6 +60,9 @@ def connected(address: str) -> Iterator[None]:
             f"there is no Ray cluster at {address!r}; start one with `ray start --head`, name its HOST:PORT, or use "
             "`local` to start one on this machine for this run"
         ) from error
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # that of Ray aborts the process, with a trace of its own
     import ray.data  # not earlier: `connect` sets variables that Ray reads when it is imported
 
     for handler in logging.getLogger("ray.data").handlers:
