@@ -37,8 +37,11 @@ source = "python:tests.ray.held_net:held_net"
 input_size = [32, 32]
 batch_size = 4
 """
-# The command with parts of three rows instead of a thousand, so that a killed run leaves some.
-COMMAND = "from camserve_ray.bulk import output; output.PART_ROWS = 3; from camserve_cli.__main__ import main; main()"
+# The command with parts of three rows instead of a thousand, so that a killed run leaves some. It reports each result.
+COMMAND = (
+    "from camserve_ray.bulk import output, run; output.PART_ROWS = 3; run.REPORT_S = 0; "
+    "from camserve_cli.__main__ import main; main()"
+)
 WHITE = 6  # the images at which the engines can be held; the others come first
 
 
@@ -189,6 +192,7 @@ def test_signals_end_a_run_and_keep_the_finished_images(inputs: Path, tmp_path: 
     assert f"{out} contains the finished images; continue with the same command" in stderr
     assert "Traceback" not in stderr
     assert "***" not in stderr, "Ray aborts no process"
+    assert re.search(rf"^{len(before)} of \d+ maps, \d+ failed$", stderr, re.MULTILINE), "no terminal has a bar"
     keys = [(row["image"], row["method"]) for row in rows_of(out)]
     assert len({*keys}) == len(keys) >= len(before)
     assert not [*out.rglob(".part*")]

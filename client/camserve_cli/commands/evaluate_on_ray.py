@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
+from rich.console import Console
 
 from camserve.errors import InvalidArgument
 from camserve.request_messages import DEFAULT_METRICS
@@ -149,6 +151,7 @@ def _annotated(images: Sequence[BulkImage], labels: Path | None, boxes: Path | N
 def _evaluate(run: BulkRun, metrics: Sequence[str]) -> list[dict[str, object]]:
     """Evaluate the missing images, and return the columns of all rows that the summary needs."""
     failures = Failures()
+    _log_progress()
     try:
         with _ended_by_sigterm(), map_bar(run.count, run.done) as advance:
             for row in run.results():
@@ -163,6 +166,14 @@ def _evaluate(run: BulkRun, metrics: Sequence[str]) -> list[dict[str, object]]:
     finally:
         run.close()
         failures.print_summary()
+
+
+def _log_progress() -> None:
+    """Print the messages of the run about its progress on stderr, unless a terminal shows the progress bar there."""
+    logger = logging.getLogger("camserve_ray.bulk.run")
+    if not Console(stderr=True).is_terminal and not logger.handlers:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(logging.StreamHandler())
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import pickle
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ DEFAULT_IN_FLIGHT = 32  # images on each engine
 
 # Chunks that an engine evaluates at the same time. While the last images of one are finished, the next one has begun.
 CHUNKS_AT_A_TIME = 2
+REPORT_S = 60.0
 # A run ends when engines are lost this often without any result in between.
 MAX_LOSSES = 5
 # Tables with secrets, and listeners. The engines need neither, and Ray stores their configuration in the cluster.
@@ -105,6 +107,7 @@ class BulkRun:
             raise
         self.count = len(images) * len(spec.models) * len(spec.variants)
         self.done = self.count - len(self._missing)
+        self._reported, self._failed = time.monotonic(), 0
 
     def results(self) -> Iterator[Row]:
         """Evaluate the images that are not finished.
@@ -242,7 +245,15 @@ class BulkRun:
                         raise InvalidArgument(result.message, field=result.field)
                     if self._missing.pop(rows.key(result.values), None) is not None:
                         self._output.add(result)
+                        self._report(result)
                         yield result
+
+    def _report(self, result: Row) -> None:
+        """Log every minute how far the run is."""
+        self._failed += result.values["error"] != ""
+        if time.monotonic() - self._reported >= REPORT_S:
+            self._reported = time.monotonic()
+            log.info("%d of %d maps, %d failed", self.count - len(self._missing), self.count, self._failed)
 
     def _engine_config(self, placement: Placement) -> Config:
         """Return the configuration of an engine, which has as many threads as CPUs unless it uses a GPU."""
