@@ -82,10 +82,14 @@ def test_labels_match_images_by_path_or_name(tmp_path: Path, header: str) -> Non
         ("cat.jpg,1\n", "no target for"),
         ("a/dog.jpg,1\nb/dog.jpg,2\n", "2 different targets for"),
         ("dog.jpg,1\ndog.jpg,2\n", "2 different targets for"),
+        (b"dog.jpg,caf\xe9\n", "not a CSV file in UTF-8: .* can't decode byte 0xe9"),
+        ("dog.jpg,1\n".encode("utf-16"), "not a CSV file in UTF-8"),
+        ("dog.jpg,1\nca\0t.jpg,2\n", r"line 2: 'ca\\x00t.jpg,2' does not have the form|not a CSV file"),
+        (f'"{"x" * 200_000}",1\n', "not a CSV file in UTF-8: field larger than field limit"),
     ],
 )
-def test_invalid_label_files_raise(tmp_path: Path, text: Any, message: str) -> None:
-    (tmp_path / "labels.csv").write_text(text)
+def test_invalid_label_files_raise(tmp_path: Path, text: str | bytes, message: str) -> None:
+    (tmp_path / "labels.csv").write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(camserve.InvalidArgument, match=message):
         read_labels(tmp_path / "labels.csv", [tmp_path / "dog.jpg"])
 
@@ -107,7 +111,12 @@ def test_boxes_are_read_from_csv_or_voc_files(tmp_path: Path) -> None:
         (tmp_path / "boxes.csv").write_text(text)
         with pytest.raises(camserve.InvalidArgument, match=message):
             read_boxes(tmp_path / "boxes.csv", images)
-    for wrong in ("<annotation/>", "<annotation>", f"<annotation>{box.format('x')}</annotation>"):
+    for wrong in (
+        '<?xml version="1.0" encoding="none"?><annotation/>',
+        "<annotation/>",
+        "<annotation>",
+        f"<annotation>{box.format('x')}</annotation>",
+    ):
         (tmp_path / "dog.xml").write_text(wrong)
         with pytest.raises(camserve.InvalidArgument, match=r"not a Pascal VOC file|no box for"):
             read_boxes(tmp_path, images[:1])

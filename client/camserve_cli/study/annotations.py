@@ -96,11 +96,12 @@ def _values_by_image(
     for line, (name, *cells) in _lines(path, columns):
         try:
             value = read(cells)
-        except ValueError:
+            place = (path.parent / name).resolve()
+        except ValueError:  # of a number, or of a name with NUL
             raise InvalidArgument(
                 f"{path}, line {line}: {','.join([name, *cells])!r} does not have the form {','.join(columns)}"
             ) from None
-        by_path.setdefault((path.parent / name).resolve(), {})[value] = None
+        by_path.setdefault(place, {})[value] = None
         by_name.setdefault(Path(name).name, {})[value] = None
     return [list(by_path.get(image.resolve()) or by_name.get(image.name, {})) for image in images]
 
@@ -108,7 +109,7 @@ def _values_by_image(
 def _lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
-        for row in reader:
+        for row in _rows(reader, path):
             cells = [cell.strip() for cell in row]
             if not any(cells) or (reader.line_num == 1 and [cell.lower() for cell in cells] == list(columns)):
                 continue
@@ -117,6 +118,13 @@ def _lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]
                     f"{path}, line {reader.line_num}: {','.join(row)!r} does not have the form {','.join(columns)}"
                 )
             yield reader.line_num, cells
+
+
+def _rows(reader: Iterator[list[str]], path: Path) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
 def _box(cells: list[str]) -> Box:
@@ -129,6 +137,6 @@ def _voc(path: Path) -> list[Box]:
     try:
         boxes = ElementTree.parse(path).iterfind("object/bndbox")
         sides = [[float(box.findtext(name, "")) for name in ("xmin", "ymin", "xmax", "ymax")] for box in boxes]
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # LookupError: of an unknown encoding
         raise InvalidArgument(f"{path} is not a Pascal VOC file: {error}", field="truth") from error
     return [(max(left - 1, 0), max(top - 1, 0), right, bottom) for left, top, right, bottom in sides]
