@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,14 @@ IMAGE = BulkImage("a", "/a.png", "file")
 
 def with_model(changes: dict[str, Any]) -> Config:
     return Config(models=[TINY.model_copy(update=changes)])
+
+
+def with_results(folder: Path) -> None:
+    """Write an output folder with the row of an image."""
+    start([IMAGE], folder, **OPTIONS).close()
+    output = Output(folder, OPTIONS["metrics"], json.loads((folder / "run.json").read_text()))
+    output.add(row_of("b"))
+    output.close()
 
 
 def junk(path: Path) -> None:
@@ -53,14 +62,14 @@ def foreign(path: Path) -> None:
     ],
 )
 def test_damaged_files_are_named(file: str, damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
-    start([IMAGE], tmp_path, **OPTIONS).close()
+    with_results(tmp_path)
     damage(tmp_path / file)
     with pytest.raises(camserve.InvalidArgument, match=message):
         start([IMAGE], tmp_path, **OPTIONS)
 
 
 def test_files_with_other_names_are_no_parts(tmp_path: Path) -> None:
-    start([IMAGE], tmp_path, **OPTIONS).close()
+    with_results(tmp_path)
     junk(tmp_path / "scores" / "part-of-mine.parquet")
     start([IMAGE], tmp_path, **OPTIONS).close()
 
@@ -85,14 +94,22 @@ def test_files_with_other_names_are_no_parts(tmp_path: Path) -> None:
     ],
 )
 def test_other_settings_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    start([IMAGE], tmp_path, **OPTIONS).close()
+    with_results(tmp_path)
     with pytest.raises(camserve.InvalidArgument, match=message):
         start([IMAGE], tmp_path, **{**OPTIONS, **changes})
     start([IMAGE], tmp_path, **OPTIONS).close()
 
 
-def test_batch_sizes_and_places_of_weights_may_change(tmp_path: Path) -> None:
+def test_refused_settings_can_be_corrected_in_the_same_folder(tmp_path: Path) -> None:
+    wrong = [replace(OPTIONS["methods"][0], parameters={"nope": 1})]  # which only the engines refuse
+    start([IMAGE], tmp_path, **{**OPTIONS, "methods": wrong}).close()
+    (tmp_path / "run.json").write_text("{")
     start([IMAGE], tmp_path, **OPTIONS).close()
+    assert json.loads((tmp_path / "run.json").read_text())["methods"][0]["parameters"] == {}
+
+
+def test_batch_sizes_and_places_of_weights_may_change(tmp_path: Path) -> None:
+    with_results(tmp_path)
     moved = with_model({"batch_size": 2, "weights": "/elsewhere/weights.pt"})
     start([IMAGE], tmp_path, **{**OPTIONS, "config": moved}).close()
 

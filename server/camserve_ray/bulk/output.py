@@ -150,7 +150,8 @@ class Output:
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         path = self.folder / "run.json"
         current = json.loads(json.dumps(settings))
-        if path.exists():
+        # A run whose settings were refused has left no results. Then other settings may take their place.
+        if path.exists() and self._parts():
             try:
                 existing = json.loads(path.read_bytes())
                 if not isinstance(existing, dict):
