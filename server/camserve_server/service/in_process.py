@@ -12,6 +12,7 @@ from camserve.v1 import explain_pb2 as pb
 from camserve_server import registry
 from camserve_server.config import Config
 from camserve_server.engine.job import Event, Job
+from camserve_server.engine.outcomes import shut_down
 from camserve_server.engines import Engines
 from camserve_server.model_pool import ModelPool
 from camserve_server.plan import MapWarning
@@ -50,6 +51,8 @@ class InProcessService:
         self.failed = self._engines.failed
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
+        self._closing = threading.Lock()  # no coroutine may begin after the one that ends all others
+        self._closed = False
         self._codec: CodecThreads
         self._models: ModelPool
 
@@ -64,8 +67,16 @@ class InProcessService:
         self.submit(self._start()).result()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine on the event loop of the requests. Any thread may call this method."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Run a coroutine on the event loop of the requests. Any thread may call this method.
+
+        Raises:
+            Unavailable: The service has been closed.
+        """
+        with self._closing:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise shut_down()
 
     async def check(self, request: pb.ExplainRequest) -> None:
         """Check all fields of a request but its pixels.
@@ -120,8 +131,10 @@ class InProcessService:
     def close(self) -> None:
         """Fail the running requests with Unavailable, cancel what still waits, and end all threads."""
         self._engines.close()
+        with self._closing:
+            self._closed = True
         if self._thread.is_alive():
-            self.submit(self._end_tasks()).result()
+            asyncio.run_coroutine_threadsafe(self._end_tasks(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

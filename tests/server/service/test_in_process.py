@@ -46,12 +46,22 @@ def test_all_futures_end_when_the_service_closes(monkeypatch: pytest.MonkeyPatch
         await service._codec.run(release.wait, seconds)
         raise Unavailable("the engine closed")
 
+    def submit_late(_: object) -> None:
+        try:
+            late.append(service.submit(asyncio.sleep(0)))
+        except Unavailable:
+            refused.append(True)
+
+    late, refused = list[Any](), list[bool]()
     short, long = service.submit(answered_after(0.1)), service.submit(answered_after(TIMEOUT_S))
+    long.add_done_callback(submit_late)
     monkeypatch.setattr(asyncio, "wait", wait_for_short)
     try:
         service.close()
         assert long.cancelled(), "a codec thread that takes too long"
         with pytest.raises(Unavailable):
             short.result(0)
+        submit_late(None)
+        assert (late, len(refused)) == ([], 2), "during the end of the tasks, and after it"
     finally:
         release.set()
