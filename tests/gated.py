@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -24,3 +25,13 @@ class Gated(nn.Module):
         while Path(os.environ[GATE]).exists():
             time.sleep(0.01)
         return self.net(x)  # type: ignore[no-any-return]
+
+
+class GatedOnEngine(Gated):
+    """The tiny network, which waits only on the engine's thread, and creates the file `GATE.reached` there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not threading.current_thread().name.startswith("engine"):
+            return self.net(x)  # type: ignore[no-any-return]
+        Path(f"{os.environ[GATE]}.reached").touch()
+        return super().forward(x)

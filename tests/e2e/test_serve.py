@@ -23,7 +23,8 @@ from camserve_server import __main__ as server_main
 from camserve_server.config import read_config
 from camserve_server.service.server import Server
 from tests import nets
-from tests.processes import CAMSERVE, LIMIT_S, completed, patient_client, served
+from tests.gated import GATE
+from tests.processes import CAMSERVE, LIMIT_S, TINY, completed, environment, patient_client, served, started
 
 CONFIG = """
 listen = "127.0.0.1:0"
@@ -101,6 +102,21 @@ def test_second_signal_ends_a_server_at_once(config: Path) -> None:
         assert server.process.wait(LIMIT_S) == -signal.SIGTERM
         with pytest.raises(camserve.CamserveError):
             list(stream)
+
+
+@pytest.mark.slow
+def test_second_signal_ends_a_server_at_once_while_it_warms_up_a_model(tmp_path: Path) -> None:
+    path, gate = tmp_path / "camserve.toml", tmp_path / "gate"
+    path.write_text(f'device = "cpu"\ncache_dir = ""\n{TINY.replace("nets:tiny_cnn", "gated:GatedOnEngine")}')
+    gate.touch()
+    command, until = [*CAMSERVE, "serve", "--config", str(path), "--listen", "127.0.0.1:0"], time.monotonic() + LIMIT_S
+    with started(command, env=environment(**{GATE: str(gate)})) as process:
+        while process.poll() is None:
+            if Path(f"{gate}.reached").exists():
+                process.send_signal(signal.SIGTERM)
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert process.returncode == -signal.SIGTERM
 
 
 # ---- files and the log -----------------------------------------------------------------------------------------------

@@ -220,6 +220,9 @@ async def run(config: Config, ready: Callable[[Server], None]) -> int:
     starting = asyncio.create_task(server.start())
 
     def stop() -> None:
+        for number in signals:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
         stopping.set()
         starting.cancel()  # without effect after the start
 
@@ -240,9 +243,6 @@ async def run(config: Config, ready: Callable[[Server], None]) -> int:
         log.error("the engine's thread failed; the server ends")
         await server.stop(0)
         return 1
-    for number in signals:
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_DFL)
     log.info("draining", grace_s=config.grace_s)
     await server.stop(config.grace_s)
     return 0
