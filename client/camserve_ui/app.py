@@ -166,10 +166,15 @@ class _Events(StreamingResponse):
     """A response with one JSON object per line. When the browser disconnects, it closes the generator of the events."""
 
     def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
-        super().__init__(self._lines(events), media_type="application/x-ndjson")
+        self._content = self._lines(events)
+        super().__init__(self._content, media_type="application/x-ndjson")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._content):  # Starlette leaves that to Python's garbage collection.
+            await super().__call__(scope, receive, send)
 
     @staticmethod
-    async def _lines(events: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[str]:
+    async def _lines(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
         async with aclosing(events):
             async for event in events:
                 yield json.dumps(event) + "\n"
