@@ -61,6 +61,14 @@ def listens(port: int) -> bool:
         return trial.connect_ex(("127.0.0.1", port)) == 0
 
 
+def loaded(client: camserve.Client) -> bool:
+    """Return False while the server loads its models, for longer than the client repeats calls on a slow machine."""
+    try:
+        return bool(client.models())
+    except camserve.Unavailable:
+        return False
+
+
 class Folder:
     """The working directory of the commands, and the processes that run in the background."""
 
@@ -99,7 +107,7 @@ class Folder:
             )
 
     def wait_for(self, command: str) -> None:
-        """Wait until the process of a command listens on its ports."""
+        """Wait until the process of a command listens on its ports, and until a server has loaded its model."""
         name = self._name(command)
 
         def ready() -> bool:
@@ -109,7 +117,7 @@ class Folder:
         wait_until(ready, 0.1)
         if name == "camserve serve":
             with camserve.Client("127.0.0.1:50051", timeout=LIMIT_S) as client:
-                client.models()
+                wait_until(lambda: loaded(client), 0.1)
 
     @staticmethod
     def _name(command: str) -> str:
