@@ -17,13 +17,24 @@ from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filebase import DicomBytesIO
+from pydicom.filereader import read_partial
 from pydicom.filewriter import write_file_meta_info
-from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.tag import BaseTag
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
-__all__ = ["parse"]
+__all__ = ["parse", "read_sop_class"]
 
 _PREAMBLE = 128
 _UNDEFINED = 0xFFFFFFFF
+# Bytes that `read_sop_class` reads. The file meta information and the elements up to the SOP class take some hundred.
+_HEAD_BYTES = 1 << 14
+_SOP_CLASS = 0x00080016
 # VRs whose length field has 32 bits in explicit VR.
 _LONG_VRS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
 _ITEM, _ITEM_END, _SEQUENCE_END = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
@@ -49,6 +60,33 @@ def parse(source: str | PathLike[str] | BinaryIO) -> Dataset:
     else:
         data = source.read()
     return pydicom.dcmread(io.BytesIO(_normalised(data)))
+
+
+def read_sop_class(path: str | PathLike[str]) -> str:
+    """Read the SOP class from the first bytes of a DICOM file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The UID; empty if the file is no DICOM file or is damaged.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        data = file.read(_HEAD_BYTES)
+        if DeflatedExplicitVRLittleEndian.encode() in data:  # compressed data cannot be read in part
+            data += file.read()
+    try:
+        dataset = read_partial(io.BytesIO(_normalised(data)), stop_when=_is_after_sop_class)
+        return str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
+    except Exception:  # a corrupt file can raise any exception in the parser
+        return ""
+
+
+def _is_after_sop_class(tag: BaseTag, vr: str | None, length: int) -> bool:
+    return tag > _SOP_CLASS or tag.group == 0x0004  # of a DICOMDIR, whose long list precedes
 
 
 def _normalised(data: bytes) -> bytes:

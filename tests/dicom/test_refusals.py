@@ -14,12 +14,14 @@ import PIL.Image
 import pydicom
 import pytest
 from pydicom import Dataset
+from pydicom._uid_dict import UID_dictionary
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate, get_frame
-from pydicom.uid import UID, JPEGExtended12Bit, MediaStorageDirectoryStorage
+from pydicom.uid import UID, CTImageStorage, JPEGExtended12Bit, MediaStorageDirectoryStorage
 
 import camserve_dicom as dicom
 from camserve_dicom import DicomError, decoding, object_classes
+from camserve_dicom.part10 import read_sop_class
 from tests.dicom.gateways import RULE, UNREACHABLE_SERVER, OpenGateway
 from tests.dicom.pacs import image as radiograph
 from tests.dicom.pacs import send, wait_until
@@ -53,6 +55,43 @@ def test_real_segmentation_and_dose_are_refused() -> None:
         with pytest.raises(DicomError) as refused:
             dicom.read(stored(name))
         assert refused.value.reason == "NOT_AN_IMAGE"
+
+
+def test_each_standard_class_is_that_of_images_or_has_a_name() -> None:
+    classes = {UID(uid): name for uid, (name, kind, *_) in UID_dictionary.items() if kind == "SOP Class"}
+    stored_classes = {uid: name for uid, name in classes.items() if " Storage" in name and " SOP Class" not in name}
+    left_out = {uid for uid in stored_classes if object_classes.name_of_non_image(uid)}
+    assert set(object_classes.NOT_IMAGES) & set(stored_classes) <= left_out
+    other = {name for uid, name in stored_classes.items() if uid not in left_out and " Image " not in name}
+    assert other == {
+        "Enhanced US Volume Storage",
+        *("DICOS Threat Detection Report Storage", "DICOS 2D AIT Storage", "DICOS 3D AIT Storage"),
+        "DICOS Quadrupole Resonance (QR) Storage",
+    }
+    assert not [stored_classes[uid] for uid in left_out if " Image " in stored_classes[uid]]
+    assert object_classes.name_of_non_image("1.2.840.10008.5.1.4.1.1.88.11") == "Basic Text SR"
+    assert object_classes.name_of_non_image(MediaStorageDirectoryStorage) == "DICOMDIR"
+    assert object_classes.name_of_non_image("1.2.3.4") == object_classes.name_of_non_image("") == ""
+
+
+def test_class_is_read_from_the_beginning_of_a_file(tmp_path: Path) -> None:
+    def read(data: bytes) -> str:
+        (tmp_path / "x.dcm").write_bytes(data)
+        return read_sop_class(tmp_path / "x.dcm")
+
+    assert read(data_of(image(ramp()))) == CTImageStorage
+    assert read(data_of(directory())) == MediaStorageDirectoryStorage
+    assert read_sop_class(stored("reportsi.dcm")) == "1.2.840.10008.5.1.4.1.1.88.11"
+    assert read_sop_class(stored("image_dfl.dcm")) == "1.2.840.10008.5.1.4.1.1.7", "a deflated object"
+    assert read_sop_class(stored("rtstruct.dcm")) == "1.2.840.10008.5.1.4.1.1.481.3", "without a header"
+    source = image(ramp())  # with a header that contradicts the object
+    source.file_meta.MediaStorageSOPClassUID = UID("1.2.840.10008.5.1.4.1.1.88.11")
+    assert read(data_of(source)) == CTImageStorage
+    data = data_of(image(ramp()))
+    for length in range(0, 600, 7):
+        for damaged in (data[:length], data[:length] + b"\xfe" * 99 + data[length + 99 :]):
+            assert object_classes.name_of_non_image(read(damaged)) == ""
+    assert read(b"no DICOM" * 99) == ""
 
 
 @pytest.mark.usefixtures("broken_associations")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import tarfile
 from pathlib import Path
@@ -16,6 +17,8 @@ import camserve
 from camserve_ray.bulk import BulkImage, find_images
 from camserve_ray.bulk.engine import ImageEvaluator
 from camserve_ray.bulk.reading import ImageReader
+from tests.dicom import samples
+from tests.dicom.test_refusals import directory
 from tests.ray.test_bulk_engine import encoded, evaluated, evaluator, write_parquet, write_tar
 
 __all__ = ["evaluator"]  # a fixture
@@ -70,6 +73,35 @@ def test_unreadable_subfolder_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="private"):
         find_images([tmp_path])
+
+
+def test_dicom_files_that_are_no_images_are_left_out_with_a_warning(
+    evaluator: ImageEvaluator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report, scan = "1.2.840.10008.5.1.4.1.1.88.11", samples.image(samples.ramp())
+    without_pixels = samples.image(samples.ramp(), PixelData=None)
+    study = tmp_path / "study"
+    study.mkdir()
+    for name, source in {
+        "scan.dcm": scan,
+        "DICOMDIR": directory(),
+        "sr.dcm": samples.image(samples.ramp(), PixelData=None, SOPClassUID=report),
+        "1.2.3": samples.image(samples.ramp(), PixelData=None, SOPClassUID=report),
+        "dose.dcm": samples.image(samples.ramp(), SOPClassUID="1.2.840.10008.5.1.4.1.1.481.2"),
+        "damaged.dcm": without_pixels,
+    }.items():
+        (study / name).write_bytes(samples.data_of(source))
+    (study / "truncated.dcm").write_bytes(samples.data_of(scan)[:-100])
+    with caplog.at_level(logging.WARNING):
+        images = find_images([study])
+    assert caplog.messages == ["left out DICOM files that are no images: 2 Basic Text SR, 1 DICOMDIR, 1 RT Dose"]
+    rows = evaluated(evaluator, images)
+    reasons = {Path(name).name: row.reason for (name, method), row in rows.items() if method == "grad-cam"}
+    assert reasons == {"scan.dcm": "", "damaged.dcm": "NO_PIXELS", "truncated.dcm": "TRUNCATED"}
+    for name in ("scan.dcm", "damaged.dcm", "truncated.dcm"):
+        (study / name).unlink()
+    with pytest.raises(camserve.InvalidArgument, match="there are no images"):
+        find_images([study])
 
 
 # ---- Parquet --------------------------------------------------------------------------------------------------------

@@ -96,17 +96,15 @@ def run(
             raise ModuleNotFoundError(name="ray")
     assert options.ray is not None and options.out is not None, "is_wanted has checked the options"
     with errors_as_lines():
-        images = bulk.find_images(
-            paths,
-            target=None if target is None else read_target(target),
-            image_column=options.image_column,
-            name_column=options.name_column,
-            target_column=options.target_column,
-            out=options.out,
-        )
-        if any(each.kind == "dicom" for each in images):
-            with needs_extra("dicom", "camserve evaluate --ray with DICOM files"):
-                import camserve_dicom  # noqa: F401
+        with needs_extra("dicom", "camserve evaluate --ray with DICOM files"):
+            images = bulk.find_images(
+                paths,
+                target=None if target is None else read_target(target),
+                image_column=options.image_column,
+                name_column=options.name_column,
+                target_column=options.target_column,
+                out=options.out,
+            )
         started = bulk.start(
             _annotated(images, labels, boxes),
             options.out,

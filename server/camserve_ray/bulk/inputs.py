@@ -5,9 +5,11 @@ The driver lists the images, and the engines read them. Therefore the paths must
 
 from __future__ import annotations
 
+import logging
 import os
 import posixpath
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.
 _MAX_NAME_BYTES = 4096
 _SCAN_BYTES = 1 << 20
 _EXPECTED = f"images ({', '.join(SUFFIXES)}), DICOM files, Parquet files (.parquet) or archives (.tar)"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def find_images(
 ) -> list[BulkImage]:
     """List the images of files and folders.
 
+    DICOM files that are no images, such as reports, are left out with a warning.
+
     Args:
         paths: Image files, DICOM files, Parquet files, uncompressed tar archives, and folders of them. Folders include
             their subfolders, also those behind symbolic links. Each folder is searched once.
@@ -86,16 +92,23 @@ def find_images(
         OSError: A file or folder cannot be read.
         InvalidArgument: There are no images, a file has another form, an image has no usable name, or two images have
             the same name.
+        ModuleNotFoundError: There are DICOM files, and the packages of the extra `dicom` are missing.
     """
     images: list[BulkImage] = []
+    left_out = Counter[str]()
     for path in dict.fromkeys(file for each in paths for file in _files(each, out)):
         match _kind(path):
             case "parquet":
                 images += _rows(path, target, image_column, name_column, target_column)
             case "tar":
                 images += _members(path, target, target_column)
+            case "dicom" if name := _name_of_non_image(path):
+                left_out[name] += 1
             case kind:
                 images.append(BulkImage(escaped(path), str(path.absolute()), kind, target=target))
+    if left_out:
+        counts = ", ".join(f"{number} {name}" for name, number in sorted(left_out.items()))
+        log.warning("left out DICOM files that are no images: %s", counts)
     if not images:
         raise InvalidArgument(f"there are no images; expected paths of {_EXPECTED}", field="image")
     names = set[str]()
@@ -178,6 +191,22 @@ def _is_dicom(path: Path) -> bool:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
+
+
+def _name_of_non_image(path: Path) -> str:
+    """Return the name of the kind of a DICOM file that is no image, such as a report; empty for other files.
+
+    It is empty for damaged files too, so that they are errors of the output.
+    """
+    from camserve_dicom.object_classes import name_of_non_image
+    from camserve_dicom.part10 import read_sop_class
+    from camserve_dicom.reading import silence_library_warnings
+
+    silence_library_warnings()
+    try:
+        return name_of_non_image(read_sop_class(path))
+    except OSError:
+        return ""
 
 
 def escaped(path: Path | str) -> str:
