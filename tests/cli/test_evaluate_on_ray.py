@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from camserve_cli.app import app
 from camserve_cli.study import image_files
 from camserve_cli.study.score_csv import ScoreCsv
-from camserve_ray.bulk import inputs
+from camserve_ray.bulk import files
 from camserve_ray.bulk.rows import schema
 from tests.ray.test_bulk_engine import write_parquet
 
@@ -55,7 +55,7 @@ def test_options_that_do_not_fit_are_refused(arguments: list[str], message: str)
 
 
 def test_columns_and_image_files_are_those_of_other_runs() -> None:
-    assert inputs.SUFFIXES == image_files.SUFFIXES
+    assert files.SUFFIXES == image_files.SUFFIXES
     metrics = ["insertion", "deletion"]
     assert schema(metrics).names == [
         *ScoreCsv(Path("x.csv"), metrics).columns,

@@ -6,31 +6,24 @@ The driver lists the images, and the engines read them. Therefore the paths must
 from __future__ import annotations
 
 import logging
-import os
 import posixpath
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import pyarrow
 from pyarrow import parquet
 
 from camserve.errors import InvalidArgument
+from camserve_ray.bulk.files import EXPECTED, SUFFIXES, Kind, escaped, find_files, kind_of, name_of_non_image
 
-__all__ = ["BulkImage", "Kind", "escaped", "find_images", "scores_folder"]
+__all__ = ["BulkImage", "find_images"]
 
-Kind: TypeAlias = Literal["file", "dicom", "tar", "parquet"]
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 # Names are parts of the names in zip archives, which have at most 65,535 bytes and end at NUL.
 _MAX_NAME_BYTES = 4096
 _SCAN_BYTES = 1 << 20
-_EXPECTED = f"images ({', '.join(SUFFIXES)}), DICOM files, Parquet files (.parquet) or archives (.tar)"
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +89,13 @@ def find_images(
     """
     images: list[BulkImage] = []
     left_out = Counter[str]()
-    for path in dict.fromkeys(file for each in paths for file in _files(each, out)):
-        match _kind(path):
+    for path in dict.fromkeys(file for each in paths for file in find_files(each, out)):
+        match kind_of(path):
             case "parquet":
                 images += _rows(path, target, image_column, name_column, target_column)
             case "tar":
                 images += _members(path, target, target_column)
-            case "dicom" if name := _name_of_non_image(path):
+            case "dicom" if name := name_of_non_image(path):
                 left_out[name] += 1
             case kind:
                 images.append(BulkImage(escaped(path), str(path.absolute()), kind, target=target))
@@ -110,7 +103,7 @@ def find_images(
         counts = ", ".join(f"{number} {name}" for name, number in sorted(left_out.items()))
         log.warning("left out DICOM files that are no images: %s", counts)
     if not images:
-        raise InvalidArgument(f"there are no images; expected paths of {_EXPECTED}", field="image")
+        raise InvalidArgument(f"there are no images; expected paths of {EXPECTED}", field="image")
     names = set[str]()
     for image in images:
         if not image.name or "\0" in image.name or len(image.name.encode()) > _MAX_NAME_BYTES:
@@ -126,92 +119,6 @@ def find_images(
             )
         names.add(image.name)
     return images
-
-
-def _files(path: Path, out: Path | None) -> list[Path]:
-    """Return the files of a folder and its subfolders that contain images, or the path itself if it is no folder."""
-    if not path.is_dir():
-        return [path]
-    found = sorted(each for each in _walk(path, out) if _is_input(each))
-    if not found:
-        raise InvalidArgument(f"{path} contains no images; expected {_EXPECTED}", field="image")
-    return found
-
-
-def _walk(root: Path, out: Path | None) -> Iterator[Path]:
-    """Yield the files of a folder and its subfolders. A link that leads nowhere is a file that cannot be read."""
-
-    def refuse(error: OSError) -> None:
-        raise error  # otherwise the images of an unreadable folder would be missing without a message
-
-    seen = set() if out is None else {os.path.realpath(scores_folder(out))}
-    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()
-        for name in names:
-            path = Path(folder, name)
-            if path.is_file() or not path.exists():
-                yield path
-
-
-def scores_folder(out: Path) -> Path:
-    """Return the folder of the scores in an output folder."""
-    return out / "scores"
-
-
-def _is_input(path: Path) -> bool:
-    return path.suffix.lower() in (*SUFFIXES, ".parquet", ".tar") or _is_dicom(path)
-
-
-def _kind(path: Path) -> Kind:
-    """Return the kind of a file by its name, or by its first bytes. Every other file counts as an image file."""
-    match path.suffix.lower():
-        case ".parquet":
-            return "parquet"
-        case ".tar":
-            return "tar"
-        case _ if path.name.lower().endswith(_COMPRESSED):
-            return "tar"  # which is refused
-        case suffix if suffix not in SUFFIXES and _is_dicom(path):
-            return "dicom"
-    return "file"
-
-
-def _is_dicom(path: Path) -> bool:
-    """Return True for a file with an extension of DICOM, or with no extension and the preamble of PS3.10."""
-    suffix = path.suffix.lower()
-    # Identifiers such as 1.2.840.10008 are common names of DICOM files. Their last part is not an extension.
-    if suffix and not suffix[1:].isdigit():
-        return suffix in DICOM_SUFFIXES
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def _name_of_non_image(path: Path) -> str:
-    """Return the name of the kind of a DICOM file that is no image, such as a report; empty for other files.
-
-    It is empty for damaged files too, so that they are errors of the output.
-    """
-    from camserve_dicom.object_classes import name_of_non_image
-    from camserve_dicom.part10 import read_sop_class
-    from camserve_dicom.reading import silence_library_warnings
-
-    silence_library_warnings()
-    try:
-        return name_of_non_image(read_sop_class(path))
-    except OSError:
-        return ""
-
-
-def escaped(path: Path | str) -> str:
-    """Return a path, or a text with one, as it appears in the output, with undecodable bytes escaped."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _target(value: object, name: str) -> int | str:

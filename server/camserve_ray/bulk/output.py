@@ -24,7 +24,7 @@ from pyarrow import compute, parquet
 
 from camserve.errors import InvalidArgument
 from camserve_ray.bulk import rows
-from camserve_ray.bulk.inputs import scores_folder
+from camserve_ray.bulk.files import scores_folder
 from camserve_ray.bulk.rows import Key, Row
 
 __all__ = ["Output"]

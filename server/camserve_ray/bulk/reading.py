@@ -11,7 +11,8 @@ from pyarrow import parquet
 from camserve import images
 from camserve.errors import InvalidArgument
 from camserve.images import ImageLike
-from camserve_ray.bulk.inputs import BulkImage, escaped
+from camserve_ray.bulk.files import escaped
+from camserve_ray.bulk.inputs import BulkImage
 
 __all__ = ["ImageReader"]
 

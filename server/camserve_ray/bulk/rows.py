@@ -12,7 +12,8 @@ import pyarrow
 from numpy.typing import NDArray
 
 from camserve.answers import Explanation
-from camserve_ray.bulk.inputs import BulkImage, escaped
+from camserve_ray.bulk.files import escaped
+from camserve_ray.bulk.inputs import BulkImage
 
 __all__ = ["Key", "Row", "failed_row", "key", "requested", "row", "schema"]
 
