@@ -75,6 +75,33 @@ def test_unreadable_subfolder_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
         find_images([tmp_path])
 
 
+def test_compressed_archives_in_folders_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    names = ["1.tar.gz", "2.TGZ", "3.zip", "sub/4.tar.zst"]
+    for name in names:
+        (folder / name).touch()
+    with caplog.at_level(logging.WARNING), pytest.raises(camserve.InvalidArgument, match="contains no images"):
+        find_images([folder])
+    (folder / "a.png").touch()
+    for name in names[1:]:
+        (folder / name).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert len(find_images([folder])) == 1
+    first, second = caplog.messages
+    assert first == (
+        f"left out compressed archives, 4 in all: {folder}/1.tar.gz, {folder}/2.TGZ, {folder}/3.zip, ...; "
+        "decompress them, and run the command again"
+    )
+    assert f"1 in all: {folder}/1.tar.gz; decompress" in second
+    for name in names:
+        (folder / name).write_bytes(b"compressed")
+        with pytest.raises(camserve.InvalidArgument, match=r"not an uncompressed tar archive.*; decompress it first"):
+            find_images([folder / name])
+
+
 def test_dicom_files_that_are_no_images_are_left_out_with_a_warning(
     evaluator: ImageEvaluator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

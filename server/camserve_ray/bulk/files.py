@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +16,29 @@ Kind: TypeAlias = Literal["file", "dicom", "tar", "parquet"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_COMPRESSED = (
+    *(f".tar.{each}" for each in ("gz", "bz2", "xz", "zst", "lz4", "lzma", "z")),
+    *(".tgz", ".tbz2", ".txz", ".tzst", ".zip", ".7z", ".rar"),
+)
 EXPECTED = f"images ({', '.join(SUFFIXES)}), DICOM files, Parquet files (.parquet) or archives (.tar)"
+_NAMED = 3  # archives in a warning
+
+log = logging.getLogger(__name__)
 
 
 def find_files(path: Path, out: Path | None) -> list[Path]:
     """Return the files of a folder and its subfolders that contain images, or the path itself if it is no folder."""
     if not path.is_dir():
         return [path]
-    found = sorted(each for each in _walk(path, out) if _is_input(each))
+    files = sorted(_walk(path, out))
+    if packed := [escaped(each) for each in files if each.name.lower().endswith(_COMPRESSED)]:
+        named = ", ".join(packed[:_NAMED]) + (", ..." if len(packed) > _NAMED else "")
+        log.warning(
+            "left out compressed archives, %d in all: %s; decompress them, and run the command again",
+            len(packed),
+            named,
+        )
+    found = [each for each in files if _is_input(each)]
     if not found:
         raise InvalidArgument(f"{path} contains no images; expected {EXPECTED}", field="image")
     return found

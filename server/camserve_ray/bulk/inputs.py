@@ -65,7 +65,7 @@ def find_images(
 ) -> list[BulkImage]:
     """List the images of files and folders.
 
-    DICOM files that are no images, such as reports, are left out with a warning.
+    DICOM files that are no images, such as reports, are left out with a warning. So are compressed archives in folders.
 
     Args:
         paths: Image files, DICOM files, Parquet files, uncompressed tar archives, and folders of them. Folders include
