@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from camserve.errors import InvalidArgument
 
-__all__ = ["DicomError"]
+__all__ = ["DicomError", "with_options"]
 
 
 class DicomError(InvalidArgument):
@@ -30,3 +32,8 @@ class DicomError(InvalidArgument):
 
     def __init__(self, message: str, reason: str, *, field: str = "source") -> None:
         super().__init__(message, reason=reason, field=field)
+
+
+def with_options(message: str) -> str:
+    """Replace arguments of Python functions, such as regions="crop", by options of `camserve dicom explain`."""
+    return re.sub(r'\b([a-z_]+)="([a-z_]+)"', lambda found: f"--{found[1].replace('_', '-')} {found[2]}", message)

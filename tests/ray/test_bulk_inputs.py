@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
+from pydicom import Dataset
 
 import camserve
 from camserve_ray.bulk import BulkImage, find_images
@@ -129,6 +130,25 @@ def test_dicom_files_that_are_no_images_are_left_out_with_a_warning(
         (study / name).unlink()
     with pytest.raises(camserve.InvalidArgument, match="there are no images"):
         find_images([study])
+
+
+def test_refused_dicom_images_name_a_command_that_has_an_option_for_them(tmp_path: Path) -> None:
+    region = Dataset()
+    region.RegionLocationMinX0 = region.RegionLocationMinY0 = 0
+    region.RegionLocationMaxX1 = region.RegionLocationMaxY1 = 9
+    cases: list[tuple[dict[str, Any], str, str]] = [
+        ({"SequenceOfUltrasoundRegions": [region]}, "ultrasound regions", "--regions crop sends only the largest"),
+        ({"BurnedInAnnotation": "YES"}, "text burned into its pixels", "--burned-in ignore sends it anyway"),
+        ({"Modality": "SEG"}, "is a Segmentation", "--non-image ignore explains it anyway"),
+    ]
+    for attributes, problem, remedy in cases:
+        (tmp_path / "x.dcm").write_bytes(samples.data_of(samples.image(samples.ramp(), **attributes)))
+        [image] = find_images([tmp_path])
+        with pytest.raises(camserve.InvalidArgument, match=problem) as refused:
+            ImageReader("image").read(image)
+        text = str(refused.value)
+        assert f"; bulk runs have no option for such images: use `camserve dicom explain`, where {remedy}" in text
+        assert '="' not in text
 
 
 # ---- Parquet --------------------------------------------------------------------------------------------------------

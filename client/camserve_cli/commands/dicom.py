@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
@@ -147,6 +146,7 @@ def explain(
     """
     with needs_extra("dicom", "camserve dicom explain"):
         import camserve_dicom as api
+        from camserve_dicom.errors import with_options
     api.silence_library_warnings()
     table = rich_tables.plain_table("file", "class", "probability", "objects", "withheld")
     failures = 0
@@ -175,7 +175,7 @@ def explain(
                 result = api.explain(client, file, **settings)
                 written = result.save(out, stem)
             except (CamserveError, OSError) as error:
-                typer.echo(f"error: {file}: {_with_options(error_text(error))}", err=True)
+                typer.echo(f"error: {file}: {with_options(error_text(error))}", err=True)
                 failures += 1
                 continue
             if as_json:
@@ -196,11 +196,6 @@ def explain(
         print_table(table)
     if failures:
         raise typer.Exit(1)
-
-
-def _with_options(message: str) -> str:
-    """Replace arguments of Python functions, such as regions="crop", by options."""
-    return re.sub(r'\b([a-z_]+)="([a-z_]+)"', lambda found: f"--{found[1].replace('_', '-')} {found[2]}", message)
 
 
 def _window(text: str) -> tuple[float, float]:

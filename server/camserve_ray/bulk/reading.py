@@ -87,8 +87,19 @@ def _changed(image: BulkImage) -> InvalidArgument:
 
 
 def _rendered(path: str) -> ImageLike:
+    from camserve_dicom.errors import DicomError, with_options
     from camserve_dicom.explaining import request_pixels
     from camserve_dicom.reading import read, silence_library_warnings
 
     silence_library_warnings()
-    return request_pixels(read(path))
+    try:
+        return request_pixels(read(path))
+    except DicomError as error:
+        if error.field not in ("regions", "burned_in", "non_image"):
+            raise
+        problem, _, remedy = with_options(error.message).rpartition("; ")
+        raise DicomError(
+            f"{problem}; bulk runs have no option for such images: use `camserve dicom explain`, where {remedy}",
+            error.reason,
+            field=error.field,
+        ) from error
