@@ -244,12 +244,25 @@ def test_settings_that_fit_no_image_are_refused_once() -> None:
     for model, spec, message in [
         (TINY, replace(SPEC, variants=[Variant("x", "grad-cam", layers=["none"])]), "none"),
         (TINY, replace(SPEC, variants=[Variant("x", "rise")], budget=1), "the budget is 1"),
+        (TINY, replace(SPEC, budget=9), "of them for metrics, and cannot stop early; the budget is 9"),
+        (TINY, replace(SPEC, variants=[Variant("x", "rise", {"masks": 0})]), "masks is 0"),
+        (TINY, replace(SPEC, variants=[Variant("x", "rise", seed=-1)]), "seed is -1"),
+        (TINY, replace(SPEC, targets=[99999]), "tiny has no class 99999; expected an index from 0 to"),
+        (TINY, replace(SPEC, targets=["cat", -1]), "tiny has no labels; give the index of the class"),
         (TINY.model_copy(update={"source": "python:tests.nets:missing"}), SPEC, "models.tiny.source"),
     ]:
         made = ImageEvaluator(Config(device="cpu", models=[model]), spec)
         made.service.close()
         assert made.refused is not None
         assert message in made.refused.message
+    for spec in (
+        replace(SPEC, targets=["cat", -1, 0]),
+        replace(SPEC, targets=[99999, None]),
+        replace(SPEC, metrics=["pointing-game"]),
+    ):
+        made = ImageEvaluator(Config(device="cpu", models=[TINY]), spec)
+        made.service.close()
+        assert made.refused is None, "some images can be evaluated"
     made = ImageEvaluator(Config(device="cuda:99", models=[TINY]), SPEC)
     assert made.refused is not None
     assert "device: cuda:99" in made.refused.message
@@ -370,6 +383,8 @@ def test_mistakes_are_found_before_a_cluster_is_needed(tmp_path: Path) -> None:
     for changes, kind, message in cases:
         with pytest.raises(kind, match=message):
             start([image], tmp_path / "out", **{**OPTIONS, **changes})
+    with pytest.raises(camserve.InvalidArgument, match="not UTF-8"):
+        start([replace(image, target="\udcff")], tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
 
 

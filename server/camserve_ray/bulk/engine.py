@@ -22,8 +22,9 @@ from camserve.v1 import explain_pb2 as pb
 from camserve_ray.bulk.inputs import BulkImage
 from camserve_ray.bulk.reading import ImageReader
 from camserve_ray.bulk.rows import Key, Row, failed_row, row
+from camserve_server import registry
 from camserve_server.config import Config
-from camserve_server.errors import CamserveError, ConfigError, InternalError, describe
+from camserve_server.errors import CamserveError, ConfigError, InternalError, InvalidArgument, describe
 from camserve_server.service.in_process import InProcessService
 from camserve_server.service.logs import log_to_stderr
 from camserve_server.torch_setup.allocator import keep_memory
@@ -50,6 +51,7 @@ class BulkSpec:
         budget: Maximum number of rows for each map.
         maps: Save the maps.
         image_column: The column of Parquet files with the encoded images.
+        targets: The distinct targets of the images.
     """
 
     variants: Sequence[Variant]
@@ -58,6 +60,7 @@ class BulkSpec:
     budget: int | None = None
     maps: bool = True
     image_column: str = "image"
+    targets: Sequence[int | str | None] = (None,)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class ImageEvaluator:
             self._check()
         except ConfigError as error:
             self.refused = Refused(str(error))
-        except CamserveError as error:
+        except (CamserveError, errors.CamserveError) as error:
             self.refused = Refused(error.message, error.field)
         except Exception as error:  # Ray would start the engine again and again
             log.exception("the engine cannot start")
@@ -123,13 +126,34 @@ class ImageEvaluator:
                 yield [row for each in finished for row in each.result()]
 
     def _check(self) -> None:
-        """Check what all requests have in common, so that a mistake does not become an error of every image."""
-        no_image = b""
+        """Check what no image changes, so that a mistake does not become an error of every image.
+
+        A target is a mistake of its images only, unless the model has none of the targets.
+        """
         for model in self._spec.models:
             for variant in self._spec.variants:
-                # Boxes are checked by the driver, and the metrics that need them would be refused here.
-                call = request_messages.explain(no_image, **self._options(model, variant), metrics=())
-                self.service.submit(self.service.check(cast(pb.ExplainRequest, call.request))).result()
+                refused = None
+                for target in self._spec.targets:
+                    try:
+                        self._check_request(model, variant, target)
+                        break
+                    except (InvalidArgument, errors.InvalidArgument) as error:
+                        if not error.field.startswith("target"):
+                            raise
+                        refused = refused or error
+                else:
+                    if refused is not None:
+                        raise refused
+
+    def _check_request(self, model: str, variant: Variant, target: int | str | None) -> None:
+        no_image = b""
+        call = request_messages.explain(
+            no_image, **self._options(model, variant), metrics=self._spec.metrics, target=target
+        )
+        request = cast(pb.ExplainRequest, call.request)
+        if any(registry.METRICS[each].needs_truth for each in self._spec.metrics):
+            request.truth.boxes.add(right=1, bottom=1)  # the driver checks that the images have boxes
+        self.service.submit(self.service.check(request)).result()
 
     async def _evaluate(self, image: BulkImage, wanted: Sequence[tuple[str, str]]) -> list[Row]:
         keys = [(image.name, model, method) for model, method in wanted]

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class BulkRun:
         )
         self.folder = out
         self._images = images
-        self._spec = spec
+        self._spec = replace(spec, targets=tuple(dict.fromkeys(image.target for image in images)))
         self._address = address
         self._in_flight = in_flight
         self._cpus = cpus_per_engine
@@ -287,6 +287,11 @@ def _check(images: Sequence[BulkImage], spec: BulkSpec, config: Config) -> None:
         raise InvalidArgument(
             f"several methods have the label {', '.join(repeated)}; give each a label of its own", field="methods"
         )
+    for target in {str(image.target) for image in images}:
+        if target.encode(errors="ignore").decode() != target:
+            raise InvalidArgument(
+                f"the target {target!a} contains bytes that are not UTF-8; expected UTF-8", field="target"
+            )
     names = [model.name for model in config.models]
     for model in spec.models:
         _select(names, model, "model")
