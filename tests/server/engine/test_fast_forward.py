@@ -114,6 +114,32 @@ def test_receipts_name_the_compiler_only_if_it_is_used(compiled: Model) -> None:
         assert "torch.compile" not in receipt_versions(other)
 
 
+def test_all_variants_of_a_network_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile silently stops after some variants. Then other devices or models would not be compiled."""
+    compiled_sizes = list[int]()
+    torch_compile: Any = torch.compile
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Any:
+        compiled_sizes.append(max(len(each) for each in inputs if each.shape[1:] == (3, 32, 32)))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda net, **_: torch_compile(net, dynamic=False, backend=backend))
+    models = list[Model]()
+    sizes = (21, 22, 23, 24, 25, 26, 27, 28, 29, 30)  # no other test compiles the network for them
+    for size in sizes:
+        config = ModelConfig.model_validate({"precision": "fp32", **SMALL, "compile": True, "batch_size": size})
+        models.append(load(config, CPU))
+        model = models[-1]
+        model.fast_forward = fast_forward.build_fast_forward(model, size)
+        assert model.compiled
+    assert compiled_sizes == [*sizes]
+    for model, size in zip(models, sizes, strict=True):  # they are not compiled again later
+        assert model.fast_forward is not None
+        with torch.no_grad():
+            model.fast_forward(noise(size, 3, 32, 32).contiguous(memory_format=model.memory_format))
+    assert compiled_sizes == [*sizes]
+
+
 @pytest.mark.parametrize("breaks", [True, False], ids=["exception", "wrong logits"])
 def test_technique_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, breaks: bool) -> None:
     def technique(forward: fast_forward.ForwardPass) -> fast_forward.ForwardPass:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from statistics import median
+from typing import Any
 
 import structlog
 import torch
@@ -26,6 +28,9 @@ LOGIT_TOLERANCE: dict[Precision, float] = {"fp64": 1e-9, "fp32": 1e-4, "tf32": 1
 OPENVINO_SPEED = 1.15
 COMPARED_PASSES = 5
 COMPILE = "torch.compile"
+# torch.compile runs the ninth variant of a function without compiling it. Variants are the devices, precisions and
+# batch sizes of all networks of a class, of which a server with several GPUs and models has more.
+MAX_VARIANTS = 100_000
 
 
 class GraphedForward:
@@ -86,8 +91,9 @@ def _accelerated(model: Model, X: Tensor) -> ForwardPass | None:
     forward: ForwardPass = plain
     for name, technique in _techniques(model, X):
         try:
-            faster = technique(forward)
-            faster(torch.zeros_like(X))  # records with another input, so that a constant answer shows below
+            with _many_variants() if model.compile else nullcontext():
+                faster = technique(forward)
+                faster(torch.zeros_like(X))  # records with another input, so that a constant answer shows below
             tolerance = LOGIT_TOLERANCE[model.precision] * float(logits.abs().max())
             agree = torch.allclose(faster(X), logits, rtol=0, atol=tolerance)
             reason = "" if agree else "its logits differ from those of the network"
@@ -103,6 +109,17 @@ def _accelerated(model: Model, X: Tensor) -> ForwardPass | None:
             forward = faster
             model.compiled |= name == COMPILE
     return None if forward is plain else forward
+
+
+def _many_variants() -> AbstractContextManager[None]:
+    """Let torch.compile compile up to `MAX_VARIANTS` variants of a function inside the context."""
+    from torch._dynamo import config  # slow to import, so only where networks are compiled
+
+    patch: Any = config.patch
+    context: AbstractContextManager[None] = patch(
+        cache_size_limit=MAX_VARIANTS, accumulated_cache_size_limit=MAX_VARIANTS
+    )
+    return context
 
 
 def _too_slow(faster: ForwardPass, plain: ForwardPass, X: Tensor) -> str:
