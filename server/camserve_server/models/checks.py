@@ -75,6 +75,8 @@ def prepare(module: nn.Module, example: Tensor, config: ModelConfig, where: str)
     try:
         with _recorded(module, ran), calls:
             y, channels_last = _run_somehow(module, example, ran)
+    except torch.OutOfMemoryError:  # the network is not the reason
+        raise
     except Exception as error:  # the code of a network can raise any exception
         raise ConfigError(f"{where}.{_reason(error, module, example, config)}") from error
     if bool(y.isnan().any()):
@@ -172,7 +174,7 @@ def _run_somehow(module: nn.Module, example: Tensor, ran: list[Ran]) -> tuple[Te
     set_memory_format(module, channels_last=True)
     try:
         return _run(module, example.contiguous(memory_format=torch.channels_last)), True
-    except UnsupportedOutput:
+    except (UnsupportedOutput, torch.OutOfMemoryError):
         raise
     except Exception as error:
         first = error
@@ -182,7 +184,7 @@ def _run_somehow(module: nn.Module, example: Tensor, ran: list[Ran]) -> tuple[Te
     set_memory_format(module, channels_last=False)
     try:
         return _run(module, example), False
-    except UnsupportedOutput:
+    except (UnsupportedOutput, torch.OutOfMemoryError):
         raise
     except Exception:
         set_memory_format(module, channels_last=True)
@@ -227,7 +229,7 @@ def _in_company(module: nn.Module, images: Tensor, y: Tensor, channels_last: boo
         try:
             form = torch.channels_last if last else torch.contiguous_format
             together = _run(module, images.contiguous(memory_format=form))
-        except OF_WHOLE_BATCH:
+        except (*OF_WHOLE_BATCH, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the code of a network can raise any exception
             problem = f"the network takes only one image at a time ({describe(error)})"

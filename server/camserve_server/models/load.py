@@ -64,6 +64,7 @@ def load(config: ModelConfig, device: torch.device) -> Model:
 
     Raises:
         ConfigError: The model cannot be loaded. The message names the model and the configuration key.
+        torch.OutOfMemoryError: The model does not fit into the memory of the device.
     """
     where = f"models.{config.name}"
     _check_openvino(config, where)
@@ -177,6 +178,8 @@ def _require_fp16(half: Model, full: Model, example: Tensor, where: str) -> None
     """Raise ConfigError if the logits in fp16, whose largest value is 65504, are not finite or differ too much."""
     try:
         logits = half.module(example.to(half.compute_dtype)).to(full.dtype)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ConfigError(
             f"{where}.precision: the network does not run in fp16: {describe(error)}; choose bf16"
@@ -266,6 +269,8 @@ def _example(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> T
 def _probe(module: nn.Module, example: Tensor, config: ModelConfig, where: str) -> ProbeResult:
     try:
         structure = probe(module, example, config.token_grid)
+    except torch.OutOfMemoryError:  # the network is not the reason
+        raise
     except Exception as error:  # the code of a network can raise any exception
         raise ConfigError(
             f"{where}.source: the layers of the network cannot be detected: {describe(error)}; return a network "

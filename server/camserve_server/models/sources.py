@@ -47,7 +47,7 @@ def build_network(config: ModelConfig, where: str) -> nn.Module:
     }[kind]
     try:
         return build(rest, config, check_source(config, where), where)
-    except ConfigError:
+    except (ConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a factory or a download can raise any exception
         raise ConfigError(

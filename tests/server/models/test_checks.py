@@ -350,3 +350,41 @@ def test_digest_is_that_of_the_network_as_it_was_built(monkeypatch: pytest.Monke
         return nn.Sequential(Classifier(), nn.Softmax(dim=1))
 
     assert load_model(softmaxed, monkeypatch).digest == state_digest(softmaxed())
+
+
+# ---- lack of memory --------------------------------------------------------------------------------------------------
+
+
+class RunsOut(nn.Module):
+    """Identity that finds no memory at one of its calls, counted over all copies of the network."""
+
+    calls = 0
+    fails_at = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        RunsOut.calls += 1
+        if RunsOut.calls == RunsOut.fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x + 0
+
+
+def test_lack_of_memory_is_no_fault_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each of the passes during a load."""
+
+    def loaded(fails_at: int) -> Model | None:
+        monkeypatch.setattr(RunsOut, "calls", 0)
+        monkeypatch.setattr(RunsOut, "fails_at", fails_at)
+        try:
+            return load_model(lambda: Classifier(RunsOut()), monkeypatch, precision=("fp32", "fp16"))
+        except torch.OutOfMemoryError:
+            return None
+
+    expected = loaded(fails_at=0)
+    assert expected is not None
+    passes = RunsOut.calls
+    assert passes > 5
+    models = [loaded(number) for number in range(1, passes + 1)]
+    assert models[0] is None
+    for model in filter(None, models):  # the measurement of default layers can go on with single images
+        assert (model.one_row, model.warnings, model.channels_last) == (False, (), expected.channels_last)
+        assert [each.name for each in model.layers] == [each.name for each in expected.layers]
