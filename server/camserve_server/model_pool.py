@@ -259,7 +259,7 @@ class ModelPool:
         """Load a model on the first device that works, also if a device fails meanwhile."""
         for engine, device in self._engines.working().items():
             try:
-                model = await in_own_thread(partial(load, settings, device))
+                model = await in_own_thread(partial(load, settings, device), device)
             except Exception:
                 if await works(engine, device) or not self._engines.working():
                     raise
@@ -317,7 +317,7 @@ class ModelPool:
         for engine, device in self._engines.working().items():
             if engine.device != model.device_name:
                 try:
-                    copy = await in_own_thread(partial(copied, model, device, engine.device))
+                    copy = await in_own_thread(partial(copied, model, device, engine.device), device)
                     replicas.append(Replica(copy, engine))
                 except Exception:
                     if await works(engine, device):

@@ -22,6 +22,7 @@ from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, run_batch
 from camserve_server.errors import OutOfMemory
 from camserve_server.models.model import Model
 from camserve_server.service.listeners import SERVICE
+from camserve_server.torch_setup import threads
 from tests.conftest import serving
 from tests.e2e.test_devices import IMAGE, NOT_SERVING, RISE, SERVING, SMALL, TWO, first_device_busy, states, write
 from tests.processes import patient_client
@@ -161,3 +162,28 @@ def test_copy_that_fails_on_a_device_that_works_fails_the_load(tmp_path: Path, m
         with pytest.raises(grpc.RpcError, match="cannot pickle"):
             AdminServiceStub(channel).ReloadModel(admin.ReloadModelRequest(model="a"))
         assert [engine.working for engine in server.engines.local] == [True, True]
+
+
+def test_loads_and_copies_make_their_device_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of networks may use the current GPU, which is the first one in a new thread."""
+    current: dict[int, torch.device] = {}
+    seen: list[tuple[str, torch.device | None]] = []
+
+    def noted(name: str) -> Any:
+        work = getattr(model_pool, name)
+
+        def run(*arguments: Any) -> Any:
+            seen.append((name, current.pop(threading.get_ident(), None)))
+            return work(*arguments)
+
+        return run
+
+    def use(device: torch.device) -> None:
+        current[threading.get_ident()] = device
+
+    monkeypatch.setattr(threads, "use_device", use)
+    for name in ("load", "copied"):
+        monkeypatch.setattr(model_pool, name, noted(name))
+    with serving(Config(**TWO)):
+        pass
+    assert seen == [("load", torch.device("cpu")), ("copied", torch.device("cpu"))]

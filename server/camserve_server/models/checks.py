@@ -71,7 +71,7 @@ def prepare(module: nn.Module, example: Tensor, config: ModelConfig, where: str)
     """
     ran: list[Ran] = []
     calls = FinalCalls()
-    before = _random_state()
+    before = _random_state(example.device)
     try:
         with _recorded(module, ran), calls:
             y, channels_last = _run_somehow(module, example, ran)
@@ -83,7 +83,7 @@ def prepare(module: nn.Module, example: Tensor, config: ModelConfig, where: str)
         raise ConfigError(
             f"{where}.source: the network returns NaN for normal noise; expected logits; correct the weights"
         )
-    drew = _random_state() != before
+    drew = _random_state(example.device) != before
     if drew and any(not torch.equal(_run(module, example), y) for _ in range(_REPEATS)):
         raise ConfigError(
             f"{where}.source: the network returns another output at each call, because it draws random numbers in "
@@ -247,12 +247,12 @@ def _close(a: Tensor, b: Tensor, outputs: Tensor) -> bool:
     return torch.allclose(a, b.expand_as(a), rtol=0, atol=tolerance, equal_nan=True)
 
 
-def _random_state() -> tuple[object, ...]:
-    """Return the states of the random generators that code of a network may use."""
+def _random_state(device: torch.device) -> tuple[object, ...]:
+    """Return the states of the random generators that code of a network on the device may use."""
     numbers = np.random.get_state()
     states = [torch.get_rng_state().numpy().tobytes(), random.getstate(), numbers[1].tobytes(), numbers[2]]  # type: ignore[index]
-    if torch.cuda.is_available():
-        states.append(torch.cuda.get_rng_state().numpy().tobytes())
+    if device.type == "cuda":  # each GPU has a generator of its own
+        states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
     return tuple(states)
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from camserve_server.torch_setup.device import use_device
 from camserve_server.torch_setup.spinning import find_libgomp
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ def settled_by(work: Callable[[], T]) -> tuple[asyncio.Future[T], Callable[[], N
     return done, run
 
 
-async def in_own_thread(work: Callable[[], T]) -> T:
+async def in_own_thread(work: Callable[[], T], device: torch.device) -> T:
     """Call a function in a new thread and return its result.
 
     The OpenMP team of the thread ends with it: see engine/lanes/dispatch.py. The process does not wait for the thread
@@ -67,7 +68,14 @@ async def in_own_thread(work: Callable[[], T]) -> T:
 
     Args:
         work: The function.
+        device: The device that it uses. The current GPU of a new thread would be the first one, and code of networks
+            may use the current GPU.
     """
-    done, run = settled_by(work)
+
+    def work_on_device() -> T:
+        use_device(device)
+        return work()
+
+    done, run = settled_by(work_on_device)
     threading.Thread(target=run, name="load", daemon=True).start()
     return await done

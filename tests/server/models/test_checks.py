@@ -352,6 +352,22 @@ def test_digest_is_that_of_the_network_as_it_was_built(monkeypatch: pytest.Monke
     assert load_model(softmaxed, monkeypatch).digest == state_digest(softmaxed())
 
 
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.01 * torch.rand_like(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_random_numbers_are_noticed_on_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each GPU has a random generator of its own."""
+    monkeypatch.setitem(globals(), "made", lambda: Classifier(Noise()))
+    config = ModelConfig(name="m", source=f"{HERE}:made", input_size=(16, 16))
+    for number in range(2):
+        with pytest.raises(ConfigError, match="it draws random numbers"):
+            load(config, torch.device("cuda", number))
+
+
 # ---- lack of memory --------------------------------------------------------------------------------------------------
 
 
