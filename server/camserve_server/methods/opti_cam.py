@@ -152,7 +152,10 @@ class Step:
 
 def combination(u: Tensor, A: Tensor) -> Tensor:
     """Return the maps S(u) [B, h, w] of variables u [B, K] and activations A [B, K, h, w] (eq. 8)."""
-    return torch.einsum("bk,bkhw->bhw", u.softmax(dim=1), A)
+    weights = u.softmax(dim=1)
+    if A.is_cuda:  # the products of `einsum` would be rounded to TF32 in batches at this precision
+        return (weights[:, :, None, None] * A).sum(dim=1)
+    return torch.einsum("bk,bkhw->bhw", weights, A)
 
 
 def _has_fallen(period: int, history: Sequence[float]) -> bool:
