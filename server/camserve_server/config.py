@@ -218,7 +218,10 @@ def read_config(path: Path | None = None, **flags: Any) -> Config:
     config._file, config._flags = path, flags
     folder = path.parent if path else Path()
     if config.cache_dir:
-        config.cache_dir = str((folder / config.cache_dir).absolute())
+        try:
+            config.cache_dir = str((folder / Path(config.cache_dir).expanduser()).absolute())
+        except RuntimeError as error:
+            raise ConfigError(f"cache_dir: {config.cache_dir}: {error}; name another folder") from error
     for table in (*config.models, *([config.tls] if config.tls else [])):
         table._folder = folder
     return config

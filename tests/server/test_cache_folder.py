@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 from camserve_server import cache_folder
 from camserve_server.cache_folder import CacheFolder, open_cache_folder
 from camserve_server.config import Config, read_config
+from camserve_server.errors import ConfigError
 from tests.support import without_calls
 
 KEY = {"weights": "sha256:1", "input": [3, 32, 32], "layer": ""}
@@ -233,6 +234,20 @@ def test_setting_names_a_folder_or_none(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert read_config(file).cache_path is None
     monkeypatch.setenv("CAMSERVE_CACHE_DIR", str(tmp_path))
     assert read_config(file).cache_path == tmp_path
+
+
+def test_tilde_stands_for_the_home_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell replaces it, but not in a TOML file or a manifest."""
+    monkeypatch.delenv("CAMSERVE_CACHE_DIR")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    file = tmp_path / "camserve.toml"
+    file.write_text('cache_dir = "~/caches"')
+    assert read_config(file).cache_path == Path("/home/somebody/caches")
+    monkeypatch.setenv("CAMSERVE_CACHE_DIR", "~")
+    assert read_config().cache_path == Path("/home/somebody")
+    monkeypatch.setenv("CAMSERVE_CACHE_DIR", "~no-such-user/caches")
+    with pytest.raises(ConfigError, match=r"^cache_dir: ~no-such-user/caches: .*; name another folder$"):
+        read_config(file)
 
 
 def test_tests_use_no_cache_folder() -> None:
