@@ -19,7 +19,6 @@ from prometheus_client.parser import text_string_to_metric_families
 import camserve
 from camserve_server.config import Config, ModelConfig, TokenConfig, read_config
 from camserve_server.errors import ConfigError
-from camserve_server.service import servicer
 from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.e2e.engines import engine_of, wait_until
@@ -130,7 +129,7 @@ def test_expired_requests_are_not_counted_as_cancelled(
 ) -> None:
     # gRPC reports an expired deadline to the server as a cancellation, which can arrive before the server's own
     # deadline. How much earlier depends on the delay with which the call arrived, and so on the machine.
-    monkeypatch.setattr(servicer, "EXPIRED_SHARE", 1.0)
+    monkeypatch.setattr("camserve_server.service.call.EXPIRED_SHARE", 1.0)
 
     def ended(code: str) -> float:
         return Scrape(watched).sum("camserve_requests_total", rpc="Explain", method="occlusion", code=code)

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import TracerProvider
 import camserve
 from camserve_server.config import Config, ModelConfig
 from camserve_server.errors import ConfigError
-from camserve_server.service import servicer, tracer
+from camserve_server.service import tracer
 from camserve_server.service.trace_context import tracer_from_environment
 from tests.conftest import serving
 from tests.e2e.engines import wait_until
@@ -152,7 +152,8 @@ def test_trace_of_a_long_request_contains_sixteen_batches(collector: Collector, 
 def test_traces_of_failures_contain_no_message(
     collector: Collector, client: camserve.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(servicer, "EXPIRED_SHARE", 1.0)  # so that a cancellation at the deadline counts as late
+    # So that a cancellation at the deadline counts as late.
+    monkeypatch.setattr("camserve_server.service.call.EXPIRED_SHARE", 1.0)
     with pytest.raises(camserve.InvalidArgument, match="secret-label"):
         client.explain(CAT, method="grad-cam", target="secret-label", request_id="failed")
     minutes = {"sensitivity-max": {"samples": 1000}}  # on any machine

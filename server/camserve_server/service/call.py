@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from camserve_server.engine.job import Job
-from camserve_server.errors import InvalidArgument
+from camserve_server.errors import CamserveError, Cancelled, Expired, InvalidArgument
 
 if TYPE_CHECKING:  # opentelemetry is an optional dependency
     from opentelemetry.trace import Span
@@ -20,6 +21,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 MAX_REQUEST_ID = 128
 # Key of the initial metadata of an admitted call. The value is the identifier of the request, UTF-8.
 ADMITTED = "camserve-request-id-bin"
+# A client cancels its call at its deadline. The server computes its own deadline when the call arrives, which is later.
+# Therefore a cancellation in this last part of the time counts as expired.
+EXPIRED_SHARE = 0.1
 
 
 @dataclass(eq=False)
@@ -74,3 +78,20 @@ def checked_request_id(request_id: str) -> str:
             field="request_id",
         )
     return request_id or uuid.uuid4().hex
+
+
+def deadline(context: Context) -> float | None:
+    """Return the caller's deadline on the clock of `time.monotonic()`; None if there is none."""
+    left = context.time_remaining()
+    return None if left is None or not math.isfinite(left) else time.monotonic() + left
+
+
+def cancellation(started: float, expires: float | None) -> CamserveError:
+    """Return the error of a call that gRPC cancels now: its deadline has passed, or the caller has cancelled it.
+
+    Args:
+        started: The arrival of the call, on the clock of `time.monotonic()`.
+        expires: Its deadline on the same clock; None if there is none.
+    """
+    late = expires is not None and time.monotonic() >= expires - EXPIRED_SHARE * (expires - started)
+    return Expired("the deadline passed") if late else Cancelled("the caller cancelled the call")

@@ -8,7 +8,6 @@ a codec thread). Nothing blocks the event loop, so Health answers while the devi
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
@@ -22,7 +21,7 @@ from camserve.v1 import explain_pb2_grpc
 from camserve_server import registry
 from camserve_server.config import Config
 from camserve_server.engine.job import Job
-from camserve_server.errors import CamserveError, Cancelled, Expired, InternalError, Unavailable
+from camserve_server.errors import CamserveError, InternalError, Unavailable
 from camserve_server.model_pool import ModelPool
 from camserve_server.models.model import Model
 from camserve_server.pool_entries import Lease
@@ -31,7 +30,15 @@ from camserve_server.request_plan import limits, plan_request
 from camserve_server.request_result import RequestResult
 from camserve_server.service import bounds, requests, responses, security, status, trace_context
 from camserve_server.service.answers import EVALUATED, EXPLAINED, Answer, Response
-from camserve_server.service.call import MAX_REQUEST_ID, Call, Context, announce, checked_request_id
+from camserve_server.service.call import (
+    MAX_REQUEST_ID,
+    Call,
+    Context,
+    announce,
+    cancellation,
+    checked_request_id,
+    deadline,
+)
 from camserve_server.service.codec import CodecThreads
 from camserve_server.service.event_stream import EventStream, StreamMessage
 from camserve_server.service.prometheus import Metrics
@@ -40,10 +47,6 @@ from camserve_server.service.result_cache.cache import ResultCache
 
 if TYPE_CHECKING:  # the tracer imports opentelemetry, an optional dependency
     from camserve_server.service.tracer import Tracer
-
-# A client cancels its call at its deadline. The server computes its own deadline when the call arrives, which is later.
-# Therefore a cancellation in this last part of the time counts as expired.
-EXPIRED_SHARE = 0.1
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -232,9 +235,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 return
             chosen = lease.least_busy()
             engine, parsed = chosen.engine, parsed.on(chosen.model)
-            bounded = limits(
-                parsed.model, parsed.method, parsed.rows, budget=parsed.budget, deadline=_deadline(context)
-            )
+            bounded = limits(parsed.model, parsed.method, parsed.rows, budget=parsed.budget, deadline=deadline(context))
             with engine.reserve(parsed.rows.most, bounded, caller, priority) as reservation:
                 if front_end is None:
                     await announce(context, call.request_id)
@@ -326,7 +327,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         call = Call(rpc, context, request_id[:MAX_REQUEST_ID], method_label(method))
         trace_id = self._tracer.start(call) if self._tracer else trace_context.trace_id_of_caller(context)
         traced = {"trace_id": trace_id} if trace_id else {}
-        deadline = _deadline(context)
+        expires = deadline(context)
         failure: CamserveError | None = None
         try:
             if name := security.caller(context):
@@ -345,8 +346,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
             log.exception("unexpected exception", rpc=rpc)
             failure = InternalError("an internal error; the server's log describes it under this request_id")
         except BaseException:  # gRPC cancels the task for an expired deadline and for a cancelled call alike
-            late = deadline is not None and time.monotonic() >= deadline - EXPIRED_SHARE * (deadline - call.started)
-            failure = Expired("the deadline passed") if late else Cancelled("the caller cancelled the call")
+            failure = cancellation(call.started, expires)
             raise
         finally:
             code = failure.code if failure else "OK"
@@ -368,9 +368,3 @@ def _facts(parsed: ParsedRequest, device: str = "") -> dict[str, object]:
     """Return what the log line of a request contains. `device` is empty if the server has only one."""
     facts = {"model": parsed.model.name, "method": parsed.method.method.name if parsed.method else ""}
     return {**facts, **({"device": device} if device else {})}
-
-
-def _deadline(context: Context) -> float | None:
-    """Return the caller's deadline on the clock of `time.monotonic()`."""
-    left = context.time_remaining()
-    return None if left is None or not math.isfinite(left) else time.monotonic() + left

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import structlog
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -23,6 +25,7 @@ from camserve_server.open_inference import SERVICE
 from camserve_server.open_inference import inference_pb2 as pb
 from camserve_server.open_inference.inference_pb2_grpc import GRPCInferenceServiceStub
 from camserve_server.service import tracer
+from camserve_server.service.inference import requests
 from camserve_server.service.server import Server
 from tests.conftest import serving
 from tests.credentials import hashed
@@ -370,6 +373,37 @@ def test_cancellation_reaches_the_engine(running: Server, stub: Any) -> None:
         call.cancel()
         wait_until(lambda: sample(running, 'code="CANCELLED"') > before)
     wait_until(lambda: running.engine.rows_owed() == 0)
+
+
+def test_call_that_is_cancelled_while_it_is_converted_is_counted_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, resumed = threading.Event(), threading.Event()
+
+    def held(message: pb.ModelInferRequest) -> explain.ExplainRequest:
+        begun.set()
+        resumed.wait(TIMEOUT_S)
+        return explain.ExplainRequest()
+
+    monkeypatch.setattr(requests, "explain_request", held)
+    message = typed("FP32", [3, 32, 32], fp32_contents=TENSOR.ravel().tolist())
+    message.id = "cancelled early"
+    labels = 'code="CANCELLED",method="",rpc="ModelInfer"'
+    with (
+        structlog.testing.capture_logs() as lines,
+        serving(Config(**LIMITS)) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        call = GRPCInferenceServiceStub(channel).ModelInfer.future(message, timeout=TIMEOUT_S)
+        assert begun.wait(TIMEOUT_S)
+        call.cancel()
+        wait_until(lambda: sample(server, labels) == 1)
+        resumed.set()
+        monkeypatch.undo()
+        inferred = GRPCInferenceServiceStub(channel).ModelInfer(infer(method="grad-cam"), timeout=TIMEOUT_S)
+        assert inferred.model_name == "tiny", "the server goes on"
+        [line] = [each for each in lines if each.get("request_id") == "cancelled early"]
+        assert (line["event"], line["rpc"], line["code"]) == ("call", "ModelInfer", "CANCELLED")
+        assert sample(server, 'code="INTERNAL"') == 0
+        assert server.engine.rows_owed() == 0
 
 
 def test_full_queue_is_refused_with_a_retry_delay(running: Server, stub: Any) -> None:

@@ -52,5 +52,5 @@ class FrontEndInferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer)
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         """Return the maps of an image, and their scores if the request names metrics."""
-        converted = await converted_request(request, self._servicer.codec)
+        converted = await converted_request(request, context, self._servicer.codec)
         return infer_response(request, await self._servicer.explain("ModelInfer", converted, context))

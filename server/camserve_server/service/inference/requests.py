@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import struct
+import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,6 +14,7 @@ from camserve.v1 import explain_pb2 as explain
 from camserve_server.errors import CamserveError, InvalidArgument, OutOfRange
 from camserve_server.open_inference import inference_pb2 as pb
 from camserve_server.service import bounds
+from camserve_server.service.call import Context, cancellation, deadline
 from camserve_server.service.codec import CodecThreads
 
 VERSION = "1"  # of each model; a reload replaces a model and keeps its version
@@ -27,19 +30,24 @@ Tensor = pb.ModelInferRequest.InferInputTensor
 Value = bool | int | float | str
 
 
-async def converted_request(request: pb.ModelInferRequest, codec: CodecThreads) -> explain.ExplainRequest:
+async def converted_request(
+    request: pb.ModelInferRequest, context: Context, codec: CodecThreads
+) -> explain.ExplainRequest:
     """Convert a request of ModelInfer. Call it in the task of the call.
 
-    The call is refused where those of Explain are, so that it is logged, counted and traced like them.
+    The call is refused where those of Explain are, so that it is logged, counted and traced like them. This includes
+    calls that are cancelled meanwhile.
 
     Args:
         request: The message of the caller.
+        context: The context of the call.
         codec: Converts typed contents, which takes milliseconds.
 
     Returns:
-        The request of Explain. If the request is wrong, only its identifier and its model: `bounds.check` then raises
-        the error.
+        The request of Explain. If the request is wrong or the call is cancelled, only its identifier and its model:
+        `bounds.check` then raises the error.
     """
+    started, expires = time.monotonic(), deadline(context)
     refused = explain.ExplainRequest(request_id=request.id, model=request.model_name)
     if bounds.refusal() is not None:
         return refused
@@ -49,7 +57,9 @@ async def converted_request(request: pb.ModelInferRequest, codec: CodecThreads) 
         return explain_request(request)
     except CamserveError as error:
         bounds.refuse(error)
-        return refused
+    except asyncio.CancelledError:
+        bounds.refuse(cancellation(started, expires))
+    return refused
 
 
 def explain_request(request: pb.ModelInferRequest) -> explain.ExplainRequest:

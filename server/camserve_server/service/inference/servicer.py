@@ -68,7 +68,7 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         """Return the maps of an image, and their scores if the request names metrics."""
         answer = replace(EXPLAINED, convert=partial(infer_response, request))
-        converted = await converted_request(request, self._servicer.codec)
+        converted = await converted_request(request, context, self._servicer.codec)
         async for message in self._servicer.run("ModelInfer", converted, context, requests.parse_explain, answer):
             response: Any = message
         inferred: pb.ModelInferResponse = response  # without kinds, the response is the only message

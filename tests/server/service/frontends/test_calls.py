@@ -20,7 +20,6 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from camserve.v1 import explain_pb2 as pb
 from camserve.v1.explain_pb2_grpc import ExplainServiceStub
 from camserve_server.config import Config, ModelConfig, TokenConfig
-from camserve_server.service import servicer
 from camserve_server.service.listeners import SERVICE
 from camserve_server.service.server import Server
 from tests.conftest import serving
@@ -263,7 +262,8 @@ def test_full_queue_refuses_before_decoding(front: Server, stubs: tuple[ExplainS
 def test_expired_deadline_is_reported_and_costs_no_rows(
     front: Server, stubs: tuple[ExplainServiceStub, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(servicer, "EXPIRED_SHARE", 1.0)  # so that a cancellation at the deadline counts as expired
+    # So that a cancellation at the deadline counts as expired.
+    monkeypatch.setattr("camserve_server.service.call.EXPIRED_SHARE", 1.0)
     rows, timeout_s = front.engine.counters.rows, 1
     with stopped(front.engine):
         # A call whose deadline passes before it reaches the server is not counted.

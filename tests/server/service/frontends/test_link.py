@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,16 +20,21 @@ from camserve_server import errors
 from camserve_server.config import Config
 from camserve_server.errors import CamserveError
 from camserve_server.models.pixels import Preprocessing
+from camserve_server.open_inference import inference_pb2
+from camserve_server.open_inference.inference_pb2_grpc import GRPCInferenceServiceStub
 from camserve_server.service import status
 from camserve_server.service.call import Call
-from camserve_server.service.frontends import callers, link_pb2, link_pb2_grpc, messages, shared_memory
+from camserve_server.service.frontends import callers, identity, link_pb2, link_pb2_grpc, messages, shared_memory
 from camserve_server.service.frontends.callers import FrontEndServicer, _Slot
+from camserve_server.service.frontends.inference import FrontEndInferenceServicer
 from camserve_server.service.frontends.link import LinkServicer, _FrontEnd
 from camserve_server.service.frontends.shared_memory import SharedMemory, Slots
 from camserve_server.service.health import Health
+from camserve_server.service.inference import requests as inference_requests
 from camserve_server.service.listeners import callers_server
 from camserve_server.service.load_reports.reports import LoadReports
 from camserve_server.service.prometheus import Metrics
+from tests.support import TIMEOUT_S
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CamserveError)]
 
@@ -188,6 +194,63 @@ def test_slot_is_released_if_the_call_is_cancelled_while_it_is_announced(tmp_pat
         os.close(memory)
 
     asyncio.run(run())
+
+
+class Refusing(LinkServicer):
+    """The end of the link of an engine process that notes which calls a front end has refused."""
+
+    def __init__(self) -> None:
+        super().__init__(Config(), None, Metrics())  # type: ignore[arg-type]
+        self.calls: list[tuple[str, str, str]] = []
+
+    async def Run(self, _: object, context: Any) -> None:  # type: ignore[override]  # the stubs know generators only
+        start = (await context.read()).start
+        failure = link_pb2.Failure.FromString(dict(context.invocation_metadata())[identity._REFUSAL])
+        self.calls.append((start.rpc, start.explain.request_id, type(messages.error(failure)).__name__))
+        await context.abort(grpc.StatusCode.CANCELLED, "")
+
+
+def test_engine_process_learns_of_calls_that_are_cancelled_while_they_are_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, resumed = threading.Event(), threading.Event()
+
+    def held(message: inference_pb2.ModelInferRequest) -> None:
+        begun.set()
+        resumed.wait(TIMEOUT_S)
+
+    monkeypatch.setattr(inference_requests, "explain_request", held)
+
+    async def run() -> list[tuple[str, str, str]]:
+        link, memory, refusing = grpc.aio.server(), shared_memory.create(), Refusing()
+        link_pb2_grpc.add_LinkServiceServicer_to_server(refusing, link)
+        link.add_insecure_port(f"unix:{tmp_path}/link")
+        await link.start()
+        async with grpc.aio.insecure_channel(f"unix:{tmp_path}/link") as channel:
+            servicer = FrontEndServicer(Config(), 1, channel, SharedMemory(memory))
+            inference = FrontEndInferenceServicer(servicer, channel)
+            loads = LoadReports(lambda: 1.0)
+            front = callers_server(Config(), servicer, Health(), servicer.count_refusal, inference, loads)
+            port = front.add_insecure_port("127.0.0.1:0")
+            await front.start()
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as callers:
+                request = inference_pb2.ModelInferRequest(id="r", model_name="tiny")
+                request.inputs.add(name="image").contents.fp32_contents.append(0)
+                call = GRPCInferenceServiceStub(callers).ModelInfer(request)
+                sent = asyncio.ensure_future(call)
+                assert await asyncio.to_thread(begun.wait, TIMEOUT_S)
+                call.cancel()
+                await asyncio.wait([sent])
+                async with asyncio.timeout(TIMEOUT_S):
+                    while not refusing.calls:
+                        await asyncio.sleep(0.01)
+            resumed.set()
+            await front.stop(0)
+        await link.stop(0)
+        os.close(memory)
+        return refusing.calls
+
+    assert asyncio.run(run()) == [("ModelInfer", "r", "Cancelled")]
 
 
 class Stopping(LinkServicer):
