@@ -94,8 +94,10 @@ class Admin(BlockingConnection):
                 return self._call(rpc, request)
             translated = self._translate(error, call)
             if translated.code is grpc.StatusCode.UNIMPLEMENTED:
-                raise errors.CamserveError(
-                    f"{self.address} is not the server's admin listener; use the address of admin_listen in the "
-                    "server's configuration"
-                ) from error
+                remedy = "use the address of admin_listen in the server's configuration"
+                translated = errors.CamserveError(f"{self.address} is not the server's admin listener; {remedy}")
             raise translated from error
+        except ValueError as error:  # of gRPC, if the channel has been closed
+            if not self._closed:
+                raise
+            raise errors.Cancelled("the client was closed while the call was in flight") from error

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 __all__ = ["ALPHA", "COLOURS", "heatmap", "overlay"]
 
-# Opacity of the colour where the map is 1. At this value the colour is visible on a bright photograph, and the
-# photograph is visible under the colour.
+# Opacity where the map is 1: the colour is visible on a bright photograph, and the photograph under the colour.
 ALPHA = 0.7
 
 # RGB colours at equal distances from 0 to 1. Colours between them are interpolated.

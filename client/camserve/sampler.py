@@ -76,10 +76,9 @@ class Sampler:
     ) -> None:
         if not 0 <= share <= 1:
             raise InvalidArgument(f"share is {share}; expected 0 to 1", field="share")
-        if waiting < 0:
-            raise InvalidArgument(f"waiting is {waiting}; expected at least 0", field="waiting")
-        if in_flight < 1:
-            raise InvalidArgument(f"in_flight is {in_flight}; expected at least 1", field="in_flight")
+        for name, value, least in (("waiting", waiting, 0), ("in_flight", in_flight, 1)):
+            if value < least:
+                raise InvalidArgument(f"{name} is {value}; expected at least {least}", field=name)
         # Raise the TypeError for an unknown option here instead of once for each image.
         inspect.signature(request_messages.explain).bind(b"", **options)
         self._client, self._on_result = client, on_result

@@ -322,6 +322,21 @@ def test_closing_the_client_while_a_call_begins_cancels_it(
     assert not servicer.requests
 
 
+class AdminClosedByAnotherThread(camserve.Admin):
+    """Client for operators that another thread closes at the moment at which a call begins."""
+
+    def _channels(self) -> Any:
+        channels = super()._channels()
+        self.close()
+        return channels
+
+
+@pytest.mark.parametrize("name", ["load", "unload", "reload"])
+def test_closing_the_client_of_operators_while_a_call_begins_cancels_it(name: str, address: str) -> None:
+    with pytest.raises(camserve.Cancelled, match="the client was closed while the call was in flight"):
+        getattr(AdminClosedByAnotherThread(address), name)("tiny")
+
+
 def test_client_timeout_applies_to_calls(address: str, pixels: NDArray[np.uint8]) -> None:
     with (
         camserve.Client(address, timeout=0.2) as client,
