@@ -204,6 +204,7 @@ def evaluate_many(
     boxes: Iterable[BoxesLike | None] | None = None,
     masks: Iterable[object] | None = None,
     budget: int | None = None,
+    precision: str | None = None,
     priority: str | None = None,
     map_dtype: str | None = None,
     native_maps: bool = False,
@@ -227,14 +228,14 @@ def evaluate_many(
         boxes: Boxes of each image for localisation metrics, as for `explain`, in the order of the images.
         masks: Mask of each image for localisation metrics, as for `explain`, in the order of the images.
         budget: Maximum number of rows of each request, at least 1, as for `explain`. None means no limit.
+        precision: Arithmetic of the models, one of their `precisions`. None selects the default of each model.
         priority: Priority of each request: "low", "normal" or "high".
         map_dtype: Type in which the server sends the maps, as for `explain`.
         native_maps: True to receive the maps at the resolution of the method, as for `explain`.
         skip: Results to leave out, each as (index of the image, name of the model, method name or label of a
             `Variant`). The name of the model is empty if `models` is None.
         in_flight: Maximum number of requests that run at the same time, at least 1.
-        timeout: Timeout of each attempt in seconds. None means the timeout that was passed to the client, or no timeout
-            if none was passed.
+        timeout: Timeout of each attempt in seconds. None means that of the client, or no timeout if it has none.
 
     Yields:
         One `Result` for each image, model and method, as soon as it is available.
@@ -269,6 +270,7 @@ def evaluate_many(
                         metrics=metrics,
                         seed=variant.seed,
                         budget=budget,
+                        precision=precision,
                         priority=priority,
                         predictions=1,
                         map_dtype=map_dtype,

@@ -283,11 +283,7 @@ def evaluate(
 
 
 def replay(
-    receipt: Receipt,
-    image: ImageLike,
-    *,
-    request_id: str | None = None,
-    timeout: float | None = None,
+    receipt: Receipt, image: ImageLike, *, request_id: str | None = None, timeout: float | None = None
 ) -> StreamableCall[Replay, Progress | Level | Replay]:
     """Compute the maps of a receipt again and compare them with the receipt.
 

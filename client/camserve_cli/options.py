@@ -27,6 +27,7 @@ __all__ = [
     "ModelName",
     "NativeMaps",
     "Parameters",
+    "Precision",
     "Priority",
     "RayOptions",
     "Seed",
@@ -43,6 +44,13 @@ __all__ = [
 
 ModelName = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="Model to explain. Default: the server's first model.")
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Arithmetic of the model, such as bf16. `camserve list models` shows the choices. Default: the first one.",
+    ),
 ]
 Layers = Annotated[
     list[str] | None,

@@ -92,6 +92,26 @@ def test_format_of_maps_is_sent(address: str, servicer: Servicer, photo: Path, o
         assert formats[-1] == pb.MapFormat(dtype="uint8", native=True), command
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("explain", "PHOTO", "--out", "OUT"),
+        ("evaluate", "PHOTO", "--method", "opti-cam"),
+        ("evaluate", "PHOTO", "--method", "opti-cam", "--metric", "insertion", "--csv", "OUT/scores.csv"),
+        ("sanity", "PHOTO", "--out", "OUT/maps.png"),
+        ("bench", "--method", "fake-cam", "--image", "PHOTO", "--in-flight", 1, "--warmup", 0, "--duration", 0.1),
+    ],
+    ids=["explain", "evaluate", "evaluate --csv", "sanity", "bench"],
+)
+def test_precision_is_sent(
+    address: str, servicer: Servicer, photo: Path, out: Path, command: tuple[object, ...]
+) -> None:
+    out.mkdir(exist_ok=True)
+    arguments = [str(each).replace("PHOTO", str(photo)).replace("OUT", str(out)) for each in command]
+    run(*arguments, "--address", address, "--precision", "bf16")
+    assert {each.precision for each in servicer.requests if hasattr(each, "precision")} == {"bf16"}
+
+
 def test_explain_writes_files_and_prints_a_table(
     address: str, servicer: Servicer, photo: Path, out: Path, ramp: np.ndarray
 ) -> None:

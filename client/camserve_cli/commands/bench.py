@@ -37,6 +37,7 @@ from camserve_cli.options import (
     MapDtype,
     ModelName,
     NativeMaps,
+    Precision,
     Seed,
     Server,
     read_variant,
@@ -81,6 +82,7 @@ def bench(
     metric: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Metric that scores each map. May be repeated.")
     ] = None,
+    precision: Precision = None,
     budget: Budget = None,
     map_dtype: MapDtype = None,
     native_maps: NativeMaps = False,
@@ -153,6 +155,7 @@ def bench(
         fields = {
             "model": model,
             "metrics": metric or [],
+            "precision": precision,
             "budget": budget,
             "map_dtype": map_dtype,
             "native_maps": native_maps,
@@ -183,7 +186,7 @@ def bench(
                 "measured": f"{measured.seconds:.0f} s, after {warmup:g} s of warm-up",
                 "connections": str(connections),
                 "seed": str(seed),
-                **_facts(server.address, served),
+                **_facts(server.address, served, precision),
             },
             interrupted=monitor.interrupted,
         )
@@ -307,14 +310,15 @@ def _prepare(variant: Variant, images: Sequence[ImageLike], fields: Mapping[str,
     return prepared
 
 
-def _facts(address: str, model: Model) -> dict[str, str]:
+def _facts(address: str, model: Model, precision: str | None) -> dict[str, str]:
+    sizes = model.batch_sizes if precision in (None, model.precision) else {}  # the catalogue names no others
     return {
         "server": address,
         "model": model.name,
         "weights": model.digest,
-        "precision": model.precision,
+        "precision": precision or model.precision,
         "device": model.device,
-        "batch sizes": ", ".join(f"{lane} {size}" for lane, size in model.batch_sizes.items()),
+        "batch sizes": ", ".join(f"{lane} {size}" for lane, size in sizes.items()) or "unknown",
     }
 
 

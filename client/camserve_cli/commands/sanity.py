@@ -15,6 +15,7 @@ from camserve_cli.options import (
     Layers,
     ModelName,
     Parameters,
+    Precision,
     Seed,
     Server,
     read_parameters,
@@ -58,6 +59,7 @@ def sanity(
     steps: Annotated[
         int, typer.Option(min=1, max=1000, help="Number of steps. The layers are divided evenly among them.")
     ] = 10,
+    precision: Precision = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Image file to write. Default: STEM.METHOD.sanity.png.")
@@ -83,6 +85,7 @@ def sanity(
             target=None if target is None else read_target(target),
             layers=layer,
             parameters=read_parameters(param),
+            precision=precision,
             seed=seed,
         )
         checked: Evaluation = show_progress(_collect(events, maps), image.name)

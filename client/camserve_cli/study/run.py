@@ -26,6 +26,7 @@ class StudySpec:
         variants: The methods with their parameters, by model.
         metrics: Names of the metrics.
         boxes: The boxes of each image, or None.
+        precision: Arithmetic of the models. None stands for the default of each model.
         budget: Maximum number of rows for each map.
         priority: Priority of the requests.
         map_dtype: Type in which the server sends the maps.
@@ -37,6 +38,7 @@ class StudySpec:
     variants: Mapping[str, Sequence[Variant]]
     metrics: Sequence[str]
     boxes: Sequence[BoxesLike | None] | None = None
+    precision: str | None = None
     budget: int | None = None
     priority: str | None = None
     map_dtype: str | None = None
@@ -155,6 +157,7 @@ class StudyRun:
                 models=model,
                 labels=self.spec.targets,
                 boxes=self.spec.boxes,
+                precision=self.spec.precision,
                 budget=self.spec.budget,
                 priority=self.spec.priority,
                 map_dtype=self.spec.map_dtype,
