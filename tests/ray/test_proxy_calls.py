@@ -20,6 +20,7 @@ from camserve_server.service import status
 from camserve_server.service.bounds import MAX_OTHER_BYTES
 from tests.ray.test_application import ReplicaHealth, running
 from tests.server.service.test_errors import details
+from tests.support import TIMEOUT_S
 
 UNARY, STREAM = Rpc(f"/{EXPLAIN}/Explain", streaming=False), Rpc(f"/{EXPLAIN}/ExplainStream", streaming=True)
 REQUESTS = {
@@ -149,6 +150,36 @@ def test_replica_gets_the_metadata_that_it_uses(rpc: Rpc) -> None:
 
     asyncio.run(run())
     assert sorted(each for each in found if each[0] != "user-agent") == sorted([(SECRET, "secret"), *kept])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Serve failed"), asyncio.CancelledError()], ids=repr)
+def test_hold_is_called_again_if_serve_fails_while_a_call_runs(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "_HOLD_RETRY_S", 0.01)
+
+    async def run() -> None:
+        services, holds, held_again = proxy._Services(), 0, asyncio.Event()
+
+        async def hold(request: bytes, context: Any) -> bytes:
+            nonlocal holds
+            holds += 1
+            if holds == 1:
+                raise error
+            held_again.set()
+            await asyncio.Event().wait()
+            return b""
+
+        services._method_handlers[HOLD.path] = grpc.unary_unary_rpc_method_handler(hold)
+        with services._counted():  # a single call, so no other one starts the task again
+            async with asyncio.timeout(TIMEOUT_S):
+                await held_again.wait()
+        holding: Any = services._holding
+        holding.cancel()
+        await asyncio.wait([holding])
+        assert holding.cancelled(), "a cancelled task ends"
+
+    asyncio.run(run())
 
 
 def test_wrong_secret_may_contain_any_characters() -> None:

@@ -151,7 +151,10 @@ class _Services(grpc.GenericRpcHandler):
             context = _Context()
             try:
                 await self._method_handlers[HOLD.path].unary_unary(b"", context)
-            except Exception as error:  # the task must not end while calls run
+            except (Exception, asyncio.CancelledError) as error:  # the task must not end while calls run
+                task = asyncio.current_task()
+                if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                    raise  # this task itself is cancelled, not only the call in Serve
                 context.set_code(grpc.StatusCode.INTERNAL)
                 log.warning("Serve could not call Hold: %s", _first_line(repr(error)))
             if context.code() not in (0, grpc.StatusCode.OK):
