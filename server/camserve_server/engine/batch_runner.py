@@ -14,6 +14,7 @@ import torch
 from camserve_server.engine.lanes.ascend import forget_slots
 from camserve_server.engine.lanes.cuda_graph import empty_cache
 from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, run_batch
+from camserve_server.engine.lanes.fast_forward import forget_recording
 from camserve_server.engine.lanes.smaller_batches import batch_size_for, full_linear_layers
 from camserve_server.errors import OF_WHOLE_BATCH, OutOfMemory
 from camserve_server.models.model import LaneKind, Model
@@ -116,7 +117,7 @@ class BatchRunner:
                 f"one row of {model.name} does not fit into the device's memory; "
                 "use a smaller model or a device with more memory"
             )
-        model.fast_forward = None  # a CUDA graph keeps memory of its own
+        forget_recording(model)
         forget_slots(model)
         empty_cache()
         self._largest[lane.model, lane.kind] = size // 2

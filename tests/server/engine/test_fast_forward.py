@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from camserve_server.config import ModelConfig
 from camserve_server.engine import batch_runner
 from camserve_server.engine.lanes import fast_forward
-from camserve_server.engine.lanes.dispatch import BatchSlice, start_query
+from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, run_batch, start_query
 from camserve_server.engine.warmup import warm_up
 from camserve_server.models.load import load
 from camserve_server.models.model import LaneKind, Model
@@ -158,6 +158,47 @@ def test_technique_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, break
         ("a faster forward pass is not used", "torch.compile", reason)
     ]
     assert torch.isfinite(maps(model, "score-cam")).all()
+
+
+@pytest.mark.parametrize("kind", ["gradient", "forward"])
+def test_lack_of_memory_in_other_batches_does_not_change_the_forward_pass(
+    monkeypatch: pytest.MonkeyPatch, kind: LaneKind
+) -> None:
+    """Of other passes, or of a size that a caller has named. Other bits would depend on requests of others."""
+    recordings = list[int]()
+
+    class Graph:
+        def __init__(self, function: Any) -> None:
+            self.function, self.y = function, function()
+
+        def replay(self) -> None:
+            self.y.copy_(self.function())
+
+    def record(function: Any, device: torch.device) -> tuple[Graph, Tensor]:
+        graph = Graph(function)
+        recordings.append(len(graph.y))
+        return graph, graph.y
+
+    def limited(model: Model, lane: Lane, slices: Any, size: int) -> None:
+        if lane.kind == kind and size > 4:
+            raise torch.OutOfMemoryError("no memory")
+        run_batch(model, lane, slices, size)
+
+    model = load_small()
+    monkeypatch.setattr(fast_forward, "record", record)
+    monkeypatch.setattr(batch_runner, "run_batch", limited)
+    model.fast_forward, model.fast_forward_size = fast_forward.GraphedForward(lambda X: 2 * model.module(X)), 4
+    x, score_cam = noise(3, 32, 32), call(model, "score-cam")
+    with running() as engine:
+        before = submit(engine, model, x, score_cam, [1]).future.result(TIMEOUT_S).maps
+        assert recordings == [4]
+        integrated = call(model, "integrated-gradients", None)
+        sizes: dict[LaneKind, int] = {"forward": 8, "gradient": 8, "ascend": 4}
+        for method in (integrated, score_cam):
+            submit(engine, model, x, method, [1], batch_sizes=sizes).future.result(TIMEOUT_S)
+        after = submit(engine, model, x, score_cam, [1]).future.result(TIMEOUT_S).maps
+    assert recordings == [4, 4], "the memory of the recording was freed"
+    assert torch.equal(before, after)
 
 
 @pytest.mark.slow

@@ -51,12 +51,28 @@ class GraphedForward:
         """Return the logits [N, classes] of X [N, C, H, W]."""
         if self._recorded is None:
             x = X.clone()
-            graph, y = record(lambda: self._forward(x), X.device)
+            try:
+                graph, y = record(lambda: self._forward(x), X.device)
+            except Exception as error:
+                # The end of a recording can raise another error after a lack of memory.
+                if isinstance(error.__context__, torch.OutOfMemoryError):
+                    raise error.__context__ from None
+                raise
             self._recorded = graph, x, y
         graph, x, y = self._recorded
         x.copy_(X)
         graph.replay()
         return y.clone()  # the next replay overwrites y
+
+    def forget(self) -> None:
+        """Free the memory of the recording. The next call records the same kernels again."""
+        self._recorded = None
+
+
+def forget_recording(model: Model) -> None:
+    """Free the memory that the fast forward pass of a model keeps between batches."""
+    if isinstance(model.fast_forward, GraphedForward):
+        model.fast_forward.forget()
 
 
 @torch.no_grad()

@@ -245,7 +245,7 @@ def run_forward(model: Model, slices: Sequence[BatchSlice], size: int, *, fast: 
     layers = dict.fromkeys(layer for query in queries for layer in query.layers)
     with hooks(model, layers, on_output):
         forward = model.fast_forward if fast else None
-        if forward is None or size != model.fast_forward_size:  # a fast forward pass ends when memory runs out
+        if forward is None or size != model.fast_forward_size:  # batches are smaller after a lack of memory
             forward = model.module
         logits = forward(X).to(model.dtype)
     for query, each, (start, stop) in zip(queries, slices, spans, strict=True):
