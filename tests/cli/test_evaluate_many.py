@@ -277,11 +277,18 @@ def test_resume_rejects_the_file_of_another_run(server: Server, folder: Path, tm
         (("--param", "steps=2", "--metric", "insertion"), "has the metrics average-drop; this run uses insertion"),
         (("--param", "steps=3"), "the existing row uses steps 2; this run uses 3"),
         (("--param", "steps=2", "--seed", 4), "the existing row uses seed 0; this run uses 4"),
+        (("--param", "steps=2", "--precision", "bf16"), "the existing row uses precision fp32; this run uses bf16"),
     ]:
         again = evaluate(server, *arguments, *options)
         assert again.exit_code == 1
         assert message in again.stderr
     assert (tmp_path / "s.csv").read_bytes() == before
+    for name, then, now in [("precision", "fp32", "bf16"), ("weights", "sha256:", "sha256:0")]:
+        (tmp_path / "s.csv").write_bytes(before.replace(then.encode(), now.encode()))
+        again = evaluate(server, *arguments, "--param", "steps=2")
+        assert again.exit_code == 1
+        assert f"the existing row uses {name} {now}" in again.stderr
+        assert f"this run uses {then}" in again.stderr
 
 
 @pytest.mark.slow

@@ -111,20 +111,28 @@ class StudyRun:
         self._names_are_distinct = len({image.name for image in images}) == len(images)
         self._scores = score_csv.ScoreCsv(self.csv, self.spec.metrics)
         rows = self._scores.rows()
+        models = {model.name: model for model in self.client.models()} if rows else {}
         self._maps = map_archive.MapWriter(self.npz) if self.npz else None
         self.done = {
             (index, model, variant.label)
             for index, name in enumerate(self.names)
             for model, variants in self.spec.variants.items()
             for variant in variants
-            if self._is_done(rows.get((name, model, variant.label)), variant, index)
+            if self._is_done(rows.get((name, model, variant.label)), variant, index, models.get(model))
         }
         self._scores.write(rows.values())
 
-    def _is_done(self, row: score_csv.Row | None, variant: Variant, index: int) -> bool:
+    def _is_done(self, row: score_csv.Row | None, variant: Variant, index: int, model: Model | None) -> bool:
         if row is None or row["error"]:
             return False
-        score_csv.check_row_matches(row, variant, self.spec.targets[index], self._boxes(index))
+        score_csv.check_row_matches(
+            row,
+            variant,
+            self.spec.targets[index],
+            self._boxes(index),
+            precision=self.spec.precision or (model.precision if model else None),
+            digest=model.digest if model else None,  # empty if the model is not loaded
+        )
         return self._maps is None or self._maps.has(self._map_name(score_csv.row_key(row)))
 
     def _boxes(self, index: int) -> BoxesLike | None:

@@ -64,7 +64,15 @@ def failure_text(error: Failure) -> str:
     return f"{error.strerror}: {error.filename}" if error.strerror else str(error) or type(error).__name__
 
 
-def check_row_matches(row: Row, variant: Variant, target: int | str | None, boxes: BoxesLike | None) -> None:
+def check_row_matches(
+    row: Row,
+    variant: Variant,
+    target: int | str | None,
+    boxes: BoxesLike | None,
+    *,
+    precision: str | None = None,
+    digest: str | None = None,
+) -> None:
     """Check that an existing row was made with the same settings as this run uses.
 
     Args:
@@ -72,9 +80,11 @@ def check_row_matches(row: Row, variant: Variant, target: int | str | None, boxe
         variant: The method of this run with its parameters, layers and seed.
         target: The target of this run.
         boxes: The boxes of this run.
+        precision: The arithmetic of this run, if it is known.
+        digest: The digest of the model's weights, if it is known.
 
     Raises:
-        InvalidArgument: The parameters, layers, seed, target or boxes differ.
+        InvalidArgument: The parameters, layers, seed, target, boxes, precision or weights differ.
     """
     receipt = json.loads(row["receipt"])
     pairs: dict[str, tuple[Any, Any]] = {
@@ -86,6 +96,10 @@ def check_row_matches(row: Row, variant: Variant, target: int | str | None, boxe
         pairs["layers"] = (receipt["layers"], list(variant.layers))
     if isinstance(target, int):
         pairs["target"] = (int(row["target"]), target)
+    if precision:
+        pairs["precision"] = (receipt["precision"], precision)
+    if digest:
+        pairs["weights"] = (receipt["model_digest"], digest)
     for name, (existing, current) in pairs.items():
         if existing != current:
             raise InvalidArgument(
