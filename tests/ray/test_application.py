@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -30,7 +32,7 @@ from camserve_server import open_inference
 from camserve_server.config import Config, TLSConfig, read_config
 from camserve_server.errors import ConfigError, PermissionDenied
 from camserve_server.open_inference import inference_pb2
-from tests.processes import LIMIT_S, TINY, environment
+from tests.processes import LIMIT_S, TINY, environment, free_port
 
 SERVING, UNKNOWN = HealthCheckResponse.SERVING, HealthCheckResponse.SERVICE_UNKNOWN
 
@@ -49,6 +51,28 @@ def test_wrong_options_are_refused(options: list[str], message: str) -> None:
     ran = CliRunner().invoke(app, ["ray", "serve", *options], env={"COLUMNS": "200"})
     assert ran.exit_code == 2
     assert message in ran.stderr
+
+
+def test_port_of_another_server_is_refused() -> None:
+    """Ray's proxies would share the port, as those of the other server permit it, and each would get some calls."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ran = CliRunner().invoke(app, ["ray", "serve", "--listen", f"127.0.0.1:{port}"])
+    assert ran.exit_code == 2
+    assert f"listen: cannot bind 0.0.0.0:{port}; check that" in ran.stderr
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(signal.SIGTERM)], ids=repr)
+def test_signal_while_the_command_connects_ends_it(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(address: str | None) -> None:
+        raise raised
+
+    monkeypatch.setattr(command, "connect", interrupted)
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # so that the test does not leave it
+    assert command.serve(Scale(), listen=f"127.0.0.1:{free_port()}") == 0
 
 
 def test_settings_that_serve_cannot_have_are_refused_or_named() -> None:

@@ -19,11 +19,13 @@ import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve as ray_serve
 
+from camserve.addresses import split_host_port
 from camserve_ray.connection import connect, host_of_node
 from camserve_ray.serving.application import LOGGING, Scale, application, check_scale, checked, grpc_options
 from camserve_ray.serving.services import NAME
 from camserve_server.config import Config, read_config
 from camserve_server.errors import ConfigError
+from camserve_server.service.frontends.port import SharedPort
 
 __all__ = ["serve"]
 
@@ -63,11 +65,16 @@ def serve(
         for warning in checked(settings):
             print(f"warning: {warning}", file=sys.stderr)
         if address is None:
+            _check_port(settings)
             os.environ.setdefault(*_PRIORITY)  # of the cluster that `connect` starts
         connect(address)
     except ConfigError as error:
         return _failed(error, 2)
     except KeyboardInterrupt:
+        return 0
+    except SystemExit as error:  # from Ray's handler of SIGTERM
+        if error.code != signal.SIGTERM:
+            raise
         return 0
     deployment = _Deployment(settings, scale)
     with _handling(_interrupt):  # not earlier, because Ray sets a handler when it connects
@@ -86,6 +93,14 @@ def serve(
         finally:
             with _handling(signal.SIG_DFL):  # a second signal ends the process at once
                 deployment.end()
+
+
+def _check_port(config: Config) -> None:
+    """Check that no other process of this machine listens on the port. Raises ConfigError.
+
+    The proxies would share the port with the proxies of another cluster, so each of them would get some of the calls.
+    """
+    SharedPort(f"0.0.0.0:{split_host_port(config.listen)[1]}").close()
 
 
 class _Deployment:
