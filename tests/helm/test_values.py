@@ -7,15 +7,20 @@ import math
 import re
 import tomllib
 from pathlib import Path
+from typing import Any, get_args
 
+import kubernetes_validate
 import pytest
 import yaml
+from jsonschema import Draft7Validator  # type: ignore[import-untyped]
+from pydantic import BaseModel
 
 from camserve_dicom.gateway import Config as GatewayConfig
 from camserve_dicom.gateway.config import ServerConfig
 from camserve_server.config import Config, ModelConfig, TokenConfig
 from tests.helm.charts import (
     CHARTS,
+    CUSTOM,
     GATEWAY,
     configuration,
     needs_helm,
@@ -84,6 +89,34 @@ WRONG = {
         ["cacheVolume.emptyDir.sizeLimit=1Gi", "cacheVolume.nfs.path=/"],
         "/cacheVolume",
     ),
+    "name that Kubernetes refuses": ("camserve", ["fullnameOverride=My_App"], 'would have the name "My_App"'),
+    "name that starts with a digit": ("camserve-gateway", ["fullnameOverride=1-a"], 'would have the name "1-a"'),
+    "label that Kubernetes refuses": ("camserve", ["nameOverride=a b"], "at '/nameOverride'"),
+    "variable of the chart": (
+        "camserve",
+        ["env[0].name=CAMSERVE_THREADS", "env[0].value=many"],
+        "env: CAMSERVE_THREADS is there twice, or the chart sets it",
+    ),
+    "variable that is given twice": (
+        "camserve-gateway",
+        [f"env[{i}].{key}" for i in (0, 1) for key in ("name=A", "value=b")],
+        "env: A is there twice",
+    ),
+    "no pod may change, in percent": (
+        "camserve",
+        ["rollingUpdate.maxUnavailable=0", "rollingUpdate.maxSurge=0%"],
+        "both be 0",
+    ),
+    "more than all pods": ("camserve", ["rollingUpdate.maxUnavailable=101%"], "/rollingUpdate/maxUnavailable"),
+    "budget of more than all pods": (
+        "camserve",
+        ["podDisruptionBudget.maxUnavailable=101%"],
+        "/podDisruptionBudget/maxUnavailable",
+    ),
+    "key of a secret": ("camserve", ["tokens.secretKey=a b"], "/tokens/secretKey"),
+    "name of a storage class": ("camserve-gateway", ["persistence.storageClass=-"], "/persistence/storageClass"),
+    "unknown key of a table of the gateway": ("camserve-gateway", ["config.pacs.port=104"], "'port' not allowed"),
+    "unknown key of a rule": ("camserve-gateway", ["config.rules[0].methods=rise"], "'methods' not allowed"),
     "gateway without TLS": ("camserve-gateway", ["config.insecure=false"], "tls.secretName: set"),
     "policy without peers": ("camserve-gateway", ["networkPolicy.enabled=true"], "networkPolicy.senders: list"),
     "policy without a way out": ("camserve-gateway", ["networkPolicy.enabled=true"], "networkPolicy.egress: list"),
@@ -135,7 +168,81 @@ def test_schemas_know_all_keys_of_the_configuration() -> None:
     assert server["tokens"]["properties"]["list"]["items"]["properties"].keys() == TokenConfig.model_fields.keys()
     own = {"spool", "listen", "monitor_listen", "monitor_insecure", "tls"}
     assert gateway["config"]["properties"].keys() == GatewayConfig.model_fields.keys() - own
-    assert gateway["config"]["properties"]["server"]["properties"].keys() == ServerConfig.model_fields.keys()
+    tables = {key: models_in(field.annotation) for key, field in GatewayConfig.model_fields.items() if key not in own}
+    assert ServerConfig in tables["server"]
+    for key, models in tables.items():
+        if models:
+            known = gateway["config"]["properties"][key]
+            known = known["items"] if known["type"] == "array" else known
+            assert known["properties"].keys() == {name for model in models for name in model.model_fields}, key
+            assert known["additionalProperties"] is False
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the models in a type such as tuple[Rule, ...]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for each in get_args(annotation) for model in models_in(each)]
+
+
+def with_strings(values: Any, schema: dict[str, Any], text: str) -> Any:
+    """Return values in which each string is replaced by a text that the schema accepts there."""
+    if isinstance(values, dict):
+        known = schema.get("properties", {})
+        return {key: with_strings(each, known.get(key, {}), text) for key, each in values.items()}
+    if isinstance(values, str) and schema and Draft7Validator(schema).is_valid(text):
+        return text
+    return values
+
+
+@pytest.mark.parametrize("chart", ["camserve", "camserve-gateway"])
+@pytest.mark.parametrize("text", ["1234", "true", "1e3"])
+def test_strings_that_look_like_other_types_stay_strings(chart: str, text: str, tmp_path: Path) -> None:
+    values = yaml.safe_load((CHARTS / chart / "values.yaml").read_text())
+    schema = json.loads((CHARTS / chart / "values.schema.json").read_text())
+    made = with_strings({key: each for key, each in values.items() if key != "config"}, schema, text)
+    made["fullnameOverride"] = "release"
+    assert made["tls"]["secretName"] == made["priorityClassName"] == text
+    if chart == "camserve":
+        keda = {"prometheus": "http://prometheus", "authentication": text}
+        made["autoscaling"] |= {"type": "keda", "keda": made["autoscaling"]["keda"] | keda}
+        made["modelVolumes"] = [{"name": text, "volume": {"emptyDir": {}}}]
+    else:
+        made |= {"secrets": [text], "networkPolicy": {"enabled": False}}
+    complete = GATEWAY if chart == "camserve-gateway" else ()
+    manifests = rendered(chart, *complete, "--values", written_to(tmp_path, made))
+    for kind in manifests.keys() - CUSTOM:
+        for manifest in manifests[kind]:
+            kubernetes_validate.validate(manifest, "1.37", strict=True)
+    for scaler in manifests.get("ScaledObject", []):
+        assert scaler["spec"]["triggers"][0]["authenticationRef"] == {"name": text}
+
+
+def written_to(folder: Path, values: dict[str, Any]) -> Path:
+    path = folder / "values.yaml"
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")  # PyYAML would not quote 1e3
+    return path
+
+
+@pytest.mark.parametrize(("chart", "port"), [("camserve", "9464"), ("camserve-gateway", "11180")])
+def test_annotations_of_pods_may_replace_those_of_the_chart(chart: str, port: str) -> None:
+    given = ("--set-string", r"podAnnotations.prometheus\.io/scrape=false")
+    for options in ((), given):
+        manifests = rendered(chart, *(GATEWAY if chart == "camserve-gateway" else ()), *options)
+        found = dict(manifests["Deployment"][0]["spec"]["template"]["metadata"]["annotations"])
+        assert re.fullmatch("[0-9a-f]{64}", found.pop("checksum/config"))
+        assert found == {"prometheus.io/scrape": "false" if options else "true", "prometheus.io/port": port}
+
+
+def test_keys_with_null_are_omitted(tmp_path: Path) -> None:
+    """Helm removes null from values, but not from those in lists and not from those without a default."""
+    rule = {"modality": ["CR"], "body_part": None, "parameters": {"masks": 2000, "cells": None}}
+    config = {"max_waiting": None, "pacs": {"commitment": None}, "rules": [rule]}
+    options = ("--values", written_to(tmp_path, {"config": config}))
+    read = tomllib.loads(configuration(rendered("camserve-gateway", *GATEWAY, *options)))
+    assert "max_waiting" not in read
+    assert read["pacs"].keys() == {"ae_title", "address"}
+    assert read["rules"] == [{"modality": ["CR"], "parameters": {"masks": 2000}}]
 
 
 def test_all_values_keep_their_type_and_text_in_toml(tmp_path: Path) -> None:
@@ -148,9 +255,8 @@ def test_all_values_keep_their_type_and_text_in_toml(tmp_path: Path) -> None:
         "window": [2048, 4096.5],
     }
     config = {"max_object_bytes": 3 << 30, "rules": [rule, {"ignore": True}], "pdf_fonts": []}
-    path = tmp_path / "values.yaml"
-    path.write_text(yaml.safe_dump({"config": config}))
-    read = tomllib.loads(configuration(rendered("camserve-gateway", *GATEWAY, "--values", path)))
+    options = ("--values", written_to(tmp_path, {"config": config}))
+    read = tomllib.loads(configuration(rendered("camserve-gateway", *GATEWAY, *options)))
     assert {key: read[key] for key in config} == config
     assert isinstance(read["max_object_bytes"], int)
     assert isinstance(read["rules"][0]["target"], int)

@@ -1,3 +1,8 @@
+{{/* The environment variables. */}}
+{{- define "camserve.env" -}}
+{{ toYaml .Values.env }}
+{{- end -}}
+
 {{/* The configuration file. */}}
 {{- define "camserve.config" -}}
 {{- $config := deepCopy .Values.config -}}
@@ -15,7 +20,7 @@
 {{/* Fail if values are missing or contradict each other. values.schema.json checks each value by itself. */}}
 {{- define "camserve.validate" -}}
 {{- $config := .Values.config -}}
-{{- $errors := list -}}
+{{- $errors := include "camserve.commonErrors" . | fromJsonArray -}}
 {{- if or (not .Values.image.repository) (not .Values.image.tag) -}}
 {{- $errors = append $errors "image: set repository and tag to an image built with --build-arg EXTRAS=gateway." -}}
 {{- end -}}

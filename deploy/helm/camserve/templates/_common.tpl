@@ -11,9 +11,26 @@
 {{- .Values.fullnameOverride | default $release | trunc 46 | trimSuffix "-" -}}
 {{- end -}}
 
+{{/* Problems with values of both charts, as a JSON list. */}}
+{{- define "camserve.commonErrors" -}}
+{{- $errors := list -}}
+{{- $fullname := include "camserve.fullname" . -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $fullname) -}}
+{{- $errors = append $errors (printf "fullnameOverride: the resources would have the name %q, which Kubernetes refuses for services; expected lower-case letters, digits and hyphens, with a letter first. Set fullnameOverride, or choose another name for the release." $fullname) -}}
+{{- end -}}
+{{- $variables := list -}}
+{{- range include "camserve.env" . | fromYamlArray -}}
+{{- if has .name $variables -}}
+{{- $errors = append $errors (printf "env: %s is there twice, or the chart sets it. Remove it from env." .name) -}}
+{{- end -}}
+{{- $variables = append $variables .name -}}
+{{- end -}}
+{{- toJson $errors -}}
+{{- end -}}
+
 {{- define "camserve.selector" -}}
-app.kubernetes.io/name: {{ include "camserve.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "camserve.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "camserve.labels" -}}
@@ -26,7 +43,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{/*
 TOML of a dictionary. Helm's toToml writes integers as floats, such as 50000.0. Strings, numbers and booleans of JSON are
-also those of TOML.
+also those of TOML, which has no null: a key with null is omitted.
 */}}
 {{- define "camserve.toml" -}}
 {{- range $key, $value := . -}}
@@ -39,17 +56,21 @@ also those of TOML.
 {{- if kindIs "map" $value }}
 
 [{{ $key }}]
-{{- range $name, $each := $value }}
-{{ include "camserve.tomlPair" (list $name $each) }}
-{{- end -}}
+{{- include "camserve.tomlPairs" $value -}}
 {{- else if and (kindIs "slice" $value) $value (kindIs "map" (first $value)) -}}
 {{- range $table := $value }}
 
 [[{{ $key }}]]
-{{- range $name, $each := $table }}
-{{ include "camserve.tomlPair" (list $name $each) }}
+{{- include "camserve.tomlPairs" $table -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "camserve.tomlPairs" -}}
+{{- range $key, $value := . -}}
+{{- if not (kindIs "invalid" $value) }}
+{{ include "camserve.tomlPair" (list $key $value) }}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -62,7 +83,9 @@ also those of TOML.
 {{- define "camserve.tomlValue" -}}
 {{- if kindIs "map" . -}}
 {{- $pairs := list -}}
-{{- range $key, $value := . }}{{ $pairs = append $pairs (include "camserve.tomlPair" (list $key $value)) }}{{ end -}}
+{{- range $key, $value := . -}}
+{{- if not (kindIs "invalid" $value) }}{{ $pairs = append $pairs (include "camserve.tomlPair" (list $key $value)) }}{{ end -}}
+{{- end -}}
 { {{- join ", " $pairs -}} }
 {{- else if kindIs "slice" . -}}
 {{- $values := list -}}

@@ -3,6 +3,34 @@
 {{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default $tag) -}}
 {{- end -}}
 
+{{/* The environment variables. */}}
+{{- define "camserve.env" -}}
+# The image's default is a loopback address, which the kubelet cannot reach.
+- name: CAMSERVE_HEALTH_LISTEN
+  value: 0.0.0.0:50052
+- name: CAMSERVE_THREADS
+  valueFrom:
+    resourceFieldRef:
+      resource: limits.cpu
+# The server creates the folder, because others can write to the root of a volume.
+- name: CAMSERVE_CACHE_DIR
+  value: /cache/camserve
+{{- if .Values.gpu.enabled }}
+- name: CAMSERVE_DEVICE
+  value: {{ gt (int .Values.gpu.count) 1 | ternary "all" "cuda" }}
+{{- end }}
+{{- with .Values.tokens.secretName }}
+- name: CAMSERVE_TOKENS
+  valueFrom:
+    secretKeyRef:
+      name: {{ . | quote }}
+      key: {{ $.Values.tokens.secretKey | quote }}
+{{- end }}
+{{- with .Values.env }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
 {{/* The configuration file. */}}
 {{- define "camserve.config" -}}
 {{- $config := deepCopy .Values.config -}}
@@ -21,7 +49,7 @@
 
 {{/* Fail if values contradict each other. values.schema.json checks each value by itself. */}}
 {{- define "camserve.validate" -}}
-{{- $errors := list -}}
+{{- $errors := include "camserve.commonErrors" . | fromJsonArray -}}
 {{- if and .Values.tokens.list .Values.tokens.secretName -}}
 {{- $errors = append $errors "tokens: expected either list or secretName; found both. Remove one." -}}
 {{- end -}}
@@ -44,7 +72,8 @@
 {{- $errors = append $errors "metrics.serviceMonitor.enabled: set metrics.enabled to true." -}}
 {{- end -}}
 {{- $update := .Values.rollingUpdate -}}
-{{- if and $update (eq (toString $update.maxUnavailable) "0") (eq (toString $update.maxSurge) "0") -}}
+{{- $none := list "0" "0%" -}}
+{{- if and $update (has (toString $update.maxUnavailable) $none) (has (toString $update.maxSurge) $none) -}}
 {{- $errors = append $errors "rollingUpdate: maxUnavailable and maxSurge cannot both be 0." -}}
 {{- end -}}
 {{- $volumes := list -}}
