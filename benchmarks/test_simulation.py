@@ -256,3 +256,34 @@ def test_simulated_engine_runs_the_rows_of_the_real_one() -> None:
     for name, cost in profile.methods.items():
         call = subject.call(name, **measure.METHODS[name])
         assert engine_runs.run(subject.model, subject.x, call).rows == sum(step.rows for step in cost.steps)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--replicas", "3", "0"], "'0'; expected a whole number from 1"),
+        (["--replicas=-3"], "'-3'; expected a whole number from 1"),
+        (["--requests", "0"], "'0'; expected a whole number from 1"),
+        (["--seconds", "nan"], "'nan'; expected seconds, above 0"),
+        (["--seconds", "0"], "'0'; expected seconds, above 0"),
+        (["--profile", "missing.json"], "missing.json is no profile"),
+        (["--profile", "list.json"], "list.json is no profile"),
+        (["--out", "list.json"], "--out: "),
+        (["--measure", "missing/tiny.json"], "there is no folder missing"),
+        (["--render", "--out", "empty"], "there are no results in"),
+        (["days"], "unknown section days"),
+    ],
+)
+def test_wrong_options_are_refused(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(SystemExit) as ended:
+        simulation.main(["--out", "results", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

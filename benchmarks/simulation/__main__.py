@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,41 +40,30 @@ NETWORKS = {TINY.name: TINY, **CONFIGS}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulation", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"sections: {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument(
-        "--profile",
-        type=Path,
-        default=profile.FOLDER / "h200.json",
-        help="JSON file with the batch times of a replica (default: those of an H200)",
-    )
-    parser.add_argument(
-        "--measure",
-        type=Path,
-        metavar="FILE",
-        help="only measure the batch times of a network on this CPU, and write them to a file for --profile",
-    )
-    parser.add_argument("--replicas", type=int, nargs="+", help="numbers of replicas (default: 1 to 1,000)")
-    parser.add_argument(
-        "--requests", type=int, default=10_000, help="fewest requests of a simulation (default: 10,000)"
-    )
-    parser.add_argument("--network", choices=NETWORKS, default=TINY.name, help="network to measure (default: tiny)")
-    parser.add_argument("--seconds", type=float, default=60, help="duration of the validation (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page, its data and its charts")
-    parser.add_argument("--render", action="store_true", help="only write the page from the stored results")
+    parser = _parser()
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.names if name not in SECTIONS]:
         parser.error(f"unknown section {unknown[0]}; expected one of {', '.join(SECTIONS)}")
     if options.measure:
+        if not options.measure.parent.is_dir():
+            parser.error(f"--measure: there is no folder {options.measure.parent}; create it")
         _measure(options.network, options.measure)
         return 0
     data, here = options.out / "simulation.json", facts(torch.device("cpu"))
-    stored, sections = page.read(data)
+    try:
+        stored, sections = page.read(data)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"--out: {data} cannot be read or written ({error!r}); expected a folder, with results or without")
     if options.render:
+        if not sections:
+            parser.error(f"--render: there are no results in {data}; simulate a section first")
         _write_page(options.out, stored, sections)
         return 0
-    times = profile.load(options.profile)
+    try:
+        times = profile.load(options.profile)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"--profile: {options.profile} is no profile ({error!r}); expected a file of --measure")
     settings = Settings(times, capacity(times, MIX, CALLERS), MIX, requests=options.requests, seed=options.seed)
     if options.replicas:
         settings = _with_replicas(settings, options.replicas)
@@ -108,6 +98,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
             keep(name, title, answer, time.perf_counter() - start)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulation", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"sections: {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        default=profile.FOLDER / "h200.json",
+        help="JSON file with the batch times of a replica (default: those of an H200)",
+    )
+    parser.add_argument(
+        "--measure",
+        type=Path,
+        metavar="FILE",
+        help="only measure the batch times of a network on this CPU, and write them to a file for --profile",
+    )
+    parser.add_argument("--replicas", type=_count, nargs="+", help="numbers of replicas (default: 1 to 1,000)")
+    parser.add_argument(
+        "--requests", type=_count, default=10_000, help="fewest requests of a simulation (default: 10,000)"
+    )
+    parser.add_argument("--network", choices=NETWORKS, default=TINY.name, help="network to measure (default: tiny)")
+    parser.add_argument("--seconds", type=_seconds, default=60, help="duration of the validation (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page, its data and its charts")
+    parser.add_argument("--render", action="store_true", help="only write the page from the stored results")
+    return parser
+
+
+def _count(text: str) -> int:
+    """Return a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number from 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    """Return a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected seconds, above 0")
+    return value
 
 
 def _with_replicas(settings: Settings, replicas: Sequence[int]) -> Settings:
