@@ -117,6 +117,11 @@ class Engines:
         for engine in (*self.local, *remote):
             engine.close()
 
+    @property
+    def max_rows_owed(self) -> int:
+        """The limit of the admission."""
+        return self._config.max_rows_owed
+
     def rows_owed(self) -> int:
         """Return the rows that the requests of all engines still owe."""
         with self._lock:

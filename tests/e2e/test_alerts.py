@@ -14,7 +14,6 @@ from camserve.v1 import explain_pb2
 from camserve_dicom.gateway.config import Config as GatewayConfig
 from camserve_dicom.gateway.config import PacsConfig
 from camserve_dicom.gateway.spool import Stage
-from camserve_server.config import Config
 from tests.processes import ROOT, completed
 from tests.promql import PROCESS_METRICS, documented, matched_labels, metrics_in, named_labels, series
 
@@ -91,9 +90,8 @@ def test_documentation_lists_the_alerts_with_their_severity() -> None:
 
 
 def test_thresholds_fit_the_defaults_of_the_configuration() -> None:
-    server, gateway, pacs = Config.model_fields, GatewayConfig.model_fields, PacsConfig.model_fields
+    gateway, pacs = GatewayConfig.model_fields, PacsConfig.model_fields
     for name, threshold in {
-        "CamserveQueueNearlyFull": 0.8 * server["max_rows_owed"].default,
         "CamserveGatewayInboxFilling": 0.5 * gateway["max_waiting"].default,
         "CamserveGatewayDiskFilling": 2 * gateway["min_free_bytes"].default,
         "CamserveGatewayCommitmentOverdue": 2 * pacs["commitment_timeout_s"].default,

@@ -165,6 +165,7 @@ def test_gauges_return_to_zero_after_load(watched: Server, client: camserve.Clie
     loaded = Scrape(watched)
     assert loaded.sum("camserve_requests_in_flight") == 3
     assert loaded.sum("camserve_queue_rows") > 20_000
+    assert loaded.sum("camserve_queue_max_rows") == Config().max_rows_owed
     assert loaded.sum("camserve_requests_oldest_seconds") > 0
     with pytest.raises(camserve.InvalidArgument):
         client.explain(CAT, method="opti-cam", target=7)

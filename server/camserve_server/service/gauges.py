@@ -90,6 +90,9 @@ class Gauges(Collector):
             "camserve_queue_rows", "Rows that all reserved and running requests still owe.", self._engines.rows_owed()
         )
         yield GaugeMetricFamily(
+            "camserve_queue_max_rows", "The setting max_rows_owed of the server.", self._engines.max_rows_owed
+        )
+        yield GaugeMetricFamily(
             "camserve_queue_requests", "Number of submitted requests that wait for their first batch.", len(waiting)
         )
         yield GaugeMetricFamily(
