@@ -199,8 +199,8 @@ def _model(times: Profile, settings: Settings) -> Answer:
         "replica of each call by the load reports of the replicas. The network takes no time, and all replicas are "
         "equally fast. One request at a time uses the host of a replica (decoding and encoding). The simulation "
         "leaves out that a GPU receives the next batch while it runs one. Under a constant load, the first "
-        f"{settings.warm_up_s:.0f} s do not count; near the capacity, the slowest methods need longer to become "
-        "steady, so their latencies are lower limits there."
+        f"{settings.warm_up_s:.0f} s do not count unless a section says otherwise; near the capacity, the slowest "
+        "methods need longer to become steady, so their latencies are lower limits there."
     )
     columns = ["method", "share", "rows", "alone, simulated, ms", "measured, ms", "ratio"]
     return Answer(text, [Table("The mix of requests, and the time of a request on an idle server:", columns, rows)], [])

@@ -33,6 +33,8 @@ class Settings:
         clients: Numbers of clients with which policies are compared.
         requests: Approximate number of requests after which a simulation ends, if `shortest_s` is over.
         warm_up_s: Seconds at the start whose requests do not count.
+        settled_s: Seconds at the start that do not count where numbers of replicas are compared. With many replicas,
+            latencies rise during this time.
         shortest_s: Fewest seconds whose requests count.
         seed: Seed of all random numbers.
     """
@@ -49,13 +51,22 @@ class Settings:
     clients: Sequence[int] = (1, 10, 100, 1000)
     requests: int = 10_000
     warm_up_s: float = 15.0
+    settled_s: float = 75.0
     shortest_s: float = 15.0
     seed: int = 0
 
-    def steady(self, load: float, replicas: int, policy: str = "load reports", clients: int = 100) -> Scenario:
-        """Return a scenario with a constant rate of requests."""
+    def steady(
+        self,
+        load: float,
+        replicas: int,
+        policy: str = "load reports",
+        clients: int = 100,
+        start_s: float | None = None,
+    ) -> Scenario:
+        """Return a scenario with a constant rate of requests, which count after `start_s`, by default `warm_up_s`."""
+        start_s = self.warm_up_s if start_s is None else start_s
         counted_s = max(self.shortest_s, self.requests / (load * self.capacity * replicas))
-        return self.scenario(load, self.warm_up_s + counted_s, replicas=replicas, policy=policy, clients=clients)
+        return self.scenario(load, start_s + counted_s, replicas=replicas, policy=policy, clients=clients)
 
     def scenario(self, load: float, seconds: float, **options: object) -> Scenario:
         """Return a scenario with this profile and mix."""
