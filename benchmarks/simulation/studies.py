@@ -159,7 +159,8 @@ def _day_answer(settings: Settings, results: Iterable[tuple[Scenario, Ended]]) -
         "minimum, a tenth of the peak, at 2 o'clock. An hour is simulated by fewer seconds, because a thousand "
         f"replicas serve {settings.day_load * settings.capacity * 1000 * MEAN_OF_DAY * 86400 / 1e6:,.0f} million "
         "requests a day. If an hour has a few seconds, requests that wait longer carry over to the next hours, so "
-        "the peak looks milder than it is."
+        "the peak looks milder than it is. With as many replicas as clients or more, the hours after the peak do not "
+        "become as good again as those before it, for the reason that the section above gives."
     )
     columns = ["replicas", "an hour", "requests", f"within {SOON_S:g} s", "worst hour", "p99", "with a result"]
     chart = Lines(f"A day: requests with a result within {SOON_S:g} s", "hour", "share", lines)
