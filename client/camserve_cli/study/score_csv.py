@@ -132,7 +132,13 @@ class ScoreCsv:
             OSError: The file cannot be read.
             InvalidArgument: The file has other columns.
         """
-        csv.field_size_limit(_MAX_CELL_CHARACTERS)
+        before = csv.field_size_limit(_MAX_CELL_CHARACTERS)  # of the whole process
+        try:
+            return self._rows()
+        finally:
+            csv.field_size_limit(before)
+
+    def _rows(self) -> dict[Key, Row]:
         data = self.path.read_bytes() if self.path.exists() else b""
         complete = data[: data.rfind(b"\n") + 1].decode("utf-8", "replace")
         reader = csv.DictReader(io.StringIO(complete, newline=""))
