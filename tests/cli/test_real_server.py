@@ -87,7 +87,8 @@ def test_replay_reports_a_modified_digest(server: Server, photo: Path, tmp_path:
     result = command("replay", "-", photo, "--address", server.address, stdin=json.dumps(record))
     assert (result.exit_code, result.stdout[:17]) == (1, "not the same map\n")
     assert re.search(r"map_digests\.\d +sha256:000000000000… +sha256:", result.stdout)
-    assert len(result.stdout.splitlines()) == 4, "only the digest differs"
+    assert len(result.stdout.splitlines()) == 5, "only the digest differs"
+    assert result.stdout.splitlines()[-1].startswith("The receipts agree in all else.")
 
 
 @pytest.mark.slow
