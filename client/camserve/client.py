@@ -202,8 +202,8 @@ class Client(BlockingConnection):
             # A future, because the blocking form does not cancel the call on the server when it is interrupted.
             unary = getattr(rpc_method, "future", None)
             try:
+                rpc = (unary or rpc_method)(sent.request, **options)
                 with environment.calls:
-                    rpc = (unary or rpc_method)(sent.request, **options)
                     started(rpc)
                     for message in [rpc.result()] if unary else rpc:
                         event = sent.parse_response(message)
