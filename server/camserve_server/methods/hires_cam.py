@@ -5,6 +5,7 @@ Draelos, Carin 2020, arXiv:2011.08891.
 
 from __future__ import annotations
 
+from camserve_server.maps.products import gradient_times_activation
 from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Repeated
@@ -27,7 +28,9 @@ def hires_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
 
     Advice:
         Use it if the map must not show positions that the class did not use. Grad-CAM can show them, because it
-        averages the gradient. In earlier layers it is finer and noisier.
+        averages the gradient. In earlier layers it is finer and noisier. In a transformer, the sum is zero if only a
+        normalisation uses the layer, as in the default layer of networks with a class token. The map is then zero, too.
+        Name the normalisation itself, such as `blocks.11.norm1`.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, (layer,))
-    return SaliencyMaps((answer.activations[0] * answer.gradients[0]).sum(dim=1).relu())  # eq. 6
+    return SaliencyMaps(gradient_times_activation(answer.gradients[0], answer.activations[0]))  # eq. 6

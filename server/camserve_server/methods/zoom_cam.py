@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from camserve_server.maps.products import gradient_times_activation
 from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Repeated, resize
@@ -36,10 +37,11 @@ def zoom_cam(x: Image, c: Targets, layers: Sequence[str]) -> Plan[SaliencyMaps]:
 
     Advice:
         Use it for the finest detail of gradients at the price of one backward pass. All layers have the same weight, so
-        the noise of the first ones is visible.
+        the noise of the first ones is visible. The map of a layer that only a normalisation uses is zero, as in
+        HiRes-CAM.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, layers)
-    S = [(A * g).sum(dim=1).relu() for A, g in zip(answer.activations, answer.gradients, strict=True)]  # eq. 4
+    S = [gradient_times_activation(g, A) for g, A in zip(answer.gradients, answer.activations, strict=True)]  # eq. 4
     return SaliencyMaps(torch.stack([resize(_scaled(S_l), x.size) for S_l in S]).amax(dim=0))  # eq. 5
 
 

@@ -1,0 +1,64 @@
+"""Maps that consist of rounding errors."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from camserve_server.config import ModelConfig
+from camserve_server.maps.products import gradient_times_activation
+from camserve_server.models.load import load
+from camserve_server.models.model import Model
+from camserve_server.registry import METHODS
+from tests import nets
+from tests.support import as_model, call, explained, noise
+
+NETS = {"tiny": nets.tiny_cnn, "vit": nets.tiny_vit}
+
+
+@lru_cache
+def model(net: str, dtype: torch.dtype) -> Model:
+    return as_model(copy.deepcopy(NETS[net]()), dtype=dtype)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_map_does_not_consist_of_rounding_errors(name: str, net: str) -> None:
+    """Then the map in float64 would be another one."""
+    if (name, net) in {("cam", "vit"), ("attention-rollout", "tiny"), ("raw-attention", "tiny")}:
+        pytest.skip("the network has no such map")
+    # Ten steps, because Adam makes whole steps even from gradients that are rounding.
+    options: dict[str, Any] = {"steps": 10} if name == "opti-cam" else {"masks": 500} if name == "rise" else {}
+    single, double = (
+        explained(of, noise(3, 32, 32), call(of, name, **options), [1, 3])
+        for of in (model(net, torch.float32), model(net, torch.float64))
+    )
+    assert single.warnings == double.warnings
+    torch.testing.assert_close(single.maps, double.maps, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["hires-cam", "zoom-cam"])
+def test_map_is_zero_if_only_a_normalisation_uses_the_layer(name: str, precision: str) -> None:
+    config = {"name": "vit", "source": "python:tests.nets:tiny_vit", "input_size": (32, 32), "precision": precision}
+    of = load(ModelConfig.model_validate(config), torch.device("cpu"))
+    of.batch_sizes |= {"forward": 4, "gradient": 4, "ascend": 4}
+    result = explained(of, noise(3, 32, 32), call(of, name), [1, 3])
+    assert (result.maps == 0).all()
+    assert result.warnings == (("degenerate: the map is constant; zeros are returned",),) * 2
+    result = explained(of, noise(3, 32, 32), call(of, name, ["blocks.2.norm1"]), [1, 3])
+    assert (result.maps.amax(dim=(1, 2)) == 1).all()
+    assert result.warnings == ((), ())
+
+
+def test_sums_that_are_not_finite_stay_so() -> None:
+    A = noise(3, 16, 4, 4).abs()
+    g = torch.ones(3, 16, 4, 4)
+    g[0, 2, 1, 1], g[1, 0, 0, 0] = float("nan"), float("inf")
+    S = gradient_times_activation(g, A)
+    assert S[0, 1, 1].isnan() and not S[1].isfinite().all() and S[2].isfinite().all()
+    assert torch.equal(S[2], A[2].sum(dim=0).relu())
