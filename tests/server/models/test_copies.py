@@ -67,7 +67,7 @@ def test_tensors_are_copied_directly_to_the_device_and_shared_ones_stay_shared(
     for kind in (Tensor, nn.Parameter):
         monkeypatch.setattr(kind, "__deepcopy__", refuse)
     for device in (CPU, torch.device("meta")):
-        copy = copies._copied_module(network, device)
+        copy = copies._copied_module(network, CPU, device)
         assert isinstance(copy, nn.Sequential)
         assert copy[2].weight is copy[0].weight
         for name, value in network.state_dict(keep_vars=True).items():
@@ -75,3 +75,28 @@ def test_tensors_are_copied_directly_to_the_device_and_shared_ones_stay_shared(
             assert (theirs.device, theirs.requires_grad, type(theirs)) == (device, value.requires_grad, type(value))
             assert theirs.data_ptr() != value.data_ptr()
             assert device.type == "meta" or torch.equal(theirs, value)
+
+
+class Keeping(nn.Module):
+    """A network with tensors that are neither parameters nor buffers, as code may keep them from its first run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1)
+        self.grid = torch.arange(3.0)
+        self.by_size = {"3": [self.grid, torch.ones(3)]}
+        self.elsewhere = torch.empty(2, device="meta")
+
+
+def test_tensors_that_a_network_keeps_are_copied_to_the_device() -> None:
+    network, meta = Keeping(), torch.device("meta")
+    copy = copies._copied_module(network, CPU, CPU)
+    assert isinstance(copy, Keeping)
+    assert torch.equal(copy.grid, network.grid)
+    assert copy.grid.data_ptr() != network.grid.data_ptr()
+    assert copy.elsewhere.device == meta, "it was not on the device of the network"
+    copy = copies._copied_module(network, CPU, meta)
+    assert isinstance(copy, Keeping)
+    first, second = copy.by_size["3"]
+    assert first is copy.grid
+    assert {each.device for each in (copy.conv.weight, first, second)} == {meta}
