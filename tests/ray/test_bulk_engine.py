@@ -465,7 +465,10 @@ def test_wait_for_devices_is_reported(
         ({"threads": 3}, None, [{"CPU": 2}, {"CPU": 9}], Placement(3, 3, 0)),
         ({"threads": 3}, 8, [{"CPU": 2}, {"CPU": 9}], Placement(1, 8, 0)),
         ({}, 10, [{"CPU": 2}, {"CPU": 9}], "an engine needs 10 CPUs, but the largest node of the cluster has 9"),
+        ({"device": "cpu:0,1"}, None, [{"CPU": 8, "GPU": 4}], Placement(2, 4, 0)),
         ({"device": "cuda"}, None, [{"CPU": 2}], "the run needs GPUs"),
+        ({"device": "cuda:0,1"}, None, [{"CPU": 2}], "the run needs GPUs"),
+        ({"device": "all"}, None, [{"CPU": 2}], "the run needs GPUs"),
     ],
 )
 def test_engines_are_placed_on_all_devices(

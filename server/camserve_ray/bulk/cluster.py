@@ -88,9 +88,10 @@ def place(config: Config, cpus_per_engine: int | None, nodes: Sequence[Mapping[s
     """
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = sum(int(each.get("GPU", 0)) for each in alive)
-    if gpus and config.device != "cpu":
+    kind = config.device.partition(":")[0]
+    if gpus and kind != "cpu":
         return Placement(gpus, cpus=0, gpus=1)
-    if config.device.startswith("cuda"):
+    if kind in ("cuda", "all"):
         raise InvalidArgument(
             'the run needs GPUs, but no node of the cluster has one; add a node, or set device = "cpu" in the '
             "configuration",
