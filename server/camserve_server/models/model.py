@@ -154,11 +154,10 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weights at all precisions, in bytes."""
+        """Size of the weights at all precisions, in bytes. Precisions with the same type of weights share a network."""
+        networks = dict.fromkeys(model.module for model in self.precisions.values())
         return sum(
-            value.numel() * value.element_size()
-            for model in self.precisions.values()
-            for value in model.module.state_dict().values()
+            value.numel() * value.element_size() for module in networks for value in module.state_dict().values()
         )
 
     @property

@@ -68,6 +68,14 @@ def test_each_precision_has_its_own_network(model: Model) -> None:
         model.at("tf32")
 
 
+def test_weights_that_precisions_share_count_once() -> None:
+    full, half = (sum(each.nbytes for each in load_small(at).module.parameters()) for at in ("fp32", "fp16"))
+    model = load_small("fp32", "fp16")
+    assert model.weight_bytes == full + half
+    model.others = {**model.others, "tf32": model.with_module(model.module, precision="tf32")}
+    assert model.weight_bytes == full + half
+
+
 @pytest.mark.parametrize(
     "method", ["cam", "grad-cam", "layer-cam", "poly-cam", "opti-cam", "ablation-cam", "input-x-gradient", "rise"]
 )
