@@ -107,6 +107,7 @@ class Server:
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._servicer), self._admin)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._admin)
+        loads.add_to(self._admin)  # without them, gRPC would write a line to the stderr of operators
 
     async def start(self) -> None:
         """Bind the listeners, serve Health, load the models, and then serve everything.

@@ -74,6 +74,12 @@ def test_utilization_grows_with_the_time_that_the_owed_rows_need(frontends: int)
     assert last.rps_fractional == 1
 
 
+def test_clients_of_operators_get_reports_too() -> None:
+    """Otherwise gRPC would write a line to the stderr of `camserve admin`."""
+    with serving(Config(**LIMITS, admin_listen="127.0.0.1:0")) as server, reported(server.admin_address) as stream:
+        assert next(stream).application_utilization == IDLE_S
+
+
 def rows(server: Server) -> int:
     """Return the rows of all batches that a server has run."""
     return sum(counted.rows for counted in server.engines.lanes().values())
