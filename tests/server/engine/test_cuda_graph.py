@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from camserve_server.engine.lanes.cuda_graph import empty_cache, record
+from camserve_server.engine.lanes.cuda_graph import WARM_UP_CALLS, empty_cache, record
 
 GPU = torch.device("cuda")
 MIB = 2**20
@@ -63,6 +63,21 @@ def test_failed_recording_leaves_no_trace(shared: bool) -> None:
     graph, doubled = record(lambda: x[:4] * 2, GPU)
     graph.replay()
     assert doubled.tolist() == [2] * 4
+
+
+def test_lack_of_memory_is_raised_even_if_the_end_of_the_recording_fails() -> None:
+    x, calls = torch.ones(4, device=GPU), []
+
+    def fails() -> None:
+        calls.append(1)
+        if len(calls) > WARM_UP_CALLS:
+            with pytest.raises(RuntimeError):
+                x.tolist()  # after this, the recording cannot end without an error
+            raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        record(fails, GPU)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 def test_kernels_of_a_failed_warm_up_end_before_later_ones() -> None:

@@ -132,8 +132,7 @@ class AscentLanes:
             slots.graph, slots.objectives = record(step, model.device, pool)
         except Exception as error:  # a network may contain code that cannot be recorded
             slots.recordable = False
-            # The end of a recording can raise another error after a lack of memory.
-            self.recordable &= any(isinstance(each, torch.OutOfMemoryError) for each in (error, error.__context__))
+            self.recordable &= isinstance(error, torch.OutOfMemoryError)  # more may be free later
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             log.warning("the steps of an ascent are not recorded as a CUDA graph", model=model.name, reason=reason)
 

@@ -29,6 +29,10 @@ def record(function: Callable[[], T], device: torch.device, pool: Any = None) ->
 
     Returns:
         The graph, and what the function returned during the recording. Each replay overwrites its tensors.
+
+    Raises:
+        torch.OutOfMemoryError: Memory ran out, also if the end of the recording has raised another error since.
+        Exception: Another error of the function or of its recording.
     """
     with _recording, torch.cuda.device(device):
         gpu, before = torch.cuda.current_device(), torch.cuda.current_stream()
@@ -48,8 +52,10 @@ def record(function: Callable[[], T], device: torch.device, pool: Any = None) ->
             # "thread_local", because other threads may copy images to the device during the recording.
             with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
                 result = function()
-        except BaseException:
+        except BaseException as error:
             _end_allocations(gpu, pool)
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
             raise
         finally:
             torch.cuda.set_stream(before)  # a recording that fails at its end does not restore the stream

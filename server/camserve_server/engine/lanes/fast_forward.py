@@ -51,13 +51,7 @@ class GraphedForward:
         """Return the logits [N, classes] of X [N, C, H, W]."""
         if self._recorded is None:
             x = X.clone()
-            try:
-                graph, y = record(lambda: self._forward(x), X.device)
-            except Exception as error:
-                # The end of a recording can raise another error after a lack of memory.
-                if isinstance(error.__context__, torch.OutOfMemoryError):
-                    raise error.__context__ from None
-                raise
+            graph, y = record(lambda: self._forward(x), X.device)
             self._recorded = graph, x, y
         graph, x, y = self._recorded
         x.copy_(X)
