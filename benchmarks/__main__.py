@@ -61,9 +61,10 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Result], int]] = {
 
 
 def measure(bench: Bench, names: Sequence[str], keep: Callable[[str, Result], None]) -> None:
-    """Run sections, show a progress bar, and pass each result to `keep`."""
+    """Run sections, show a progress bar, and pass each result to `keep`. Without a terminal, print the steps."""
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=sum(SECTIONS[name][1] for name in names))
         for name in names:
             run, steps = SECTIONS[name]
@@ -73,6 +74,8 @@ def measure(bench: Bench, names: Sequence[str], keep: Callable[[str, Result], No
                 if progress.tasks[0].completed + 1 < until:
                     progress.advance(task)
                 progress.update(task, description=f"{name}: {text}")
+                if not console.is_terminal:
+                    print(f"{progress.tasks[0].elapsed or 0:.0f} s, {name}: {text}", file=sys.stderr, flush=True)
 
             bench.step = step
             start = time.perf_counter()

@@ -119,7 +119,9 @@ def test_sections_of_two_runs_are_combined_into_one_page(
     for chart in ("bench-limit.svg", "bench-curves.svg"):
         assert f"(pictures/{chart})" in text
         assert (tmp_path / "pictures" / chart).stat().st_size < 50_000
-    assert "Insertion and deletion, tiny" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "Insertion and deletion, tiny" in printed.out
+    assert " s, curves: tiny: " in printed.err, "without a terminal, each step is a line"
 
     (tmp_path / "benchmarks.md").unlink()
     monkeypatch.setattr(sys, "argv", ["bench", "--render", "--out", str(tmp_path)])
