@@ -261,7 +261,7 @@ class ModelPool:
             try:
                 model = await in_own_thread(partial(load, settings, device), device)
             except Exception:
-                if await works(engine, device) or not self._engines.working():
+                if await works(engine) or not self._engines.working():
                     raise
             else:
                 for each in model.precisions.values():
@@ -320,7 +320,7 @@ class ModelPool:
                     copy = await in_own_thread(partial(copied, model, device, engine.device), device)
                     replicas.append(Replica(copy, engine))
                 except Exception:
-                    if await works(engine, device):
+                    if await works(engine):
                         raise
         return replicas
 

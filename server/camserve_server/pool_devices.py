@@ -14,28 +14,14 @@ from camserve_server.engine.lanes.cuda_graph import empty_cache
 from camserve_server.engines import Engines
 from camserve_server.models.model import Model
 from camserve_server.pool_entries import Replica
-from camserve_server.torch_setup.device import check_device
 
 log = structlog.get_logger()
 
 
-async def works(engine: Engine, device: torch.device) -> bool:
-    """Check a device on the thread of its engine, which ends if the device has failed.
-
-    Args:
-        engine: The engine of the device.
-        device: The device.
-
-    Returns:
-        True if the device works.
-    """
-
-    def check() -> Iterator[None]:
-        check_device(device)
-        yield
-
+async def works(engine: Engine) -> bool:
+    """Check the device of an engine, which ends if the device has failed. Return True if the device works."""
     with contextlib.suppress(Exception):
-        await asyncio.wrap_future(engine.run_between_batches(check()))
+        await asyncio.wrap_future(engine.check())
     return engine.working
 
 

@@ -15,9 +15,9 @@ import torch
 
 from camserve.v1 import admin_pb2 as admin
 from camserve.v1.admin_pb2_grpc import AdminServiceStub
-from camserve_server import model_pool, pool_devices
+from camserve_server import model_pool
 from camserve_server.config import Config, ModelConfig, read_config
-from camserve_server.engine import steps, warmup
+from camserve_server.engine import engine, steps, warmup
 from camserve_server.engine.lanes.dispatch import BatchSlice, Lane, run_batch
 from camserve_server.errors import OutOfMemory
 from camserve_server.models.model import Model
@@ -113,7 +113,7 @@ def broken_device(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with monkeypatch.context() as patched:
-        for module in (pool_devices, steps):
+        for module in (engine, steps):
             patched.setattr(module, "check_device", check)
         yield
 

@@ -23,7 +23,7 @@ from camserve_server.engine.job import NO_LIMITS, Event, Job, Limits
 from camserve_server.engine.reservation import Reservation, ignore_event
 from camserve_server.models.model import LaneKind, Model
 from camserve_server.plan import Plan
-from camserve_server.torch_setup.device import CPU
+from camserve_server.torch_setup.device import CPU, check_device
 from camserve_server.torch_setup.spinning import no_control, spin_control
 from camserve_server.torch_setup.threads import compute_alone
 
@@ -173,6 +173,14 @@ class Engine:
         """
         return self._loop.run_between_batches(steps)
 
+    def check(self) -> Future[None]:
+        """Check the device between batches. The engine ends if the device has failed.
+
+        Call it after an unexpected error of another thread that uses the device: the engine's thread meets the error of
+        a device only when it runs a batch.
+        """
+        return self.run_between_batches(self._checking())
+
     def close(self) -> None:
         """Refuse new requests, fail the running ones with Unavailable, and end the thread."""
         self._admission.close(self.device)
@@ -188,6 +196,10 @@ class Engine:
     def seconds_owed(self) -> float:
         """Return the seconds that the engine needs for the rows that it owes."""
         return self._admission.seconds_owed(self._loop.rows_per_s, self.device)
+
+    def _checking(self) -> Iterator[None]:
+        check_device(self._torch_device)
+        yield
 
     def _run(self) -> None:
         if self._remote:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ class Call:
         method: The explanation method; empty if the request has none, "other" if it is unknown.
         facts: Further values for the log line.
         started: The arrival, on the clock of `time.monotonic()`.
+        after_unexpected: Is called after an unexpected exception.
         job: The job of the request; None until the request is submitted to the engine.
         span: The span of the call; None if the call is not traced.
     """
@@ -47,6 +49,7 @@ class Call:
     method: str = ""
     facts: dict[str, object] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    after_unexpected: Callable[[], object] = lambda: None
     job: Job[Any] | None = None
     span: Span | None = None
 

@@ -8,12 +8,16 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import structlog
+
 from camserve.v1 import explain_pb2 as pb
 from camserve_server import registry
 from camserve_server.config import Config
+from camserve_server.engine.engine import Engine
 from camserve_server.engine.job import Event, Job
 from camserve_server.engine.outcomes import shut_down
 from camserve_server.engines import Engines
+from camserve_server.errors import CamserveError, InternalError
 from camserve_server.model_pool import ModelPool
 from camserve_server.plan import MapWarning
 from camserve_server.request_plan import limits, plan_request
@@ -21,11 +25,13 @@ from camserve_server.request_result import RequestResult
 from camserve_server.service import requests, responses
 from camserve_server.service.call import checked_request_id
 from camserve_server.service.codec import CodecThreads
+from camserve_server.service.requests import ParsedRequest
 
 # The caller bounds the number of requests, so the engine refuses none for the rows that wait.
 _NO_LIMIT = 2**62
 _CLOSE_S = 1.0  # codec threads need less, also for large images
 
+log = structlog.get_logger()
 T = TypeVar("T")
 
 
@@ -97,36 +103,44 @@ class InProcessService:
         async with self._models.lease(request.model) as lease:
             parsed = requests.parse_explain(request, lease.model, self._config)
             chosen = lease.least_busy()
-            parsed = parsed.on(chosen.model)
-            bounded = limits(parsed.model, parsed.method, parsed.rows, budget=parsed.budget)
-            with chosen.engine.reserve(parsed.rows.most, bounded, priority=parsed.priority or "normal") as reservation:
-                pixels = await self._codec.run(requests.decode_pixels, parsed, self._config)
-                assert parsed.method is not None, "a request to Explain has a method"
-                warnings = [*pixels.warnings]
-
-                def notify(event: Event) -> None:
-                    if isinstance(event, MapWarning):
-                        warnings.append(event.text)
-
-                job: Job[RequestResult] = reservation.submit(
-                    plan_request(
-                        parsed.model, pixels.image, parsed.targets, parsed.method, parsed.metrics, pixels.truth
-                    ),
-                    parsed.model,
-                    batch_sizes=parsed.batch_sizes,
-                    notify=notify,
-                )
-
-            def respond() -> pb.ExplainResponse:
-                result = job.future.result()
-                request_id = checked_request_id(request.request_id)
-                return responses.explain_response(request_id, parsed, pixels.input_digest, job, result, warnings)
-
             try:
-                return await self._codec.run_after(job.future, respond)
-            except asyncio.CancelledError:
-                chosen.engine.cancel(job)
+                return await self._explain_on(chosen.engine, parsed.on(chosen.model), request.request_id)
+            except CamserveError:
                 raise
+            except Exception as error:
+                log.exception("unexpected exception")
+                chosen.engine.check()  # the codec threads use its device, too
+                raise InternalError("an internal error; the log describes it") from error
+
+    async def _explain_on(self, engine: Engine, parsed: ParsedRequest, request_id: str) -> pb.ExplainResponse:
+        bounded = limits(parsed.model, parsed.method, parsed.rows, budget=parsed.budget)
+        with engine.reserve(parsed.rows.most, bounded, priority=parsed.priority or "normal") as reservation:
+            pixels = await self._codec.run(requests.decode_pixels, parsed, self._config)
+            assert parsed.method is not None, "a request to Explain has a method"
+            warnings = [*pixels.warnings]
+
+            def notify(event: Event) -> None:
+                if isinstance(event, MapWarning):
+                    warnings.append(event.text)
+
+            job: Job[RequestResult] = reservation.submit(
+                plan_request(parsed.model, pixels.image, parsed.targets, parsed.method, parsed.metrics, pixels.truth),
+                parsed.model,
+                batch_sizes=parsed.batch_sizes,
+                notify=notify,
+            )
+
+        def respond() -> pb.ExplainResponse:
+            result = job.future.result()
+            return responses.explain_response(
+                checked_request_id(request_id), parsed, pixels.input_digest, job, result, warnings
+            )
+
+        try:
+            return await self._codec.run_after(job.future, respond)
+        except asyncio.CancelledError:
+            engine.cancel(job)
+            raise
 
     def close(self) -> None:
         """Fail the running requests with Unavailable, cancel what still waits, and end all threads."""

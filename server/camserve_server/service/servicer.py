@@ -235,6 +235,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
                 return
             chosen = lease.least_busy()
             engine, parsed = chosen.engine, parsed.on(chosen.model)
+            call.after_unexpected = engine.check  # the codec threads use its device, too
             bounded = limits(parsed.model, parsed.method, parsed.rows, budget=parsed.budget, deadline=deadline(context))
             with engine.reserve(parsed.rows.most, bounded, caller, priority) as reservation:
                 if front_end is None:
@@ -345,6 +346,7 @@ class Servicer(explain_pb2_grpc.ExplainServiceServicer):
         except Exception:
             log.exception("unexpected exception", rpc=rpc)
             failure = InternalError("an internal error; the server's log describes it under this request_id")
+            call.after_unexpected()
         except BaseException:  # gRPC cancels the task for an expired deadline and for a cancelled call alike
             failure = cancellation(call.started, expires)
             raise
