@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -119,7 +120,9 @@ class BatchRunner:
             )
         forget_recording(model)
         forget_slots(model)
-        empty_cache()
+        # torch does this for all GPUs, and raises the error of one that has failed. A batch on it fails below.
+        with suppress(RuntimeError):
+            empty_cache()
         self._largest[lane.model, lane.kind] = size // 2
         self._on_halved(model, lane.kind, size // 2)
         self._run_parts(model, lane, slices, size // 2)

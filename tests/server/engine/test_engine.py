@@ -59,6 +59,19 @@ def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch, model: 
     assert torch.allclose(plain.maps, tight.maps, atol=1e-3)
 
 
+def test_lack_of_memory_while_another_gpu_has_failed(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    """torch returns the cached memory of all GPUs, and raises the error of the failed one."""
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(batch_runner, "empty_cache", fail)
+    with running() as engine:
+        limit_batch_size(monkeypatch, 2)
+        submit(engine, model, X, call(model, "score-cam"), [1]).future.result(TIMEOUT_S)
+    assert model.batch_sizes["forward"] == 2
+
+
 @pytest.mark.parametrize("requested", [None, {"forward": 4, "gradient": 4}])
 def test_job_records_the_batch_sizes_that_it_ran_with(
     monkeypatch: pytest.MonkeyPatch, model: Model, requested: dict[LaneKind, int] | None
