@@ -275,7 +275,7 @@ class ModelPool:
         try:
             replicas = [Replica(model, engine)]
             if engine.device:
-                replicas += await self._counted(settings, self._copies(model))
+                replicas += await self._counted(settings, self._copies(model, engine))
             warm_up, forget = partial(self._warm_up, settings), partial(self._batch_sizes.forget, settings, model)
             warming = warm_up_all(replicas, warm_up, fixed=bool(settings.batch_size), forget=forget)
             replicas = await self._counted(settings, warming)
@@ -311,16 +311,17 @@ class ModelPool:
             return self._engines.start_remote(settings.name, model.remote.connection)
         return next(each for each in self._engines.local if each.device == model.device_name)
 
-    async def _copies(self, model: Model) -> list[Replica]:
-        """Copy a model to all other devices that work. Leave those out that fail meanwhile."""
+    async def _copies(self, model: Model, source: Engine) -> list[Replica]:
+        """Copy a model from the device of an engine to all others that work. Leave those out that fail meanwhile."""
         replicas = list[Replica]()
         for engine, device in self._engines.working().items():
-            if engine.device != model.device_name:
+            if engine is not source:
                 try:
                     copy = await in_own_thread(partial(copied, model, device, engine.device), device)
                     replicas.append(Replica(copy, engine))
                 except Exception:
                     if await works(engine):
+                        await works(source)  # the copy reads its weights from there
                         raise
         return replicas
 

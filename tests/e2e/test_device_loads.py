@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,28 @@ def test_device_whose_context_breaks_during_a_load_is_left_out(
         assert reply.model.devices == [other]
         assert client.explain(IMAGE, model="a", method="grad-cam").receipt.device_name == other
         assert states(server.address, SERVICE, broken, other) == [SERVING, NOT_SERVING, SERVING]
+
+
+@pytest.mark.slow
+def test_device_whose_context_breaks_while_weights_are_copied_from_it_is_left_out_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with (
+        serving(read_config(write(tmp_path, seed=1))) as server,
+        grpc.insecure_channel(server.admin_address) as channel,
+        patient_client(server.address) as client,
+    ):
+        reload = partial(AdminServiceStub(channel).ReloadModel, admin.ReloadModelRequest(model="a"))
+        with broken_device(monkeypatch, "cpu:0"):
+            with monkeypatch.context() as patched, pytest.raises(grpc.RpcError, match="illegal memory access"):
+                patched.setattr(model_pool, "copied", failing)
+                reload()
+            assert states(server.address, SERVICE, "cpu:0", "cpu:1") == [SERVING, NOT_SERVING, SERVING]
+            assert client.explain(IMAGE, model="a", method="grad-cam").receipt.device_name == "cpu:1"
+            assert reload().model.devices == ["cpu:1"]
 
 
 @pytest.mark.slow
