@@ -35,6 +35,8 @@ from camserve_server.config import ModelConfig
 from camserve_server.models.load import load
 
 ASCENTS = 64  # batch size of the recorded step that Opti-CAM is compared with
+BRANCH_ROWS = 4  # a step in parallel branches has the bits of a lane of this size
+BRANCHED = (4, 16, 64)  # batch sizes of steps in branches
 METHODS = ("grad-cam", "score-cam", "poly-cam", "opti-cam")  # whose latency is measured
 COMPARED = ("cam", *METHODS, "rise")  # whose maps are compared alone and under load
 # Pairs of precisions to serve; the next pair is tried if the network cannot be served at one of them.
@@ -214,10 +216,19 @@ class Measuring:
         (layer,) = model.default_layers(many=False)
         size = ASCENTS if self._device == "cuda" else 2
         X = model.preprocessing(photograph()).to(self._device).expand(size, -1, -1, -1)
+        steps = 20 if self._device == "cuda" else 1
         with tf32(precision == "tf32"):
-            one = recorded_ascent(model.module, X, layer.channels, 20 if self._device == "cuda" else 1)
+            one = recorded_ascent(model.module, X, layer.channels, steps)
+            rates = [
+                (of, recorded_ascent(model.module, X[:of], layer.channels, steps, of // BRANCH_ROWS))
+                for of in BRANCHED
+                if of <= size
+            ]
         rate = one.rows / one.seconds
         self.served.add("recorded_rows_per_s", rate, f"Recorded step of Opti-CAM, batch {size}", f"{rate:.0f} rows/s")
+        if rates:
+            text = "; ".join(f"batch {of}: {each.rows / each.seconds:.0f} rows/s" for of, each in rates)
+            self.served.rows.append((f"The same in parallel branches of {BRANCH_ROWS} rows", text))
         if "opti_rows_per_s" in self.served.figures:
             share = self.served.figures["opti_rows_per_s"] / rate
             self.served.add("opti_share", share, "Concurrent Opti-CAM ÷ recorded step", f"{share:.2f}")

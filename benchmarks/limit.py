@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -181,7 +181,7 @@ def grid(limit: Limit, pass_: Pass, seconds: float, tick: Callable[[], None] = l
     return rates
 
 
-def recorded_ascent(net: nn.Module, X: Tensor, channels: int, steps: int) -> Timed:
+def recorded_ascent(net: nn.Module, X: Tensor, channels: int, steps: int, branches: int = 1) -> Timed:
     """Time steps of Opti-CAM, forward and backward, on a GPU as a recorded CUDA graph. Each image counts as one row.
 
     Args:
@@ -189,7 +189,17 @@ def recorded_ascent(net: nn.Module, X: Tensor, channels: int, steps: int) -> Tim
         X: Images [N, C, H, W].
         channels: Number of channels of the activations, which are random and have 7 × 7 positions.
         steps: Number of steps.
+        branches: Number of parts of the batch that the GPU may run side by side.
     """
+    run = _recorded([_ascent_step(net, part, channels) for part in X.chunk(branches)], X.device)
+    run()
+    start = clock(X.device)
+    for _ in range(steps):
+        run()
+    return Timed(steps * len(X), clock(X.device) - start)
+
+
+def _ascent_step(net: nn.Module, X: Tensor, channels: int) -> Callable[[], Tensor]:
     A = torch.rand(len(X), channels, 7, 7, device=X.device)
     u = torch.zeros(len(X), channels, device=X.device, requires_grad=True)
     weight = next(net.parameters())
@@ -202,24 +212,37 @@ def recorded_ascent(net: nn.Module, X: Tensor, channels: int, steps: int) -> Tim
         (gradient,) = torch.autograd.grad(net(masked)[:, 0].float().sum(), u)
         return gradient
 
-    run = _recorded(step) if X.is_cuda else step
-    run()
-    start = clock(X.device)
-    for _ in range(steps):
-        run()
-    return Timed(steps * len(X), clock(X.device) - start)
+    return step
 
 
-def _recorded(step: Callable[[], object]) -> Callable[[], object]:
-    """Return a function that replays the kernels of a step."""
-    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+def _recorded(steps: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], object]:
+    """Return a function that runs the steps, on a GPU by a replay of their kernels as parallel branches."""
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    if device.type != "cuda":
+        return run
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    streams = [torch.cuda.Stream() for _ in steps]  # type: ignore[no-untyped-call]
+
+    def run_branches() -> None:
+        for step, stream in zip(steps, streams, strict=True):
+            stream.wait_stream(aside)
+            with torch.cuda.stream(stream):
+                step()
+        for stream in streams:
+            aside.wait_stream(stream)
+
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(3):
-            step()
+            run_branches()
     torch.cuda.current_stream().wait_stream(aside)
-    with torch.cuda.graph(graph):
-        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=aside):
+        run_branches()
     return graph.replay
 
 

@@ -190,8 +190,9 @@ def test_setting_of_tf32_is_restored() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_step_of_opti_cam_is_recorded() -> None:
+@pytest.mark.parametrize("branches", [1, 2])
+def test_step_of_opti_cam_is_recorded(branches: int) -> None:
     device = torch.device("cuda")
     model = load(TINY.model_copy(update={"precision": ("fp16",)}), device)
-    one = recorded_ascent(model.module, torch.rand(4, 3, 32, 32, device=device), 8, 3)
+    one = recorded_ascent(model.module, torch.rand(4, 3, 32, 32, device=device), 8, 3, branches)
     assert one.rows == 12
