@@ -57,7 +57,7 @@ def test_failing_and_hanging_steps_do_not_stop_the_next_ones(tmp_path: Path) -> 
     ]
     done = gpu.run_all(chosen, 120, folder, out, KNOWN, ["One remark."])
     assert [each.status for each in done] == [1, None, 0]
-    child = int((folder / "half" / gpu_page.LOG).read_text())
+    child = int((folder / "half" / gpu_page.LOG).read_text().split()[0])  # the traceback of the interruption follows
     assert not _runs(child)
     text = out.read_text(encoding="utf-8")
     assert "- Step default: failed with exit code 1; last line of its output: `the card is on fire`." in text
@@ -73,6 +73,21 @@ def test_children_of_a_finished_step_end(tmp_path: Path) -> None:
     done = gpu.run(Step("leaves", ["-c", leaves], 60), 60, tmp_path)
     assert done.status == 0
     assert not _runs(int((tmp_path / "leaves" / gpu_page.LOG).read_text()))
+
+
+@pytest.mark.slow
+def test_tests_that_exceed_the_limit_leave_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests").mkdir()
+    code = ["import time, pytest", "pytestmark = pytest.mark.gpu"]
+    code += ["def test_one(): pass", "def test_two(): time.sleep(600)"]
+    (tmp_path / "tests" / "test_two.py").write_text("\n".join(code))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "INTERRUPT_S", LIMIT_S)
+    folder = tmp_path / "results"
+    done = gpu.run(Step("tests", gpu._pytest(folder / "tests" / gpu_page.JUNIT), 20), 20, folder)
+    text = gpu_page.page(KNOWN, [done], folder, [])
+    assert "| GPU tests that pass, of 1 | 1 | all | missed |" in text
+    assert "- Step tests: ended at its limit of 20 s." in text
 
 
 def test_steps_do_not_start_after_the_limit(tmp_path: Path) -> None:
@@ -118,10 +133,9 @@ def test_page_compares_figures_with_targets(tmp_path: Path) -> None:
 def test_tests_that_did_not_all_run_miss_the_target(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / gpu_page.JUNIT).write_text(JUNIT.replace("failure", "properties"))
-    (tmp_path / "tests" / gpu_page.LOG).write_text("!!! session-timeout: 70.0 sec exceeded !!!")
-    text = gpu_page.page(KNOWN, [Done("tests", "python -m pytest", 70.0, 1, 90.0)], tmp_path, [])
+    text = gpu_page.page(KNOWN, [Done("tests", "python -m pytest", 90.0, None, 90.0)], tmp_path, [])
     assert "| all | missed |" in text
-    assert "- Step tests: failed with exit code 1; last line of its output: `!!! session-timeout" in text
+    assert "- Step tests: ended at its limit of 90 s." in text
 
 
 @pytest.mark.slow
