@@ -20,12 +20,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from benchmarks import gpu_page
-from benchmarks.gpu_page import Done
-from benchmarks.machine import ROOT
-from camserve_server.torch_setup.compiler import compile_obstacle
+    from benchmarks import gpu_page
+    from benchmarks.gpu_page import Done
+    from benchmarks.machine import ROOT
+    from camserve_server.torch_setup.compiler import compile_obstacle
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"{sys.executable} has no module {missing.name}; install the packages that CONTRIBUTING.md names, or name "
+        "another interpreter: make gpu PYTHON=…"
+    )
 
 LIMIT_S = 480.0
 LEAST_S = 5.0  # a step that has less time does not start

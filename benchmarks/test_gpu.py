@@ -138,6 +138,16 @@ def test_tests_that_did_not_all_run_miss_the_target(tmp_path: Path) -> None:
     assert "- Step tests: ended at its limit of 90 s." in text
 
 
+@pytest.mark.parametrize("module", ["torch", "matplotlib"])
+def test_missing_module_is_named(module: str) -> None:
+    code = f"import runpy, sys; sys.modules[{module!r}] = None; runpy.run_module('benchmarks.gpu', run_name='__main__')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    assert done.returncode == 1
+    assert f"has no module {module}; install the packages" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the command would run its steps")
 def test_command_needs_a_gpu() -> None:
