@@ -59,8 +59,9 @@ SpaceX (public domain). ImageNet has no class for a rocket; its nearest class is
 ## Common properties
 - **Maps** have the model's input size and values in [0, 1]: n(up(S)), unless the method says otherwise. With `raw`, the
   response also contains S at its own resolution.
-- A map that is constant or not finite is returned as zeros with a `degenerate` warning, never as NaN. A map that is
-  nearly constant or concentrated in a few pixels [also has this warning](metrics.md#spread) and is returned unchanged.
+- A map that is not finite or constant up to rounding errors is returned as zeros with a `degenerate` warning, never as
+  NaN. A map that is nearly constant or concentrated in a few pixels [also has this warning](metrics.md#spread) and is
+  returned unchanged.
 - **A mask** multiplies the normalised image, so masked pixels have the mean colour. Opti-CAM differs.
 - **Layers**: methods of one layer use the coarsest layer, and methods of several layers use all resolutions, unless the
   request names layers. See [the choice of layers](configuration.md#layers); `camserve list layers` shows them.

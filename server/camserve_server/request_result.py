@@ -15,6 +15,10 @@ from camserve_server.maps import concentration
 from camserve_server.plan import LeftOut, MetricResult, SaliencyMaps, Targets
 from camserve_server.rows import resize, resize_minmax
 
+# Largest span of a map that counts as rounding, as a share of its largest absolute value, in units of its precision.
+# Rounding reaches five units in Poly-CAM. A map with such a span would have few different values.
+ROUNDING = 32
+
 
 @dataclass(frozen=True, eq=False)
 class LazyMaps:
@@ -110,8 +114,8 @@ def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> FinishedMaps:
         size: (H, W), the input size of the model.
 
     Returns:
-        The maps [T, H, W] in [0, 1], and the warnings of each map. A map that is constant or not finite becomes zeros
-        and has a warning.
+        The maps [T, H, W] in [0, 1], and the warnings of each map. A map that is constant, also if only up to rounding,
+        or not finite becomes zeros and has a warning.
     """
     if result.finish is None and (fast := _resize_minmax_on_host(result.raw, size)) is not None:
         return FinishedMaps(fast, ((),) * len(fast))
@@ -119,7 +123,7 @@ def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> FinishedMaps:
     # Scaling can hide values that are not finite.
     finite = result.raw.isfinite().flatten(1).all(dim=1) & maps.isfinite().flatten(1).all(dim=1)
     low, high = maps.flatten(1).amin(dim=1), maps.flatten(1).amax(dim=1)
-    constant = finite & (low == high)
+    constant = finite & ((low == high) | _is_constant_up_to_rounding(result.raw))
     maps = torch.where((finite & ~constant)[:, None, None], maps.clamp(0, 1), 0.0)
     warnings = [_degenerate_warning(*kind) for kind in zip(finite.tolist(), constant.tolist(), strict=True)]
     return FinishedMaps(maps, tuple(warnings))
@@ -128,6 +132,20 @@ def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> FinishedMaps:
 def constant_warning(S: Tensor) -> tuple[str, ...]:
     """Return the warning about a map [H, W] of the caller that is constant, or nothing."""
     return ("degenerate: the map is constant",) if S.min() == S.max() else ()
+
+
+def _is_constant_up_to_rounding(raw: Tensor) -> Tensor:
+    """Return True [T] for the maps [T, h, w] whose differences are rounding errors.
+
+    Scaled, they would look like a map.
+    """
+    low, high = raw.flatten(1).amin(dim=1), raw.flatten(1).amax(dim=1)
+    return high - low <= _rounding(raw) * torch.maximum(low.abs(), high.abs())
+
+
+def _rounding(raw: Tensor) -> float:
+    """Return the `ROUNDING` of maps, relative to their largest absolute value."""
+    return ROUNDING * torch.finfo(torch.float64 if raw.dtype == torch.float64 else torch.float32).eps
 
 
 def _degenerate_warning(finite: bool, constant: bool) -> tuple[str, ...]:
@@ -143,7 +161,7 @@ def _resize_minmax_on_host(raw: Tensor, size: tuple[int, int]) -> Tensor | None:
         The maps, or None if they are not on the host, or if one of them is constant or not finite.
     """
     on_host = raw.device.type == "cpu" and raw.dtype in (torch.float32, torch.float64)
-    if not on_host or not _spans(raw.numpy()).all():
+    if not on_host or not _spans(raw.numpy(), _rounding(raw)).all():
         return None
     maps = raw.clone() if raw.shape[-2:] == size else resize(raw, size)
     values = maps.numpy()
@@ -155,8 +173,10 @@ def _resize_minmax_on_host(raw: Tensor, size: tuple[int, int]) -> Tensor | None:
     return maps
 
 
-def _spans(values: NDArray[Any]) -> NDArray[Any]:
-    """Return maximum minus minimum of each map, [T, 1, 1]; 0 if the map is not finite."""
+def _spans(values: NDArray[Any], rounding: float = 0.0) -> NDArray[Any]:
+    """Return maximum minus minimum of each map, [T, 1, 1]; 0 if the map is not finite or the span is rounding."""
     with np.errstate(over="ignore", invalid="ignore"):
-        spans = values.max(axis=(-2, -1), keepdims=True) - values.min(axis=(-2, -1), keepdims=True)
-    return np.where(np.isfinite(spans), spans, 0)
+        low, high = values.min(axis=(-2, -1), keepdims=True), values.max(axis=(-2, -1), keepdims=True)
+        spans = high - low
+        is_contrast = np.isfinite(spans) & (spans > rounding * np.maximum(np.abs(low), np.abs(high)))
+    return np.where(is_contrast, spans, 0)

@@ -10,7 +10,7 @@ import torch
 
 from camserve_server.errors import OutOfRange
 from camserve_server.models.model import Model
-from camserve_server.plan import SaliencyMaps
+from camserve_server.plan import Resize, SaliencyMaps
 from camserve_server.request_plan import limits, rows_needed
 from camserve_server.request_result import finish_maps
 from camserve_server.rows import resize_minmax
@@ -98,3 +98,19 @@ def test_a_constant_or_infinite_map_among_others_becomes_zeros(
     assert warnings == ((), (f"degenerate: the map is {problem}; zeros are returned",), ())
     alone, _ = finish_maps(SaliencyMaps(raw[:1]), size)
     assert torch.equal(maps[0], alone[0])
+
+
+@pytest.mark.parametrize("size", [(7, 7), (96, 96)])
+@pytest.mark.parametrize("finish", [None, resize_minmax])
+@pytest.mark.parametrize(("dtype", "low_contrast"), [(torch.float32, 1e-5), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("value", [0.3, -7e8])
+def test_a_map_that_is_constant_up_to_rounding_becomes_zeros(
+    value: float, dtype: torch.dtype, low_contrast: float, finish: Resize | None, size: tuple[int, int]
+) -> None:
+    """Its differences are no contrast, unless they are many times the precision."""
+    raw = torch.full((2, 7, 7), value, dtype=dtype)
+    raw[0, 2:, 3] *= 1 + 10 * torch.finfo(dtype).eps
+    raw[1, 2:, 3] *= 1 + low_contrast
+    maps, warnings = finish_maps(SaliencyMaps(raw, finish=finish), size)
+    assert [bool(each.any()) for each in maps] == [False, True]
+    assert warnings == (("degenerate: the map is constant; zeros are returned",), ())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from camserve_server.config import ModelConfig
 from camserve_server.maps.products import gradient_times_activation
@@ -18,6 +19,19 @@ from tests import nets
 from tests.support import as_model, call, explained, noise
 
 NETS = {"tiny": nets.tiny_cnn, "vit": nets.tiny_vit}
+# Ten steps, because Adam makes whole steps even from gradients that are rounding.
+OPTIONS: dict[str, dict[str, Any]] = {"opti-cam": {"steps": 10}, "rise": {"masks": 500}}
+
+
+class Unpadded(nn.Sequential):
+    """Network whose activations are constant for an image of one colour, because its convolutions have no padding."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for channels, more in ((3, 12), (12, 16), (16, 20)):
+            layers += [nn.Conv2d(channels, more, 3, stride=1 if channels == 3 else 2), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 7))
 
 
 @lru_cache
@@ -31,14 +45,21 @@ def test_map_does_not_consist_of_rounding_errors(name: str, net: str) -> None:
     """Then the map in float64 would be another one."""
     if (name, net) in {("cam", "vit"), ("attention-rollout", "tiny"), ("raw-attention", "tiny")}:
         pytest.skip("the network has no such map")
-    # Ten steps, because Adam makes whole steps even from gradients that are rounding.
-    options: dict[str, Any] = {"steps": 10} if name == "opti-cam" else {"masks": 500} if name == "rise" else {}
     single, double = (
-        explained(of, noise(3, 32, 32), call(of, name, **options), [1, 3])
+        explained(of, noise(3, 32, 32), call(of, name, **OPTIONS.get(name, {})), [1, 3])
         for of in (model(net, torch.float32), model(net, torch.float64))
     )
     assert single.warnings == double.warnings
     torch.testing.assert_close(single.maps, double.maps, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["poly-cam", "poly-cam+", "layer-cam", "hires-cam", "grad-cam", "cam", "eigen-cam"])
+def test_map_is_zero_if_the_activations_are_constant(name: str) -> None:
+    of = as_model(Unpadded())
+    for value in (-2.1, -0.7, 0.2, 0.4, 1.9):
+        result = explained(of, torch.full((3, 32, 32), value), call(of, name), [1, 3])
+        assert (result.maps == 0).all()
+        assert result.warnings == (("degenerate: the map is constant; zeros are returned",),) * 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16", "fp16"])
