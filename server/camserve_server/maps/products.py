@@ -1,4 +1,4 @@
-"""Products of gradients and activations, summed over channels."""
+"""Sums of gradients, activations and their products that may consist of rounding errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from torch import Tensor
 # Largest sum of a map, as a share of its largest sum of absolute products, that counts as rounding. Rounding in
 # bfloat16 reaches about 0.002. Even products with random signs have sums of about 1/√K, 0.02 for K = 2,048 channels.
 ROUNDING = 5e-3
+# The same for sums over positions, summed over channels. Rounding in float32 reaches 2e-6. Gradients with random signs
+# have sums of about 1/√(h·w), so rounding in bfloat16, up to 0.001, cannot be told from those of fine layers.
+ROUNDING_OVER_POSITIONS = 2e-5
 
 
 def gradient_times_activation(g: Tensor, A: Tensor) -> Tensor:
@@ -25,3 +28,16 @@ def gradient_times_activation(g: Tensor, A: Tensor) -> Tensor:
     of_terms = products.abs().sum(dim=1).amax(dim=(-2, -1), keepdim=True)
     is_rounding = S.abs().amax(dim=(-2, -1), keepdim=True) < ROUNDING * of_terms  # False if a value is not finite
     return torch.where(is_rounding, 0.0, S.relu())
+
+
+def sums_are_rounding(values: Tensor) -> Tensor:
+    """Return True [T, 1] where the sums over positions consist of rounding errors in all channels.
+
+    The gradient of the input of an instance norm has the sum zero in each channel, and so has its output without an
+    affine function.
+
+    Args:
+        values: Gradients or activations [T, K, h, w].
+    """
+    of_sums = values.sum(dim=(-2, -1)).abs().sum(dim=1)
+    return (of_sums < ROUNDING_OVER_POSITIONS * values.abs().sum(dim=(1, 2, 3)))[:, None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from camserve_server.maps.products import sums_are_rounding
 from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Repeated
@@ -30,9 +31,10 @@ def grad_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
 
     Advice:
         Use it for a quick map of the right location. It is as coarse as the layer, 7 × 7 for most networks. Use the
-        last layer: the mean gradient of early layers carries little information.
+        last layer: the mean gradient of early layers carries little information. It is zero in layers that only an
+        instance norm uses, and so is the map.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, (layer,))
     A, dA = answer.activations[0], answer.gradients[0]  # [T, K, h, w]
-    w = dA.mean(dim=(-2, -1))  # eq. 1
+    w = torch.where(sums_are_rounding(dA), 0.0, dA.mean(dim=(-2, -1)))  # eq. 1
     return SaliencyMaps(torch.einsum("tk,tkhw->thw", w, A).relu())  # eq. 2

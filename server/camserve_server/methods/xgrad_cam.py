@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from camserve_server.maps.products import sums_are_rounding
 from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Repeated
@@ -30,10 +31,12 @@ def xgrad_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
 
     Advice:
         Use it instead of Grad-CAM if the gradient varies over the positions, as in VGG: the sum of the map is then
-        nearer to the logit. For a head of global average pooling, both maps are equal.
+        nearer to the logit. For a head of global average pooling, both maps are equal. The map is zero for the output
+        of an instance norm without an affine function, where Σ_xy A_k = 0.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, (layer,))
     A, dA = answer.activations[0], answer.gradients[0]  # [T, K, h, w]
     total = A.sum(dim=(-2, -1))
-    w = torch.where(total != 0, (A * dA).sum(dim=(-2, -1)) / total, 0.0)  # eq. 8
+    is_zero = (total == 0) | sums_are_rounding(A)
+    w = torch.where(is_zero, 0.0, (A * dA).sum(dim=(-2, -1)) / total)  # eq. 8
     return SaliencyMaps(torch.einsum("tk,tkhw->thw", w, A).relu())

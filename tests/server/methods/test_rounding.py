@@ -62,6 +62,22 @@ def test_map_is_zero_if_the_activations_are_constant(name: str) -> None:
         assert result.warnings == (("degenerate: the map is constant; zeros are returned",),) * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "layer", "other"), [("grad-cam", "0", "1"), ("xgrad-cam", "1", "0")])
+def test_map_is_zero_if_an_instance_norm_makes_its_weights_zero(
+    name: str, layer: str, other: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    norm, pool = nn.InstanceNorm2d(16), nn.AdaptiveAvgPool2d(1)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2), norm, nn.ReLU(), pool, nn.Flatten(), nn.Linear(16, 7))
+    of = as_model(net, dtype=dtype)
+    result = explained(of, noise(3, 32, 32), call(of, name, [layer]), [1, 3])
+    assert (result.maps == 0).all()
+    assert result.warnings == (("degenerate: the map is constant; zeros are returned",),) * 2
+    result = explained(of, noise(3, 32, 32), call(of, name, [other]), [1, 3])
+    assert (result.maps.amax(dim=(1, 2)) == 1).all()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["hires-cam", "zoom-cam"])
 def test_map_is_zero_if_only_a_normalisation_uses_the_layer(name: str, precision: str) -> None:
