@@ -89,6 +89,9 @@ def x(model: Model) -> Tensor:
 
 
 def quick(model: Model, method: str, **more: Any) -> MethodCall:
+    if method in {"hires-cam", "zoom-cam"} and "blocks.2.norm1" in model.spatial:
+        # Only this normalisation uses the default layer of the transformer, so the sum of its products is zero.
+        more.setdefault("layers", ["blocks.2.norm1"])
     return call(model, method, **QUICK.get(method, {}), **more)
 
 
