@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from camserve_server.plan import Image, Plan, SaliencyMaps, Score, Scores, Sum, Targets
+from camserve_server.plan import Image, MapWarning, Plan, Report, SaliencyMaps, Score, Scores, Sum, Targets
 from camserve_server.registry import Range, Sizes, method
 from camserve_server.rows import generator, resize
 
@@ -114,13 +114,38 @@ def rise(
 
     Advice:
         Use it if the network is a black box and time does not matter. With fewer masks, the map shows random patches
-        without meaning. It cannot show details that are smaller than a cell.
+        without meaning. It cannot show details that are smaller than a cell. If the masks hardly change the
+        probability, for example because it is always nearly 1, the map shows only the masks and gets a warning.
     """
     revealed = Revealed(x, masks, cells, keep, seed)
+    p = torch.zeros(masks, len(c), dtype=torch.float64, device=c.p.device)
 
     def term(i: int, answer: Scores) -> Tensor:
+        p[i] = answer.probabilities[0]
         return answer.probabilities[0].to(x.tensor)[:, None, None] * revealed.masks(i, i + 1)
 
     summed = yield from Sum(Score(revealed, c, min_rows=1), term)
     done = int(summed.counts)
+    yield from _warn_if_independent_of_masks(c, p[:done])
     return SaliencyMaps(summed.total[0] / (done * keep), share=done / masks)  # eq. 6
+
+
+def _warn_if_independent_of_masks(c: Targets, p: Tensor) -> Plan[None]:
+    """Report each class whose map must consist of the chance variation of the masks.
+
+    By the Cauchy–Schwarz inequality, no pixel's covariance with the probability is larger than the product of the
+    standard deviations. Below σ(p) / mean(p) = 1 / √N, it is smaller than the chance variation of the mean mask.
+
+    Args:
+        c: T target classes.
+        p: Probabilities [N, T] under the masks, float64.
+    """
+    spread, mean = p.std(dim=0, correction=0), p.mean(dim=0)
+    for index, relative in zip(c.index, (spread / mean).tolist(), strict=True):
+        if relative < len(p) ** -0.5:
+            yield from Report(
+                MapWarning(
+                    f"degenerate: the map of class {index} shows the {len(p):,} random masks, because they hardly "
+                    f"change the probability: its standard deviation is {relative:.1g} of its mean"
+                )
+            )

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from camserve_server.config import ModelConfig
+from camserve_server.engine.job import Event
 from camserve_server.maps.products import gradient_times_activation
 from camserve_server.models.load import load
 from camserve_server.models.model import Model
+from camserve_server.plan import MapWarning
 from camserve_server.registry import METHODS
 from tests import nets
 from tests.support import as_model, call, explained, noise
@@ -99,3 +101,22 @@ def test_sums_that_are_not_finite_stay_so() -> None:
     S = gradient_times_activation(g, A)
     assert S[0, 1, 1].isnan() and not S[1].isfinite().all() and S[2].isfinite().all()
     assert torch.equal(S[2], A[2].sum(dim=0).relu())
+
+
+def test_rise_warns_if_the_masks_do_not_change_the_probability() -> None:
+    """The masks of an image of the mean colour change nothing, so the map is their mean."""
+    of = as_model(nets.tiny_cnn())
+    warned: list[Event] = []
+    explained(of, torch.zeros(3, 32, 32), call(of, "rise", masks=500), [1, 3], events=warned)
+    texts = [event.text for event in warned if isinstance(event, MapWarning)]
+    assert [text.partition(",")[0] for text in texts] == [
+        f"degenerate: the map of class {c} shows the 500 random masks" for c in (1, 3)
+    ]
+
+
+def test_rise_has_no_warning_if_the_masks_change_the_probability() -> None:
+    of = as_model(nets.tiny_cnn())
+    warned: list[Event] = []
+    result = explained(of, noise(3, 32, 32), call(of, "rise", masks=500), [1, 3], events=warned)
+    assert not any(isinstance(event, MapWarning) for event in warned)
+    assert result.warnings == ((), ())
