@@ -7,6 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from camserve_server.plan import MapWarning, Plan, Report, Targets
+
+# Largest difference of the weights of a class, relative to the largest, that counts as none. It changes a map of
+# non-negative activations by at most the same share of its maximum.
+EQUAL = 1e-3
+
 
 @dataclass(frozen=True, eq=False)
 class SelectedChannels:
@@ -108,3 +114,34 @@ def select_channels(A: Tensor, *, include_zero: bool) -> SelectedChannels:
     if not include_zero:
         constant &= strength > 0
     return SelectedChannels(torch.cat([constant.nonzero()[:1, 0], varying]), strength, constant)
+
+
+def have_equal_weights(w: Tensor) -> Tensor:
+    """Return True [T] for the classes that give all channels nearly the same weight.
+
+    The map is then the sum of the channels, whatever the class is.
+
+    Args:
+        w: Weights [n, T] of different channels, ≥ 0.
+    """
+    if len(w) < 2:
+        return torch.zeros(w.shape[1], dtype=torch.bool, device=w.device)
+    low, high = w.amin(dim=0), w.amax(dim=0)
+    return (high > 0) & (high - low <= EQUAL * high)
+
+
+def report_equal_weights(c: Targets, equal: Tensor) -> Plan[None]:
+    """Report the classes that give all channels nearly the same weight.
+
+    Args:
+        c: T target classes.
+        equal: True [T] for these classes.
+    """
+    for index, is_equal in zip(c.index, equal.tolist(), strict=True):
+        if is_equal:
+            yield from Report(
+                MapWarning(
+                    f"degenerate: the map of class {index} is the sum of all channels and does not depend on the "
+                    "class, because all channels have nearly the same weight"
+                )
+            )

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from camserve_server.maps.channels import select_channels
+from camserve_server.maps.channels import have_equal_weights, report_equal_weights, select_channels
 from camserve_server.plan import Capture, Image, Plan, ReleaseRows, SaliencyMaps, Score, Targets
 from camserve_server.registry import Range, Sizes, method
 from camserve_server.rows import Masked, minmax, resize
@@ -86,6 +86,7 @@ def is_cam(
     done = len(scores.logits) // steps
     y = scores.logits[: done * steps].reshape(done, steps, -1).mean(dim=1)  # [channels, T]
     w = selected.to_all_channels(y, missing=-torch.inf).softmax(dim=0)
+    yield from report_equal_weights(c, have_equal_weights(w[selected.indices[:done]]))
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()
     return SaliencyMaps(S, share=selected.share(done))
 

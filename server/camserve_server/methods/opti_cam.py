@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from camserve_server.maps.channels import have_equal_weights, report_equal_weights
 from camserve_server.plan import Ascend, Capture, Image, Plan, ReleaseRows, Resize, SaliencyMaps, Targets
 from camserve_server.registry import Range, Sizes, method
 from camserve_server.rows import resize, resize_minmax, to_device
@@ -97,6 +98,7 @@ def opti_cam(
         ascent = yield from Ascend(u, step, constants, steps, rate, stop_rule, period, min_rows=len(c))  # eq. 9
         u = ascent.u
         done = sum(len(history) for history in ascent.history)
+        yield from report_equal_weights(c, have_equal_weights(u.softmax(dim=1).T))
         share = 1.0 if all(ascent.ended) else done / (steps * len(c))
     else:
         yield from ReleaseRows(steps * len(c))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camserve_server.maps.channels import SelectedChannels, select_channels
+from camserve_server.maps.channels import SelectedChannels, have_equal_weights, report_equal_weights, select_channels
 from camserve_server.plan import (
     Capture,
     Image,
@@ -221,7 +221,9 @@ def _poly_cam(
     finish = _percentile if official else None
     P: Tensor | None = None
     share, left_out = 0.0, []
+    equal = torch.ones(len(c), dtype=torch.bool, device=c.p.device)
     has_rows = False  # True after the first level with rows. A level with only zero channels has none.
+    has_weights = False  # True after the first level with several weights that can be compared.
     for index, l in enumerate(levels):
         masked = Masked(x, A[l][selected[l].indices], _percentile if official else resize_minmax, parts)
         rule = None
@@ -231,6 +233,9 @@ def _poly_cam(
         if has_rows and not done and len(selected[l]):  # Stopped early: the result is the map of the levels so far.
             break
         has_rows |= done > 0
+        if done > 1:
+            has_weights = True
+            equal &= have_equal_weights(w[selected[l].indices[:done]])
         if rule is not None and rule.error is not None and done < len(selected[l]):
             channels_left = len(selected[l]) - done
             left_out.append(LeftOut(layers[l], channels_left, len(parts) * channels_left, rule.error))
@@ -240,6 +245,8 @@ def _poly_cam(
         P = S if P is None else _lnorm(S, P.shape[-2:], official) * resize(P, (S.shape[-2], S.shape[-1]))  # eq. 3
         yield from Report(Level(index, len(levels), layers[l], SaliencyMaps(P, finish)))
     assert P is not None, "there is at least one layer"
+    if has_weights:
+        yield from report_equal_weights(c, equal)
     return SaliencyMaps(P, finish, share, tuple(left_out))
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from camserve_server.maps.channels import select_channels
+from camserve_server.maps.channels import have_equal_weights, report_equal_weights, select_channels
 from camserve_server.plan import Capture, Image, Plan, ReleaseRows, SaliencyMaps, Score, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Masked
@@ -67,5 +67,6 @@ def score_cam(
         if channel_softmax
         else selected.to_all_channels(y)
     )
+    yield from report_equal_weights(c, have_equal_weights(w[selected.indices[: len(y)]]))
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()  # eq. 6
     return SaliencyMaps(S, share=selected.share(len(y)))

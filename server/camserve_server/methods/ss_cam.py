@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from camserve_server.maps.channels import select_channels
+from camserve_server.maps.channels import have_equal_weights, report_equal_weights, select_channels
 from camserve_server.plan import Capture, Image, Plan, ReleaseRows, SaliencyMaps, Score, Targets
 from camserve_server.registry import Range, Sizes, method
 from camserve_server.rows import normal, resize_minmax
@@ -92,5 +92,6 @@ def ss_cam(
     y = scores.logits  # [rows, T]
     mean = torch.stack([y[k :: len(selected)].mean(dim=0) for k in range(min(len(y), len(selected)))])
     w = selected.to_all_channels(mean, missing=-torch.inf).softmax(dim=0)
+    yield from report_equal_weights(c, have_equal_weights(w[selected.indices[: len(mean)]]))
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()
     return SaliencyMaps(S, share=len(y) / (samples * len(selected)))
