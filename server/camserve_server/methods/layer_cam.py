@@ -50,7 +50,9 @@ def layer_cam(
 
     Advice:
         Use it for a fine map at the price of one backward pass. It is noisier than Poly-CAM, because the gradients of
-        fine layers are noisy.
+        fine layers are noisy. If only a normalisation uses the layer of a transformer, as in HiRes-CAM, the map does
+        not distinguish evidence for the class from evidence against it: the products with negative gradients have the
+        same sum. Name the normalisation itself, such as `blocks.11.norm1`.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, layers)
     S = [
