@@ -10,6 +10,10 @@ import torch
 from camserve_server.plan import Capture, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
 
+# Largest correlation with the sum of the activations, as a share of that with the sum of their absolute values, that
+# counts as rounding. Its sign would be arbitrary.
+ROUNDING = 1e-6
+
 
 @method("eigen-cam", title="Eigen-CAM", paper="arXiv:2008.00299", rows=lambda sizes, **_: 1, class_agnostic=True)
 def eigen_cam(
@@ -35,7 +39,8 @@ def eigen_cam(
         S = A v_1
 
         The sign of v_1 is arbitrary. It is chosen so that the map correlates positively with the sum of the
-        activations.
+        activations. If the sum is zero everywhere, as after a layer norm without an affine function, the largest
+        absolute value of the map is positive.
 
     Advice:
         Use it to see the most salient structure of the image for the network, independent of the class. It cannot
@@ -48,5 +53,9 @@ def eigen_cam(
     if not columns.isfinite().all():  # The decomposition would fail.
         return SaliencyMaps(A.new_full((len(c), *A.shape[1:]), torch.nan))
     S = columns @ torch.linalg.svd(columns, full_matrices=False).Vh[0]
-    S = torch.where(S @ A.flatten(1).sum(dim=0).double() < 0, -S, S).to(A.dtype)
+    total, of_terms = A.flatten(1).sum(dim=0).double(), A.flatten(1).abs().sum(dim=0).double()
+    correlation = S @ total
+    is_rounding = correlation.abs() <= ROUNDING * (S.abs() @ of_terms)
+    sign_of = torch.where(is_rounding, S[S.abs().argmax()], correlation)
+    S = torch.where(sign_of < 0, -S, S).to(A.dtype)
     return SaliencyMaps(S.reshape(1, *A.shape[1:]).expand(len(c), -1, -1))

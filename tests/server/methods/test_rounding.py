@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from camserve_server.config import ModelConfig
 from camserve_server.engine.job import Event
@@ -78,6 +78,28 @@ def test_map_is_zero_if_an_instance_norm_makes_its_weights_zero(
     assert result.warnings == (("degenerate: the map is constant; zeros are returned",),) * 2
     result = explained(of, noise(3, 32, 32), call(of, name, [other]), [1, 3])
     assert (result.maps.amax(dim=(1, 2)) == 1).all()
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels without an affine function, so that they add up to zero at each position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("centred", [False, True])
+def test_rounding_does_not_choose_the_sign_of_eigen_cam(centred: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    conv, pool = nn.Conv2d(3, 24, 3, stride=4), nn.AdaptiveAvgPool2d(1)
+    net = nn.Sequential(conv, nn.ReLU(), ChannelNorm(), pool, nn.Flatten(), nn.Linear(24, 7))
+    single, double = (
+        explained(of, noise(3, 32, 32), call(of, "eigen-cam", ["2"], centred=centred), [1])
+        for of in (as_model(copy.deepcopy(net), dtype=dtype) for dtype in (torch.float32, torch.float64))
+    )
+    torch.testing.assert_close(single.maps, double.maps, rtol=0, atol=1e-5)
+    raw = double.raw.flatten()
+    assert raw[raw.abs().argmax()] > 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16", "fp16"])
