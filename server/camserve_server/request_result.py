@@ -125,7 +125,8 @@ def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> FinishedMaps:
     low, high = maps.flatten(1).amin(dim=1), maps.flatten(1).amax(dim=1)
     constant = finite & ((low == high) | _is_constant_up_to_rounding(result.raw))
     maps = torch.where((finite & ~constant)[:, None, None], maps.clamp(0, 1), 0.0)
-    warnings = [_degenerate_warning(*kind) for kind in zip(finite.tolist(), constant.tolist(), strict=True)]
+    kinds = zip(finite.tolist(), constant.tolist(), strict=True)
+    warnings = [_degenerate_warning(*kind, result.if_constant) for kind in kinds]
     return FinishedMaps(maps, tuple(warnings))
 
 
@@ -148,10 +149,13 @@ def _rounding(raw: Tensor) -> float:
     return ROUNDING * torch.finfo(torch.float64 if raw.dtype == torch.float64 else torch.float32).eps
 
 
-def _degenerate_warning(finite: bool, constant: bool) -> tuple[str, ...]:
+def _degenerate_warning(finite: bool, constant: bool, if_constant: str) -> tuple[str, ...]:
     if not finite:
         return ("degenerate: the map is not finite; zeros are returned",)
-    return ("degenerate: the map is constant; zeros are returned",) if constant else ()
+    if not constant:
+        return ()
+    text = "degenerate: the map is constant; zeros are returned"
+    return (f"{text}; {if_constant}" if if_constant else text,)
 
 
 def _resize_minmax_on_host(raw: Tensor, size: tuple[int, int]) -> Tensor | None:

@@ -12,6 +12,12 @@ ROUNDING = 5e-3
 # have sums of about 1/√(h·w), so rounding in bfloat16, up to 0.001, cannot be told from those of fine layers.
 ROUNDING_OVER_POSITIONS = 2e-5
 
+# What the caller can change if gradient times activation is zero.
+OTHER_LAYER = (
+    "in a transformer, name the normalisation that uses the output of the layer, such as blocks.11.norm1, instead of "
+    "the layer"
+)
+
 
 def gradient_times_activation(g: Tensor, A: Tensor) -> Tensor:
     """Return relu(Σ_k g_k ⊙ A_k) [T, h, w], or zeros if the sums of a map consist of rounding errors.

@@ -227,12 +227,14 @@ class SaliencyMaps:
         share: Completed share of the full sum, in [0, 1]. It is less than 1 only if a budget or a deadline cut the
             method short.
         left_out: Channels that were left out because they cannot change the map by more than the tolerance.
+        if_constant: What the caller can change if a map is constant, for the warning.
     """
 
     raw: Tensor
     finish: Resize | None = None
     share: float = 1.0
     left_out: tuple[LeftOut, ...] = ()
+    if_constant: str = ""
 
 
 @dataclass(frozen=True)
