@@ -19,7 +19,7 @@ OTHER_LAYER = (
 )
 
 
-def gradient_times_activation(g: Tensor, A: Tensor) -> Tensor:
+def gradient_times_activation(g: Tensor, A: Tensor) -> tuple[Tensor, str]:
     """Return relu(Σ_k g_k ⊙ A_k) [T, h, w], or zeros if the sums of a map consist of rounding errors.
 
     The gradient through a layer norm is orthogonal to its input, so the sums of an input that nothing else uses are
@@ -28,12 +28,15 @@ def gradient_times_activation(g: Tensor, A: Tensor) -> Tensor:
     Args:
         g: Gradients [T, K, h, w].
         A: Activations [T, K, h, w].
+
+    Returns:
+        The maps, and what the caller can change if the sums of a map are rounding errors; else "".
     """
     products = A * g
     S = products.sum(dim=1)
     of_terms = products.abs().sum(dim=1).amax(dim=(-2, -1), keepdim=True)
     is_rounding = S.abs().amax(dim=(-2, -1), keepdim=True) < ROUNDING * of_terms  # False if a value is not finite
-    return torch.where(is_rounding, 0.0, S.relu())
+    return torch.where(is_rounding, 0.0, S.relu()), OTHER_LAYER if is_rounding.any() else ""
 
 
 def sums_are_rounding(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from camserve_server.maps.products import OTHER_LAYER, gradient_times_activation
+from camserve_server.maps.products import gradient_times_activation
 from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Repeated, resize
@@ -41,9 +41,10 @@ def zoom_cam(x: Image, c: Targets, layers: Sequence[str]) -> Plan[SaliencyMaps]:
         HiRes-CAM.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, layers)
-    S = [gradient_times_activation(g, A) for g, A in zip(answer.gradients, answer.activations, strict=True)]  # eq. 4
+    pairs = zip(answer.gradients, answer.activations, strict=True)
+    S, remedies = zip(*(gradient_times_activation(g, A) for g, A in pairs), strict=True)  # eq. 4
     largest = torch.stack([resize(_scaled(S_l), x.size) for S_l in S]).amax(dim=0)  # eq. 5
-    return SaliencyMaps(largest, if_constant=OTHER_LAYER)
+    return SaliencyMaps(largest, if_constant=max(remedies))
 
 
 def _scaled(S: Tensor) -> Tensor:

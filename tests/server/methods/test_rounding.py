@@ -61,7 +61,8 @@ def test_map_is_zero_if_the_activations_are_constant(name: str) -> None:
     for value in (-2.1, -0.7, 0.2, 0.4, 1.9):
         result = explained(of, torch.full((3, 32, 32), value), call(of, name), [1, 3])
         assert (result.maps == 0).all()
-        assert all(text.startswith("degenerate: the map is constant; zeros") for (text,) in result.warnings)
+        # The remedy for rounding errors does not help here.
+        assert result.warnings == (("degenerate: the map is constant; zeros are returned",),) * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -121,7 +122,8 @@ def test_sums_that_are_not_finite_stay_so() -> None:
     A = noise(3, 16, 4, 4).abs()
     g = torch.ones(3, 16, 4, 4)
     g[0, 2, 1, 1], g[1, 0, 0, 0] = float("nan"), float("inf")
-    S = gradient_times_activation(g, A)
+    S, remedy = gradient_times_activation(g, A)
+    assert not remedy
     assert S[0, 1, 1].isnan() and not S[1].isfinite().all() and S[2].isfinite().all()
     assert torch.equal(S[2], A[2].sum(dim=0).relu())
 
