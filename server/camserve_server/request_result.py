@@ -12,12 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camserve_server.maps import concentration
+from camserve_server.maps.rounding import is_constant, rounding
 from camserve_server.plan import LeftOut, MetricResult, SaliencyMaps, Targets
 from camserve_server.rows import resize, resize_minmax
-
-# Largest span of a map that counts as rounding, as a share of its largest absolute value, in units of its precision.
-# Rounding reaches five units in Poly-CAM. A map with such a span would have few different values.
-ROUNDING = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +120,7 @@ def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> FinishedMaps:
     # Scaling can hide values that are not finite.
     finite = result.raw.isfinite().flatten(1).all(dim=1) & maps.isfinite().flatten(1).all(dim=1)
     low, high = maps.flatten(1).amin(dim=1), maps.flatten(1).amax(dim=1)
-    constant = finite & ((low == high) | _is_constant_up_to_rounding(result.raw))
+    constant = finite & ((low == high) | is_constant(result.raw))
     maps = torch.where((finite & ~constant)[:, None, None], maps.clamp(0, 1), 0.0)
     kinds = zip(finite.tolist(), constant.tolist(), strict=True)
     warnings = [_degenerate_warning(*kind, result.if_constant) for kind in kinds]
@@ -133,20 +130,6 @@ def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> FinishedMaps:
 def constant_warning(S: Tensor) -> tuple[str, ...]:
     """Return the warning about a map [H, W] of the caller that is constant, or nothing."""
     return ("degenerate: the map is constant",) if S.min() == S.max() else ()
-
-
-def _is_constant_up_to_rounding(raw: Tensor) -> Tensor:
-    """Return True [T] for the maps [T, h, w] whose differences are rounding errors.
-
-    Scaled, they would look like a map.
-    """
-    low, high = raw.flatten(1).amin(dim=1), raw.flatten(1).amax(dim=1)
-    return high - low <= _rounding(raw) * torch.maximum(low.abs(), high.abs())
-
-
-def _rounding(raw: Tensor) -> float:
-    """Return the `ROUNDING` of maps, relative to their largest absolute value."""
-    return ROUNDING * torch.finfo(torch.float64 if raw.dtype == torch.float64 else torch.float32).eps
 
 
 def _degenerate_warning(finite: bool, constant: bool, if_constant: str) -> tuple[str, ...]:
@@ -165,7 +148,7 @@ def _resize_minmax_on_host(raw: Tensor, size: tuple[int, int]) -> Tensor | None:
         The maps, or None if they are not on the host, or if one of them is constant or not finite.
     """
     on_host = raw.device.type == "cpu" and raw.dtype in (torch.float32, torch.float64)
-    if not on_host or not _spans(raw.numpy(), _rounding(raw)).all():
+    if not on_host or not _spans(raw.numpy(), rounding(raw)).all():
         return None
     maps = raw.clone() if raw.shape[-2:] == size else resize(raw, size)
     values = maps.numpy()

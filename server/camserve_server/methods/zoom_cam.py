@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from camserve_server.maps.products import gradient_times_activation
+from camserve_server.maps.rounding import is_constant
 from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Repeated, resize
@@ -48,6 +49,6 @@ def zoom_cam(x: Image, c: Targets, layers: Sequence[str]) -> Plan[SaliencyMaps]:
 
 
 def _scaled(S: Tensor) -> Tensor:
-    """Scale maps [T, h, w] ≥ 0 to [0, 1]. Maps of zeros stay zeros, and maps that are not finite stay so."""
+    """Scale maps [T, h, w] ≥ 0 to [0, 1]. Constant maps become zeros, and maps that are not finite stay so."""
     low, high = S.amin(dim=(-2, -1), keepdim=True), S.amax(dim=(-2, -1), keepdim=True)
-    return torch.where(high == 0, 0.0, (S - low) / high)
+    return torch.where(is_constant(S)[:, None, None], 0.0, (S - low) / high)

@@ -81,6 +81,15 @@ def test_map_is_zero_if_an_instance_norm_makes_its_weights_zero(
     assert (result.maps.amax(dim=(1, 2)) == 1).all()
 
 
+def test_map_is_zero_if_the_only_layer_of_zoom_cam_is_constant() -> None:
+    """Zoom-CAM subtracts the minimum of each layer, so that its own result does not show that it is rounding."""
+    of = as_model(Unpadded())
+    for value in (-0.7, 0.2, 0.4):
+        result = explained(of, torch.full((3, 32, 32), value), call(of, "zoom-cam", ["5"]), [1, 3])
+        assert (result.raw == 0).all()
+        assert result.warnings == (("degenerate: the map is constant; zeros are returned",),) * 2
+
+
 class ChannelNorm(nn.Module):
     """Layer norm over the channels without an affine function, so that they add up to zero at each position."""
 
