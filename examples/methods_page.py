@@ -59,9 +59,9 @@ SpaceX (public domain). ImageNet has no class for a rocket; its nearest class is
 ## Common properties
 - **Maps** have the model's input size and values in [0, 1]: n(up(S)), unless the method says otherwise. With `raw`, the
   response also contains S at its own resolution.
-- A map that is not finite or constant up to rounding errors is returned as zeros with a `degenerate` warning, never as
-  NaN. A map that is nearly constant or concentrated in a few pixels [also has this warning](metrics.md#spread) and is
-  returned unchanged.
+- A map that is constant, up to rounding errors, or not finite is returned as zeros with a `degenerate` warning, never
+  as NaN. A map that is nearly constant or concentrated in a few pixels [also has this warning](metrics.md#spread) and
+  is returned unchanged.
 - If the masks of a method do not change the score, as for a class whose probability is always nearly 1 or an image of
   the mean colour, the map shows only the sum of the channels or of the random masks. It has the same warning.
 - **A mask** multiplies the normalised image, so masked pixels have the mean colour. Opti-CAM differs.
