@@ -141,7 +141,7 @@ def report_equal_weights(c: Targets, equal: Tensor) -> Plan[None]:
         if is_equal:
             yield from Report(
                 MapWarning(
-                    f"degenerate: the map of class {index} is the sum of all channels and does not depend on the "
-                    "class, because all channels have nearly the same weight"
+                    f"degenerate: the map of class {index} is the sum of all channels that have a weight and does "
+                    "not depend on the class, because their weights are nearly the same"
                 )
             )

@@ -145,7 +145,8 @@ def _warn_if_independent_of_masks(c: Targets, p: Tensor) -> Plan[None]:
         if relative < len(p) ** -0.5:
             yield from Report(
                 MapWarning(
-                    f"degenerate: the map of class {index} shows the {len(p):,} random masks, because they hardly "
-                    f"change the probability: its standard deviation is {relative:.1g} of its mean"
+                    f"degenerate: the map of class {index} shows the {len(p):,} random masks, because the "
+                    "probability varies too little for this number of masks: its standard deviation is "
+                    f"{relative:.1g} of its mean"
                 )
             )

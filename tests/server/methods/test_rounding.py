@@ -148,6 +148,14 @@ def test_rise_warns_if_the_masks_do_not_change_the_probability() -> None:
     ]
 
 
+def test_rise_warns_if_there_are_too_few_masks() -> None:
+    """A budget may end it after one mask, whatever the masks change."""
+    of, warned = as_model(nets.tiny_cnn()), list[Event]()
+    explained(of, noise(3, 32, 32), call(of, "rise", masks=1), [1], events=warned)
+    (text,) = [event.text for event in warned if isinstance(event, MapWarning)]
+    assert "the probability varies too little for this number of masks" in text
+
+
 def test_rise_has_no_warning_if_the_masks_change_the_probability() -> None:
     of = as_model(nets.tiny_cnn())
     warned: list[Event] = []
