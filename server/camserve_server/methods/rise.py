@@ -16,6 +16,8 @@ from camserve_server.plan import Image, MapWarning, Plan, Report, SaliencyMaps, 
 from camserve_server.registry import Range, Sizes, method
 from camserve_server.rows import generator, resize
 
+SAMPLE = 10_000  # number of masks whose probabilities are kept
+
 
 @dataclass(frozen=True, eq=False)
 class Revealed:
@@ -118,19 +120,20 @@ def rise(
         probability, for example because it is always nearly 1, the map shows only the masks and gets a warning.
     """
     revealed = Revealed(x, masks, cells, keep, seed)
-    p = torch.zeros(masks, len(c), dtype=torch.float64, device=c.p.device)
+    p = torch.zeros(min(masks, SAMPLE), len(c), dtype=torch.float64, device=c.p.device)
 
     def term(i: int, answer: Scores) -> Tensor:
-        p[i] = answer.probabilities[0]
+        if i < len(p):
+            p[i] = answer.probabilities[0]
         return answer.probabilities[0].to(x.tensor)[:, None, None] * revealed.masks(i, i + 1)
 
     summed = yield from Sum(Score(revealed, c, min_rows=1), term)
     done = int(summed.counts)
-    yield from _warn_if_independent_of_masks(c, p[:done])
+    yield from _warn_if_independent_of_masks(c, p[:done], done)
     return SaliencyMaps(summed.total[0] / (done * keep), share=done / masks)  # eq. 6
 
 
-def _warn_if_independent_of_masks(c: Targets, p: Tensor) -> Plan[None]:
+def _warn_if_independent_of_masks(c: Targets, p: Tensor, masks: int) -> Plan[None]:
     """Report each class whose map must consist of the chance variation of the masks.
 
     By the Cauchy–Schwarz inequality, no pixel's covariance with the probability is larger than the product of the
@@ -138,14 +141,16 @@ def _warn_if_independent_of_masks(c: Targets, p: Tensor) -> Plan[None]:
 
     Args:
         c: T target classes.
-        p: Probabilities [N, T] under the masks, float64.
+        p: Probabilities [n, T] under the first masks, float64.
+        masks: Number N of all masks.
     """
     spread, mean = p.std(dim=0, correction=0), p.mean(dim=0)
     for index, relative in zip(c.index, (spread / mean).tolist(), strict=True):
-        if relative < len(p) ** -0.5:
+        if relative < masks**-0.5:
+            what = "random mask" if masks == 1 else f"{masks:,} random masks"
             yield from Report(
                 MapWarning(
-                    f"degenerate: the map of class {index} shows the {len(p):,} random masks, because the "
+                    f"degenerate: the map of class {index} shows the {what}, because the "
                     "probability varies too little for this number of masks: its standard deviation is "
                     f"{relative:.1g} of its mean"
                 )
