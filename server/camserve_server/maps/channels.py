@@ -9,9 +9,11 @@ from torch import Tensor
 
 from camserve_server.plan import MapWarning, Plan, Report, Targets
 
-# Largest difference of the weights of a class, relative to the largest, that counts as none. It changes a map of
-# non-negative activations by at most the same share of its maximum.
+# Largest difference of the weights of a class, relative to the largest, that counts as none.
 EQUAL = 1e-3
+# Least sum of the channels, relative to the sum of their absolute values. Weights that count as equal then change the
+# map by at most EQUAL / NOT_CANCELLED, 1 %, of its maximum.
+NOT_CANCELLED = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,18 +118,18 @@ def select_channels(A: Tensor, *, include_zero: bool) -> SelectedChannels:
     return SelectedChannels(torch.cat([constant.nonzero()[:1, 0], varying]), strength, constant)
 
 
-def have_equal_weights(w: Tensor) -> Tensor:
-    """Return True [T] for the classes that give all channels nearly the same weight.
-
-    The map is then the sum of the channels, whatever the class is.
+def have_equal_weights(w: Tensor, A: Tensor) -> Tensor:
+    """Return True [T] for the classes whose map is nearly the sum of the channels, whatever the class is.
 
     Args:
         w: Weights [n, T] of different channels, ≥ 0.
+        A: Activations [n, h, w] of the same channels.
     """
     if len(w) < 2:
         return torch.zeros(w.shape[1], dtype=torch.bool, device=w.device)
     low, high = w.amin(dim=0), w.amax(dim=0)
-    return (high > 0) & (high - low <= EQUAL * high)
+    remains = A.sum(dim=0).abs().amax() >= NOT_CANCELLED * A.abs().sum(dim=0).amax()
+    return (high > 0) & (high - low <= EQUAL * high) & remains
 
 
 def report_equal_weights(c: Targets, equal: Tensor) -> Plan[None]:

@@ -86,7 +86,8 @@ def is_cam(
     done = len(scores.logits) // steps
     y = scores.logits[: done * steps].reshape(done, steps, -1).mean(dim=1)  # [channels, T]
     w = selected.to_all_channels(y, missing=-torch.inf).softmax(dim=0)
-    yield from report_equal_weights(c, have_equal_weights(w[selected.indices[:done]]))
+    run = selected.indices[:done]
+    yield from report_equal_weights(c, have_equal_weights(w[run], A[run]))
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()
     return SaliencyMaps(S, share=selected.share(done))
 

@@ -98,7 +98,7 @@ def opti_cam(
         ascent = yield from Ascend(u, step, constants, steps, rate, stop_rule, period, min_rows=len(c))  # eq. 9
         u = ascent.u
         done = sum(len(history) for history in ascent.history)
-        yield from report_equal_weights(c, have_equal_weights(u.softmax(dim=1).T))
+        yield from report_equal_weights(c, have_equal_weights(u.softmax(dim=1).T, A))
         share = 1.0 if all(ascent.ended) else done / (steps * len(c))
     else:
         yield from ReleaseRows(steps * len(c))

@@ -235,7 +235,8 @@ def _poly_cam(
         has_rows |= done > 0
         if done > 1:
             has_weights = True
-            equal &= have_equal_weights(w[selected[l].indices[:done]])
+            run = selected[l].indices[:done]
+            equal &= have_equal_weights(w[run], A[l][run])
         if rule is not None and rule.error is not None and done < len(selected[l]):
             channels_left = len(selected[l]) - done
             left_out.append(LeftOut(layers[l], channels_left, len(parts) * channels_left, rule.error))

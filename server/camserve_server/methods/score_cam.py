@@ -67,6 +67,7 @@ def score_cam(
         if channel_softmax
         else selected.to_all_channels(y)
     )
-    yield from report_equal_weights(c, have_equal_weights(w[selected.indices[: len(y)]]))
+    run = selected.indices[: len(y)]
+    yield from report_equal_weights(c, have_equal_weights(w[run], A[run]))
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()  # eq. 6
     return SaliencyMaps(S, share=selected.share(len(y)))

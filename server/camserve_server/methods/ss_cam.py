@@ -92,6 +92,7 @@ def ss_cam(
     y = scores.logits  # [rows, T]
     mean = torch.stack([y[k :: len(selected)].mean(dim=0) for k in range(min(len(y), len(selected)))])
     w = selected.to_all_channels(mean, missing=-torch.inf).softmax(dim=0)
-    yield from report_equal_weights(c, have_equal_weights(w[selected.indices[: len(mean)]]))
+    run = selected.indices[: len(mean)]
+    yield from report_equal_weights(c, have_equal_weights(w[run], A[run]))
     S = torch.einsum("kt,khw->thw", w.to(A.dtype), A).relu()
     return SaliencyMaps(S, share=len(y) / (samples * len(selected)))

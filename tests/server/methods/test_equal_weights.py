@@ -19,10 +19,12 @@ OPTIONS: dict[str, dict[str, Any]] = {"opti-cam": {"steps": 5}, "ss-cam": {"samp
 METHODS = ["score-cam", "ss-cam", "is-cam", "poly-cam", "poly-cam+", "opti-cam"]
 
 
-def warned(net: nn.Module, x: Tensor, method: str, targets: Sequence[int], **options: object) -> list[str]:
+def warned(
+    net: nn.Module, x: Tensor, method: str, targets: Sequence[int], layers: list[str] | None = None, **options: object
+) -> list[str]:
     """Return the warnings about equal weights, up to the class."""
     of, events = as_model(net, mean=(0.0, 0.0, 0.0)), list[Event]()
-    explained(of, x, call(of, method, **{**OPTIONS.get(method, {}), **options}), targets, events=events)
+    explained(of, x, call(of, method, layers, **{**OPTIONS.get(method, {}), **options}), targets, events=events)
     texts = [event.text for event in events if isinstance(event, MapWarning)]
     return [text.partition(" is the sum of all channels")[0] for text in texts if "is the sum" in text]
 
@@ -47,7 +49,25 @@ def test_a_class_whose_probability_is_always_nearly_one_has_a_warning(method: st
 
 
 def test_weights_are_equal_only_if_there_are_several_above_zero() -> None:
-    w = torch.tensor([[1.0, 1.0, 0.0, 1e-30], [0.9995, 0.998, 0.0, 1e-30]])
-    assert have_equal_weights(w).tolist() == [True, False, False, True]
-    assert have_equal_weights(w[:1]).tolist() == [False] * 4
-    assert have_equal_weights(w * torch.nan).tolist() == [False] * 4
+    w, A = torch.tensor([[1.0, 1.0, 0.0, 1e-30], [0.9995, 0.998, 0.0, 1e-30]]), torch.ones(2, 4, 4)
+    assert have_equal_weights(w, A).tolist() == [True, False, False, True]
+    assert have_equal_weights(w[:1], A[:1]).tolist() == [False] * 4
+    assert have_equal_weights(w * torch.nan, A).tolist() == [False] * 4
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels without an affine function, so that they add up to zero at each position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
+
+
+def test_small_differences_of_weights_decide_the_map_of_channels_that_cancel() -> None:
+    torch.manual_seed(0)
+    conv, pool, linear = nn.Conv2d(3, 24, 3, stride=4), nn.AdaptiveAvgPool2d(1), nn.Linear(24, 7)
+    linear.weight.data *= 1e-3  # masks hardly change the probabilities
+    net = nn.Sequential(conv, ChannelNorm(), pool, nn.Flatten(), linear)
+    of = as_model(net, mean=(0.0, 0.0, 0.0))
+    first, second = explained(of, noise(3, 32, 32), call(of, "score-cam", ["1"]), [1, 3]).maps
+    assert (first - second).abs().max() > 0.5
+    assert warned(net, noise(3, 32, 32), "score-cam", [1, 3], layers=["1"]) == []
