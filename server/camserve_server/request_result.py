@@ -122,8 +122,12 @@ def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> FinishedMaps:
     low, high = maps.flatten(1).amin(dim=1), maps.flatten(1).amax(dim=1)
     constant = finite & ((low == high) | is_constant(result.raw))
     maps = torch.where((finite & ~constant)[:, None, None], maps.clamp(0, 1), 0.0)
-    kinds = zip(finite.tolist(), constant.tolist(), strict=True)
-    warnings = [_degenerate_warning(*kind, result.if_constant) for kind in kinds]
+    zeroed, advice = result.zeroed or (torch.zeros_like(constant), "")
+    kinds = zip(finite.tolist(), constant.tolist(), zeroed.tolist(), strict=True)
+    warnings = (
+        _degenerate_warning(is_finite, is_constant, advice if is_zeroed else "")
+        for is_finite, is_constant, is_zeroed in kinds
+    )
     return FinishedMaps(maps, tuple(warnings))
 
 
@@ -132,13 +136,13 @@ def constant_warning(S: Tensor) -> tuple[str, ...]:
     return ("degenerate: the map is constant",) if S.min() == S.max() else ()
 
 
-def _degenerate_warning(finite: bool, constant: bool, if_constant: str) -> tuple[str, ...]:
+def _degenerate_warning(finite: bool, constant: bool, advice: str) -> tuple[str, ...]:
     if not finite:
         return ("degenerate: the map is not finite; zeros are returned",)
     if not constant:
         return ()
     text = "degenerate: the map is constant; zeros are returned"
-    return (f"{text}; {if_constant}" if if_constant else text,)
+    return (f"{text}; {advice}" if advice else text,)
 
 
 def _resize_minmax_on_host(raw: Tensor, size: tuple[int, int]) -> Tensor | None:
@@ -160,10 +164,15 @@ def _resize_minmax_on_host(raw: Tensor, size: tuple[int, int]) -> Tensor | None:
     return maps
 
 
-def _spans(values: NDArray[Any], rounding: float = 0.0) -> NDArray[Any]:
-    """Return maximum minus minimum of each map, [T, 1, 1]; 0 if the map is not finite or the span is rounding."""
+def _spans(values: NDArray[Any], bound: float = 0.0) -> NDArray[Any]:
+    """Return maximum minus minimum of each map, [T, 1, 1]; 0 if it is not finite or counts as rounding.
+
+    Args:
+        values: Maps [T, h, w].
+        bound: Largest span that counts as rounding, relative to the largest absolute value.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         low, high = values.min(axis=(-2, -1), keepdims=True), values.max(axis=(-2, -1), keepdims=True)
         spans = high - low
-        is_contrast = np.isfinite(spans) & (spans > rounding * np.maximum(np.abs(low), np.abs(high)))
+        is_contrast = np.isfinite(spans) & (spans > bound * np.maximum(np.abs(low), np.abs(high)))
     return np.where(is_contrast, spans, 0)

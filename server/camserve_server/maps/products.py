@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Largest sum of a map, as a share of its largest sum of absolute products, that counts as rounding. Rounding in
-# bfloat16 reaches about 0.002. Even products with random signs have sums of about 1/√K, 0.02 for K = 2,048 channels.
-ROUNDING = 5e-3
-# The same for sums over positions, summed over channels. Rounding in float32 reaches 2e-6. Gradients with random signs
-# have sums of about 1/√(h·w), so rounding in bfloat16, up to 0.001, cannot be told from those of fine layers.
+# Largest sum over positions, summed over channels, that counts as rounding, as a share of the sum of absolute values.
+# Rounding in float32 reaches 2e-6. Gradients with random signs have sums of about 1/√(h·w), so rounding in bfloat16, up
+# to 0.001, cannot be told from those of fine layers.
 ROUNDING_OVER_POSITIONS = 2e-5
 
 # What the caller can change if gradient times activation is zero.
@@ -19,8 +17,8 @@ OTHER_LAYER = (
 )
 
 
-def gradient_times_activation(g: Tensor, A: Tensor) -> tuple[Tensor, str]:
-    """Return relu(Σ_k g_k ⊙ A_k) [T, h, w], or zeros if the sums of a map consist of rounding errors.
+def gradient_times_activation(g: Tensor, A: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """Return relu(Σ_k g_k ⊙ A_k), or zeros if the sums of a map consist of rounding errors.
 
     The gradient through a layer norm is orthogonal to its input, so the sums of an input that nothing else uses are
     zero. Scaled to [0, 1], their rounding errors would look like a map.
@@ -28,15 +26,16 @@ def gradient_times_activation(g: Tensor, A: Tensor) -> tuple[Tensor, str]:
     Args:
         g: Gradients [T, K, h, w].
         A: Activations [T, K, h, w].
+        rounding: Largest sum that counts as zero, relative to the sum of absolute products.
 
     Returns:
-        The maps, and what the caller can change if the sums of a map are rounding errors; else "".
+        The maps [T, h, w], and True [T] for those that are zero because of rounding.
     """
     products = A * g
     S = products.sum(dim=1)
-    of_terms = products.abs().sum(dim=1).amax(dim=(-2, -1), keepdim=True)
-    is_rounding = S.abs().amax(dim=(-2, -1), keepdim=True) < ROUNDING * of_terms  # False if a value is not finite
-    return torch.where(is_rounding, 0.0, S.relu()), OTHER_LAYER if is_rounding.any() else ""
+    of_terms = products.abs().sum(dim=1).amax(dim=(-2, -1))
+    is_rounding = S.abs().amax(dim=(-2, -1)) < rounding * of_terms  # False if a value is not finite
+    return torch.where(is_rounding[:, None, None], 0.0, S.relu()), is_rounding
 
 
 def sums_are_rounding(values: Tensor) -> Tensor:

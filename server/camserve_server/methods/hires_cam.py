@@ -5,7 +5,7 @@ Draelos, Carin 2020, arXiv:2011.08891.
 
 from __future__ import annotations
 
-from camserve_server.maps.products import gradient_times_activation
+from camserve_server.maps.products import OTHER_LAYER, gradient_times_activation
 from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
 from camserve_server.rows import Repeated
@@ -33,5 +33,5 @@ def hires_cam(x: Image, c: Targets, layer: str) -> Plan[SaliencyMaps]:
         Name the normalisation itself, such as `blocks.11.norm1`.
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, (layer,))
-    S, remedy = gradient_times_activation(answer.gradients[0], answer.activations[0])  # eq. 6
-    return SaliencyMaps(S, if_constant=remedy)
+    S, is_rounding = gradient_times_activation(answer.gradients[0], answer.activations[0], answer.rounding)  # eq. 6
+    return SaliencyMaps(S, zeroed=(is_rounding, OTHER_LAYER))

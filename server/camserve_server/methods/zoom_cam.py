@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from camserve_server.maps.products import gradient_times_activation
+from camserve_server.maps.products import OTHER_LAYER, gradient_times_activation
 from camserve_server.maps.rounding import is_constant
 from camserve_server.plan import Gradient, Image, Plan, SaliencyMaps, Targets
 from camserve_server.registry import method
@@ -43,9 +43,9 @@ def zoom_cam(x: Image, c: Targets, layers: Sequence[str]) -> Plan[SaliencyMaps]:
     """
     answer = yield from Gradient(Repeated(x, len(c)), c.index, layers)
     pairs = zip(answer.gradients, answer.activations, strict=True)
-    S, remedies = zip(*(gradient_times_activation(g, A) for g, A in pairs), strict=True)  # eq. 4
+    S, are_rounding = zip(*(gradient_times_activation(g, A, answer.rounding) for g, A in pairs), strict=True)  # eq. 4
     largest = torch.stack([resize(_scaled(S_l), x.size) for S_l in S]).amax(dim=0)  # eq. 5
-    return SaliencyMaps(largest, if_constant=max(remedies))
+    return SaliencyMaps(largest, zeroed=(torch.stack(are_rounding).any(dim=0), OTHER_LAYER))
 
 
 def _scaled(S: Tensor) -> Tensor:

@@ -227,14 +227,15 @@ class SaliencyMaps:
         share: Completed share of the full sum, in [0, 1]. It is less than 1 only if a budget or a deadline cut the
             method short.
         left_out: Channels that were left out because they cannot change the map by more than the tolerance.
-        if_constant: What the caller can change if a map is constant, for the warning.
+        zeroed: True [T] for the maps that the method has set to zero because they were rounding errors, and what the
+            caller can change, for the warning.
     """
 
     raw: Tensor
     finish: Resize | None = None
     share: float = 1.0
     left_out: tuple[LeftOut, ...] = ()
-    if_constant: str = ""
+    zeroed: tuple[Tensor, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -273,10 +274,13 @@ class Gradients:
     Attributes:
         activations: Activations A [N, K, h, w] of each layer.
         gradients: Gradients ∂y_c/∂A [N, K, h, w] of each layer.
+        rounding: Largest sum of their products over channels that counts as zero, relative to the sum of absolute
+            products.
     """
 
     activations: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...]
+    rounding: float
 
 
 @dataclass(frozen=True, eq=False)
