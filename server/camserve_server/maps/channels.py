@@ -138,6 +138,9 @@ def report_equal_weights(c: Targets, equal: Tensor) -> Plan[None]:
     Args:
         c: T target classes.
         equal: True [T] for these classes.
+
+    Yields:
+        A report with a warning for each of them.
     """
     for index, is_equal in zip(c.index, equal.tolist(), strict=True):
         if is_equal:
