@@ -125,8 +125,8 @@ def finish_maps(result: SaliencyMaps, size: tuple[int, int]) -> FinishedMaps:
     zeroed, advice = result.zeroed or (torch.zeros_like(constant), "")
     kinds = zip(finite.tolist(), constant.tolist(), zeroed.tolist(), strict=True)
     warnings = (
-        _degenerate_warning(is_finite, is_constant, advice if is_zeroed else "")
-        for is_finite, is_constant, is_zeroed in kinds
+        _degenerate_warning(of_finite, of_constant, advice if of_zeroed else "")
+        for of_finite, of_constant, of_zeroed in kinds
     )
     return FinishedMaps(maps, tuple(warnings))
 
