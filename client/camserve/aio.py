@@ -108,7 +108,8 @@ class Client(Connection):
             if loop is here:
                 await channel.close()
             elif loop.is_running():  # in another thread
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(channel.close(), loop))
+                # Its calls end with the channel. The loop may then end, and cancel this, before it is over.
+                await asyncio.wait([asyncio.wrap_future(asyncio.run_coroutine_threadsafe(channel.close(), loop))])
 
     async def __aenter__(self) -> Client:
         return self
