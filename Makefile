@@ -46,7 +46,7 @@ test: install  ## run all tests
 test-fast: install  ## run the tests that are not marked slow, while you work on a change
 	$(PYTEST) -m 'not slow'
 
-bench: install  ## run the benchmarks, which takes at least two hours on a CPU, and write docs/benchmarks.md
+bench: install  ## run the benchmarks, which takes more than an hour on a CPU, and write docs/benchmarks.md
 	$(BIN)/python -m benchmarks
 
 # Installs nothing: a machine with a GPU has a Python with torch of its own, and perhaps no network.
