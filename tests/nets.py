@@ -28,6 +28,13 @@ class Normalise(nn.Module):
         return (x - self.mean) / self.std
 
 
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels without an affine function, so that they add up to zero at each position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
+
+
 class TinyPoly(nn.Module):
     """Network of seven classes with one activation at each of three resolutions: r1 (12 channels), r2 (16), r3 (20)."""
 

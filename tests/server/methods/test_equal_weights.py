@@ -55,18 +55,11 @@ def test_weights_are_equal_only_if_there_are_several_above_zero() -> None:
     assert have_equal_weights(w * torch.nan, A).tolist() == [False] * 4
 
 
-class ChannelNorm(nn.Module):
-    """Layer norm over the channels without an affine function, so that they add up to zero at each position."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
-
-
 def test_small_differences_of_weights_decide_the_map_of_channels_that_cancel() -> None:
     torch.manual_seed(0)
     conv, pool, linear = nn.Conv2d(3, 24, 3, stride=4), nn.AdaptiveAvgPool2d(1), nn.Linear(24, 7)
     linear.weight.data *= 1e-3  # masks hardly change the probabilities
-    net = nn.Sequential(conv, ChannelNorm(), pool, nn.Flatten(), linear)
+    net = nn.Sequential(conv, nets.ChannelNorm(), pool, nn.Flatten(), linear)
     of = as_model(net, mean=(0.0, 0.0, 0.0))
     first, second = explained(of, noise(3, 32, 32), call(of, "score-cam", ["1"]), [1, 3]).maps
     assert (first - second).abs().max() > 0.5

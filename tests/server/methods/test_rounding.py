@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from camserve_server.config import ModelConfig
 from camserve_server.engine.job import Event
@@ -91,19 +91,12 @@ def test_map_is_zero_if_the_only_layer_of_zoom_cam_is_constant() -> None:
         assert result.warnings == (("degenerate: the map is constant; zeros are returned",),) * 2
 
 
-class ChannelNorm(nn.Module):
-    """Layer norm over the channels without an affine function, so that they add up to zero at each position."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
-
-
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("centred", [False, True])
 def test_rounding_does_not_choose_the_sign_of_eigen_cam(centred: bool, seed: int) -> None:
     torch.manual_seed(seed)
     conv, pool = nn.Conv2d(3, 24, 3, stride=4), nn.AdaptiveAvgPool2d(1)
-    net = nn.Sequential(conv, nn.ReLU(), ChannelNorm(), pool, nn.Flatten(), nn.Linear(24, 7))
+    net = nn.Sequential(conv, nn.ReLU(), nets.ChannelNorm(), pool, nn.Flatten(), nn.Linear(24, 7))
     single, double = (
         explained(of, noise(3, 32, 32), call(of, "eigen-cam", ["2"], centred=centred), [1])
         for of in (as_model(copy.deepcopy(net), dtype=dtype) for dtype in (torch.float32, torch.float64))
